@@ -1,0 +1,100 @@
+//! Devices: what does DMA, and how surely it can be stopped.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use passgate_bindings::Iova;
+
+use crate::{Error, Result};
+
+pub mod edu;
+pub mod vfio;
+
+/// A rung of the ladder that acts on a device, weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FenceStep {
+    /// End what is in flight and issue no more, where the device can be told so (io_uring cancel, a driver's
+    /// own drain). Ended only when the tickets come back.
+    Cancel,
+    /// Move the device to the blocking domain (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
+    Detach,
+    /// Reset the device (`VFIO_DEVICE_RESET`; a software device resets its sockets).
+    Reset,
+}
+
+bitflags::bitflags! {
+    /// The fences that a device has: its stop class.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct StopClass: u8 {
+        /// [`FenceStep::Cancel`].
+        const CANCEL = 1;
+        /// [`FenceStep::Detach`].
+        const DETACH = 2;
+        /// [`FenceStep::Reset`].
+        const RESET = 4;
+    }
+}
+
+impl StopClass {
+    /// Whether the device has this fence.
+    pub fn has(self, step: FenceStep) -> bool {
+        self.contains(match step {
+            FenceStep::Cancel => Self::CANCEL,
+            FenceStep::Detach => Self::DETACH,
+            FenceStep::Reset => Self::RESET,
+        })
+    }
+}
+
+/// A passthrough device, or the software one.
+pub trait Device: Send + Sync + fmt::Debug {
+    /// Its name: a PCI address (`0000:00:04.0`), or `soft:0`.
+    fn name(&self) -> &str;
+
+    /// How it can be stopped, found when it was opened.
+    fn stop_class(&self) -> StopClass;
+
+    /// Does one fence and returns once it is done; `Ok` says that the step did what it promises, not more.
+    fn fence(&self, step: FenceStep) -> Result<()>;
+
+    /// Puts a fenced device back into its domain.
+    fn attach(&self) -> Result<()>;
+
+    /// What a guardian must hold to stop this device when the worker dies; empty where the kernel does it.
+    fn guard(&self) -> Guard<'_>;
+
+    /// DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova` and
+    /// returns what it saw. A DMA that faults is an error where the device can tell; where it cannot (edu),
+    /// the bytes are whatever its buffer held.
+    fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
+        let _ = (iova, len);
+        Err(self.no_dma())
+    }
+
+    /// DMA on demand: the device writes `bytes` to guest memory at `iova`.
+    fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
+        let _ = (iova, bytes);
+        Err(self.no_dma())
+    }
+
+    /// The error of a device that has no DMA on demand.
+    fn no_dma(&self) -> Error {
+        Error::Unsupported { device: self.name().to_owned(), what: "DMA on demand" }
+    }
+}
+
+/// What the guardian process holds for one device, and does when the worker dies.
+#[derive(Debug, Clone, Copy)]
+pub enum Guard<'a> {
+    /// The kernel stops the device by itself when its file closes (io_uring); there is nothing to hold.
+    None,
+    /// A cdev bound to iommufd: detach it (blocking domain), then reset where it can.
+    Cdev(BorrowedFd<'a>),
+    /// A device of a type1 container: unmap everything in the container, then reset where it can.
+    Type1 {
+        /// The container's fd.
+        container: BorrowedFd<'a>,
+        /// The device's fd.
+        device: BorrowedFd<'a>,
+    },
+}

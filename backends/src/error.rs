@@ -1,0 +1,69 @@
+//! What went wrong at a device or an IOMMU: on which object, and what to do about it.
+
+use passgate_bindings::{Failed, Iova, PageRange};
+use rustix::io::Errno;
+
+/// This crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong at a device or an IOMMU. The text is the message that the user reads.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A mapping was not made; nothing of it is left.
+    #[error("cannot map IOVA {iova}: {source}{mend}")]
+    Map {
+        /// The range asked for.
+        iova: PageRange<Iova>,
+        /// The kernel's answer.
+        source: Failed,
+        /// What to do about it, or empty.
+        mend: &'static str,
+    },
+    /// A mapping was made in part and could not be taken back whole: the range is unknown.
+    #[error("cannot take back the half-made mapping of IOVA {iova}: {source}; the range is unknown")]
+    HalfMapped {
+        /// The range asked for.
+        iova: PageRange<Iova>,
+        /// The kernel's answer to the roll-back.
+        source: Failed,
+    },
+    /// The device cannot do this.
+    #[error("{device}: {what} is not supported by this device")]
+    Unsupported {
+        /// The device's name (BDF, or `soft:N`).
+        device: String,
+        /// What was asked.
+        what: &'static str,
+    },
+    /// A device call failed.
+    #[error("{device}: {source}{mend}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// The kernel's answer.
+        source: Failed,
+        /// What to do about it, or empty.
+        mend: &'static str,
+    },
+    /// The host lacks what this backend needs.
+    #[error("{what}: {mend}")]
+    Host {
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        mend: &'static str,
+    },
+}
+
+impl Error {
+    /// The errno behind it, where there is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Map { source, .. } | Self::HalfMapped { source, .. } | Self::Device { source, .. } => {
+                Some(source.errno)
+            }
+            Self::Unsupported { .. } => Some(Errno::OPNOTSUPP),
+            Self::Host { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Guest memory of this process: a file that backs it, and the window through which the CPU sees it.
+//!
+//! [`GuestFile`] is what a domain maps for a device: file, kind, identity, and (for the kernels and back-ends
+//! that pin by address) a window of this process's address space over it. The daemon never touches the bytes;
+//! owners (VMM, demo, tests) read and write them through [`GuestFile::read`] and [`GuestFile::write`].
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::Failed;
+
+/// What kind of file backs guest memory (`fstatfs`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// tmpfs, as `memfd_create` makes it.
+    Memfd,
+    /// hugetlbfs, with its page size in bytes.
+    Hugetlb(u64),
+    /// KVM's guest_memfd.
+    GuestMemfd,
+}
+
+/// A file that backs guest memory, and this process's window over the whole of it.
+#[derive(Debug)]
+pub struct GuestFile {
+    fd: OwnedFd,
+    kind: FileKind,
+    len: u64,
+    writable: bool,
+    window: OnceLock<Result<Window, Errno>>,
+}
+
+#[derive(Debug)]
+struct Window {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the window is plain shared memory; every access goes through `GuestFile`, which bounds it and copies
+// byte by byte without forming references, so that no thread relies on what another (or a device) writes.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: base and len are those of our own mmap, unmapped only here; no pointer into it outlives the
+        // GuestFile, whose methods hand out none but the address that a domain pins (`address`).
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.len) };
+    }
+}
+
+impl GuestFile {
+    /// Takes `fd`, `len` bytes long, of a kind that the caller has checked.
+    pub fn new(fd: OwnedFd, kind: FileKind, len: u64, writable: bool) -> Self {
+        Self { fd, kind, len, writable, window: OnceLock::new() }
+    }
+
+    /// A new memfd of `len` bytes, sealed against shrinking.
+    pub fn memfd(name: &str, len: u64) -> Result<Self, Failed> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(|e| Failed::new("memfd_create", e))?;
+        rustix::fs::ftruncate(&fd, len).map_err(|e| Failed::new("ftruncate", e))?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|e| Failed::new("F_ADD_SEALS", e))?;
+        Ok(Self::new(fd, FileKind::Memfd, len, true))
+    }
+
+    /// What the file is.
+    pub fn kind(&self) -> FileKind {
+        self.kind
+    }
+
+    /// Bytes of the file that are guest memory.
+    pub fn size(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether a device may write to it.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The user-space address of `offset`, for a domain that pins by address. The window lives as long as this
+    /// value. `EINVAL` beyond the file, the errno of `mmap` where the file cannot be mapped.
+    pub fn address(&self, offset: u64) -> Result<u64, Failed> {
+        if offset >= self.len {
+            return Err(Failed::new("address", Errno::INVAL));
+        }
+        Ok(self.window()?.base as u64 + offset)
+    }
+
+    /// Copies `bytes.len()` bytes from `offset` into `bytes`. The file must be touchable there: a private page
+    /// of a guest_memfd, or a truncated file, is SIGBUS.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Failed> {
+        let from = self.span(offset, bytes.len())?;
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            // SAFETY: `span` has checked offset + len against the window, which lives as long as self.
+            *byte = unsafe { from.add(i).read_volatile() };
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` to `offset`. As [`GuestFile::read`]; `EACCES` on a read-only file.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Failed> {
+        if !self.writable {
+            return Err(Failed::new("write", Errno::ACCESS));
+        }
+        let to = self.span(offset, bytes.len())?;
+        for (i, byte) in bytes.iter().enumerate() {
+            // SAFETY: as in `read`; the window was mapped PROT_WRITE because the file is writable.
+            unsafe { to.add(i).write_volatile(*byte) };
+        }
+        Ok(())
+    }
+
+    /// Reads the naturally aligned `u64` at `offset` in one access.
+    pub fn load(&self, offset: u64) -> Result<u64, Failed> {
+        let at = self.word(offset)?;
+        // SAFETY: bounds and alignment checked by `word`; shared memory is only ever accessed atomically or
+        // byte-wise volatile through this type.
+        Ok(unsafe { &*at }.load(std::sync::atomic::Ordering::Acquire))
+    }
+
+    /// Writes the naturally aligned `u64` at `offset` in one access.
+    pub fn store(&self, offset: u64, value: u64) -> Result<(), Failed> {
+        if !self.writable {
+            return Err(Failed::new("store", Errno::ACCESS));
+        }
+        let at = self.word(offset)?;
+        // SAFETY: as in `load`; writable.
+        unsafe { &*at }.store(value, std::sync::atomic::Ordering::Release);
+        Ok(())
+    }
+
+    /// Gives the pages of `offset..offset+len` back to the file system; the next touch finds zeroes.
+    /// `fallocate(2)` with PUNCH_HOLE and KEEP_SIZE. It succeeds whatever pins exist.
+    pub fn punch(&self, offset: u64, len: u64) -> Result<(), Failed> {
+        rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+            .map_err(|e| Failed::new("fallocate(PUNCH_HOLE)", e))
+    }
+
+    fn word(&self, offset: u64) -> Result<*const std::sync::atomic::AtomicU64, Failed> {
+        if offset % 8 != 0 {
+            return Err(Failed::new("word", Errno::INVAL));
+        }
+        Ok(self.span(offset, 8)?.cast_const().cast())
+    }
+
+    fn span(&self, offset: u64, len: usize) -> Result<*mut u8, Failed> {
+        match offset.checked_add(len as u64) {
+            // SAFETY: offset + len lies within the window, as just checked.
+            Some(end) if end <= self.len => Ok(unsafe { self.window()?.base.add(offset as usize) }),
+            _ => Err(Failed::new("span", Errno::INVAL)),
+        }
+    }
+
+    fn window(&self) -> Result<&Window, Failed> {
+        let made = self.window.get_or_init(|| {
+            let prot = if self.writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+            let len = usize::try_from(self.len).map_err(|_| Errno::INVAL)?;
+            // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &self.fd, 0) }
+                .map(|base| Window { base: base.cast(), len })
+        });
+        made.as_ref().map_err(|errno| Failed::new("mmap", *errno))
+    }
+}
+
+impl AsFd for GuestFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
