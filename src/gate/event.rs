@@ -1,0 +1,267 @@
+//! What happens to the gate: requests of clients, results of effects, and time passing.
+//!
+//! An event tells a fact; the gate has no other source of facts. Results carry what the kernel really answered
+//! and how long it took, so that a log of events replays to the same state.
+
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, PageRange};
+
+use super::fence::{Step, Steps};
+use super::ledger::PageState;
+
+macro_rules! names {
+    ($($(#[$doc:meta])* $name:ident($raw:ty);)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub $raw);
+    )*};
+}
+
+names! {
+    /// A connection that may ask: it began what it may end, and owns the memory that it added.
+    ClientId(u32);
+    /// A guest memory region.
+    RegionId(u32);
+    /// An IOVA domain.
+    DomainId(u16);
+    /// A device.
+    DeviceId(u16);
+    /// One invalidation, from begin to end. Never used twice, never 0.
+    InvalidationId(u64);
+    /// One effect whose result the gate waits for. Never used twice.
+    JobId(u64);
+}
+
+/// The identity of a file (`st_dev`, `st_ino`): two descriptors of one file are one identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+/// Through which of a client's sockets a request came; its answer goes the same way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// A varlink call on the control socket.
+    Control,
+    /// A record on the notification channel.
+    Channel,
+}
+
+/// Whom to answer. The cookie is the caller's own and comes back untouched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// The connection.
+    pub client: ClientId,
+    /// Which of its sockets.
+    pub door: Door,
+    /// The caller's own number for the request.
+    pub cookie: u64,
+}
+
+/// Pages of a file, from an offset on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backing {
+    /// The file.
+    pub file: FileId,
+    /// Where in it the region starts; page-aligned.
+    pub offset: Offset,
+}
+
+/// A guest memory region as its owner describes it. Device DMA sees it at IOVA = guest-physical address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionSpec {
+    /// Where the guest sees it.
+    pub gpa: PageRange<Gpa>,
+    /// What devices are given: a shared memfd, or a guest_memfd that can be mapped.
+    pub backing: Backing,
+    /// Whether devices may write.
+    pub writable: bool,
+    /// Bytes per kernel mapping; a power of two, at least a page. Pages convert singly whatever this is.
+    pub piece: u64,
+    /// The state of pages that the ledger does not know yet (from no other region of the file).
+    pub initial: PageState,
+}
+
+/// How the owner's side of a conversion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The whole range is now what was asked for.
+    Committed,
+    /// Nothing of the range changed.
+    NotCommitted,
+    /// Neither is certain: the range is quarantined. `errno` and `offset` (bytes into the range) are the
+    /// owner's evidence and go into the receipt.
+    Unknown {
+        /// What the owner's kernel call answered; 0 where there was none.
+        errno: i32,
+        /// How far into the range it got, in bytes.
+        offset: u64,
+    },
+}
+
+/// Who performs the conversion between begin and end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Performer {
+    /// The client, which then sends `end`.
+    Client,
+    /// passgate itself ([`super::Effect::Convert`]).
+    Passgate,
+}
+
+/// How an unmap went, as the domain said it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnmapResult {
+    /// `bytes` gone, nothing in flight.
+    Gone {
+        /// Bytes removed.
+        bytes: u64,
+    },
+    /// `bytes` gone from the translation; [`Event::Released`] with the same job follows once what was in
+    /// flight has ended.
+    InFlight {
+        /// Bytes removed.
+        bytes: u64,
+    },
+    /// The call failed; what is left is unknown.
+    Failed {
+        /// The kernel's answer.
+        errno: i32,
+        /// Bytes removed before.
+        bytes: u64,
+    },
+}
+
+/// How a map went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapResult {
+    /// The whole range is mapped.
+    Mapped,
+    /// Nothing of it is mapped.
+    Refused {
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// Some of it may be.
+    Unknown {
+        /// The kernel's answer to the roll-back.
+        errno: i32,
+    },
+}
+
+/// What happens to the gate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A domain exists. Before any region or device.
+    DomainAdded {
+        /// Its name from now on.
+        domain: DomainId,
+        /// Kernel mappings that it can hold.
+        max_mappings: u64,
+        /// Longest kernel mapping, in bytes.
+        max_piece: u64,
+    },
+    /// A device is attached to a domain and can be stopped by these steps.
+    DeviceAdded {
+        /// Its name from now on.
+        device: DeviceId,
+        /// Where it is attached.
+        domain: DomainId,
+        /// Its stop class.
+        steps: Steps,
+    },
+    /// A client adds memory.
+    AddRegion {
+        /// Whom to answer; also the region's owner.
+        caller: Caller,
+        /// The region.
+        spec: RegionSpec,
+    },
+    /// A client takes memory away: every mapping of the region goes, then the region.
+    RemoveRegion {
+        /// Whom to answer; must be the owner.
+        caller: Caller,
+        /// The region.
+        region: RegionId,
+    },
+    /// A client announces that a range is about to change.
+    Begin {
+        /// Whom to answer; only this client may end it.
+        caller: Caller,
+        /// What changes; may cross regions, may not touch addresses without a region.
+        range: PageRange<Gpa>,
+        /// What the pages will be.
+        to: PageState,
+        /// Who makes the change.
+        performer: Performer,
+        /// Within how many nanoseconds the answer must come.
+        deadline_ns: u64,
+    },
+    /// The client that began says how it went.
+    End {
+        /// Whom to answer.
+        caller: Caller,
+        /// What it began.
+        invalidation: InvalidationId,
+        /// How it went.
+        outcome: Outcome,
+    },
+    /// [`super::Effect::Convert`] is done.
+    Converted {
+        /// Of which invalidation.
+        invalidation: InvalidationId,
+        /// How it went.
+        outcome: Outcome,
+    },
+    /// [`super::Effect::Map`] is done.
+    Mapped {
+        /// Which one.
+        job: JobId,
+        /// How it went.
+        result: MapResult,
+    },
+    /// [`super::Effect::Unmap`] is done.
+    Unmapped {
+        /// Which one.
+        job: JobId,
+        /// How it went.
+        result: UnmapResult,
+        /// How long the call took, in nanoseconds.
+        took_ns: u64,
+    },
+    /// What was in flight over the pages of an unmap has ended.
+    Released {
+        /// The unmap.
+        job: JobId,
+    },
+    /// [`super::Effect::Fence`] is done.
+    Fenced {
+        /// Which one.
+        job: JobId,
+        /// The kernel's answer; 0 for success.
+        errno: i32,
+        /// How long the call took, in nanoseconds.
+        took_ns: u64,
+    },
+    /// [`super::Effect::Attach`] is done.
+    Attached {
+        /// Which one.
+        job: JobId,
+        /// The kernel's answer; 0 for success.
+        errno: i32,
+    },
+    /// The time that [`super::Effect::Arm`] asked for has passed.
+    Expired {
+        /// Of which invalidation.
+        invalidation: InvalidationId,
+        /// The rung that was to be over by now.
+        rung: Step,
+    },
+    /// A connection is gone, at whatever point.
+    ClientGone {
+        /// Which.
+        client: ClientId,
+    },
+}

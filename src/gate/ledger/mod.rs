@@ -1,0 +1,30 @@
+//! The ledger: what every page is, and what is mapped where.
+
+/// What a page of guest memory is to devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum PageState {
+    /// Devices may see it.
+    Shared = 0,
+    /// Only the guest may see it.
+    Private = 1,
+    /// Nothing is there: punched, not given again yet.
+    Hole = 2,
+    /// Not known: after an end that said so, or none.
+    Unknown = 3,
+}
+
+impl PageState {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [PageState; 4] = [Self::Shared, Self::Private, Self::Hole, Self::Unknown];
+
+    /// In words, for messages and for JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Shared => "shared",
+            Self::Private => "private",
+            Self::Hole => "hole",
+            Self::Unknown => "unknown",
+        }
+    }
+}

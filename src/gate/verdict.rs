@@ -1,0 +1,192 @@
+//! The gate's words: done, refused, unknown, and for what reason.
+
+use passgate_bindings::units::Address;
+use passgate_bindings::{Gpa, PageRange};
+
+use super::event::{DeviceId, InvalidationId};
+use super::fence::Step;
+
+/// The answer to a begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// No device can see the range any more; go on.
+    Done,
+    /// The range is as it was before, or worse: do not convert. What failed is in quarantine.
+    Refused {
+        /// The first range that failed.
+        range: PageRange<Gpa>,
+        /// Why.
+        reason: Reason,
+    },
+    /// Whether devices still see the range is not known in time: do not convert. It is in quarantine.
+    Unknown {
+        /// The first range that is unknown.
+        range: PageRange<Gpa>,
+        /// Why.
+        reason: Reason,
+    },
+}
+
+/// Why a range could not be given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reason {
+    /// The kind of failure.
+    pub cause: Cause,
+    /// The device (the first of its domain) that could not be stopped, where one is to blame.
+    pub device: Option<DeviceId>,
+    /// The last rung that was tried.
+    pub rung: Step,
+    /// The kernel's answer; 0 where there was none.
+    pub errno: i32,
+}
+
+/// The kinds of failure of an invalidation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Cause {
+    /// A mapping could not be removed, or not at its full length.
+    UnmapFailed = 1,
+    /// Operations issued before the unmap had not ended in time.
+    DmaInFlight = 2,
+    /// A back-end call did not return in time.
+    CallHangs = 3,
+    /// A mapping being made over the range did not finish in time.
+    MapInFlight = 4,
+    /// The owner could not say whether the conversion took place.
+    OwnerUnknown = 5,
+    /// The client went away between begin and end.
+    ClientGone = 6,
+    /// A mapping could neither be finished nor taken back.
+    HalfMapped = 7,
+}
+
+impl Cause {
+    /// In words, for messages and for JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::UnmapFailed => "unmap-failed",
+            Self::DmaInFlight => "dma-in-flight",
+            Self::CallHangs => "call-hangs",
+            Self::MapInFlight => "map-in-flight",
+            Self::OwnerUnknown => "owner-unknown",
+            Self::ClientGone => "client-gone",
+            Self::HalfMapped => "half-mapped",
+        }
+    }
+}
+
+/// Why a request itself was wrong. Nothing changed. The text is the message that the user reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No region there.
+    #[error("no region covers guest-physical address {gpa}: add it with AddMemory first")]
+    NoMemory {
+        /// The first address without one.
+        gpa: Gpa,
+    },
+    /// The new region would share guest-physical addresses with another.
+    #[error("the region overlaps region {} at {gpa}: remove that one first", region.0)]
+    Overlaps {
+        /// The other.
+        region: super::event::RegionId,
+        /// Where.
+        gpa: Gpa,
+    },
+    /// Another invalidation holds the range.
+    #[error("invalidation {} already holds {gpa}: end it first", invalidation.0)]
+    Busy {
+        /// The other.
+        invalidation: InvalidationId,
+        /// Where.
+        gpa: Gpa,
+    },
+    /// The range is in quarantine.
+    #[error("{gpa} is in quarantine ({}): it is freed by proof or by a person", cause.word())]
+    Quarantined {
+        /// The first quarantined address.
+        gpa: Gpa,
+        /// Why it came there.
+        cause: Cause,
+    },
+    /// No such region, or not this client's.
+    #[error("region {} is not one that this connection added", region.0)]
+    NotOwner {
+        /// The region.
+        region: super::event::RegionId,
+    },
+    /// No such invalidation, or not this client's, or not open.
+    #[error("invalidation {} is not one that this connection began and has not ended", invalidation.0)]
+    NotBegun {
+        /// The invalidation.
+        invalidation: InvalidationId,
+    },
+    /// The kernel did not make the mapping.
+    #[error("the region could not be mapped (errno {errno}); nothing of it is left")]
+    MapFailed {
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// The mapping was not made whole and not taken back whole.
+    #[error(
+        "the region could not be mapped (errno {errno}), and part of it could not be taken back: it is in quarantine"
+    )]
+    HalfMapped {
+        /// The kernel's answer.
+        errno: i32,
+    },
+    /// More of something than this session allows.
+    #[error("this would need {needed} {what}, the limit is {limit}{}", mend(what))]
+    Budget {
+        /// Of what.
+        what: &'static str,
+        /// How many there would be.
+        needed: u64,
+        /// How many there may be.
+        limit: u64,
+    },
+    /// The region's mapping size is no power of two or less than a page.
+    #[error("the mapping size {piece} is not a power of two of at least one page")]
+    BadPiece {
+        /// As given.
+        piece: u64,
+    },
+    /// The client is going away.
+    #[error("this connection is being closed")]
+    Closing,
+}
+
+fn mend(what: &str) -> &'static str {
+    match what {
+        "mappings" => ": add the memory with a larger mapping size (`piece`)",
+        _ => "",
+    }
+}
+
+impl Refusal {
+    /// A number for the notification channel (docs/protocol.md): the errno that says it best.
+    pub fn errno(self) -> i32 {
+        // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
+        match self {
+            Self::NoMemory { .. } => 14,                        // EFAULT
+            Self::Overlaps { .. } => 17,                        // EEXIST
+            Self::Busy { .. } => 16,                            // EBUSY
+            Self::Quarantined { .. } => 5,                      // EIO
+            Self::NotOwner { .. } | Self::NotBegun { .. } => 2, // ENOENT
+            Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
+            Self::Budget { .. } => 28,   // ENOSPC
+            Self::BadPiece { .. } => 22, // EINVAL
+            Self::Closing => 108,        // ESHUTDOWN
+        }
+    }
+
+    /// The address that the refusal is about, where there is one.
+    pub fn gpa(self) -> Option<Gpa> {
+        match self {
+            Self::NoMemory { gpa }
+            | Self::Overlaps { gpa, .. }
+            | Self::Busy { gpa, .. }
+            | Self::Quarantined { gpa, .. } => Some(Gpa::from_raw(gpa.raw())),
+            _ => None,
+        }
+    }
+}
