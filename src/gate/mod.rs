@@ -9,6 +9,7 @@
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
 pub mod effect;
+mod ending;
 pub mod event;
 pub mod fence;
 mod invalidation;

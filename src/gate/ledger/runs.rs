@@ -191,7 +191,7 @@ fn joins(left: &Run, right: &Run) -> bool {
         && right.state == RunState::Live
         && left.piece == right.piece
         && left.range.end() == right.range.start()
-        && left.range.len() % left.piece == 0
+        && left.range.len().is_multiple_of(left.piece)
 }
 
 #[cfg(test)]
