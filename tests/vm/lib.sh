@@ -6,6 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 vm=$root/tests/vm
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/passgate
 mkdir -p "$cache"
+PATH=$PATH:/usr/sbin:/sbin
 
 # Where a kernel or QEMU newer than this machine's release is looked for, best first.
 kernel_suites=(trixie-backports testing)
@@ -34,13 +35,13 @@ packages() {
     done
     [ ${#missing[@]} != 0 ] || return 0
     say "apt installs ${missing[*]}"
-    apt_update || cannot "apt cannot reach its archive, and ${missing[*]} must be installed"
+    apt_update || cannot "apt cannot reach its archive (log: $cache/apt-update.log), and ${missing[*]} must be installed"
     apt_install "${missing[@]}"
 }
 
 # apt_update and apt_install take apt's options, and turns: apt's own locks do not wait for everything.
 apt_update() {
-    (flock 8 && as_root apt-get -qq -o APT::Update::Error-Mode=any "$@" update >&2) 8>"$cache/apt.lock"
+    (flock 8 && as_root apt-get -qq -o APT::Update::Error-Mode=any "$@" update >"$cache/apt-update.log" 2>&1) 8>"$cache/apt.lock"
 }
 apt_install() {
     (
