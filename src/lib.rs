@@ -10,6 +10,7 @@ pub mod error;
 pub mod gate;
 pub mod observe;
 pub mod protocol;
+pub mod serve;
 pub mod session;
 
 pub use error::{Error, Result};

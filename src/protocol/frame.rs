@@ -78,6 +78,11 @@ impl Frames {
         Ok(true)
     }
 
+    /// Whether a whole frame has come.
+    pub fn has_frame(&self) -> bool {
+        self.bytes.contains(&0)
+    }
+
     /// The next whole frame without its NUL, and every descriptor that has come by then.
     pub fn next(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
         let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
