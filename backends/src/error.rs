@@ -27,6 +27,19 @@ pub enum Error {
         /// The kernel's answer to the roll-back.
         source: Failed,
     },
+    /// The device is not bound to VFIO.
+    #[error(
+        "{device} is bound to {driver}, not to vfio-pci: passgate bind {device}; or by hand: \
+         echo vfio-pci > /sys/bus/pci/devices/{device}/driver_override; \
+         echo {device} > /sys/bus/pci/devices/{device}/driver/unbind; \
+         echo {device} > /sys/bus/pci/drivers_probe"
+    )]
+    Unbound {
+        /// The device's name.
+        device: String,
+        /// The driver that has it, or `no driver`.
+        driver: String,
+    },
     /// The device cannot do this.
     #[error("{device}: {what} is not supported by this device")]
     Unsupported {
@@ -63,7 +76,7 @@ impl Error {
                 Some(source.errno)
             }
             Self::Unsupported { .. } => Some(Errno::OPNOTSUPP),
-            Self::Host { .. } => None,
+            Self::Unbound { .. } | Self::Host { .. } => None,
         }
     }
 }
