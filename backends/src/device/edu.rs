@@ -24,8 +24,9 @@ use crate::{Error, Result};
 /// Vendor and device id.
 pub const IDS: (u16, u16) = (0x1234, 0x11e8);
 
-/// What a DMA read returns for bytes that never reached the device.
-pub const POISON: u8 = 0xa5;
+/// What a DMA read returns for bytes that never reached the device. QEMU puts zeroes where a read was refused,
+/// whatever the engine's buffer held, so poison cannot be anything else: look at memory that is not zero.
+pub const POISON: u8 = 0;
 
 /// Registers in BAR 0. Addresses are 64 bits wide.
 const SOURCE: u64 = 0x80;
@@ -182,10 +183,8 @@ impl Device for Edu {
             let mut bytes = vec![POISON; len];
             let mut at = iova;
             for chunk in bytes.chunks_mut(BUFFER_LEN) {
-                // Poison in the engine's buffer shows a read that faulted; poison in the page, a device that
-                // reaches no memory at all.
+                // A refused read is zeroes in the engine; zeroes in the page show one that reaches no memory at all.
                 scratch.page.write(0, chunk).map_err(failed)?;
-                self.fill(scratch.iova.start(), chunk.len())?;
                 self.fill(at, chunk.len())?;
                 self.drain(scratch.iova.start(), chunk.len())?;
                 scratch.page.read(0, chunk).map_err(failed)?;

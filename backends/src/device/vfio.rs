@@ -105,21 +105,22 @@ impl VfioDevice {
 
     fn seat_cdev(candidate: &Candidate, cdev: Cdev, domain: &Arc<IommufdDomain>) -> Result<Self> {
         let device = candidate.pci.address().to_string();
-        let failed = |source: Failed| Error::Device {
-            device: device.clone(),
-            source,
-            mend: match source.errno {
-                Errno::BUSY => "; another process has this device or its IOMMU group: stop it first",
+        let failed = |source, mend| Error::Device { device: device.clone(), source, mend };
+        cdev.bind(domain.iommufd()).map_err(|source| {
+            let mend = match source.errno {
+                Errno::INVAL => "; another process has this device: stop it first",
+                Errno::BUSY => {
+                    "; another process, or a driver of the host, has its IOMMU group: stop it first"
+                }
                 Errno::PERM => {
                     "; this machine has no interrupt remapping: switch it on, or accept the risk with \
                      iommufd.allow_unsafe_interrupts=1"
                 }
-                Errno::INVAL => "; the device is bound to an iommufd already, or cannot take these mappings",
                 _ => "",
-            },
-        };
-        cdev.bind(domain.iommufd()).map_err(failed)?;
-        cdev.attach(domain.ioas()).map_err(failed)?;
+            };
+            failed(source, mend)
+        })?;
+        cdev.attach(domain.ioas()).map_err(|source| failed(source, ""))?;
         // The kernel moves a group to the blocking domain when its last device leaves, so that detaching one of
         // several proves nothing.
         let stop = if let Some(other) = candidate.companions.first() {

@@ -41,8 +41,9 @@ impl Cdev {
     }
 
     /// Binds the device to `iommufd`, until its file closes, and returns its id there
-    /// (`VFIO_DEVICE_BIND_IOMMUFD`). Its DMA is blocked until it is attached. `EBUSY` where another process has
-    /// it, `EINVAL` where it is bound already. A KVM that is to know the device must be told before.
+    /// (`VFIO_DEVICE_BIND_IOMMUFD`). Its DMA is blocked until it is attached. `EINVAL` where it is open already,
+    /// through this file or another, in any process; `EBUSY` where its group is open, or a driver of the host uses
+    /// it. A KVM that is to know the device must be told before.
     pub fn bind(&self, iommufd: &Iommufd) -> Result<u32, Failed> {
         let mut arg = uapi::vfio_device_bind_iommufd {
             argsz: argsz::<uapi::vfio_device_bind_iommufd>(),
