@@ -26,11 +26,17 @@ type Test = fn(&Bench) -> Result<(), Failed>;
 const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("dma_moves_the_right_bytes_of_a_memfd", domains::dma_moves_the_right_bytes_of_a_memfd),
     ("dma_moves_the_right_bytes_of_a_guest_memfd", domains::dma_moves_the_right_bytes_of_a_guest_memfd),
+    ("dma_moves_the_right_bytes_of_huge_pages", domains::dma_moves_the_right_bytes_of_huge_pages),
     ("unmapped_memory_is_out_of_reach", domains::unmapped_memory_is_out_of_reach),
     ("a_read_only_mapping_takes_no_write", domains::a_read_only_mapping_takes_no_write),
     ("unmap_counts_bytes_and_leaves_holes_alone", domains::unmap_counts_bytes_and_leaves_holes_alone),
     ("an_unmap_that_would_cut_changes_nothing", domains::an_unmap_that_would_cut_changes_nothing),
+    (
+        "an_unmap_that_fails_half_way_says_what_it_removed",
+        domains::an_unmap_that_fails_half_way_says_what_it_removed,
+    ),
     ("a_map_that_fails_leaves_nothing", domains::a_map_that_fails_leaves_nothing),
+    ("a_map_beyond_the_memlock_limit_says_so", domains::a_map_beyond_the_memlock_limit_says_so),
     ("an_alias_is_a_mapping_of_its_own", domains::an_alias_is_a_mapping_of_its_own),
     ("capabilities_are_probed", domains::capabilities_are_probed),
     ("two_devices_share_one_domain", domains::two_devices_share_one_domain),
@@ -57,6 +63,7 @@ const IOMMUFD: &[(&str, Test)] = &[
 
 const TYPE1: &[(&str, Test)] = &[
     ("detach_is_unsupported", fences::detach_is_unsupported),
+    ("a_full_container_says_so", domains::a_full_container_says_so),
     ("the_container_says_what_it_can_do", calls::the_container_says_what_it_can_do),
 ];
 

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use libtest_mimic::Failed;
 use passgate_backends::device::edu::POISON;
 use passgate_backends::{Error, Kind, Unmap};
-use passgate_bindings::memory::GuestFile;
+use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::bench::{Bench, at, bytes, check, fresh, guest_memfd, memfd, range, same};
 
@@ -20,6 +23,14 @@ pub fn dma_moves_the_right_bytes_of_a_memfd(bench: &Bench) -> Outcome {
 
 pub fn dma_moves_the_right_bytes_of_a_guest_memfd(bench: &Bench) -> Outcome {
     dma_moves_the_right_bytes(bench, &guest_memfd(4)?)
+}
+
+pub fn dma_moves_the_right_bytes_of_huge_pages(bench: &Bench) -> Outcome {
+    const HUGE: u64 = 2 << 20;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let fd = rustix::fs::memfd_create("huge", flags)?;
+    rustix::fs::ftruncate(&fd, 2 * HUGE)?;
+    dma_moves_the_right_bytes(bench, &Arc::new(GuestFile::new(fd, FileKind::Hugetlb(HUGE), 2 * HUGE, true)))
 }
 
 /// Three pages from the second of four, in pieces of two: offsets, pieces and page borders all have to be right.
@@ -81,6 +92,20 @@ pub fn an_unmap_that_would_cut_changes_nothing(bench: &Bench) -> Outcome {
     same("the whole", engine.unmap(0, 4), Unmap::Gone { bytes: 4 * PAGE })
 }
 
+/// type1 looks at both ends first; iommufd goes along until it meets the cut, and says how far it came.
+pub fn an_unmap_that_fails_half_way_says_what_it_removed(bench: &Bench) -> Outcome {
+    let (engine, file) = (bench.engine()?, memfd(4)?);
+    engine.map(0, 2, &file)?;
+    engine.map(4, 4, &file)?;
+    let (failed, left) = match bench.kind {
+        Kind::Type1 => (Unmap::Failed { errno: Errno::INVAL, bytes: 0 }, 6 * PAGE),
+        _ => (Unmap::Failed { errno: Errno::NOENT, bytes: 2 * PAGE }, 4 * PAGE),
+    };
+    same("an unmap that cuts at its end", engine.unmap(0, 6), failed)?;
+    check("the mapping that it would cut is still reached", engine.reaches(4, &file)?)?;
+    same("what was left", engine.unmap(0, 8), Unmap::Gone { bytes: left })
+}
+
 pub fn a_map_that_fails_leaves_nothing(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(8)?);
     engine.map(5, 1, &file)?;
@@ -138,6 +163,39 @@ pub fn a_pinned_page_outlives_its_punch(bench: &Bench) -> Outcome {
     engine.device.dma_write(at(0), &late)?;
     same("its writes never arrive", bytes(&file, 0, 64)?, vec![0; 64])?;
     same("they are in the old page", engine.sees(0, 64)?, late)
+}
+
+pub fn a_full_container_says_so(bench: &Bench) -> Outcome {
+    const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+    let before = std::fs::read_to_string(LIMIT)?;
+    std::fs::write(LIMIT, "4")?; // counts for containers made from now on
+    let engine = bench.engine();
+    std::fs::write(LIMIT, before.trim())?;
+    let (engine, file) = (engine?, memfd(5)?);
+    same("the limit", engine.domain.capabilities().max_mappings, 4)?;
+    let error = engine.domain.map(range(0, 5), PAGE, &file, Offset(0), true).expect_err("one too many");
+    same("the errno", error.errno(), Some(Errno::NOSPC))?;
+    check("the mend", error.to_string().contains("raise vfio_iommu_type1.dma_entry_limit"))?;
+    same("nothing is left", engine.unmap(0, 5), Unmap::Gone { bytes: 0 })?;
+    engine.domain.map(range(0, 4), PAGE, &file, Offset(0), true)?;
+    same("four fit", engine.unmap(0, 4), Unmap::Gone { bytes: 4 * PAGE })
+}
+
+/// The limit counts for whoever lacks CAP_IPC_LOCK, as the daemon does.
+pub fn a_map_beyond_the_memlock_limit_says_so(bench: &Bench) -> Outcome {
+    let (engine, file) = (bench.engine()?, memfd(64)?);
+    let (limit, root) = (getrlimit(Resource::Memlock), capabilities(None)?);
+    let mut less = root;
+    less.effective.remove(CapabilitySet::IPC_LOCK);
+    setrlimit(Resource::Memlock, Rlimit { current: Some(16 * PAGE), ..limit })?;
+    set_capabilities(None, less)?;
+    let result = engine.domain.map(range(0, 64), 8 * PAGE, &file, Offset(0), true);
+    set_capabilities(None, root)?;
+    setrlimit(Resource::Memlock, limit)?;
+    let error = result.expect_err("more than may be pinned");
+    same("the errno", error.errno(), Some(Errno::NOMEM))?;
+    check("the mend", error.to_string().contains("RLIMIT_MEMLOCK"))?;
+    same("nothing is left", engine.unmap(0, 64), Unmap::Gone { bytes: 0 })
 }
 
 pub fn addresses_beyond_4_gib_reach_the_engine(bench: &Bench) -> Outcome {
