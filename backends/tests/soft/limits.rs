@@ -33,9 +33,8 @@ fn a_bad_map_is_refused_whole() {
 
 #[test]
 fn slots_run_out_with_a_clear_word_and_come_back() {
-    let domain = SoftDomain::with_slots(8).unwrap();
-    let device = domain.device("soft:0").unwrap();
-    let bench = Bench { domain, device, memory: memory(64) };
+    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+    let bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 64, Some(budget));
     bench.map(0, 5);
     let text = refused(&bench, iova(8, 4), PAGE, 0, Errno::NOSPC);
     assert!(text.contains("larger pieces"), "{text}");
@@ -59,7 +58,7 @@ fn slots_run_out_with_a_clear_word_and_come_back() {
 
 #[test]
 fn a_file_that_cannot_be_written_is_refused_with_the_mend() {
-    let domain = SoftDomain::open().unwrap();
+    let Bench { domain, _budget, .. } = Bench::new(1);
     let memory = GuestFile::memfd("read-only", PAGE).unwrap();
     let fd = memory.as_fd().try_clone_to_owned().unwrap();
     let memory = Arc::new(GuestFile::new(fd, memory.kind(), PAGE, false));
@@ -89,37 +88,40 @@ fn all_slots_are_mapped_and_unmapped_at_once() {
 
 #[test]
 fn the_locked_memory_limit_is_told_with_its_mend_and_nothing_is_left_of_the_map() {
+    let _alone = BUDGET.write().unwrap_or_else(PoisonError::into_inner);
+    let before = getrlimit(Resource::Memlock);
+    let limit = before.current.unwrap_or(u64::MAX).min(4 << 20);
+    setrlimit(Resource::Memlock, Rlimit { current: Some(limit), ..before }).unwrap();
     // Capabilities are of a thread, so nobody else loses them.
-    std::thread::spawn(|| {
-        let mut mine = capabilities(None).unwrap();
-        mine.effective.remove(CapabilitySet::IPC_LOCK);
-        mine.permitted.remove(CapabilitySet::IPC_LOCK);
-        set_capabilities(None, mine).unwrap();
-        let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
-        let limit = current.unwrap_or(u64::MAX).min(8 << 20);
-        setrlimit(Resource::Memlock, Rlimit { current: Some(limit), maximum }).unwrap();
+    let outcome = std::thread::spawn(move || under_a_limit(limit)).join();
+    setrlimit(Resource::Memlock, before).unwrap();
+    outcome.unwrap();
+}
 
-        let pages = limit / PAGE;
-        let bench = Bench::new(2 * pages);
-        assert_eq!(bench.domain.capabilities().max_mappings, pages);
-        bench.map(0, 100);
-        let text = refused(&bench, iova(100, pages), PAGE, 100 * PAGE, Errno::NOMEM);
-        for word in ["RLIMIT_MEMLOCK", "ulimit -l", "LimitMEMLOCK=", &limit.to_string()] {
-            assert!(text.contains(word), "{text}");
-        }
-        bench.dma_store(99, 1).unwrap();
-        is_fault(bench.dma_load(100), 100);
-        // What was rolled back is not pinned either: as much can be mapped again.
-        bench.map(100, pages / 2);
-        bench.dma_store(100, 1).unwrap();
+fn under_a_limit(limit: u64) {
+    let mut mine = capabilities(None).unwrap();
+    mine.effective.remove(CapabilitySet::IPC_LOCK);
+    mine.permitted.remove(CapabilitySet::IPC_LOCK);
+    set_capabilities(None, mine).unwrap();
 
-        let mut page = 2 * pages - 1;
-        while bench.domain.map(iova(page, 1), PAGE, &bench.memory, Offset(page * PAGE), true).is_ok() {
-            page -= 1;
-        }
-        let text = SoftDomain::open().unwrap_err().to_string();
-        assert!(text.contains("ulimit -l"), "{text}");
-    })
-    .join()
-    .unwrap();
+    let pages = limit / PAGE;
+    let bench = Bench::of(SoftDomain::open().unwrap(), 2 * pages, None);
+    assert_eq!(bench.domain.capabilities().max_mappings, pages);
+    bench.map(0, 100);
+    let text = refused(&bench, iova(100, pages), PAGE, 100 * PAGE, Errno::NOMEM);
+    for word in ["RLIMIT_MEMLOCK", "ulimit -l", "LimitMEMLOCK=", &limit.to_string()] {
+        assert!(text.contains(word), "{text}");
+    }
+    bench.dma_store(99, 1).unwrap();
+    is_fault(bench.dma_load(100), 100);
+    // What was rolled back is not pinned either: as much can be mapped again.
+    bench.map(100, pages / 2);
+    bench.dma_store(100, 1).unwrap();
+
+    let mut page = 2 * pages - 1;
+    while bench.domain.map(iova(page, 1), PAGE, &bench.memory, Offset(page * PAGE), true).is_ok() {
+        page -= 1;
+    }
+    let text = SoftDomain::open().unwrap_err().to_string();
+    assert!(text.contains("ulimit -l"), "{text}");
 }

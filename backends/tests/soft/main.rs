@@ -1,8 +1,10 @@
 //! The soft domain and its devices on the running kernel: what is mapped is pinned, what is gone faults, and what
 //! is in flight is said to be.
 
+#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Once, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use passgate_backends::device::soft::SoftDevice;
@@ -21,8 +23,12 @@ mod races;
 /// Where the tests map their memory.
 const BASE: u64 = 0x4000_0000;
 
+/// What the kernel lets a user lock is one budget: the test that uses it up wants it for itself.
+static BUDGET: RwLock<()> = RwLock::new(());
+
 /// A domain, one device in it, and guest memory that is not mapped yet.
 struct Bench {
+    _budget: Option<RwLockReadGuard<'static, ()>>,
     domain: Arc<SoftDomain>,
     device: Arc<SoftDevice>,
     memory: Arc<GuestFile>,
@@ -30,9 +36,13 @@ struct Bench {
 
 impl Bench {
     fn new(pages: u64) -> Self {
-        let domain = SoftDomain::open().unwrap();
+        let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+        Self::of(SoftDomain::open().unwrap(), pages, Some(budget))
+    }
+
+    fn of(domain: Arc<SoftDomain>, pages: u64, budget: Option<RwLockReadGuard<'static, ()>>) -> Self {
         let device = domain.device("soft:0").unwrap();
-        Self { domain, device, memory: memory(pages) }
+        Self { _budget: budget, domain, device, memory: memory(pages) }
     }
 
     /// Maps page `page` and `count` after it, each by itself, at the same place from [`BASE`].
@@ -67,7 +77,8 @@ fn memory(pages: u64) -> Arc<GuestFile> {
     match guest_memfd::shared(pages * PAGE) {
         Ok((_vm, file)) => Arc::new(file),
         Err(why) => {
-            println!("skipped: guest_memfd, by memfd instead: {why}");
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| println!("skipped: guest_memfd, by memfd instead: {why}"));
             Arc::new(GuestFile::memfd("passgate-test", pages * PAGE).unwrap())
         }
     }
@@ -246,8 +257,7 @@ fn a_read_only_mapping_is_not_written_to() {
 fn nothing_pins_the_memory_after_a_session() {
     let memory = Arc::new(GuestFile::memfd("witness", 4 * PAGE).unwrap());
     let witness: OwnedFd = memory.as_fd().try_clone_to_owned().unwrap();
-    let domain = SoftDomain::open().unwrap();
-    let device = domain.device("soft:0").unwrap();
+    let Bench { domain, device, _budget, .. } = Bench::new(1);
     domain.map(iova(0, 4), PAGE, &memory, Offset(0), true).unwrap();
     device.dma_write(at(0), &[1; 4 * PAGE as usize]).unwrap();
     drop(memory);
