@@ -42,7 +42,10 @@ pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
     match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
         Choice::Soft(names) => {
             let domain = SoftDomain::open()?;
-            let devices = names.iter().map(|name| domain.device(name)).collect();
+            let devices = names
+                .iter()
+                .map(|name| Ok(domain.device(name)? as Arc<dyn Device>))
+                .collect::<Result<_>>()?;
             Ok(Assignment { domain, devices })
         }
         Choice::Iommufd(names) => {
@@ -179,6 +182,18 @@ mod tests {
             let error = choose(kind, &names(devices), Path::new("/nowhere"), true).unwrap_err().to_string();
             assert!(error.contains(says) && error.contains(": ") && !error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn software_devices_are_opened_by_their_names() {
+        let soft = match assign(Kind::Auto, &names(&["soft:0", "soft:7"])) {
+            Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
+            other => other.unwrap(),
+        };
+        assert_eq!(soft.domain.name(), "soft");
+        let found: Vec<_> = soft.devices.iter().map(|device| device.name()).collect();
+        assert_eq!(found, ["soft:0", "soft:7"]);
+        assert_eq!(assign(Kind::Soft, &[]).unwrap().devices.len(), 0);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::{Error, Result};
 
 pub mod edu;
 pub(crate) mod refusal;
+pub mod soft;
 pub mod vfio;
 
 /// A rung of the ladder that acts on a device, weakest first.
