@@ -1,0 +1,265 @@
+//! What the kernel reports, and who waits for it.
+//!
+//! The completion queue is shared by the domain and all its devices; whoever takes a completion off it delivers
+//! it, under one lock. A tag is either of the unmap that is going on right now (`fresh`) or of an earlier one that
+//! found operations in flight (`outstanding`): then the last tag of its ticket ends the ticket and rings the bell.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use passgate_bindings::Failed;
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::uring::{Completion, Completions, OpId, Ring, Tag};
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::io::Errno;
+
+use crate::Ticket;
+
+/// One operation of a device and what became of it.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    id: OpId,
+    /// Whether it is used again and again (a device's own line) or ends once.
+    standing: bool,
+    state: AtomicU64,
+}
+
+/// Set in [`Flight::state`] once a result is known; the low 32 bits are the bytes, or the errno.
+const RESULT: u64 = 1 << 63;
+/// Set where the result is an errno.
+const FAILED: u64 = 1 << 62;
+/// Set once nothing more will come.
+const ENDED: u64 = 1 << 61;
+
+impl Flight {
+    pub(crate) fn new(id: OpId, standing: bool) -> Arc<Self> {
+        Arc::new(Self { id, standing, state: AtomicU64::new(0) })
+    }
+
+    /// Its name in the completions.
+    pub(crate) fn id(&self) -> OpId {
+        self.id
+    }
+
+    /// Makes a standing flight ready for the next operation.
+    pub(crate) fn rearm(&self) {
+        self.state.store(0, Ordering::Release);
+    }
+
+    /// Bytes done, or why not; none while the kernel may still touch the pages.
+    pub(crate) fn outcome(&self) -> Option<Result<u32, Errno>> {
+        let state = self.state.load(Ordering::Acquire);
+        if state & ENDED == 0 {
+            return None;
+        }
+        let low = state as u32;
+        Some(if state & FAILED == 0 { Ok(low) } else { Err(Errno::from_raw_os_error(low as i32)) })
+    }
+
+    /// The first completion brings the result, the last the end; mostly they are one.
+    fn complete(&self, result: Result<u32, Errno>, more: bool) {
+        let mut state = self.state.load(Ordering::Acquire);
+        if state & RESULT == 0 {
+            state |= RESULT
+                | match result {
+                    Ok(bytes) => bytes.into(),
+                    Err(errno) => FAILED | errno.raw_os_error() as u64,
+                };
+        }
+        if !more {
+            state |= ENDED;
+        }
+        self.state.store(state, Ordering::Release);
+    }
+}
+
+/// Pages that an unmap took out of the table while operations still ran over them.
+#[derive(Debug)]
+struct Outstanding {
+    ticket: Ticket,
+    /// Kept until the kernel has let go.
+    _file: Arc<GuestFile>,
+}
+
+/// What a ticket still waits for.
+#[derive(Debug)]
+struct Pending {
+    tags: u32,
+    /// Whether anybody was told of it; nobody is where a failed map takes its slots back.
+    told: bool,
+}
+
+/// The completion side of a soft domain.
+#[derive(Debug)]
+pub(crate) struct Reaper {
+    queue: Completions,
+    ring: Arc<Ring>,
+    bell: Bell,
+    flights: HashMap<OpId, Arc<Flight>>,
+    fresh: Vec<Tag>,
+    outstanding: HashMap<Tag, Outstanding>,
+    tickets: HashMap<Ticket, Pending>,
+    ended: Vec<Ticket>,
+    last_ticket: u64,
+}
+
+impl Reaper {
+    pub(crate) fn new(ring: Arc<Ring>, queue: Completions, bell: Bell) -> Self {
+        Self {
+            queue,
+            ring,
+            bell,
+            flights: HashMap::new(),
+            fresh: Vec::new(),
+            outstanding: HashMap::new(),
+            tickets: HashMap::new(),
+            ended: Vec::new(),
+            last_ticket: 0,
+        }
+    }
+
+    /// From now on completions of `flight` are delivered to it.
+    pub(crate) fn expect(&mut self, flight: &Arc<Flight>) {
+        self.flights.insert(flight.id, Arc::clone(flight));
+    }
+
+    /// Completions of `flight` are delivered to nobody any more.
+    pub(crate) fn forget(&mut self, flight: &Flight) {
+        self.flights.remove(&flight.id);
+    }
+
+    /// Takes every completion off the queue and delivers it.
+    pub(crate) fn reap(&mut self) {
+        let Self { queue, flights, fresh, outstanding, tickets, ended, .. } = self;
+        let (waiting, known) = (outstanding.len(), ended.len());
+        queue.reap(|completion| match completion {
+            Completion::Op { id, result, more } => {
+                let Some(flight) = flights.get(&id) else { return };
+                flight.complete(result, more);
+                if !more && !flight.standing {
+                    flights.remove(&id);
+                }
+            }
+            Completion::Released(tag) => {
+                if outstanding.is_empty() {
+                    return fresh.push(tag);
+                }
+                let Some(Outstanding { ticket, .. }) = outstanding.remove(&tag) else {
+                    return fresh.push(tag);
+                };
+                let Some(pending) = tickets.get_mut(&ticket) else { return };
+                pending.tags -= 1;
+                if pending.tags == 0 {
+                    if pending.told {
+                        ended.push(ticket);
+                    }
+                    tickets.remove(&ticket);
+                }
+            }
+        });
+        if ended.len() > known {
+            self.bell.ring();
+        }
+        if waiting > 0 && outstanding.is_empty() {
+            self.bell.unwatch(&self.ring);
+        }
+    }
+
+    /// Settles `count` slots that have just been emptied: the tags that have not come yet wait under a new
+    /// ticket, which [`Self::take_ended`] brings if it is `told`. None where all have come. The caller lets no
+    /// two of these overlap, so every fresh tag is of this one.
+    pub(crate) fn settle<'a>(
+        &mut self,
+        count: usize,
+        emptied: impl Iterator<Item = (Tag, &'a Arc<GuestFile>)>,
+        told: bool,
+    ) -> Option<Ticket> {
+        self.reap();
+        if self.fresh.len() == count {
+            self.fresh.clear();
+            return None;
+        }
+        self.last_ticket += 1;
+        let ticket = Ticket(self.last_ticket);
+        let mut tags = 0;
+        if self.outstanding.is_empty() {
+            self.bell.watch(&self.ring);
+        }
+        self.fresh.sort_unstable();
+        for (tag, file) in emptied {
+            if self.fresh.binary_search(&tag).is_err() {
+                tags += 1;
+                self.outstanding.insert(tag, Outstanding { ticket, _file: Arc::clone(file) });
+            }
+        }
+        self.fresh.clear();
+        self.tickets.insert(ticket, Pending { tags, told });
+        Some(ticket)
+    }
+
+    /// Appends the tickets that have ended.
+    pub(crate) fn take_ended(&mut self, ended: &mut Vec<Ticket>) {
+        if !self.ended.is_empty() {
+            ended.append(&mut self.ended);
+            self.bell.hush();
+        }
+    }
+}
+
+/// What the owner of a domain waits for: one pollable fd over a counter that is written when a ticket ends, and,
+/// while tickets are outstanding, the ring itself. A device hard at work rings nobody out of bed otherwise.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    counter: OwnedFd,
+    both: Arc<OwnedFd>,
+}
+
+impl Bell {
+    pub(crate) fn new() -> Result<Self, Failed> {
+        let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| Failed::new("eventfd", errno))?;
+        let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Failed::new("epoll_create1", e))?;
+        epoll::add(&both, &counter, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(|errno| Failed::new("epoll_ctl", errno))?;
+        Ok(Self { counter, both: Arc::new(both) })
+    }
+
+    /// The fd to wait on.
+    pub(crate) fn fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.both)
+    }
+
+    fn ring(&self) {
+        // It fails only where the counter is full, and then it is readable already.
+        let _ = rustix::io::write(&self.counter, &1u64.to_ne_bytes());
+    }
+
+    fn hush(&self) {
+        let _ = rustix::io::read(&self.counter, &mut [0; 8]);
+    }
+
+    fn watch(&self, ring: &Ring) {
+        self.change(
+            "watch",
+            |both, fd| epoll::add(both, fd, epoll::EventData::new_u64(1), epoll::EventFlags::IN),
+            ring,
+        );
+    }
+
+    fn unwatch(&self, ring: &Ring) {
+        self.change("stop watching", |both, fd| epoll::delete(both, fd), ring);
+    }
+
+    fn change(
+        &self,
+        what: &str,
+        call: impl FnOnce(BorrowedFd<'_>, BorrowedFd<'_>) -> rustix::io::Result<()>,
+        ring: &Ring,
+    ) {
+        if let Err(errno) = call(self.both.as_fd(), ring.as_fd()) {
+            log::error!("soft: cannot {what} the ring ({errno}): tickets are found only when somebody polls");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Devices hard at work while another thread maps and unmaps under them.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use passgate_backends::device::soft::Held;
+
+use super::*;
+
+/// How often a page is mapped and unmapped.
+const ROUNDS: u64 = 100_000;
+const PAGES: u64 = 16;
+
+/// Small steps that are not the same each time, and need no crate.
+fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+#[test]
+fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
+    let bench = Bench::new(PAGES);
+    let stop = AtomicBool::new(false);
+    let (hits, faults, holds) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let mut waiting = HashMap::new();
+    let (mut ended, mut tickets_seen, mut owned) = (Vec::new(), 0, 0);
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let device = bench.domain.device(&format!("soft:{thread}")).unwrap();
+            let (stop, hits, faults, holds) = (&stop, &hits, &faults, &holds);
+            scope.spawn(move || {
+                let mut state = thread;
+                let mut late: Option<Held> = None;
+                while !stop.load(Ordering::Relaxed) {
+                    let page = at(next(&mut state) % PAGES);
+                    let result = match next(&mut state) % 64 {
+                        // Now and then one that stays in flight until the next such round.
+                        0 => {
+                            if let Some(held) = late.take() {
+                                held.finish(&[0xff; 8]).unwrap();
+                                assert_eq!(held.wait(LONG), Some(Ok(8)));
+                            }
+                            device.hold_write(page, 8).map(|held| {
+                                late = Some(held);
+                                holds.fetch_add(1, Ordering::Relaxed);
+                            })
+                        }
+                        n if n % 2 == 0 => device.read_into(page, &mut [0; 64]),
+                        _ => device.write_from(page, &[0xff; 64]),
+                    };
+                    match result {
+                        Ok(()) => hits.fetch_add(1, Ordering::Relaxed),
+                        Err(Error::Fault { .. }) => faults.fetch_add(1, Ordering::Relaxed),
+                        Err(other) => panic!("{other}"),
+                    };
+                }
+            });
+        }
+        let mut state = 99;
+        for round in 0..ROUNDS {
+            let page = next(&mut state) % PAGES;
+            match bench.unmap(page, 1) {
+                // An older filling of the page may still be in flight: then it is not the owner's yet.
+                Unmap::Gone { .. } if !waiting.values().any(|of| *of == page) => {
+                    bench.store(page, round);
+                    std::hint::spin_loop();
+                    assert_eq!(
+                        bench.load(page),
+                        round,
+                        "written by a device after the unmap was answered gone"
+                    );
+                    owned += 1;
+                }
+                Unmap::Gone { .. } => {}
+                Unmap::InFlight { ticket, .. } => {
+                    tickets_seen += 1;
+                    assert_eq!(waiting.insert(ticket, page), None);
+                }
+                failed => panic!("{failed:?}"),
+            }
+            bench.map(page, 1);
+            bench.domain.poll(&mut ended);
+            ended.drain(..).for_each(|ticket| assert!(waiting.remove(&ticket).is_some()));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    for ticket in tickets(&bench.domain, waiting.len(), LONG) {
+        assert!(waiting.remove(&ticket).is_some());
+    }
+    assert_eq!(waiting.len(), 0, "lost");
+    println!(
+        "{hits:?} hits, {faults:?} faults, {holds:?} held, {tickets_seen} tickets, {owned} pages checked"
+    );
+    assert!(hits.into_inner() > 1000 && owned > ROUNDS / 4 && tickets_seen > 0);
+}
