@@ -77,6 +77,7 @@ impl SoftDevice {
     /// On [`Error::Fault`] the bytes before the faulting address have been read.
     pub fn read_into(&self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
         let line = self.line()?;
+        let _at_work = self.domain.at_work();
         let mut done = 0;
         while done < bytes.len() {
             let at = Iova(iova.0 + done as u64);
@@ -91,6 +92,7 @@ impl SoftDevice {
     /// The device writes `bytes` to guest memory from `iova` on. As [`SoftDevice::read_into`].
     pub fn write_from(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         let mut line = self.line()?;
+        let _at_work = self.domain.at_work();
         let mut at = iova;
         for chunk in bytes.chunks(line.room) {
             let put = rustix::io::write(&line.inlet, chunk);

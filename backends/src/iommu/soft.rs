@@ -16,6 +16,7 @@
 //! first, none is held for longer than one kernel call.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -54,6 +55,8 @@ pub struct SoftDomain {
     view: RwLock<View>,
     submissions: Mutex<Submissions>,
     reaper: Mutex<Reaper>,
+    /// Whether a ticket is outstanding.
+    waiting: Arc<AtomicBool>,
     wake: Arc<OwnedFd>,
 }
 
@@ -88,17 +91,19 @@ impl SoftDomain {
         let memlock = uring::memlock_limit();
         let slots = slots.clamp(1, uring::MAX_SLOTS);
         let (ring, submissions, completions) = Ring::open(SUBMISSIONS, slots)?;
-        let bell = Bell::new().map_err(|failed| Error::Host {
+        let bell = Bell::new(&ring).map_err(|failed| Error::Host {
             what: failed.to_string(),
             mend: "raise the limit of open files (`ulimit -n`, `LimitNOFILE=` in a systemd unit)",
         })?;
         let wake = bell.fd();
+        let reaper = Reaper::new(Arc::clone(&ring), completions, bell);
         Ok(Arc::new(Self {
             maps: Mutex::default(),
             table: Mutex::new(Table::new(slots)),
             view: RwLock::default(),
             submissions: Mutex::new(submissions),
-            reaper: Mutex::new(Reaper::new(Arc::clone(&ring), completions, bell)),
+            waiting: reaper.waiting(),
+            reaper: Mutex::new(reaper),
             ring,
             memlock,
             wake,
@@ -148,6 +153,15 @@ impl SoftDomain {
         flight.outcome().or_else(|| {
             self.reaper().reap();
             flight.outcome()
+        })
+    }
+
+    /// Says that the calling device is at work until the answer is dropped.
+    pub(crate) fn at_work(&self) -> Option<AtWork<'_>> {
+        // A ticket that begins right now costs its owner one vain look at the queue for each operation under way.
+        self.waiting.load(Ordering::Acquire).then(|| {
+            self.reaper().begin();
+            AtWork(self)
         })
     }
 
@@ -207,6 +221,15 @@ impl SoftDomain {
             }
         }
         (emptied, None)
+    }
+}
+
+/// A device is at work.
+pub(crate) struct AtWork<'a>(&'a SoftDomain);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.reaper().end();
     }
 }
 

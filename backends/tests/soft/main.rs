@@ -16,6 +16,7 @@ use passgate_bindings::{Iova, PageRange, guest_memfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+mod death;
 mod fences;
 mod limits;
 mod races;

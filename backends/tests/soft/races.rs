@@ -93,3 +93,38 @@ fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
     );
     assert!(hits.into_inner() > 1000 && owned > ROUNDS / 4 && tickets_seen > 0);
 }
+
+#[test]
+fn a_busy_device_does_not_keep_the_owner_of_a_ticket_awake() {
+    let bench = Bench::new(2);
+    bench.map(0, 2);
+    let held = bench.device.hold_write(at(0), 8).unwrap();
+    let ticket = ticket(bench.unmap(0, 1), 1);
+    let stop = AtomicBool::new(false);
+    let (wakes, dma) = std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            let mut dma = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                // Hits and faults in turn.
+                let _ = bench.device.read_into(at(dma % 2), &mut [0; 64]);
+                dma += 1;
+            }
+            dma
+        });
+        let begin = Instant::now();
+        let (mut wakes, mut ended) = (0_u64, Vec::new());
+        while let Some(left) = (3 * SHORT).checked_sub(begin.elapsed()) {
+            if readable(bench.domain.wake().unwrap(), left) {
+                wakes += 1;
+                bench.domain.poll(&mut ended);
+            }
+        }
+        assert_eq!(ended, []);
+        held.finish(&[0; 8]).unwrap();
+        assert_eq!(tickets(&bench.domain, 1, LONG), [ticket], "also while the device is busy");
+        stop.store(true, Ordering::Relaxed);
+        (wakes, busy.join().unwrap())
+    });
+    println!("{wakes} vain wakes in {dma} operations");
+    assert!(wakes * 1000 <= dma);
+}

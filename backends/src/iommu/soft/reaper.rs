@@ -5,9 +5,9 @@
 //! found operations in flight (`outstanding`): then the last tag of its ticket ends the ticket and rings the bell.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use passgate_bindings::Failed;
 use passgate_bindings::memory::GuestFile;
@@ -97,6 +97,10 @@ pub(crate) struct Reaper {
     queue: Completions,
     ring: Arc<Ring>,
     bell: Bell,
+    /// Whether anything is outstanding, for who does not hold this.
+    waiting: Arc<AtomicBool>,
+    /// Devices that are at work, and take what comes off the queue as they go.
+    busy: u32,
     flights: HashMap<OpId, Arc<Flight>>,
     fresh: Vec<Tag>,
     outstanding: HashMap<Tag, Outstanding>,
@@ -111,6 +115,8 @@ impl Reaper {
             queue,
             ring,
             bell,
+            waiting: Arc::default(),
+            busy: 0,
             flights: HashMap::new(),
             fresh: Vec::new(),
             outstanding: HashMap::new(),
@@ -163,7 +169,30 @@ impl Reaper {
             self.bell.ring();
         }
         if waiting > 0 && outstanding.is_empty() {
-            self.bell.unwatch(&self.ring);
+            self.waiting.store(false, Ordering::Release);
+            self.bell.watch(&self.ring, false);
+        }
+    }
+
+    /// Set while anything is outstanding.
+    pub(crate) fn waiting(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.waiting)
+    }
+
+    /// A device begins a run of operations whose completions are no news to the owner of the domain.
+    pub(crate) fn begin(&mut self) {
+        self.busy += 1;
+        if self.busy == 1 && !self.outstanding.is_empty() {
+            self.bell.watch(&self.ring, false);
+        }
+    }
+
+    /// It has ended, and whatever came meanwhile is delivered.
+    pub(crate) fn end(&mut self) {
+        self.reap();
+        self.busy -= 1;
+        if self.busy == 0 && !self.outstanding.is_empty() {
+            self.bell.watch(&self.ring, true);
         }
     }
 
@@ -185,7 +214,10 @@ impl Reaper {
         let ticket = Ticket(self.last_ticket);
         let mut tags = 0;
         if self.outstanding.is_empty() {
-            self.bell.watch(&self.ring);
+            self.waiting.store(true, Ordering::Release);
+            if self.busy == 0 {
+                self.bell.watch(&self.ring, true);
+            }
         }
         self.fresh.sort_unstable();
         for (tag, file) in emptied {
@@ -209,7 +241,8 @@ impl Reaper {
 }
 
 /// What the owner of a domain waits for: one pollable fd over a counter that is written when a ticket ends, and,
-/// while tickets are outstanding, the ring itself. A device hard at work rings nobody out of bed otherwise.
+/// while tickets are outstanding and no device is at work, the ring itself. A device hard at work takes the tags
+/// off the queue as it goes, and rings nobody out of bed for its own completions.
 #[derive(Debug)]
 pub(crate) struct Bell {
     counter: OwnedFd,
@@ -217,11 +250,12 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    pub(crate) fn new() -> Result<Self, Failed> {
+    pub(crate) fn new(ring: &Ring) -> Result<Self, Failed> {
         let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Failed::new("eventfd", errno))?;
         let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Failed::new("epoll_create1", e))?;
         epoll::add(&both, &counter, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .and_then(|()| epoll::add(&both, ring, epoll::EventData::new_u64(1), epoll::EventFlags::empty()))
             .map_err(|errno| Failed::new("epoll_ctl", errno))?;
         Ok(Self { counter, both: Arc::new(both) })
     }
@@ -240,26 +274,12 @@ impl Bell {
         let _ = rustix::io::read(&self.counter, &mut [0; 8]);
     }
 
-    fn watch(&self, ring: &Ring) {
-        self.change(
-            "watch",
-            |both, fd| epoll::add(both, fd, epoll::EventData::new_u64(1), epoll::EventFlags::IN),
-            ring,
-        );
-    }
-
-    fn unwatch(&self, ring: &Ring) {
-        self.change("stop watching", |both, fd| epoll::delete(both, fd), ring);
-    }
-
-    fn change(
-        &self,
-        what: &str,
-        call: impl FnOnce(BorrowedFd<'_>, BorrowedFd<'_>) -> rustix::io::Result<()>,
-        ring: &Ring,
-    ) {
-        if let Err(errno) = call(self.both.as_fd(), ring.as_fd()) {
-            log::error!("soft: cannot {what} the ring ({errno}): tickets are found only when somebody polls");
+    /// Whether a completion in the ring rings, also one that is there already.
+    fn watch(&self, ring: &Ring, on: bool) {
+        let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        // It fails only where there is no such fd in there.
+        if let Err(errno) = epoll::modify(&self.both, ring, epoll::EventData::new_u64(1), flags) {
+            log::error!("soft: cannot watch the ring ({errno}): tickets are found only when somebody polls");
         }
     }
 }
