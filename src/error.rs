@@ -40,6 +40,14 @@ pub enum Error {
     /// A thread ended in a panic: a bug of passgate's.
     #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
     Panicked(&'static str),
+    /// The guardian process cannot be started or spoken to.
+    #[error(
+        "cannot start the guardian process: {source}; without it devices outlive a killed daemon (--no-guardian)"
+    )]
+    Guardian {
+        /// Why.
+        source: io::Error,
+    },
     /// The peer sent what is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),

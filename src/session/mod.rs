@@ -6,6 +6,7 @@
 
 mod call;
 mod files;
+pub mod guardian;
 mod pool;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
