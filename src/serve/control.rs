@@ -15,6 +15,7 @@ use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
 use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
+use crate::protocol::hex;
 use crate::protocol::record::{DEFAULT_DEADLINE_MS, MAX_DEADLINE_MS};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::session::Task;
@@ -101,7 +102,10 @@ impl Vm {
                 (Reply { error, parameters: json!({}), ..Reply::default() }, None)
             }
             Said::Later => return self.wait_for(client, Waiting::Answer(caller.cookie)),
-            Said::Notices => return self.wait_for(client, Waiting::Notices),
+            Said::Notices => {
+                self.wait_for(client, Waiting::Notices);
+                return self.tell(client, self.sequence(), "subscribed", &json!({}));
+            }
         };
         self.reply(client, reply, fd);
     }
@@ -211,7 +215,7 @@ impl Vm {
         let Some(device) = device else {
             return Said::Wrong(format!("no device {}: Status lists them", dma.device), 19);
         };
-        let bytes = dma.write.as_deref().map(from_hex);
+        let bytes = dma.write.as_deref().map(hex::decode);
         let iova = Iova(dma.iova);
         let task: Box<dyn FnOnce() -> passgate_backends::Result<DmaDone> + Send> = match (bytes, dma.read) {
             (Some(Some(bytes)), None) if !bytes.is_empty() && bytes.len() <= MAX_DMA => {
@@ -219,7 +223,7 @@ impl Vm {
             }
             (None, Some(len)) if len > 0 && len as usize <= MAX_DMA => Box::new(move || {
                 let bytes = device.dma_read(iova, len as usize)?;
-                Ok(DmaDone { read: Some(to_hex(&bytes)) })
+                Ok(DmaDone { read: Some(hex::encode(&bytes)) })
             }),
             _ => return Said::wrong("give either `write` in hexadecimal or `read`, of 1 to 4096 bytes"),
         };
@@ -300,10 +304,14 @@ impl Vm {
         let listening =
             |(client, c): (&ClientId, &Connection)| (c.waiting == Waiting::Notices).then_some(*client);
         let clients: Vec<ClientId> = self.connections.iter().filter_map(listening).collect();
-        let parameters = json!({ "sequence": sequence, "event": event, "details": details });
         for client in clients {
-            self.reply(client, Reply { parameters: parameters.clone(), continues: true, error: None }, None);
+            self.tell(client, sequence, event, details);
         }
+    }
+
+    fn tell(&mut self, client: ClientId, sequence: u64, event: &str, details: &Value) {
+        let parameters = json!({ "sequence": sequence, "event": event, "details": details });
+        self.reply(client, Reply { parameters, continues: true, error: None }, None);
     }
 }
 
@@ -327,16 +335,4 @@ fn with<T: DeserializeOwned>(parameters: &Value, then: impl FnOnce(T) -> Said) -
 
 fn now(reply: &impl Serialize) -> Said {
     serde_json::to_value(reply).map_or_else(Said::wrong, Said::Now)
-}
-
-/// Bytes as hexadecimal digits.
-pub(crate) fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Hexadecimal digits as bytes; none where they are not.
-pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digits: Option<Vec<u8>> = text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect();
-    let digits = digits.filter(|digits| digits.len() % 2 == 0)?;
-    Some(digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }

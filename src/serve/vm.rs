@@ -189,6 +189,11 @@ impl Vm {
         }
     }
 
+    /// Notices so far.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// Tells everybody who listens.
     pub(super) fn notice(&mut self, notice: &Notice) {
         self.sequence += 1;
