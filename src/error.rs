@@ -46,6 +46,14 @@ pub enum Error {
     /// The result cannot be printed.
     #[error("cannot write the result: {0}")]
     Output(io::Error),
+    /// The guardian process cannot be started or spoken to.
+    #[error(
+        "cannot start the guardian process: {source}; without it devices outlive a killed daemon (--no-guardian)"
+    )]
+    Guardian {
+        /// Why.
+        source: io::Error,
+    },
     /// The peer sent what is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),

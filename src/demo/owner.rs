@@ -98,7 +98,7 @@ impl Owner {
         while now.duration_since(start) < time {
             let draw = (self.random)();
             let page = (draw >> 8) % self.memory.pages();
-            if self.convert(page, draw % KEEP == 0, counters)? {
+            if self.convert(page, draw.is_multiple_of(KEEP), counters)? {
                 turn.rounds += 1;
                 let after = Instant::now();
                 turn.each.push(after.duration_since(now).as_secs_f32() * 1e6);
