@@ -40,6 +40,12 @@ pub enum Error {
     /// A thread ended in a panic: a bug of passgate's.
     #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
     Panicked(&'static str),
+    /// A signal handler cannot be set.
+    #[error("cannot watch for signals: {0}")]
+    Signal(io::Error),
+    /// The result cannot be printed.
+    #[error("cannot write the result: {0}")]
+    Output(io::Error),
     /// The guardian process cannot be started or spoken to.
     #[error(
         "cannot start the guardian process: {source}; without it devices outlive a killed daemon (--no-guardian)"
@@ -79,6 +85,16 @@ pub enum Error {
     /// passgate said something that is not in the protocol.
     #[error("passgate answered {0}, which is not in the protocol: are client and daemon of one version?")]
     Protocol(String),
+}
+
+impl Error {
+    /// The exit code that says it: 3 where the host is not able, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Backend(_) => 3,
+            _ => 1,
+        }
+    }
 }
 
 impl From<Errno> for Error {

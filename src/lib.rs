@@ -6,7 +6,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod client;
+pub mod demo;
 pub mod error;
 pub mod gate;
 pub mod observe;

@@ -174,7 +174,7 @@ impl Client {
 
     fn receive(&mut self) -> Result<(Reply, Vec<OwnedFd>)> {
         loop {
-            if let Some((frame, fds)) = self.frames.pop() {
+            if let Some((frame, fds)) = self.frames.take() {
                 let reply = serde_json::from_slice(&frame);
                 return Ok((reply.map_err(|error| Error::Protocol(error.to_string()))?, fds));
             }

@@ -88,7 +88,7 @@ impl Frames {
     }
 
     /// The next whole frame without its NUL, and the descriptors that came with it.
-    pub fn pop(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    pub fn take(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
         let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
         let Some(end) = end.map(|end| self.searched + end) else {
             self.searched = self.bytes.len();

@@ -61,7 +61,7 @@ impl Vm {
             return true;
         }
         if connection.waiting == Waiting::No
-            && let Some((frame, fds)) = connection.frames.pop()
+            && let Some((frame, fds)) = connection.frames.take()
         {
             self.call(client, &frame, fds);
             return true;

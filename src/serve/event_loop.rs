@@ -183,7 +183,7 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
 /// Does all that the session wants done. None if the VM was taken over in a call.
 fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
     loop {
-        match vm.session.proceed() {
+        match vm.session.next_step() {
             Next::Idle => return Some(vm),
             Next::Answer(caller, answer) => vm.answer(caller, answer),
             Next::Notice(notice) => vm.notice(&notice),

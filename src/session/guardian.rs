@@ -162,7 +162,7 @@ fn guard(socket: BorrowedFd<'_>) -> Ended {
     let mut frames = Frames::default();
     let mut held = Vec::new();
     loop {
-        while let Some((frame, fds)) = frames.pop() {
+        while let Some((frame, fds)) = frames.take() {
             let message = String::from_utf8_lossy(&frame);
             let farewell = message == FAREWELL;
             let taken = if farewell { None } else { Held::take(&message, fds) };

@@ -101,7 +101,7 @@ impl Session {
         }
     }
 
-    /// Takes one event. Ask for [`Session::proceed`] until it is idle.
+    /// Takes one event. Ask for [`Session::next_step`] until it is idle.
     pub fn handle(&mut self, event: Event) {
         if let Event::ClientGone { client } = event {
             self.files.client_gone(client);
@@ -140,7 +140,7 @@ impl Session {
     }
 
     /// What to do next.
-    pub fn proceed(&mut self) -> Next {
+    pub fn next_step(&mut self) -> Next {
         while let Some(effect) = self.effects.get_mut(self.done) {
             self.done += 1;
             // An executed effect is never looked at again; the cheapest one takes its place.
