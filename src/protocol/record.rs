@@ -17,8 +17,20 @@ pub const VERSION: u8 = 1;
 /// The deadline of a begin or convert that names none, in milliseconds.
 pub const DEFAULT_DEADLINE_MS: u32 = 1000;
 
+/// The shortest deadline that can be kept whatever happens, in milliseconds.
+pub const MIN_DEADLINE_MS: u32 = 10;
+
 /// The longest deadline that may be asked for, in milliseconds.
 pub const MAX_DEADLINE_MS: u32 = 60_000;
+
+/// A deadline as it is asked for: 0 for the default.
+pub fn deadline_ms(asked: u32) -> Result<u32, RecordError> {
+    match asked {
+        0 => Ok(DEFAULT_DEADLINE_MS),
+        MIN_DEADLINE_MS..=MAX_DEADLINE_MS => Ok(asked),
+        other => Err(RecordError::Field("deadline", other.into())),
+    }
+}
 
 /// What a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +143,7 @@ pub enum RecordError {
     #[error("record kind {0:#x} is not a request")]
     Kind(u16),
     /// A number that means nothing there.
-    #[error("record field `{0}` has no meaning as {1}")]
+    #[error("`{0}` cannot be {1}: see docs/protocol.md")]
     Field(&'static str, u64),
     /// A field that the kind does not use.
     #[error("a field that a record of this kind does not use is not zero")]
@@ -182,11 +194,7 @@ impl Record {
                 take(|r| (r.to, r.deadline_or_device) = Default::default());
                 take(|r| (r.gpa, r.length) = Default::default());
                 let range = PageRange::new(self.gpa.get(), self.length.get())?;
-                let deadline = self.deadline_or_device.get();
-                if deadline > MAX_DEADLINE_MS {
-                    return Err(RecordError::Field("deadline", deadline.into()));
-                }
-                let deadline_ms = if deadline == 0 { DEFAULT_DEADLINE_MS } else { deadline };
+                let deadline_ms = deadline_ms(self.deadline_or_device.get())?;
                 let to = state(self.to.get())?;
                 Request::Begin { range, to, deadline_ms, convert: kind == Kind::Convert }
             }

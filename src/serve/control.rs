@@ -15,9 +15,8 @@ use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
 use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
-use crate::protocol::hex;
-use crate::protocol::record::{DEFAULT_DEADLINE_MS, MAX_DEADLINE_MS};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
+use crate::protocol::{hex, record};
 use crate::session::Task;
 
 /// The interface that every varlink service has.
@@ -183,12 +182,9 @@ impl Vm {
         if let Err(error) = self.session.may_convert(range) {
             return Said::Wrong(error.to_string(), error.errno());
         }
-        let deadline_ms = match convert.deadline_ms {
-            0 => DEFAULT_DEADLINE_MS,
-            other if other <= MAX_DEADLINE_MS => other,
-            other => {
-                return Said::wrong(format!("a deadline of {other} ms is longer than {MAX_DEADLINE_MS}"));
-            }
+        let deadline_ms = match record::deadline_ms(convert.deadline_ms) {
+            Ok(deadline_ms) => deadline_ms,
+            Err(error) => return Said::wrong(error),
         };
         self.session.handle(Event::Begin {
             caller,

@@ -2,11 +2,12 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
 pub mod fake;
+pub mod watch;
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use passgate::client::{AddMemory, Channel, Client, Status};
+use passgate::client::{AddMemory, Answer, Channel, Client, Status};
 use passgate::gate::Policy;
 use passgate::serve::{Handle, Options, Server};
 use passgate::{Error, Result};
@@ -14,11 +15,16 @@ use passgate_backends::Domain;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
-use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_bindings::{Gpa, Iova, PAGE, PageRange, guest_memfd};
 use tempfile::TempDir;
 
 /// Tests count the open files of this process: one at a time.
 static ONE: Mutex<()> = Mutex::new(());
+
+/// Waits for its turn; for a test without a [`Setup`].
+pub fn alone() -> MutexGuard<'static, ()> {
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A server on a thread of its own, over a soft domain with one device.
 pub struct Setup {
@@ -53,7 +59,7 @@ impl Setup {
         wrap: impl FnOnce(Arc<dyn Domain>) -> Arc<dyn Domain>,
         change: impl FnOnce(&mut Options),
     ) -> Self {
-        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = alone();
         let (dir, domain) = (tempfile::tempdir().unwrap(), domain());
         let mut options = Options::at(dir.path().join("socket"));
         options.allow_dma = true;
@@ -85,6 +91,48 @@ impl Setup {
 /// `pages` pages of sealed memfd.
 pub fn memory(pages: u64) -> Arc<GuestFile> {
     Arc::new(GuestFile::memfd("test", pages * PAGE).unwrap())
+}
+
+/// Real guest_memfd where this machine has it, and what keeps its VM; else a memfd, which is punched the same way.
+pub fn guest_memory(pages: u64) -> (Arc<GuestFile>, Option<Box<dyn std::any::Any>>) {
+    match guest_memfd::shared(pages * PAGE) {
+        Ok((vm, file)) => (Arc::new(file), Some(Box::new(vm))),
+        Err(why) => {
+            eprintln!("a memfd stands in for guest_memfd: {why}");
+            (memory(pages), None)
+        }
+    }
+}
+
+/// What became of a begin that must be granted.
+#[track_caller]
+pub fn granted(answer: Result<Answer>) -> u64 {
+    match answer {
+        Ok(Answer::Granted { invalidation }) => invalidation,
+        other => panic!("this was to be granted: {other:?}"),
+    }
+}
+
+/// The device reads the first bytes of a page.
+pub fn dma_read(device: &SoftDevice, page: u64) -> passgate_backends::Result<u64> {
+    let mut bytes = [0; 8];
+    device.read_into(Iova(page * PAGE), &mut bytes).map(|()| u64::from_le_bytes(bytes))
+}
+
+/// The device writes the first bytes of a page.
+pub fn dma_write(device: &SoftDevice, page: u64, value: u64) -> passgate_backends::Result<()> {
+    device.write_from(Iova(page * PAGE), &value.to_le_bytes())
+}
+
+/// The device must meet a fault in this page, reading and writing.
+#[track_caller]
+pub fn assert_faults(device: &SoftDevice, page: u64) {
+    for result in [dma_read(device, page).map(drop), dma_write(device, page, 0xbad)] {
+        match result {
+            Err(passgate_backends::Error::Fault { .. }) => {}
+            other => panic!("DMA into page {page} was to fault: {other:?}"),
+        }
+    }
 }
 
 /// `count` pages of guest memory from page `first` on.

@@ -1,11 +1,11 @@
 //! The notification channel: datagrams and records that make no sense, and requests out of order.
 
-use passgate::client::{Answer, Channel, Outcome, PageState};
-use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, Record};
+use passgate::client::{Channel, Outcome, PageState};
+use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::common::{Setup, assert_refused, open_files, pages, substance};
+use crate::common::{Setup, assert_refused, granted, open_files, pages, substance};
 
 const NOENT: i32 = 2;
 const FAULT: i32 = 14;
@@ -24,13 +24,6 @@ fn wrong(channel: &mut Channel, datagram: &[u8]) -> i32 {
 
 fn begin() -> Record {
     Record { length: U64::new(0x1000), ..Record::new(Kind::Begin, 7) }
-}
-
-fn granted(answer: Answer) -> u64 {
-    match answer {
-        Answer::Granted { invalidation } => invalidation,
-        other => panic!("{other:?}"),
-    }
 }
 
 #[test]
@@ -55,6 +48,7 @@ fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
         (|r| r.gpa = U64::new(1), INVAL),
         (|r| r.gpa = U64::new(u64::MAX - 0xfff), INVAL),
         (|r| r.deadline_or_device = U32::new(MAX_DEADLINE_MS + 1), INVAL),
+        (|r| r.deadline_or_device = U32::new(MIN_DEADLINE_MS - 1), INVAL),
         (|r| r.invalidation = U64::new(1), INVAL),
         (|r| r.outcome = U32::new(1), INVAL),
         (|r| r.cause = U32::new(1), INVAL),
@@ -72,7 +66,7 @@ fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
     assert_eq!(wrong(&mut channel, echo.as_bytes()), INVAL);
     assert_eq!((open_files(), substance(&mut client)), (before, known));
     channel.echo().unwrap();
-    let invalidation = granted(channel.begin(pages(0, 4), PageState::Private, None).unwrap());
+    let invalidation = granted(channel.begin(pages(0, 4), PageState::Private, None));
     channel.end(invalidation, Outcome::Committed).unwrap();
 }
 
@@ -88,11 +82,11 @@ fn the_cookie_of_a_wrong_record_comes_back() {
 fn a_begin_inside_a_begin_is_refused_and_harms_neither() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(8);
-    let first = granted(channel.begin(pages(2, 4), PageState::Private, None).unwrap());
+    let first = granted(channel.begin(pages(2, 4), PageState::Private, None));
     for (range, gpa) in [(pages(2, 4), "0x2000"), (pages(3, 1), "0x3000"), (pages(0, 8), "0x2000")] {
         assert_refused(channel.begin(range, PageState::Private, None), BUSY, gpa);
     }
-    let beside = granted(channel.begin(pages(6, 2), PageState::Private, None).unwrap());
+    let beside = granted(channel.begin(pages(6, 2), PageState::Private, None));
     channel.end(first, Outcome::Committed).unwrap();
     channel.end(beside, Outcome::Committed).unwrap();
 }
@@ -102,7 +96,7 @@ fn an_end_counts_once_and_only_from_the_connection_that_began() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(2);
     assert_refused(channel.end(1, Outcome::Committed), NOENT, "refused");
-    let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None).unwrap());
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
     let mut other = setup.connect();
     let mut their_channel = other.open_channel().unwrap();
     assert_refused(their_channel.end(invalidation, Outcome::Committed), NOENT, "refused");
@@ -161,6 +155,6 @@ fn a_channel_that_is_not_read_delays_nobody_else() {
         }
         channel.echo().unwrap();
     }
-    let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None).unwrap());
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None));
     channel.end(invalidation, Outcome::Committed).unwrap();
 }
