@@ -57,6 +57,26 @@ fn slots_run_out_with_a_clear_word_and_come_back() {
 }
 
 #[test]
+fn a_map_that_fails_half_way_leaves_nothing_and_costs_no_slot() {
+    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+    let mut bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 1, Some(budget));
+    // The last two pages are behind the end of the file: the kernel finds that out.
+    let short = GuestFile::memfd("short", 6 * PAGE).unwrap();
+    let fd = short.as_fd().try_clone_to_owned().unwrap();
+    bench.memory = Arc::new(GuestFile::new(fd, short.kind(), 8 * PAGE, true));
+    for round in 0..10 {
+        let text = refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
+        assert!(text.contains("inside it"), "{text}");
+        (0..8).for_each(|page| is_fault(bench.dma_load(page), page));
+        // From the second time on the device knows some of the pieces from before.
+        bench.map(round % 4, 3);
+        bench.dma_store(round % 4, round).unwrap();
+        assert_eq!(bench.load(round % 4), round);
+        assert_eq!(bench.unmap(0, 8), gone(3));
+    }
+}
+
+#[test]
 fn a_file_that_cannot_be_written_is_refused_with_the_mend() {
     let Bench { domain, _budget, .. } = Bench::new(1);
     let memory = GuestFile::memfd("read-only", PAGE).unwrap();

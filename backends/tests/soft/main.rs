@@ -19,6 +19,7 @@ use rustix::io::Errno;
 mod death;
 mod fences;
 mod limits;
+mod model;
 mod races;
 
 /// Where the tests map their memory.
@@ -134,6 +135,12 @@ fn tickets(domain: &SoftDomain, count: usize, patience: Duration) -> Vec<Ticket>
         domain.poll(&mut ended);
     }
     ended
+}
+
+/// Small steps that are not the same each time, and need no crate.
+fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
 }
 
 /// Long enough for anything that comes at all.
