@@ -26,7 +26,7 @@ pub(crate) fn run(
     device: &mut Device,
 ) -> Result<()> {
     let failed = begin_and_fail(machine, channel, device, RESTORED, |failed| outcome(Err(failed)))?;
-    must(failed == Outcome::NotCommitted, "EINVAL was not taken for `not committed`")?;
+    must(failed == Outcome::NotCommitted, "KVM's refusal was not taken for `not committed`")?;
     must(device.sees(RESTORED, FIRST)?, "the page that was not converted did not go back to the device")?;
 
     let cannot_say = |failed: passgate_bindings::Failed| Outcome::Unknown {

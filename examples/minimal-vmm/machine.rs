@@ -116,12 +116,16 @@ impl Machine {
     }
 }
 
-/// What passgate is told of a conversion. KVM looks at the arguments before it touches anything, so `EINVAL` is
-/// certain; of every other failure a VMM cannot say how far it got, and must not guess.
+/// What passgate is told of a conversion. A kernel that lacks the call (`ENOTTY`) and one that dislikes its arguments
+/// (`EINVAL`) say so before anything is touched; of every other failure a VMM cannot say how far it got, and must not
+/// guess.
 pub(crate) fn outcome(converted: Result<(), Failed>) -> Outcome {
     match converted {
         Ok(()) => Outcome::Committed,
-        Err(failed) if failed.call == "KVM_SET_MEMORY_ATTRIBUTES" && failed.errno == Errno::INVAL => {
+        Err(failed)
+            if failed.call == "KVM_SET_MEMORY_ATTRIBUTES"
+                && [Errno::INVAL, Errno::NOTTY].contains(&failed.errno) =>
+        {
             Outcome::NotCommitted
         }
         Err(failed) => Outcome::Unknown { errno: failed.errno.raw_os_error(), offset: 0 },
