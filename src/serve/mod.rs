@@ -11,8 +11,9 @@ mod event_loop;
 mod poller;
 mod vm;
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,27 +152,10 @@ impl Drop for Handle {
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {
-    if let Err(error) = std::fs::symlink_metadata(path).map(drop) {
-        if error.kind() != std::io::ErrorKind::NotFound {
-            return Err(socket_error(path, error, ""));
-        }
-    } else {
-        match UnixStream::connect(path) {
-            Ok(_) => {
-                let used = std::io::Error::from(std::io::ErrorKind::AddrInUse);
-                return Err(socket_error(
-                    path,
-                    used,
-                    ": another daemon serves there; choose another --socket-path",
-                ));
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))?;
-            }
-            Err(error) => {
-                return Err(socket_error(path, error, ": that is no socket of ours; choose another path"));
-            }
-        }
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(socket_error(path, error, "")),
+        Ok(found) => make_way(path, found.file_type().is_socket())?,
     }
     let mend = ": its directory must exist and be writable";
     let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
@@ -179,6 +163,21 @@ fn listen(path: &Path) -> Result<UnixListener> {
         .and_then(|()| listener.set_nonblocking(true))
         .map_err(|e| socket_error(path, e, ""))?;
     Ok(listener)
+}
+
+/// Removes a socket that a daemon left behind, and nothing else.
+fn make_way(path: &Path, is_socket: bool) -> Result<()> {
+    let used = std::io::Error::from(ErrorKind::AddrInUse);
+    if !is_socket {
+        return Err(socket_error(path, used, ": that is no socket; choose another --socket-path"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another --socket-path")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
+        }
+        Err(error) => Err(socket_error(path, error, ": choose another --socket-path")),
+    }
 }
 
 fn socket_error(path: &Path, source: std::io::Error, mend: &'static str) -> Error {
