@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)] // what is not as it should be fails the test
 
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use passgate::Error;
@@ -75,10 +75,6 @@ impl Setup {
         dma(&mut self.other, gpa)
     }
 
-    fn dma_soon(&mut self, gpa: u64) -> Option<u64> {
-        dma_soon(&mut self.other, gpa)
-    }
-
     /// Begins on the page, and has KVM refuse.
     fn begin_and_fail(&mut self) -> (u64, Failed) {
         let Answer::Granted { invalidation } =
@@ -120,17 +116,6 @@ fn dma(client: &mut Client, gpa: u64) -> Option<u64> {
         Err(Error::Refused { errno, .. }) if errno == Errno::FAULT.raw_os_error() => None,
         Err(error) => panic!("{error}"),
     }
-}
-
-/// What the device reads at `gpa` once it is mapped, which may be a moment after the end; none where it never is.
-fn dma_soon(client: &mut Client, gpa: u64) -> Option<u64> {
-    let until = Instant::now() + PATIENCE;
-    while Instant::now() < until {
-        if let Some(read) = dma(client, gpa) {
-            return Some(read);
-        }
-    }
-    None
 }
 
 /// The next notice of that name.
@@ -189,7 +174,7 @@ fn a_conversion_that_was_not_committed_is_undone() {
     for _ in 0..3 {
         let (invalidation, _) = setup.begin_and_fail();
         setup.channel.end(invalidation, Outcome::NotCommitted).unwrap();
-        assert_eq!(setup.dma_soon(PAGE_1), Some(101));
+        assert_eq!(setup.dma(PAGE_1), Some(101));
     }
     let status = setup.other.status().unwrap();
     assert_eq!((status.quarantine.len(), status.open), (0, 0));
@@ -201,7 +186,7 @@ fn a_conversion_that_was_not_committed_is_undone() {
         setup.channel.end(invalidation, Outcome::Committed),
         Err(Error::Refused { errno, .. }) if errno == Errno::NOENT.raw_os_error()
     ));
-    assert_eq!(setup.dma_soon(PAGE_1), Some(101));
+    assert_eq!(setup.dma(PAGE_1), Some(101));
 }
 
 #[test]
@@ -229,10 +214,10 @@ fn a_client_that_dies_between_begin_and_end_leaves_the_range_unknown() {
     assert_eq!(quarantined.cause, "client-gone");
     is_quarantined(&mut heir.open_channel().unwrap(), page(ALIAS + PAGE_1));
     assert_eq!(dma(&mut other, ALIAS + PAGE_1), None);
-    assert_eq!(dma_soon(&mut other, ALIAS), Some(100), "the other client's neighbours");
+    assert_eq!(dma(&mut other, ALIAS), Some(100), "the other client's neighbours");
     // Memory that comes after the quarantine, where the dead client's was.
     heir.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&file]).unwrap();
-    assert_eq!(dma_soon(&mut other, 2 * PAGE), Some(102));
+    assert_eq!(dma(&mut other, 2 * PAGE), Some(102));
     assert_eq!(dma(&mut other, PAGE_1), None);
 }
 
@@ -245,7 +230,7 @@ fn quarantine_is_of_the_file_and_holds_at_every_alias() {
     setup.other.add_memory(&AddMemory::shared(2 * ALIAS, PAGES * PAGE), &[&setup.file]).unwrap();
     for alias in [ALIAS, 2 * ALIAS] {
         assert_eq!(setup.dma(alias + PAGE_1), None);
-        assert_eq!((setup.dma_soon(alias), setup.dma_soon(alias + 2 * PAGE)), (Some(100), Some(102)));
+        assert_eq!((setup.dma(alias), setup.dma(alias + 2 * PAGE)), (Some(100), Some(102)));
         is_quarantined(&mut setup.channel, page(alias + PAGE_1));
     }
     // Nor does a conversion of the neighbours bring it back.
@@ -255,7 +240,7 @@ fn quarantine_is_of_the_file_and_holds_at_every_alias() {
         };
         setup.channel.end(invalidation, Outcome::Committed).unwrap();
     }
-    assert_eq!(setup.dma_soon(ALIAS), Some(100));
+    assert_eq!(setup.dma(ALIAS), Some(100));
     assert_eq!((setup.dma(PAGE_1), setup.dma(ALIAS + PAGE_1)), (None, None));
     assert_eq!(setup.client.status().unwrap().quarantine.iter().map(|q| q.length).max(), Some(PAGE));
 }

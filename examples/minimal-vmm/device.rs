@@ -5,7 +5,6 @@
 //! guest's own, or writes where nobody looks, is stale.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use passgate::Error;
 use passgate::client::Client;
@@ -15,9 +14,6 @@ use crate::Result;
 use crate::guest::{self, MARK, PAGES};
 use crate::machine::Machine;
 use crate::pages::Pages;
-
-/// How long a page that must be there is tried: what passgate maps after an end it may map a moment later.
-const SOON: Duration = Duration::from_secs(2);
 
 /// A device of the daemon's.
 pub(crate) struct Device {
@@ -65,17 +61,9 @@ impl Device {
         }
     }
 
-    /// Whether the device reads the stamp of `generation` in a page, now or soon.
+    /// Whether the device reads the stamp of `generation` in a page.
     pub(crate) fn sees(&mut self, page: u64, generation: u32) -> Result<bool> {
-        let patience = Instant::now() + SOON;
-        loop {
-            if let Some(read) = self.read(page)? {
-                return Ok(read == guest::stamp(page, generation));
-            }
-            if Instant::now() > patience {
-                return Ok(false);
-            }
-        }
+        Ok(self.read(page)? == Some(guest::stamp(page, generation)))
     }
 
     /// Does DMA until told to stop.

@@ -109,7 +109,7 @@ fn run(args: &Args) -> Result<bool> {
     }
     let mut relay = Relay::new(&machine, &pages, channel);
     let tally = beside(&mut device, &machine, &pages, || convert(processor, &mut relay, args.conversions))?;
-    device.check(&pages)?;
+    let checked = device.check(&pages);
 
     let stale = tally.stale + relay.stale;
     let (vm_type, kind) = (machine.vm_type().word(), machine.kind());
@@ -126,6 +126,7 @@ fn run(args: &Args) -> Result<bool> {
             relay.conversions, relay.refused, tally.ops, tally.faults,
         );
     }
+    checked?;
     Ok(stale == 0)
 }
 
