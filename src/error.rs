@@ -54,6 +54,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The daemon was stopped and some memory would not go.
+    #[error(
+        "{regions} regions could not be closed in time: devices may still reach them until this process is gone"
+    )]
+    StillOpen {
+        /// How many.
+        regions: usize,
+    },
     /// The peer sent what is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),

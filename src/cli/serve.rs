@@ -10,6 +10,7 @@ use passgate_backends::assign::{self, Kind, assign};
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
 use crate::serve::{Options, Server};
+use crate::session::guardian::{self, Ended};
 
 /// Runs one VM's daemon.
 #[derive(Debug, Args)]
@@ -74,7 +75,9 @@ impl Serve {
         };
         let assign::Assignment { domain, devices } = assign(kind, &self.devices)?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
-        let options = Options { policy, allow_dma: self.allow_dma, ..Options::at(self.socket_path) };
+        let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
+        let options =
+            Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
         log::info!("{} with {} devices", domain.name(), devices.len());
         let server = Server::bind(options, domain, devices)?;
         for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
@@ -90,6 +93,10 @@ fn stop_on(signal: i32, stopper: OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// Holds the devices of a daemon, which is at its standard input.
 pub(super) fn guardian() -> Result<ExitCode> {
-    Ok(ExitCode::SUCCESS)
+    match guardian::run(std::io::stdin())? {
+        Ended::Dismissed | Ended::Blocked => Ok(ExitCode::SUCCESS),
+        Ended::Loose(_) => Ok(ExitCode::FAILURE),
+    }
 }

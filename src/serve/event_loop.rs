@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use passgate_bindings::Failed;
@@ -21,8 +21,9 @@ use crate::session::{Next, Returned};
 
 /// How long a call may take once a deadline is over before the VM is taken over.
 const PATIENCE: Duration = Duration::from_millis(2);
-/// The least time between two alarms, so that many deadlines do not mean many wake-ups.
-const LEAST: Duration = Duration::from_millis(2);
+
+/// How long a call may keep the loop even where no deadline is near: others wait.
+const CALL: Duration = Duration::from_millis(100);
 
 /// What other threads hand in.
 #[derive(Debug)]
@@ -40,7 +41,9 @@ pub(super) struct Core {
     done: Mutex<VecDeque<Done>>,
     kick: OwnedFd,
     alarm: OwnedFd,
-    over: Mutex<bool>,
+    /// How the loop ended, once it has.
+    over: Mutex<Option<Result<()>>>,
+    ended: Condvar,
 }
 
 impl Core {
@@ -54,7 +57,8 @@ impl Core {
             done: Mutex::default(),
             kick,
             alarm: alarm.map_err(failed("timerfd_create"))?,
-            over: Mutex::new(false),
+            over: Mutex::new(None),
+            ended: Condvar::new(),
         };
         Ok((Arc::new(core), turn))
     }
@@ -81,9 +85,9 @@ impl Core {
         let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
     }
 
-    /// Wakes the supervisor at `when`, or a little later.
-    pub(super) fn set_alarm(&self, when: Instant) {
-        let left = when.saturating_duration_since(Instant::now()).max(LEAST);
+    /// Wakes the supervisor at `when`; `now` is the time.
+    pub(super) fn set_alarm(&self, now: Instant, when: Instant) {
+        let left = when.saturating_duration_since(now).max(Duration::from_nanos(1));
         let it_value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
         if let Err(errno) = timerfd_settime(&self.alarm, TimerfdTimerFlags::empty(), &spec) {
@@ -91,57 +95,58 @@ impl Core {
         }
     }
 
-    fn is_over(&self) -> bool {
-        *self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    fn over(&self) -> MutexGuard<'_, Option<Result<()>>> {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end(&self) {
-        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.set_alarm(Instant::now());
+    fn end(&self, result: Result<()>) {
+        *self.over() = Some(result);
+        self.ended.notify_all();
+        // The supervisor finds nothing more to do.
+        let now = Instant::now();
+        self.set_alarm(now, now);
     }
 }
 
 /// Serves until stopped. Where the loop is taken over meanwhile, waits for whoever has it to end.
 pub(super) fn run(core: Arc<Core>, turn: Turn, vm: Box<Vm>) -> Result<()> {
     supervise(&core)?;
-    let result = serve(&core, turn, vm);
-    if let Some(result) = result {
-        core.end();
-        return result;
+    if let Some(result) = serve(&core, turn, vm) {
+        core.end(result);
     }
-    while !core.is_over() {
-        std::thread::sleep(Duration::from_millis(20));
+    let mut over = core.over();
+    loop {
+        match over.take() {
+            Some(result) => {
+                *over = Some(Ok(()));
+                return result;
+            }
+            None => over = core.ended.wait(over).unwrap_or_else(PoisonError::into_inner),
+        }
     }
-    Ok(())
 }
 
 /// Starts a supervisor: it ends with the loop, or becomes it.
 fn supervise(core: &Arc<Core>) -> Result<()> {
     let core = Arc::clone(core);
     let watch = move || {
-        while !core.is_over() {
+        while core.over().is_none() {
             match rustix::io::read(&core.alarm, &mut [0; 8]) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => log::error!("timerfd: {errno}"),
             }
+            core.kick();
             loop {
                 match core.baton.take_over(PATIENCE) {
-                    Found::Owned => {
-                        core.kick();
-                        break;
-                    }
+                    Found::Owned => break,
                     Found::Young => std::thread::sleep(PATIENCE),
                     Found::Yours(vm, turn) => {
                         log::error!("a kernel call does not return: going on without its thread");
                         if let Err(error) = supervise(&core) {
                             log::error!("{error}");
                         }
-                        core.kick();
                         if let Some(result) = serve(&core, turn, vm) {
-                            if let Err(error) = result {
-                                log::error!("{error}");
-                            }
-                            core.end();
+                            core.end(result);
                         }
                         return;
                     }
@@ -158,9 +163,9 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
     let mut tokens = Vec::new();
     vm = settle(core, turn, vm)?;
     loop {
-        vm.rearm();
-        if vm.is_over() {
-            return Some(Ok(()));
+        vm.rearm(None);
+        if let Some(result) = vm.is_over() {
+            return Some(result);
         }
         if let Err(error) = vm.wait(&mut tokens) {
             return Some(Err(error));
@@ -182,16 +187,19 @@ fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
             Next::Idle => return Some(vm),
             Next::Answer(caller, answer) => vm.answer(caller, answer),
             Next::Notice(notice) => vm.notice(&notice),
-            Next::Call(call) => match core.baton.run(turn, vm, || call.run()) {
-                Ok((back, returned)) => {
-                    vm = back;
-                    vm.session.returned(returned);
+            Next::Call(call) => {
+                vm.rearm(Some(CALL));
+                match core.baton.run(turn, vm, || call.run()) {
+                    Ok((back, returned)) => {
+                        vm = back;
+                        vm.session.returned(returned);
+                    }
+                    Err(returned) => {
+                        core.deliver(Done::Call(returned));
+                        return None;
+                    }
                 }
-                Err(returned) => {
-                    core.deliver(Done::Call(returned));
-                    return None;
-                }
-            },
+            }
         }
     }
 }

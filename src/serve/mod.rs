@@ -22,6 +22,7 @@ use passgate_backends::{Device, Domain};
 
 use crate::error::{Error, Result};
 use crate::gate::Policy;
+use crate::session::guardian::Guardian;
 use event_loop::Core;
 use vm::Vm;
 
@@ -36,12 +37,20 @@ pub struct Options {
     pub allow_dma: bool,
     /// Connections at most.
     pub max_clients: usize,
+    /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
+    pub guardian: Option<PathBuf>,
 }
 
 impl Options {
     /// The defaults, at `socket_path`.
     pub fn at(socket_path: impl Into<PathBuf>) -> Self {
-        Self { socket_path: socket_path.into(), policy: Policy::default(), allow_dma: false, max_clients: 64 }
+        Self {
+            socket_path: socket_path.into(),
+            policy: Policy::default(),
+            allow_dma: false,
+            max_clients: 64,
+            guardian: None,
+        }
     }
 }
 
@@ -52,7 +61,8 @@ pub struct Server {
     core: Arc<Core>,
     turn: baton::Turn,
     stop: UnixStream,
-    path: PathBuf,
+    file: SocketFile,
+    guardian: Option<Guardian>,
 }
 
 /// Removes the socket's file when the server is over.
@@ -70,27 +80,37 @@ impl Server {
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         let path = options.socket_path.clone();
         let listener = listen(&path)?;
+        let file = SocketFile(path.clone());
+        let guardian = match &options.guardian {
+            Some(program) => Guardian::start(program, &devices)?,
+            None => None,
+        };
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         let (core, turn) = Core::new()?;
         let vm = Vm::new(options, listener, stopped, Arc::clone(&core), domain, devices)?;
-        Ok(Self { vm: Box::new(vm), core, turn, stop, path })
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, guardian })
     }
 
     /// A descriptor that stops the server when anything is written to it; for signal handlers.
     pub fn stopper(&self) -> Result<OwnedFd> {
-        Ok(self.stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&self.path, e, ""))?)
+        self.stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&self.file.0, e, ""))
     }
 
     /// Serves until stopped.
     pub fn run(self) -> Result<()> {
-        let _file = SocketFile(self.path);
-        event_loop::run(self.core, self.turn, self.vm)
+        let _file = self.file;
+        // Where the loop fails the guardian hears no farewell, and stops the devices.
+        event_loop::run(self.core, self.turn, self.vm)?;
+        if let Some(guardian) = self.guardian {
+            guardian.bye();
+        }
+        Ok(())
     }
 
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
-        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.path, e, ""))?;
-        let path = self.path.clone();
+        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.file.0, e, ""))?;
+        let path = self.file.0.clone();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
     }

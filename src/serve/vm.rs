@@ -12,7 +12,7 @@ use super::connection::Connection;
 use super::event_loop::{Core, Done};
 use super::poller::{Interest, Poller};
 use super::{Options, socket_error};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event, Notice};
 use crate::observe::events;
 use crate::session::{Pool, Session};
@@ -23,6 +23,9 @@ const STOP: u64 = 2;
 const WAKE: u64 = 3;
 /// Tokens of connections: the client's number, and which of its sockets.
 const CLIENTS: u64 = 16;
+
+/// The least time to an alarm, so that many deadlines do not mean many wake-ups.
+const LEAST: Duration = Duration::from_millis(2);
 
 /// How long a stopped server waits for its regions to close.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -140,12 +143,21 @@ impl Vm {
         false
     }
 
-    /// Sets the alarm for the earliest deadline, unless an earlier one is set.
-    pub(super) fn rearm(&mut self) {
-        let Some(next) = self.session.next_deadline() else { return };
-        if self.alarm.is_none_or(|set| next < set) {
+    /// Sets the alarm for the earliest deadline, or for when a call that begins now has taken `patience`; unless
+    /// an alarm is set by then. A late deadline waits for the alarm that is set: to set it anew each time would put
+    /// it off for ever.
+    pub(super) fn rearm(&mut self, patience: Option<Duration>) {
+        let deadline = self.session.next_deadline();
+        if deadline.is_none() && patience.is_none() {
+            return;
+        }
+        let now = Instant::now();
+        let call = patience.map(|patience| now + patience);
+        let Some(next) = deadline.into_iter().chain(call).min() else { return };
+        let next = next.max(now + LEAST);
+        if self.alarm.is_none_or(|set| next < set || set < now) {
             self.alarm = Some(next);
-            self.core.set_alarm(next);
+            self.core.set_alarm(now, next);
         }
     }
 
@@ -161,17 +173,14 @@ impl Vm {
         }
     }
 
-    /// Whether the loop is to end.
-    pub(super) fn is_over(&self) -> bool {
-        let Some(farewell) = self.farewell else { return false };
-        let left = self.session.snapshot().regions.len();
-        if left > 0 && Instant::now() >= farewell {
-            log::error!(
-                "{left} regions could not be closed in time; the kernel closes them with this process"
-            );
-            return true;
+    /// How the loop ends, where it is to.
+    pub(super) fn is_over(&self) -> Option<Result<()>> {
+        let farewell = self.farewell?;
+        let regions = self.session.snapshot().regions.len();
+        if regions == 0 {
+            return Some(Ok(()));
         }
-        left == 0
+        (Instant::now() >= farewell).then_some(Err(Error::StillOpen { regions }))
     }
 
     /// Closes a connection: what it had goes.
