@@ -11,8 +11,9 @@ mod event_loop;
 mod poller;
 mod vm;
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,27 +152,24 @@ impl Drop for Handle {
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {
-    if let Err(error) = std::fs::symlink_metadata(path).map(drop) {
-        if error.kind() != std::io::ErrorKind::NotFound {
-            return Err(socket_error(path, error, ""));
+    let failed = |error, mend| Err(socket_error(path, error, mend));
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return failed(error, ""),
+        // To connect to what is no socket is refused by the same number as to one that nobody serves.
+        Ok(found) if !found.file_type().is_socket() => {
+            return failed(ErrorKind::AlreadyExists.into(), ": that is no socket of ours; choose another path");
         }
-    } else {
-        match UnixStream::connect(path) {
+        Ok(_) => match UnixStream::connect(path) {
             Ok(_) => {
-                let used = std::io::Error::from(std::io::ErrorKind::AddrInUse);
-                return Err(socket_error(
-                    path,
-                    used,
-                    ": another daemon serves there; choose another --socket-path",
-                ));
+                let mend = ": another daemon serves there; choose another --socket-path";
+                return failed(ErrorKind::AddrInUse.into(), mend);
             }
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))?;
             }
-            Err(error) => {
-                return Err(socket_error(path, error, ": that is no socket of ours; choose another path"));
-            }
-        }
+            Err(error) => return failed(error, ": that is no socket of ours; choose another path"),
+        },
     }
     let mend = ": its directory must exist and be writable";
     let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
