@@ -158,7 +158,10 @@ fn listen(path: &Path) -> Result<UnixListener> {
         Err(error) => return failed(error, ""),
         // To connect to what is no socket is refused by the same number as to one that nobody serves.
         Ok(found) if !found.file_type().is_socket() => {
-            return failed(ErrorKind::AlreadyExists.into(), ": that is no socket of ours; choose another path");
+            return failed(
+                ErrorKind::AlreadyExists.into(),
+                ": that is no socket of ours; choose another path",
+            );
         }
         Ok(_) => match UnixStream::connect(path) {
             Ok(_) => {

@@ -133,7 +133,11 @@ impl Guardian {
         let failed = |source| Error::Guardian { source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         let mut command = Command::new(program);
-        command.arg0("passgate").arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        command
+            .arg0("passgate")
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
         // The command holds the guardian's end as well, and would hide that it has died.
         drop(command);

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use passgate::client::{Client, Event};
@@ -16,10 +17,12 @@ use tempfile::TempDir;
 /// How long anything may take that takes no time; what takes longer has failed.
 pub const LONG: Duration = Duration::from_secs(15);
 
-/// A daemon. Killed, with its guardian, when dropped.
+/// A daemon. When dropped it is asked to end, and must end well.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
+    /// All that was said, to be shown when the test fails.
+    log: Arc<Mutex<Vec<String>>>,
     /// Lines of its standard error, and of its guardian's, which has the same.
     said: Receiver<String>,
     pub path: PathBuf,
@@ -46,16 +49,17 @@ impl Daemon {
             .unwrap();
         let stderr = child.stderr.take().unwrap();
         let (say, said) = channel();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let all = Arc::clone(&log);
         std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines() {
-                let Ok(line) = line else { return };
-                eprintln!("    {line}");
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                all.lock().unwrap().push(line.clone());
                 let _ = say.send(line);
             }
         });
-        let mut daemon = Self { child, said, path: path.to_owned(), place: None };
+        let mut daemon = Self { child, log, said, path: path.to_owned(), place: None };
         let listens = until(LONG, || {
-            assert!(daemon.child.try_wait().unwrap().is_none(), "the daemon has ended: its words are above");
+            assert!(daemon.child.try_wait().unwrap().is_none(), "the daemon has ended");
             Client::connect(path).is_ok()
         });
         assert!(listens, "nobody listens at {}", path.display());
@@ -126,12 +130,22 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let failing = std::thread::panicking();
         if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-            // The devices are free once the guardian is gone.
-            let begun = Instant::now();
-            while begun.elapsed() < LONG && self.said.recv_timeout(LONG) != Err(RecvTimeoutError::Disconnected) {}
+            if failing {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            } else {
+                self.terminate();
+                let status = self.ended(Duration::from_secs(5));
+                assert!(status.success(), "the daemon did not end well: {status}, {:?}", self.log);
+            }
+            // The devices are free once the guardian is gone too.
+            while self.said.recv_timeout(LONG).is_ok() {}
+        }
+        if failing {
+            let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            eprintln!("the daemon said:\n    {}", log.join("\n    "));
         }
     }
 }

@@ -2,7 +2,7 @@
 # What the scripts in tests/vm share: where things are kept, how they speak, and how they get packages without ever
 # touching the system's own package sources. Sourced, never run.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 vm=$root/tests/vm
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/passgate
 mkdir -p "$cache"
