@@ -21,8 +21,10 @@ use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
 use machine::{conversion, death, programs, refusals};
 
+type Run = fn(&Rig);
+
 /// What holds with either interface to the IOMMU.
-const EVERY_DOMAIN: &[(&str, fn(&Rig))] = &[
+const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("unasked_a_punch_leaves_the_device_in_the_old_page", conversion::unasked),
     ("asked_first_no_device_sees_an_old_page", conversion::asked_first),
     ("neighbours_keep_their_dma_while_a_page_is_converted", conversion::neighbours_keep_their_dma),

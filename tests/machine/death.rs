@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Client};
@@ -155,25 +157,36 @@ pub fn a_killed_client(rig: &Rig) {
     let mut engine = Engine::of(&daemon, &rig.edu);
     let sent = engine.write(1);
     assert_eq!(bytes(&memory, 1), sent, "DMA goes");
-    client.kill().unwrap();
-    client.wait().unwrap();
-    let (before, _) = notices.until("session.closed");
-    let canaries: Vec<_> = (0..4).map(|_| fresh()).collect();
-    for (page, canary) in (0..).zip(&canaries) {
-        memory.write(page * PAGE, canary).unwrap();
-    }
+
+    // From here on the engine writes to every page in turn, and is not told of anything.
+    let (over, tried) = (AtomicBool::new(false), AtomicU64::new(0));
+    let before = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            while !over.load(Relaxed) {
+                engine.write(tried.load(Relaxed) % 4);
+                tried.fetch_add(1, Relaxed);
+            }
+        });
+        client.kill().unwrap();
+        client.wait().unwrap();
+        let (before, _) = notices.until("session.closed");
+        let canaries: Vec<_> = (0..4).map(|_| fresh()).collect();
+        for (page, canary) in (0..).zip(&canaries) {
+            memory.write(page * PAGE, canary).unwrap();
+        }
+        let (begun, first) = (Instant::now(), tried.load(Relaxed));
+        // Each page is met after the one that was under way, for a second at least.
+        let enough = || begun.elapsed() > Duration::from_secs(1) && tried.load(Relaxed) > first + 4;
+        assert!(until(LONG, || writer.is_finished() || enough()));
+        over.store(true, Relaxed);
+        writer.join().unwrap();
+        for (page, canary) in (0..).zip(&canaries) {
+            assert_eq!(bytes(&memory, page), *canary, "page {page} changed after session.closed");
+        }
+        before
+    });
     if rig.iommu == "iommufd" {
         assert!(before.contains(&"device.fenced".to_owned()), "devices are stopped first: {before:?}");
-    }
-    let begun = Instant::now();
-    let mut tried = 0;
-    while begun.elapsed() < Duration::from_secs(1) {
-        engine.write(tried % 4);
-        tried += 1;
-    }
-    assert!(tried >= 3, "only {tried} attempts");
-    for (page, canary) in (0..).zip(&canaries) {
-        assert_eq!(bytes(&memory, page), *canary, "page {page} changed after session.closed");
     }
     let mut next = rig.join(&daemon, memfd(2), PAGE);
     assert!(next.reaches(1), "the device is there for the next client");

@@ -93,9 +93,10 @@ hash_of() { sha256sum | cut -c1-16; }
 # "passed failed skipped". A binary that ended without a result line counts as one failure.
 results() {
     awk '
+        # 0: between two binaries, 1: cargo has named one, 2: it has begun.
         function close_binary() { if (open) { failed++; open = 0 } }
         /^ +(Running|Doc-tests) / { close_binary(); open = 1 }
-        /^running [0-9]+ tests?$/ { open = 1 }
+        /^running [0-9]+ tests?$/ { if (open == 2) close_binary(); open = 2 }
         /^test result: / {
             open = 0
             for (i = 1; i < NF; i++) {
