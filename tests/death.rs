@@ -100,7 +100,7 @@ fn what_is_no_socket_is_left_alone() {
     std::fs::write(file.path(), "precious").unwrap();
     let (code, said) = serve_fails(program(), file.path(), &SOFT);
     assert_eq!(code, Some(1));
-    assert!(said.contains("no socket of ours"), "{said}");
+    assert!(said.contains("that is no socket; choose another --socket-path"), "{said}");
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "precious");
 }
 

@@ -225,7 +225,11 @@ fn wrong(reply: Record) -> Result<Record> {
         return Ok(reply);
     }
     let errno = reply.errno.get();
-    let at = if reply.gpa.get() == 0 { String::new() } else { format!(" at {:#x}", reply.gpa.get()) };
+    // Those mistakes are at an address.
+    let at = match Errno::from_raw_os_error(errno) {
+        Errno::FAULT | Errno::BUSY | Errno::IO => format!(" at {:#x}", reply.gpa.get()),
+        _ => String::new(),
+    };
     let message = format!("passgate refused the record{at}: {}", Errno::from_raw_os_error(errno));
     Err(Error::Refused { message, errno })
 }

@@ -15,10 +15,12 @@ use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
 use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
-use crate::protocol::hex;
-use crate::protocol::record::{DEFAULT_DEADLINE_MS, MAX_DEADLINE_MS};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
+use crate::protocol::{hex, record};
 use crate::session::Task;
+
+/// The interface that every varlink service has.
+const VARLINK: &str = "org.varlink.service";
 
 /// Most bytes of one DMA on demand.
 const MAX_DMA: usize = 4096;
@@ -35,8 +37,8 @@ enum Said {
     Notices,
     /// It was wrong.
     Wrong(String, i32),
-    /// No such verb.
-    NoMethod,
+    /// An error of varlink's own, with its one parameter.
+    Varlink(&'static str, &'static str, String),
 }
 
 impl Said {
@@ -97,9 +99,9 @@ impl Vm {
             Said::Now(parameters) => (Reply { parameters, ..Reply::default() }, None),
             Said::With(parameters, fd) => (Reply { parameters, ..Reply::default() }, Some(fd)),
             Said::Wrong(message, errno) => (refused(&message, errno), None),
-            Said::NoMethod => {
-                let error = Some("org.varlink.service.MethodNotFound".to_owned());
-                (Reply { error, parameters: json!({}), ..Reply::default() }, None)
+            Said::Varlink(error, parameter, value) => {
+                let error = Some(format!("{VARLINK}.{error}"));
+                (Reply { error, parameters: json!({ parameter: value }), ..Reply::default() }, None)
             }
             Said::Later => return self.wait_for(client, Waiting::Answer(caller.cookie)),
             Said::Notices => {
@@ -149,17 +151,7 @@ impl Vm {
                 }
             }),
             Some("Dma") => with(parameters, |dma| self.dma(caller, dma)),
-            _ => match call.method.as_str() {
-                "org.varlink.service.GetInfo" => Said::Now(json!({
-                    "vendor": "passgate", "product": "passgate", "version": env!("CARGO_PKG_VERSION"),
-                    "url": env!("CARGO_PKG_REPOSITORY"),
-                    "interfaces": ["org.varlink.service", verbs::INTERFACE],
-                })),
-                "org.varlink.service.GetInterfaceDescription" => {
-                    Said::Now(json!({ "description": verbs::DESCRIPTION }))
-                }
-                _ => Said::NoMethod,
-            },
+            _ => varlink(call),
         }
     }
 
@@ -190,12 +182,9 @@ impl Vm {
         if let Err(error) = self.session.may_convert(range) {
             return Said::Wrong(error.to_string(), error.errno());
         }
-        let deadline_ms = match convert.deadline_ms {
-            0 => DEFAULT_DEADLINE_MS,
-            other if other <= MAX_DEADLINE_MS => other,
-            other => {
-                return Said::wrong(format!("a deadline of {other} ms is longer than {MAX_DEADLINE_MS}"));
-            }
+        let deadline_ms = match record::deadline_ms(convert.deadline_ms) {
+            Ok(deadline_ms) => deadline_ms,
+            Err(error) => return Said::wrong(error),
         };
         self.session.handle(Event::Begin {
             caller,
@@ -312,6 +301,24 @@ impl Vm {
     fn tell(&mut self, client: ClientId, sequence: u64, event: &str, details: &Value) {
         let parameters = json!({ "sequence": sequence, "event": event, "details": details });
         self.reply(client, Reply { parameters, continues: true, error: None }, None);
+    }
+}
+
+/// What every varlink service answers, and what there is not.
+fn varlink(call: &Call) -> Said {
+    let (interface, method) = call.method.rsplit_once('.').unwrap_or((&call.method, ""));
+    match (interface, method) {
+        (VARLINK, "GetInfo") => Said::Now(json!({
+            "vendor": "passgate", "product": "passgate", "version": env!("CARGO_PKG_VERSION"),
+            "url": env!("CARGO_PKG_REPOSITORY"), "interfaces": [VARLINK, verbs::INTERFACE],
+        })),
+        (VARLINK, "GetInterfaceDescription") => match call.parameters["interface"].as_str() {
+            Some(verbs::INTERFACE) => Said::Now(json!({ "description": verbs::DESCRIPTION })),
+            Some(other) => Said::Varlink("InterfaceNotFound", "interface", other.to_owned()),
+            None => Said::Varlink("InvalidParameter", "parameter", "interface".to_owned()),
+        },
+        (VARLINK | verbs::INTERFACE, _) => Said::Varlink("MethodNotFound", "method", call.method.clone()),
+        _ => Said::Varlink("InterfaceNotFound", "interface", interface.to_owned()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use passgate_bindings::Failed;
@@ -44,6 +45,7 @@ pub(super) struct Core {
     /// How the loop ended, once it has.
     over: Mutex<Option<Result<()>>>,
     ended: Condvar,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Core {
@@ -59,6 +61,7 @@ impl Core {
             alarm: alarm.map_err(failed("timerfd_create"))?,
             over: Mutex::new(None),
             ended: Condvar::new(),
+            supervisor: Mutex::new(None),
         };
         Ok((Arc::new(core), turn))
     }
@@ -115,20 +118,26 @@ pub(super) fn run(core: Arc<Core>, turn: Turn, vm: Box<Vm>) -> Result<()> {
         core.end(result);
     }
     let mut over = core.over();
-    loop {
-        match over.take() {
-            Some(result) => {
-                *over = Some(Ok(()));
-                return result;
+    let result = loop {
+        match over.replace(Ok(())) {
+            Some(result) => break result,
+            None => {
+                *over = None;
+                over = core.ended.wait(over).unwrap_or_else(PoisonError::into_inner);
             }
-            None => over = core.ended.wait(over).unwrap_or_else(PoisonError::into_inner),
         }
+    };
+    drop(over);
+    let supervisor = core.supervisor.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match supervisor.map(JoinHandle::join) {
+        Some(Err(_)) => Err(Error::Panicked("supervisor")),
+        _ => result,
     }
 }
 
 /// Starts a supervisor: it ends with the loop, or becomes it.
-fn supervise(core: &Arc<Core>) -> Result<()> {
-    let core = Arc::clone(core);
+fn supervise(shared: &Arc<Core>) -> Result<()> {
+    let core = Arc::clone(shared);
     let watch = move || {
         while core.over().is_none() {
             match rustix::io::read(&core.alarm, &mut [0; 8]) {
@@ -154,7 +163,8 @@ fn supervise(core: &Arc<Core>) -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("supervisor".into()).spawn(watch).map_err(Error::Thread)?;
+    let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch).map_err(Error::Thread)?;
+    *shared.supervisor.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
     Ok(())
 }
 

@@ -152,27 +152,10 @@ impl Drop for Handle {
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {
-    let failed = |error, mend| Err(socket_error(path, error, mend));
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return failed(error, ""),
-        // To connect to what is no socket is refused by the same number as to one that nobody serves.
-        Ok(found) if !found.file_type().is_socket() => {
-            return failed(
-                ErrorKind::AlreadyExists.into(),
-                ": that is no socket of ours; choose another path",
-            );
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => {
-                let mend = ": another daemon serves there; choose another --socket-path";
-                return failed(ErrorKind::AddrInUse.into(), mend);
-            }
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))?;
-            }
-            Err(error) => return failed(error, ": that is no socket of ours; choose another path"),
-        },
+        Err(error) => return Err(socket_error(path, error, "")),
+        Ok(found) => make_way(path, found.file_type().is_socket())?,
     }
     let mend = ": its directory must exist and be writable";
     let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
@@ -180,6 +163,21 @@ fn listen(path: &Path) -> Result<UnixListener> {
         .and_then(|()| listener.set_nonblocking(true))
         .map_err(|e| socket_error(path, e, ""))?;
     Ok(listener)
+}
+
+/// Removes a socket that a daemon left behind, and nothing else.
+fn make_way(path: &Path, is_socket: bool) -> Result<()> {
+    let used = std::io::Error::from(ErrorKind::AddrInUse);
+    if !is_socket {
+        return Err(socket_error(path, used, ": that is no socket; choose another --socket-path"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another --socket-path")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
+        }
+        Err(error) => Err(socket_error(path, error, ": choose another --socket-path")),
+    }
 }
 
 fn socket_error(path: &Path, source: std::io::Error, mend: &'static str) -> Error {

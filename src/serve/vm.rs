@@ -25,7 +25,7 @@ const WAKE: u64 = 3;
 const CLIENTS: u64 = 16;
 
 /// The least time to an alarm, so that many deadlines do not mean many wake-ups.
-const LEAST: Duration = Duration::from_millis(2);
+const LEAST: Duration = Duration::from_micros(200);
 
 /// How long a stopped server waits for its regions to close.
 const FAREWELL: Duration = Duration::from_secs(10);

@@ -91,7 +91,7 @@ impl SoftDomain {
         let memlock = uring::memlock_limit();
         let slots = slots.clamp(1, uring::MAX_SLOTS);
         let (ring, submissions, completions) = Ring::open(SUBMISSIONS, slots)?;
-        let bell = Bell::new(&ring).map_err(|failed| Error::Host {
+        let bell = Bell::new().map_err(|failed| Error::Host {
             what: failed.to_string(),
             mend: "raise the limit of open files (`ulimit -n`, `LimitNOFILE=` in a systemd unit)",
         })?;

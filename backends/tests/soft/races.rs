@@ -11,12 +11,6 @@ use super::*;
 const ROUNDS: u64 = 100_000;
 const PAGES: u64 = 16;
 
-/// Small steps that are not the same each time, and need no crate.
-fn next(state: &mut u64) -> u64 {
-    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    *state >> 33
-}
-
 #[test]
 fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
     let bench = Bench::new(PAGES);

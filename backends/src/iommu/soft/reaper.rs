@@ -170,7 +170,7 @@ impl Reaper {
         }
         if waiting > 0 && outstanding.is_empty() {
             self.waiting.store(false, Ordering::Release);
-            self.bell.watch(&self.ring, false);
+            self.bell.follow(&self.ring, false);
         }
     }
 
@@ -215,9 +215,8 @@ impl Reaper {
         let mut tags = 0;
         if self.outstanding.is_empty() {
             self.waiting.store(true, Ordering::Release);
-            if self.busy == 0 {
-                self.bell.watch(&self.ring, true);
-            }
+            self.bell.follow(&self.ring, true);
+            self.bell.watch(&self.ring, self.busy == 0);
         }
         self.fresh.sort_unstable();
         for (tag, file) in emptied {
@@ -250,12 +249,11 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    pub(crate) fn new(ring: &Ring) -> Result<Self, Failed> {
+    pub(crate) fn new() -> Result<Self, Failed> {
         let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Failed::new("eventfd", errno))?;
         let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Failed::new("epoll_create1", e))?;
         epoll::add(&both, &counter, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
-            .and_then(|()| epoll::add(&both, ring, epoll::EventData::new_u64(1), epoll::EventFlags::empty()))
             .map_err(|errno| Failed::new("epoll_ctl", errno))?;
         Ok(Self { counter, both: Arc::new(both) })
     }
@@ -274,11 +272,24 @@ impl Bell {
         let _ = rustix::io::read(&self.counter, &mut [0; 8]);
     }
 
-    /// Whether a completion in the ring rings, also one that is there already.
+    /// Whether the ring is looked at, at all. While it is not, a completion costs the kernel nothing more.
+    fn follow(&self, ring: &Ring, on: bool) {
+        let none = epoll::EventFlags::empty();
+        Self::check(if on {
+            epoll::add(&self.both, ring, epoll::EventData::new_u64(1), none)
+        } else {
+            epoll::delete(&self.both, ring)
+        });
+    }
+
+    /// Whether a completion in a ring that is followed rings, also one that is there already.
     fn watch(&self, ring: &Ring, on: bool) {
         let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-        // It fails only where there is no such fd in there.
-        if let Err(errno) = epoll::modify(&self.both, ring, epoll::EventData::new_u64(1), flags) {
+        Self::check(epoll::modify(&self.both, ring, epoll::EventData::new_u64(1), flags));
+    }
+
+    fn check(changed: rustix::io::Result<()>) {
+        if let Err(errno) = changed {
             log::error!("soft: cannot watch the ring ({errno}): tickets are found only when somebody polls");
         }
     }
