@@ -40,9 +40,12 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
 ];
 
-/// What needs no device.
-const ONCE: &[(&str, fn())] =
-    &[("the_demo_shows_no_stale_dma", programs::demo), ("minimal_vmm_converts", programs::minimal_vmm)];
+/// What needs no device, and why it cannot run where it cannot.
+const ONCE: &[(&str, fn(), fn() -> Option<&'static str>)] = &[
+    ("the_demo_shows_no_stale_dma", programs::demo, || None),
+    ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
+    ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
+];
 
 fn main() {
     if let Some(path) = std::env::var_os(death::VICTIM) {
@@ -57,30 +60,29 @@ fn main() {
         ),
         Ok(has) => {
             for iommu in ["iommufd", "type1"] {
-                let missing = iommu == "iommufd" && has == "type1";
-                if missing {
-                    eprintln!("{iommu}: skipped, this kernel has no iommufd");
-                }
-                trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| {
-                    Trial::test(format!("{iommu}::{name}"), move || {
-                        run(&Rig::new(iommu));
-                        Ok(())
-                    })
-                    .with_ignored_flag(missing)
-                }));
+                let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
+                trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| on(iommu, name, run, missing)));
+                let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
+                trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
             }
-            trials.extend(ONCE.iter().map(|&(name, run)| {
-                let missing = programs::missing(name);
-                if let Some(reason) = missing {
-                    eprintln!("{name}: skipped, {reason}");
-                }
-                Trial::test(name, move || {
-                    run();
-                    Ok(())
-                })
-                .with_ignored_flag(missing.is_some())
-            }));
+            trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
         }
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn on(iommu: &'static str, name: &str, run: Run, missing: Option<&str>) -> Trial {
+    trial(format!("{iommu}::{name}"), move || run(&Rig::new(iommu)), missing)
+}
+
+/// One that cannot run here is counted as skipped, and says why.
+fn trial(name: String, run: impl FnOnce() + Send + 'static, missing: Option<&str>) -> Trial {
+    if let Some(reason) = missing {
+        eprintln!("{name}: skipped, {reason}");
+    }
+    let run = move || {
+        run();
+        Ok(())
+    };
+    Trial::test(name, run).with_ignored_flag(missing.is_some())
 }
