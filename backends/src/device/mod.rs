@@ -8,6 +8,7 @@ use passgate_bindings::Iova;
 use crate::{Error, Result};
 
 pub mod edu;
+pub mod sim;
 pub mod vfio;
 
 /// A rung of the ladder that acts on a device, weakest first.
