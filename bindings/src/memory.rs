@@ -144,7 +144,7 @@ impl GuestFile {
     }
 
     fn word(&self, offset: u64) -> Result<*const std::sync::atomic::AtomicU64, Failed> {
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(Failed::new("word", Errno::INVAL));
         }
         Ok(self.span(offset, 8)?.cast_const().cast())

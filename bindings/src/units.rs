@@ -106,7 +106,7 @@ impl<A: Address> PageRange<A> {
         if len == 0 {
             return Err(RangeError::Empty { start });
         }
-        if start % PAGE != 0 || len % PAGE != 0 {
+        if !start.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
             return Err(RangeError::Unaligned { start, len });
         }
         match start.checked_add(len) {
@@ -117,7 +117,7 @@ impl<A: Address> PageRange<A> {
 
     /// The range from `start` to `end`, or none where it would be empty. Both are page-aligned by the caller.
     pub fn between(start: A, end: A) -> Option<Self> {
-        debug_assert!(start.raw() % PAGE == 0 && end.raw() % PAGE == 0);
+        debug_assert!(start.raw().is_multiple_of(PAGE) && end.raw().is_multiple_of(PAGE));
         (start < end).then_some(Self { start, end })
     }
 

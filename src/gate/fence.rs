@@ -58,9 +58,9 @@ impl Steps {
         step == Step::Unmap || self.0 & (1 << step as u8) != 0
     }
 
-    /// What both sets have.
-    pub fn and(self, other: Self) -> Self {
-        Self(self.0 & other.0)
+    /// What either set has.
+    pub fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 }
 

@@ -9,11 +9,23 @@
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
 pub mod effect;
+mod ending;
 pub mod event;
 pub mod fence;
+mod invalidation;
 pub mod ledger;
+mod plan;
 pub mod receipt;
+mod region;
+mod results;
+mod snapshot;
+mod stop;
 pub mod verdict;
+
+use std::collections::BTreeMap;
+
+use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
@@ -23,7 +35,13 @@ pub use event::{
 pub use fence::{OnStuckDma, Step, Steps};
 pub use ledger::PageState;
 pub use receipt::{Evidence, Receipt};
+pub use snapshot::{DeviceStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
+
+use invalidation::Invalidation;
+use ledger::{Holds, PageMap, Runs};
+use region::Region;
+use stop::DeviceEntry;
 
 /// What a gate is told once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,90 +52,160 @@ pub struct Policy {
     pub max_regions: u32,
     /// Invalidations that one client may have open at most.
     pub max_open: u32,
+    /// Guest memory at most, in bytes, over all clients.
+    pub max_memory: u64,
+    /// How long a region may take to close before its stuck parts are quarantined, in nanoseconds.
+    pub close_deadline_ns: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { on_stuck_dma: OnStuckDma::Refuse, max_regions: 512, max_open: 65_536 }
+        Self {
+            on_stuck_dma: OnStuckDma::Refuse,
+            max_regions: 512,
+            max_open: 65_536,
+            max_memory: 1 << 44,
+            close_deadline_ns: 2_000_000_000,
+        }
     }
+}
+
+/// What is known of one file: the state of its pages, what may not be mapped, and where it shows.
+#[derive(Debug, Default)]
+struct FileEntry {
+    pages: PageMap,
+    holds: Holds,
+    regions: Vec<RegionId>,
+}
+
+/// One IOVA domain.
+#[derive(Debug)]
+struct DomainEntry {
+    id: DomainId,
+    max_mappings: u64,
+    max_piece: u64,
+    runs: Runs,
+}
+
+/// A result that the gate waits for.
+#[derive(Debug, Clone, Copy)]
+enum Job {
+    /// A map over `iova` of `region`; `rest` is mapped after it.
+    Map { domain: DomainId, region: RegionId, iova: PageRange<Iova>, rest: Option<PageRange<Iova>> },
+    /// An unmap over `iova`, of which `already` bytes were reported gone before; `invalidation` asked for it.
+    Unmap { domain: DomainId, iova: PageRange<Iova>, already: u64, invalidation: InvalidationId },
+    /// A fence on `device`; `invalidation` asked for it first.
+    Fence { device: DeviceId, domain: DomainId, step: Step, invalidation: InvalidationId },
+    /// `device` on its way back.
+    Attach { device: DeviceId },
 }
 
 /// The gate of one VM.
 #[derive(Debug)]
 pub struct Gate {
     policy: Policy,
+    domains: Vec<DomainEntry>,
+    devices: BTreeMap<DeviceId, DeviceEntry>,
+    files: BTreeMap<FileId, FileEntry>,
+    regions: BTreeMap<RegionId, Region>,
+    /// Where the guest sees each region.
+    layout: BTreeMap<Gpa, RegionId>,
+    invalidations: BTreeMap<InvalidationId, Invalidation>,
+    /// Those of them that wait for proof.
+    clearing: Vec<InvalidationId>,
+    jobs: BTreeMap<JobId, Job>,
+    open_by_client: BTreeMap<ClientId, u32>,
+    /// Clients that are gone and still have regions to close.
+    leaving: Vec<ClientId>,
+    last_region: u32,
+    last_invalidation: u64,
+    last_job: u64,
 }
 
 impl Gate {
     /// A gate without domains, devices or memory.
     pub fn new(policy: Policy) -> Self {
-        Self { policy }
+        Self {
+            policy,
+            domains: Vec::new(),
+            devices: BTreeMap::new(),
+            files: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            layout: BTreeMap::new(),
+            invalidations: BTreeMap::new(),
+            clearing: Vec::new(),
+            jobs: BTreeMap::new(),
+            open_by_client: BTreeMap::new(),
+            leaving: Vec::new(),
+            last_region: 0,
+            last_invalidation: 0,
+            last_job: 0,
+        }
     }
 
-    /// Takes one event; appends to `effects` what it wants done.
+    /// Takes one event; appends to `effects` what it wants done, in order.
     pub fn handle(&mut self, event: Event, effects: &mut Effects) {
-        let _ = (event, effects, self.policy);
-        // (being written)
+        match event {
+            Event::DomainAdded { domain, max_mappings, max_piece } => {
+                if self.runs(domain).is_none() {
+                    let runs = Runs::default();
+                    self.domains.push(DomainEntry { id: domain, max_mappings, max_piece, runs });
+                }
+            }
+            Event::DeviceAdded { device, domain, steps } => self.add_device(device, domain, steps),
+            Event::AddRegion { caller, spec } => self.add_region(caller, spec, effects),
+            Event::RemoveRegion { caller, region } => self.remove_region(caller, region, effects),
+            Event::Begin { caller, range, to, performer, deadline_ns } => {
+                self.begin(caller, range, to, performer, deadline_ns, effects);
+            }
+            Event::End { caller, invalidation, outcome } => self.end(caller, invalidation, outcome, effects),
+            Event::Converted { invalidation, outcome } => self.converted(invalidation, outcome, effects),
+            Event::Mapped { job, result } => self.mapped(job, result, effects),
+            Event::Unmapped { job, result, took_ns } => self.unmapped(job, result, took_ns, effects),
+            Event::Released { job } => self.released(job, effects),
+            Event::Fenced { job, errno, took_ns } => self.fenced(job, errno, took_ns, effects),
+            Event::Attached { job, errno } => self.attached(job, errno, effects),
+            Event::Expired { invalidation, rung } => self.expired(invalidation, rung, effects),
+            Event::ClientGone { client } => self.client_gone(client, effects),
+        }
+        self.bring_back(effects);
     }
 
-    /// What is known now, for `status` (sizes are counts or bytes).
-    pub fn snapshot(&self) -> Snapshot {
-        Snapshot::default()
+    fn runs(&mut self, domain: DomainId) -> Option<&mut Runs> {
+        self.domains.iter_mut().find(|entry| entry.id == domain).map(|entry| &mut entry.runs)
     }
-}
 
-/// The state of a gate at one moment, for `status`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Snapshot {
-    /// The regions.
-    pub regions: Vec<RegionStatus>,
-    /// The devices.
-    pub devices: Vec<DeviceStatus>,
-    /// What must not be handed out.
-    pub quarantine: Vec<QuarantineStatus>,
-    /// Invalidations begun and not ended.
-    pub open: u64,
-    /// Kernel mappings in use, per domain, and their limit.
-    pub mappings: Vec<(DomainId, u64, u64)>,
-}
+    fn next_job(&mut self, job: Job) -> JobId {
+        self.last_job += 1;
+        let id = JobId(self.last_job);
+        self.jobs.insert(id, job);
+        id
+    }
 
-/// One region, for `status`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RegionStatus {
-    /// Its name.
-    pub region: RegionId,
-    /// Its owner.
-    pub owner: ClientId,
-    /// As it was described.
-    pub spec: RegionSpec,
-    /// Bytes shared, private, hole and unknown.
-    pub bytes: [u64; 4],
-    /// Whether it is being closed.
-    pub closing: bool,
-}
+    /// The region at `gpa`.
+    fn region_at(&self, gpa: Gpa) -> Option<&Region> {
+        let (_, id) = self.layout.range(..=gpa).next_back()?;
+        self.regions.get(id).filter(|region| region.spec.gpa.contains(gpa))
+    }
 
-/// One device, for `status`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceStatus {
-    /// Its name.
-    pub device: DeviceId,
-    /// Its domain.
-    pub domain: DomainId,
-    /// The strongest fence that it is under; none while its DMA works.
-    pub fenced: Option<Step>,
-}
+    /// Every IOVA range at which `range` of `file` shows, over all regions.
+    fn aliases(&self, file: FileId, range: PageRange<Offset>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
+        let regions = self.files.get(&file).map_or(&[][..], |entry| &entry.regions);
+        regions.iter().filter_map(move |id| self.regions.get(id)?.iova_of(range))
+    }
 
-/// One quarantined range, for `status`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QuarantineStatus {
-    /// The file.
-    pub file: FileId,
-    /// The pages.
-    pub range: passgate_bindings::PageRange<passgate_bindings::units::Offset>,
-    /// Where the guest sees them, while a region covers the first.
-    pub gpa: Option<passgate_bindings::Gpa>,
-    /// Why, and since which invalidation.
-    pub reason: Reason,
-    /// The invalidation.
-    pub invalidation: InvalidationId,
+    /// The pages of files that an IOVA range stands for; runs never leave their region, ranges may.
+    fn files_at(&self, iova: PageRange<Iova>) -> Vec<FilePages> {
+        let mut pages = Vec::new();
+        let before = self.layout.range(..=Gpa(iova.start().raw())).next_back();
+        let from = before.map_or(Gpa(iova.start().raw()), |(gpa, _)| *gpa);
+        for (_, id) in self.layout.range(from..Gpa(iova.end().raw())) {
+            if let Some(region) = self.regions.get(id)
+                && let Some(part) = region.iova().intersection(iova)
+            {
+                pages.push(region.pages_at(part));
+            }
+        }
+        pages
+    }
 }

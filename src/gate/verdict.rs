@@ -1,6 +1,5 @@
 //! The gate's words: done, refused, unknown, and for what reason.
 
-use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, PageRange};
 
 use super::event::{DeviceId, InvalidationId};
@@ -58,6 +57,8 @@ pub enum Cause {
     ClientGone = 6,
     /// A mapping could neither be finished nor taken back.
     HalfMapped = 7,
+    /// passgate's own conversion failed and changed nothing.
+    ConvertFailed = 8,
 }
 
 impl Cause {
@@ -71,6 +72,7 @@ impl Cause {
             Self::OwnerUnknown => "owner-unknown",
             Self::ClientGone => "client-gone",
             Self::HalfMapped => "half-mapped",
+            Self::ConvertFailed => "convert-failed",
         }
     }
 }
@@ -185,7 +187,7 @@ impl Refusal {
             Self::NoMemory { gpa }
             | Self::Overlaps { gpa, .. }
             | Self::Busy { gpa, .. }
-            | Self::Quarantined { gpa, .. } => Some(Gpa::from_raw(gpa.raw())),
+            | Self::Quarantined { gpa, .. } => Some(gpa),
             _ => None,
         }
     }

@@ -1,4 +1,15 @@
-//! The ledger: what every page is, and what is mapped where.
+//! The ledger: what every page is, what is mapped where, and what may not be mapped now.
+//!
+//! Page state and holds are kept by file identity and offset, so that every alias of a page is one page here;
+//! mappings are kept by domain and IOVA, as the kernel keeps them.
+
+pub mod holds;
+pub mod pages;
+pub mod runs;
+
+pub use holds::{HeldBy, Holds};
+pub use pages::PageMap;
+pub use runs::{Run, RunState, Runs};
 
 /// What a page of guest memory is to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

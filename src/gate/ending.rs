@@ -1,0 +1,223 @@
+//! How an invalidation is over: failed, ended by its owner, converted by passgate, or abandoned.
+//!
+//! Whatever is not certain ends in quarantine; whatever is certain is restored at once.
+
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, PageRange};
+
+use super::Gate;
+use super::effect::{Answer, Effect, Effects, FilePages, Notice};
+use super::event::{Caller, FileId, InvalidationId, Outcome};
+use super::fence::Step;
+use super::invalidation::{After, Phase};
+use super::ledger::{HeldBy, PageState, RunState};
+use super::verdict::{Cause, Reason, Refusal, Verdict};
+
+impl Gate {
+    /// The proof did not come: what stands in the way goes to quarantine, the rest back to what it was.
+    pub(super) fn fail(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.get_mut(&id) else { return };
+        let (targets, rung) = (std::mem::take(&mut inv.targets), inv.rung);
+        let (caller, range, after) = (inv.receipt.caller, inv.receipt.range, inv.after);
+        let mut stuck = Vec::new();
+        for domain in &self.domains {
+            for target in &targets {
+                stuck.extend(domain.runs.overlapping(*target).map(|run| (domain.id, run)));
+            }
+        }
+        let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
+        let pages = self.invalidations.get(&id).map(|inv| inv.pages.clone()).unwrap_or_default();
+        self.release(id, &pages);
+        for (domain, run) in stuck {
+            let (known, cause, errno) = match run.state {
+                RunState::Suspect { errno, .. } => (true, Cause::UnmapFailed, errno),
+                RunState::Leaking(_) => (true, Cause::DmaInFlight, 0),
+                RunState::Filling(_) => (false, Cause::MapInFlight, 0),
+                // A live run here was never asked to go: its devices did not stop in time.
+                RunState::Live | RunState::Removing(_) => (false, Cause::CallHangs, 0),
+            };
+            let reason = Reason { cause, device: self.suspect_device(domain), rung, errno };
+            let mut first = None;
+            for part in self.files_at(run.range) {
+                first = first.or(self.asked(&pages, part));
+                self.quarantine(id, part.file, part.range, reason, effects);
+            }
+            if worst.is_none_or(|(was_known, ..)| was_known && !known) {
+                worst = Some((known, reason, first.unwrap_or(range)));
+            }
+        }
+        let (known, reason, range) =
+            worst.unwrap_or((false, Reason { cause: Cause::CallHangs, device: None, rung, errno: 0 }, range));
+        let verdict =
+            if known { Verdict::Refused { range, reason } } else { Verdict::Unknown { range, reason } };
+        if let Some(inv) = self.invalidations.get_mut(&id) {
+            inv.receipt.verdict = Some(verdict);
+        }
+        self.clearing.retain(|other| *other != id);
+        let answer = match after {
+            After::AddFailed(_, Refusal::MapFailed { errno }) => {
+                Some(Answer::Refused(Refusal::HalfMapped { errno }))
+            }
+            After::AddFailed(_, refusal) => Some(Answer::Refused(refusal)),
+            After::Gone => None,
+            _ => Some(Answer::Verdict { invalidation: id, verdict }),
+        };
+        effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));
+        effects.push(Effect::Notice(Notice::Refused { invalidation: id, range, reason }));
+        self.finish(id, effects);
+        for part in pages {
+            self.reconcile(part.file, part.range, effects);
+        }
+    }
+
+    /// Where in what was asked for a part of a file lies.
+    fn asked(&self, pages: &[FilePages], part: FilePages) -> Option<PageRange<Gpa>> {
+        pages.iter().filter(|asked| asked.file == part.file).find_map(|asked| {
+            let shared = asked.range.intersection(part.range)?;
+            Some(shared.rebase(asked.range.start(), asked.gpa))
+        })
+    }
+
+    pub(super) fn end(
+        &mut self,
+        caller: Caller,
+        id: InvalidationId,
+        outcome: Outcome,
+        effects: &mut Effects,
+    ) {
+        let open = self.invalidations.get(&id).is_some_and(|inv| {
+            inv.phase == Phase::Granted && inv.is_conversion() && inv.receipt.caller.client == caller.client
+        });
+        if !open {
+            let answer = Answer::Refused(Refusal::NotBegun { invalidation: id });
+            effects.push(Effect::Answer { caller, answer });
+            return;
+        }
+        effects.push(Effect::Answer { caller, answer: Answer::Ended { invalidation: id } });
+        self.conclude(id, outcome, effects);
+    }
+
+    pub(super) fn converted(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Converting) else {
+            return;
+        };
+        let (caller, range) = (inv.receipt.caller, inv.receipt.range);
+        let reason = |cause, errno| Reason { cause, device: None, rung: Step::Unmap, errno };
+        let verdict = match outcome {
+            Outcome::Committed => Verdict::Done,
+            Outcome::NotCommitted => Verdict::Refused { range, reason: reason(Cause::ConvertFailed, 0) },
+            Outcome::Unknown { errno, .. } => {
+                Verdict::Unknown { range, reason: reason(Cause::OwnerUnknown, errno) }
+            }
+        };
+        inv.receipt.verdict = Some(verdict);
+        effects.push(Effect::Answer { caller, answer: Answer::Verdict { invalidation: id, verdict } });
+        if let Verdict::Refused { range, reason } = verdict {
+            effects.push(Effect::Notice(Notice::Refused { invalidation: id, range, reason }));
+        }
+        self.conclude(id, outcome, effects);
+    }
+
+    /// Takes down how the owner's side went.
+    fn conclude(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
+        if let Outcome::Unknown { errno, .. } = outcome {
+            let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno };
+            self.settle_unknown(id, reason, Some(outcome), effects);
+            return;
+        }
+        let Some(inv) = self.invalidations.get_mut(&id) else { return };
+        inv.receipt.outcome = Some(outcome);
+        let (pages, to) = (std::mem::take(&mut inv.pages), inv.receipt.to);
+        if outcome == Outcome::Committed {
+            for part in &pages {
+                if let Some(file) = self.files.get_mut(&part.file) {
+                    file.pages.set(part.range, to);
+                }
+            }
+        }
+        self.release(id, &pages);
+        self.finish(id, effects);
+        self.restore(pages, effects);
+    }
+
+    /// The owner cannot say, or is gone: the whole range is unknown, and quarantined.
+    pub(super) fn settle_unknown(
+        &mut self,
+        id: InvalidationId,
+        reason: Reason,
+        outcome: Option<Outcome>,
+        effects: &mut Effects,
+    ) {
+        let Some(inv) = self.invalidations.get_mut(&id) else { return };
+        inv.receipt.outcome = outcome;
+        let pages = std::mem::take(&mut inv.pages);
+        self.release(id, &pages);
+        for part in &pages {
+            if let Some(file) = self.files.get_mut(&part.file) {
+                file.pages.set(part.range, PageState::Unknown);
+            }
+            self.quarantine(id, part.file, part.range, reason, effects);
+        }
+        self.finish(id, effects);
+    }
+
+    /// The client went away before any answer: nothing was granted, all is as it was.
+    pub(super) fn abandon(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.get_mut(&id) else { return };
+        let pages = std::mem::take(&mut inv.pages);
+        self.clearing.retain(|other| *other != id);
+        self.release(id, &pages);
+        self.finish(id, effects);
+        self.restore(pages, effects);
+    }
+
+    fn release(&mut self, id: InvalidationId, pages: &[FilePages]) {
+        for part in pages {
+            if let Some(file) = self.files.get_mut(&part.file) {
+                file.holds.release(part.range, id);
+            }
+        }
+    }
+
+    /// Maps again what may be mapped, and lets go of files that nothing needs any more.
+    fn restore(&mut self, pages: Vec<FilePages>, effects: &mut Effects) {
+        for part in pages {
+            self.reconcile(part.file, part.range, effects);
+            self.forget_file(part.file, effects);
+        }
+    }
+
+    /// Puts what of a range is not held into quarantine, and says so.
+    pub(super) fn quarantine(
+        &mut self,
+        invalidation: InvalidationId,
+        file: FileId,
+        range: PageRange<Offset>,
+        reason: Reason,
+        effects: &mut Effects,
+    ) {
+        let Some(entry) = self.files.get_mut(&file) else { return };
+        let fresh: Vec<_> = entry.holds.gaps(range).collect();
+        for range in fresh {
+            if let Some(entry) = self.files.get_mut(&file) {
+                entry.holds.hold(range, HeldBy::Quarantine(invalidation, reason));
+            }
+            let gpa = self.gpa_of(file, range);
+            effects.push(Effect::Notice(Notice::Quarantined { invalidation, file, range, gpa, reason }));
+        }
+    }
+
+    /// The invalidation is over: its receipt goes out.
+    pub(super) fn finish(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.remove(&id) else { return };
+        if inv.is_conversion()
+            && let Some(open) = self.open_by_client.get_mut(&inv.receipt.caller.client)
+        {
+            *open -= 1;
+            if *open == 0 {
+                self.open_by_client.remove(&inv.receipt.caller.client);
+            }
+        }
+        effects.push(Effect::Receipt(inv.receipt));
+    }
+}

@@ -1,0 +1,444 @@
+//! One invalidation: begin → proof → verdict → end.
+//!
+//! While it clears, [`Gate::advance`] looks at the ledger and does the next thing: unmap what is mapped, wait for
+//! what is under way, climb the ladder for what failed. It is granted when the ledger shows nothing over the
+//! range. Time only ever pushes: every fifth of the deadline one rung is over, after the fourth comes an answer.
+
+use passgate_bindings::units::Address;
+use passgate_bindings::{Gpa, Iova, PageRange};
+
+use super::effect::{Answer, Effect, Effects, FilePages};
+use super::event::{Caller, ClientId, DomainId, InvalidationId, Performer, RegionId};
+use super::fence::{Step, Steps};
+use super::ledger::{HeldBy, PageState, Run, RunState};
+use super::receipt::Receipt;
+use super::verdict::{Refusal, Verdict};
+use super::{Gate, Job};
+
+/// Where an invalidation stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Waiting for proof.
+    Clearing,
+    /// The client may convert; its end is awaited.
+    Granted,
+    /// passgate converts; its own result is awaited.
+    Converting,
+}
+
+/// What comes of it once the range is clear.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum After {
+    /// A client's conversion.
+    Grant(Performer),
+    /// The region goes; its owner waits for it.
+    Removed(Caller),
+    /// The region goes because it could not be added.
+    AddFailed(Caller, Refusal),
+    /// The region goes because its owner has gone.
+    Gone,
+}
+
+/// One invalidation.
+#[derive(Debug)]
+pub(super) struct Invalidation {
+    pub(super) receipt: Box<Receipt>,
+    pub(super) phase: Phase,
+    pub(super) after: After,
+    /// The region that goes, where one does.
+    region: Option<RegionId>,
+    /// The pages held.
+    pub(super) pages: Vec<FilePages>,
+    /// Every IOVA range that must be clear.
+    pub(super) targets: Vec<PageRange<Iova>>,
+    pub(super) rung: Step,
+    /// Whether suspect mappings are still to be tried at this rung.
+    retry: bool,
+    /// Whether devices are being stopped first.
+    stopping: bool,
+    deadline_ns: u64,
+}
+
+impl Invalidation {
+    /// Whether it stands between begin and end (and is not a region on its way out).
+    pub(super) fn is_conversion(&self) -> bool {
+        matches!(self.after, After::Grant(_))
+    }
+
+    /// Whether it waits for something over `iova`.
+    pub(super) fn targets(&self, iova: PageRange<Iova>) -> bool {
+        self.targets.iter().any(|target| target.overlaps(iova))
+    }
+
+    /// Whether `iova` lies wholly in what it holds.
+    pub(super) fn encloses(&self, iova: PageRange<Iova>) -> bool {
+        self.is_conversion() && self.targets.iter().any(|target| target.covers(iova))
+    }
+}
+
+/// What stands in the way of an invalidation.
+#[derive(Default)]
+struct Sight {
+    suspects: Vec<(DomainId, Run)>,
+    waiting: bool,
+}
+
+/// A deadline has five parts: one for each rung, and one of slack in which the answer travels.
+const PARTS: u64 = 5;
+
+impl Gate {
+    pub(super) fn begin(
+        &mut self,
+        caller: Caller,
+        range: PageRange<Gpa>,
+        to: PageState,
+        performer: Performer,
+        deadline_ns: u64,
+        effects: &mut Effects,
+    ) {
+        let pages = match self.resolve(caller.client, range) {
+            Ok(pages) => pages,
+            Err(refusal) => {
+                effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
+                return;
+            }
+        };
+        let mut targets = Vec::with_capacity(pages.len());
+        for part in &pages {
+            targets.extend(self.aliases(part.file, part.range));
+        }
+        *self.open_by_client.entry(caller.client).or_default() += 1;
+        let id = self.start(caller, range, to, After::Grant(performer), targets, deadline_ns);
+        for part in &pages {
+            if let Some(file) = self.files.get_mut(&part.file) {
+                file.holds.hold(part.range, HeldBy::Open(id));
+            }
+        }
+        if let Some(inv) = self.invalidations.get_mut(&id) {
+            inv.pages = pages;
+        }
+        self.clear(id, effects);
+    }
+
+    /// Begins to take a region out of every domain. `stop` stops its devices first.
+    pub(super) fn close(&mut self, region: RegionId, stop: bool, after: After, effects: &mut Effects) {
+        let Some(entry) = self.regions.get_mut(&region) else { return };
+        entry.closing = true;
+        let (gpa, iova, owner) = (entry.spec.gpa, entry.iova(), entry.owner);
+        let caller = match after {
+            After::Removed(caller) | After::AddFailed(caller, _) => caller,
+            _ => Caller { client: owner, door: super::Door::Control, cookie: 0 },
+        };
+        let deadline = self.policy.close_deadline_ns;
+        let id = self.start(caller, gpa, PageState::Hole, after, vec![iova], deadline);
+        if let Some(inv) = self.invalidations.get_mut(&id) {
+            inv.region = Some(region);
+        }
+        if stop {
+            self.stop_all(id, effects);
+            if let Some(inv) = self.invalidations.get_mut(&id) {
+                inv.stopping = true;
+            }
+        }
+        self.clear(id, effects);
+    }
+
+    /// Whether the region is being closed by an invalidation that still clears.
+    pub(super) fn closes(&self, region: RegionId) -> bool {
+        self.clearing
+            .iter()
+            .any(|id| self.invalidations.get(id).is_some_and(|inv| inv.region == Some(region)))
+    }
+
+    fn start(
+        &mut self,
+        caller: Caller,
+        range: PageRange<Gpa>,
+        to: PageState,
+        after: After,
+        targets: Vec<PageRange<Iova>>,
+        deadline_ns: u64,
+    ) -> InvalidationId {
+        self.last_invalidation += 1;
+        let id = InvalidationId(self.last_invalidation);
+        let receipt = Receipt {
+            invalidation: id,
+            caller,
+            range,
+            to,
+            steps: Vec::new(),
+            more_steps: 0,
+            verdict: None,
+            outcome: None,
+        };
+        let inv = Invalidation {
+            receipt: Box::new(receipt),
+            phase: Phase::Clearing,
+            after,
+            region: None,
+            pages: Vec::new(),
+            targets,
+            rung: Step::Unmap,
+            retry: true,
+            stopping: false,
+            deadline_ns,
+        };
+        self.invalidations.insert(id, inv);
+        self.clearing.push(id);
+        id
+    }
+
+    /// The first look, with the clock set before any call can hang; it stands still if the answer came at once.
+    fn clear(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let at = effects.len();
+        self.arm(id, Step::Unmap, effects);
+        self.advance(id, effects);
+        if self.invalidations.get(&id).is_none_or(|inv| inv.phase != Phase::Clearing) && at < effects.len() {
+            effects.remove(at);
+        }
+    }
+
+    fn arm(&self, invalidation: InvalidationId, rung: Step, effects: &mut Effects) {
+        if let Some(inv) = self.invalidations.get(&invalidation) {
+            let after_ns = (inv.deadline_ns / PARTS).max(1);
+            effects.push(Effect::Arm { invalidation, rung, after_ns });
+        }
+    }
+
+    /// The pages behind a guest-physical range, or why it cannot be begun.
+    fn resolve(&self, client: ClientId, range: PageRange<Gpa>) -> Result<Vec<FilePages>, Refusal> {
+        let open = self.open_by_client.get(&client).copied().unwrap_or(0);
+        if open >= self.policy.max_open {
+            let (needed, limit) = (u64::from(open) + 1, self.policy.max_open.into());
+            return Err(Refusal::Budget { what: "open invalidations", needed, limit });
+        }
+        let mut pages = Vec::with_capacity(1);
+        let mut at = range.start();
+        while at < range.end() {
+            let region = self.region_at(at).filter(|region| !region.closing);
+            let region = region.ok_or(Refusal::NoMemory { gpa: at })?;
+            let stop = region.spec.gpa.end().min(range.end());
+            let part = PageRange::between(Iova(at.raw()), Iova(stop.raw()));
+            let part = region.pages_at(part.ok_or(Refusal::NoMemory { gpa: at })?);
+            if let Some(file) = self.files.get(&part.file)
+                && let Some((held, by)) = file.holds.overlapping(part.range).next()
+            {
+                let into = held.start().raw().saturating_sub(part.range.start().raw());
+                let gpa = Gpa(part.gpa.raw() + into);
+                return Err(match by {
+                    HeldBy::Open(invalidation) => Refusal::Busy { invalidation, gpa },
+                    HeldBy::Quarantine(_, reason) => Refusal::Quarantined { gpa, cause: reason.cause },
+                });
+            }
+            pages.push(part);
+            at = stop;
+        }
+        Ok(pages)
+    }
+
+    /// Everybody who waits looks again: a fence or an attach is over.
+    pub(super) fn advance_all(&mut self, effects: &mut Effects) {
+        for id in self.clearing.clone() {
+            self.advance(id, effects);
+        }
+    }
+
+    /// Whoever waits for something over `iova` looks again.
+    pub(super) fn advance_over(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
+        let mut index = 0;
+        while let Some(id) = self.clearing.get(index).copied() {
+            if self.invalidations.get(&id).is_some_and(|inv| inv.targets(iova)) {
+                self.advance(id, effects);
+            }
+            if self.clearing.get(index) == Some(&id) {
+                index += 1;
+            }
+        }
+    }
+
+    /// Looks at what stands in the way, and does the next thing about it.
+    fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
+        loop {
+            let Some(inv) = self.invalidations.get_mut(&id) else { return };
+            if inv.phase != Phase::Clearing {
+                return;
+            }
+            if inv.stopping {
+                if self.domains.iter().any(|domain| self.busy(domain.id)) {
+                    return;
+                }
+                if let Some(inv) = self.invalidations.get_mut(&id) {
+                    inv.stopping = false;
+                }
+                continue;
+            }
+            let targets = std::mem::take(&mut inv.targets);
+            let sight = self.look(id, &targets, effects);
+            let Some(inv) = self.invalidations.get_mut(&id) else { return };
+            inv.targets = targets;
+            if sight.suspects.is_empty() {
+                if !sight.waiting {
+                    self.grant(id, effects);
+                }
+                return;
+            }
+            let retry = std::mem::take(&mut inv.retry);
+            if sight.suspects.iter().any(|(domain, _)| self.busy(*domain)) {
+                if let Some(inv) = self.invalidations.get_mut(&id) {
+                    inv.retry = retry;
+                }
+                return;
+            }
+            if retry {
+                for (domain, run) in sight.suspects {
+                    self.unmap(id, domain, run.range, effects);
+                }
+                return;
+            }
+            if !self.climb(id, effects) {
+                self.fail(id, effects);
+                return;
+            }
+        }
+    }
+
+    /// Unmaps what is plainly mapped over the targets; tells what is left to wait for, and what failed.
+    fn look(&mut self, id: InvalidationId, targets: &[PageRange<Iova>], effects: &mut Effects) -> Sight {
+        let mut sight = Sight::default();
+        for index in 0..self.domains.len() {
+            let domain = self.domains[index].id;
+            for target in targets {
+                let runs = &mut self.domains[index].runs;
+                runs.isolate(*target);
+                let mut live: Option<PageRange<Iova>> = None;
+                let mut stretches = Vec::new();
+                for run in runs.overlapping(*target) {
+                    match run.state {
+                        RunState::Live => match live {
+                            Some(before) if before.end() == run.range.start() => {
+                                live = PageRange::between(before.start(), run.range.end());
+                            }
+                            _ => stretches.extend(live.replace(run.range)),
+                        },
+                        RunState::Suspect { .. } => sight.suspects.push((domain, run)),
+                        RunState::Filling(_) | RunState::Removing(_) | RunState::Leaking(_) => {
+                            sight.waiting = true;
+                        }
+                    }
+                }
+                stretches.extend(live);
+                sight.waiting |= !stretches.is_empty();
+                for stretch in stretches {
+                    self.unmap(id, domain, stretch, effects);
+                }
+            }
+        }
+        sight
+    }
+
+    /// Asks for one unmap of runs that fill `iova` exactly.
+    fn unmap(
+        &mut self,
+        invalidation: InvalidationId,
+        domain: DomainId,
+        iova: PageRange<Iova>,
+        effects: &mut Effects,
+    ) {
+        let already = match self.runs(domain).and_then(|runs| runs.overlapping(iova).next()) {
+            Some(Run { state: RunState::Suspect { gone, .. }, .. }) => gone,
+            _ => 0,
+        };
+        let job = self.next_job(Job::Unmap { domain, iova, already, invalidation });
+        if let Some(runs) = self.runs(domain) {
+            runs.fuse(iova, RunState::Removing(job));
+        }
+        effects.push(Effect::Unmap { job, domain, iova });
+    }
+
+    /// Goes up to the next rung that the policy allows and a device in question has; false at the top.
+    fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
+        let Some(inv) = self.invalidations.get(&id) else { return false };
+        let allowed = match inv.after {
+            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Cancel, Step::Detach])),
+            _ => self.policy.on_stuck_dma.allows(),
+        };
+        // A map that takes its time is no reason to stop a device.
+        let stands = |run: Run| !matches!(run.state, RunState::Filling(_));
+        let stuck: Vec<DomainId> = self
+            .domains
+            .iter()
+            .filter(|domain| inv.targets.iter().any(|t| domain.runs.overlapping(*t).any(stands)))
+            .map(|domain| domain.id)
+            .collect();
+        let mut rung = inv.rung;
+        while let Some(next) = rung.above() {
+            rung = next;
+            if !allowed.has(next) || !stuck.iter().any(|domain| self.can(*domain, next)) {
+                continue;
+            }
+            for domain in stuck {
+                self.fence(domain, next, id, effects);
+            }
+            if let Some(inv) = self.invalidations.get_mut(&id) {
+                inv.rung = next;
+                inv.retry = true;
+            }
+            return true;
+        }
+        false
+    }
+
+    pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Clearing) else {
+            return;
+        };
+        inv.stopping = false;
+        match over.above() {
+            None => {
+                self.fail(id, effects);
+                return;
+            }
+            Some(next) => {
+                let behind = inv.rung <= over;
+                self.arm(id, next, effects);
+                if behind {
+                    self.climb(id, effects);
+                }
+            }
+        }
+        self.advance(id, effects);
+    }
+
+    /// Nothing is in the way any more.
+    fn grant(&mut self, id: InvalidationId, effects: &mut Effects) {
+        self.clearing.retain(|other| *other != id);
+        let Some(inv) = self.invalidations.get_mut(&id) else { return };
+        inv.receipt.verdict = Some(Verdict::Done);
+        let caller = inv.receipt.caller;
+        match inv.after {
+            After::Grant(Performer::Client) => {
+                inv.phase = Phase::Granted;
+                let answer = Answer::Verdict { invalidation: id, verdict: Verdict::Done };
+                effects.push(Effect::Answer { caller, answer });
+            }
+            After::Grant(Performer::Passgate) => {
+                inv.phase = Phase::Converting;
+                let (pages, to) = (inv.pages.clone(), inv.receipt.to);
+                effects.push(Effect::Convert { invalidation: id, pages, to });
+            }
+            After::Removed(_) | After::AddFailed(..) | After::Gone => {
+                let (region, after) = (inv.region, inv.after);
+                self.finish(id, effects);
+                if let Some(region) = region {
+                    self.forget_region(region, effects);
+                    let answer = match after {
+                        After::Removed(_) => Some(Answer::RegionRemoved { region }),
+                        After::AddFailed(_, refusal) => Some(Answer::Refused(refusal)),
+                        _ => None,
+                    };
+                    effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What may not be mapped now, in one file: ranges under an open invalidation, and ranges in quarantine.
+//!
+//! Holds never overlap. A hold keeps every mapping out, at every alias, whatever the pages' state says.
+
+use std::collections::BTreeMap;
+
+use passgate_bindings::PageRange;
+use passgate_bindings::units::Offset;
+
+use crate::gate::event::InvalidationId;
+use crate::gate::verdict::Reason;
+
+/// Why a range is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeldBy {
+    /// An invalidation between begin and end.
+    Open(InvalidationId),
+    /// Quarantine, since this invalidation, for this reason.
+    Quarantine(InvalidationId, Reason),
+}
+
+/// What may not be mapped now, in one file.
+#[derive(Debug, Default)]
+pub struct Holds {
+    holds: BTreeMap<Offset, (PageRange<Offset>, HeldBy)>,
+}
+
+impl Holds {
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.holds.is_empty()
+    }
+
+    /// Whether anything is in quarantine.
+    pub fn quarantined(&self) -> bool {
+        self.holds.values().any(|(_, by)| matches!(by, HeldBy::Quarantine(..)))
+    }
+
+    /// Every hold, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
+        self.holds.values().copied()
+    }
+
+    /// The holds that share a page with `range`, whole, in order.
+    pub fn overlapping(
+        &self,
+        range: PageRange<Offset>,
+    ) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
+        let before = self.holds.range(..range.start()).next_back().map(|(_, hold)| *hold);
+        before
+            .filter(|(held, _)| held.overlaps(range))
+            .into_iter()
+            .chain(self.holds.range(range.start()..range.end()).map(|(_, hold)| *hold))
+    }
+
+    /// The parts of `range` that nothing holds, in order.
+    pub fn gaps(&self, range: PageRange<Offset>) -> impl Iterator<Item = PageRange<Offset>> + '_ {
+        gaps(range, self.overlapping(range).map(|(held, _)| held))
+    }
+
+    /// Holds what of `range` nothing holds yet.
+    pub fn hold(&mut self, range: PageRange<Offset>, by: HeldBy) {
+        if self.overlapping(range).next().is_none() {
+            self.holds.insert(range.start(), (range, by));
+            return;
+        }
+        let free: Vec<_> = self.gaps(range).collect();
+        for gap in free {
+            self.holds.insert(gap.start(), (gap, by));
+        }
+    }
+
+    /// Lets go of what invalidation `id` holds in `range`.
+    pub fn release(&mut self, range: PageRange<Offset>, id: InvalidationId) {
+        if let Some((held, by)) = self.holds.get(&range.start())
+            && *held == range
+            && *by == HeldBy::Open(id)
+        {
+            self.holds.remove(&range.start());
+            return;
+        }
+        let mine: Vec<_> = self
+            .overlapping(range)
+            .filter(|(_, by)| *by == HeldBy::Open(id))
+            .map(|(held, _)| held.start())
+            .collect();
+        for start in mine {
+            self.holds.remove(&start);
+        }
+    }
+
+    /// Lifts the hold that starts at `start`: the caller has proof.
+    pub fn lift(&mut self, start: Offset) {
+        self.holds.remove(&start);
+    }
+}
+
+/// The parts of `range` that none of `taken` (in order, not overlapping) covers.
+pub fn gaps<A: passgate_bindings::units::Address>(
+    range: PageRange<A>,
+    taken: impl Iterator<Item = PageRange<A>>,
+) -> impl Iterator<Item = PageRange<A>> {
+    let mut from = range.start();
+    let mut taken = taken.map(Some).chain(std::iter::once(None));
+    std::iter::from_fn(move || {
+        loop {
+            match taken.next()? {
+                Some(next) => {
+                    let gap = PageRange::between(from, next.start().max(from).min(range.end()));
+                    from = from.max(next.end());
+                    if gap.is_some() {
+                        return gap;
+                    }
+                }
+                None => return PageRange::between(from.min(range.end()), range.end()),
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use passgate_bindings::PAGE;
+
+    fn range(page: u64, pages: u64) -> PageRange<Offset> {
+        PageRange::new(page * PAGE, pages * PAGE).unwrap()
+    }
+
+    #[test]
+    fn gaps_are_what_is_left() {
+        let taken = [range(2, 2), range(6, 4)];
+        let left: Vec<_> = gaps(range(0, 8), taken.into_iter()).collect();
+        assert_eq!(left, [range(0, 2), range(4, 2)]);
+        assert_eq!(gaps(range(2, 1), taken.into_iter()).count(), 0);
+        let left: Vec<_> = gaps(range(3, 9), taken.into_iter()).collect();
+        assert_eq!(left, [range(4, 2), range(10, 2)]);
+    }
+
+    #[test]
+    fn a_hold_fills_only_gaps_and_releases_only_its_own() {
+        let (one, two) = (InvalidationId(1), InvalidationId(2));
+        let mut holds = Holds::default();
+        holds.hold(range(4, 2), HeldBy::Open(one));
+        holds.hold(range(0, 8), HeldBy::Open(two));
+        assert_eq!(holds.iter().count(), 3);
+        holds.release(range(0, 8), one);
+        assert_eq!(holds.gaps(range(0, 8)).collect::<Vec<_>>(), [range(4, 2)]);
+        holds.release(range(0, 8), two);
+        assert!(holds.is_empty());
+    }
+}

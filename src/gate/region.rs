@@ -1,0 +1,246 @@
+//! Regions: how memory comes, and how it goes.
+//!
+//! A region goes the way a conversion does: unmapped, proved, and only then forgotten. Where its owner went away
+//! without a word, its devices are stopped first. A region whose removal is not proved is never forgotten.
+
+use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+
+use super::effect::{Answer, Effect, Effects, FilePages, Notice};
+use super::event::{Caller, ClientId, FileId, InvalidationId, RegionId, RegionSpec};
+use super::invalidation::{After, Phase};
+use super::ledger::holds::gaps;
+use super::ledger::{HeldBy, PageState};
+use super::verdict::{Cause, Reason, Refusal};
+use super::{Gate, Step};
+
+/// A guest memory region.
+#[derive(Debug)]
+pub(super) struct Region {
+    pub(super) owner: ClientId,
+    pub(super) spec: RegionSpec,
+    /// Whether it is on its way out: nothing of it is mapped any more.
+    pub(super) closing: bool,
+    /// Map effects under way.
+    pub(super) filling: u32,
+    /// Bytes mapped while it was being added.
+    pub(super) mapped: u64,
+    /// Who waits for it to be added.
+    pub(super) adding: Option<Caller>,
+    /// Why it could not be added.
+    pub(super) failed: Option<Refusal>,
+}
+
+impl Region {
+    /// What devices see of it: guest-physical addresses are IOVAs.
+    pub(super) fn iova(&self) -> PageRange<Iova> {
+        self.spec.gpa.rebase(Gpa(0), Iova(0))
+    }
+
+    /// Where devices see these pages of its file.
+    pub(super) fn iova_of(&self, range: PageRange<Offset>) -> Option<PageRange<Iova>> {
+        let whole = self.pages_at(self.iova()).range;
+        Some(whole.intersection(range)?.rebase(whole.start(), self.iova().start()))
+    }
+
+    /// The pages of its file behind a part of it.
+    pub(super) fn pages_at(&self, part: PageRange<Iova>) -> FilePages {
+        let range = part.rebase(self.iova().start(), self.spec.backing.offset);
+        FilePages { file: self.spec.backing.file, range, gpa: Gpa(part.start().raw()) }
+    }
+}
+
+impl Gate {
+    pub(super) fn add_region(&mut self, caller: Caller, spec: RegionSpec, effects: &mut Effects) {
+        if let Err(refusal) = self.admit(caller.client, &spec) {
+            effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
+            return;
+        }
+        self.last_region += 1;
+        let id = RegionId(self.last_region);
+        let region = Region {
+            owner: caller.client,
+            spec,
+            closing: false,
+            filling: 0,
+            mapped: 0,
+            adding: Some(caller),
+            failed: None,
+        };
+        let (iova, pages) = (region.iova(), region.pages_at(region.iova()));
+        self.learn(pages, spec.initial);
+        self.regions.insert(id, region);
+        self.layout.insert(spec.gpa.start(), id);
+        if let Some(file) = self.files.get_mut(&pages.file) {
+            file.regions.push(id);
+        }
+        self.hope();
+        for index in 0..self.domains.len() {
+            self.fill(self.domains[index].id, id, iova, effects);
+        }
+        self.answer_added(id, effects);
+    }
+
+    /// Whether the region may come.
+    fn admit(&self, client: ClientId, spec: &RegionSpec) -> Result<(), Refusal> {
+        if self.leaving.contains(&client) {
+            return Err(Refusal::Closing);
+        }
+        if !spec.piece.is_power_of_two() || spec.piece < PAGE {
+            return Err(Refusal::BadPiece { piece: spec.piece });
+        }
+        let before = self.layout.range(..=spec.gpa.start()).next_back();
+        let within = self.layout.range(spec.gpa.start()..spec.gpa.end()).next();
+        for (_, id) in before.into_iter().chain(within) {
+            let other = self.regions.get(id).and_then(|region| region.spec.gpa.intersection(spec.gpa));
+            if let Some(shared) = other {
+                return Err(Refusal::Overlaps { region: *id, gpa: shared.start() });
+            }
+        }
+        within_budget("regions", self.regions.len() as u64 + 1, self.policy.max_regions.into())?;
+        let memory: u64 = self.regions.values().map(|region| region.spec.gpa.len()).sum();
+        within_budget("bytes of guest memory", memory + spec.gpa.len(), self.policy.max_memory)?;
+        for domain in &self.domains {
+            let piece = spec.piece.min(domain.max_piece.max(PAGE));
+            let needed = domain.runs.objects() + spec.gpa.len().div_ceil(piece) + 1;
+            within_budget("mappings", needed, domain.max_mappings)?;
+        }
+        Ok(())
+    }
+
+    /// Takes down the state of pages that no other region of the file has told before.
+    fn learn(&mut self, pages: FilePages, initial: PageState) {
+        let entry = self.files.entry(pages.file).or_default();
+        let mut told: Vec<_> = entry
+            .regions
+            .iter()
+            .filter_map(|id| self.regions.get(id))
+            .map(|region| region.pages_at(region.iova()).range)
+            .filter(|range| range.overlaps(pages.range))
+            .collect();
+        told.sort_unstable();
+        for new in gaps(pages.range, told.into_iter()) {
+            let free: Vec<_> = entry.holds.gaps(new).collect();
+            for part in free {
+                entry.pages.set(part, initial);
+            }
+        }
+    }
+
+    /// Answers whoever added the region, once no map of it is under way.
+    pub(super) fn answer_added(&mut self, id: RegionId, effects: &mut Effects) {
+        let Some(region) = self.regions.get_mut(&id) else { return };
+        if region.filling > 0 {
+            return;
+        }
+        let Some(caller) = region.adding.take() else { return };
+        match region.failed {
+            Some(refusal) => self.close(id, false, After::AddFailed(caller, refusal), effects),
+            None => {
+                let answer = Answer::RegionAdded { region: id, mapped: region.mapped };
+                effects.push(Effect::Answer { caller, answer });
+            }
+        }
+    }
+
+    pub(super) fn remove_region(&mut self, caller: Caller, id: RegionId, effects: &mut Effects) {
+        match self.removable(caller.client, id) {
+            Err(refusal) => effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) }),
+            Ok(()) => self.close(id, false, After::Removed(caller), effects),
+        }
+    }
+
+    fn removable(&self, client: ClientId, id: RegionId) -> Result<(), Refusal> {
+        let region = self.regions.get(&id).filter(|region| region.owner == client && region.adding.is_none());
+        let region = region.ok_or(Refusal::NotOwner { region: id })?;
+        if self.closes(id) {
+            return Err(Refusal::NotOwner { region: id });
+        }
+        let pages = region.pages_at(region.iova());
+        let held = self.files.get(&pages.file).and_then(|file| {
+            file.holds.overlapping(pages.range).find_map(|(held, by)| match by {
+                HeldBy::Open(invalidation) => Some((held, invalidation)),
+                HeldBy::Quarantine(..) => None,
+            })
+        });
+        match held {
+            None => Ok(()),
+            Some((held, invalidation)) => {
+                let iova = region.iova_of(held).unwrap_or(region.iova());
+                Err(Refusal::Busy { invalidation, gpa: Gpa(iova.start().raw()) })
+            }
+        }
+    }
+
+    /// Forgets a region of which nothing is mapped any more.
+    pub(super) fn forget_region(&mut self, id: RegionId, effects: &mut Effects) {
+        let Some(region) = self.regions.remove(&id) else { return };
+        self.layout.remove(&region.spec.gpa.start());
+        let file = region.spec.backing.file;
+        if let Some(entry) = self.files.get_mut(&file) {
+            entry.regions.retain(|other| *other != id);
+        }
+        self.forget_file(file, effects);
+        effects.push(Effect::Notice(Notice::RegionClosed { region: id }));
+        if self.leaving.contains(&region.owner) && !self.regions.values().any(|r| r.owner == region.owner) {
+            self.leaving.retain(|client| *client != region.owner);
+            effects.push(Effect::Notice(Notice::SessionClosed { client: region.owner }));
+        }
+    }
+
+    /// Forgets a file that no region and no hold needs. A quarantined file stays: its identity must not come
+    /// back as another file's.
+    pub(super) fn forget_file(&mut self, file: FileId, effects: &mut Effects) {
+        let idle = |entry: &super::FileEntry| entry.regions.is_empty() && entry.holds.is_empty();
+        if self.files.get(&file).is_some_and(idle) {
+            self.files.remove(&file);
+            effects.push(Effect::ForgetFile { file });
+        }
+    }
+
+    /// A connection is gone: what it began is not known to be over, what it owned goes, its devices first.
+    pub(super) fn client_gone(&mut self, client: ClientId, effects: &mut Effects) {
+        let mut owned = Vec::new();
+        for (id, region) in self.regions.iter_mut().filter(|(_, region)| region.owner == client) {
+            region.adding = None;
+            owned.push((*id, region.closing));
+            region.closing = true;
+        }
+        let begun: Vec<InvalidationId> = self
+            .invalidations
+            .iter()
+            .filter(|(_, inv)| inv.is_conversion() && inv.receipt.caller.client == client)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in begun {
+            match self.invalidations.get(&id).map(|inv| inv.phase) {
+                Some(Phase::Clearing) => self.abandon(id, effects),
+                Some(Phase::Granted) => {
+                    let reason =
+                        Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+                    self.settle_unknown(id, reason, None, effects);
+                }
+                // passgate itself is at it and will know how it went.
+                Some(Phase::Converting) | None => {}
+            }
+        }
+        if !owned.is_empty() {
+            self.leaving.push(client);
+        }
+        for (id, closing) in owned {
+            if !closing {
+                self.close(id, true, After::Gone, effects);
+            }
+        }
+    }
+
+    /// Whether the region lies in no domain any more.
+    pub(super) fn unmapped_everywhere(&self, id: RegionId) -> bool {
+        let Some(iova) = self.regions.get(&id).map(Region::iova) else { return true };
+        self.domains.iter().all(|domain| domain.runs.overlapping(iova).next().is_none())
+    }
+}
+
+fn within_budget(what: &'static str, needed: u64, limit: u64) -> Result<(), Refusal> {
+    if needed <= limit { Ok(()) } else { Err(Refusal::Budget { what, needed, limit }) }
+}

@@ -1,0 +1,191 @@
+//! What came of the gate's own effects on mappings.
+//!
+//! A result is believed to the byte and no further: short is not gone, an error is not "nothing happened".
+
+use passgate_bindings::{Iova, PageRange};
+
+use super::effect::{Effect, Effects, Notice};
+use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
+use super::fence::Step;
+use super::ledger::{HeldBy, RunState};
+use super::receipt::Evidence;
+use super::verdict::{Cause, Reason, Refusal};
+use super::{Gate, Job};
+
+/// `EPROTO`: a domain reported more bytes gone than were mapped.
+const PROTOCOL_ERROR: i32 = 71;
+
+impl Gate {
+    pub(super) fn mapped(&mut self, job: JobId, result: MapResult, effects: &mut Effects) {
+        let Some(Job::Map { domain, region, iova, rest }) = self.jobs.get(&job).copied() else { return };
+        self.jobs.remove(&job);
+        let Some(runs) = self.runs(domain) else { return };
+        match result {
+            MapResult::Mapped => {
+                runs.mark(iova.start(), RunState::Live);
+                runs.merge_around(iova.start());
+            }
+            MapResult::Refused { .. } => runs.remove(iova.start()),
+            MapResult::Unknown { errno } => runs.mark(iova.start(), RunState::Suspect { gone: 0, errno }),
+        }
+        if let MapResult::Unknown { errno } = result {
+            let reason = Reason {
+                cause: Cause::HalfMapped,
+                device: self.suspect_device(domain),
+                rung: Step::Unmap,
+                errno,
+            };
+            for part in self.files_at(iova) {
+                self.quarantine(InvalidationId(0), part.file, part.range, reason, effects);
+            }
+        }
+        self.advance_over(iova, effects);
+        self.filled(domain, region, iova, result, rest, effects);
+        self.settle(iova, effects);
+    }
+
+    /// Counts a map towards the region that it is of.
+    fn filled(
+        &mut self,
+        domain: DomainId,
+        id: RegionId,
+        iova: PageRange<Iova>,
+        result: MapResult,
+        rest: Option<PageRange<Iova>>,
+        effects: &mut Effects,
+    ) {
+        let Some(region) = self.regions.get_mut(&id) else { return };
+        region.filling -= 1;
+        match result {
+            MapResult::Mapped => region.mapped += iova.len(),
+            MapResult::Refused { errno } | MapResult::Unknown { errno } if region.adding.is_some() => {
+                let half = matches!(result, MapResult::Unknown { .. });
+                region.failed =
+                    Some(if half { Refusal::HalfMapped { errno } } else { Refusal::MapFailed { errno } });
+            }
+            MapResult::Refused { errno } | MapResult::Unknown { errno } => {
+                effects.push(Effect::Notice(Notice::MapFailed { domain, iova, errno }));
+            }
+        }
+        if region.failed.is_none()
+            && let Some(rest) = rest
+        {
+            self.fill(domain, id, rest, effects);
+        }
+        self.answer_added(id, effects);
+    }
+
+    pub(super) fn unmapped(&mut self, job: JobId, result: UnmapResult, took_ns: u64, effects: &mut Effects) {
+        let Some(Job::Unmap { domain, iova, already, invalidation }) = self.jobs.get(&job).copied() else {
+            return;
+        };
+        let Some(runs) = self.runs(domain) else { return };
+        let waiting = runs.overlapping(iova).next().is_some_and(|run| run.state == RunState::Removing(job));
+        if !waiting {
+            return;
+        }
+        let (UnmapResult::Gone { bytes }
+        | UnmapResult::InFlight { bytes }
+        | UnmapResult::Failed { bytes, .. }) = result;
+        let gone = already.saturating_add(bytes);
+        let whole = gone == iova.len();
+        let errno = match result {
+            UnmapResult::Failed { errno, .. } => errno,
+            _ if gone > iova.len() => PROTOCOL_ERROR,
+            _ => 0,
+        };
+        match result {
+            UnmapResult::Gone { .. } if whole => runs.remove(iova.start()),
+            UnmapResult::InFlight { .. } if whole => runs.mark(iova.start(), RunState::Leaking(job)),
+            _ => runs.mark(iova.start(), RunState::Suspect { gone: gone.min(iova.len()), errno }),
+        }
+        let in_flight = matches!(result, UnmapResult::InFlight { .. });
+        if !(in_flight && whole) {
+            self.jobs.remove(&job);
+        }
+        if let Some(inv) = self.invalidations.get_mut(&invalidation) {
+            inv.receipt.record(Evidence {
+                step: Step::Unmap,
+                domain,
+                device: None,
+                iova: Some(iova),
+                asked: iova.len() - already,
+                gone: bytes,
+                in_flight,
+                errno,
+                took_ns,
+            });
+        }
+        self.changed(iova, invalidation, effects);
+    }
+
+    pub(super) fn released(&mut self, job: JobId, effects: &mut Effects) {
+        let Some(Job::Unmap { domain, iova, invalidation, .. }) = self.jobs.get(&job).copied() else {
+            return;
+        };
+        let Some(runs) = self.runs(domain) else { return };
+        if runs.overlapping(iova).next().is_some_and(|run| run.state == RunState::Leaking(job)) {
+            runs.remove(iova.start());
+            self.jobs.remove(&job);
+            self.changed(iova, invalidation, effects);
+        }
+    }
+
+    /// Something over `iova` left the ledger, or failed to: whoever waits looks again, neighbours that had to go
+    /// with it come back, and what was in doubt may be so no more.
+    fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
+        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
+        self.advance_over(iova, effects);
+        if !enclosed {
+            for part in self.files_at(iova) {
+                self.reconcile(part.file, part.range, effects);
+            }
+        }
+        self.settle(iova, effects);
+    }
+
+    /// Lifts quarantines over `iova` whose cause is disproved, and forgets closing regions that are clear.
+    fn settle(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
+        let quarantined = self.files.values().any(|file| file.holds.quarantined());
+        let closing = self.regions.values().any(|region| region.closing);
+        if !quarantined && !closing {
+            return;
+        }
+        for part in self.files_at(iova) {
+            let Some(file) = self.files.get(&part.file) else { continue };
+            let held: Vec<_> = file.holds.overlapping(part.range).collect();
+            for (range, by) in held {
+                let HeldBy::Quarantine(_, reason) = by else { continue };
+                let lasting = matches!(reason.cause, Cause::OwnerUnknown | Cause::ClientGone);
+                let clear = self.aliases(part.file, range).all(|alias| {
+                    self.domains.iter().all(|d| d.runs.overlapping(alias).all(|r| r.state == RunState::Live))
+                });
+                if lasting || !clear {
+                    continue;
+                }
+                let gpa = self.gpa_of(part.file, range);
+                if let Some(file) = self.files.get_mut(&part.file) {
+                    file.holds.lift(range.start());
+                }
+                effects.push(Effect::Notice(Notice::Freed { file: part.file, range, gpa }));
+                self.reconcile(part.file, range, effects);
+            }
+        }
+        if closing {
+            let over: Vec<RegionId> = self
+                .regions
+                .iter()
+                .filter(|(id, region)| {
+                    region.closing
+                        && region.iova().overlaps(iova)
+                        && !self.closes(**id)
+                        && self.unmapped_everywhere(**id)
+                })
+                .map(|(id, _)| *id)
+                .collect();
+            for id in over {
+                self.forget_region(id, effects);
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What is known now, for `status`.
+
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, PageRange};
+
+use super::event::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId, RegionSpec};
+use super::fence::Step;
+use super::ledger::HeldBy;
+use super::verdict::Reason;
+use super::{FilePages, Gate};
+
+/// The state of a gate at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The regions.
+    pub regions: Vec<RegionStatus>,
+    /// The devices.
+    pub devices: Vec<DeviceStatus>,
+    /// What must not be handed out.
+    pub quarantine: Vec<QuarantineStatus>,
+    /// Invalidations begun and not ended.
+    pub open: u64,
+    /// Per domain: kernel mappings in use, and their limit.
+    pub mappings: Vec<(DomainId, u64, u64)>,
+}
+
+/// One region.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegionStatus {
+    /// Its name.
+    pub region: RegionId,
+    /// Its owner.
+    pub owner: ClientId,
+    /// As it was described.
+    pub spec: RegionSpec,
+    /// Bytes shared, private, hole and unknown.
+    pub bytes: [u64; 4],
+    /// Whether it is being closed.
+    pub closing: bool,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub device: DeviceId,
+    /// Its domain.
+    pub domain: DomainId,
+    /// The fence that it is under; none while its DMA works.
+    pub fenced: Option<Step>,
+}
+
+/// One quarantined range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QuarantineStatus {
+    /// The file.
+    pub file: FileId,
+    /// The pages.
+    pub range: PageRange<Offset>,
+    /// Where the guest sees the first of them, while a region covers it.
+    pub gpa: Option<Gpa>,
+    /// Why.
+    pub reason: Reason,
+    /// Since which invalidation.
+    pub invalidation: InvalidationId,
+}
+
+impl Gate {
+    /// What is known now. Costs by regions and runs of equal state, not by pages.
+    pub fn snapshot(&self) -> Snapshot {
+        let regions = self.regions.iter().map(|(id, region)| {
+            let FilePages { file, range, .. } = region.pages_at(region.iova());
+            let mut bytes = [0; 4];
+            if let Some(entry) = self.files.get(&file) {
+                for (run, state) in entry.pages.runs(range) {
+                    bytes[state as usize] += run.len();
+                }
+            }
+            RegionStatus {
+                region: *id,
+                owner: region.owner,
+                spec: region.spec,
+                bytes,
+                closing: region.closing,
+            }
+        });
+        let devices = self.devices.iter().map(|(id, device)| DeviceStatus {
+            device: *id,
+            domain: device.domain,
+            fenced: device.fenced,
+        });
+        let quarantine = self.files.iter().flat_map(|(file, entry)| {
+            entry.holds.iter().filter_map(move |(range, by)| match by {
+                HeldBy::Open(_) => None,
+                HeldBy::Quarantine(invalidation, reason) => {
+                    let gpa = self.gpa_of(*file, range);
+                    Some(QuarantineStatus { file: *file, range, gpa, reason, invalidation })
+                }
+            })
+        });
+        Snapshot {
+            regions: regions.collect(),
+            devices: devices.collect(),
+            quarantine: quarantine.collect(),
+            open: self.invalidations.values().filter(|inv| inv.is_conversion()).count() as u64,
+            mappings: self
+                .domains
+                .iter()
+                .map(|domain| (domain.id, domain.runs.objects(), domain.max_mappings))
+                .collect(),
+        }
+    }
+
+    /// Where the guest sees the first of these pages, while a region covers it.
+    pub(super) fn gpa_of(&self, file: FileId, range: PageRange<Offset>) -> Option<Gpa> {
+        self.aliases(file, range).next().map(|iova| Gpa(iova.start().0))
+    }
+}
