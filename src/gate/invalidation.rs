@@ -8,7 +8,7 @@ use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::effect::{Answer, Effect, Effects, FilePages};
-use super::event::{Caller, ClientId, DomainId, InvalidationId, Performer, RegionId};
+use super::event::{Caller, ClientId, DomainId, InvalidationId, JobId, Performer, RegionId};
 use super::fence::{Step, Steps};
 use super::ledger::{HeldBy, PageState, Run, RunState};
 use super::receipt::Receipt;
@@ -308,7 +308,14 @@ impl Gate {
         for index in 0..self.domains.len() {
             let domain = self.domains[index].id;
             for target in targets {
+                let job = JobId(self.last_job + 1);
                 let runs = &mut self.domains[index].runs;
+                if let Some(iova) = runs.carve(*target, RunState::Removing(job)) {
+                    self.next_job(Job::Unmap { domain, iova, already: 0, invalidation: id });
+                    effects.push(Effect::Unmap { job, domain, iova });
+                    sight.waiting = true;
+                    continue;
+                }
                 runs.isolate(*target);
                 let mut live: Option<PageRange<Iova>> = None;
                 let mut stretches = Vec::new();

@@ -80,7 +80,7 @@ impl Gate {
             return;
         };
         let Some(runs) = self.runs(domain) else { return };
-        let waiting = runs.overlapping(iova).next().is_some_and(|run| run.state == RunState::Removing(job));
+        let waiting = runs.at(iova.start()).is_some_and(|run| run.state == RunState::Removing(job));
         if !waiting {
             return;
         }
@@ -124,7 +124,7 @@ impl Gate {
             return;
         };
         let Some(runs) = self.runs(domain) else { return };
-        if runs.overlapping(iova).next().is_some_and(|run| run.state == RunState::Leaking(job)) {
+        if runs.at(iova.start()).is_some_and(|run| run.state == RunState::Leaking(job)) {
             runs.remove(iova.start());
             self.jobs.remove(&job);
             self.changed(iova, invalidation, effects);

@@ -112,6 +112,39 @@ impl Runs {
         }
     }
 
+    /// The run that starts at `start`.
+    pub fn at(&self, start: Iova) -> Option<Run> {
+        self.runs.get(&start).copied()
+    }
+
+    /// The common case of one live run over the whole of `range`: cuts the pieces over it out, puts them into
+    /// `state`, and says where they are. Nothing happens in every other case.
+    pub fn carve(&mut self, range: PageRange<Iova>, state: RunState) -> Option<PageRange<Iova>> {
+        let (_, entry) = self.runs.range_mut(..=range.start()).next_back()?;
+        let run = *entry;
+        if run.state != RunState::Live || !run.range.covers(range) {
+            return None;
+        }
+        let base = run.range.start().raw();
+        let from = base + (range.start().raw() - base) / run.piece * run.piece;
+        let to = base + (range.end().raw() - base).div_ceil(run.piece) * run.piece;
+        let cut = PageRange::between(Iova(from), Iova(to).min(run.range.end()))?;
+        let [left, right] = run.range.without(cut);
+        let middle = Run::new(cut, run.piece, state);
+        match left {
+            Some(left) => {
+                *entry = Run::new(left, run.piece, run.state);
+                self.runs.insert(cut.start(), middle);
+            }
+            None => *entry = middle,
+        }
+        if let Some(right) = right {
+            self.runs.insert(right.start(), Run::new(right, run.piece, run.state));
+        }
+        self.unsettled += usize::from(state.unsettled());
+        Some(cut)
+    }
+
     /// Cuts live runs at the borders of their pieces, so that the pieces over `range` are runs of their own.
     pub fn isolate(&mut self, range: PageRange<Iova>) {
         let first = self.overlapping(range).next();

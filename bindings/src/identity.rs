@@ -1,0 +1,176 @@
+//! Which file a foreign descriptor is, and whether it will do as guest memory.
+//!
+//! A client passes descriptors; before any is mapped or pinned, [`identify`] asks the kernel what it is and
+//! [`check`] judges the answer. Nothing that a file system in user space could delay, shrink or fake is let past:
+//! only tmpfs, hugetlbfs and guest_memfd.
+//!
+//! The order of the questions matters: a file system in user space may answer fstat and fstatfs late or never,
+//! so the questions that the kernel answers by itself come first (open mode, seals, the name in `/proc`). Only a
+//! file on tmpfs or hugetlbfs has seals to report. A guest_memfd has none; up to Linux 6.18 it is known by the
+//! name that KVM gave its anonymous inode, later by its file system. What is left is a file of a client's own file
+//! system that is named like KVM's: it can delay fstatfs, so callers ask on a thread that may wait.
+//!
+//! Every guest_memfd has an inode number of its own, also on an anonymous inode, so device and inode name the file.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use rustix::fs::{OFlags, SealFlags};
+use rustix::io::Errno;
+
+use crate::Failed;
+use crate::memory::FileKind;
+use crate::units::{Offset, PageRange};
+
+/// `TMPFS_MAGIC`.
+const TMPFS: u64 = 0x0102_1994;
+/// `HUGETLBFS_MAGIC`.
+const HUGETLBFS: u64 = 0x9584_58f6;
+/// `GUEST_MEMFD_MAGIC`: "GMEM".
+const GUEST_MEMFD: u64 = 0x474d_454d;
+/// What `/proc/self/fd` shows for a guest_memfd on an anonymous inode.
+const ANON_GUEST_MEMFD: &str = "anon_inode:[kvm-gmem]";
+/// How it begins for a file of an in-kernel file system that KVM may have made; then the magic decides.
+const UNNAMED: &str = "/[";
+
+/// What the kernel says of a file: facts, no judgement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// What backs it.
+    pub kind: FileKind,
+    /// `st_dev`; with `inode` the file's name for as long as anyone has it open.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Whether the descriptor was opened for reading and writing.
+    pub writable: bool,
+    /// Its seals; none for a guest_memfd, which cannot shrink.
+    pub seals: SealFlags,
+}
+
+/// Why a file will not do as guest memory. The text is the message that the client reads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FileError {
+    /// It is not on tmpfs, hugetlbfs or guest_memfd.
+    #[error("`{name}` cannot be guest memory: pass a memfd (memfd_create), a hugetlb memfd or a guest_memfd")]
+    Foreign {
+        /// Its name in `/proc/self/fd`.
+        name: String,
+    },
+    /// O_PATH or O_WRONLY.
+    #[error("the descriptor cannot be read: open it O_RDWR (or O_RDONLY for memory that devices only read)")]
+    Unreadable,
+    /// Opened read-only, for a mapping that devices write to.
+    #[error("the descriptor is read-only: open it O_RDWR, or add the memory as read-only")]
+    ReadOnly,
+    /// Sealed against writing, for a mapping that devices write to.
+    #[error(
+        "the file is sealed against writing: pass one without F_SEAL_WRITE and F_SEAL_FUTURE_WRITE, or add the memory as read-only"
+    )]
+    WriteSealed,
+    /// Anyone could truncate it under the device.
+    #[error(
+        "the file may be shrunk: seal it with fcntl(F_ADD_SEALS, F_SEAL_SHRINK) before passing it (memfd_create needs MFD_ALLOW_SEALING)"
+    )]
+    Shrinkable,
+    /// The range is not pages of it.
+    #[error("offset {offset:#x} and length {len:#x} are not a range of whole pages: {source}")]
+    Range {
+        /// Where it starts.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What is wrong.
+        source: crate::RangeError,
+    },
+    /// The file ends before the range.
+    #[error(
+        "the file has {size:#x} bytes and the range {range} ends behind it: ftruncate it to its full size first"
+    )]
+    TooShort {
+        /// The file's size.
+        size: u64,
+        /// The range asked for.
+        range: PageRange<Offset>,
+    },
+    /// The kernel would not say.
+    #[error("cannot examine the descriptor: {0}")]
+    Failed(#[from] Failed),
+}
+
+/// Asks the kernel what `fd` is.
+pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
+    let fd = fd.as_fd();
+    let open = rustix::fs::fcntl_getfl(fd).map_err(|e| Failed::new("F_GETFL", e))?;
+    let access = open & OFlags::RWMODE;
+    if open.contains(OFlags::PATH) || access == OFlags::WRONLY {
+        return Err(FileError::Unreadable);
+    }
+    let (kind, seals) = match rustix::fs::fcntl_get_seals(fd) {
+        Ok(seals) => (sealable(fd)?, seals),
+        Err(Errno::INVAL) => (sealless(fd)?, SealFlags::empty()),
+        Err(errno) => return Err(Failed::new("F_GET_SEALS", errno).into()),
+    };
+    let stat = rustix::fs::fstat(fd).map_err(|e| Failed::new("fstat", e))?;
+    Ok(Identity {
+        kind,
+        device: stat.st_dev,
+        inode: stat.st_ino,
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        writable: access == OFlags::RDWR,
+        seals,
+    })
+}
+
+/// The kind of a file that has seals.
+fn sealable(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
+    match file_system(fd)? {
+        (TMPFS, _) => Ok(FileKind::Memfd),
+        (HUGETLBFS, page) => Ok(FileKind::Hugetlb(page)),
+        _ => Err(FileError::Foreign { name: name(fd)? }),
+    }
+}
+
+/// The kind of a file that has none.
+fn sealless(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
+    let name = name(fd)?;
+    let known = name == ANON_GUEST_MEMFD || (name.starts_with(UNNAMED) && file_system(fd)?.0 == GUEST_MEMFD);
+    if known { Ok(FileKind::GuestMemfd) } else { Err(FileError::Foreign { name }) }
+}
+
+/// Type and block size of the file system.
+fn file_system(fd: BorrowedFd<'_>) -> Result<(u64, u64), Failed> {
+    let fs = rustix::fs::fstatfs(fd).map_err(|e| Failed::new("fstatfs", e))?;
+    // Both are of another width, and signed or not, on every architecture.
+    Ok((fs.f_type as u64 & 0xffff_ffff, fs.f_bsize as u64))
+}
+
+/// What `/proc/self/fd` shows. Only the kernel's own files have names that are no path.
+fn name(fd: BorrowedFd<'_>) -> Result<String, Failed> {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::readlink(link, Vec::new())
+        .map(|name| name.to_string_lossy().into_owned())
+        .map_err(|e| Failed::new("readlink(/proc/self/fd)", e))
+}
+
+/// Whether `len` bytes from `offset` of the file may become guest memory, which devices write to where
+/// `writable`. Pure: everything it judges is in `file`.
+pub fn check(file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(), FileError> {
+    let range =
+        PageRange::<Offset>::new(offset, len).map_err(|source| FileError::Range { offset, len, source })?;
+    if range.end().0 > file.size {
+        return Err(FileError::TooShort { size: file.size, range });
+    }
+    if writable && !file.writable {
+        return Err(FileError::ReadOnly);
+    }
+    if writable && file.seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+        return Err(FileError::WriteSealed);
+    }
+    // A guest_memfd has no truncate at all.
+    if file.kind != FileKind::GuestMemfd && !file.seals.contains(SealFlags::SHRINK) {
+        return Err(FileError::Shrinkable);
+    }
+    Ok(())
+}
