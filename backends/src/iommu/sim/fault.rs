@@ -36,6 +36,8 @@ pub enum Fault {
     Short,
     /// An unmap after which attached devices go on using the old translation until [`super::Sim::flush`].
     Late,
+    /// Both: half of the mappings go, and those late.
+    ShortLate,
     /// As [`Fault::Late`], but only a detach or a reset of the device ends it (or [`super::Sim::unstick`]).
     Stuck,
     /// The call does not return before [`super::Sim::release`]; then it does what it should have done.
@@ -48,7 +50,9 @@ impl Fault {
         match self {
             Self::Errno(_) | Self::Hang => true,
             Self::HalfMapped(_) => call == Call::Map,
-            Self::HalfUnmapped(_) | Self::Short | Self::Late | Self::Stuck => call == Call::Unmap,
+            Self::HalfUnmapped(_) | Self::Short | Self::Late | Self::ShortLate | Self::Stuck => {
+                call == Call::Unmap
+            }
         }
     }
 }

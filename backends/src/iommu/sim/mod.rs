@@ -308,14 +308,14 @@ impl Shared {
         };
         match fault {
             Some(Fault::HalfUnmapped(_)) => starts.truncate(starts.len().div_ceil(2)),
-            Some(Fault::Short) => starts.truncate(starts.len() / 2),
+            Some(Fault::Short | Fault::ShortLate) => starts.truncate(starts.len() / 2),
             _ => {}
         }
         let gone: Vec<Mapping> = starts.into_iter().filter_map(|start| state.table.remove(start)).collect();
         let bytes = gone.iter().map(|mapping| mapping.iova.len()).sum();
         match fault {
             Some(Fault::HalfUnmapped(errno)) => Unmap::Failed { errno, bytes: 0 },
-            Some(late @ (Fault::Late | Fault::Stuck))
+            Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
                 if bytes > 0 && state.ports.iter().any(|port| port.attached) =>
             {
                 state.tickets += 1;
