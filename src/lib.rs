@@ -6,4 +6,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod error;
 pub mod gate;
+pub mod observe;
+pub mod protocol;
+pub mod session;
+
+pub use error::{Error, Result};

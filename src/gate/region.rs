@@ -188,6 +188,11 @@ impl Gate {
         }
     }
 
+    /// Whether anything is known of a file.
+    pub fn knows(&self, file: FileId) -> bool {
+        self.files.contains_key(&file)
+    }
+
     /// Forgets a file that no region and no hold needs. A quarantined file stays: its identity must not come
     /// back as another file's.
     pub(super) fn forget_file(&mut self, file: FileId, effects: &mut Effects) {

@@ -1,0 +1,72 @@
+//! What went wrong, for a person: which object, and what to do about it.
+
+use std::io;
+use std::path::PathBuf;
+
+use passgate_bindings::{Failed, RangeError};
+use rustix::io::Errno;
+
+use crate::protocol::frame::FrameError;
+use crate::protocol::record::RecordError;
+
+/// This crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. The text is the message that the user reads.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A device or an IOMMU.
+    #[error(transparent)]
+    Backend(#[from] passgate_backends::Error),
+    /// The socket cannot be made or reached.
+    #[error("{path}: {source}{mend}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// What to do about it, or empty.
+        mend: &'static str,
+    },
+    /// A kernel call of the daemon's own.
+    #[error("{0}")]
+    Call(#[from] Failed),
+    /// Guest memory cannot be made or touched.
+    #[error("guest memory: {0}")]
+    Memory(Failed),
+    /// A thread cannot be started.
+    #[error("cannot start a thread: {0}; raise the limit of tasks (`ulimit -u`, `TasksMax=`)")]
+    Thread(io::Error),
+    /// A thread ended in a panic: a bug of passgate's.
+    #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
+    Panicked(&'static str),
+    /// The peer sent what is no frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The peer sent what is no record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Not a page range.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// The connection broke.
+    #[error("the connection to passgate broke ({0}): is the daemon still running?")]
+    Connection(Errno),
+    /// passgate said that the request was wrong.
+    #[error("{message}")]
+    Refused {
+        /// Its words.
+        message: String,
+        /// Its number.
+        errno: i32,
+    },
+    /// passgate said something that is not in the protocol.
+    #[error("passgate answered {0}, which is not in the protocol: are client and daemon of one version?")]
+    Protocol(String),
+}
+
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Self {
+        Self::Connection(errno)
+    }
+}

@@ -1,0 +1,109 @@
+//! Varlink frames on a stream socket: NUL-ended JSON, with the file descriptors that came along.
+//!
+//! Everything is bounded: a frame, its descriptors, what is read at a time. Descriptors arrive close-on-exec.
+
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+
+/// Bytes of the longest frame, its NUL included.
+pub const MAX_FRAME: usize = 64 * 1024;
+/// Descriptors that may come with one frame.
+pub const MAX_FDS: usize = 16;
+/// Descriptors that the kernel passes at once at most (`SCM_MAX_FD`): room for all, so that none is lost unseen.
+const KERNEL_FDS: usize = 253;
+
+/// Why a stream cannot be read any further. The text is the message that the user reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The peer has closed it.
+    #[error("the peer has closed the connection")]
+    Closed,
+    /// A frame too long.
+    #[error("a frame is longer than {MAX_FRAME} bytes")]
+    TooLong,
+    /// Too many descriptors.
+    #[error("more than {MAX_FDS} file descriptors came with one frame")]
+    TooManyFds,
+    /// The kernel would not.
+    #[error("cannot read from the connection: {0}")]
+    Failed(Errno),
+}
+
+/// One side of a stream of frames.
+#[derive(Debug, Default)]
+pub struct Frames {
+    bytes: Vec<u8>,
+    searched: usize,
+    fds: VecDeque<OwnedFd>,
+}
+
+impl Frames {
+    /// Reads once what has come. `Ok(false)` where nothing has, on a socket that does not block.
+    pub fn read(&mut self, socket: impl AsFd) -> Result<bool, FrameError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut chunk = [0; 4096];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = loop {
+            match recvmsg(&socket, &mut [IoSliceMut::new(&mut chunk)], &mut control, flags) {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(errno) => return Err(FrameError::Failed(errno)),
+                Ok(got) => break got,
+            }
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        if self.fds.len() > MAX_FDS {
+            return Err(FrameError::TooManyFds);
+        }
+        if got.bytes == 0 {
+            return Err(FrameError::Closed);
+        }
+        self.bytes.extend_from_slice(&chunk[..got.bytes]);
+        if self.bytes.len() > MAX_FRAME && !self.bytes[..MAX_FRAME].contains(&0) {
+            return Err(FrameError::TooLong);
+        }
+        Ok(true)
+    }
+
+    /// The next whole frame without its NUL, and every descriptor that has come by then.
+    pub fn next(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+        let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
+        let Some(end) = end.map(|end| self.searched + end) else {
+            self.searched = self.bytes.len();
+            return None;
+        };
+        let rest = self.bytes.split_off(end + 1);
+        let mut frame = std::mem::replace(&mut self.bytes, rest);
+        frame.pop();
+        self.searched = 0;
+        Some((frame, self.fds.drain(..).collect()))
+    }
+}
+
+/// Sends what the socket takes of `bytes`, with `fds` on the first byte; how many bytes went.
+pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(Errno::INVAL);
+    }
+    loop {
+        match sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}

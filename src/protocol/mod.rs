@@ -1,0 +1,11 @@
+//! What a client and a session say to each other; docs/protocol.md says it byte by byte.
+//!
+//! Two sockets: the *control socket* (varlink: NUL-ended JSON, file descriptors by SCM_RIGHTS), and the
+//! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records) for the hot path.
+
+pub mod frame;
+pub mod record;
+pub mod verbs;
+
+pub use frame::{Frames, MAX_FDS, MAX_FRAME};
+pub use record::{Kind, RECORD_LEN, Record};

@@ -1,0 +1,228 @@
+//! One call on a domain, a device or a file: everything it needs, and what came of it as an event.
+//!
+//! A call owns what it works on, so that it can run on any thread and outlive the session that asked for it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use passgate_backends::{Device, Domain, Error, FenceStep, Ticket, Unmap};
+use passgate_bindings::guest_memfd::{self, Conversion};
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Iova, PageRange};
+use rustix::io::Errno;
+
+use super::Session;
+use crate::gate::{
+    DomainId, Effect, Event, InvalidationId, JobId, MapResult, Outcome, PageState, Step, UnmapResult,
+};
+
+/// Bytes up to which an unmap or a punch runs where it is asked for, without another thread.
+const SMALL: u64 = 2 << 20;
+/// Mappings up to which a map does.
+const FEW: u64 = 16;
+/// Bytes up to which a map does.
+const SMALL_MAP: u64 = 256 << 10;
+
+/// One call, ready to run.
+#[derive(Debug)]
+pub enum Call {
+    /// Make mappings.
+    Map {
+        /// Names the result.
+        job: JobId,
+        /// Where.
+        domain: Arc<dyn Domain>,
+        /// The whole range.
+        iova: PageRange<Iova>,
+        /// Bytes per mapping.
+        piece: u64,
+        /// Of this file.
+        file: Arc<GuestFile>,
+        /// From here on.
+        offset: Offset,
+        /// Whether devices may write.
+        writable: bool,
+    },
+    /// Take mappings away.
+    Unmap {
+        /// Names the result.
+        job: JobId,
+        /// Its name.
+        id: DomainId,
+        /// Where.
+        domain: Arc<dyn Domain>,
+        /// The whole range.
+        iova: PageRange<Iova>,
+    },
+    /// Stop a device.
+    Fence {
+        /// Names the result.
+        job: JobId,
+        /// Which.
+        device: Arc<dyn Device>,
+        /// How.
+        step: FenceStep,
+    },
+    /// Bring a device back.
+    Attach {
+        /// Names the result.
+        job: JobId,
+        /// Which.
+        device: Arc<dyn Device>,
+    },
+    /// Convert pages.
+    Convert {
+        /// For which invalidation.
+        invalidation: InvalidationId,
+        /// Which, and whether their file converts in place.
+        pages: Vec<(Arc<GuestFile>, PageRange<Offset>, bool)>,
+        /// To what.
+        to: PageState,
+    },
+}
+
+/// What came of a call.
+#[derive(Debug)]
+pub struct Returned {
+    /// For the gate.
+    pub event: Event,
+    /// Where operations are in flight: what names them.
+    pub ticket: Option<(DomainId, Ticket, JobId)>,
+}
+
+/// The fence that a rung is, where it is one.
+pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
+    match step {
+        Step::Unmap => None,
+        Step::Cancel => Some(FenceStep::Cancel),
+        Step::Detach => Some(FenceStep::Detach),
+        Step::Reset => Some(FenceStep::Reset),
+    }
+}
+
+impl Call {
+    /// The call that an effect asks for.
+    pub(super) fn of(effect: Effect, session: &Session) -> Option<Self> {
+        let domain = |id: DomainId| session.domains.get(usize::from(id.0)).cloned();
+        match effect {
+            Effect::Map { job, domain: id, iova, piece, file, offset, writable } => {
+                let file = session.files.get(file)?;
+                Some(Self::Map { job, domain: domain(id)?, iova, piece, file, offset, writable })
+            }
+            Effect::Unmap { job, domain: id, iova } => {
+                Some(Self::Unmap { job, id, domain: domain(id)?, iova })
+            }
+            Effect::Fence { job, device, step } => {
+                let device = session.devices.get(usize::from(device.0))?.clone();
+                Some(Self::Fence { job, device, step: fence_step(step)? })
+            }
+            Effect::Attach { job, device } => {
+                Some(Self::Attach { job, device: session.devices.get(usize::from(device.0))?.clone() })
+            }
+            Effect::Convert { invalidation, pages, to } => {
+                let held = pages.iter().filter_map(|part| {
+                    let file = session.files.get(part.file)?;
+                    Some((file, part.range, session.files.in_place(part.file)))
+                });
+                Some(Self::Convert { invalidation, pages: held.collect(), to })
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is over so soon that another thread would cost more.
+    pub fn is_small(&self) -> bool {
+        match self {
+            Self::Map { iova, piece, .. } => iova.len() <= SMALL_MAP && iova.len().div_ceil(*piece) <= FEW,
+            Self::Unmap { iova, .. } => iova.len() <= SMALL,
+            Self::Convert { pages, .. } => {
+                pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= SMALL
+            }
+            Self::Fence { .. } | Self::Attach { .. } => false,
+        }
+    }
+
+    /// Runs it. Blocks for as long as the kernel does.
+    pub fn run(self) -> Returned {
+        let start = Instant::now();
+        let took = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let plain = |event| Returned { event, ticket: None };
+        match self {
+            Self::Map { job, domain, iova, piece, file, offset, writable } => {
+                let result = match domain.map(iova, piece, &file, offset, writable) {
+                    Ok(()) => MapResult::Mapped,
+                    Err(error) => {
+                        log::warn!("{}: {error}", domain.name());
+                        let errno = number(&error);
+                        match error {
+                            Error::HalfMapped { .. } => MapResult::Unknown { errno },
+                            _ => MapResult::Refused { errno },
+                        }
+                    }
+                };
+                plain(Event::Mapped { job, result })
+            }
+            Self::Unmap { job, id, domain, iova } => {
+                let (result, ticket) = match domain.unmap(iova) {
+                    Unmap::Gone { bytes } => (UnmapResult::Gone { bytes }, None),
+                    Unmap::InFlight { bytes, ticket } => (UnmapResult::InFlight { bytes }, Some(ticket)),
+                    Unmap::Failed { errno, bytes } => {
+                        (UnmapResult::Failed { errno: errno.raw_os_error(), bytes }, None)
+                    }
+                };
+                let event = Event::Unmapped { job, result, took_ns: took() };
+                Returned { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
+            }
+            Self::Fence { job, device, step } => {
+                let errno = told(device.fence(step));
+                plain(Event::Fenced { job, errno, took_ns: took() })
+            }
+            Self::Attach { job, device } => plain(Event::Attached { job, errno: told(device.attach()) }),
+            Self::Convert { invalidation, pages, to } => {
+                plain(Event::Converted { invalidation, outcome: convert(&pages, to) })
+            }
+        }
+    }
+}
+
+/// 0, or the errno of a failure that is logged.
+fn told(result: Result<(), Error>) -> i32 {
+    result.err().map_or(0, |error| {
+        log::warn!("{error}");
+        number(&error)
+    })
+}
+
+fn number(error: &Error) -> i32 {
+    error.errno().unwrap_or(Errno::IO).raw_os_error()
+}
+
+/// Changes pages: in place where the file can, else by taking them away. To shared by taking nothing away: the
+/// next touch brings a fresh page.
+fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -> Outcome {
+    let mut before = 0;
+    for (file, range, in_place) in pages {
+        let done = match (to, *in_place) {
+            (PageState::Shared, true) => guest_memfd::convert(file, *range, Conversion::ToShared),
+            (PageState::Private, true) => guest_memfd::convert(file, *range, Conversion::ToPrivate),
+            (PageState::Shared, false) => Ok(()),
+            _ => file.punch(range.start().0, range.len()).map_err(|failed| passgate_bindings::Failed {
+                call: failed.call,
+                errno: failed.errno,
+                partial: 0,
+            }),
+        };
+        match done {
+            Ok(()) => before += range.len(),
+            // The kernel's check comes before any change.
+            Err(failed) if failed.errno == Errno::AGAIN && before == 0 => return Outcome::NotCommitted,
+            Err(failed) => {
+                log::warn!("{failed}");
+                let into = failed.partial.saturating_sub(range.start().0).min(range.len());
+                return Outcome::Unknown { errno: failed.errno.raw_os_error(), offset: before + into };
+            }
+        }
+    }
+    Outcome::Committed
+}

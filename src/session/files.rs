@@ -1,0 +1,207 @@
+//! The border for memory: what a client passes is checked here once, and held until nothing needs it.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use passgate_bindings::guest_memfd::Support;
+use passgate_bindings::identity::{self, FileError, Identity};
+use passgate_bindings::memory::{FileKind, GuestFile};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, PageRange, RangeError};
+
+use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec};
+use crate::protocol::verbs::AddMemory;
+
+/// Why memory is not taken, or not converted. The text is the message that the client reads.
+#[derive(Debug, thiserror::Error)]
+pub enum BorderError {
+    /// Too few or too many descriptors.
+    #[error("{given} file descriptors came along, {wanted} belong to this call")]
+    Fds {
+        /// How many came.
+        given: usize,
+        /// How many belong.
+        wanted: usize,
+    },
+    /// Not a page range.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// Not a file for guest memory.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The second descriptor is no guest_memfd.
+    #[error("the private side must be a guest_memfd, this is {0:?}")]
+    NotPrivate(FileKind),
+    /// The mapping size does not fit the file's pages.
+    #[error("the mapping size {piece} is less than the file's own pages of {page} bytes")]
+    SmallPiece {
+        /// As asked.
+        piece: u64,
+        /// The file's.
+        page: u64,
+    },
+    /// The start in the file and the guest-physical address do not fit the file's pages.
+    #[error("offset and address must be multiples of the file's own pages of {page} bytes")]
+    Misplaced {
+        /// The file's.
+        page: u64,
+    },
+    /// passgate may not convert there.
+    #[error(
+        "{gpa} is not in memory that was added with `sole_mapper`: begin and end the conversion yourself"
+    )]
+    NotSole {
+        /// The first such address.
+        gpa: Gpa,
+    },
+}
+
+impl BorderError {
+    /// As a number, for the notification channel.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::NotSole { .. } => 1, // EPERM
+            Self::File(FileError::ReadOnly | FileError::WriteSealed | FileError::Unreadable) => 13, // EACCES
+            _ => 22,                   // EINVAL
+        }
+    }
+}
+
+/// What a session knows of a region that the gate need not know.
+#[derive(Debug)]
+pub(super) struct Extra {
+    gpa: PageRange<Gpa>,
+    sole_mapper: bool,
+    /// The private side: held while the region is, touched never.
+    _private: Option<OwnedFd>,
+}
+
+/// The files that regions are of.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    held: BTreeMap<FileId, (Arc<GuestFile>, bool)>,
+    adding: Vec<(Caller, FileId, Extra)>,
+    regions: BTreeMap<RegionId, Extra>,
+    /// Whether guest_memfd converts in place here; probed at the first one.
+    in_place: Option<bool>,
+}
+
+impl Files {
+    /// Checks what a client passes, and holds it.
+    pub(super) fn admit(
+        &mut self,
+        caller: Caller,
+        memory: &AddMemory,
+        fds: Vec<OwnedFd>,
+    ) -> Result<RegionSpec, BorderError> {
+        let (given, wanted) = (fds.len(), 1 + usize::from(memory.private));
+        let mut fds = fds.into_iter();
+        let (Some(fd), private, None) = (fds.next(), fds.next(), fds.nth(0)) else {
+            return Err(BorderError::Fds { given, wanted });
+        };
+        if given != wanted {
+            return Err(BorderError::Fds { given, wanted });
+        }
+        let gpa = PageRange::new(memory.gpa, memory.length)?;
+        let file = identity::identify(&fd)?;
+        identity::check(&file, memory.offset, memory.length, memory.writable)?;
+        if let FileKind::Hugetlb(page) = file.kind {
+            if memory.piece < page {
+                return Err(BorderError::SmallPiece { piece: memory.piece, page });
+            }
+            if [memory.gpa, memory.length, memory.offset].iter().any(|n| !n.is_multiple_of(page)) {
+                return Err(BorderError::Misplaced { page });
+            }
+        }
+        let private = private.map(|fd| self.check_private(fd, memory)).transpose()?;
+        let id = FileId { device: file.device, inode: file.inode };
+        self.hold(id, fd, &file);
+        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, _private: private };
+        self.adding.push((caller, id, extra));
+        Ok(RegionSpec {
+            gpa,
+            backing: Backing { file: id, offset: Offset(memory.offset) },
+            writable: memory.writable,
+            piece: memory.piece,
+            initial: memory.initial.into(),
+        })
+    }
+
+    fn check_private(&self, fd: OwnedFd, memory: &AddMemory) -> Result<OwnedFd, BorderError> {
+        let file = identity::identify(&fd)?;
+        if file.kind != FileKind::GuestMemfd {
+            return Err(BorderError::NotPrivate(file.kind));
+        }
+        identity::check(&file, memory.offset, memory.length, false)?;
+        Ok(fd)
+    }
+
+    /// Holds a file. Where it is held already, the wider of the two descriptors stays: a region that is only read
+    /// may have come first.
+    fn hold(&mut self, id: FileId, fd: OwnedFd, file: &Identity) {
+        let known = self
+            .held
+            .get(&id)
+            .is_some_and(|(held, _)| (held.writable() || !file.writable) && held.size() >= file.size);
+        if known {
+            return;
+        }
+        let in_place = file.kind == FileKind::GuestMemfd && self.probe();
+        let held = GuestFile::new(fd, file.kind, file.size, file.writable);
+        self.held.insert(id, (Arc::new(held), in_place));
+    }
+
+    fn probe(&mut self) -> bool {
+        *self.in_place.get_or_insert_with(|| Support::probe().is_ok_and(|support| support.in_place))
+    }
+
+    /// The file, while it is held.
+    pub(super) fn get(&self, id: FileId) -> Option<Arc<GuestFile>> {
+        self.held.get(&id).map(|(file, _)| Arc::clone(file))
+    }
+
+    /// Whether the file converts in place.
+    pub(super) fn in_place(&self, id: FileId) -> bool {
+        self.held.get(&id).is_some_and(|(_, in_place)| *in_place)
+    }
+
+    /// The gate has admitted what this caller passed.
+    pub(super) fn added(&mut self, caller: Caller, region: RegionId) {
+        if let Some(index) = self.adding.iter().position(|(adding, ..)| *adding == caller) {
+            let (_, _, extra) = self.adding.swap_remove(index);
+            self.regions.insert(region, extra);
+        }
+    }
+
+    /// The gate has not: the file that came for nothing, where no other region is of it.
+    pub(super) fn refused(&mut self, caller: Caller) -> Option<FileId> {
+        let index = self.adding.iter().position(|(adding, ..)| *adding == caller)?;
+        Some(self.adding.swap_remove(index).1)
+    }
+
+    /// The client is gone; its regions go by themselves.
+    pub(super) fn client_gone(&mut self, client: ClientId) {
+        self.adding.retain(|(caller, ..)| caller.client != client);
+    }
+
+    /// The region is gone.
+    pub(super) fn close_region(&mut self, region: RegionId) {
+        self.regions.remove(&region);
+    }
+
+    /// Nothing needs the file any more.
+    pub(super) fn forget(&mut self, file: FileId) {
+        self.held.remove(&file);
+    }
+
+    /// Whether every part of `range` was added as passgate's own to map.
+    pub(super) fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
+        let mut at = range.start();
+        while at < range.end() {
+            let sole = self.regions.values().find(|extra| extra.sole_mapper && extra.gpa.contains(at));
+            at = sole.ok_or(BorderError::NotSole { gpa: at })?.gpa.end();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,294 @@
+//! One VM: its gate, its files, its domains and devices. Runs the gate's effects.
+//!
+//! A session does nothing by itself: its owner feeds it events and asks it what is [`Next`]. Calls that may block
+//! are handed out ([`Next::Call`]) or go to the pool; the session is never inside one. So whoever owns the session
+//! can always answer in time.
+
+mod call;
+mod files;
+mod pool;
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use passgate_backends::{Device, Domain, Ticket};
+use passgate_bindings::{Gpa, PageRange};
+
+use crate::gate::{
+    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Notice,
+    Policy, Receipt, Snapshot, Step, Steps, Verdict,
+};
+use crate::protocol::verbs::{AddMemory, Totals};
+
+pub use call::{Call, Returned};
+pub use files::BorderError;
+use files::Files;
+pub use pool::{Pool, Task};
+
+/// Receipts that are remembered, for `explain`.
+const RECEIPTS: usize = 4096;
+
+/// What a session wants of its owner.
+#[derive(Debug)]
+pub enum Next {
+    /// Nothing, until the next event.
+    Idle,
+    /// Run this call now and give [`Session::returned`] what comes of it.
+    Call(Call),
+    /// Answer a request.
+    Answer(Caller, Answer),
+    /// Tell everybody who listens.
+    Notice(Notice),
+}
+
+/// One VM.
+#[derive(Debug)]
+pub struct Session {
+    gate: Gate,
+    effects: Effects,
+    /// How far `effects` have been executed.
+    done: usize,
+    domains: Vec<Arc<dyn Domain>>,
+    devices: Vec<Arc<dyn Device>>,
+    files: Files,
+    /// When to wake the gate, and for what.
+    timers: BTreeMap<InvalidationId, (Instant, Step)>,
+    tickets: HashMap<(DomainId, Ticket), JobId>,
+    /// Tickets that ended before their unmap had returned to us.
+    early: HashSet<(DomainId, Ticket)>,
+    receipts: VecDeque<Receipt>,
+    totals: Totals,
+    pool: Pool,
+}
+
+impl Session {
+    /// A session over one domain and its devices. `pool` runs what takes long.
+    pub fn new(policy: Policy, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>, pool: Pool) -> Self {
+        let mut gate = Gate::new(policy);
+        let mut effects = Effects::new();
+        let able = domain.capabilities();
+        let id = DomainId(0);
+        gate.handle(
+            Event::DomainAdded {
+                domain: id,
+                max_mappings: able.max_mappings,
+                max_piece: able.max_mapping_len,
+            },
+            &mut effects,
+        );
+        for (index, device) in devices.iter().enumerate() {
+            let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
+            let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
+            let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
+            gate.handle(Event::DeviceAdded { device, domain: id, steps }, &mut effects);
+        }
+        Self {
+            gate,
+            effects,
+            done: 0,
+            domains: vec![domain],
+            devices,
+            files: Files::default(),
+            timers: BTreeMap::new(),
+            tickets: HashMap::new(),
+            early: HashSet::new(),
+            receipts: VecDeque::new(),
+            totals: Totals::default(),
+            pool,
+        }
+    }
+
+    /// Takes one event. Ask for [`Session::next`] until it is idle.
+    pub fn handle(&mut self, event: Event) {
+        if let Event::ClientGone { client } = event {
+            self.files.client_gone(client);
+        }
+        self.gate.handle(event, &mut self.effects);
+    }
+
+    /// Takes what came of a call.
+    pub fn returned(&mut self, returned: Returned) {
+        if let Some((domain, ticket, job)) = returned.ticket {
+            if self.early.remove(&(domain, ticket)) {
+                self.handle(returned.event);
+                self.handle(Event::Released { job });
+                return;
+            }
+            self.tickets.insert((domain, ticket), job);
+        }
+        self.handle(returned.event);
+    }
+
+    /// A client's memory, as it came: checked here, and added once the gate has admitted it.
+    pub fn add_memory(
+        &mut self,
+        caller: Caller,
+        memory: &AddMemory,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), BorderError> {
+        let spec = self.files.admit(caller, memory, fds)?;
+        self.handle(Event::AddRegion { caller, spec });
+        Ok(())
+    }
+
+    /// Whether passgate may convert this range itself.
+    pub fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
+        self.files.may_convert(range)
+    }
+
+    /// What to do next.
+    pub fn next(&mut self) -> Next {
+        while let Some(effect) = self.effects.get_mut(self.done) {
+            self.done += 1;
+            // An executed effect is never looked at again; the cheapest one takes its place.
+            let nothing = Effect::ForgetFile { file: FileId { device: 0, inode: 0 } };
+            match std::mem::replace(effect, nothing) {
+                Effect::Arm { invalidation, rung, after_ns } => {
+                    let when = Instant::now() + Duration::from_nanos(after_ns);
+                    self.timers.insert(invalidation, (when, rung));
+                }
+                Effect::Answer { caller, answer } => {
+                    self.note(caller, &answer);
+                    return Next::Answer(caller, answer);
+                }
+                Effect::Notice(notice) => {
+                    if let Notice::RegionClosed { region } = notice {
+                        self.files.close_region(region);
+                    }
+                    return Next::Notice(notice);
+                }
+                Effect::Receipt(receipt) => self.remember(*receipt),
+                Effect::ForgetFile { file } => self.files.forget(file),
+                effect => {
+                    let Some(call) = Call::of(effect, self) else { continue };
+                    if call.is_small() {
+                        return Next::Call(call);
+                    }
+                    self.pool.run(Task::Call(call));
+                }
+            }
+        }
+        self.effects.clear();
+        self.done = 0;
+        Next::Idle
+    }
+
+    fn note(&mut self, caller: Caller, answer: &Answer) {
+        match answer {
+            Answer::RegionAdded { region, .. } => self.files.added(caller, *region),
+            Answer::Refused(_) => {
+                self.totals.wrong += 1;
+                if let Some(file) = self.files.refused(caller)
+                    && !self.gate.knows(file)
+                {
+                    self.files.forget(file);
+                }
+            }
+            Answer::Verdict { invalidation, verdict } => {
+                self.timers.remove(invalidation);
+                match verdict {
+                    Verdict::Done => self.totals.done += 1,
+                    Verdict::Refused { .. } => self.totals.refused += 1,
+                    Verdict::Unknown { .. } => self.totals.unknown += 1,
+                }
+            }
+            Answer::RegionRemoved { .. } | Answer::Ended { .. } => {}
+        }
+    }
+
+    fn remember(&mut self, receipt: Receipt) {
+        self.timers.remove(&receipt.invalidation);
+        if receipt.steps.iter().any(|step| step.in_flight) {
+            self.totals.late_dma_waited += 1;
+        }
+        if self.receipts.len() == RECEIPTS {
+            self.receipts.pop_front();
+        }
+        self.receipts.push_back(receipt);
+    }
+
+    /// When the session must be woken next, at the latest.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.timers.values().map(|(when, _)| *when).min()
+    }
+
+    /// Takes every timer that is over.
+    pub fn expire(&mut self, now: Instant) {
+        let over: Vec<_> = self
+            .timers
+            .iter()
+            .filter(|(_, (when, _))| *when <= now)
+            .map(|(id, (_, rung))| (*id, *rung))
+            .collect();
+        for (invalidation, rung) in over {
+            self.timers.remove(&invalidation);
+            self.handle(Event::Expired { invalidation, rung });
+        }
+    }
+
+    /// What becomes readable when a domain has something to say.
+    pub fn wakes(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.domains.iter().filter_map(|domain| domain.wake())
+    }
+
+    /// Asks every domain which tickets have ended.
+    pub fn poll_domains(&mut self) {
+        let mut ended = Vec::new();
+        for index in 0..self.domains.len() {
+            self.domains[index].poll(&mut ended);
+            let domain = DomainId(index as u16);
+            for ticket in ended.drain(..) {
+                match self.tickets.remove(&(domain, ticket)) {
+                    Some(job) => self.handle(Event::Released { job }),
+                    None => _ = self.early.insert((domain, ticket)),
+                }
+            }
+        }
+    }
+
+    /// What is known now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.gate.snapshot()
+    }
+
+    /// Totals since the start.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The evidence of one invalidation, while it is remembered.
+    pub fn receipt(&self, id: InvalidationId) -> Option<&Receipt> {
+        self.receipts.iter().rev().find(|receipt| receipt.invalidation == id)
+    }
+
+    /// The domain that devices are in.
+    pub fn domain(&self) -> Option<&Arc<dyn Domain>> {
+        self.domains.first()
+    }
+
+    /// The devices, in the order of their numbers.
+    pub fn devices(&self) -> &[Arc<dyn Device>] {
+        &self.devices
+    }
+
+    /// A device's name.
+    pub fn device_name(&self, id: DeviceId) -> &str {
+        self.devices.get(usize::from(id.0)).map_or("?", |device| device.name())
+    }
+
+    /// Whether a device can be stopped by this rung.
+    pub fn can(&self, id: DeviceId, step: Step) -> bool {
+        self.devices.get(usize::from(id.0)).is_some_and(|device| can(&**device, step))
+    }
+
+    /// The pool, for tasks that are not the gate's.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+fn can(device: &dyn Device, step: Step) -> bool {
+    call::fence_step(step).is_none_or(|fence| device.stop_class().has(fence))
+}
