@@ -75,7 +75,7 @@ impl Model {
             Effect::ForgetFile { file: id } => {
                 let needs = |region: &&Region| {
                     region.spec.backing.file == *id
-                        && (region.stage != Stage::Closing || self.told.unproved(region.iova()).is_some())
+                        && (region.stage == Stage::Live || self.told.unproved(region.iova()).is_some())
                 };
                 if let Some(region) = self.truth.regions.iter().find(needs) {
                     broken!(8, "{effect:?} while {region:?} is there");
@@ -164,7 +164,10 @@ impl Model {
                 if let Some(region) = self.truth.region(*id) {
                     region.stage = Stage::Live;
                 }
-                Ok(())
+                match self.truth.file(spec.backing.file) {
+                    Some(file) if !file.held => broken!(8, "{id:?} is added, and its file let go of"),
+                    _ => Ok(()),
+                }
             }
             (Ask::Add { region, .. }, Answer::Refused(refusal)) => {
                 if let Some(region) = region.and_then(|id| self.truth.region(id)) {

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use passgate::gate::{
-    DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome, Step, UnmapResult,
+    DeviceId, DomainId, Effect, Event, FileId, FilePages, InvalidationId, JobId, MapResult, Outcome, Step,
+    UnmapResult,
 };
 use passgate_backends::iommu::sim::{Call, Fault, FileKey, Memory, Sim, SimDevice};
 use passgate_backends::{Device, Domain, Error, FenceStep, StopClass, Ticket, Unmap};
+use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::io::Errno;
 
@@ -164,7 +166,7 @@ impl Hands {
                 arm(sim, Call::Attach, fault);
                 Event::Attached { job, errno: errno(device.attach()) }
             }
-            Effect::Convert { invalidation, .. } => self.convert(invalidation, fault, truth),
+            Effect::Convert { invalidation, pages, .. } => self.convert(invalidation, &pages, fault),
             _ => return Ok(()),
         };
         self.tasks[index].result = Some(result);
@@ -174,18 +176,17 @@ impl Hands {
 
     /// A domain that reports more gone than there was.
     pub fn boast(&mut self, index: usize) {
-        if let Some(Event::Unmapped { result: UnmapResult::Gone { bytes }, .. }) =
-            &mut self.tasks[index].result
+        let task = &mut self.tasks[index];
+        if let (Some(Effect::Unmap { iova, .. }), Some(Event::Unmapped { result, .. })) =
+            (&task.effect, &mut task.result)
+            && *result == (UnmapResult::Gone { bytes: iova.len() })
         {
-            *bytes += 4096;
+            *result = UnmapResult::Gone { bytes: iova.len() + PAGE };
         }
     }
 
     /// passgate converts: the pages get other frames.
-    fn convert(&self, id: InvalidationId, fault: Option<Fault>, truth: &mut Truth) -> Event {
-        let Some(open) = truth.open(id) else {
-            return Event::Converted { invalidation: id, outcome: Outcome::NotCommitted };
-        };
+    fn convert(&self, id: InvalidationId, pages: &[FilePages], fault: Option<Fault>) -> Event {
         let outcome = match fault {
             None => Outcome::Committed,
             Some(Fault::HalfMapped(_) | Fault::Short | Fault::ShortLate) => {
@@ -194,9 +195,9 @@ impl Hands {
             Some(_) => Outcome::NotCommitted,
         };
         if outcome != Outcome::NotCommitted {
-            for (file, range) in &open.pages {
-                if let Some((key, _)) = self.files.get(file) {
-                    self.memory.replace(*key, *range, id.0);
+            for part in pages {
+                if let Some((key, _)) = self.files.get(&part.file) {
+                    self.memory.replace(*key, part.range, id.0);
                 }
             }
         }

@@ -173,13 +173,15 @@ impl Model {
             self.owed.quarantine.extend(open.pages);
         }
         let mut regions = Vec::new();
+        let mut owned = false;
         for region in self.truth.regions.iter_mut().filter(|region| region.owner == client) {
             if region.stage != Stage::Closing {
                 regions.push(region.id);
             }
+            owned = true;
             region.stage = Stage::Closing;
         }
-        if !regions.is_empty() {
+        if owned {
             let (fences, closings) = Default::default();
             self.dying = true;
             self.deaths.push(Death { client, regions, fences, closings, overdue: false });
@@ -299,7 +301,7 @@ impl Model {
 
     /// Every device that can be stopped is being stopped, now that a client with memory is gone.
     fn devices_stop(&mut self, client: ClientId) -> Kept {
-        if !self.deaths.iter().any(|death| death.client == client) {
+        if !self.deaths.iter().any(|death| death.client == client && !death.regions.is_empty()) {
             return Ok(());
         }
         let allowed = self.policy.on_stuck_dma.allows();
@@ -307,7 +309,12 @@ impl Model {
             let can = |step: Step| device.steps.has(step);
             let any =
                 can(Step::Cancel) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
-            if any && device.busy == 0 && device.fenced.is_none() {
+            let sibling = self.told.devices.values().any(|other| {
+                other.domain == device.domain
+                    && other.steps != device.steps
+                    && !crate::pending::STOPS_EACH_DEVICE
+            });
+            if any && !sibling && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }
         }

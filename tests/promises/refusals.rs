@@ -13,7 +13,7 @@ impl Model {
         let fits = match (ask, refusal) {
             (Ask::Begin { range, .. }, Refusal::NoMemory { gpa }) => {
                 range.contains(gpa)
-                    && !truth.regions.iter().any(|r| r.spec.gpa.contains(gpa) && r.stage != Stage::Closing)
+                    && !truth.regions.iter().any(|r| r.spec.gpa.contains(gpa) && r.stage == Stage::Live)
             }
             (Ask::Begin { range, .. }, Refusal::Busy { invalidation, gpa }) => {
                 let at = PageRange::new(gpa.0, PAGE).ok();

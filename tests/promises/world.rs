@@ -212,7 +212,7 @@ impl World {
 
     fn note(&mut self, what: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            if trace.len() >= 200 {
+            if trace.len() >= 20000 {
                 trace.pop_front();
             }
             trace.push_back(what());
