@@ -12,6 +12,8 @@ mod hands;
 mod model;
 #[path = "promises/pending.rs"]
 mod pending;
+#[path = "promises/planted.rs"]
+mod planted;
 #[path = "promises/refusals.rs"]
 mod refusals;
 #[path = "promises/rng.rs"]

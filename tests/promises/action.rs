@@ -53,7 +53,13 @@ pub enum Action {
     Settle,
     /// A device does DMA.
     Dma { domain: u8, device: u8, gpa: u16 },
-    /// Something that no well-behaved session would say.
+    /// Memory at the edges of what numbers can say.
+    AddWild { client: u8, gpa: u64, len: u64, file: u8, offset: u64, piece: u64 },
+    /// A begin there.
+    BeginWild { client: u8, gpa: u64, len: u64, deadline_ns: u64 },
+    /// A client ends and removes what it made up.
+    Guess { client: u8, id: u64, outcome: Outcome },
+    /// A result that nobody asked for.
     Raw(Event),
 }
 

@@ -72,7 +72,7 @@ fn a_million_random_events_break_no_promise() {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let wanted = number("PASSGATE_EVENTS").unwrap_or(1_000_000);
     let started = Instant::now();
-    let (mut events, mut worlds, mut kinds) = (0, 0, [0; KINDS.len()]);
+    let (mut events, mut worlds, mut kinds, mut verdicts) = (0, 0, [0; KINDS.len()], [0; 3]);
     let seeds = match number("PASSGATE_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..u64::MAX,
@@ -84,6 +84,7 @@ fn a_million_random_events_break_no_promise() {
         }
         events += world.events;
         worlds += 1;
+        verdicts.iter_mut().zip(world.verdicts).for_each(|(all, one)| *all += one);
         kinds.iter_mut().zip(world.kinds).for_each(|(all, one)| *all += one);
         if events >= wanted {
             break;
@@ -91,6 +92,7 @@ fn a_million_random_events_break_no_promise() {
     }
     let seconds = started.elapsed().as_secs_f64();
     println!("{events} events in {worlds} worlds, {:.0} a second", events as f64 / seconds);
+    println!("verdicts: {} done, {} refused, {} unknown", verdicts[0], verdicts[1], verdicts[2]);
     for (kind, count) in KINDS.iter().zip(kinds) {
         println!("{count:>9} {kind}");
     }

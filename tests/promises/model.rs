@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
-    Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, Outcome, PageState,
-    Performer, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
+    PageState, Performer, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
@@ -103,6 +103,12 @@ impl Model {
 
     /// Takes down what the gate is about to be told.
     pub fn before(&mut self, event: &Event) {
+        if let Event::Mapped { job, result: MapResult::Refused { .. } | MapResult::Unknown { .. } } = *event
+            && let Some(iova) = self.told.map_of(job)
+            && let Some(region) = self.truth.regions.iter_mut().find(|region| region.iova().overlaps(iova))
+        {
+            region.doomed |= region.stage == Stage::Adding;
+        }
         self.told.event(event);
         match *event {
             Event::AddRegion { caller, spec } => {
@@ -175,7 +181,7 @@ impl Model {
         let mut regions = Vec::new();
         let mut owned = false;
         for region in self.truth.regions.iter_mut().filter(|region| region.owner == client) {
-            if region.stage != Stage::Closing {
+            if region.stage != Stage::Closing && !region.doomed {
                 regions.push(region.id);
             }
             owned = true;
@@ -200,7 +206,7 @@ impl Model {
                 });
                 if let Some(status) = status {
                     let (id, owner) = (status.region, caller.client);
-                    self.truth.add(Region { id, owner, spec, stage: Stage::Adding });
+                    self.truth.add(Region { id, owner, spec, stage: Stage::Adding, doomed: false });
                     if let Some(Asked { ask: Ask::Add { region, .. }, .. }) =
                         self.asked.get_mut(&caller.cookie)
                     {

@@ -209,6 +209,14 @@ impl Told {
         }
     }
 
+    /// Where a map under way maps.
+    pub fn map_of(&self, job: JobId) -> Option<PageRange<Iova>> {
+        match self.jobs.get(&job)? {
+            Job::Map { iova, .. } => Some(*iova),
+            _ => None,
+        }
+    }
+
     /// Whether the result of `job` has not come yet.
     pub fn waits_for(&self, job: JobId) -> bool {
         self.jobs.contains_key(&job)

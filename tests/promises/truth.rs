@@ -76,6 +76,8 @@ pub struct Region {
     pub owner: ClientId,
     pub spec: RegionSpec,
     pub stage: Stage,
+    /// Whether a map of it failed while it was being added: it goes without its owner's death.
+    pub doomed: bool,
 }
 
 impl Region {

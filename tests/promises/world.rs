@@ -52,6 +52,8 @@ pub struct World {
     pub events: u64,
     /// Events by kind, for the report.
     pub kinds: [u64; KINDS.len()],
+    /// Verdicts: done, refused, unknown.
+    pub verdicts: [u64; 3],
     /// What happened last, where somebody wants to know.
     pub trace: Option<VecDeque<String>>,
     clock: u64,
@@ -117,6 +119,7 @@ impl World {
             hands: Hands::new(memory.clone()),
             events: 0,
             kinds: [0; KINDS.len()],
+            verdicts: [0; 3],
             trace: None,
             clock: 0,
             timers: BinaryHeap::new(),
@@ -181,6 +184,13 @@ impl World {
     }
 
     fn take(&mut self, effect: Effect) -> Kept {
+        if let Effect::Answer { answer: Answer::Verdict { verdict, .. }, .. } = &effect {
+            self.verdicts[match verdict {
+                Verdict::Done => 0,
+                Verdict::Refused { .. } => 1,
+                Verdict::Unknown { .. } => 2,
+            }] += 1;
+        }
         match effect {
             Effect::Arm { invalidation, rung, after_ns } => {
                 let at = self.clock.saturating_add(after_ns);
@@ -338,6 +348,30 @@ impl World {
             Action::Advance { ns } => self.advance(ns),
             Action::Settle => self.settle(),
             Action::Dma { domain, device, gpa } => self.dma(domain, device, Iova(u64::from(gpa) * PAGE)),
+            Action::AddWild { client, gpa, len, file, offset, piece } => {
+                let files: Vec<FileId> = self.hands.files.keys().copied().collect();
+                // What is no range, or beyond the numbers of files, never gets past the border.
+                let (Ok(gpa), Ok(pages)) = (PageRange::new(gpa, len), PageRange::<Offset>::new(offset, len))
+                else {
+                    return Ok(());
+                };
+                let backing = Backing { file: files[file as usize % FILES], offset: pages.start() };
+                let spec = RegionSpec { gpa, backing, writable: true, piece, initial: PageState::Shared };
+                let caller = self.caller(self.client(client));
+                self.feed(Event::AddRegion { caller, spec })
+            }
+            Action::BeginWild { client, gpa, len, deadline_ns } => {
+                let Ok(range) = PageRange::new(gpa, len) else { return Ok(()) };
+                let caller = self.caller(self.client(client));
+                let (to, performer) = (PageState::Private, Performer::Client);
+                self.feed(Event::Begin { caller, range, to, performer, deadline_ns })
+            }
+            Action::Guess { client, id, outcome } => {
+                let caller = self.caller(self.client(client));
+                self.feed(Event::End { caller, invalidation: InvalidationId(id), outcome })?;
+                let caller = self.caller(self.client(client));
+                self.feed(Event::RemoveRegion { caller, region: RegionId(id as u32) })
+            }
             Action::Raw(event) => self.feed(event),
         }
     }
