@@ -10,6 +10,8 @@ mod effects;
 mod hands;
 #[path = "promises/model.rs"]
 mod model;
+#[path = "promises/nth.rs"]
+mod nth;
 #[path = "promises/pending.rs"]
 mod pending;
 #[path = "promises/planted.rs"]
@@ -20,6 +22,8 @@ mod refusals;
 mod rng;
 #[path = "promises/saboteur.rs"]
 mod saboteur;
+#[path = "promises/shrink.rs"]
+mod shrink;
 #[path = "promises/told.rs"]
 mod told;
 #[path = "promises/truth.rs"]

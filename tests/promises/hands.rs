@@ -10,10 +10,12 @@ use passgate::gate::{
 };
 use passgate_backends::iommu::sim::{Call, Fault, FileKey, Memory, Sim, SimDevice};
 use passgate_backends::{Device, Domain, Error, FenceStep, StopClass, Ticket, Unmap};
-use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::{PAGE, PageRange};
 use rustix::io::Errno;
 
+use crate::action::FILE_PAGES;
 use crate::truth::{Kept, Truth, broken};
 
 /// One effect under way; none where a ticket came back by itself.
@@ -196,12 +198,19 @@ impl Hands {
         };
         if outcome != Outcome::NotCommitted {
             for part in pages {
-                if let Some((key, _)) = self.files.get(&part.file) {
-                    self.memory.replace(*key, part.range, id.0);
-                }
+                self.replace(part.file, part.range, id.0);
             }
         }
         Event::Converted { invalidation: id, outcome }
+    }
+
+    /// The owner gives pages of a file away; beyond the file there are none.
+    pub fn replace(&self, file: FileId, range: PageRange<Offset>, bytes: u64) {
+        let end = Offset(range.end().0.min(FILE_PAGES * PAGE));
+        if let (Some((key, _)), Some(range)) = (self.files.get(&file), PageRange::between(range.start(), end))
+        {
+            self.memory.replace(*key, range, bytes);
+        }
     }
 
     fn device(&self, id: DeviceId) -> Option<(&Sim, &SimDevice)> {

@@ -56,6 +56,8 @@ pub struct World {
     pub verdicts: [u64; 3],
     /// What happened last, where somebody wants to know.
     pub trace: Option<VecDeque<String>>,
+    /// This many calls from now, one does not return (done or not).
+    pub hang_at: Option<(u64, bool)>,
     clock: u64,
     timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Step)>>,
     clients: [ClientId; CLIENTS],
@@ -121,6 +123,7 @@ impl World {
             kinds: [0; KINDS.len()],
             verdicts: [0; 3],
             trace: None,
+            hang_at: None,
             clock: 0,
             timers: BinaryHeap::new(),
             clients: std::array::from_fn(|slot| ClientId(slot as u32 + 1)),
@@ -232,7 +235,8 @@ impl World {
     /// The owner leaves a word in some pages that it was granted.
     fn stamp(&mut self, id: InvalidationId) {
         let Some(open) = self.model.truth.open(id) else { return };
-        for (file, range) in open.pages.iter().take(2) {
+        let within = |range: &PageRange<Offset>| range.end().0 <= FILE_PAGES * PAGE;
+        for (file, range) in open.pages.iter().filter(|(_, range)| within(range)).take(2) {
             let Some((key, _)) = self.hands.files.get(file) else { continue };
             let (file, bytes) = (*key, id.0 << 16 | range.start().0 / PAGE);
             for at in [range.start(), Offset(range.end().0 - PAGE)] {
@@ -300,8 +304,9 @@ impl World {
                 let start = region.map_or(u64::from(page), |region| {
                     region.spec.gpa.start().0 / PAGE + u64::from(page) % region.spec.gpa.pages()
                 });
-                let range =
-                    PageRange::new(start * PAGE, u64::from(pages.max(1)) * PAGE).expect("small numbers");
+                let Ok(range) = PageRange::new(start * PAGE, u64::from(pages.max(1)) * PAGE) else {
+                    return Ok(());
+                };
                 let performer = if passgate { Performer::Passgate } else { Performer::Client };
                 let caller = self.caller(self.client(client));
                 self.feed(Event::Begin { caller, range, to, performer, deadline_ns })
@@ -379,9 +384,7 @@ impl World {
     fn touch(&mut self, open: &Open) -> Kept {
         self.canaries_live(open.id)?;
         for (file, range) in &open.pages {
-            if let Some((key, _)) = self.hands.files.get(file) {
-                self.hands.memory.replace(*key, *range, open.id.0);
-            }
+            self.hands.replace(*file, *range, open.id.0);
         }
         if let Some(open) = self.model.truth.open(open.id) {
             open.touched = true;
@@ -421,6 +424,18 @@ impl World {
 
     fn work(&mut self, index: usize, deliver: bool, fault: Option<Fault>) -> Kept {
         let done = self.hands.tasks[index].result.is_some();
+        match &mut self.hang_at {
+            Some((0, executed)) if !done => {
+                if *executed {
+                    self.hands.execute(index, fault, &mut self.model.truth)?;
+                }
+                self.hang_at = None;
+                self.hands.tasks[index].hangs = true;
+                return Ok(());
+            }
+            Some((left, _)) if !done => *left -= 1,
+            _ => {}
+        }
         self.hands.execute(index, fault, &mut self.model.truth)?;
         if !deliver && !done {
             return self.hands.look(&self.model.truth);
