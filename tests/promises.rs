@@ -12,8 +12,6 @@ mod hands;
 mod model;
 #[path = "promises/nth.rs"]
 mod nth;
-#[path = "promises/pending.rs"]
-mod pending;
 #[path = "promises/planted.rs"]
 mod planted;
 #[path = "promises/refusals.rs"]

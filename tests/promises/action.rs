@@ -115,7 +115,6 @@ impl Action {
                     return Action::Boast { task };
                 }
                 let fault = rng.odds(mix.faults, 100).then(|| rng.pick(&FAULTS));
-                let fault = fault.filter(|f| *f != Fault::ShortLate || crate::pending::SHORT_AND_LATE);
                 Action::Work { task, deliver: rng.odds(2, 3), fault }
             }
             830..860 => Action::Flush { domain: rng.next() as u8, stuck: rng.odds(1, 8) },

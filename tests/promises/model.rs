@@ -315,12 +315,7 @@ impl Model {
             let can = |step: Step| device.steps.has(step);
             let any =
                 can(Step::Cancel) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
-            let sibling = self.told.devices.values().any(|other| {
-                other.domain == device.domain
-                    && other.steps != device.steps
-                    && !crate::pending::STOPS_EACH_DEVICE
-            });
-            if any && !sibling && device.busy == 0 && device.fenced.is_none() {
+            if any && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }
         }
@@ -329,17 +324,10 @@ impl Model {
 
     /// Who waits longer than he was promised.
     pub fn overdue(&self) -> Kept {
-        match self.asked.values().find(|asked| asked.due < self.now && !self.converts(&asked.ask)) {
+        match self.asked.values().find(|asked| asked.due < self.now) {
             Some(asked) => broken!(4, "at {} ns no answer yet to {asked:?}", self.now),
             None => Ok(()),
         }
-    }
-
-    /// Whether passgate itself is at it, and the gate does not keep the deadline.
-    pub fn converts(&self, ask: &Ask) -> bool {
-        let Ask::Begin { id: Some(id), .. } = ask else { return false };
-        !crate::pending::CONVERT_HAS_DEADLINE
-            && self.truth.open.iter().any(|open| open.id == *id && open.phase == Phase::Converting)
     }
 
     /// Everything that was under way is over: nobody may be left waiting, whatever is still open.

@@ -8,7 +8,7 @@ use rangemap::RangeSet;
 
 use super::World;
 use crate::model::Model;
-use crate::truth::{Kept, Phase, Region, Stage, broken};
+use crate::truth::{Kept, Phase, Stage, broken};
 
 /// Calls after which a gate that comes to no rest never will.
 const PATIENCE: usize = 100_000;
@@ -51,7 +51,7 @@ impl World {
             for (range, reason, _) in file.quarantine.iter().filter(|(_, r, _)| !Model::lasts(r.cause)) {
                 let mut aliases = self.model.truth.aliases(file.id, *range);
                 let doubt = aliases.any(|(_, iova)| self.model.told.unsettled(iova).is_some());
-                if !doubt && crate::pending::CLOSING_FREES {
+                if !doubt {
                     broken!(
                         6,
                         "{range:?} of {:?} is in no doubt, and still in quarantine: {reason:?}",
@@ -69,7 +69,7 @@ impl World {
             let id = region.spec.backing.file;
             let Some(file) = self.model.truth.files.iter().find(|file| file.id == id) else { continue };
             for part in self.model.doubtful(id, region.pages()) {
-                if !file.quarantined_whole(part) && crate::pending::ABANDONED_IS_TOLD {
+                if !file.quarantined_whole(part) {
                     broken!(6, "{part:?} of {id:?} is in doubt, and nobody was told: {:?}", file.quarantine);
                 }
             }
@@ -103,7 +103,7 @@ impl World {
                 let iova = region.spec.gpa.start().0..region.spec.gpa.end().0;
                 let left = mapped.overlapping(&iova).map(|m| m.end.min(iova.end) - m.start.max(iova.start));
                 let left = left.sum::<u64>() / PAGE;
-                if left > 0 && !self.clients.contains(&region.owner) && !self.excused(region) {
+                if left > 0 && !self.clients.contains(&region.owner) {
                     broken!(8, "{:?} still maps {left} pages of {region:?}, whose owner is gone", bus.id);
                 }
                 pages += left;
@@ -150,13 +150,6 @@ impl World {
         self.nothing_is_left()
     }
 
-    /// What [`crate::pending`] knows of.
-    fn excused(&self, region: &Region) -> bool {
-        !crate::pending::LATE_CLOSE_GOES_ON
-            && region.stage == Stage::Closing
-            && !self.clients.contains(&region.owner)
-    }
-
     fn nothing_is_left(&mut self) -> Kept {
         self.model.quiet()?;
         if let Some(open) = self.model.truth.open.first() {
@@ -169,7 +162,7 @@ impl World {
             if self.model.told.unproved(region.iova()).is_none() {
                 broken!(8, "{region:?} is clear, and was not closed");
             }
-            if self.model.clean && !self.excused(region) {
+            if self.model.clean {
                 broken!(8, "{region:?} is left, though nothing failed");
             }
         }
@@ -181,10 +174,6 @@ impl World {
         for bus in &self.hands.buses {
             for mapping in bus.sim.mappings() {
                 let file = self.model.truth.files.iter().find(|file| file.key == mapping.file);
-                let of = self.model.truth.regions.iter().find(|region| region.iova().overlaps(mapping.iova));
-                if of.is_some_and(|region| self.excused(region)) {
-                    continue;
-                }
                 if !file.is_some_and(|file| file.quarantined_whole(mapping.pages())) {
                     broken!(2, "{:?} still maps {mapping:?}, and nobody remembers", bus.id);
                 }

@@ -238,8 +238,9 @@ impl World {
         let within = |range: &PageRange<Offset>| range.end().0 <= FILE_PAGES * PAGE;
         for (file, range) in open.pages.iter().filter(|(_, range)| within(range)).take(2) {
             let Some((key, _)) = self.hands.files.get(file) else { continue };
-            let (file, bytes) = (*key, id.0 << 16 | range.start().0 / PAGE);
+            let file = *key;
             for at in [range.start(), Offset(range.end().0 - PAGE)] {
+                let bytes = id.0 << 16 | at.0 / PAGE;
                 self.hands.memory.owner_store(file, at, bytes);
                 self.canaries.push(Canary { of: id, file, at, bytes });
             }
