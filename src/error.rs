@@ -40,6 +40,28 @@ pub enum Error {
     /// A thread ended in a panic: a bug of passgate's.
     #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
     Panicked(&'static str),
+    /// A signal handler cannot be set.
+    #[error("cannot watch for signals: {0}")]
+    Signal(io::Error),
+    /// The result cannot be printed.
+    #[error("cannot write the result: {0}")]
+    Output(io::Error),
+    /// The guardian process cannot be started or spoken to.
+    #[error(
+        "cannot start the guardian process: {source}; without it devices outlive a killed daemon (--no-guardian)"
+    )]
+    Guardian {
+        /// Why.
+        source: io::Error,
+    },
+    /// The daemon was stopped and some memory would not go.
+    #[error(
+        "{regions} regions could not be closed in time: devices may still reach them until this process is gone"
+    )]
+    StillOpen {
+        /// How many.
+        regions: usize,
+    },
     /// The peer sent what is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -63,6 +85,16 @@ pub enum Error {
     /// passgate said something that is not in the protocol.
     #[error("passgate answered {0}, which is not in the protocol: are client and daemon of one version?")]
     Protocol(String),
+}
+
+impl Error {
+    /// The exit code that says it: 3 where the host is not able, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Backend(_) => 3,
+            _ => 1,
+        }
+    }
 }
 
 impl From<Errno> for Error {

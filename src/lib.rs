@@ -6,10 +6,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod client;
+pub mod demo;
 pub mod error;
 pub mod gate;
 pub mod observe;
 pub mod protocol;
+pub mod serve;
 pub mod session;
 
 pub use error::{Error, Result};

@@ -1,1 +1,19 @@
-fn main() {}
+//! The `passgate` command: parse, dispatch, say what went wrong in one line.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use passgate::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_target(false)
+        .init();
+    match cli::run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("passgate: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

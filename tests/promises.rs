@@ -2,6 +2,8 @@
 
 #[path = "promises/action.rs"]
 mod action;
+#[path = "promises/anything.rs"]
+mod anything;
 #[path = "promises/bulk.rs"]
 mod bulk;
 #[path = "promises/effects.rs"]
@@ -20,8 +22,6 @@ mod refusals;
 mod rng;
 #[path = "promises/saboteur.rs"]
 mod saboteur;
-#[path = "promises/shrink.rs"]
-mod shrink;
 #[path = "promises/told.rs"]
 mod told;
 #[path = "promises/truth.rs"]

@@ -1,5 +1,6 @@
 //! What went wrong at a device or an IOMMU: on which object, and what to do about it.
 
+use passgate_bindings::uring::RingError;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
@@ -19,6 +20,19 @@ pub enum Error {
         /// What to do about it, or empty.
         mend: &'static str,
     },
+    /// A mapping was not made, nothing of it is left: its pages may not be pinned.
+    #[error(
+        "cannot map IOVA {iova}: pinning {need} bytes more goes beyond RLIMIT_MEMLOCK, {limit} bytes for this user: \
+         raise it (`ulimit -l`, `LimitMEMLOCK=` in a systemd unit) or give the process CAP_IPC_LOCK"
+    )]
+    Memlock {
+        /// The range asked for.
+        iova: PageRange<Iova>,
+        /// Its length in bytes.
+        need: u64,
+        /// The limit in bytes, which everything that the user has pinned counts against.
+        limit: u64,
+    },
     /// A mapping was made in part and could not be taken back whole: the range is unknown.
     #[error("cannot take back the half-made mapping of IOVA {iova}: {source}; the range is unknown")]
     HalfMapped {
@@ -26,6 +40,19 @@ pub enum Error {
         iova: PageRange<Iova>,
         /// The kernel's answer to the roll-back.
         source: Failed,
+    },
+    /// The device is not bound to VFIO.
+    #[error(
+        "{device} is bound to {driver}, not to vfio-pci: passgate bind {device}; or by hand: \
+         echo vfio-pci > /sys/bus/pci/devices/{device}/driver_override; \
+         echo {device} > /sys/bus/pci/devices/{device}/driver/unbind; \
+         echo {device} > /sys/bus/pci/drivers_probe"
+    )]
+    Unbound {
+        /// The device's name.
+        device: String,
+        /// The driver that has it, or `no driver`.
+        driver: String,
     },
     /// The device cannot do this.
     #[error("{device}: {what} is not supported by this device")]
@@ -35,6 +62,17 @@ pub enum Error {
         /// What was asked.
         what: &'static str,
     },
+    /// A DMA found nothing mapped, or not for its direction; it did nothing.
+    #[error("{device}: DMA fault at IOVA {iova}: nothing is mapped there for this access")]
+    Fault {
+        /// The device's name.
+        device: String,
+        /// Where.
+        iova: Iova,
+    },
+    /// There is no ring for a soft domain.
+    #[error(transparent)]
+    Ring(#[from] RingError),
     /// A device call failed.
     #[error("{device}: {source}{mend}")]
     Device {
@@ -63,7 +101,9 @@ impl Error {
                 Some(source.errno)
             }
             Self::Unsupported { .. } => Some(Errno::OPNOTSUPP),
-            Self::Host { .. } => None,
+            Self::Memlock { .. } => Some(Errno::NOMEM),
+            Self::Fault { .. } => Some(Errno::FAULT),
+            Self::Unbound { .. } | Self::Host { .. } | Self::Ring(_) => None,
         }
     }
 }

@@ -6,10 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod assign;
 pub mod device;
 pub mod error;
 pub mod iommu;
 
+pub use assign::{Assignment, Kind, assign};
 pub use device::{Device, FenceStep, StopClass};
 pub use error::{Error, Result};
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

@@ -13,6 +13,7 @@ pub mod memory;
 pub mod units;
 pub mod uring;
 pub mod vfio;
+mod windows;
 
 pub use errno::Failed;
 pub use units::{Gpa, Iova, PAGE, PageRange, RangeError};

@@ -23,7 +23,11 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Starts it.
-    pub(super) fn start(device: Arc<SoftDevice>, memory: &Arc<Memory>, counters: &Arc<Counters>) -> Result<Self> {
+    pub(super) fn start(
+        device: Arc<SoftDevice>,
+        memory: &Arc<Memory>,
+        counters: &Arc<Counters>,
+    ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let work = Work { device, memory: Arc::clone(memory), counters: Arc::clone(counters) };
         let ended = Arc::clone(&stop);
@@ -51,9 +55,9 @@ struct Work {
 
 impl Work {
     fn run(self, stop: &AtomicBool) -> Result<()> {
-        let mut random = fastrand();
+        let mut draw = random();
         while !stop.load(Ordering::Acquire) {
-            let draw = random();
+            let draw = draw();
             let page = (draw >> 8) % self.memory.pages();
             let before = self.memory.generation(page);
             let went = if draw & 1 == 0 { self.read(page, before)? } else { self.write(page, before)? };
@@ -73,17 +77,21 @@ impl Work {
     fn read(&self, page: u64, before: u64) -> Result<Went> {
         let mut stamp = [0; STAMP_LEN];
         match self.device.read_into(Iova(page * PAGE + STAMP), &mut stamp) {
-            Err(error) if error.is_fault() => return Ok(Went::Fault),
+            Err(passgate_backends::Error::Fault { .. }) => return Ok(Went::Fault),
             result => result?,
         }
         let seen = Memory::read_stamp(page, &stamp);
-        Ok(if seen.is_some_and(|generation| generation >= at_least(before)) { Went::Well } else { Went::Stale })
+        Ok(if seen.is_some_and(|generation| generation >= at_least(before)) {
+            Went::Well
+        } else {
+            Went::Stale
+        })
     }
 
     fn write(&self, page: u64, before: u64) -> Result<Went> {
         let mark = self.memory.next_mark();
         match self.device.write_from(Iova(page * PAGE + MARK), &mark.to_le_bytes()) {
-            Err(error) if error.is_fault() => return Ok(Went::Fault),
+            Err(passgate_backends::Error::Fault { .. }) => return Ok(Went::Fault),
             result => result?,
         }
         // Where the page is still the one that it had to be, the owner must see the mark in it.
@@ -112,7 +120,7 @@ fn at_least(before: u64) -> u64 {
 }
 
 /// Random enough to pick pages.
-pub(super) fn fastrand() -> impl FnMut() -> u64 {
+pub(super) fn random() -> impl FnMut() -> u64 {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     move || {
         state ^= state << 13;

@@ -41,9 +41,12 @@ impl Memory {
     /// `pages` pages, stamped.
     pub(super) fn new(pages: u64) -> Result<Self> {
         let len = pages * PAGE;
-        let (file, vm, instead): (GuestFile, Option<Box<dyn Send + Sync>>, _) = match guest_memfd::shared(len) {
+        let (file, vm, instead): (GuestFile, Option<Box<dyn Send + Sync>>, _) = match guest_memfd::shared(len)
+        {
             Ok((vm, file)) => (file, Some(Box::new(vm)), None),
-            Err(why) => (GuestFile::memfd("passgate-demo", len).map_err(Error::Memory)?, None, Some(why.to_string())),
+            Err(why) => {
+                (GuestFile::memfd("passgate-demo", len).map_err(Error::Memory)?, None, Some(why.to_string()))
+            }
         };
         let fresh = || (0..pages).map(|_| AtomicU64::new(0)).collect();
         let memory = Self {

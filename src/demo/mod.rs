@@ -13,7 +13,6 @@ mod owner;
 mod raw;
 mod report;
 
-use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -46,13 +45,10 @@ pub fn run(options: Options, mut progress: impl FnMut(f64, &Counters)) -> Result
     let memory = Arc::new(Memory::new(PAGES)?);
     let counters = Arc::new(Counters::default());
     let domain = SoftDomain::open()?;
-    let mut owner = if options.pins {
-        Owner::pinning(&memory, &domain)?
-    } else {
-        Owner::asking(&memory, &domain)?
-    };
+    let mut owner =
+        if options.pins { Owner::pinning(&memory, &domain)? } else { Owner::asking(&memory, &domain)? };
     let mut raw = RawLoop::new()?;
-    let engine = Engine::start(domain.device("soft:0"), &memory, &counters)?;
+    let engine = Engine::start(domain.device("soft:0")?, &memory, &counters)?;
     let (start, length) = (Instant::now(), Duration::from_secs(options.seconds));
     let mut shown = Duration::ZERO;
     let mut turns = report::Turns::default();
@@ -72,11 +68,6 @@ pub fn run(options: Options, mut progress: impl FnMut(f64, &Counters)) -> Result
     let seconds = start.elapsed().as_secs_f64();
     owner.close()?;
     Ok(Summary::new(options, &memory, seconds, &counters, turns))
-}
-
-/// Whether somebody watches: a live line makes sense then.
-pub fn watched() -> bool {
-    std::io::stderr().is_terminal()
 }
 
 /// `Relaxed` is enough for numbers that are only counted.

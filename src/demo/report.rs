@@ -31,6 +31,20 @@ pub struct Counters {
     pub stale_dma: AtomicU64,
 }
 
+impl Counters {
+    /// In a line, while it goes on.
+    pub fn line(&self, seconds: f64) -> String {
+        let rate = |counter: &AtomicU64| counter.load(COUNT) as f64 / seconds.max(1e-3);
+        format!(
+            "{:.0} conversions/s, {:.0} DMA/s, {} faulted, {} stale",
+            rate(&self.conversions),
+            rate(&self.dma_ops),
+            self.dma_faulted.load(COUNT),
+            self.stale_dma.load(COUNT)
+        )
+    }
+}
+
 /// One side's turn: how many rounds in what time, and how long each took.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
@@ -50,6 +64,7 @@ impl Turn {
 #[derive(Debug, Default)]
 pub(super) struct Turns {
     passgate: Option<f64>,
+    busy: Duration,
     ratios: Vec<f64>,
     each: Vec<f32>,
 }
@@ -60,6 +75,7 @@ impl Turns {
 
     pub(super) fn passgate(&mut self, turn: Turn) {
         self.passgate = Some(turn.rate());
+        self.busy += turn.time;
         let room = Self::KEPT.saturating_sub(self.each.len());
         self.each.extend(turn.each.into_iter().take(room));
     }
@@ -121,7 +137,6 @@ impl Summary {
         memory: &Memory,
         seconds: f64,
         counters: &Counters,
-        busy: Duration,
         mut turns: Turns,
     ) -> Self {
         turns.ratios.sort_by(f64::total_cmp);
@@ -148,7 +163,7 @@ impl Summary {
             late_dma_waited: counters.late_dma_waited.load(COUNT),
             stale_dma: counters.stale_dma.load(COUNT),
             raw_loop_ratio: turns.ratios.get(turns.ratios.len() / 2).copied().unwrap_or(0.0),
-            conversions_per_second: conversions as f64 / busy.as_secs_f64().max(1e-9),
+            conversions_per_second: conversions as f64 / turns.busy.as_secs_f64().max(1e-9),
             p50_us: at(0.5),
             p99_us: at(0.99),
         }

@@ -42,7 +42,8 @@ pub enum FrameError {
 pub struct Frames {
     bytes: Vec<u8>,
     searched: usize,
-    fds: VecDeque<OwnedFd>,
+    /// Descriptors, and the byte that they came with: the kernel ends a read behind the message that has them.
+    fds: VecDeque<(usize, OwnedFd)>,
 }
 
 impl Frames {
@@ -60,9 +61,10 @@ impl Frames {
                 Ok(got) => break got,
             }
         };
+        let last = (self.bytes.len() + got.bytes).saturating_sub(1);
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.fds.extend(fds);
+                self.fds.extend(fds.map(|fd| (last, fd)));
             }
         }
         if self.fds.len() > MAX_FDS {
@@ -72,14 +74,21 @@ impl Frames {
             return Err(FrameError::Closed);
         }
         self.bytes.extend_from_slice(&chunk[..got.bytes]);
-        if self.bytes.len() > MAX_FRAME && !self.bytes[..MAX_FRAME].contains(&0) {
+        // One frame, and a part of the next: nobody need send more before he has read an answer.
+        let frame = self.bytes.iter().take(MAX_FRAME).any(|byte| *byte == 0);
+        if self.bytes.len() > if frame { 2 * MAX_FRAME } else { MAX_FRAME } {
             return Err(FrameError::TooLong);
         }
         Ok(true)
     }
 
-    /// The next whole frame without its NUL, and every descriptor that has come by then.
-    pub fn next(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    /// Whether a whole frame has come.
+    pub fn has_frame(&self) -> bool {
+        self.bytes.contains(&0)
+    }
+
+    /// The next whole frame without its NUL, and the descriptors that came with it.
+    pub fn take(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
         let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
         let Some(end) = end.map(|end| self.searched + end) else {
             self.searched = self.bytes.len();
@@ -89,7 +98,12 @@ impl Frames {
         let mut frame = std::mem::replace(&mut self.bytes, rest);
         frame.pop();
         self.searched = 0;
-        Some((frame, self.fds.drain(..).collect()))
+        let with = self.fds.iter().take_while(|(at, _)| *at <= end).count();
+        let fds = self.fds.drain(..with).map(|(_, fd)| fd).collect();
+        for (at, _) in &mut self.fds {
+            *at -= end + 1;
+        }
+        Some((frame, fds))
     }
 }
 

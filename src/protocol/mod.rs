@@ -4,6 +4,7 @@
 //! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records) for the hot path.
 
 pub mod frame;
+pub mod hex;
 pub mod record;
 pub mod verbs;
 

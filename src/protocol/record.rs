@@ -17,8 +17,20 @@ pub const VERSION: u8 = 1;
 /// The deadline of a begin or convert that names none, in milliseconds.
 pub const DEFAULT_DEADLINE_MS: u32 = 1000;
 
+/// The shortest deadline that can be kept whatever happens, in milliseconds.
+pub const MIN_DEADLINE_MS: u32 = 10;
+
 /// The longest deadline that may be asked for, in milliseconds.
 pub const MAX_DEADLINE_MS: u32 = 60_000;
+
+/// A deadline as it is asked for: 0 for the default.
+pub fn deadline_ms(asked: u32) -> Result<u32, RecordError> {
+    match asked {
+        0 => Ok(DEFAULT_DEADLINE_MS),
+        MIN_DEADLINE_MS..=MAX_DEADLINE_MS => Ok(asked),
+        other => Err(RecordError::Field("deadline", other.into())),
+    }
+}
 
 /// What a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,8 +143,11 @@ pub enum RecordError {
     #[error("record kind {0:#x} is not a request")]
     Kind(u16),
     /// A number that means nothing there.
-    #[error("record field `{0}` has no meaning as {1}")]
+    #[error("`{0}` cannot be {1}: see docs/protocol.md")]
     Field(&'static str, u64),
+    /// A field that the kind does not use.
+    #[error("a field that a record of this kind does not use is not zero")]
+    NotZero,
     /// Not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -142,9 +157,9 @@ impl RecordError {
     /// As a number, for [`Kind::Wrong`].
     pub fn errno(self) -> i32 {
         match self {
-            Self::Version(_) | Self::Kind(_) => 71, // EPROTO
-            Self::Length(_) => 90,                  // EMSGSIZE
-            Self::Field(..) | Self::Range(_) => 22, // EINVAL
+            Self::Version(_) | Self::Kind(_) => 71,                 // EPROTO
+            Self::Length(_) => 90,                                  // EMSGSIZE
+            Self::Field(..) | Self::NotZero | Self::Range(_) => 22, // EINVAL
         }
     }
 }
@@ -170,32 +185,33 @@ impl Record {
         if self.version != VERSION {
             return Err(RecordError::Version(self.version));
         }
-        if self.flags != 0 {
-            return Err(RecordError::Field("flags", self.flags.into()));
-        }
-        match self.kind() {
-            Some(Kind::Echo) => Ok(Request::Echo),
+        // What is left once every field that the kind uses is taken out: must be nothing.
+        let mut rest = Self { kind: U16::default(), version: 0, cookie: U64::default(), ..*self };
+        let mut take = |field: fn(&mut Self)| field(&mut rest);
+        let request = match self.kind() {
+            Some(Kind::Echo) => Request::Echo,
             Some(kind @ (Kind::Begin | Kind::Convert)) => {
+                take(|r| (r.to, r.deadline_or_device) = Default::default());
+                take(|r| (r.gpa, r.length) = Default::default());
                 let range = PageRange::new(self.gpa.get(), self.length.get())?;
-                let deadline = self.deadline_or_device.get();
-                if deadline > MAX_DEADLINE_MS {
-                    return Err(RecordError::Field("deadline_ms", deadline.into()));
-                }
-                let deadline_ms = if deadline == 0 { DEFAULT_DEADLINE_MS } else { deadline };
+                let deadline_ms = deadline_ms(self.deadline_or_device.get())?;
                 let to = state(self.to.get())?;
-                Ok(Request::Begin { range, to, deadline_ms, convert: kind == Kind::Convert })
+                Request::Begin { range, to, deadline_ms, convert: kind == Kind::Convert }
             }
             Some(Kind::End) => {
+                take(|r| (r.invalidation, r.offset) = Default::default());
+                take(|r| (r.outcome, r.errno) = Default::default());
                 let outcome = match self.outcome.get() {
                     0 => Outcome::Committed,
                     1 => Outcome::NotCommitted,
                     2 => Outcome::Unknown { errno: self.errno.get(), offset: self.offset.get() },
                     other => return Err(RecordError::Field("outcome", other.into())),
                 };
-                Ok(Request::End { invalidation: self.invalidation.get(), outcome })
+                Request::End { invalidation: self.invalidation.get(), outcome }
             }
-            _ => Err(RecordError::Kind(self.kind.get())),
-        }
+            _ => return Err(RecordError::Kind(self.kind.get())),
+        };
+        if rest == Self::default() { Ok(request) } else { Err(RecordError::NotZero) }
     }
 }
 
@@ -241,7 +257,8 @@ mod tests {
         };
         assert!(begin(|_| {}).is_ok());
         assert_eq!(begin(|r| r.version = 2), Err(RecordError::Version(2)));
-        assert_eq!(begin(|r| r.flags = 1), Err(RecordError::Field("flags", 1)));
+        assert_eq!(begin(|r| r.flags = 1), Err(RecordError::NotZero));
+        assert_eq!(begin(|r| r.offset = U64::new(1)), Err(RecordError::NotZero));
         assert_eq!(begin(|r| r.to = U32::new(3)), Err(RecordError::Field("to", 3)));
         assert_eq!(begin(|r| r.kind = U16::new(0x8002)), Err(RecordError::Kind(0x8002)));
         assert!(matches!(begin(|r| r.length = U64::new(1)), Err(RecordError::Range(_))));

@@ -86,6 +86,22 @@ pub struct AddMemory {
     pub private: bool,
 }
 
+impl AddMemory {
+    /// Ordinary memory: `length` bytes at `gpa`, from the file's start, shared, writable, one page a mapping.
+    pub fn shared(gpa: u64, length: u64) -> Self {
+        Self {
+            gpa,
+            length,
+            offset: 0,
+            writable: true,
+            piece: page(),
+            initial: State::Shared,
+            sole_mapper: false,
+            private: false,
+        }
+    }
+}
+
 /// A page state in JSON.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]

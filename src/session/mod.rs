@@ -6,6 +6,8 @@
 
 mod call;
 mod files;
+pub mod guardian;
+mod held;
 mod pool;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -25,6 +27,7 @@ use crate::protocol::verbs::{AddMemory, Totals};
 pub use call::{Call, Returned};
 pub use files::BorderError;
 use files::Files;
+use held::HeldAnswers;
 pub use pool::{Pool, Task};
 
 /// Receipts that are remembered, for `explain`.
@@ -53,6 +56,7 @@ pub struct Session {
     domains: Vec<Arc<dyn Domain>>,
     devices: Vec<Arc<dyn Device>>,
     files: Files,
+    held: HeldAnswers,
     /// When to wake the gate, and for what.
     timers: BTreeMap<InvalidationId, (Instant, Step)>,
     tickets: HashMap<(DomainId, Ticket), JobId>,
@@ -91,6 +95,7 @@ impl Session {
             domains: vec![domain],
             devices,
             files: Files::default(),
+            held: HeldAnswers::default(),
             timers: BTreeMap::new(),
             tickets: HashMap::new(),
             early: HashSet::new(),
@@ -100,12 +105,20 @@ impl Session {
         }
     }
 
-    /// Takes one event. Ask for [`Session::next`] until it is idle.
+    /// Takes one event. Ask for [`Session::next_step`] until it is idle.
     pub fn handle(&mut self, event: Event) {
         if let Event::ClientGone { client } = event {
             self.files.client_gone(client);
         }
+        let ends = matches!(event, Event::End { .. } | Event::Converted { .. });
+        let map = if let Event::Mapped { job, .. } = event { Some(job) } else { None };
+        let from = self.effects.len();
         self.gate.handle(event, &mut self.effects);
+        if ends {
+            self.held.hold(&mut self.effects, from);
+        } else if let Some(job) = map {
+            self.held.mapped(job, &mut self.effects);
+        }
     }
 
     /// Takes what came of a call.
@@ -139,7 +152,7 @@ impl Session {
     }
 
     /// What to do next.
-    pub fn next(&mut self) -> Next {
+    pub fn next_step(&mut self) -> Next {
         while let Some(effect) = self.effects.get_mut(self.done) {
             self.done += 1;
             // An executed effect is never looked at again; the cheapest one takes its place.
@@ -211,7 +224,7 @@ impl Session {
 
     /// When the session must be woken next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.timers.values().map(|(when, _)| *when).min()
+        self.timers.values().map(|(when, _)| *when).chain(self.held.next_deadline()).min()
     }
 
     /// Takes every timer that is over.
@@ -226,6 +239,7 @@ impl Session {
             self.timers.remove(&invalidation);
             self.handle(Event::Expired { invalidation, rung });
         }
+        self.held.expire(now, &mut self.effects);
     }
 
     /// What becomes readable when a domain has something to say.

@@ -1,1 +1,210 @@
-//! (being written)
+//! QEMU's `edu` device (1234:11e8): a DMA engine on demand, to try a domain with.
+//!
+//! The engine has a buffer of 4096 bytes that only DMA can fill and empty. So every transfer goes by way of a
+//! scratch page that this driver maps for the time of the transfer, at an IOVA where no guest has memory: the
+//! page of the I/O APIC. One DMA takes about 100 ms. Start QEMU with `edu,dma_mask=0xffffffffffffffff`: otherwise
+//! the engine cuts addresses off at 28 bits.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::vfio::device::Region;
+use passgate_bindings::{Failed, Iova, PAGE, PageRange};
+use rustix::io::Errno;
+
+use super::vfio::VfioDevice;
+use super::{Device, FenceStep, Guard, StopClass};
+use crate::iommu::{Domain, Unmap};
+use crate::{Error, Result};
+
+/// Vendor and device id.
+pub const IDS: (u16, u16) = (0x1234, 0x11e8);
+
+/// What a DMA read returns for bytes that never reached the device. QEMU puts zeroes where a read was refused,
+/// whatever the engine's buffer held, so poison cannot be anything else: look at memory that is not zero.
+pub const POISON: u8 = 0;
+
+/// Registers in BAR 0. Addresses are 64 bits wide.
+const SOURCE: u64 = 0x80;
+const TARGET: u64 = 0x88;
+const COUNT: u64 = 0x90;
+const RUN: u64 = 0x98;
+
+/// In the run register: go, and which way.
+const GO: u32 = 1;
+const TO_MEMORY: u32 = 2;
+
+/// Where the engine's buffer is, in the engine's own count, and how long.
+const BUFFER: u64 = 0x40000;
+const BUFFER_LEN: usize = 4096;
+
+/// Where scratch pages are mapped; 256 of them, one for each device open at a time.
+const SCRATCH: u64 = 0xfec0_0000;
+const SCRATCH_PAGES: u64 = 256;
+
+/// A transfer takes 100 ms of the machine's time; one that takes so much longer never ends.
+const DEADLINE: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// The engine.
+#[derive(Debug)]
+pub struct Edu {
+    registers: Region,
+    scratch: Mutex<Scratch>,
+    device: VfioDevice,
+    domain: Arc<dyn Domain>,
+}
+
+#[derive(Debug)]
+struct Scratch {
+    page: Arc<GuestFile>,
+    iova: PageRange<Iova>,
+}
+
+impl Edu {
+    /// Drives `device`, which is in `domain`.
+    pub fn new(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let registers = device.region(0)?;
+        let page = GuestFile::memfd("passgate-edu", PAGE).map_err(|failed| device.failed(failed))?;
+        let nth = NEXT.fetch_add(1, Ordering::Relaxed) % SCRATCH_PAGES;
+        let iova = PageRange::new(SCRATCH + nth * PAGE, PAGE)
+            .map_err(|_| device.failed(Failed::new("scratch page", Errno::INVAL)))?;
+        Ok(Self { registers, scratch: Mutex::new(Scratch { page: Arc::new(page), iova }), device, domain })
+    }
+
+    /// Runs `transfers` with the scratch page mapped. One at a time: there is one engine.
+    fn with_scratch<T>(&self, transfers: impl FnOnce(&Scratch) -> Result<T>) -> Result<T> {
+        let scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        self.domain.map(scratch.iova, PAGE, &scratch.page, Offset(0), true)?;
+        let done = transfers(&scratch);
+        match self.domain.unmap(scratch.iova) {
+            Unmap::Gone { bytes: PAGE } => done,
+            Unmap::Gone { .. } | Unmap::InFlight { .. } => {
+                Err(self.error("unmap of the scratch page", Errno::IO))
+            }
+            Unmap::Failed { errno, .. } => Err(self.error("unmap of the scratch page", errno)),
+        }
+    }
+
+    /// Copies `len` bytes from memory at `from` into the engine's buffer.
+    fn fill(&self, from: Iova, len: usize) -> Result<()> {
+        self.run(from.0, BUFFER, len, GO)
+    }
+
+    /// Copies `len` bytes of the engine's buffer to memory at `to`.
+    fn drain(&self, to: Iova, len: usize) -> Result<()> {
+        self.run(BUFFER, to.0, len, GO | TO_MEMORY)
+    }
+
+    fn run(&self, source: u64, target: u64, len: usize, command: u32) -> Result<()> {
+        self.set_address(SOURCE, source)?;
+        self.set_address(TARGET, target)?;
+        self.set_word(COUNT, len as u32)?; // at most BUFFER_LEN
+        self.set_word(RUN, command)?;
+        let begun = Instant::now();
+        while self.word(RUN)? & GO != 0 {
+            if begun.elapsed() > DEADLINE {
+                return Err(self.error("edu DMA", Errno::TIMEDOUT));
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    /// Sets an address register. One access of 4 bytes sets all 64 bits; for an address beyond that it takes one
+    /// of 8, which VFIO makes from Linux 6.14 on and splits before, so the result is checked.
+    fn set_address(&self, register: u64, address: u64) -> Result<()> {
+        if let Ok(low) = u32::try_from(address) {
+            return self.set_word(register, low);
+        }
+        let file = self.device.file();
+        let whole = |failed: Failed<usize>| self.device.failed(failed.without_partial());
+        let mut read = [0; 8];
+        file.write(self.registers, register, &address.to_le_bytes()).map_err(whole)?;
+        file.read(self.registers, register, &mut read).map_err(whole)?;
+        if u64::from_le_bytes(read) == address {
+            Ok(())
+        } else {
+            Err(self.error("setting an edu address beyond 4 GiB (needs Linux 6.14)", Errno::OVERFLOW))
+        }
+    }
+
+    fn set_word(&self, register: u64, value: u32) -> Result<()> {
+        self.device
+            .file()
+            .write(self.registers, register, &value.to_le_bytes())
+            .map_err(|failed| self.device.failed(failed.without_partial()))
+    }
+
+    fn word(&self, register: u64) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.device
+            .file()
+            .read(self.registers, register, &mut bytes)
+            .map_err(|failed| self.device.failed(failed.without_partial()))?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn error(&self, call: &'static str, errno: Errno) -> Error {
+        self.device.failed(Failed::new(call, errno))
+    }
+}
+
+impl Device for Edu {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn stop_class(&self) -> StopClass {
+        self.device.stop_class()
+    }
+
+    fn fence(&self, step: FenceStep) -> Result<()> {
+        self.device.fence(step)
+    }
+
+    fn attach(&self) -> Result<()> {
+        self.device.attach()
+    }
+
+    fn guard(&self) -> Guard<'_> {
+        self.device.guard()
+    }
+
+    /// The engine cannot tell that a DMA faulted: what it did not get is [`POISON`].
+    fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
+        self.with_scratch(|scratch| {
+            let failed = |failed| self.device.failed(failed);
+            let mut bytes = vec![POISON; len];
+            let mut at = iova;
+            for chunk in bytes.chunks_mut(BUFFER_LEN) {
+                // A refused read is zeroes in the engine; zeroes in the page show one that reaches no memory at all.
+                scratch.page.write(0, chunk).map_err(failed)?;
+                self.fill(at, chunk.len())?;
+                self.drain(scratch.iova.start(), chunk.len())?;
+                scratch.page.read(0, chunk).map_err(failed)?;
+                at.0 += chunk.len() as u64;
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// The engine cannot tell that a DMA faulted: look at the memory.
+    fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
+        self.with_scratch(|scratch| {
+            let mut at = iova;
+            for chunk in bytes.chunks(BUFFER_LEN) {
+                scratch.page.write(0, chunk).map_err(|failed| self.device.failed(failed))?;
+                self.fill(scratch.iova.start(), chunk.len())?;
+                self.drain(at, chunk.len())?;
+                at.0 += chunk.len() as u64;
+            }
+            Ok(())
+        })
+    }
+}

@@ -8,7 +8,9 @@ use passgate_bindings::Iova;
 use crate::{Error, Result};
 
 pub mod edu;
+pub(crate) mod refusal;
 pub mod sim;
+pub mod soft;
 pub mod vfio;
 
 /// A rung of the ladder that acts on a device, weakest first.
@@ -66,7 +68,7 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova` and
     /// returns what it saw. A DMA that faults is an error where the device can tell; where it cannot (edu),
-    /// the bytes are whatever its buffer held.
+    /// the bytes are zero ([`edu::POISON`]).
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
         let _ = (iova, len);
         Err(self.no_dma())

@@ -1,1 +1,255 @@
-//! (being written)
+//! A VFIO device, by its cdev in an iommufd or by its group in a type1 container, and the fences that it has.
+//!
+//! No BAR is mapped, here or for anybody: a mapped BAR keeps the device open past this process, and lets whoever
+//! has it start the device again past any gate.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use passgate_bindings::Failed;
+use passgate_bindings::vfio::device::Region;
+use passgate_bindings::vfio::pci::SYSFS;
+use passgate_bindings::vfio::{Cdev, DeviceFile, Group};
+use rustix::io::Errno;
+
+use super::refusal::{Candidate, candidate};
+use super::{Device, FenceStep, Guard, StopClass};
+use crate::iommu::iommufd::IommufdDomain;
+use crate::iommu::type1::Type1Domain;
+use crate::{Error, Result};
+
+/// `VFIO_PCI_CONFIG_REGION_INDEX`.
+const CONFIG: u32 = 7;
+
+/// The command register in configuration space, and its bits for memory decoding and bus mastering.
+const COMMAND: u64 = 4;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_MASTER: u16 = 1 << 2;
+
+/// An open VFIO device in its domain, with bus mastering on.
+#[derive(Debug)]
+pub struct VfioDevice {
+    name: String,
+    stop: StopClass,
+    config: Region,
+    seat: Seat,
+}
+
+/// Where the device sits. The order of the fields is the order of closing: first the device, then what it is in.
+/// An iommufd that closed first would leave the device's DMA running in its address space.
+#[derive(Debug)]
+enum Seat {
+    Cdev { cdev: Cdev, domain: Arc<IommufdDomain> },
+    Group { file: DeviceFile, _group: Arc<Group>, domain: Arc<Type1Domain> },
+}
+
+impl VfioDevice {
+    /// Opens the device at PCI address `name` by its cdev and attaches it to `domain`.
+    pub fn open_cdev(name: &str, domain: &Arc<IommufdDomain>) -> Result<Self> {
+        let candidate = candidate(Path::new(SYSFS), name)?;
+        let device = candidate.pci.address().to_string();
+        if candidate.pci.cdev().is_none() {
+            return Err(Error::Host {
+                what: format!(
+                    "{device}: this kernel has no VFIO character devices (CONFIG_VFIO_DEVICE_CDEV)"
+                ),
+                mend: "use --iommu type1",
+            });
+        }
+        let cdev = Cdev::open(&candidate.pci).map_err(|source| Error::Device {
+            device,
+            source,
+            mend: match source.errno {
+                Errno::ACCESS | Errno::PERM => {
+                    "; run as root, or give this user the character device that the device's vfio-dev directory \
+                     names, or pass it in as an open file"
+                }
+                _ => "",
+            },
+        })?;
+        Self::seat_cdev(&candidate, cdev, domain)
+    }
+
+    /// Takes the cdev of the device at PCI address `name`, opened by somebody with the right to, and attaches it
+    /// to `domain`.
+    pub fn from_cdev(name: &str, fd: OwnedFd, domain: &Arc<IommufdDomain>) -> Result<Self> {
+        let candidate = candidate(Path::new(SYSFS), name)?;
+        let number = rustix::fs::fstat(&fd)
+            .map(|stat| (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)));
+        if candidate.pci.cdev().map(|cdev| cdev.number) != number.ok() {
+            return Err(Error::Host {
+                what: format!("{}: the file passed is not its character device", candidate.pci.address()),
+                mend: "pass the open /dev/vfio/devices/vfioN that the device's vfio-dev directory names",
+            });
+        }
+        Self::seat_cdev(&candidate, Cdev::from_fd(fd), domain)
+    }
+
+    /// Opens the device at PCI address `name` by its group, which joins `domain` if it is not there yet.
+    pub fn open_group(name: &str, domain: &Arc<Type1Domain>) -> Result<Self> {
+        let candidate = candidate(Path::new(SYSFS), name)?;
+        let address = candidate.pci.address();
+        let group = domain.group(address, &candidate.group)?;
+        let file = group.device(address).map_err(|source| Error::Device {
+            device: address.to_string(),
+            source,
+            mend: match source.errno {
+                Errno::BUSY => "; it is open already",
+                _ => "",
+            },
+        })?;
+        let seat = Seat::Group { file, _group: group, domain: Arc::clone(domain) };
+        Self::new(address.to_string(), seat, StopClass::empty())
+    }
+
+    fn seat_cdev(candidate: &Candidate, cdev: Cdev, domain: &Arc<IommufdDomain>) -> Result<Self> {
+        let device = candidate.pci.address().to_string();
+        let failed = |source, mend| Error::Device { device: device.clone(), source, mend };
+        cdev.bind(domain.iommufd()).map_err(|source| {
+            let mend = match source.errno {
+                Errno::INVAL => "; another process has this device: stop it first",
+                Errno::BUSY => {
+                    "; another process, or a driver of the host, has its IOMMU group: stop it first"
+                }
+                Errno::PERM => {
+                    "; this machine has no interrupt remapping: switch it on, or accept the risk with \
+                     iommufd.allow_unsafe_interrupts=1"
+                }
+                _ => "",
+            };
+            failed(source, mend)
+        })?;
+        cdev.attach(domain.ioas()).map_err(|source| failed(source, ""))?;
+        // The kernel moves a group to the blocking domain when its last device leaves, so that detaching one of
+        // several proves nothing.
+        let stop = if let Some(other) = candidate.companions.first() {
+            log::warn!(
+                "{device} shares IOMMU group {} with {other}: detaching it alone stops no DMA, so it is not offered \
+                 as a fence",
+                candidate.group.id
+            );
+            StopClass::empty()
+        } else {
+            StopClass::DETACH
+        };
+        Self::new(device.clone(), Seat::Cdev { cdev, domain: Arc::clone(domain) }, stop)
+    }
+
+    fn new(name: String, seat: Seat, stop: StopClass) -> Result<Self> {
+        let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
+        let info = seat.file().info().map_err(fail)?;
+        let config = seat.file().region(CONFIG).map_err(fail)?;
+        let stop = if info.resets() { stop | StopClass::RESET } else { stop };
+        let device = Self { name, stop, config, seat };
+        device.set_master(true)?;
+        Ok(device)
+    }
+
+    /// Vendor and device id, from configuration space.
+    pub fn ids(&self) -> Result<(u16, u16)> {
+        let mut bytes = [0; 4];
+        self.seat.file().read(self.config, 0, &mut bytes).map_err(|f| self.failed(f.without_partial()))?;
+        let [a, b, c, d] = bytes;
+        Ok((u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
+    }
+
+    /// The region with this index, for a driver of this kind of device.
+    pub(super) fn region(&self, index: u32) -> Result<Region> {
+        self.seat.file().region(index).map_err(|failed| self.failed(failed))
+    }
+
+    /// The open device, for a driver of this kind of device.
+    pub(super) fn file(&self) -> &DeviceFile {
+        self.seat.file()
+    }
+
+    /// The error that a failed call on this device is.
+    pub(super) fn failed(&self, source: Failed) -> Error {
+        Error::Device { device: self.name.clone(), source, mend: "" }
+    }
+
+    /// Lets the device issue requests, or stops it from doing so. Switching it off stops DMA without any fault,
+    /// but is no drain: what is on its way arrives.
+    fn set_master(&self, on: bool) -> Result<()> {
+        let whole = |failed: Failed<usize>| self.failed(failed.without_partial());
+        let mut bytes = [0; 2];
+        self.seat.file().read(self.config, COMMAND, &mut bytes).map_err(whole)?;
+        let before = u16::from_le_bytes(bytes);
+        let after = if on { before | COMMAND_MEMORY | COMMAND_MASTER } else { before & !COMMAND_MASTER };
+        self.seat.file().write(self.config, COMMAND, &after.to_le_bytes()).map_err(whole)
+    }
+
+    fn unsupported(&self, step: FenceStep) -> Error {
+        let what = match step {
+            FenceStep::Cancel => "cancelling its DMA",
+            FenceStep::Detach => "detaching it from its address space",
+            FenceStep::Reset => "resetting it",
+        };
+        Error::Unsupported { device: self.name.clone(), what }
+    }
+}
+
+impl Seat {
+    fn file(&self) -> &DeviceFile {
+        match self {
+            Self::Cdev { cdev, .. } => cdev.device(),
+            Self::Group { file, .. } => file,
+        }
+    }
+}
+
+impl Device for VfioDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn stop_class(&self) -> StopClass {
+        self.stop
+    }
+
+    /// After a reset the device cannot issue requests until [`Device::attach`].
+    fn fence(&self, step: FenceStep) -> Result<()> {
+        match (step, &self.seat) {
+            _ if !self.stop.has(step) => Err(self.unsupported(step)),
+            (FenceStep::Detach, Seat::Cdev { cdev, .. }) => cdev.detach().map_err(|f| self.failed(f)),
+            (FenceStep::Reset, seat) => {
+                seat.file().reset().map_err(|failed| self.failed(failed))?;
+                self.set_master(false)
+            }
+            _ => Err(self.unsupported(step)),
+        }
+    }
+
+    /// Detaches first: after a failed attach the hardware may be detached although the kernel says otherwise, and
+    /// only both together bring it back.
+    fn attach(&self) -> Result<()> {
+        if let Seat::Cdev { cdev, domain } = &self.seat {
+            cdev.detach().map_err(|failed| self.failed(failed))?;
+            cdev.attach(domain.ioas()).map_err(|failed| self.failed(failed))?;
+        }
+        self.set_master(true)
+    }
+
+    fn guard(&self) -> Guard<'_> {
+        match &self.seat {
+            Seat::Cdev { cdev, .. } => Guard::Cdev(cdev.as_fd()),
+            Seat::Group { file, domain, .. } => {
+                Guard::Type1 { container: domain.container().as_fd(), device: file.as_fd() }
+            }
+        }
+    }
+}
+
+impl Drop for VfioDevice {
+    /// Closing the file does all this, unless somebody else keeps the file open too.
+    fn drop(&mut self) {
+        let stopped = match &self.seat {
+            Seat::Cdev { cdev, .. } => cdev.detach().map_err(|failed| self.failed(failed)),
+            Seat::Group { .. } => self.set_master(false),
+        };
+        if let Err(error) = stopped {
+            log::warn!("closing: {error}");
+        }
+    }
+}

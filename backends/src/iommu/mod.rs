@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use crate::Result;
 
 pub mod iommufd;
+mod pieces;
 pub mod sim;
 pub mod soft;
 pub mod type1;

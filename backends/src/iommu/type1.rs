@@ -1,1 +1,182 @@
-//! (being written)
+//! The type1 domain: a VFIO container with the type1v2 IOMMU, for devices by their group. Every kernel with VFIO,
+//! and the only way on those built without iommufd, which are the stock kernels of Debian.
+//!
+//! Everything is mapped by address, the number of mappings is limited (`dma_entry_limit`, 65 535 unless set), and
+//! there is no blocking domain to move a device to. An unmap checks both ends of the range before it changes
+//! anything, so a failed one has changed nothing.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::{LIMIT, Offset};
+use passgate_bindings::vfio::pci::IommuGroup;
+use passgate_bindings::vfio::{Container, Group, PciAddress};
+use passgate_bindings::{Failed, Iova, PageRange};
+use rustix::io::Errno;
+
+use super::{Capabilities, Domain, Unmap, pieces};
+use crate::{Error, Result};
+
+/// Where the kernel states how many mappings a container may hold.
+const ENTRY_LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+
+/// What that is where the kernel does not state it.
+const DEFAULT_ENTRIES: u64 = 65_535;
+
+/// A container and the groups in it.
+///
+/// A group stays until the domain goes: when the last one leaves, the kernel takes every mapping with it. The
+/// groups close before the container, and the devices, which hold the domain, before both.
+#[derive(Debug)]
+pub struct Type1Domain {
+    groups: Mutex<Vec<Arc<Group>>>,
+    entries: u64,
+    container: Container,
+}
+
+impl Type1Domain {
+    /// A new container, with the group of its first device: a container without a group maps nothing.
+    pub fn open(address: PciAddress, group: &IommuGroup) -> Result<Arc<Self>> {
+        let container = Container::open().map_err(|failed| Error::Host {
+            what: failed.to_string(),
+            mend: match failed.errno {
+                Errno::NOENT => "this kernel has no VFIO, or its modules are not loaded: modprobe vfio-pci",
+                Errno::NODEV => "the type1 IOMMU driver is not loaded: modprobe vfio_iommu_type1",
+                Errno::ACCESS | Errno::PERM => {
+                    "run as root, or give this user /dev/vfio/vfio, or pass it in as an open file"
+                }
+                _ => "see dmesg",
+            },
+        })?;
+        Self::new(container, open_group(address, group)?, address)
+    }
+
+    /// A container and its first group that somebody with the right to open them has passed. The group is not in
+    /// a container yet.
+    pub fn from_fds(container: OwnedFd, group: (u32, OwnedFd), address: PciAddress) -> Result<Arc<Self>> {
+        Self::new(Container::from_fd(container), Group::from_fd(group.0, group.1), address)
+    }
+
+    fn new(container: Container, group: Group, address: PciAddress) -> Result<Arc<Self>> {
+        put(&group, &container, address)?;
+        container.set_type1().map_err(|source| Error::Device {
+            device: address.to_string(),
+            source,
+            mend: match source.errno {
+                Errno::PERM => {
+                    "; this machine has no interrupt remapping: switch it on, or accept the risk with \
+                     vfio_iommu_type1.allow_unsafe_interrupts=1"
+                }
+                _ => "",
+            },
+        })?;
+        let entries = match container.info() {
+            Ok(info) => info.mappings_left.map(u64::from),
+            Err(_) => None,
+        };
+        let stated = || fs::read_to_string(ENTRY_LIMIT).ok()?.trim().parse().ok();
+        let entries = entries.or_else(stated).unwrap_or(DEFAULT_ENTRIES);
+        Ok(Arc::new(Self { groups: Mutex::new(vec![Arc::new(group)]), entries, container }))
+    }
+
+    /// The container, which a guardian holds.
+    pub fn container(&self) -> &Container {
+        &self.container
+    }
+
+    /// The group of the device at `address`, put into the container if it is not there yet.
+    pub fn group(&self, address: PciAddress, group: &IommuGroup) -> Result<Arc<Group>> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = groups.iter().find(|known| known.id() == group.id) {
+            return Ok(Arc::clone(found));
+        }
+        let opened = open_group(address, group)?;
+        put(&opened, &self.container, address)?;
+        let opened = Arc::new(opened);
+        groups.push(Arc::clone(&opened));
+        Ok(opened)
+    }
+}
+
+impl Domain for Type1Domain {
+    fn name(&self) -> &'static str {
+        "type1"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { max_mappings: self.entries, max_mapping_len: LIMIT, by_file: false, tickets: false }
+    }
+
+    fn map(
+        &self,
+        iova: PageRange<Iova>,
+        piece: u64,
+        file: &Arc<GuestFile>,
+        offset: Offset,
+        writable: bool,
+    ) -> Result<()> {
+        let one = |iova, offset| self.container.map(iova, file, offset, writable);
+        pieces::map(iova, piece, offset, one, |made| self.unmap(made))
+    }
+
+    fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
+        match self.container.unmap(iova) {
+            Ok(bytes) => Unmap::Gone { bytes },
+            Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
+        }
+    }
+}
+
+fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
+    let opened = Group::open(group.id).map_err(|source| Error::Device {
+        device: address.to_string(),
+        source,
+        mend: match source.errno {
+            Errno::BUSY => "; another process has this IOMMU group: stop it first",
+            Errno::NOENT => "; VFIO does not show the group: is vfio-pci loaded?",
+            Errno::ACCESS | Errno::PERM => {
+                "; run as root, or give this user /dev/vfio/GROUP (the device's iommu_group link names it), or \
+                 pass it in as an open file"
+            }
+            _ => "",
+        },
+    })?;
+    match opened.viable() {
+        Ok(true) => Ok(opened),
+        Ok(false) => Err(Error::Host {
+            what: format!("{address}: IOMMU group {} is not viable: a driver of the host uses it", group.id),
+            mend: "bind every device of the group to vfio-pci (passgate bind), or to no driver",
+        }),
+        Err(source) => Err(Error::Device { device: address.to_string(), source, mend: "" }),
+    }
+}
+
+fn put(group: &Group, container: &Container, address: PciAddress) -> Result<()> {
+    group.set_container(container).map_err(|source| Error::Device {
+        device: address.to_string(),
+        source,
+        mend: match source.errno {
+            Errno::INVAL => "; its IOMMU group is in a container already",
+            Errno::BUSY => "; a driver of the host uses its IOMMU group",
+            _ => "",
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_vfio_is_told_so_in_one_line() {
+        if std::path::Path::new("/dev/vfio").exists() {
+            return; // machine.rs covers such a host
+        }
+        let group = IommuGroup { id: 1, noiommu: false, members: Vec::new() };
+        let error = Type1Domain::open("04:00.0".parse().unwrap(), &group).unwrap_err().to_string();
+        assert!(error.starts_with("open /dev/vfio/vfio: No such file"), "{error}");
+        assert!(error.contains("modprobe vfio-pci") && !error.contains('\n'), "{error}");
+    }
+}

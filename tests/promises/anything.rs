@@ -186,7 +186,7 @@ proptest! {
     })]
 
     #[test]
-    fn anything_in_any_order_breaks_no_promise(
+    fn any_sequence_of_anything_keeps_every_promise(
         setup in setup(),
         actions in proptest::collection::vec(action(), 0..120),
     ) {

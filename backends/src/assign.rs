@@ -1,0 +1,212 @@
+//! One VM's domain and its devices, from their names: which backend, which driver.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use passgate_bindings::vfio::PciAddress;
+use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+
+use crate::device::edu::{self, Edu};
+use crate::device::refusal::candidate;
+use crate::device::vfio::VfioDevice;
+use crate::iommu::iommufd::IommufdDomain;
+use crate::iommu::soft::SoftDomain;
+use crate::iommu::type1::Type1Domain;
+use crate::{Device, Domain, Error, Result};
+
+/// Which backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// iommufd where this kernel has it and a cdev for each device, else type1; soft where no real device is named.
+    #[default]
+    Auto,
+    /// One IOAS of an iommufd.
+    Iommufd,
+    /// A VFIO container.
+    Type1,
+    /// The kernel's io_uring registered buffers, with software devices.
+    Soft,
+}
+
+/// A domain with its devices attached. Each device holds the domain, so the order of dropping is of no matter.
+#[derive(Debug)]
+pub struct Assignment {
+    /// The domain.
+    pub domain: Arc<dyn Domain>,
+    /// The devices, in the order of their names.
+    pub devices: Vec<Arc<dyn Device>>,
+}
+
+/// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`.
+pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
+    match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
+        Choice::Soft(names) => {
+            let domain = SoftDomain::open()?;
+            let devices = names
+                .iter()
+                .map(|name| Ok(domain.device(name)? as Arc<dyn Device>))
+                .collect::<Result<_>>()?;
+            Ok(Assignment { domain, devices })
+        }
+        Choice::Iommufd(names) => {
+            let domain = IommufdDomain::open()?;
+            let devices = names
+                .iter()
+                .map(|name| drive(VfioDevice::open_cdev(name, &domain)?, domain.clone()))
+                .collect::<Result<_>>()?;
+            Ok(Assignment { domain, devices })
+        }
+        Choice::Type1(names) => {
+            let first = names.first().ok_or_else(|| Error::Host {
+                what: "a type1 domain needs a device: its kernel object maps nothing before".to_owned(),
+                mend: "name one with --device, or use --iommu iommufd or soft",
+            })?;
+            let candidate = candidate(Path::new(SYSFS), first)?;
+            let domain = Type1Domain::open(candidate.pci.address(), &candidate.group)?;
+            let devices = names
+                .iter()
+                .map(|name| drive(VfioDevice::open_group(name, &domain)?, domain.clone()))
+                .collect::<Result<_>>()?;
+            Ok(Assignment { domain, devices })
+        }
+    }
+}
+
+/// Gives the device the driver for its kind, if there is one.
+fn drive(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Arc<dyn Device>> {
+    match device.ids()? {
+        edu::IDS => Ok(Arc::new(Edu::new(device, domain)?)),
+        _ => Ok(Arc::new(device)),
+    }
+}
+
+/// A backend and the full names of its devices.
+#[derive(Debug, PartialEq, Eq)]
+enum Choice {
+    Soft(Vec<String>),
+    Iommufd(Vec<String>),
+    Type1(Vec<String>),
+}
+
+fn choose(kind: Kind, devices: &[String], sysfs: &Path, iommufd: bool) -> Result<Choice> {
+    let (mut soft, mut real) = (Vec::new(), Vec::new());
+    for name in devices {
+        match name.strip_prefix("soft:") {
+            Some(number) if number.parse::<u32>().is_ok() => soft.push(name.clone()),
+            Some(_) => {
+                return Err(Error::Host {
+                    what: format!("`{name}` names no software device"),
+                    mend: "write soft:0, soft:1, …",
+                });
+            }
+            None => real.push(name.parse::<PciAddress>().map_err(|error| Error::Host {
+                what: format!("`{}` names no device", error.0),
+                mend: "write a PCI address as 0000:04:00.0 or 04:00.0, or a software device as soft:0",
+            })?),
+        }
+    }
+    if let (Some(soft), Some(real)) = (soft.first(), real.first()) {
+        return Err(Error::Host {
+            what: format!("{soft} and {real} cannot be in one domain"),
+            mend: "serve software devices and real ones separately",
+        });
+    }
+    let names: Vec<_> = real.iter().map(PciAddress::to_string).collect();
+    for (n, name) in soft.iter().chain(&names).enumerate() {
+        if soft.iter().chain(&names).take(n).any(|before| before == name) {
+            return Err(Error::Host { what: format!("{name} is named twice"), mend: "name it once" });
+        }
+    }
+    let has_cdev =
+        |address: &PciAddress| PciDevice::find(sysfs, *address).is_some_and(|device| device.cdev().is_some());
+    match kind {
+        Kind::Auto if names.is_empty() => Ok(Choice::Soft(soft)),
+        Kind::Auto if iommufd && real.iter().all(has_cdev) => Ok(Choice::Iommufd(names)),
+        Kind::Auto => Ok(Choice::Type1(names)),
+        Kind::Soft => match names.first() {
+            None => Ok(Choice::Soft(soft)),
+            Some(real) => Err(Error::Host {
+                what: format!("{real} cannot be in a soft domain"),
+                mend: "use --iommu auto, or name soft:0",
+            }),
+        },
+        Kind::Iommufd | Kind::Type1 => match soft.first() {
+            Some(soft) => Err(Error::Host {
+                what: format!("{soft} can be in a soft domain only"),
+                mend: "use --iommu soft, or name a PCI device",
+            }),
+            None if kind == Kind::Iommufd => Ok(Choice::Iommufd(names)),
+            None => Ok(Choice::Type1(names)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|&name| name.to_owned()).collect()
+    }
+
+    #[test]
+    fn auto_takes_what_the_host_and_the_names_allow() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let cdev = sysfs.path().join("bus/pci/devices/0000:04:00.0/vfio-dev/vfio0");
+        fs::create_dir_all(&cdev).unwrap();
+        fs::write(cdev.join("dev"), "511:0").unwrap();
+        let auto =
+            |devices: &[&str], iommufd| choose(Kind::Auto, &names(devices), sysfs.path(), iommufd).unwrap();
+
+        assert_eq!(auto(&[], true), Choice::Soft(vec![]));
+        assert_eq!(auto(&["soft:0", "soft:1"], true), Choice::Soft(names(&["soft:0", "soft:1"])));
+        assert_eq!(auto(&["04:00.0"], true), Choice::Iommufd(names(&["0000:04:00.0"])));
+        assert_eq!(auto(&["04:00.0"], false), Choice::Type1(names(&["0000:04:00.0"])));
+        let both = names(&["0000:04:00.0", "0000:05:00.0"]);
+        assert_eq!(auto(&["04:00.0", "05:00.0"], true), Choice::Type1(both), "the second has no cdev");
+    }
+
+    #[test]
+    fn names_that_do_not_go_together_are_refused_in_one_line() {
+        for (kind, devices, says) in [
+            (Kind::Auto, &["soft:0", "04:00.0"][..], "soft:0 and 0000:04:00.0 cannot be in one domain"),
+            (Kind::Auto, &["04:00.0", "0000:04:00.0"], "0000:04:00.0 is named twice"),
+            (Kind::Auto, &["soft:1", "soft:1"], "soft:1 is named twice"),
+            (Kind::Auto, &["soft:"], "`soft:` names no software device"),
+            (Kind::Auto, &["4:0.0"], "`4:0.0` names no device: write a PCI address as 0000:04:00.0"),
+            (Kind::Soft, &["04:00.0"], "0000:04:00.0 cannot be in a soft domain"),
+            (Kind::Type1, &["soft:0"], "soft:0 can be in a soft domain only"),
+        ] {
+            let error = choose(kind, &names(devices), Path::new("/nowhere"), true).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains(": ") && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn software_devices_are_opened_by_their_names() {
+        let soft = match assign(Kind::Auto, &names(&["soft:0", "soft:7"])) {
+            Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
+            other => other.unwrap(),
+        };
+        assert_eq!(soft.domain.name(), "soft");
+        let found: Vec<_> = soft.devices.iter().map(|device| device.name()).collect();
+        assert_eq!(found, ["soft:0", "soft:7"]);
+        assert_eq!(assign(Kind::Soft, &[]).unwrap().devices.len(), 0);
+    }
+
+    #[test]
+    fn a_type1_domain_without_a_device_is_refused() {
+        let error = assign(Kind::Type1, &[]).unwrap_err().to_string();
+        assert!(error.contains("needs a device"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused_whatever_the_kind() {
+        for kind in [Kind::Auto, Kind::Type1] {
+            let error = assign(kind, &names(&["ffff:ff:1f.7"])).unwrap_err().to_string();
+            assert!(error.contains("ffff:ff:1f.7: there is no such PCI device"), "{error}");
+        }
+    }
+}

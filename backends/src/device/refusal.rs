@@ -1,0 +1,167 @@
+//! Why a device is not opened: what sysfs says about it before any file is touched.
+//!
+//! Refused are devices whose DMA nothing could block (no IOMMU, VFIO's no-IOMMU mode), devices that a driver of
+//! the host has, and devices of a group in which such a driver has another.
+
+use std::path::Path;
+
+use passgate_bindings::vfio::PciAddress;
+use passgate_bindings::vfio::pci::{IommuGroup, PciDevice};
+
+use crate::{Error, Result};
+
+/// A device that may be opened.
+#[derive(Debug)]
+pub(crate) struct Candidate {
+    /// Its place in sysfs.
+    pub(crate) pci: PciDevice,
+    /// Its IOMMU group.
+    pub(crate) group: IommuGroup,
+    /// The other devices of its group, bridges left out: they share its address space.
+    pub(crate) companions: Vec<PciAddress>,
+}
+
+/// The device called `name`, if nothing speaks against it.
+pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
+    let address: PciAddress = name.parse().map_err(|_| Error::Host {
+        what: format!("`{name}` is not a PCI address"),
+        mend: "write it as 0000:04:00.0 or 04:00.0, in hexadecimal",
+    })?;
+    let pci = PciDevice::find(sysfs, address).ok_or_else(|| Error::Host {
+        what: format!("{address}: there is no such PCI device"),
+        mend: "passgate list shows those that there are",
+    })?;
+    let group = pci.group().ok_or_else(|| Error::Host {
+        what: format!("{address} has no IOMMU group: no IOMMU stands between it and memory"),
+        mend: "switch the IOMMU on in the firmware and the kernel (intel_iommu=on, amd_iommu=on)",
+    })?;
+    if group.noiommu || pci.cdev().is_some_and(|cdev| cdev.name.starts_with("noiommu-")) {
+        return Err(Error::Host {
+            what: format!("{address} is in VFIO's no-IOMMU mode: nothing can block its DMA"),
+            mend: "switch the IOMMU on and enable_unsafe_noiommu_mode off; passgate takes no such device",
+        });
+    }
+    let driver = pci.driver();
+    if !driver.as_deref().is_some_and(is_vfio) {
+        return Err(Error::Unbound {
+            device: address.to_string(),
+            driver: driver.unwrap_or_else(|| "no driver".to_owned()),
+        });
+    }
+    let mut companions = Vec::new();
+    for other in group.members.iter().filter(|other| **other != address) {
+        let Some(found) = PciDevice::find(sysfs, *other) else { continue };
+        if found.is_bridge() {
+            continue;
+        }
+        companions.push(*other);
+        let driver = found.driver();
+        if let Some(driver) = driver.filter(|driver| !is_vfio(driver) && driver != "pci-stub") {
+            return Err(Error::Host {
+                what: format!(
+                    "{address}: its IOMMU group {} also holds {other}, which {driver} has",
+                    group.id
+                ),
+                mend: "bind every device of the group to vfio-pci (passgate bind), or to no driver",
+            });
+        }
+    }
+    Ok(Candidate { pci, group, companions })
+}
+
+/// vfio-pci, or one of its variants for a single kind of device (mlx5_vfio_pci, nvgrace-gpu-vfio-pci…).
+fn is_vfio(driver: &str) -> bool {
+    driver.contains("vfio")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    struct Sysfs(TempDir);
+
+    impl Sysfs {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn device(&self, address: &str, class: &str, driver: Option<&str>, group: Option<u32>) -> PathBuf {
+            let dir = self.0.path().join("bus/pci/devices").join(address);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("class"), class).unwrap();
+            if let Some(driver) = driver {
+                symlink(format!("../drivers/{driver}"), dir.join("driver")).unwrap();
+            }
+            if let Some(group) = group {
+                let at = self.0.path().join(format!("kernel/iommu_groups/{group}"));
+                fs::create_dir_all(at.join("devices").join(address)).unwrap();
+                symlink(at, dir.join("iommu_group")).unwrap();
+            }
+            dir
+        }
+
+        fn refusal(&self, name: &str) -> String {
+            let error = candidate(self.0.path(), name).unwrap_err().to_string();
+            assert!(!error.contains('\n'), "{error}");
+            error
+        }
+    }
+
+    const DISPLAY: &str = "0x030000";
+
+    #[test]
+    fn a_device_of_vfio_alone_in_its_group_is_taken() {
+        let sysfs = Sysfs::new();
+        sysfs.device("0000:01:00.0", DISPLAY, Some("vfio-pci"), Some(7));
+        sysfs.device("0000:00:01.0", "0x060400", Some("pcieport"), Some(7));
+        let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
+        assert_eq!((found.group.id, found.companions.len()), (7, 0), "a bridge is no companion");
+    }
+
+    #[test]
+    fn companions_of_vfio_are_named() {
+        let sysfs = Sysfs::new();
+        sysfs.device("0000:01:00.0", DISPLAY, Some("mlx5_vfio_pci"), Some(7));
+        sysfs.device("0000:01:00.1", DISPLAY, None, Some(7));
+        let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
+        assert_eq!(found.companions, ["01:00.1".parse().unwrap()]);
+    }
+
+    #[test]
+    fn each_refusal_says_what_to_do() {
+        let sysfs = Sysfs::new();
+        assert!(sysfs.refusal("nonsense").contains("`nonsense` is not a PCI address: write it as"));
+        assert!(sysfs.refusal("09:00.0").contains("0000:09:00.0: there is no such PCI device"));
+
+        sysfs.device("0000:02:00.0", DISPLAY, Some("vfio-pci"), None);
+        assert!(sysfs.refusal("02:00.0").contains("intel_iommu=on"));
+
+        sysfs.device("0000:03:00.0", DISPLAY, Some("nvme"), Some(3));
+        let unbound = sysfs.refusal("03:00.0");
+        assert!(unbound.starts_with("0000:03:00.0 is bound to nvme, not to vfio-pci"), "{unbound}");
+        assert!(unbound.contains("echo vfio-pci > /sys/bus/pci/devices/0000:03:00.0/driver_override"));
+        sysfs.device("0000:03:00.1", DISPLAY, None, Some(8));
+        assert!(sysfs.refusal("03:00.1").starts_with("0000:03:00.1 is bound to no driver"));
+
+        sysfs.device("0000:04:00.0", DISPLAY, Some("vfio-pci"), Some(4));
+        sysfs.device("0000:04:00.1", DISPLAY, Some("snd_hda_intel"), Some(4));
+        let shared = sysfs.refusal("04:00.0");
+        assert!(shared.contains("group 4 also holds 0000:04:00.1, which snd_hda_intel has"), "{shared}");
+
+        sysfs.device("0000:05:00.0", DISPLAY, Some("vfio-pci"), Some(5));
+        fs::write(sysfs.0.path().join("kernel/iommu_groups/5/name"), "vfio-noiommu\n").unwrap();
+        assert!(sysfs.refusal("05:00.0").contains("nothing can block its DMA"));
+
+        let cdev =
+            sysfs.device("0000:06:00.0", DISPLAY, Some("vfio-pci"), Some(6)).join("vfio-dev/noiommu-vfio0");
+        fs::create_dir_all(&cdev).unwrap();
+        fs::write(cdev.join("dev"), "511:0").unwrap();
+        assert!(sysfs.refusal("06:00.0").contains("nothing can block its DMA"));
+    }
+}

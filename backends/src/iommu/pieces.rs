@@ -1,0 +1,116 @@
+//! Mappings made in pieces, all or nothing: what the kernel-backed domains share.
+
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Failed, Iova, PageRange};
+use rustix::io::Errno;
+
+use super::Unmap;
+use crate::{Error, Result};
+
+/// Makes mappings of `piece` bytes that together cover `iova`, by `map` one after the other. If one fails, takes
+/// back by `unmap` those made before, and checks that every byte of them went.
+pub(super) fn map(
+    iova: PageRange<Iova>,
+    piece: u64,
+    offset: Offset,
+    mut map: impl FnMut(PageRange<Iova>, Offset) -> Result<(), Failed>,
+    unmap: impl FnOnce(PageRange<Iova>) -> Unmap,
+) -> Result<()> {
+    let mut at = iova.start();
+    while let Some(next) = PageRange::between(at, Iova(at.0.saturating_add(piece)).min(iova.end())) {
+        let from = Offset(offset.0 + (at.0 - iova.start().0));
+        if let Err(source) = map(next, from) {
+            if let Some(made) = PageRange::between(iova.start(), at) {
+                take_back(iova, made, unmap(made))?;
+            }
+            return Err(Error::Map { iova, source, mend: mend(source.errno) });
+        }
+        at = next.end();
+    }
+    Ok(())
+}
+
+/// Whether the roll-back of `made`, a part of `iova`, removed all of it.
+fn take_back(iova: PageRange<Iova>, made: PageRange<Iova>, went: Unmap) -> Result<()> {
+    let errno = match went {
+        Unmap::Gone { bytes } if bytes == made.len() => return Ok(()),
+        Unmap::Gone { .. } | Unmap::InFlight { .. } => Errno::IO,
+        Unmap::Failed { errno, .. } => errno,
+    };
+    Err(Error::HalfMapped { iova, source: Failed::new("unmap", errno) })
+}
+
+/// What a user can do about a map that failed like this.
+fn mend(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOMEM => {
+            "; pinned pages count against RLIMIT_MEMLOCK: raise it (ulimit -l, or LimitMEMLOCK= in the unit)"
+        }
+        Errno::NOSPC => {
+            "; the container is full: raise vfio_iommu_type1.dma_entry_limit, or map larger pieces"
+        }
+        Errno::EXIST => "; something is mapped there already",
+        Errno::FAULT => "; the pages cannot be pinned: they are private, or the file has no such page",
+        Errno::ACCESS => "; the file was opened read-only: pass it open for writing, or map it read-only",
+        Errno::INVAL => "; the range is reserved, beyond what the IOMMU can address, or beyond the file",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use passgate_bindings::PAGE;
+
+    use super::*;
+
+    fn range(page: u64, pages: u64) -> PageRange<Iova> {
+        PageRange::new(page * PAGE, pages * PAGE).unwrap()
+    }
+
+    #[test]
+    fn pieces_cover_the_range_and_the_last_may_be_shorter() {
+        let made = RefCell::new(Vec::new());
+        let one = |iova, offset: Offset| {
+            made.borrow_mut().push((iova, offset.0 / PAGE));
+            Ok(())
+        };
+        map(range(10, 5), 2 * PAGE, Offset(PAGE), one, |_| unreachable!()).unwrap();
+        assert_eq!(*made.borrow(), [(range(10, 2), 1), (range(12, 2), 3), (range(14, 1), 5)]);
+        made.borrow_mut().clear();
+        map(range(10, 5), u64::MAX, Offset(0), one, |_| unreachable!()).unwrap();
+        assert_eq!(*made.borrow(), [(range(10, 5), 0)]);
+    }
+
+    #[test]
+    fn whichever_piece_fails_those_before_are_taken_back() {
+        for fails in 0..5 {
+            let one = |iova: PageRange<Iova>, _| match iova.start().0 / PAGE {
+                page if page == fails => Err(Failed::new("map", Errno::NOMEM)),
+                _ => Ok(()),
+            };
+            let mut back = None;
+            let error = map(range(0, 5), PAGE, Offset(0), one, |iova| {
+                back = Some(iova);
+                Unmap::Gone { bytes: iova.len() }
+            })
+            .unwrap_err();
+            assert!(matches!(error, Error::Map { .. }), "{error}");
+            assert!(error.to_string().contains("RLIMIT_MEMLOCK"), "{error}");
+            assert_eq!(back, (fails > 0).then(|| range(0, fails)));
+        }
+    }
+
+    #[test]
+    fn a_roll_back_that_fails_or_falls_short_leaves_the_range_unknown() {
+        for went in [Unmap::Gone { bytes: PAGE }, Unmap::Failed { errno: Errno::BUSY, bytes: 0 }] {
+            let one = |iova: PageRange<Iova>, _| match iova.start().0 / PAGE {
+                2 => Err(Failed::new("map", Errno::NOMEM)),
+                _ => Ok(()),
+            };
+            let error = map(range(0, 4), PAGE, Offset(0), one, |_| went).unwrap_err();
+            assert!(matches!(error, Error::HalfMapped { .. }), "{error}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The backends against a real kernel, IOMMU and DMA engine: run inside the machines that tests/vm boots.
+//!
+//! `PASSGATE_RIG` says what the machine has (`iommufd`, or `type1` alone) and `PASSGATE_EDU`, `PASSGATE_NVME` and
+//! `PASSGATE_IGB` the addresses of its devices. Where it is unset every trial is skipped. Each trial is short: the
+//! engine takes 100 ms for a transfer. Memory is the oracle, never a log or a return code.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the trial
+#![allow(unreachable_pub)] // its modules are one program
+
+mod machine {
+    pub mod bench;
+    pub mod calls;
+    pub mod domains;
+    pub mod fences;
+    pub mod refusals;
+}
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use machine::bench::Bench;
+use machine::{calls, domains, fences, refusals};
+use passgate_backends::Kind;
+
+type Test = fn(&Bench) -> Result<(), Failed>;
+
+/// What holds in every domain that maps for real devices.
+const EVERY_DOMAIN: &[(&str, Test)] = &[
+    ("dma_moves_the_right_bytes_of_a_memfd", domains::dma_moves_the_right_bytes_of_a_memfd),
+    ("dma_moves_the_right_bytes_of_a_guest_memfd", domains::dma_moves_the_right_bytes_of_a_guest_memfd),
+    ("dma_moves_the_right_bytes_of_huge_pages", domains::dma_moves_the_right_bytes_of_huge_pages),
+    ("unmapped_memory_is_out_of_reach", domains::unmapped_memory_is_out_of_reach),
+    ("a_read_only_mapping_takes_no_write", domains::a_read_only_mapping_takes_no_write),
+    ("unmap_counts_bytes_and_leaves_holes_alone", domains::unmap_counts_bytes_and_leaves_holes_alone),
+    ("an_unmap_that_would_cut_changes_nothing", domains::an_unmap_that_would_cut_changes_nothing),
+    (
+        "an_unmap_that_fails_half_way_says_what_it_removed",
+        domains::an_unmap_that_fails_half_way_says_what_it_removed,
+    ),
+    ("a_map_that_fails_leaves_nothing", domains::a_map_that_fails_leaves_nothing),
+    ("a_map_beyond_the_memlock_limit_says_so", domains::a_map_beyond_the_memlock_limit_says_so),
+    ("an_alias_is_a_mapping_of_its_own", domains::an_alias_is_a_mapping_of_its_own),
+    ("capabilities_are_probed", domains::capabilities_are_probed),
+    ("two_devices_share_one_domain", domains::two_devices_share_one_domain),
+    ("a_pinned_page_outlives_its_punch", domains::a_pinned_page_outlives_its_punch),
+    ("reset_is_offered_where_the_device_has_it", fences::reset_is_offered_where_the_device_has_it),
+    ("a_closed_device_can_be_opened_again", fences::a_closed_device_can_be_opened_again),
+    ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
+    ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
+];
+
+const IOMMUFD: &[(&str, Test)] = &[
+    ("detach_stops_dma_and_attach_brings_it_back", fences::detach_stops_dma_and_attach_brings_it_back),
+    ("a_window_stays_open_for_the_next_attach", fences::a_window_stays_open_for_the_next_attach),
+    ("a_passed_cdev_must_be_the_device_named", refusals::a_passed_cdev_must_be_the_device_named),
+    ("addresses_beyond_4_gib_reach_the_engine", domains::addresses_beyond_4_gib_reach_the_engine),
+    ("auto_is_iommufd", refusals::auto_is_iommufd),
+    ("ranges_and_options_of_an_ioas", calls::ranges_and_options_of_an_ioas),
+    ("a_copy_maps_part_of_a_mapping", calls::a_copy_maps_part_of_a_mapping),
+    ("cut_leaves_the_neighbours_alone", calls::cut_leaves_the_neighbours_alone),
+    ("only_files_change_process", calls::only_files_change_process),
+    ("attach_moves_a_device_between_spaces", calls::attach_moves_a_device_between_spaces),
+    ("interrupts_features_and_registers", calls::interrupts_features_and_registers),
+];
+
+const TYPE1: &[(&str, Test)] = &[
+    ("detach_is_unsupported", fences::detach_is_unsupported),
+    ("a_full_container_says_so", domains::a_full_container_says_so),
+    ("the_container_says_what_it_can_do", calls::the_container_says_what_it_can_do),
+];
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1); // they share the devices
+    let rig = std::env::var("PASSGATE_RIG").ok();
+    let mut trials = Vec::new();
+    for (kind, name, own) in [(Kind::Iommufd, "iommufd", IOMMUFD), (Kind::Type1, "type1", TYPE1)] {
+        let missing = match rig.as_deref() {
+            None => Some("PASSGATE_RIG is unset: this is not one of the machines of tests/vm"),
+            Some("type1") if kind == Kind::Iommufd => Some("this kernel has no iommufd"),
+            Some(_) => None,
+        };
+        if let Some(reason) = missing {
+            eprintln!("{name}: skipped, {reason}");
+        }
+        trials.extend(EVERY_DOMAIN.iter().chain(own).map(|(test, run)| {
+            Trial::test(format!("{name}::{test}"), move || run(&Bench::new(kind)?))
+                .with_ignored_flag(missing.is_some())
+        }));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}

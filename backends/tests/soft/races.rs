@@ -1,0 +1,124 @@
+//! Devices hard at work while another thread maps and unmaps under them.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use passgate_backends::device::soft::Held;
+
+use super::*;
+
+/// How often a page is mapped and unmapped.
+const ROUNDS: u64 = 100_000;
+const PAGES: u64 = 16;
+
+#[test]
+fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
+    let bench = Bench::new(PAGES);
+    let stop = AtomicBool::new(false);
+    let (hits, faults, holds) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let mut waiting = HashMap::new();
+    let (mut ended, mut tickets_seen, mut owned) = (Vec::new(), 0, 0);
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let device = bench.domain.device(&format!("soft:{thread}")).unwrap();
+            let (stop, hits, faults, holds) = (&stop, &hits, &faults, &holds);
+            scope.spawn(move || {
+                let mut state = thread;
+                let mut late: Option<Held> = None;
+                while !stop.load(Ordering::Relaxed) {
+                    let page = at(next(&mut state) % PAGES);
+                    let result = match next(&mut state) % 64 {
+                        // Now and then one that stays in flight until the next such round.
+                        0 => {
+                            if let Some(held) = late.take() {
+                                held.finish(&[0xff; 8]).unwrap();
+                                assert_eq!(held.wait(LONG), Some(Ok(8)));
+                            }
+                            device.hold_write(page, 8).map(|held| {
+                                late = Some(held);
+                                holds.fetch_add(1, Ordering::Relaxed);
+                            })
+                        }
+                        n if n % 2 == 0 => device.read_into(page, &mut [0; 64]),
+                        _ => device.write_from(page, &[0xff; 64]),
+                    };
+                    match result {
+                        Ok(()) => hits.fetch_add(1, Ordering::Relaxed),
+                        Err(Error::Fault { .. }) => faults.fetch_add(1, Ordering::Relaxed),
+                        Err(other) => panic!("{other}"),
+                    };
+                }
+            });
+        }
+        let mut state = 99;
+        for round in 0..ROUNDS {
+            let page = next(&mut state) % PAGES;
+            match bench.unmap(page, 1) {
+                // An older filling of the page may still be in flight: then it is not the owner's yet.
+                Unmap::Gone { .. } if !waiting.values().any(|of| *of == page) => {
+                    bench.store(page, round);
+                    std::hint::spin_loop();
+                    assert_eq!(
+                        bench.load(page),
+                        round,
+                        "written by a device after the unmap was answered gone"
+                    );
+                    owned += 1;
+                }
+                Unmap::Gone { .. } => {}
+                Unmap::InFlight { ticket, .. } => {
+                    tickets_seen += 1;
+                    assert_eq!(waiting.insert(ticket, page), None);
+                }
+                failed => panic!("{failed:?}"),
+            }
+            bench.map(page, 1);
+            bench.domain.poll(&mut ended);
+            ended.drain(..).for_each(|ticket| assert!(waiting.remove(&ticket).is_some()));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    for ticket in tickets(&bench.domain, waiting.len(), LONG) {
+        assert!(waiting.remove(&ticket).is_some());
+    }
+    assert_eq!(waiting.len(), 0, "lost");
+    println!(
+        "{hits:?} hits, {faults:?} faults, {holds:?} held, {tickets_seen} tickets, {owned} pages checked"
+    );
+    assert!(hits.into_inner() > 1000 && owned > ROUNDS / 4 && tickets_seen > 0);
+}
+
+#[test]
+fn a_busy_device_does_not_keep_the_owner_of_a_ticket_awake() {
+    let bench = Bench::new(2);
+    bench.map(0, 2);
+    let held = bench.device.hold_write(at(0), 8).unwrap();
+    let ticket = ticket(bench.unmap(0, 1), 1);
+    let stop = AtomicBool::new(false);
+    let (wakes, dma) = std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            let mut dma = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                // Hits and faults in turn.
+                let _ = bench.device.read_into(at(dma % 2), &mut [0; 64]);
+                dma += 1;
+            }
+            dma
+        });
+        let begin = Instant::now();
+        let (mut wakes, mut ended) = (0_u64, Vec::new());
+        while let Some(left) = (3 * SHORT).checked_sub(begin.elapsed()) {
+            if readable(bench.domain.wake().unwrap(), left) {
+                wakes += 1;
+                bench.domain.poll(&mut ended);
+            }
+        }
+        assert_eq!(ended, []);
+        held.finish(&[0; 8]).unwrap();
+        assert_eq!(tickets(&bench.domain, 1, LONG), [ticket], "also while the device is busy");
+        stop.store(true, Ordering::Relaxed);
+        (wakes, busy.join().unwrap())
+    });
+    println!("{wakes} vain wakes in {dma} operations");
+    assert!(wakes * 1000 <= dma);
+}

@@ -1,0 +1,239 @@
+//! A PCI device as sysfs shows it: address, driver, IOMMU group, cdev. Reads only.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Where sysfs is mounted.
+pub const SYSFS: &str = "/sys";
+
+/// A PCI address: domain, bus, device, function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PciAddress {
+    domain: u32,
+    bus: u8,
+    device: u8,
+    function: u8,
+}
+
+/// Not a PCI address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a PCI address: write it as 0000:04:00.0 or 04:00.0, in hexadecimal")]
+pub struct NotAnAddress(pub String);
+
+impl FromStr for PciAddress {
+    type Err = NotAnAddress;
+
+    /// `DDDD:BB:DD.F`, or `BB:DD.F` in domain 0. The domain has 4 to 8 digits (Intel VMD counts from 0x10000),
+    /// bus and device 2, the function one.
+    fn from_str(text: &str) -> Result<Self, NotAnAddress> {
+        parse(text).ok_or_else(|| NotAnAddress(text.to_owned()))
+    }
+}
+
+fn parse(text: &str) -> Option<PciAddress> {
+    let (head, function) = text.split_once('.')?;
+    let mut parts = head.split(':').rev();
+    let (device, bus) = (parts.next()?, parts.next()?);
+    let domain = match parts.next() {
+        Some(domain) if (4..=8).contains(&domain.len()) => hex(domain)?,
+        Some(_) => return None,
+        None => 0,
+    };
+    let sized = parts.next().is_none() && bus.len() == 2 && device.len() == 2 && function.len() == 1;
+    let (bus, device, function) = (hex(bus)?, hex(device)?, hex(function)?);
+    (sized && device < 32 && function < 8).then_some(PciAddress {
+        domain,
+        bus: u8::try_from(bus).ok()?,
+        device: u8::try_from(device).ok()?,
+        function: u8::try_from(function).ok()?,
+    })
+}
+
+/// Hexadecimal digits only: `from_str_radix` alone would take a sign.
+fn hex(digits: &str) -> Option<u32> {
+    let all = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    all.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
+}
+
+impl fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:02x}:{:02x}.{:x}", self.domain, self.bus, self.device, self.function)
+    }
+}
+
+/// An IOMMU group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuGroup {
+    /// Its number, as in `/dev/vfio/N`.
+    pub id: u32,
+    /// Whether VFIO made it up for a device without an IOMMU: its DMA cannot be blocked.
+    pub noiommu: bool,
+    /// The devices in it, in address order.
+    pub members: Vec<PciAddress>,
+}
+
+/// A VFIO character device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CdevName {
+    /// Its name under `/dev/vfio/devices`.
+    pub name: String,
+    /// Major and minor number.
+    pub number: (u32, u32),
+}
+
+/// A PCI device's directory in sysfs.
+#[derive(Debug, Clone)]
+pub struct PciDevice {
+    address: PciAddress,
+    dir: PathBuf,
+}
+
+impl PciDevice {
+    /// The device at `address`, if there is one. `sysfs` is [`SYSFS`] but in tests.
+    pub fn find(sysfs: &Path, address: PciAddress) -> Option<Self> {
+        let dir = sysfs.join("bus/pci/devices").join(address.to_string());
+        dir.is_dir().then_some(Self { address, dir })
+    }
+
+    /// Its address.
+    pub fn address(&self) -> PciAddress {
+        self.address
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The driver that it is bound to.
+    pub fn driver(&self) -> Option<String> {
+        name_behind(&self.dir.join("driver"))
+    }
+
+    /// Vendor and device id.
+    pub fn ids(&self) -> Option<(u16, u16)> {
+        let id = |name| u16::try_from(self.number(name)?).ok();
+        Some((id("vendor")?, id("device")?))
+    }
+
+    /// Whether it is a bridge (class 06xx), which does no DMA of its own.
+    pub fn is_bridge(&self) -> bool {
+        self.number("class").is_some_and(|class| class >> 16 == 0x06)
+    }
+
+    /// Its IOMMU group, if it has one.
+    pub fn group(&self) -> Option<IommuGroup> {
+        let dir = self.dir.join("iommu_group");
+        let id = name_behind(&dir)?.parse().ok()?;
+        let noiommu = fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim() == "vfio-noiommu");
+        let mut members: Vec<_> = fs::read_dir(dir.join("devices"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        members.sort();
+        Some(IommuGroup { id, noiommu, members })
+    }
+
+    /// Its VFIO character device, if it is bound to VFIO on a kernel that has such devices: one without them
+    /// has the directory all the same, but no device number in it.
+    pub fn cdev(&self) -> Option<CdevName> {
+        let entry = fs::read_dir(self.dir.join("vfio-dev")).ok()?.flatten().next()?;
+        let number = fs::read_to_string(entry.path().join("dev")).ok()?;
+        let (major, minor) = number.trim().split_once(':')?;
+        Some(CdevName {
+            name: entry.file_name().into_string().ok()?,
+            number: (major.parse().ok()?, minor.parse().ok()?),
+        })
+    }
+
+    fn number(&self, name: &str) -> Option<u32> {
+        let text = fs::read_to_string(self.dir.join(name)).ok()?;
+        hex(text.trim().strip_prefix("0x")?)
+    }
+}
+
+/// The last part of what the link at `path` points to.
+fn name_behind(path: &Path) -> Option<String> {
+    Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_strictly_and_written_in_full() {
+        for (text, full) in [
+            ("0000:04:00.0", "0000:04:00.0"),
+            ("04:00.0", "0000:04:00.0"),
+            ("FFFF:ff:1F.7", "ffff:ff:1f.7"),
+            ("10000:e1:00.0", "10000:e1:00.0"),
+        ] {
+            assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), full);
+        }
+        for text in [
+            "",
+            "0",
+            "04:00",
+            "04.0",
+            "4:00.0",
+            "04:0.0",
+            "04:00.00",
+            "04:00.8",
+            "04:20.0",
+            "000:04:00.0",
+            "0000:04:00.0 ",
+            " 04:00.0",
+            "0000:04:00.0.0",
+            "00:0000:04:00.0",
+            "+000:04:00.0",
+            "0000:+4:00.0",
+            "0000:04:00.-",
+            "../04:00.0",
+            "0000:04:00.0/..",
+            "123456789:04:00.0",
+            "g000:04:00.0",
+            "soft:0",
+        ] {
+            let error = text.parse::<PciAddress>().unwrap_err().to_string();
+            assert!(error.contains("is not a PCI address: write it as 0000:04:00.0"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_none() {
+        assert!(PciDevice::find(Path::new("/nowhere"), "04:00.0".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn sysfs_is_read_as_the_kernel_lays_it_out() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let group = sysfs.path().join("kernel/iommu_groups/7/devices");
+        fs::create_dir_all(&group).unwrap();
+        for name in ["0000:04:00.1", "0000:04:00.0"] {
+            fs::create_dir(group.join(name)).unwrap();
+        }
+        let dir = sysfs.path().join("bus/pci/devices/0000:04:00.0");
+        fs::create_dir_all(dir.join("vfio-dev/vfio3")).unwrap();
+        fs::write(dir.join("vendor"), "0x1234\n").unwrap();
+        fs::write(dir.join("device"), "0x11e8\n").unwrap();
+        fs::write(dir.join("class"), "0x00ff00\n").unwrap();
+        std::os::unix::fs::symlink(sysfs.path().join("kernel/iommu_groups/7"), dir.join("iommu_group"))
+            .unwrap();
+        std::os::unix::fs::symlink("../../../bus/pci/drivers/vfio-pci", dir.join("driver")).unwrap();
+
+        let device = PciDevice::find(sysfs.path(), "04:00.0".parse().unwrap()).unwrap();
+        assert_eq!(device.driver().as_deref(), Some("vfio-pci"));
+        assert_eq!(device.ids(), Some((0x1234, 0x11e8)));
+        assert_eq!(device.cdev(), None, "this kernel has no cdevs");
+        fs::write(dir.join("vfio-dev/vfio3/dev"), "511:3\n").unwrap();
+        assert_eq!(device.cdev(), Some(CdevName { name: "vfio3".to_owned(), number: (511, 3) }));
+        assert!(!device.is_bridge());
+        let members = vec!["04:00.0".parse().unwrap(), "04:00.1".parse().unwrap()];
+        assert_eq!(device.group(), Some(IommuGroup { id: 7, noiommu: false, members }));
+    }
+}

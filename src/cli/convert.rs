@@ -1,0 +1,66 @@
+//! `passgate convert`.
+
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+use super::{Daemon, Output, number};
+use crate::client::{Convert, Converted, State};
+use crate::error::Result;
+
+/// Has a daemon convert a range itself.
+#[derive(Debug, Args)]
+pub(super) struct ConvertRange {
+    #[command(flatten)]
+    daemon: Daemon,
+    /// First guest-physical address
+    #[arg(long, value_parser = number, value_name = "ADDRESS")]
+    gpa: u64,
+    /// Length in bytes
+    #[arg(long, value_parser = number, value_name = "BYTES")]
+    length: u64,
+    /// What it is to be
+    #[arg(long, value_enum)]
+    to: To,
+    /// Within how many milliseconds the answer must come; 0 for the default
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    deadline_ms: u32,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum To {
+    Shared,
+    Private,
+    Hole,
+}
+
+impl ConvertRange {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let to = match self.to {
+            To::Shared => State::Shared,
+            To::Private => State::Private,
+            To::Hole => State::Hole,
+        };
+        let convert = Convert { gpa: self.gpa, length: self.length, to, deadline_ms: self.deadline_ms };
+        let converted = self.daemon.connect()?.convert(&convert)?;
+        self.output.print(&converted, text)?;
+        Ok(if converted.verdict == "done" { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn text(converted: &Converted) -> String {
+    let Some(failure) = &converted.failure else { return converted.verdict.clone() };
+    let device = failure.device.as_ref().map(|device| format!(" by {device}")).unwrap_or_default();
+    format!(
+        "{}: {:#x}+{:#x}: {}{device}, errno {}, tried up to {} (passgate explain --invalidation {})",
+        converted.verdict,
+        failure.gpa,
+        failure.length,
+        failure.cause,
+        failure.errno,
+        failure.rung,
+        converted.invalidation
+    )
+}

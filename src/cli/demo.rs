@@ -1,0 +1,46 @@
+//! `passgate demo`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::Output;
+use crate::demo::{self, Counters, Options};
+use crate::error::Result;
+
+/// Shows the main job on this machine, without hardware.
+#[derive(Debug, Args)]
+pub(super) struct Demo {
+    /// How long to run
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// Do it the old way: pin the memory for the device, and see the stale DMA
+    #[arg(long)]
+    pins: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Demo {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let bar = ProgressBar::new(self.seconds * 10);
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {msg}") {
+            bar.set_style(style);
+        }
+        // Hidden by itself where stderr is no terminal.
+        bar.enable_steady_tick(Duration::from_millis(200));
+        let progress = |seconds: f64, counters: &Counters| {
+            bar.set_position((seconds * 10.0) as u64);
+            bar.set_message(counters.line(seconds));
+        };
+        let summary = demo::run(Options { seconds: self.seconds, pins: self.pins }, progress)?;
+        bar.finish_and_clear();
+        if let Some(instead) = &summary.instead {
+            eprintln!("passgate: no guest_memfd here, going on with a memfd: {instead}");
+        }
+        self.output.print(&summary, demo::Summary::text)?;
+        Ok(if summary.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}

@@ -1,0 +1,147 @@
+//! The command line: one file per command.
+//!
+//! Exit codes: 0 good, 1 the job failed, 2 usage, 3 the host is not able. Results go to stdout, everything else to
+//! stderr; with `--json` stdout has nothing but JSON.
+
+mod convert;
+mod demo;
+mod events;
+mod explain;
+mod serve;
+mod shell;
+mod status;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::client::Client;
+use crate::error::{Error, Result};
+
+/// Takes pages of confidential VMs out of device DMA, with proof, before they are converted.
+#[derive(Debug, Parser)]
+#[command(name = "passgate", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows the main job on this machine, without hardware
+    Demo(demo::Demo),
+    /// Runs one VM's daemon
+    Serve(serve::Serve),
+    /// Says what a daemon knows: regions, devices, quarantine, limits
+    Status(status::StatusOf),
+    /// Prints what happens in a daemon, as it happens
+    Events(events::EventsOf),
+    /// Has a daemon convert a range itself
+    Convert(convert::ConvertRange),
+    /// Prints the evidence of one invalidation
+    Explain(explain::ExplainOne),
+    /// Prints completions for a shell
+    Completions(shell::Completions),
+    /// Prints the manual page
+    Man,
+    /// Stops devices when their daemon dies; started by `serve`
+    #[command(hide = true)]
+    Guardian,
+}
+
+/// Which daemon.
+#[derive(Debug, Args)]
+struct Daemon {
+    /// The daemon's socket
+    #[arg(long, value_name = "PATH")]
+    socket_path: PathBuf,
+}
+
+impl Daemon {
+    fn connect(&self) -> Result<Client> {
+        Client::connect(&self.socket_path)
+    }
+}
+
+/// How the result is printed.
+#[derive(Debug, Clone, Copy, Args)]
+struct Output {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Output {
+    /// Prints `value` as JSON, or else `text` of it.
+    fn print<T: serde::Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
+        let said = if self.json {
+            serde_json::to_string(value).map_err(|error| Error::Protocol(error.to_string()))?
+        } else {
+            text(value)
+        };
+        line(&said)
+    }
+}
+
+/// Prints one line; a reader that has gone away is no error.
+fn line(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Runs the command.
+pub fn run(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        Command::Demo(demo) => demo.run(),
+        Command::Serve(serve) => serve.run(),
+        Command::Status(status) => status.run(),
+        Command::Events(events) => events.run(),
+        Command::Convert(convert) => convert.run(),
+        Command::Explain(explain) => explain.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man => shell::man(),
+        Command::Guardian => serve::guardian(),
+    }
+}
+
+/// A number of bytes or an address: decimal, `0x…`, or with a suffix K, M, G.
+fn number(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is no number: write 4096, 0x1000, 4K, 2M or 1G");
+    if let Some(hex) = text.strip_prefix("0x") {
+        return u64::from_str_radix(hex, 16).map_err(|_| wrong());
+    }
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn numbers_are_read_as_people_write_them() {
+        assert_eq!(number("0x1000"), Ok(4096));
+        assert_eq!(number("4K"), Ok(4096));
+        assert_eq!(number("2M"), Ok(2 << 20));
+        assert_eq!(number("17"), Ok(17));
+        for wrong in ["", "K", "-1", "0x", "99999999999G", "12k"] {
+            assert!(number(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `passgate serve`: one VM's daemon.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use passgate_backends::assign::{self, Kind, assign};
+
+use crate::error::{Error, Result};
+use crate::gate::{OnStuckDma, Policy};
+use crate::serve::{Options, Server};
+use crate::session::guardian::{self, Ended};
+
+/// Runs one VM's daemon.
+#[derive(Debug, Args)]
+pub(super) struct Serve {
+    /// Where the control socket is made (mode 0600)
+    #[arg(long, value_name = "PATH")]
+    socket_path: PathBuf,
+    /// A device to assign: a PCI address bound to vfio-pci, or soft:N; may be given again
+    #[arg(long = "device", value_name = "BDF")]
+    devices: Vec<String>,
+    /// The IOMMU interface
+    #[arg(long, value_enum, default_value_t = Iommu::Auto)]
+    iommu: Iommu,
+    /// How far to go without asking when DMA does not stop
+    #[arg(long, value_enum, default_value_t = Stuck::Refuse)]
+    on_stuck_dma: Stuck,
+    /// Let clients have devices do DMA on demand (for tests; off by default)
+    #[arg(long)]
+    allow_dma: bool,
+    /// Run without the process that stops the devices when this one dies
+    #[arg(long)]
+    no_guardian: bool,
+    /// Guest memory regions at most
+    #[arg(long, value_name = "N", default_value_t = Policy::default().max_regions)]
+    max_regions: u32,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Iommu {
+    /// iommufd where there is one, else type1; soft where no PCI device is named
+    Auto,
+    /// iommufd and device cdevs (Linux 6.6 or newer)
+    Iommufd,
+    /// VFIO container and groups
+    Type1,
+    /// io_uring registered buffers and software devices
+    Soft,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Stuck {
+    /// Refuse the conversion
+    Refuse,
+    /// Move the devices to the blocking domain
+    Fence,
+    /// Also reset the devices
+    Reset,
+}
+
+impl Serve {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let kind = match self.iommu {
+            Iommu::Auto => Kind::Auto,
+            Iommu::Iommufd => Kind::Iommufd,
+            Iommu::Type1 => Kind::Type1,
+            Iommu::Soft => Kind::Soft,
+        };
+        let on_stuck_dma = match self.on_stuck_dma {
+            Stuck::Refuse => OnStuckDma::Refuse,
+            Stuck::Fence => OnStuckDma::Fence,
+            Stuck::Reset => OnStuckDma::Reset,
+        };
+        let assign::Assignment { domain, devices } = assign(kind, &self.devices)?;
+        let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
+        let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
+        let options =
+            Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
+        log::info!("{} with {} devices", domain.name(), devices.len());
+        let server = Server::bind(options, domain, devices)?;
+        for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+            stop_on(signal, server.stopper()?)?;
+        }
+        server.run()?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn stop_on(signal: i32, stopper: OwnedFd) -> Result<()> {
+    signal_hook::low_level::pipe::register(signal, stopper).map_err(Error::Signal)?;
+    Ok(())
+}
+
+/// Holds the devices of a daemon, which is at its standard input.
+pub(super) fn guardian() -> Result<ExitCode> {
+    match guardian::run(std::io::stdin())? {
+        Ended::Dismissed | Ended::Blocked => Ok(ExitCode::SUCCESS),
+        Ended::Loose(_) => Ok(ExitCode::FAILURE),
+    }
+}

@@ -1,0 +1,82 @@
+//! `passgate status`.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::{Daemon, Output};
+use crate::client::Status;
+use crate::error::Result;
+
+/// Says what a daemon knows.
+#[derive(Debug, Args)]
+pub(super) struct StatusOf {
+    #[command(flatten)]
+    daemon: Daemon,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl StatusOf {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let status = self.daemon.connect()?.status()?;
+        self.output.print(&status, text)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn text(status: &Status) -> String {
+    let mut text = format!(
+        "passgate {}, {}: {} of {} mappings in use, {} conversions open, {} connections\n\
+         conversions: {} done, {} refused, {} unknown; {} waited for DMA in flight; {} requests were wrong",
+        status.version,
+        status.iommu,
+        status.mappings,
+        status.max_mappings,
+        status.open,
+        status.clients,
+        status.totals.done,
+        status.totals.refused,
+        status.totals.unknown,
+        status.totals.late_dma_waited,
+        status.totals.wrong,
+    );
+    for device in &status.devices {
+        let fenced = device.fenced.as_ref().map(|step| format!(", FENCED by {step}")).unwrap_or_default();
+        _ = write!(text, "\ndevice {}: can be stopped by {}{fenced}", device.device, device.stop.join(", "));
+    }
+    for region in &status.regions {
+        let closing = if region.closing { ", closing" } else { "" };
+        _ = write!(
+            text,
+            "\nregion {} at {:#x}+{:#x}: {} shared, {} private, {} hole, {} unknown{closing}",
+            region.region,
+            region.gpa,
+            region.length,
+            bytes(region.shared),
+            bytes(region.private),
+            bytes(region.hole),
+            bytes(region.unknown),
+        );
+    }
+    for range in &status.quarantine {
+        let gpa = range.gpa.map_or_else(|| "no region now".to_owned(), |gpa| format!("{gpa:#x}"));
+        _ = write!(
+            text,
+            "\nQUARANTINE {gpa}+{:#x}: {} (passgate explain --invalidation {})",
+            range.length, range.cause, range.invalidation
+        );
+    }
+    text
+}
+
+/// Bytes as a person reads them; exact, because pages are.
+fn bytes(bytes: u64) -> String {
+    match bytes {
+        _ if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),
+        _ if bytes >= 1 << 20 && bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
+        0 => "0".to_owned(),
+        _ => format!("{} KiB", bytes >> 10),
+    }
+}

@@ -1,0 +1,257 @@
+//! The notification channel: 64-byte records, one request and one reply each, many in flight.
+
+use std::collections::VecDeque;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use passgate_bindings::{Gpa, PageRange};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{I32, U32, U64};
+
+use crate::error::{Error, Result};
+use crate::gate::{Cause, Outcome, PageState};
+use crate::protocol::record::{DEFAULT_DEADLINE_MS, Kind, RECORD_LEN, Record, RecordError, verdict};
+
+/// How long after its deadline an answer may still be on its way, before the channel counts as broken.
+const GRACE: Duration = Duration::from_secs(2);
+/// Marks the cookies of this file's own requests, so that they never meet those of [`Channel::send`]'s callers.
+const OWN: u64 = 1 << 63;
+
+/// Every cause, to find one by its number.
+const CAUSES: [Cause; 8] = [
+    Cause::UnmapFailed,
+    Cause::DmaInFlight,
+    Cause::CallHangs,
+    Cause::MapInFlight,
+    Cause::OwnerUnknown,
+    Cause::ClientGone,
+    Cause::HalfMapped,
+    Cause::ConvertFailed,
+];
+
+/// What the daemon says to a begin or a convert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// No device sees the range any more: convert it now, then [`Channel::end`] (of a convert: it is converted).
+    Granted {
+        /// Names it, for the end.
+        invalidation: u64,
+    },
+    /// Do not convert: passgate knows that a device may still see the range.
+    Refused(Failure),
+    /// Do not convert: whether a device still sees the range is not known.
+    Unknown(Failure),
+}
+
+/// What failed first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failure {
+    /// Names it, for `Explain`.
+    pub invalidation: u64,
+    /// Where.
+    pub range: PageRange<Gpa>,
+    /// Why (`Cause` as a number).
+    pub cause: u32,
+    /// The kernel's answer; 0 where there was none.
+    pub errno: i32,
+    /// The number of the device to blame, counted as `Status` lists them.
+    pub device: Option<u32>,
+}
+
+impl Failure {
+    /// Why, in a word.
+    pub fn word(&self) -> &'static str {
+        CAUSES.into_iter().find(|cause| *cause as u32 == self.cause).map_or("?", Cause::word)
+    }
+}
+
+/// A notification channel. Closing it closes nothing else; what was begun on it and not ended stays open until the
+/// connection that opened it goes.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+    next: u64,
+    /// Replies to other requests that came while one was waited for.
+    early: VecDeque<Record>,
+    patience: Option<Duration>,
+}
+
+impl Channel {
+    /// Takes a connected SOCK_SEQPACKET socket that `OpenChannel` gave.
+    pub fn from_fd(socket: OwnedFd) -> Self {
+        Self { socket, next: OWN, early: VecDeque::new(), patience: None }
+    }
+
+    /// Asks before `range` is converted. `deadline_ms` is within how many milliseconds to answer.
+    pub fn begin(
+        &mut self,
+        range: PageRange<Gpa>,
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        self.ask(Kind::Begin, range, to, deadline_ms)
+    }
+
+    /// Has passgate change `range` itself; only in memory added with `sole_mapper`.
+    pub fn convert(
+        &mut self,
+        range: PageRange<Gpa>,
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        self.ask(Kind::Convert, range, to, deadline_ms)
+    }
+
+    /// Says how a conversion that was granted went.
+    pub fn end(&mut self, invalidation: u64, outcome: Outcome) -> Result<()> {
+        let mut record = Record::new(Kind::End, self.cookie());
+        record.invalidation = U64::new(invalidation);
+        match outcome {
+            Outcome::Committed => {}
+            Outcome::NotCommitted => record.outcome = U32::new(1),
+            Outcome::Unknown { errno, offset } => {
+                record.outcome = U32::new(2);
+                record.errno = I32::new(errno);
+                record.offset = U64::new(offset);
+            }
+        }
+        self.round(&record, DEFAULT_DEADLINE_MS).map(drop)
+    }
+
+    /// There and back, for measuring.
+    pub fn echo(&mut self) -> Result<()> {
+        let record = Record::new(Kind::Echo, self.cookie());
+        self.round(&record, DEFAULT_DEADLINE_MS).map(drop)
+    }
+
+    /// Sends one record, whatever it is. The top bit of its cookie belongs to the calls above.
+    pub fn send(&self, record: &Record) -> Result<()> {
+        self.send_bytes(record.as_bytes())
+    }
+
+    /// Sends one datagram, whatever it is.
+    pub fn send_bytes(&self, bytes: &[u8]) -> Result<()> {
+        loop {
+            match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+                Err(Errno::INTR) => {}
+                sent => return Ok(sent.map(drop)?),
+            }
+        }
+    }
+
+    /// The next reply, in the order in which they came.
+    pub fn recv(&mut self) -> Result<Record> {
+        loop {
+            if let Some(record) = self.early.pop_front() {
+                return Ok(record);
+            }
+            if let Some(record) = self.receive()? {
+                return Ok(record);
+            }
+        }
+    }
+
+    fn cookie(&mut self) -> u64 {
+        self.next = OWN | self.next.wrapping_add(1);
+        self.next
+    }
+
+    fn ask(
+        &mut self,
+        kind: Kind,
+        range: PageRange<Gpa>,
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        let mut record = Record::new(kind, self.cookie());
+        record.to = U32::new(to as u32);
+        record.gpa = U64::new(range.start().0);
+        record.length = U64::new(range.len());
+        let deadline_ms = deadline_ms.unwrap_or(0);
+        record.deadline_or_device = U32::new(deadline_ms);
+        let within = if deadline_ms == 0 { DEFAULT_DEADLINE_MS } else { deadline_ms };
+        let reply = self.round(&record, within)?;
+        answer(&reply)
+    }
+
+    fn round(&mut self, request: &Record, within_ms: u32) -> Result<Record> {
+        let patience = Duration::from_millis(within_ms.into()) + GRACE;
+        if self.patience.is_none_or(|now| now < patience) {
+            set_socket_timeout(&self.socket, Timeout::Recv, Some(patience))?;
+            self.patience = Some(patience);
+        }
+        self.send(request)?;
+        loop {
+            match self.receive()? {
+                Some(reply) if reply.cookie != request.cookie => self.early.push_back(reply),
+                Some(reply) => return wrong(reply),
+                None => {
+                    // A grant that came now would never be ended: let it not come.
+                    let _ = shutdown(&self.socket, Shutdown::Both);
+                    return Err(Error::Connection(Errno::TIMEDOUT));
+                }
+            }
+        }
+    }
+
+    /// One reply; none where the socket's patience has ended.
+    fn receive(&self) -> Result<Option<Record>> {
+        let mut space = [MaybeUninit::uninit(); RECORD_LEN + 1];
+        loop {
+            match recv(&self.socket, &mut space, RecvFlags::empty()) {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+                Ok((([], _), _)) => return Err(Error::Connection(Errno::CONNRESET)),
+                Ok(((bytes, _), _)) => return Ok(Some(Record::parse(bytes)?)),
+            }
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// The reply, unless it says that the request was wrong.
+fn wrong(reply: Record) -> Result<Record> {
+    if reply.kind() != Some(Kind::Wrong) {
+        return Ok(reply);
+    }
+    let errno = reply.errno.get();
+    // Those mistakes are at an address.
+    let at = match Errno::from_raw_os_error(errno) {
+        Errno::FAULT | Errno::BUSY | Errno::IO => format!(" at {:#x}", reply.gpa.get()),
+        _ => String::new(),
+    };
+    let message = format!("passgate refused the record{at}: {}", Errno::from_raw_os_error(errno));
+    Err(Error::Refused { message, errno })
+}
+
+fn answer(reply: &Record) -> Result<Answer> {
+    if reply.kind() != Some(Kind::Verdict) {
+        return Err(RecordError::Kind(reply.kind.get()).into());
+    }
+    let invalidation = reply.invalidation.get();
+    let failure = || {
+        Ok::<_, Error>(Failure {
+            invalidation,
+            range: PageRange::new(reply.gpa.get(), reply.length.get())?,
+            cause: reply.cause.get(),
+            errno: reply.errno.get(),
+            device: reply.deadline_or_device.get().checked_sub(1),
+        })
+    };
+    match reply.outcome.get() {
+        verdict::DONE => Ok(Answer::Granted { invalidation }),
+        verdict::REFUSED => Ok(Answer::Refused(failure()?)),
+        verdict::UNKNOWN => Ok(Answer::Unknown(failure()?)),
+        other => Err(RecordError::Field("outcome", other.into()).into()),
+    }
+}

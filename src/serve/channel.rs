@@ -1,0 +1,147 @@
+//! The notification channel: records in, records out.
+
+use passgate_bindings::{Gpa, PageRange};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use zerocopy::little_endian::{I32, U32, U64};
+
+use super::connection::Channel;
+use super::poller::Interest;
+use super::vm::Vm;
+use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, Reason, Verdict};
+use crate::protocol::record::{Request, verdict};
+use crate::protocol::{Kind, RECORD_LEN, Record};
+
+impl Vm {
+    /// Reads one record and does what it asks for; whether there may be more.
+    pub(super) fn channel_ready(&mut self, client: ClientId) -> bool {
+        let Some(channel) = self.connections.get_mut(&client).and_then(|c| c.channel.as_mut()) else {
+            return false;
+        };
+        if channel.is_behind() {
+            let broken = channel.flush().is_err();
+            if !broken && channel.is_behind() {
+                return false;
+            }
+            self.watch_channel(client, Interest::Read);
+            if broken {
+                self.drop_channel(client);
+                return false;
+            }
+        }
+        let Some(channel) = self.connections.get_mut(&client).and_then(|c| c.channel.as_mut()) else {
+            return false;
+        };
+        let mut bytes = [0; RECORD_LEN + 1];
+        match recv(&channel.socket, &mut bytes, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
+            Err(Errno::INTR) => true,
+            Err(Errno::AGAIN) => false,
+            Ok((_, 0)) | Err(_) => {
+                self.drop_channel(client);
+                false
+            }
+            Ok((got, length)) => {
+                // A datagram that is longer than the buffer says its true length.
+                let datagram = if length > RECORD_LEN { &bytes[..] } else { &bytes[..got.min(length)] };
+                match Record::parse(datagram) {
+                    Ok(record) => self.record(client, record),
+                    Err(error) => self.wrong(client, 0, error.errno(), &error),
+                }
+                !self
+                    .connections
+                    .get(&client)
+                    .is_none_or(|c| c.channel.as_ref().is_none_or(Channel::is_behind))
+            }
+        }
+    }
+
+    fn record(&mut self, client: ClientId, record: Record) {
+        let cookie = record.cookie.get();
+        let caller = Caller { client, door: Door::Channel, cookie };
+        match record.request() {
+            Err(error) => self.wrong(client, cookie, error.errno(), &error),
+            Ok(Request::Echo) => self.send(client, Record::new(Kind::Echoed, cookie)),
+            Ok(Request::End { invalidation, outcome }) => {
+                let invalidation = InvalidationId(invalidation);
+                self.session.handle(Event::End { caller, invalidation, outcome });
+            }
+            Ok(Request::Begin { range, to, deadline_ms, convert }) => {
+                if convert && let Err(error) = self.session.may_convert(range) {
+                    return self.wrong(client, cookie, error.errno(), &error);
+                }
+                let performer = if convert { Performer::Passgate } else { Performer::Client };
+                let deadline_ns = u64::from(deadline_ms) * 1_000_000;
+                self.session.handle(Event::Begin { caller, range, to, performer, deadline_ns });
+            }
+        }
+    }
+
+    /// Answers a record.
+    pub(super) fn answer_channel(&mut self, caller: Caller, answer: &Answer) {
+        let record = match answer {
+            Answer::Ended { invalidation } => {
+                Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Ended, caller.cookie) }
+            }
+            Answer::Verdict { invalidation, verdict } => said(*invalidation, *verdict, caller.cookie),
+            Answer::Refused(refusal) => {
+                let errno = I32::new(refusal.errno());
+                let gpa = U64::new(refusal.gpa().map_or(0, |gpa| gpa.0));
+                log::debug!("client {}: {refusal}", caller.client.0);
+                Record { errno, gpa, ..Record::new(Kind::Wrong, caller.cookie) }
+            }
+            // Memory comes and goes by the control socket only.
+            Answer::RegionAdded { .. } | Answer::RegionRemoved { .. } => return,
+        };
+        self.send(caller.client, record);
+    }
+
+    fn wrong(&mut self, client: ClientId, cookie: u64, errno: i32, error: &dyn std::error::Error) {
+        log::debug!("client {}: {error}", client.0);
+        self.send(client, Record { errno: I32::new(errno), ..Record::new(Kind::Wrong, cookie) });
+    }
+
+    fn send(&mut self, client: ClientId, record: Record) {
+        let Some(channel) = self.connections.get_mut(&client).and_then(|c| c.channel.as_mut()) else {
+            return;
+        };
+        let before = channel.is_behind();
+        channel.send(record);
+        if channel.is_behind() && !before {
+            self.watch_channel(client, Interest::Write);
+        }
+    }
+
+    fn watch_channel(&mut self, client: ClientId, interest: Interest) {
+        if let Some(channel) = self.connections.get(&client).and_then(|c| c.channel.as_ref())
+            && let Err(error) =
+                self.poller.change(&channel.socket, interest, Self::token(client, Door::Channel))
+        {
+            log::error!("epoll: {error}");
+        }
+    }
+
+    /// The client has closed its end; what it began stays begun for as long as the client is there.
+    fn drop_channel(&mut self, client: ClientId) {
+        if let Some(connection) = self.connections.get_mut(&client) {
+            connection.channel = None;
+        }
+    }
+}
+
+fn said(invalidation: InvalidationId, word: Verdict, cookie: u64) -> Record {
+    let record = Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Verdict, cookie) };
+    let failed = |outcome: u32, range: PageRange<Gpa>, reason: Reason| Record {
+        outcome: U32::new(outcome),
+        gpa: U64::new(range.start().0),
+        length: U64::new(range.len()),
+        cause: U32::new(reason.cause as u32),
+        errno: I32::new(reason.errno),
+        deadline_or_device: U32::new(reason.device.map_or(0, |device| u32::from(device.0) + 1)),
+        ..record
+    };
+    match word {
+        Verdict::Done => Record { outcome: U32::new(verdict::DONE), ..record },
+        Verdict::Refused { range, reason } => failed(verdict::REFUSED, range, reason),
+        Verdict::Unknown { range, reason } => failed(verdict::UNKNOWN, range, reason),
+    }
+}

@@ -1,0 +1,215 @@
+//! The loop of one VM, and the supervisor that takes it over when a call does not return.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use passgate_bindings::Failed;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
+
+use super::baton::{Baton, Found, Turn};
+use super::vm::Vm;
+use crate::error::{Error, Result};
+use crate::gate::ClientId;
+use crate::protocol::verbs::DmaDone;
+use crate::session::{Next, Returned};
+
+/// How long a call may take once a deadline is over before the VM is taken over.
+const PATIENCE: Duration = Duration::from_millis(2);
+
+/// How long a call may keep the loop even where no deadline is near: others wait.
+const CALL: Duration = Duration::from_millis(100);
+
+/// What other threads hand in.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// A call of the gate's has returned.
+    Call(Returned),
+    /// A device has done, or not done, its DMA.
+    Dma { client: ClientId, cookie: u64, result: Result<DmaDone, passgate_backends::Error> },
+}
+
+/// What the loop, its workers and its supervisor share.
+#[derive(Debug)]
+pub(super) struct Core {
+    baton: Baton<Vm>,
+    done: Mutex<VecDeque<Done>>,
+    kick: OwnedFd,
+    alarm: OwnedFd,
+    /// How the loop ended, once it has.
+    over: Mutex<Option<Result<()>>>,
+    ended: Condvar,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Core {
+    pub(super) fn new() -> Result<(Arc<Self>, Turn)> {
+        let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
+        let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("eventfd"))?;
+        let alarm = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC);
+        let (baton, turn) = Baton::new();
+        let core = Self {
+            baton,
+            done: Mutex::default(),
+            kick,
+            alarm: alarm.map_err(failed("timerfd_create"))?,
+            over: Mutex::new(None),
+            ended: Condvar::new(),
+            supervisor: Mutex::new(None),
+        };
+        Ok((Arc::new(core), turn))
+    }
+
+    /// Hands something in.
+    pub(super) fn deliver(&self, done: Done) {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).push_back(done);
+        self.kick();
+    }
+
+    /// Takes everything that was handed in.
+    pub(super) fn take_done(&self) -> VecDeque<Done> {
+        let _ = rustix::io::read(&self.kick, &mut [0; 8]);
+        std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Readable when the loop is wanted.
+    pub(super) fn kicked(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    fn kick(&self) {
+        // It fails only where the counter is full, and then the loop is awake already.
+        let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
+    }
+
+    /// Wakes the supervisor at `when`; `now` is the time.
+    pub(super) fn set_alarm(&self, now: Instant, when: Instant) {
+        let left = when.saturating_duration_since(now).max(Duration::from_nanos(1));
+        let it_value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        if let Err(errno) = timerfd_settime(&self.alarm, TimerfdTimerFlags::empty(), &spec) {
+            log::error!("timerfd_settime: {errno}; deadlines are not kept");
+        }
+    }
+
+    fn over(&self) -> MutexGuard<'_, Option<Result<()>>> {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, result: Result<()>) {
+        *self.over() = Some(result);
+        self.ended.notify_all();
+        // The supervisor finds nothing more to do.
+        let now = Instant::now();
+        self.set_alarm(now, now);
+    }
+}
+
+/// Serves until stopped. Where the loop is taken over meanwhile, waits for whoever has it to end.
+pub(super) fn run(core: Arc<Core>, turn: Turn, vm: Box<Vm>) -> Result<()> {
+    supervise(&core)?;
+    if let Some(result) = serve(&core, turn, vm) {
+        core.end(result);
+    }
+    let mut over = core.over();
+    let result = loop {
+        match over.replace(Ok(())) {
+            Some(result) => break result,
+            None => {
+                *over = None;
+                over = core.ended.wait(over).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    };
+    drop(over);
+    let supervisor = core.supervisor.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match supervisor.map(JoinHandle::join) {
+        Some(Err(_)) => Err(Error::Panicked("supervisor")),
+        _ => result,
+    }
+}
+
+/// Starts a supervisor: it ends with the loop, or becomes it.
+fn supervise(shared: &Arc<Core>) -> Result<()> {
+    let core = Arc::clone(shared);
+    let watch = move || {
+        while core.over().is_none() {
+            match rustix::io::read(&core.alarm, &mut [0; 8]) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => log::error!("timerfd: {errno}"),
+            }
+            core.kick();
+            loop {
+                match core.baton.take_over(PATIENCE) {
+                    Found::Owned => break,
+                    Found::Young => std::thread::sleep(PATIENCE),
+                    Found::Yours(vm, turn) => {
+                        log::error!("a kernel call does not return: going on without its thread");
+                        if let Err(error) = supervise(&core) {
+                            log::error!("{error}");
+                        }
+                        if let Some(result) = serve(&core, turn, vm) {
+                            core.end(result);
+                        }
+                        return;
+                    }
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch).map_err(Error::Thread)?;
+    *shared.supervisor.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+    Ok(())
+}
+
+/// The loop. None if the VM was taken over.
+fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
+    let mut tokens = Vec::new();
+    vm = settle(core, turn, vm)?;
+    loop {
+        vm.rearm(None);
+        if let Some(result) = vm.is_over() {
+            return Some(result);
+        }
+        if let Err(error) = vm.wait(&mut tokens) {
+            return Some(Err(error));
+        }
+        for token in &tokens {
+            // One token may hold many requests; each is settled before the next is read.
+            while vm.ready(*token) {
+                vm = settle(core, turn, vm)?;
+            }
+            vm = settle(core, turn, vm)?;
+        }
+    }
+}
+
+/// Does all that the session wants done. None if the VM was taken over in a call.
+fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
+    loop {
+        match vm.session.next_step() {
+            Next::Idle => return Some(vm),
+            Next::Answer(caller, answer) => vm.answer(caller, answer),
+            Next::Notice(notice) => vm.notice(&notice),
+            Next::Call(call) => {
+                vm.rearm(Some(CALL));
+                match core.baton.run(turn, vm, || call.run()) {
+                    Ok((back, returned)) => {
+                        vm = back;
+                        vm.session.returned(returned);
+                    }
+                    Err(returned) => {
+                        core.deliver(Done::Call(returned));
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+}

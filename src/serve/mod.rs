@@ -1,0 +1,185 @@
+//! The ways a VMM reaches a session: here the control socket and its notification channel.
+//!
+//! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
+//! then devices are stopped, mappings go, and only then the process lets go of its files.
+
+mod baton;
+mod channel;
+mod connection;
+mod control;
+mod event_loop;
+mod poller;
+mod vm;
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use passgate_backends::{Device, Domain};
+
+use crate::error::{Error, Result};
+use crate::gate::Policy;
+use crate::session::guardian::Guardian;
+use event_loop::Core;
+use vm::Vm;
+
+/// What a server is told once.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where its socket is made.
+    pub socket_path: PathBuf,
+    /// The gate's policy.
+    pub policy: Policy,
+    /// Whether clients may have devices do DMA (`Dma`).
+    pub allow_dma: bool,
+    /// Connections at most.
+    pub max_clients: usize,
+    /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
+    pub guardian: Option<PathBuf>,
+}
+
+impl Options {
+    /// The defaults, at `socket_path`.
+    pub fn at(socket_path: impl Into<PathBuf>) -> Self {
+        Self {
+            socket_path: socket_path.into(),
+            policy: Policy::default(),
+            allow_dma: false,
+            max_clients: 64,
+            guardian: None,
+        }
+    }
+}
+
+/// A server, ready to run.
+#[derive(Debug)]
+pub struct Server {
+    vm: Box<Vm>,
+    core: Arc<Core>,
+    turn: baton::Turn,
+    stop: UnixStream,
+    file: SocketFile,
+    guardian: Option<Guardian>,
+}
+
+/// Removes the socket's file when the server is over.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Server {
+    /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
+    pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
+        let path = options.socket_path.clone();
+        let listener = listen(&path)?;
+        let file = SocketFile(path.clone());
+        let guardian = match &options.guardian {
+            Some(program) => Guardian::start(program, &devices)?,
+            None => None,
+        };
+        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
+        let (core, turn) = Core::new()?;
+        let vm = Vm::new(options, listener, stopped, Arc::clone(&core), domain, devices)?;
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, guardian })
+    }
+
+    /// A descriptor that stops the server when anything is written to it; for signal handlers.
+    pub fn stopper(&self) -> Result<OwnedFd> {
+        self.stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&self.file.0, e, ""))
+    }
+
+    /// Serves until stopped.
+    pub fn run(self) -> Result<()> {
+        let _file = self.file;
+        // Where the loop fails the guardian hears no farewell, and stops the devices.
+        event_loop::run(self.core, self.turn, self.vm)?;
+        if let Some(guardian) = self.guardian {
+            guardian.bye();
+        }
+        Ok(())
+    }
+
+    /// Serves on a thread of its own.
+    pub fn spawn(self) -> Result<Handle> {
+        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.file.0, e, ""))?;
+        let path = self.file.0.clone();
+        let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
+        Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
+    }
+}
+
+/// A server on a thread of its own; stopped when dropped.
+#[derive(Debug)]
+pub struct Handle {
+    path: PathBuf,
+    stop: UnixStream,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Handle {
+    /// Where its socket is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Stops it, and says how it went.
+    pub fn stop(mut self) -> Result<()> {
+        self.halt()
+    }
+
+    fn halt(&mut self) -> Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let _ = std::io::Write::write(&mut &self.stop, &[0]);
+        thread.join().unwrap_or(Err(Error::Panicked("session")))
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if let Err(error) = self.halt() {
+            log::error!("{error}");
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(socket_error(path, error, "")),
+        Ok(found) => make_way(path, found.file_type().is_socket())?,
+    }
+    let mend = ": its directory must exist and be writable";
+    let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .and_then(|()| listener.set_nonblocking(true))
+        .map_err(|e| socket_error(path, e, ""))?;
+    Ok(listener)
+}
+
+/// Removes a socket that a daemon left behind, and nothing else.
+fn make_way(path: &Path, is_socket: bool) -> Result<()> {
+    let used = std::io::Error::from(ErrorKind::AddrInUse);
+    if !is_socket {
+        return Err(socket_error(path, used, ": that is no socket; choose another --socket-path"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another --socket-path")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
+        }
+        Err(error) => Err(socket_error(path, error, ": choose another --socket-path")),
+    }
+}
+
+fn socket_error(path: &Path, source: std::io::Error, mend: &'static str) -> Error {
+    Error::Socket { path: path.to_owned(), source, mend }
+}

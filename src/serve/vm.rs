@@ -1,0 +1,216 @@
+//! A VM as the loop has it: its session, its sockets, its connections.
+
+use std::collections::BTreeMap;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use passgate_backends::{Device, Domain};
+use rustix::net::{SocketFlags, accept_with};
+
+use super::connection::Connection;
+use super::event_loop::{Core, Done};
+use super::poller::{Interest, Poller};
+use super::{Options, socket_error};
+use crate::error::{Error, Result};
+use crate::gate::{Answer, Caller, ClientId, Door, Event, Notice};
+use crate::observe::events;
+use crate::session::{Pool, Session};
+
+const LISTENER: u64 = 0;
+const KICK: u64 = 1;
+const STOP: u64 = 2;
+const WAKE: u64 = 3;
+/// Tokens of connections: the client's number, and which of its sockets.
+const CLIENTS: u64 = 16;
+
+/// The least time to an alarm, so that many deadlines do not mean many wake-ups.
+const LEAST: Duration = Duration::from_micros(200);
+
+/// How long a stopped server waits for its regions to close.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// One VM, with everything that its loop needs.
+#[derive(Debug)]
+pub(super) struct Vm {
+    pub(super) session: Session,
+    pub(super) options: Options,
+    pub(super) core: Arc<Core>,
+    pub(super) poller: Poller,
+    pub(super) connections: BTreeMap<ClientId, Connection>,
+    listener: UnixListener,
+    stopped: UnixStream,
+    last_client: u32,
+    /// Notices so far.
+    sequence: u64,
+    alarm: Option<Instant>,
+    farewell: Option<Instant>,
+}
+
+impl Vm {
+    pub(super) fn new(
+        options: Options,
+        listener: UnixListener,
+        stopped: UnixStream,
+        core: Arc<Core>,
+        domain: Arc<dyn Domain>,
+        devices: Vec<Arc<dyn Device>>,
+    ) -> Result<Self> {
+        let failed = |e| socket_error(&options.socket_path, e, "");
+        let workers = Arc::clone(&core);
+        let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
+        let session = Session::new(options.policy, domain, devices, pool);
+        let poller = Poller::new().map_err(failed)?;
+        poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
+        poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
+        poller.add(&stopped, Interest::Read, STOP).map_err(failed)?;
+        for wake in session.wakes() {
+            poller.add(wake, Interest::Read, WAKE).map_err(failed)?;
+        }
+        Ok(Self {
+            session,
+            options,
+            core,
+            poller,
+            connections: BTreeMap::new(),
+            listener,
+            stopped,
+            last_client: 0,
+            sequence: 0,
+            alarm: None,
+            farewell: None,
+        })
+    }
+
+    /// Waits until something is ready.
+    pub(super) fn wait(&self, tokens: &mut Vec<u64>) -> Result<()> {
+        let timeout = if self.farewell.is_some() { 50 } else { -1 };
+        self.poller.wait(timeout, tokens).map_err(|e| socket_error(&self.options.socket_path, e, ""))
+    }
+
+    /// Does one thing that a token stands for; whether there may be more of it.
+    pub(super) fn ready(&mut self, token: u64) -> bool {
+        match token {
+            LISTENER => self.accept(),
+            KICK => self.kicked(),
+            STOP => {
+                self.say_goodbye();
+                false
+            }
+            WAKE => {
+                self.session.poll_domains();
+                false
+            }
+            _ => {
+                let token = token - CLIENTS;
+                let client = ClientId((token >> 1) as u32);
+                if token & 1 == 0 { self.control_ready(client) } else { self.channel_ready(client) }
+            }
+        }
+    }
+
+    /// The token of one of a client's sockets.
+    pub(super) fn token(client: ClientId, door: Door) -> u64 {
+        CLIENTS + (u64::from(client.0) << 1 | u64::from(door == Door::Channel))
+    }
+
+    fn accept(&mut self) -> bool {
+        let Ok(socket) = accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) else {
+            return false;
+        };
+        if self.farewell.is_some() || self.connections.len() >= self.options.max_clients {
+            log::warn!("a connection was refused: {} are open", self.connections.len());
+            return true;
+        }
+        self.last_client += 1;
+        let client = ClientId(self.last_client);
+        match self.poller.add(&socket, Interest::Read, Self::token(client, Door::Control)) {
+            Ok(()) => _ = self.connections.insert(client, Connection::new(socket)),
+            Err(error) => log::error!("epoll: {error}"),
+        }
+        true
+    }
+
+    fn kicked(&mut self) -> bool {
+        for done in self.core.take_done() {
+            match done {
+                Done::Call(returned) => self.session.returned(returned),
+                Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
+            }
+        }
+        self.alarm = None;
+        self.session.expire(Instant::now());
+        false
+    }
+
+    /// Sets the alarm for the earliest deadline, or for when a call that begins now has taken `patience`; unless
+    /// an alarm is set by then. A late deadline waits for the alarm that is set: to set it anew each time would put
+    /// it off for ever.
+    pub(super) fn rearm(&mut self, patience: Option<Duration>) {
+        let deadline = self.session.next_deadline();
+        if deadline.is_none() && patience.is_none() {
+            return;
+        }
+        let now = Instant::now();
+        let call = patience.map(|patience| now + patience);
+        let Some(next) = deadline.into_iter().chain(call).min() else { return };
+        let next = next.max(now + LEAST);
+        if self.alarm.is_none_or(|set| next < set || set < now) {
+            self.alarm = Some(next);
+            self.core.set_alarm(now, next);
+        }
+    }
+
+    /// Closes every connection; the loop goes on until what they had is closed.
+    fn say_goodbye(&mut self) {
+        let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
+        if self.farewell.is_none() {
+            self.farewell = Some(Instant::now() + FAREWELL);
+            let clients: Vec<ClientId> = self.connections.keys().copied().collect();
+            for client in clients {
+                self.hang_up(client);
+            }
+        }
+    }
+
+    /// How the loop ends, where it is to.
+    pub(super) fn is_over(&self) -> Option<Result<()>> {
+        let farewell = self.farewell?;
+        let regions = self.session.snapshot().regions.len();
+        if regions == 0 {
+            return Some(Ok(()));
+        }
+        (Instant::now() >= farewell).then_some(Err(Error::StillOpen { regions }))
+    }
+
+    /// Closes a connection: what it had goes.
+    pub(super) fn hang_up(&mut self, client: ClientId) {
+        if self.connections.remove(&client).is_some() {
+            self.session.handle(Event::ClientGone { client });
+        }
+    }
+
+    /// Answers a request through the door by which it came. A client that is gone hears nothing.
+    pub(super) fn answer(&mut self, caller: Caller, answer: Answer) {
+        match caller.door {
+            Door::Control => self.answer_control(caller, answer),
+            Door::Channel => self.answer_channel(caller, &answer),
+        }
+    }
+
+    /// Notices so far.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Tells everybody who listens.
+    pub(super) fn notice(&mut self, notice: &Notice) {
+        self.sequence += 1;
+        let (event, details) = events::describe(notice, &self.session);
+        match notice {
+            Notice::Refused { .. } | Notice::Quarantined { .. } => log::warn!("{event} {details}"),
+            _ => log::info!("{event} {details}"),
+        }
+        self.publish(self.sequence, event, &details);
+    }
+}

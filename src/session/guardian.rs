@@ -1,0 +1,276 @@
+//! The guardian: a small process that stops the devices when the worker dies.
+//!
+//! It holds duplicates of the device descriptors, does nothing, and waits. When the worker's end of their socket
+//! closes without a farewell, it takes every device's DMA away, weakest promise last: first the translations of
+//! all, then a reset of each. It parses nothing that a client wrote, and ends by itself.
+//!
+//! Its own session and deaf ears to SIGTERM keep it alive where a whole process group or terminal is killed.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use passgate_backends::Device;
+use passgate_backends::device::Guard;
+use passgate_bindings::Failed;
+use passgate_bindings::vfio::{Cdev, Container, DeviceFile};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use crate::error::{Error, Result};
+use crate::protocol::frame::{self, Frames};
+
+/// The hidden subcommand that runs [`run`] with the worker's socket as its standard input.
+pub const SUBCOMMAND: &str = "guardian";
+
+/// Ends a guardian without anything done.
+const FAREWELL: &str = "bye";
+/// What it answers to each message.
+const HELD: u8 = b'+';
+const NOT_HELD: u8 = b'-';
+
+/// The signals that it does not hear.
+const DEAF: [i32; 4] = [1, 2, 3, 15]; // HUP, INT, QUIT, TERM: the same on every architecture
+
+/// The worker's end.
+#[derive(Debug)]
+pub struct Guardian {
+    socket: OwnedFd,
+    child: Child,
+}
+
+impl Guardian {
+    /// Starts one for those of `devices` that the kernel does not stop by itself; none where there are none.
+    /// `program` is this program; it must come to [`run`] by [`SUBCOMMAND`].
+    pub fn start(program: &Path, devices: &[Arc<dyn Device>]) -> Result<Option<Self>> {
+        if devices.iter().all(|device| matches!(device.guard(), Guard::None)) {
+            return Ok(None);
+        }
+        let failed = |source| Error::Guardian { source };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let mut command = Command::new(program);
+        command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        let child = command.spawn().map_err(failed)?;
+        // The command holds the guardian's end as well, and would hide that it has died.
+        drop(command);
+        let guardian = Self { socket: ours.into(), child };
+        for device in devices {
+            match device.guard() {
+                Guard::None => {}
+                Guard::Cdev(fd) => {
+                    guardian.tell(&format!("cdev {}", device.name()), &[fd]).map_err(failed)?
+                }
+                Guard::Type1 { container, device: file } => {
+                    guardian.tell(&format!("type1 {}", device.name()), &[container, file]).map_err(failed)?;
+                }
+            }
+        }
+        Ok(Some(guardian))
+    }
+
+    /// The devices are stopped and closed: nothing is left to guard. Returns when its copies are closed too, so
+    /// that somebody else can open them.
+    pub fn bye(mut self) {
+        let said = self.tell(FAREWELL, &[]);
+        let ended = self.child.wait();
+        match (said, ended) {
+            (Ok(()), Ok(status)) if status.success() => {}
+            (said, ended) => log::warn!("the guardian did not end well: {said:?}, {ended:?}"),
+        }
+    }
+
+    fn tell(&self, message: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+        frame::send(&self.socket, format!("{message}\0").as_bytes(), fds)?;
+        let mut answer = [0];
+        match recv(&self.socket, &mut answer, RecvFlags::WAITALL)? {
+            (_, 1) if answer == [HELD] => Ok(()),
+            _ => Err(std::io::Error::other("it does not answer")),
+        }
+    }
+}
+
+/// One device, as the guardian holds it. The order of the fields is the order of closing.
+#[derive(Debug)]
+enum Held {
+    Cdev { name: String, cdev: Cdev },
+    Type1 { name: String, device: DeviceFile, container: Container },
+}
+
+impl Held {
+    fn take(message: &str, fds: Vec<OwnedFd>) -> Option<Self> {
+        let (kind, name) = message.split_once(' ')?;
+        let (name, mut fds) = (name.to_owned(), fds.into_iter());
+        match (kind, fds.next(), fds.next(), fds.next()) {
+            ("cdev", Some(fd), None, None) => Some(Self::Cdev { name, cdev: Cdev::from_fd(fd) }),
+            ("type1", Some(container), Some(device), None) => Some(Self::Type1 {
+                name,
+                device: DeviceFile::from_fd(device),
+                container: Container::from_fd(container),
+            }),
+            _ => None,
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Self::Cdev { name, .. } | Self::Type1 { name, .. } => name,
+        }
+    }
+
+    /// Takes its translations away: every DMA faults from here on.
+    fn block(&self) -> Result<(), Failed> {
+        match self {
+            Self::Cdev { cdev, .. } => cdev.detach(),
+            Self::Type1 { container, .. } => container.unmap_all().map(drop).map_err(Failed::without_partial),
+        }
+    }
+
+    fn reset(&self) -> Result<(), Failed> {
+        match self {
+            Self::Cdev { cdev, .. } => cdev.device().reset(),
+            Self::Type1 { device, .. } => device.reset(),
+        }
+    }
+}
+
+/// How it ended, for the exit code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The worker said farewell.
+    Dismissed,
+    /// The worker died, and every device's DMA is blocked.
+    Blocked,
+    /// The worker died, and these devices could be neither blocked nor reset.
+    Loose(Vec<String>),
+}
+
+/// Guards until the worker says farewell or dies. The process is the guardian from here on.
+pub fn run(socket: impl AsFd) -> Result<Ended> {
+    // It fails where we lead a session already, which serves as well.
+    let _ = rustix::process::setsid();
+    for signal in DEAF {
+        let unheard = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal, unheard).map_err(|source| Error::Guardian { source })?;
+    }
+    Ok(guard(socket.as_fd()))
+}
+
+fn guard(socket: BorrowedFd<'_>) -> Ended {
+    let mut frames = Frames::default();
+    let mut held = Vec::new();
+    loop {
+        while let Some((frame, fds)) = frames.take() {
+            let message = String::from_utf8_lossy(&frame);
+            let farewell = message == FAREWELL;
+            let taken = if farewell { None } else { Held::take(&message, fds) };
+            let answer = if farewell || taken.is_some() { HELD } else { NOT_HELD };
+            held.extend(taken);
+            if farewell {
+                held.clear();
+            }
+            // A worker that does not hear it is dead, which the next read finds.
+            let _ = send(socket, &[answer], SendFlags::NOSIGNAL);
+            if farewell {
+                return Ended::Dismissed;
+            }
+        }
+        match frames.read(socket) {
+            Ok(true) => {}
+            Ok(false) => {
+                let mut wait = [rustix::event::PollFd::new(&socket, rustix::event::PollFlags::IN)];
+                let _ = rustix::event::poll(&mut wait, None);
+            }
+            Err(_) => return stop(&held),
+        }
+    }
+}
+
+/// The worker is dead.
+fn stop(held: &[Held]) -> Ended {
+    let mut loose: Vec<&Held> = Vec::new();
+    for device in held {
+        match device.block() {
+            Ok(()) => log::warn!("guardian: the worker died; {}: DMA is blocked", device.name()),
+            Err(failed) => {
+                log::error!("guardian: {}: {failed}", device.name());
+                loose.push(device);
+            }
+        }
+    }
+    for device in held {
+        match device.reset() {
+            Ok(()) => {
+                log::warn!("guardian: {}: reset", device.name());
+                loose.retain(|other| !std::ptr::eq(*other, device));
+            }
+            // Many devices have no reset of their own; blocked, they need none.
+            Err(failed) if failed.errno == Errno::INVAL => {
+                log::info!("guardian: {} has no reset", device.name())
+            }
+            Err(failed) => log::error!("guardian: {}: {failed}", device.name()),
+        }
+    }
+    if loose.is_empty() {
+        return Ended::Blocked;
+    }
+    Ended::Loose(loose.into_iter().map(|device| device.name().to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    /// Two ends, the guardian's served on a thread, and a descriptor that is no device.
+    fn guarded(work: impl FnOnce(UnixStream, BorrowedFd<'_>)) -> Ended {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (witness, kept) = std::io::pipe().unwrap();
+        let guardian = std::thread::spawn(move || guard(theirs.as_fd()));
+        work(ours, kept.as_fd());
+        let ended = guardian.join().unwrap();
+        drop(kept);
+        // The pipe ends only once the guardian's copies of its writing end are closed.
+        assert_eq!((&witness).read(&mut [0]).unwrap(), 0);
+        ended
+    }
+
+    fn tell(socket: &UnixStream, message: &str, fds: &[BorrowedFd<'_>]) -> u8 {
+        frame::send(socket, format!("{message}\0").as_bytes(), fds).unwrap();
+        let mut answer = [0];
+        (&mut &*socket).read_exact(&mut answer).unwrap();
+        answer[0]
+    }
+
+    #[test]
+    fn a_farewell_ends_it_and_touches_nothing() {
+        let ended = guarded(|socket, fd| {
+            assert_eq!(tell(&socket, "cdev 0000:00:04.0", &[fd]), HELD);
+            assert_eq!(tell(&socket, FAREWELL, &[]), HELD);
+        });
+        assert_eq!(ended, Ended::Dismissed);
+    }
+
+    #[test]
+    fn when_the_worker_dies_every_device_is_tried_and_what_is_loose_is_named() {
+        let ended = guarded(|socket, fd| {
+            assert_eq!(tell(&socket, "cdev a", &[fd]), HELD);
+            assert_eq!(tell(&socket, "type1 b", &[fd, fd]), HELD);
+        });
+        // A pipe is no device: both kernel calls fail for both, and neither stops the other from being tried.
+        assert_eq!(ended, Ended::Loose(vec!["a".into(), "b".into()]));
+    }
+
+    #[test]
+    fn what_is_not_a_device_is_not_held() {
+        let ended = guarded(|socket, fd| {
+            assert_eq!(tell(&socket, "cdev a", &[]), NOT_HELD);
+            assert_eq!(tell(&socket, "type1 a", &[fd]), NOT_HELD);
+            assert_eq!(tell(&socket, "nonsense", &[fd]), NOT_HELD);
+            (&socket).write_all(b"half a mess").unwrap();
+        });
+        assert_eq!(ended, Ended::Blocked);
+    }
+}

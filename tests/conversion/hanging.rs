@@ -1,0 +1,118 @@
+//! Kernel calls that do not return: they delay nobody's answer, and are believed when they come back at last.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use passgate::client::{AddMemory, Answer, Outcome, PageState};
+use passgate_backends::iommu::soft::SoftDomain;
+use passgate_bindings::{Iova, PAGE};
+
+use crate::common::fake::Hanging;
+use crate::common::watch::Watch;
+use crate::common::{Setup, assert_refused, dma_read, granted, memory, open_files, pages, until};
+
+const DEADLINE_MS: u32 = 1000;
+
+/// A server whose calls over page 0 hang when told so.
+fn setup() -> (Setup, Arc<Hanging>) {
+    let mut hanging = None;
+    let setup = Setup::behind(
+        || SoftDomain::open().unwrap(),
+        |soft| hanging.insert(Hanging::new(soft, Iova(0))).clone(),
+        |_| {},
+    );
+    (setup, hanging.unwrap())
+}
+
+#[test]
+fn an_unmap_that_never_returns_is_answered_in_time_as_unknown() {
+    let (setup, hanging) = setup();
+    let (mut client, mut channel, file) = setup.client(4);
+    let mut other = setup.connect();
+    let mut their_channel = other.open_channel().unwrap();
+    let watch = Watch::new(setup.connect());
+    file.store(0, 42).unwrap();
+    for round in 0..3 {
+        hanging.hang_unmaps();
+        let others = std::thread::scope(|scope| {
+            let others = scope.spawn(|| {
+                hanging.wait_inside(1);
+                // While the call hangs, everybody else is served: first within the time that a call may keep the
+                // loop, then as ever.
+                let start = Instant::now();
+                their_channel.echo().unwrap();
+                let begun = granted(their_channel.begin(pages(2, 1), PageState::Private, None));
+                their_channel.end(begun, Outcome::NotCommitted).unwrap();
+                other.status().unwrap();
+                start.elapsed()
+            });
+            let start = Instant::now();
+            let answer = channel.begin(pages(0, 1), PageState::Private, Some(DEADLINE_MS)).unwrap();
+            assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
+            let Answer::Unknown(failure) = answer else { panic!("{answer:?}") };
+            assert_eq!((failure.range, failure.word()), (pages(0, 1), "call-hangs"));
+            others.join().unwrap()
+        });
+        assert!(others < Duration::from_millis(500), "round {round}: others waited {others:?}");
+        assert_eq!(watch.wait("range.quarantined").details["cause"], "call-hangs");
+        assert_refused(channel.begin(pages(0, 1), PageState::Private, None), 5, "0x0");
+        // It comes back: what was in doubt is so no more.
+        hanging.release();
+        watch.wait("range.freed");
+        assert_eq!(dma_read(&setup.device, 0).unwrap(), 42);
+        assert_eq!(client.status().unwrap().quarantine, []);
+        let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
+        channel.end(begun, Outcome::NotCommitted).unwrap();
+    }
+}
+
+#[test]
+fn a_map_that_never_returns_delays_only_who_asked_for_it() {
+    let (setup, hanging) = setup();
+    let mut other = setup.connect();
+    let mut their_channel = other.open_channel().unwrap();
+    let far = AddMemory::shared(1 << 30, PAGE);
+    other.add_memory(&far, &[&*memory(1)]).unwrap();
+    hanging.hang_maps();
+    let mut client = setup.connect();
+    let file = memory(1);
+    std::thread::scope(|scope| {
+        let adding = scope.spawn(|| client.add_memory(&AddMemory::shared(0, PAGE), &[&*file]));
+        hanging.wait_inside(1);
+        let start = Instant::now();
+        let begun = granted(their_channel.begin(pages((1 << 30) / PAGE, 1), PageState::Hole, None));
+        their_channel.end(begun, Outcome::Committed).unwrap();
+        assert!(start.elapsed() < Duration::from_millis(500), "others waited {:?}", start.elapsed());
+        // A begin over what is being mapped is answered in time too.
+        let answer = their_channel.begin(pages(0, 1), PageState::Hole, Some(DEADLINE_MS)).unwrap();
+        let Answer::Unknown(failure) = answer else { panic!("{answer:?}") };
+        assert_eq!(failure.word(), "map-in-flight");
+        hanging.release();
+        adding.join().unwrap().unwrap();
+    });
+    until(&mut other, |status| status.quarantine.is_empty());
+    dma_read(&setup.device, 0).unwrap();
+}
+
+#[test]
+fn while_an_unmap_hangs_no_file_is_let_go_of_and_no_session_is_closed() {
+    let (setup, hanging) = setup();
+    let mut other = setup.connect();
+    let watch = Watch::new(setup.connect());
+    let file = memory(2);
+    let before = open_files();
+    let mut client = setup.connect();
+    client.add_memory(&AddMemory::shared(0, 2 * PAGE), &[&*file]).unwrap();
+    hanging.hang_unmaps();
+    drop(client);
+    hanging.wait_inside(1);
+    until(&mut other, |status| status.clients == 2);
+    // Past the time that the gate gives a region to close: in doubt, it stays.
+    assert!(!watch.comes("session.closed", Duration::from_secs(3)));
+    assert_eq!(open_files(), before + 1, "the file is held as long as a device may see it");
+    assert!(other.status().unwrap().regions[0].closing);
+    hanging.release();
+    watch.wait("session.closed");
+    assert_eq!(open_files(), before);
+    assert_eq!(setup.domain.mappings(), 0);
+}

@@ -1,0 +1,11 @@
+//! The main job, end to end: a real session, its real sockets, real guest_memfd, real pins, a device doing DMA.
+//!
+//! Client and server are in one process, and the device is at hand: what it meets is what the kernel lets it meet.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod death;
+mod hanging;
+mod order;
+mod refusal;

@@ -1,0 +1,270 @@
+//! The control socket: frames that are none, verbs that are none, clients that do not read.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use passgate::client::{AddMemory, Client};
+use passgate::protocol::verbs::DESCRIPTION;
+use passgate::protocol::{MAX_FRAME, frame};
+use passgate_bindings::PAGE;
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+
+use crate::common::{Setup, assert_refused, memory, open_files, refused, until};
+
+/// One frame there, one back, without the client module.
+fn say(socket: &mut UnixStream, frame: &[u8]) -> Value {
+    socket.write_all(frame).unwrap();
+    socket.write_all(&[0]).unwrap();
+    hear(socket).expect("an answer")
+}
+
+fn hear(socket: &mut UnixStream) -> Option<Value> {
+    let mut bytes = Vec::new();
+    loop {
+        let mut byte = [0];
+        if socket.read(&mut byte).unwrap() == 0 {
+            return None;
+        }
+        if byte == [0] {
+            return Some(serde_json::from_slice(&bytes).unwrap());
+        }
+        bytes.push(byte[0]);
+    }
+}
+
+#[test]
+fn it_introduces_itself_as_varlink_asks() {
+    let setup = Setup::new();
+    let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+    let info = say(&mut socket, br#"{"method":"org.varlink.service.GetInfo"}"#);
+    assert_eq!(info["parameters"]["interfaces"][1], "io.passgate.Control");
+    let call = br#"{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"io.passgate.Control"}}"#;
+    assert_eq!(say(&mut socket, call)["parameters"]["description"], DESCRIPTION);
+    let call =
+        br#"{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"no.such"}}"#;
+    assert_eq!(say(&mut socket, call)["error"], "org.varlink.service.InterfaceNotFound");
+}
+
+#[test]
+fn verbs_that_there_are_not_are_named_in_the_answer() {
+    let setup = Setup::new();
+    let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+    let unknown = say(&mut socket, br#"{"method":"io.passgate.Control.Nope","parameters":{}}"#);
+    assert_eq!(unknown["error"], "org.varlink.service.MethodNotFound");
+    assert_eq!(unknown["parameters"]["method"], "io.passgate.Control.Nope");
+    let unknown = say(&mut socket, br#"{"method":"no.such.Verb"}"#);
+    assert_eq!(unknown["error"], "org.varlink.service.InterfaceNotFound");
+    assert_eq!(unknown["parameters"]["interface"], "no.such");
+    assert!(say(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
+}
+
+#[test]
+fn frames_that_are_no_calls_are_refused_and_the_connection_goes_on() {
+    let setup = Setup::new();
+    let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+    for frame in [
+        &b""[..],
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"7",
+        b"{}",
+        br#"{"method":7}"#,
+        br#"{"method":"a","surprise":1}"#,
+    ] {
+        let answer = say(&mut socket, frame);
+        assert_eq!(answer["error"], "io.passgate.Control.Refused", "{frame:?}");
+        assert!(answer["parameters"]["message"].as_str().unwrap().contains("varlink"), "{answer}");
+    }
+    let deep = [vec![b'['; 60_000], vec![b']'; 60_000]].concat();
+    assert_eq!(say(&mut socket, &deep[..65_000])["error"], "io.passgate.Control.Refused");
+    for flag in ["oneway", "upgrade"] {
+        let call = format!(r#"{{"method":"io.passgate.Control.Status","{flag}":true}}"#);
+        assert_eq!(say(&mut socket, call.as_bytes())["error"], "io.passgate.Control.Refused");
+    }
+    let once = say(&mut socket, br#"{"method":"io.passgate.Control.Subscribe"}"#);
+    assert!(once["parameters"]["message"].as_str().unwrap().contains("more"), "{once}");
+    assert!(say(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
+}
+
+#[test]
+fn an_oversized_frame_closes_its_connection_and_no_other() {
+    let setup = Setup::new();
+    let mut client = setup.connect();
+    client.status().unwrap();
+    let before = open_files();
+    let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+    // The server may hang up before it has all.
+    let _ = socket.write_all(&vec![b' '; MAX_FRAME + 1]);
+    let answer = hear(&mut socket);
+    if let Some(answer) = answer {
+        assert!(answer["parameters"]["message"].as_str().unwrap().contains("longer than"), "{answer}");
+        assert_eq!(hear(&mut socket), None, "closed");
+    }
+    drop(socket);
+    until(&mut client, |status| status.clients == 1);
+    assert_eq!(open_files(), before);
+}
+
+#[test]
+fn more_descriptors_than_any_call_has_close_their_connection_and_are_closed() {
+    let setup = Setup::new();
+    let mut client = setup.connect();
+    client.status().unwrap();
+    let file = memory(1);
+    let before = open_files();
+    let socket = UnixStream::connect(setup.server.path()).unwrap();
+    // Two messages without an end, each with as many as one may have.
+    for _ in 0..2 {
+        frame::send(&socket, b"{", &[file.as_fd(); 16]).unwrap();
+    }
+    until(&mut client, |status| status.clients == 1);
+    drop(socket);
+    assert_eq!(open_files(), before);
+}
+
+#[test]
+fn a_client_that_hangs_up_in_the_middle_leaves_nothing() {
+    let setup = Setup::new();
+    let mut client = setup.connect();
+    client.status().unwrap();
+    let before = open_files();
+    for half in [&b""[..], b"{\"method\":\"io.pass", b"{}\0{}\0{}"] {
+        let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+        socket.write_all(half).unwrap();
+        socket.shutdown(Shutdown::Write).unwrap();
+    }
+    let file = memory(1);
+    let mut gone = setup.connect();
+    gone.add_memory(&AddMemory::shared(0, PAGE), &[&*file]).unwrap();
+    let channel = gone.open_channel().unwrap();
+    drop((gone, channel, file));
+    until(&mut client, |status| status.clients == 1 && status.regions.is_empty());
+    assert_eq!(open_files(), before);
+}
+
+#[test]
+fn calls_may_be_sent_ahead_and_descriptors_stay_with_theirs() {
+    let setup = Setup::new();
+    let mut socket = UnixStream::connect(setup.server.path()).unwrap();
+    let status = b"{\"method\":\"io.passgate.Control.Status\"}\0";
+    let add = b"{\"method\":\"io.passgate.Control.AddMemory\",\"parameters\":{\"gpa\":0,\"length\":4096}}\0";
+    let file = memory(1);
+    frame::send(&socket, status, &[]).unwrap();
+    frame::send(&socket, add, &[file.as_fd()]).unwrap();
+    frame::send(&socket, status, &[]).unwrap();
+    assert_eq!(hear(&mut socket).unwrap()["parameters"]["regions"], json!([]));
+    assert_eq!(hear(&mut socket).unwrap()["parameters"]["region"], 1);
+    assert_eq!(hear(&mut socket).unwrap()["parameters"]["regions"][0]["length"], 4096);
+}
+
+#[test]
+fn a_client_that_stops_reading_events_is_dropped_and_delays_nobody() {
+    let setup = Setup::new();
+    let (mut client, _channel, file) = setup.client(1);
+    let files = open_files();
+    let mut deaf = UnixStream::connect(setup.server.path()).unwrap();
+    let first = say(&mut deaf, br#"{"method":"io.passgate.Control.Subscribe","more":true}"#);
+    assert_eq!(first["continues"], true);
+    let sequence = first["parameters"]["sequence"].as_u64().unwrap();
+    let mut attentive = setup.connect().subscribe().unwrap();
+    let mut events = 0;
+    while client.status().unwrap().clients == 3 {
+        assert!(events < 100_000, "it was never dropped");
+        let region = client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[&*file]).unwrap().region;
+        client.remove_memory(region).unwrap();
+        events += 1;
+        assert_eq!(attentive.next().unwrap().unwrap().sequence, sequence + events, "nothing is left out");
+    }
+    drop(attentive);
+    // What it finds when it reads at last is a beginning without gaps, and then the end.
+    let mut heard = 0;
+    while let Some(event) = hear_lossy(&mut deaf) {
+        heard += 1;
+        assert_eq!(event["parameters"]["sequence"], sequence + heard);
+    }
+    assert!(heard < events);
+    drop(deaf);
+    until(&mut client, |status| status.clients == 1);
+    assert_eq!(open_files(), files);
+}
+
+/// As [`hear`], but the last frame may be cut short.
+fn hear_lossy(socket: &mut UnixStream) -> Option<Value> {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while socket.read(&mut byte).unwrap_or(0) == 1 {
+        if byte == [0] {
+            return Some(serde_json::from_slice(&bytes).unwrap());
+        }
+        bytes.push(byte[0]);
+    }
+    None
+}
+
+#[test]
+fn a_client_that_does_not_read_its_answers_is_not_read_either() {
+    let setup = Setup::new();
+    let mut client = setup.connect();
+    let mut deaf = UnixStream::connect(setup.server.path()).unwrap();
+    deaf.set_nonblocking(true).unwrap();
+    let call = b"{\"method\":\"io.passgate.Control.Status\"}\0";
+    let (mut sent, mut stuck) = (0, 0);
+    while stuck < 1000 && sent < 64 << 20 {
+        match deaf.write(call) {
+            Ok(n) => (sent, stuck) = (sent + n, 0),
+            Err(_) => stuck += 1,
+        }
+        client.status().unwrap();
+    }
+    assert_eq!(stuck, 1000, "the server took {sent} bytes of calls whose answers nobody reads");
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
+    use passgate::serve::{Options, Server};
+    let setup = Setup::new();
+    let bind = |path: &std::path::Path| Server::bind(Options::at(path), setup.domain.clone(), vec![]);
+    let error = bind(setup.server.path()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("another daemon serves there"), "{error}");
+    setup.connect().status().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let stale = dir.path().join("stale");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    assert!(stale.exists());
+    let server = bind(&stale).unwrap().spawn().unwrap();
+    Client::connect(&stale).unwrap().status().unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&stale).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    server.stop().unwrap();
+    assert!(!stale.exists(), "removed at the end");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    assert!(bind(&file).is_err());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+}
+
+#[test]
+fn dma_on_demand_is_off_unless_asked_for() {
+    let off = Setup::with(|options| options.allow_dma = false);
+    let mut client = off.connect();
+    assert_refused(client.dma_read("soft:0", 0, 8), 1, "--allow-dma");
+    drop((client, off));
+    let setup = Setup::new();
+    let (mut client, _channel, file) = setup.client(1);
+    client.dma_write("soft:0", 8, b"by a device").unwrap();
+    assert_eq!(client.dma_read("soft:0", 8, 11).unwrap(), b"by a device");
+    let mut seen = [0; 11];
+    file.read(8, &mut seen).unwrap();
+    assert_eq!(&seen, b"by a device");
+    assert_refused(client.dma_read("soft:1", 0, 8), 19, "no device soft:1");
+    assert_refused(client.dma_read("soft:0", 1 << 30, 8), 14, "DMA fault at IOVA 0x40000000");
+    assert_refused(client.dma_read("soft:0", 0, 0), 22, "1 to 4096");
+    assert_refused(client.dma_read("soft:0", 0, 1 << 20), 22, "1 to 4096");
+    let both = json!({"device": "soft:0", "iova": 0, "read": 8, "write": "00"});
+    refused(client.call::<Value>("Dma", &both, &[]));
+    let odd = json!({"device": "soft:0", "iova": 0, "write": "0"});
+    refused(client.call::<Value>("Dma", &odd, &[]));
+}

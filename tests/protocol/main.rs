@@ -1,0 +1,12 @@
+//! Bad input at both sockets: a clear answer, nothing lost, no file left open.
+//!
+//! Client and server are in one process here, over the real soft domain, so that one count of `/proc/self/fd` sees
+//! what either side forgets.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod budgets;
+mod control;
+mod memory;
+mod records;

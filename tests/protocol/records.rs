@@ -1,0 +1,160 @@
+//! The notification channel: datagrams and records that make no sense, and requests out of order.
+
+use passgate::client::{Channel, Outcome, PageState};
+use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::common::{Setup, assert_refused, granted, open_files, pages, substance};
+
+const NOENT: i32 = 2;
+const FAULT: i32 = 14;
+const BUSY: i32 = 16;
+const INVAL: i32 = 22;
+const PROTO: i32 = 71;
+const MSGSIZE: i32 = 90;
+
+/// The errno of the answer to one datagram, which must be that it was wrong.
+fn wrong(channel: &mut Channel, datagram: &[u8]) -> i32 {
+    channel.send_bytes(datagram).unwrap();
+    let reply = channel.recv().unwrap();
+    assert_eq!(reply.kind(), Some(Kind::Wrong), "{reply:?}");
+    reply.errno.get()
+}
+
+fn begin() -> Record {
+    Record { length: U64::new(0x1000), ..Record::new(Kind::Begin, 7) }
+}
+
+#[test]
+fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(4);
+    let (before, known) = (open_files(), substance(&mut client));
+    for length in [1, 63, 65, 128, 4096] {
+        assert_eq!(wrong(&mut channel, &vec![1; length]), MSGSIZE, "{length} bytes");
+    }
+    for (change, errno) in [
+        ((|r| r.version = 0) as fn(&mut Record), PROTO),
+        (|r| r.version = 2, PROTO),
+        (|r| r.kind = U16::new(0), PROTO),
+        (|r| r.kind = U16::new(5), PROTO),
+        (|r| r.kind = U16::new(Kind::Verdict as u16), PROTO),
+        (|r| r.kind = U16::new(0xffff), PROTO),
+        (|r| r.flags = 1, INVAL),
+        (|r| r.to = U32::new(3), INVAL),
+        (|r| r.length = U64::new_zeroed(), INVAL),
+        (|r| r.length = U64::new(1), INVAL),
+        (|r| r.gpa = U64::new(1), INVAL),
+        (|r| r.gpa = U64::new(u64::MAX - 0xfff), INVAL),
+        (|r| r.deadline_or_device = U32::new(MAX_DEADLINE_MS + 1), INVAL),
+        (|r| r.deadline_or_device = U32::new(MIN_DEADLINE_MS - 1), INVAL),
+        (|r| r.invalidation = U64::new(1), INVAL),
+        (|r| r.outcome = U32::new(1), INVAL),
+        (|r| r.cause = U32::new(1), INVAL),
+        (|r| r.offset = U64::new(1), INVAL),
+    ] {
+        let mut record = begin();
+        change(&mut record);
+        assert_eq!(wrong(&mut channel, record.as_bytes()), errno, "{record:?}");
+    }
+    let mut end = Record::new(Kind::End, 7);
+    end.outcome = U32::new(3);
+    assert_eq!(wrong(&mut channel, end.as_bytes()), INVAL);
+    let mut echo = Record::new(Kind::Echo, 7);
+    echo.gpa = U64::new(0x1000);
+    assert_eq!(wrong(&mut channel, echo.as_bytes()), INVAL);
+    assert_eq!((open_files(), substance(&mut client)), (before, known));
+    channel.echo().unwrap();
+    let invalidation = granted(channel.begin(pages(0, 4), PageState::Private, None));
+    channel.end(invalidation, Outcome::Committed).unwrap();
+}
+
+#[test]
+fn the_cookie_of_a_wrong_record_comes_back() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(1);
+    channel.send(&Record { to: U32::new(9), ..begin() }).unwrap();
+    assert_eq!(channel.recv().unwrap().cookie.get(), 7);
+}
+
+#[test]
+fn a_begin_inside_a_begin_is_refused_and_harms_neither() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(8);
+    let first = granted(channel.begin(pages(2, 4), PageState::Private, None));
+    for (range, gpa) in [(pages(2, 4), "0x2000"), (pages(3, 1), "0x3000"), (pages(0, 8), "0x2000")] {
+        assert_refused(channel.begin(range, PageState::Private, None), BUSY, gpa);
+    }
+    let beside = granted(channel.begin(pages(6, 2), PageState::Private, None));
+    channel.end(first, Outcome::Committed).unwrap();
+    channel.end(beside, Outcome::Committed).unwrap();
+}
+
+#[test]
+fn an_end_counts_once_and_only_from_the_connection_that_began() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(2);
+    assert_refused(channel.end(1, Outcome::Committed), NOENT, "refused");
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
+    let mut other = setup.connect();
+    let mut their_channel = other.open_channel().unwrap();
+    assert_refused(their_channel.end(invalidation, Outcome::Committed), NOENT, "refused");
+    assert_eq!(client.status().unwrap().open, 1);
+    channel.end(invalidation, Outcome::Committed).unwrap();
+    assert_refused(channel.end(invalidation, Outcome::Committed), NOENT, "refused");
+    assert_eq!(client.status().unwrap().open, 0);
+}
+
+#[test]
+fn addresses_without_a_region_cannot_be_begun() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(4);
+    assert_refused(channel.begin(pages(4, 1), PageState::Hole, None), FAULT, "0x4000");
+    assert_refused(channel.begin(pages(2, 4), PageState::Hole, None), FAULT, "0x4000");
+}
+
+#[test]
+fn passgate_converts_only_what_was_given_to_it_alone() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(4);
+    assert_refused(channel.convert(pages(0, 1), PageState::Hole, None), 1, "refused");
+}
+
+#[test]
+fn many_requests_in_flight_are_each_answered_once() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(64);
+    for cookie in 0..64 {
+        let gpa = U64::new(cookie * 0x1000);
+        channel.send(&Record { gpa, cookie: U64::new(cookie), ..begin() }).unwrap();
+    }
+    let mut seen = [false; 64];
+    for _ in 0..64 {
+        let reply = channel.recv().unwrap();
+        assert_eq!(reply.kind(), Some(Kind::Verdict));
+        let cookie = reply.cookie.get() as usize;
+        assert!(!std::mem::replace(&mut seen[cookie], true), "{cookie} answered twice");
+    }
+}
+
+#[test]
+fn a_channel_that_is_not_read_delays_nobody_else() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(1);
+    let mut deaf = setup.connect();
+    let theirs = deaf.open_channel().unwrap();
+    let flags = rustix::fs::fcntl_getfl(&theirs).unwrap();
+    rustix::fs::fcntl_setfl(&theirs, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    // Until both directions are full: the server reads no more of it.
+    let mut stuck = 0;
+    while stuck < 1000 {
+        match theirs.send(&Record::new(Kind::Echo, 0)) {
+            Ok(()) => stuck = 0,
+            Err(_) => stuck += 1,
+        }
+        channel.echo().unwrap();
+    }
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None));
+    channel.end(invalidation, Outcome::Committed).unwrap();
+}
