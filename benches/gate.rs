@@ -141,7 +141,7 @@ fn main() {
     let before = bench.receipts;
     let [private, shared] = bench.run();
     let receipts = bench.receipts - before;
-    println!("gate: one 4 KiB page of {} GiB, begin + verdict + end, medians", PAGES * PAGE >> 30);
+    println!("gate: one 4 KiB page of {} GiB, begin + verdict + end, medians", (PAGES * PAGE) >> 30);
     println!("  to private, unmapped: {private:7.0} ns");
     println!("  to shared, mapped:    {shared:7.0} ns");
     println!("  mean of both:         {:7.0} ns, {receipts} receipts", (private + shared) / 2.0);

@@ -313,7 +313,7 @@ impl Model {
                     broken!(8, "{notice:?}, which is not there")
                 };
                 if let Some(domain) = self.told.unproved(entry.iova()) {
-                    broken!(8, "{notice:?}, but nothing proves it gone from {domain:?}");
+                    broken!(2, "{notice:?}, but nothing proves it gone from {domain:?}");
                 }
                 self.truth.remove(region);
             }

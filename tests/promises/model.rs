@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
     Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
-    PageState, Performer, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    PageState, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
@@ -20,7 +20,7 @@ use crate::truth::{Kept, Open, Phase, Region, Stage, Truth, broken};
 pub enum Ask {
     Add { spec: RegionSpec, region: Option<RegionId> },
     Remove { region: RegionId },
-    Begin { range: PageRange<Gpa>, to: PageState, performer: Performer, id: Option<InvalidationId> },
+    Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
     End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
 }
 
@@ -118,8 +118,8 @@ impl Model {
                 let due = self.policy.close_deadline_ns.max(5);
                 self.ask(caller, Ask::Remove { region }, due);
             }
-            Event::Begin { caller, range, to, performer, deadline_ns } => {
-                self.ask(caller, Ask::Begin { range, to, performer, id: None }, deadline_ns.max(5));
+            Event::Begin { caller, range, deadline_ns, .. } => {
+                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(5));
             }
             Event::End { caller, invalidation, outcome } => {
                 let counts = self
@@ -247,17 +247,8 @@ impl Model {
                     broken!(1, "{event:?} touches addresses that no region covers, and was taken")
                 };
                 let phase = Phase::Asked;
-                let open = Open {
-                    id: new,
-                    caller,
-                    range,
-                    pages,
-                    to,
-                    performer,
-                    phase,
-                    touched: false,
-                    out_of_time: false,
-                };
+                let open =
+                    Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
                 self.truth.open.push(open);
                 self.known.insert(new);
                 if let Some(Asked { ask: Ask::Begin { id, .. }, .. }) = self.asked.get_mut(&caller.cookie) {

@@ -109,7 +109,6 @@ pub enum Phase {
 pub struct Open {
     pub id: InvalidationId,
     pub caller: Caller,
-    pub range: PageRange<Gpa>,
     pub pages: Vec<(FileId, PageRange<Offset>)>,
     pub to: PageState,
     pub performer: Performer,
