@@ -166,7 +166,7 @@ impl Gate {
             caller,
             range,
             to,
-            steps: Vec::new(),
+            steps: Vec::with_capacity(1),
             more_steps: 0,
             verdict: None,
             outcome: None,
@@ -221,6 +221,7 @@ impl Gate {
             let part = PageRange::between(Iova(at.raw()), Iova(stop.raw()));
             let part = region.pages_at(part.ok_or(Refusal::NoMemory { gpa: at })?);
             if let Some(file) = self.files.get(&part.file)
+                && !file.holds.is_clear(part.range)
                 && let Some((held, by)) = file.holds.overlapping(part.range).next()
             {
                 let into = held.start().raw().saturating_sub(part.range.start().raw());
@@ -315,6 +316,9 @@ impl Gate {
             for target in targets {
                 let job = JobId(self.last_job + 1);
                 let runs = &mut self.domains[index].runs;
+                if runs.is_clear(*target) {
+                    continue;
+                }
                 if let Some(iova) = runs.carve(*target, RunState::Removing(job)) {
                     self.next_job(Job::Unmap { domain, iova, already: 0, invalidation: id });
                     effects.push(Effect::Unmap { job, domain, iova });

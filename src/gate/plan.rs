@@ -82,8 +82,9 @@ impl Gate {
         let shared = file.pages.runs(pages.range).filter(|(_, state)| *state == PageState::Shared);
         for free in shared.flat_map(|(run, _)| file.holds.gaps(run)) {
             let free = free.rebase(pages.range.start(), range.start());
-            let taken = domain.runs.overlapping(free).map(|run| run.range);
-            for gap in gaps(free, taken) {
+            let clear = domain.runs.is_clear(free);
+            let taken = (!clear).then(|| domain.runs.overlapping(free).map(|run| run.range));
+            for gap in gaps(free, taken.into_iter().flatten()) {
                 let border = Iova(gap.start().raw().next_multiple_of(piece).min(gap.end().raw()));
                 let split = [PageRange::between(gap.start(), border), PageRange::between(border, gap.end())];
                 for part in split.into_iter().flatten() {

@@ -251,7 +251,7 @@ impl Gate {
     /// Whether the region lies in no domain any more.
     pub(super) fn unmapped_everywhere(&self, id: RegionId) -> bool {
         let Some(iova) = self.regions.get(&id).map(Region::iova) else { return true };
-        self.domains.iter().all(|domain| domain.runs.overlapping(iova).next().is_none())
+        self.domains.iter().all(|domain| domain.runs.is_clear(iova))
     }
 }
 

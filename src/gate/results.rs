@@ -145,9 +145,14 @@ impl Gate {
     /// with it come back, and what was in doubt may be so no more.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
         let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
+        // The common case: nothing came along with the range, and nothing else is in doubt.
+        let plain = enclosed && !self.unsettled();
         // Taken down now: the region may be gone when it is settled.
-        let pages = self.files_at(iova);
+        let pages = if plain { Vec::new() } else { self.files_at(iova) };
         self.advance_over(iova, effects);
+        if plain && !self.unsettled() {
+            return;
+        }
         if !self.awaited(iova) {
             let left: Vec<_> = self
                 .domains
@@ -164,6 +169,13 @@ impl Gate {
             }
         }
         self.settle(iova, pages, effects);
+    }
+
+    /// Whether anything is in quarantine, on its way out, or neither plainly mapped nor about to be.
+    fn unsettled(&self) -> bool {
+        self.files.values().any(|file| file.holds.quarantined())
+            || self.regions.values().any(|region| region.closing)
+            || self.domains.iter().any(|domain| domain.runs.unsettled() > 0)
     }
 
     /// Lifts quarantines over `iova` whose cause is disproved, and forgets closing regions that are clear.

@@ -23,6 +23,7 @@ pub enum HeldBy {
 #[derive(Debug, Default)]
 pub struct Holds {
     holds: BTreeMap<Offset, (PageRange<Offset>, HeldBy)>,
+    quarantined: usize,
 }
 
 impl Holds {
@@ -33,12 +34,17 @@ impl Holds {
 
     /// Whether anything is in quarantine.
     pub fn quarantined(&self) -> bool {
-        self.holds.values().any(|(_, by)| matches!(by, HeldBy::Quarantine(..)))
+        self.quarantined > 0
     }
 
     /// Every hold, in order.
     pub fn iter(&self) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
         self.holds.values().copied()
+    }
+
+    /// Whether nothing of `range` is held.
+    pub fn is_clear(&self, range: PageRange<Offset>) -> bool {
+        self.holds.range(..range.end()).next_back().is_none_or(|(_, (held, _))| held.end() <= range.start())
     }
 
     /// The holds that share a page with `range`, whole, in order.
@@ -60,14 +66,19 @@ impl Holds {
 
     /// Holds what of `range` nothing holds yet.
     pub fn hold(&mut self, range: PageRange<Offset>, by: HeldBy) {
-        if self.overlapping(range).next().is_none() {
-            self.holds.insert(range.start(), (range, by));
+        if self.is_clear(range) {
+            self.insert(range, by);
             return;
         }
         let free: Vec<_> = self.gaps(range).collect();
         for gap in free {
-            self.holds.insert(gap.start(), (gap, by));
+            self.insert(gap, by);
         }
+    }
+
+    fn insert(&mut self, range: PageRange<Offset>, by: HeldBy) {
+        self.quarantined += usize::from(matches!(by, HeldBy::Quarantine(..)));
+        self.holds.insert(range.start(), (range, by));
     }
 
     /// Lets go of what invalidation `id` holds in `range`.
@@ -89,9 +100,12 @@ impl Holds {
         }
     }
 
-    /// Lifts the hold that starts at `start`: the caller has proof.
+    /// Lifts the quarantine that starts at `start`: the caller has proof.
     pub fn lift(&mut self, start: Offset) {
-        self.holds.remove(&start);
+        if let Some((_, HeldBy::Quarantine(..))) = self.holds.get(&start) {
+            self.holds.remove(&start);
+            self.quarantined -= 1;
+        }
     }
 }
 

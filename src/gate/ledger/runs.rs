@@ -78,6 +78,11 @@ impl Runs {
         self.unsettled
     }
 
+    /// Whether no run shares a page with `range`.
+    pub fn is_clear(&self, range: PageRange<Iova>) -> bool {
+        self.runs.range(..range.end()).next_back().is_none_or(|(_, run)| run.range.end() <= range.start())
+    }
+
     /// The runs that share a page with `range`, in order.
     pub fn overlapping(&self, range: PageRange<Iova>) -> impl Iterator<Item = Run> + '_ {
         let before = self.runs.range(..range.start()).next_back().map(|(_, run)| *run);
@@ -89,7 +94,7 @@ impl Runs {
 
     /// Puts a run where none is.
     pub fn insert(&mut self, run: Run) {
-        debug_assert!(self.overlapping(run.range).next().is_none());
+        debug_assert!(self.is_clear(run.range));
         self.objects += run.objects;
         self.unsettled += usize::from(run.state.unsettled());
         self.runs.insert(run.range.start(), run);
