@@ -101,12 +101,27 @@ impl Vm {
                 self.session.poll_domains();
                 false
             }
-            _ => {
-                let token = token - CLIENTS;
-                let client = ClientId((token >> 1) as u32);
-                if token & 1 == 0 { self.control_ready(client) } else { self.channel_ready(client) }
-            }
+            _ => match Self::client_of(token) {
+                (client, Door::Control) => self.control_ready(client),
+                (client, Door::Channel) => self.channel_ready(client),
+            },
         }
+    }
+
+    /// Whether a request of a token lies read, so that waiting would not find it.
+    pub(super) fn has_read(&mut self, token: u64) -> bool {
+        token >= CLIENTS
+            && match Self::client_of(token) {
+                (client, Door::Control) => {
+                    self.connections.get_mut(&client).is_some_and(Connection::has_call)
+                }
+                (_, Door::Channel) => false,
+            }
+    }
+
+    fn client_of(token: u64) -> (ClientId, Door) {
+        let token = token - CLIENTS;
+        (ClientId((token >> 1) as u32), if token & 1 == 0 { Door::Control } else { Door::Channel })
     }
 
     /// The token of one of a client's sockets.
