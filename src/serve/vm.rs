@@ -27,9 +27,6 @@ const CLIENTS: u64 = 16;
 /// The least time to an alarm, so that many deadlines do not mean many wake-ups.
 const LEAST: Duration = Duration::from_micros(200);
 
-/// How long a stopped server waits for its regions to close.
-const FAREWELL: Duration = Duration::from_secs(10);
-
 /// One VM, with everything that its loop needs.
 #[derive(Debug)]
 pub(super) struct Vm {
@@ -180,7 +177,7 @@ impl Vm {
     fn say_goodbye(&mut self) {
         let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
         if self.farewell.is_none() {
-            self.farewell = Some(Instant::now() + FAREWELL);
+            self.farewell = Some(Instant::now() + self.options.farewell);
             let clients: Vec<ClientId> = self.connections.keys().copied().collect();
             for client in clients {
                 self.hang_up(client);
