@@ -24,7 +24,7 @@ use passgate_backends::{Device, Domain};
 
 use crate::error::{Error, Result};
 use crate::gate::Policy;
-use crate::session::guardian::Guardian;
+use crate::session::guardian::Watch;
 use event_loop::Core;
 use vm::Vm;
 
@@ -67,7 +67,7 @@ pub struct Server {
     turn: baton::Turn,
     stop: UnixStream,
     file: SocketFile,
-    guardian: Option<Guardian>,
+    guardian: Option<Watch>,
 }
 
 /// Removes the socket's file when the server is over.
@@ -87,7 +87,7 @@ impl Server {
         let listener = listen(&path)?;
         let file = SocketFile(path.clone());
         let guardian = match &options.guardian {
-            Some(program) => Guardian::start(program, &devices)?,
+            Some(program) => Watch::start(program.clone(), devices.clone())?,
             None => None,
         };
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;

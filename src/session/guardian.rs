@@ -4,19 +4,25 @@
 //! closes without a farewell, it takes every device's DMA away, weakest promise last: first the translations of
 //! all, then a reset of each. It parses nothing that a client wrote, and ends by itself.
 //!
-//! Its own session and deaf ears to SIGTERM keep it alive where a whole process group or terminal is killed.
+//! Its own session and deaf ears to SIGTERM keep it alive where a whole process group or terminal is killed. Should
+//! it die all the same, the worker's [`Watch`] starts another.
 
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use passgate_backends::Device;
 use passgate_backends::device::Guard;
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::{Cdev, Container, DeviceFile};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -35,6 +41,81 @@ const NOT_HELD: u8 = b'-';
 /// The signals that it does not hear.
 const DEAF: [i32; 4] = [1, 2, 3, 15]; // HUP, INT, QUIT, TERM: the same on every architecture
 
+/// How long to wait before a guardian that could not be started is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A guardian, and the thread that starts another should it die.
+///
+/// The thread holds the devices too, so that a new guardian can be given them. Dropped without [`Watch::bye`], it
+/// says no farewell, and the guardian stops the devices.
+#[derive(Debug)]
+pub struct Watch {
+    stop: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Watch {
+    /// Starts a guardian as [`Guardian::start`] does, and watches it.
+    pub fn start(program: PathBuf, devices: Vec<Arc<dyn Device>>) -> Result<Option<Self>> {
+        let Some(guardian) = Guardian::start(&program, &devices)? else { return Ok(None) };
+        let (stop, stopped) = UnixStream::pair().map_err(|source| Error::Guardian { source })?;
+        let watch = move || watch(&program, devices, guardian, &stopped);
+        let thread = std::thread::Builder::new().name("guardian".into()).spawn(watch);
+        Ok(Some(Self { stop, thread: thread.map_err(Error::Thread)? }))
+    }
+
+    /// The worker has let go of the devices. Returns when they are closed here and in the guardian, so that
+    /// somebody else can open them.
+    pub fn bye(self) {
+        let said = (&self.stop).write_all(&[0]);
+        drop(self.stop);
+        if said.is_err() || self.thread.join().is_err() {
+            log::error!("the thread that watches the guardian has ended; the guardian stops the devices");
+        }
+    }
+}
+
+fn watch(program: &Path, devices: Vec<Arc<dyn Device>>, guardian: Guardian, stopped: &UnixStream) {
+    let mut guardian = Some(guardian);
+    loop {
+        let (died, told) = wait(guardian.as_ref(), stopped);
+        if told {
+            drop(devices);
+            let farewell = recv(stopped, &mut [0], RecvFlags::DONTWAIT).is_ok_and(|(_, got)| got == 1);
+            if let (Some(guardian), true) = (guardian, farewell) {
+                guardian.bye();
+            }
+            return;
+        }
+        if died && let Some(Guardian { mut child, .. }) = guardian.take() {
+            match child.wait() {
+                Ok(status) => log::error!("the guardian died ({status}): another is started"),
+                Err(error) => log::error!("the guardian died ({error}): another is started"),
+            }
+        }
+        if guardian.is_none() {
+            guardian = Guardian::start(program, &devices).unwrap_or_else(|error| {
+                log::error!("{error}; until it is there, nobody stops the devices if this process dies");
+                None
+            });
+        }
+    }
+}
+
+/// Waits until the guardian has died or the worker has something to say: which of the two.
+fn wait(guardian: Option<&Guardian>, stopped: &UnixStream) -> (bool, bool) {
+    let mut fds = vec![PollFd::new(stopped, PollFlags::IN)];
+    fds.extend(guardian.map(|guardian| PollFd::new(&guardian.socket, PollFlags::IN)));
+    let again = Timespec { tv_sec: AGAIN.as_secs() as i64, tv_nsec: 0 };
+    let timeout = if guardian.is_none() { Some(&again) } else { None };
+    if let Err(errno) = poll(&mut fds, timeout) {
+        log::debug!("poll: {errno}");
+        return (false, false);
+    }
+    let ready = |nth: usize| fds.get(nth).is_some_and(|fd| !fd.revents().is_empty());
+    (ready(1), ready(0))
+}
+
 /// The worker's end.
 #[derive(Debug)]
 pub struct Guardian {
@@ -52,23 +133,34 @@ impl Guardian {
         let failed = |source| Error::Guardian { source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         let mut command = Command::new(program);
-        command.arg(SUBCOMMAND).stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        command
+            .arg0("passgate")
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
         let child = command.spawn().map_err(failed)?;
         // The command holds the guardian's end as well, and would hide that it has died.
         drop(command);
-        let guardian = Self { socket: ours.into(), child };
-        for device in devices {
-            match device.guard() {
-                Guard::None => {}
-                Guard::Cdev(fd) => {
-                    guardian.tell(&format!("cdev {}", device.name()), &[fd]).map_err(failed)?
-                }
-                Guard::Type1 { container, device: file } => {
-                    guardian.tell(&format!("type1 {}", device.name()), &[container, file]).map_err(failed)?;
-                }
+        let mut guardian = Self { socket: ours.into(), child };
+        match devices.iter().try_for_each(|device| guardian.hand(&**device)) {
+            Ok(()) => Ok(Some(guardian)),
+            Err(source) => {
+                // Not by closing the socket: it would stop the devices of a worker that lives.
+                let _ = guardian.child.kill();
+                let _ = guardian.child.wait();
+                Err(failed(source))
             }
         }
-        Ok(Some(guardian))
+    }
+
+    fn hand(&self, device: &dyn Device) -> std::io::Result<()> {
+        match device.guard() {
+            Guard::None => Ok(()),
+            Guard::Cdev(fd) => self.tell(&format!("cdev {}", device.name()), &[fd]),
+            Guard::Type1 { container, device: file } => {
+                self.tell(&format!("type1 {}", device.name()), &[container, file])
+            }
+        }
     }
 
     /// The devices are stopped and closed: nothing is left to guard. Returns when its copies are closed too, so
@@ -180,8 +272,7 @@ fn guard(socket: BorrowedFd<'_>) -> Ended {
         match frames.read(socket) {
             Ok(true) => {}
             Ok(false) => {
-                let mut wait = [rustix::event::PollFd::new(&socket, rustix::event::PollFlags::IN)];
-                let _ = rustix::event::poll(&mut wait, None);
+                let _ = poll(&mut [PollFd::new(&socket, PollFlags::IN)], None);
             }
             Err(_) => return stop(&held),
         }

@@ -2,7 +2,7 @@
 # What the scripts in tests/vm share: where things are kept, how they speak, and how they get packages without ever
 # touching the system's own package sources. Sourced, never run.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 vm=$root/tests/vm
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/passgate
 mkdir -p "$cache"
@@ -93,9 +93,10 @@ hash_of() { sha256sum | cut -c1-16; }
 # "passed failed skipped". A binary that ended without a result line counts as one failure.
 results() {
     awk '
+        # 0: between two binaries, 1: cargo has named one, 2: it has begun.
         function close_binary() { if (open) { failed++; open = 0 } }
         /^ +(Running|Doc-tests) / { close_binary(); open = 1 }
-        /^running [0-9]+ tests?$/ { open = 1 }
+        /^running [0-9]+ tests?$/ { if (open == 2) close_binary(); open = 2 }
         /^test result: / {
             open = 0
             for (i = 1; i < NF; i++) {

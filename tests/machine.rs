@@ -1,0 +1,88 @@
+//! The real `passgate serve`, driven by its client over the socket, with a real IOMMU, real devices and a DMA
+//! engine: runs inside the machines that tests/vm boots. docs/guide/rig.md says how.
+//!
+//! `PASSGATE_RIG` says what the machine has (`iommufd`, or `type1` alone) and `PASSGATE_EDU` the addresses of its
+//! engines. Where it is unset no trial is offered. Memory is the oracle, never a log or a return code: the engine
+//! cannot tell that its DMA faulted.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the trial
+#![allow(unreachable_pub)] // its modules are one program
+
+mod daemon;
+mod machine {
+    pub mod conversion;
+    pub mod death;
+    pub mod programs;
+    pub mod refusals;
+    pub mod rig;
+}
+
+use libtest_mimic::{Arguments, Trial};
+use machine::rig::Rig;
+use machine::{conversion, death, programs, refusals};
+
+type Run = fn(&Rig);
+
+/// What holds with either interface to the IOMMU.
+const EVERY_DOMAIN: &[(&str, Run)] = &[
+    ("unasked_a_punch_leaves_the_device_in_the_old_page", conversion::unasked),
+    ("asked_first_no_device_sees_an_old_page", conversion::asked_first),
+    ("neighbours_keep_their_dma_while_a_page_is_converted", conversion::neighbours_keep_their_dma),
+    ("what_is_left_of_a_large_piece_is_mapped_again", conversion::the_rest_of_a_piece_is_mapped_again),
+    ("a_conversion_that_did_not_happen_gives_the_page_back", conversion::not_committed),
+    ("a_conversion_of_unknown_end_is_quarantined", conversion::unknown),
+    ("a_killed_daemon_leaves_its_devices_stopped", death::a_killed_daemon),
+    ("without_the_guardian_they_would_go_on", death::without_the_guardian),
+    ("a_guardian_that_dies_is_replaced", death::the_guardian_is_replaced),
+    ("a_killed_client_loses_its_devices_then_its_memory", death::a_killed_client),
+    ("sigterm_frees_memory_and_devices_in_time", death::sigterm),
+    ("after_a_session_the_memory_can_be_sealed", death::the_memory_can_be_sealed),
+    ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
+];
+
+/// What needs no device, and why it cannot run where it cannot.
+const ONCE: &[(&str, fn(), fn() -> Option<&'static str>)] = &[
+    ("the_demo_shows_no_stale_dma", programs::demo, || None),
+    ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
+    ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
+];
+
+fn main() {
+    if let Some(path) = std::env::var_os(death::VICTIM) {
+        return death::victim(path.as_ref());
+    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1); // they share the devices
+    let mut trials = Vec::new();
+    match std::env::var("PASSGATE_RIG") {
+        Err(_) => eprintln!(
+            "PASSGATE_RIG is unset: this is not one of the machines of tests/vm, no trial is offered"
+        ),
+        Ok(has) => {
+            for iommu in ["iommufd", "type1"] {
+                let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
+                trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| on(iommu, name, run, missing)));
+                let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
+                trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
+            }
+            trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn on(iommu: &'static str, name: &str, run: Run, missing: Option<&str>) -> Trial {
+    trial(format!("{iommu}::{name}"), move || run(&Rig::new(iommu)), missing)
+}
+
+/// One that cannot run here is counted as skipped, and says why.
+fn trial(name: String, run: impl FnOnce() + Send + 'static, missing: Option<&str>) -> Trial {
+    if let Some(reason) = missing {
+        eprintln!("{name}: skipped, {reason}");
+    }
+    let run = move || {
+        run();
+        Ok(())
+    };
+    Trial::test(name, run).with_ignored_flag(missing.is_some())
+}

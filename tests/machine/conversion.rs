@@ -1,0 +1,122 @@
+//! Conversions under DMA: what the owner sees and what the device sees.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use passgate::client::{Outcome, PageState};
+use passgate_bindings::PAGE;
+
+use super::rig::{BLOCKED, Engine, LEN, Rig, bytes, fresh, guest, memfd};
+use crate::daemon::{LONG, until};
+
+/// The canonical bug, which is why passgate exists: an owner that punches without a word.
+pub fn unasked(rig: &Rig) {
+    let daemon = rig.serve();
+    for memory in [guest(2), memfd(2)] {
+        let kind = memory.kind();
+        let mut vmm = rig.join(&daemon, memory, PAGE);
+        let secret = vmm.fill(1);
+        vmm.memory.punch(PAGE, PAGE).unwrap();
+        assert_eq!(vmm.bytes(1), [0; LEN], "{kind:?}: the owner sees a fresh page");
+        assert_eq!(vmm.engine.read(1), secret, "{kind:?}: and the device the old one");
+        vmm.engine.write(1);
+        assert_eq!(vmm.bytes(1), [0; LEN], "{kind:?}: what it writes is lost");
+        let region = vmm.client.status().unwrap().regions[0].region;
+        vmm.client.remove_memory(region).unwrap();
+    }
+}
+
+pub fn asked_first(rig: &Rig) {
+    let daemon = rig.serve();
+    let mut vmm = rig.join(&daemon, guest(4), PAGE);
+    let secret = vmm.fill(1);
+    assert_eq!(vmm.engine.read(1), secret, "the device has the page");
+
+    let invalidation = vmm.begin(1, PageState::Private);
+    assert_eq!(vmm.bytes(1), secret, "nothing has happened to the page yet");
+    vmm.is_out_of_reach(1);
+    vmm.memory.punch(PAGE, PAGE).unwrap();
+    vmm.end(invalidation);
+    assert_eq!(vmm.bytes(1), [0; LEN], "the owner sees a fresh page");
+    assert_eq!(vmm.engine.read(1), BLOCKED, "the device sees neither page");
+    vmm.engine.write(1);
+    assert_eq!(vmm.bytes(1), [0; LEN], "nor does it write to the new one");
+
+    vmm.give_back(1);
+    assert!(vmm.reaches(1), "shared again, DMA sees the new page");
+    let status = vmm.client.status().unwrap();
+    assert_eq!((status.totals.done, status.totals.refused, status.totals.unknown), (2, 0, 0));
+    assert_eq!((status.iommu.as_str(), status.quarantine.len()), (rig.iommu, 0));
+}
+
+/// A connection of its own has the engine write to the neighbours all the time, and every write must arrive.
+pub fn neighbours_keep_their_dma(rig: &Rig) {
+    let (daemon, mut vmm) = rig.vmm(4);
+    let (over, memory) = (AtomicBool::new(false), vmm.memory.clone());
+    let mut engine = Engine::of(&daemon, &rig.edu);
+    std::thread::scope(|scope| {
+        let (over, memory) = (&over, &memory);
+        let writer = scope.spawn(move || {
+            let mut went = 0;
+            while !over.load(Ordering::Relaxed) {
+                let page = 1 + went % 2 * 2; // 1 and 3, around 2
+                let sent = engine.write(page);
+                assert_eq!(bytes(memory, page), sent, "a write to page {page} did not arrive");
+                went += 1;
+            }
+            went
+        });
+        let begun = std::time::Instant::now();
+        let mut conversions = 0;
+        while begun.elapsed() < Duration::from_secs(2) && !writer.is_finished() {
+            vmm.take_away(2);
+            vmm.give_back(2);
+            conversions += 2;
+        }
+        over.store(true, Ordering::Relaxed);
+        let went = writer.join().unwrap();
+        eprintln!("{conversions} conversions beside {went} DMA writes");
+        assert!(conversions >= 100 && went >= 5);
+    });
+    assert!(vmm.reaches(2), "and the page itself is back");
+}
+
+pub fn the_rest_of_a_piece_is_mapped_again(rig: &Rig) {
+    const PAGES: u64 = 16;
+    let daemon = rig.serve();
+    let mut vmm = rig.join(&daemon, memfd(PAGES), PAGES * PAGE);
+    assert_eq!(vmm.client.status().unwrap().mappings, 1);
+    let invalidation = vmm.begin(5, PageState::Private);
+    // The answer does not wait for it, and it does not wait for the end.
+    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 2), "both remainders");
+    for page in [0, 4, 6, 15] {
+        assert!(vmm.reaches(page), "DMA to page {page}");
+    }
+    vmm.is_out_of_reach(5);
+    vmm.end(invalidation);
+    vmm.give_back(5);
+    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 3));
+    assert!(vmm.reaches(5));
+}
+
+pub fn not_committed(rig: &Rig) {
+    let (_daemon, mut vmm) = rig.vmm(2);
+    let kept = vmm.fill(1);
+    let invalidation = vmm.begin(1, PageState::Private);
+    vmm.channel.end(invalidation, Outcome::NotCommitted).unwrap();
+    assert_eq!(vmm.engine.read(1), kept, "all is as it was");
+}
+
+pub fn unknown(rig: &Rig) {
+    let (_daemon, mut vmm) = rig.vmm(2);
+    let invalidation = vmm.begin(1, PageState::Private);
+    vmm.channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
+    vmm.is_out_of_reach(1);
+    let status = vmm.client.status().unwrap();
+    let quarantine: Vec<_> = status.quarantine.iter().map(|range| (range.offset, range.length)).collect();
+    assert_eq!(quarantine, [(PAGE, PAGE)]);
+    let again = vmm.channel.begin(super::rig::range(1), PageState::Shared, None);
+    assert!(!matches!(again, Ok(passgate::client::Answer::Granted { .. })), "{again:?}");
+    vmm.memory.write(0, &fresh()).unwrap();
+    assert!(vmm.reaches(0), "its neighbour is free");
+}
