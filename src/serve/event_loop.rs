@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_millis(2);
 /// How long a call may keep the loop even where no deadline is near: others wait.
 const CALL: Duration = Duration::from_millis(100);
 
+/// Requests of one client that are done before the next client's turn.
+const BURST: usize = 32;
+
 /// What other threads hand in.
 #[derive(Debug)]
 pub(super) enum Done {
@@ -45,7 +48,14 @@ pub(super) struct Core {
     /// How the loop ended, once it has.
     over: Mutex<Option<Result<()>>>,
     ended: Condvar,
-    supervisor: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Threads>,
+}
+
+/// The threads that end with the VM. One that is in a call that does not return is not among them any more.
+#[derive(Debug, Default)]
+struct Threads {
+    looping: Option<JoinHandle<()>>,
+    supervisor: Option<JoinHandle<()>>,
 }
 
 impl Core {
@@ -61,7 +71,7 @@ impl Core {
             alarm: alarm.map_err(failed("timerfd_create"))?,
             over: Mutex::new(None),
             ended: Condvar::new(),
-            supervisor: Mutex::new(None),
+            threads: Mutex::default(),
         };
         Ok((Arc::new(core), turn))
     }
@@ -102,6 +112,10 @@ impl Core {
         self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn end(&self, result: Result<()>) {
         *self.over() = Some(result);
         self.ended.notify_all();
@@ -111,61 +125,77 @@ impl Core {
     }
 }
 
-/// Serves until stopped. Where the loop is taken over meanwhile, waits for whoever has it to end.
+/// Serves until stopped. The caller only waits, so that a call that never returns does not keep it either.
 pub(super) fn run(core: Arc<Core>, turn: Turn, vm: Box<Vm>) -> Result<()> {
     supervise(&core)?;
-    if let Some(result) = serve(&core, turn, vm) {
-        core.end(result);
+    let looping = Arc::clone(&core);
+    core.threads().looping = Some(spawn("loop", move || rule(&looping, turn, vm))?);
+    let over = core.ended.wait_while(core.over(), |over| over.is_none());
+    let result = over.unwrap_or_else(PoisonError::into_inner).replace(Ok(()));
+    let Threads { looping, supervisor } = std::mem::take(&mut *core.threads());
+    for thread in [looping, supervisor].into_iter().flatten() {
+        thread.join().map_err(|_| Error::Panicked("loop"))?;
     }
-    let mut over = core.over();
-    let result = loop {
-        match over.replace(Ok(())) {
-            Some(result) => break result,
-            None => {
-                *over = None;
-                over = core.ended.wait(over).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-    };
-    drop(over);
-    let supervisor = core.supervisor.lock().unwrap_or_else(PoisonError::into_inner).take();
-    match supervisor.map(JoinHandle::join) {
-        Some(Err(_)) => Err(Error::Panicked("supervisor")),
-        _ => result,
-    }
+    result.unwrap_or(Ok(()))
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(Error::Thread)
 }
 
 /// Starts a supervisor: it ends with the loop, or becomes it.
-fn supervise(shared: &Arc<Core>) -> Result<()> {
-    let core = Arc::clone(shared);
-    let watch = move || {
-        while core.over().is_none() {
-            match rustix::io::read(&core.alarm, &mut [0; 8]) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => log::error!("timerfd: {errno}"),
-            }
-            core.kick();
-            loop {
-                match core.baton.take_over(PATIENCE) {
-                    Found::Owned => break,
-                    Found::Young => std::thread::sleep(PATIENCE),
-                    Found::Yours(vm, turn) => {
-                        log::error!("a kernel call does not return: going on without its thread");
-                        if let Err(error) = supervise(&core) {
-                            log::error!("{error}");
-                        }
-                        if let Some(result) = serve(&core, turn, vm) {
-                            core.end(result);
-                        }
-                        return;
+fn supervise(core: &Arc<Core>) -> Result<()> {
+    // Held until the new supervisor is in its place, so that it finds itself there if it takes over at once.
+    let mut threads = core.threads();
+    let watching = Arc::clone(core);
+    threads.supervisor = Some(spawn("supervisor", move || watch(&watching))?);
+    Ok(())
+}
+
+/// What a supervisor does.
+fn watch(core: &Arc<Core>) {
+    while core.over().is_none() {
+        match rustix::io::read(&core.alarm, &mut [0; 8]) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => log::error!("timerfd: {errno}"),
+        }
+        core.kick();
+        loop {
+            match core.baton.take_over(PATIENCE) {
+                Found::Owned => break,
+                Found::Young => std::thread::sleep(PATIENCE),
+                Found::Yours(vm, turn) => {
+                    log::error!("a kernel call does not return: going on without its thread");
+                    let mut threads = core.threads();
+                    threads.looping = threads.supervisor.take();
+                    drop(threads);
+                    if let Err(error) = supervise(core) {
+                        log::error!("{error}");
                     }
+                    return rule(core, turn, vm);
                 }
             }
         }
-    };
-    let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch).map_err(Error::Thread)?;
-    *shared.supervisor.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
-    Ok(())
+    }
+}
+
+/// Says that the loop is over also where it panics.
+struct Ending<'a>(&'a Core);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Err(Error::Panicked("loop")));
+        }
+    }
+}
+
+/// Runs the loop to its end, or to where the VM is taken over.
+fn rule(core: &Arc<Core>, turn: Turn, vm: Box<Vm>) {
+    let _ending = Ending(core);
+    if let Some(result) = serve(core, turn, vm) {
+        core.end(result);
+    }
 }
 
 /// The loop. None if the VM was taken over.
@@ -181,9 +211,12 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
             return Some(Err(error));
         }
         for token in &tokens {
-            // One token may hold many requests; each is settled before the next is read.
-            while vm.ready(*token) {
+            // One token may hold many requests; each is settled before the next is read. Who never pauses gives
+            // way: what is left is found ready again, unless it lies read already.
+            let mut requests = 0;
+            while vm.ready(*token) && (requests < BURST || vm.has_read(*token)) {
                 vm = settle(core, turn, vm)?;
+                requests += 1;
             }
             vm = settle(core, turn, vm)?;
         }

@@ -18,6 +18,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use passgate_backends::{Device, Domain};
 
@@ -38,6 +39,8 @@ pub struct Options {
     pub allow_dma: bool,
     /// Connections at most.
     pub max_clients: usize,
+    /// How long a stopped server waits for its memory to close.
+    pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
 }
@@ -50,6 +53,7 @@ impl Options {
             policy: Policy::default(),
             allow_dma: false,
             max_clients: 64,
+            farewell: Duration::from_secs(10),
             guardian: None,
         }
     }

@@ -27,9 +27,6 @@ const CLIENTS: u64 = 16;
 /// The least time to an alarm, so that many deadlines do not mean many wake-ups.
 const LEAST: Duration = Duration::from_micros(200);
 
-/// How long a stopped server waits for its regions to close.
-const FAREWELL: Duration = Duration::from_secs(10);
-
 /// One VM, with everything that its loop needs.
 #[derive(Debug)]
 pub(super) struct Vm {
@@ -101,12 +98,27 @@ impl Vm {
                 self.session.poll_domains();
                 false
             }
-            _ => {
-                let token = token - CLIENTS;
-                let client = ClientId((token >> 1) as u32);
-                if token & 1 == 0 { self.control_ready(client) } else { self.channel_ready(client) }
-            }
+            _ => match Self::client_of(token) {
+                (client, Door::Control) => self.control_ready(client),
+                (client, Door::Channel) => self.channel_ready(client),
+            },
         }
+    }
+
+    /// Whether a request of a token lies read, so that waiting would not find it.
+    pub(super) fn has_read(&mut self, token: u64) -> bool {
+        token >= CLIENTS
+            && match Self::client_of(token) {
+                (client, Door::Control) => {
+                    self.connections.get_mut(&client).is_some_and(Connection::has_call)
+                }
+                (_, Door::Channel) => false,
+            }
+    }
+
+    fn client_of(token: u64) -> (ClientId, Door) {
+        let token = token - CLIENTS;
+        (ClientId((token >> 1) as u32), if token & 1 == 0 { Door::Control } else { Door::Channel })
     }
 
     /// The token of one of a client's sockets.
@@ -165,7 +177,7 @@ impl Vm {
     fn say_goodbye(&mut self) {
         let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
         if self.farewell.is_none() {
-            self.farewell = Some(Instant::now() + FAREWELL);
+            self.farewell = Some(Instant::now() + self.options.farewell);
             let clients: Vec<ClientId> = self.connections.keys().copied().collect();
             for client in clients {
                 self.hang_up(client);

@@ -69,6 +69,11 @@ impl Setup {
         Self { server: server.spawn().unwrap(), domain, device, _dir: dir, _one: one }
     }
 
+    /// Stops the server.
+    pub fn stop(self) -> Result<()> {
+        self.server.stop()
+    }
+
     /// A client that the server has accepted.
     pub fn connect(&self) -> Client {
         let mut client = Client::connect(self.server.path()).unwrap();

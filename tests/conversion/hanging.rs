@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
+use passgate::serve::Options;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE};
 
@@ -15,11 +16,15 @@ const DEADLINE_MS: u32 = 1000;
 
 /// A server whose calls over page 0 hang when told so.
 fn setup() -> (Setup, Arc<Hanging>) {
+    setup_with(|_| {})
+}
+
+fn setup_with(change: impl FnOnce(&mut Options)) -> (Setup, Arc<Hanging>) {
     let mut hanging = None;
     let setup = Setup::behind(
         || SoftDomain::open().unwrap(),
         |soft| hanging.insert(Hanging::new(soft, Iova(0))).clone(),
-        |_| {},
+        change,
     );
     (setup, hanging.unwrap())
 }
@@ -115,4 +120,15 @@ fn while_an_unmap_hangs_no_file_is_let_go_of_and_no_session_is_closed() {
     watch.wait("session.closed");
     assert_eq!(open_files(), before);
     assert_eq!(setup.domain.mappings(), 0);
+}
+
+#[test]
+fn a_server_that_is_stopped_while_a_call_hangs_ends_all_the_same_and_says_what_is_open() {
+    let (setup, hanging) = setup_with(|options| options.farewell = Duration::from_secs(1));
+    let mut client = setup.connect();
+    client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
+    hanging.hang_unmaps();
+    let error = setup.stop().unwrap_err();
+    assert!(error.to_string().contains("1 regions could not be closed"), "{error}");
+    hanging.release();
 }

@@ -10,5 +10,6 @@ mod common;
 
 mod budgets;
 mod control;
+mod interface;
 mod memory;
 mod records;

@@ -1,5 +1,7 @@
 //! The notification channel: datagrams and records that make no sense, and requests out of order.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use passgate::client::{Channel, Outcome, PageState};
 use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
 use zerocopy::little_endian::{U16, U32, U64};
@@ -157,4 +159,32 @@ fn a_channel_that_is_not_read_delays_nobody_else() {
     }
     let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None));
     channel.end(invalidation, Outcome::Committed).unwrap();
+}
+
+#[test]
+fn a_client_that_never_pauses_delays_nobody() {
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(1);
+    let mut busy = setup.connect();
+    let mut theirs = busy.open_channel().unwrap();
+    let sending = std::os::fd::AsFd::as_fd(&theirs).try_clone_to_owned().unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let sending = Channel::from_fd(sending);
+            while !stop.load(Ordering::Acquire) {
+                sending.send(&Record::new(Kind::Echo, 0)).unwrap();
+            }
+            sending.send(&Record::new(Kind::Echo, 1)).unwrap();
+        });
+        scope.spawn(|| while theirs.recv().unwrap().cookie.get() == 0 {});
+        let start = std::time::Instant::now();
+        for _ in 0..20 {
+            let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None));
+            channel.end(invalidation, Outcome::Committed).unwrap();
+        }
+        let took = start.elapsed();
+        stop.store(true, Ordering::Release);
+        assert!(took.as_secs() < 2, "{took:?} for twenty conversions");
+    });
 }

@@ -1,0 +1,136 @@
+//! What is written about the protocol is what is spoken: the varlink description, and the C struct in the manual.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use passgate::protocol::record::Record;
+use passgate::protocol::verbs::*;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// The names of the fields in parentheses behind `head`.
+fn described(head: &str) -> BTreeSet<String> {
+    let text: String =
+        DESCRIPTION.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join(" ");
+    let after = text.split_once(head).unwrap_or_else(|| panic!("{head} is not described")).1;
+    let inside = after.split_once('(').unwrap().1.split_once(')').unwrap().0;
+    inside
+        .split(',')
+        .filter_map(|field| field.split_once(':'))
+        .map(|(name, _)| name.trim().to_owned())
+        .collect()
+}
+
+/// The names of the fields as serde writes them; the value must have every option set.
+fn spoken(value: &impl Serialize) -> BTreeSet<String> {
+    match serde_json::to_value(value).unwrap() {
+        Value::Object(fields) => fields.into_iter().map(|(name, _)| name).collect(),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn the_description_names_every_field_that_is_spoken_and_no_other() {
+    let failure = Failure {
+        gpa: 0,
+        length: 1,
+        cause: String::new(),
+        device: Some(String::new()),
+        rung: String::new(),
+        errno: 1,
+    };
+    let region = Region {
+        region: 1,
+        gpa: 0,
+        length: 1,
+        piece: 1,
+        writable: true,
+        shared: 1,
+        private: 1,
+        hole: 1,
+        unknown: 1,
+        closing: true,
+    };
+    let device = Device { device: String::new(), stop: vec![], fenced: Some(String::new()) };
+    let quarantined =
+        Quarantined { gpa: Some(1), offset: 0, length: 1, cause: String::new(), invalidation: 1 };
+    let status = Status {
+        version: String::new(),
+        iommu: String::new(),
+        mappings: 0,
+        max_mappings: 0,
+        open: 0,
+        clients: 0,
+        regions: vec![],
+        devices: vec![],
+        quarantine: vec![],
+        totals: Totals::default(),
+    };
+    let converted = Converted { verdict: String::new(), invalidation: 1, failure: Some(failure.clone()) };
+    let dma = Dma { device: String::new(), iova: 0, write: Some(String::new()), read: Some(1) };
+    let convert = Convert { gpa: 0, length: 1, to: State::Hole, deadline_ms: 1 };
+    let reply =
+        |verb: &str| format!("{verb}{}", DESCRIPTION.split_once(verb).unwrap().1.split_once("->").unwrap().0);
+    for (head, fields) in [
+        ("type Failure", spoken(&failure)),
+        ("type Region", spoken(&region)),
+        ("type Device", spoken(&device)),
+        ("type Quarantined", spoken(&quarantined)),
+        ("type Totals", spoken(&Totals::default())),
+        ("method AddMemory", spoken(&AddMemory::shared(0, 1))),
+        ("method RemoveMemory", spoken(&RemoveMemory { region: 1 })),
+        ("method Convert", spoken(&convert)),
+        ("method Explain", spoken(&Explain { invalidation: 1 })),
+        ("method Dma", spoken(&dma)),
+        ("error Refused", spoken(&json!({"message": "", "errno": 1}))),
+    ] {
+        assert_eq!(described(head), fields, "{head}");
+    }
+    for (verb, fields) in [
+        ("method AddMemory", spoken(&MemoryAdded { region: 1, mapped: 1 })),
+        ("method Convert", spoken(&converted)),
+        ("method Status", spoken(&status)),
+        ("method Dma", spoken(&DmaDone { read: Some(String::new()) })),
+    ] {
+        // Comments are gone in `described`, so the way to the reply is looked up without them too.
+        let call = reply(verb).lines().collect::<Vec<_>>().join(" ");
+        assert_eq!(described(&call), fields, "{verb}, its reply");
+    }
+}
+
+#[test]
+fn the_struct_in_the_manual_lies_as_the_record_does() {
+    if Command::new("cc").arg("--version").output().is_err() {
+        eprintln!("skipped: there is no C compiler");
+        return;
+    }
+    let manual = include_str!("../../docs/protocol.md");
+    let code = manual.split_once("```c\n").unwrap().1.split_once("```").unwrap().0;
+    let offsets = [
+        ("kind", std::mem::offset_of!(Record, kind)),
+        ("version", std::mem::offset_of!(Record, version)),
+        ("flags", std::mem::offset_of!(Record, flags)),
+        ("to", std::mem::offset_of!(Record, to)),
+        ("cookie", std::mem::offset_of!(Record, cookie)),
+        ("gpa", std::mem::offset_of!(Record, gpa)),
+        ("length", std::mem::offset_of!(Record, length)),
+        ("invalidation", std::mem::offset_of!(Record, invalidation)),
+        ("outcome", std::mem::offset_of!(Record, outcome)),
+        ("cause", std::mem::offset_of!(Record, cause)),
+        ("error", std::mem::offset_of!(Record, errno)),
+        ("deadline", std::mem::offset_of!(Record, deadline_or_device)),
+        ("offset", std::mem::offset_of!(Record, offset)),
+    ];
+    let mut source = format!("#include <stddef.h>\n{code}\n");
+    for (name, offset) in offsets {
+        source +=
+            &format!("_Static_assert(offsetof(struct passgate_record, {name}) == {offset}, \"{name}\");\n");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("record.c");
+    std::fs::write(&file, source).unwrap();
+    let output =
+        Command::new("cc").args(["-std=c11", "-Wall", "-Werror", "-fsyntax-only"]).arg(file).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
