@@ -9,6 +9,7 @@ pub mod errno;
 pub mod guest_memfd;
 pub mod identity;
 pub mod iommufd;
+pub mod kvm;
 pub mod memory;
 pub mod units;
 pub mod uring;

@@ -7,10 +7,10 @@ use passgate_bindings::{Gpa, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages, Notice};
-use super::event::{Caller, FileId, InvalidationId, Outcome};
+use super::event::{Caller, DomainId, FileId, InvalidationId, Outcome};
 use super::fence::Step;
 use super::invalidation::{After, Phase};
-use super::ledger::{HeldBy, PageState, RunState};
+use super::ledger::{HeldBy, PageState, Run, RunState};
 use super::verdict::{Cause, Reason, Refusal, Verdict};
 
 impl Gate {
@@ -65,9 +65,7 @@ impl Gate {
         effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));
         effects.push(Effect::Notice(Notice::Refused { invalidation: id, range, reason }));
         self.finish(id, effects);
-        for part in pages {
-            self.reconcile(part.file, part.range, effects);
-        }
+        self.restore(pages, effects);
     }
 
     /// Where in what was asked for a part of a file lies.
@@ -118,6 +116,12 @@ impl Gate {
         self.conclude(id, outcome, effects);
     }
 
+    /// passgate's own conversion did not return in time: nobody knows what became of the pages.
+    pub(super) fn convert_hangs(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let outcome = Outcome::Unknown { errno: 0, offset: 0 };
+        self.converted(id, outcome, effects);
+    }
+
     /// Takes down how the owner's side went.
     fn conclude(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
         if let Outcome::Unknown { errno, .. } = outcome {
@@ -164,11 +168,33 @@ impl Gate {
     /// The client went away before any answer: nothing was granted, all is as it was.
     pub(super) fn abandon(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
-        let pages = std::mem::take(&mut inv.pages);
+        let (pages, targets) = (std::mem::take(&mut inv.pages), std::mem::take(&mut inv.targets));
         self.clearing.retain(|other| *other != id);
         self.release(id, &pages);
+        let mut doubtful = Vec::new();
+        for domain in &self.domains {
+            for target in &targets {
+                doubtful.extend(domain.runs.overlapping(*target).map(|run| (domain.id, run)));
+            }
+        }
+        for (domain, run) in doubtful {
+            self.doubt(id, domain, run, effects);
+        }
         self.finish(id, effects);
         self.restore(pages, effects);
+    }
+
+    /// Nobody waits for this run any more: what is in doubt goes to quarantine, so that it is told.
+    pub(super) fn doubt(&mut self, id: InvalidationId, domain: DomainId, run: Run, effects: &mut Effects) {
+        let (cause, errno) = match run.state {
+            RunState::Suspect { errno, .. } => (Cause::UnmapFailed, errno),
+            RunState::Leaking(_) => (Cause::DmaInFlight, 0),
+            _ => return,
+        };
+        let reason = Reason { cause, device: self.suspect_device(domain), rung: Step::Unmap, errno };
+        for part in self.files_at(run.range) {
+            self.quarantine(id, part.file, part.range, reason, effects);
+        }
     }
 
     fn release(&mut self, id: InvalidationId, pages: &[FilePages]) {

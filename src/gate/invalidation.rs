@@ -193,7 +193,7 @@ impl Gate {
         let at = effects.len();
         self.arm(id, Step::Unmap, effects);
         self.advance(id, effects);
-        if self.invalidations.get(&id).is_none_or(|inv| inv.phase != Phase::Clearing) && at < effects.len() {
+        if self.invalidations.get(&id).is_none_or(|inv| inv.phase == Phase::Granted) && at < effects.len() {
             effects.remove(at);
         }
     }
@@ -241,6 +241,11 @@ impl Gate {
         for id in self.clearing.clone() {
             self.advance(id, effects);
         }
+    }
+
+    /// Whether somebody waits for something over `iova`.
+    pub(super) fn awaited(&self, iova: PageRange<Iova>) -> bool {
+        self.clearing.iter().any(|id| self.invalidations.get(id).is_some_and(|inv| inv.targets(iova)))
     }
 
     /// Whoever waits for something over `iova` looks again.
@@ -327,7 +332,11 @@ impl Gate {
                             }
                             _ => stretches.extend(live.replace(run.range)),
                         },
-                        RunState::Suspect { .. } => sight.suspects.push((domain, run)),
+                        // Targets overlap where a range shows a page twice: each run is tried once.
+                        RunState::Suspect { .. } if !sight.suspects.contains(&(domain, run)) => {
+                            sight.suspects.push((domain, run));
+                        }
+                        RunState::Suspect { .. } => {}
                         RunState::Filling(_) | RunState::Removing(_) | RunState::Leaking(_) => {
                             sight.waiting = true;
                         }
@@ -396,10 +405,17 @@ impl Gate {
     }
 
     pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
-        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Clearing) else {
+        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase != Phase::Granted) else {
             return;
         };
         inv.stopping = false;
+        if inv.phase == Phase::Converting {
+            match over.above() {
+                None => self.convert_hangs(id, effects),
+                Some(next) => self.arm(id, next, effects),
+            }
+            return;
+        }
         match over.above() {
             None => {
                 self.fail(id, effects);

@@ -69,6 +69,10 @@ impl Gate {
         };
         let (iova, pages) = (region.iova(), region.pages_at(region.iova()));
         self.learn(pages, spec.initial);
+        // Who still waits for what was at these addresses before does not wait for this.
+        for inv in self.invalidations.values_mut() {
+            inv.targets.retain(|target| !target.overlaps(iova));
+        }
         self.regions.insert(id, region);
         self.layout.insert(spec.gpa.start(), id);
         if let Some(file) = self.files.get_mut(&pages.file) {
@@ -120,9 +124,13 @@ impl Gate {
             .collect();
         told.sort_unstable();
         for new in gaps(pages.range, told.into_iter()) {
-            let free: Vec<_> = entry.holds.gaps(new).collect();
-            for part in free {
-                entry.pages.set(part, initial);
+            // Also what is held: once it may be mapped, its state must be what its owner says now.
+            entry.pages.set(new, initial);
+            let unknown = entry.holds.overlapping(new).filter(|(_, by)| {
+                matches!(by, HeldBy::Quarantine(_, r) if matches!(r.cause, Cause::OwnerUnknown | Cause::ClientGone))
+            });
+            for part in unknown.filter_map(|(held, _)| held.intersection(new)) {
+                entry.pages.set(part, PageState::Unknown);
             }
         }
     }
@@ -208,7 +216,7 @@ impl Gate {
         let mut owned = Vec::new();
         for (id, region) in self.regions.iter_mut().filter(|(_, region)| region.owner == client) {
             region.adding = None;
-            owned.push((*id, region.closing));
+            owned.push(*id);
             region.closing = true;
         }
         let begun: Vec<InvalidationId> = self
@@ -232,8 +240,9 @@ impl Gate {
         if !owned.is_empty() {
             self.leaving.push(client);
         }
-        for (id, closing) in owned {
-            if !closing {
+        for id in owned {
+            // Also what its owner tried to remove before, in vain.
+            if !self.closes(id) {
                 self.close(id, true, After::Gone, effects);
             }
         }

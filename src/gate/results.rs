@@ -4,9 +4,10 @@
 
 use passgate_bindings::{Iova, PageRange};
 
-use super::effect::{Effect, Effects, Notice};
+use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
 use super::fence::Step;
+use super::invalidation::After;
 use super::ledger::{HeldBy, RunState};
 use super::receipt::Evidence;
 use super::verdict::{Cause, Reason, Refusal};
@@ -39,9 +40,11 @@ impl Gate {
                 self.quarantine(InvalidationId(0), part.file, part.range, reason, effects);
             }
         }
+        // Taken down now: the region may be gone when it is settled.
+        let pages = self.files_at(iova);
         self.advance_over(iova, effects);
         self.filled(domain, region, iova, result, rest, effects);
-        self.settle(iova, effects);
+        self.settle(iova, pages, effects);
     }
 
     /// Counts a map towards the region that it is of.
@@ -96,11 +99,14 @@ impl Gate {
         };
         match result {
             UnmapResult::Gone { .. } if whole => runs.remove(iova.start()),
-            UnmapResult::InFlight { .. } if whole => runs.mark(iova.start(), RunState::Leaking(job)),
+            // Also where it came up short: what is in flight must end before the rest is tried.
+            UnmapResult::InFlight { .. } => runs.mark(iova.start(), RunState::Leaking(job)),
             _ => runs.mark(iova.start(), RunState::Suspect { gone: gone.min(iova.len()), errno }),
         }
         let in_flight = matches!(result, UnmapResult::InFlight { .. });
-        if !(in_flight && whole) {
+        if in_flight {
+            self.jobs.insert(job, Job::Unmap { domain, iova, already: gone, invalidation });
+        } else {
             self.jobs.remove(&job);
         }
         if let Some(inv) = self.invalidations.get_mut(&invalidation) {
@@ -120,12 +126,16 @@ impl Gate {
     }
 
     pub(super) fn released(&mut self, job: JobId, effects: &mut Effects) {
-        let Some(Job::Unmap { domain, iova, invalidation, .. }) = self.jobs.get(&job).copied() else {
+        let Some(Job::Unmap { domain, iova, already, invalidation }) = self.jobs.get(&job).copied() else {
             return;
         };
         let Some(runs) = self.runs(domain) else { return };
         if runs.at(iova.start()).is_some_and(|run| run.state == RunState::Leaking(job)) {
-            runs.remove(iova.start());
+            if already == iova.len() {
+                runs.remove(iova.start());
+            } else {
+                runs.mark(iova.start(), RunState::Suspect { gone: already.min(iova.len()), errno: 0 });
+            }
             self.jobs.remove(&job);
             self.changed(iova, invalidation, effects);
         }
@@ -135,23 +145,35 @@ impl Gate {
     /// with it come back, and what was in doubt may be so no more.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
         let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
+        // Taken down now: the region may be gone when it is settled.
+        let pages = self.files_at(iova);
         self.advance_over(iova, effects);
+        if !self.awaited(iova) {
+            let left: Vec<_> = self
+                .domains
+                .iter()
+                .flat_map(|domain| domain.runs.overlapping(iova).map(|run| (domain.id, run)))
+                .collect();
+            for (domain, run) in left {
+                self.doubt(invalidation, domain, run, effects);
+            }
+        }
         if !enclosed {
-            for part in self.files_at(iova) {
+            for part in &pages {
                 self.reconcile(part.file, part.range, effects);
             }
         }
-        self.settle(iova, effects);
+        self.settle(iova, pages, effects);
     }
 
     /// Lifts quarantines over `iova` whose cause is disproved, and forgets closing regions that are clear.
-    fn settle(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
+    fn settle(&mut self, iova: PageRange<Iova>, pages: Vec<FilePages>, effects: &mut Effects) {
         let quarantined = self.files.values().any(|file| file.holds.quarantined());
         let closing = self.regions.values().any(|region| region.closing);
         if !quarantined && !closing {
             return;
         }
-        for part in self.files_at(iova) {
+        for part in pages {
             let Some(file) = self.files.get(&part.file) else { continue };
             let held: Vec<_> = file.holds.overlapping(part.range).collect();
             for (range, by) in held {
@@ -170,6 +192,7 @@ impl Gate {
                 effects.push(Effect::Notice(Notice::Freed { file: part.file, range, gpa }));
                 self.reconcile(part.file, range, effects);
             }
+            self.forget_file(part.file, effects);
         }
         if closing {
             let over: Vec<RegionId> = self
@@ -185,6 +208,24 @@ impl Gate {
                 .collect();
             for id in over {
                 self.forget_region(id, effects);
+            }
+            // What came back after the closing of a dead client's region had been given up: it goes on.
+            let again: Vec<RegionId> =
+                self.regions
+                    .iter()
+                    .filter(|(id, region)| {
+                        region.closing
+                            && region.iova().overlaps(iova)
+                            && self.leaving.contains(&region.owner)
+                            && !self.closes(**id)
+                            && self.domains.iter().any(|d| {
+                                d.runs.overlapping(region.iova()).any(|run| run.state == RunState::Live)
+                            })
+                    })
+                    .map(|(id, _)| *id)
+                    .collect();
+            for id in again {
+                self.close(id, false, After::Gone, effects);
             }
         }
     }

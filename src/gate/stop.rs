@@ -39,32 +39,44 @@ impl Gate {
         let able: Vec<DeviceId> = self
             .devices
             .iter()
-            .filter(|(_, d)| d.domain == domain && d.steps.has(step) && d.busy.is_none())
-            .filter(|(_, d)| d.fenced.is_none_or(|under| under < step))
+            .filter(|(_, d)| d.domain == domain && d.steps.has(step))
             .map(|(id, _)| *id)
             .collect();
         for device in able {
-            let job = self.next_job(Job::Fence { device, domain, step, invalidation });
-            if let Some(entry) = self.devices.get_mut(&device) {
-                entry.busy = Some(job);
-            }
-            effects.push(Effect::Fence { job, device, step });
+            self.fence_one(device, step, invalidation, effects);
         }
     }
 
     /// Stops every device as surely as it can be, whatever the policy: their client is gone.
     pub(super) fn stop_all(&mut self, invalidation: InvalidationId, effects: &mut Effects) {
-        for index in 0..self.domains.len() {
-            let domain = self.domains[index].id;
-            let has = |step: Step| self.devices.values().any(|d| d.domain == domain && d.steps.has(step));
-            let allowed = self.policy.on_stuck_dma.allows();
-            let step = match () {
-                () if has(Step::Detach) => Step::Detach,
-                () if has(Step::Reset) && allowed.has(Step::Reset) => Step::Reset,
-                () => Step::Cancel,
-            };
-            self.fence(domain, step, invalidation, effects);
+        let reset = self.policy.on_stuck_dma.allows().has(Step::Reset);
+        let order = [Some(Step::Detach), reset.then_some(Step::Reset), Some(Step::Cancel)];
+        let steps: Vec<(DeviceId, Step)> = self
+            .devices
+            .iter()
+            .filter_map(|(id, d)| Some((*id, order.into_iter().flatten().find(|step| d.steps.has(*step))?)))
+            .collect();
+        for (device, step) in steps {
+            self.fence_one(device, step, invalidation, effects);
         }
+    }
+
+    fn fence_one(
+        &mut self,
+        device: DeviceId,
+        step: Step,
+        invalidation: InvalidationId,
+        effects: &mut Effects,
+    ) {
+        let Some(entry) = self.devices.get(&device) else { return };
+        if entry.busy.is_some() || entry.fenced.is_some_and(|under| under >= step) {
+            return;
+        }
+        let job = self.next_job(Job::Fence { device, domain: entry.domain, step, invalidation });
+        if let Some(entry) = self.devices.get_mut(&device) {
+            entry.busy = Some(job);
+        }
+        effects.push(Effect::Fence { job, device, step });
     }
 
     /// Whether any device of the domain can do `step`.

@@ -2,6 +2,8 @@
 //!
 //! Client and server are in one process, and the device is at hand: what it meets is what the kernel lets it meet.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on fails
+
 #[path = "../common/mod.rs"]
 mod common;
 

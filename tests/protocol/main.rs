@@ -3,6 +3,8 @@
 //! Client and server are in one process here, over the real soft domain, so that one count of `/proc/self/fd` sees
 //! what either side forgets.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on fails
+
 #[path = "../common/mod.rs"]
 mod common;
 

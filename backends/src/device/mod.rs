@@ -9,6 +9,7 @@ use crate::{Error, Result};
 
 pub mod edu;
 pub(crate) mod refusal;
+pub mod sim;
 pub mod soft;
 pub mod vfio;
 

@@ -1,0 +1,151 @@
+//! What passgate itself costs per conversion, without any kernel: gate, ledger and receipt of one 4 KiB page,
+//! from begin to verdict and from end on. The domain answers at once.
+//!
+//! `cargo bench --bench gate`. Medians of batches; the limit of SPECIFICATION.md is one microsecond.
+
+use std::time::Instant;
+
+use passgate::gate::{
+    Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
+    InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, RegionSpec, Step, Steps,
+    UnmapResult, Verdict,
+};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{PAGE, PageRange};
+
+/// Pages of the region: 4 GiB.
+const PAGES: u64 = 1 << 20;
+/// Pages that are private at any time, spread over the region, so that the ledger is not trivial.
+const PRIVATE: u64 = 4096;
+/// Conversions measured together: a clock reading costs as much as a part of one.
+const BATCH: usize = 64;
+const BATCHES: usize = 2000;
+const LIMIT_NS: f64 = 1000.0;
+
+struct Bench {
+    gate: Gate,
+    effects: Effects,
+    cookie: u64,
+    receipts: u64,
+    random: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let gate = Gate::new(Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() });
+        let mut bench = Self { gate, effects: Effects::new(), cookie: 0, receipts: 0, random: 1 };
+        let domain = DomainId(0);
+        bench.tell(Event::DomainAdded { domain, max_mappings: 2 * PAGES, max_piece: 1 << 30 });
+        let steps = Steps::of(&[Step::Cancel, Step::Reset]);
+        bench.tell(Event::DeviceAdded { device: DeviceId(0), domain, steps });
+        let spec = RegionSpec {
+            gpa: range(0, PAGES),
+            backing: Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) },
+            writable: true,
+            piece: PAGE,
+            initial: PageState::Shared,
+        };
+        let caller = bench.caller();
+        bench.tell(Event::AddRegion { caller, spec });
+        for _ in 0..PRIVATE {
+            let page = bench.page();
+            bench.convert(page, PageState::Private);
+        }
+        bench
+    }
+
+    fn caller(&mut self) -> Caller {
+        self.cookie += 1;
+        Caller { client: ClientId(1), door: Door::Channel, cookie: self.cookie }
+    }
+
+    /// Another page (xorshift).
+    fn page(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % PAGES
+    }
+
+    /// Tells the gate, plays a domain that does everything at once, and returns what was granted.
+    fn tell(&mut self, event: Event) -> Option<InvalidationId> {
+        let mut effects = std::mem::take(&mut self.effects);
+        effects.clear();
+        self.gate.handle(event, &mut effects);
+        let (mut granted, mut done) = (None, 0);
+        while done < effects.len() {
+            let next = match &effects[done] {
+                Effect::Map { job, .. } => Some(Event::Mapped { job: *job, result: MapResult::Mapped }),
+                Effect::Unmap { job, iova, .. } => {
+                    let result = UnmapResult::Gone { bytes: iova.len() };
+                    Some(Event::Unmapped { job: *job, result, took_ns: 0 })
+                }
+                Effect::Answer {
+                    answer: Answer::Verdict { invalidation, verdict: Verdict::Done }, ..
+                } => {
+                    granted = Some(*invalidation);
+                    None
+                }
+                Effect::Receipt(_) => {
+                    self.receipts += 1;
+                    None
+                }
+                _ => None,
+            };
+            done += 1;
+            if let Some(event) = next {
+                self.gate.handle(event, &mut effects);
+            }
+        }
+        self.effects = effects;
+        granted
+    }
+
+    /// One conversion, as a client drives it: begin, verdict, end.
+    fn convert(&mut self, page: u64, to: PageState) {
+        let caller = self.caller();
+        let (performer, deadline_ns) = (Performer::Client, 1_000_000_000);
+        let granted = self.tell(Event::Begin { caller, range: range(page, 1), to, performer, deadline_ns });
+        let Some(invalidation) = granted else { return };
+        let caller = self.caller();
+        self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+    }
+
+    /// The median nanoseconds of one conversion, to private and back to shared.
+    fn run(&mut self) -> [f64; 2] {
+        let mut times = [Vec::with_capacity(BATCHES), Vec::with_capacity(BATCHES)];
+        for _ in 0..BATCHES {
+            let pages: [u64; BATCH] = std::array::from_fn(|_| self.page());
+            for (times, to) in times.iter_mut().zip([PageState::Private, PageState::Shared]) {
+                let started = Instant::now();
+                pages.iter().for_each(|page| self.convert(*page, to));
+                times.push(started.elapsed().as_nanos() as f64 / BATCH as f64);
+            }
+        }
+        times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        })
+    }
+}
+
+fn range<A: passgate_bindings::units::Address>(page: u64, pages: u64) -> PageRange<A> {
+    match PageRange::new(page * PAGE, pages * PAGE) {
+        Ok(range) => range,
+        Err(error) => unreachable!("{error}"),
+    }
+}
+
+fn main() {
+    let mut bench = Bench::new();
+    let before = bench.receipts;
+    let [private, shared] = bench.run();
+    let receipts = bench.receipts - before;
+    println!("gate: one 4 KiB page of {} GiB, begin + verdict + end, medians", (PAGES * PAGE) >> 30);
+    println!("  to private, unmapped: {private:7.0} ns");
+    println!("  to shared, mapped:    {shared:7.0} ns");
+    println!("  mean of both:         {:7.0} ns, {receipts} receipts", (private + shared) / 2.0);
+    let worst = private.max(shared);
+    let word = if worst <= LIMIT_NS { "kept" } else { "BROKEN" };
+    println!("  against the limit of {LIMIT_NS:.0} ns: {:.2} ({word})", worst / LIMIT_NS);
+}

@@ -1,0 +1,206 @@
+//! Any sequence of anything, also what no well-behaved session or client says: made-up names, numbers at the
+//! edges, results that nobody asked for. What fails is made shorter before it is shown. More with
+//! `PASSGATE_CASES=100000`, others with `PASSGATE_SEED=n`.
+
+use passgate::gate::{
+    DeviceId, DomainId, Event, JobId, MapResult, OnStuckDma, Outcome, PageState, Policy, Step, UnmapResult,
+};
+use passgate_backends::StopClass;
+use passgate_backends::iommu::sim::Fault;
+use passgate_bindings::PAGE;
+use passgate_bindings::units::LIMIT;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+use crate::action::{Action, CLIENTS, FAULTS, FILE_PAGES};
+use crate::bulk::number;
+use crate::saboteur::Plant;
+use crate::truth::Kept;
+use crate::world::{Setup, World};
+
+fn state() -> impl Strategy<Value = PageState> {
+    proptest::sample::select(&PageState::ALL)
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    prop_oneof![
+        4 => Just(Outcome::Committed),
+        1 => Just(Outcome::NotCommitted),
+        1 => (any::<i32>(), edge()).prop_map(|(errno, offset)| Outcome::Unknown { errno, offset }),
+    ]
+}
+
+/// Numbers at which arithmetic goes wrong.
+fn edge() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        proptest::sample::select(vec![
+            0,
+            1,
+            PAGE - 1,
+            PAGE,
+            PAGE + 1,
+            1 << 32,
+            LIMIT - PAGE,
+            LIMIT,
+            1 << 63,
+            u64::MAX - PAGE + 1,
+            u64::MAX,
+        ]),
+        (0..64u64).prop_map(|page| page * PAGE),
+        (0..64u64).prop_map(|page| LIMIT - page * PAGE),
+        any::<u64>(),
+    ]
+}
+
+fn deadline() -> impl Strategy<Value = u64> {
+    prop_oneof![(0..18u32).prop_map(|bits| 1 << bits), edge()]
+}
+
+fn fault() -> impl Strategy<Value = Option<Fault>> {
+    prop_oneof![3 => Just(None), 1 => proptest::sample::select(&FAULTS).prop_map(Some)]
+}
+
+/// A job that the gate never named.
+fn no_job() -> impl Strategy<Value = JobId> {
+    prop_oneof![Just(JobId(0)), (1u64 << 40..=u64::MAX).prop_map(JobId)]
+}
+
+fn raw() -> impl Strategy<Value = Event> {
+    let unmap = prop_oneof![
+        edge().prop_map(|bytes| UnmapResult::Gone { bytes }),
+        edge().prop_map(|bytes| UnmapResult::InFlight { bytes }),
+        (any::<i32>(), edge()).prop_map(|(errno, bytes)| UnmapResult::Failed { errno, bytes }),
+    ];
+    let map = prop_oneof![
+        Just(MapResult::Mapped),
+        any::<i32>().prop_map(|errno| MapResult::Refused { errno }),
+        any::<i32>().prop_map(|errno| MapResult::Unknown { errno }),
+    ];
+    // A timer of what never was; the session's clock is believed.
+    let invalidation = || (1u64 << 40..=u64::MAX).prop_map(passgate::gate::InvalidationId);
+    prop_oneof![
+        (no_job(), map).prop_map(|(job, result)| Event::Mapped { job, result }),
+        (no_job(), unmap, any::<u64>()).prop_map(|(job, result, took_ns)| Event::Unmapped {
+            job,
+            result,
+            took_ns
+        }),
+        no_job().prop_map(|job| Event::Released { job }),
+        (no_job(), any::<i32>(), any::<u64>()).prop_map(|(job, errno, took_ns)| Event::Fenced {
+            job,
+            errno,
+            took_ns
+        }),
+        (no_job(), any::<i32>()).prop_map(|(job, errno)| Event::Attached { job, errno }),
+        (invalidation(), proptest::sample::select(&Step::LADDER))
+            .prop_map(|(invalidation, rung)| Event::Expired { invalidation, rung }),
+        (1u64 << 40..u64::MAX, outcome()).prop_map(|(id, outcome)| Event::Converted {
+            invalidation: passgate::gate::InvalidationId(id),
+            outcome
+        }),
+        Just(Event::DomainAdded { domain: DomainId(0), max_mappings: u64::MAX, max_piece: u64::MAX }),
+        Just(Event::DeviceAdded { device: DeviceId(0), domain: DomainId(0), steps: Default::default() }),
+    ]
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let client = || 0..CLIENTS as u8;
+    let add =
+        (client(), 0..160u16, 1..48u16, any::<u8>(), 0..FILE_PAGES as u16, 0..10u8, state(), any::<bool>())
+            .prop_map(|(client, gpa, pages, file, offset, piece, initial, writable)| {
+                // Few files and offsets, so that aliases are common.
+                let offset = offset % 64;
+                Action::Add { client, gpa, pages, file: file % 2, offset, piece, initial, writable }
+            });
+    let begin = (client(), any::<u16>(), 0..64u16, 1..40u16, state(), any::<bool>(), deadline()).prop_map(
+        |(client, region, page, pages, to, passgate, deadline_ns)| Action::Begin {
+            client,
+            region,
+            page,
+            pages,
+            to,
+            passgate,
+            deadline_ns,
+        },
+    );
+    let wild = (client(), edge(), edge(), any::<u8>(), edge(), edge()).prop_map(
+        |(client, gpa, len, file, offset, piece)| Action::AddWild { client, gpa, len, file, offset, piece },
+    );
+    prop_oneof![
+        4 => add,
+        1 => (any::<u16>(), any::<bool>()).prop_map(|(region, stranger)| Action::Remove { region, stranger }),
+        8 => begin,
+        2 => any::<u16>().prop_map(|granted| Action::Touch { granted }),
+        5 => (any::<u16>(), outcome(), any::<bool>())
+            .prop_map(|(granted, outcome, stranger)| Action::End { granted, outcome, stranger }),
+        1 => client().prop_map(|client| Action::Gone { client }),
+        14 => (any::<u16>(), any::<bool>(), fault())
+            .prop_map(|(task, deliver, fault)| Action::Work { task, deliver, fault }),
+        1 => (any::<u16>(), any::<bool>()).prop_map(|(task, done)| Action::Hang { task, done }),
+        1 => any::<u16>().prop_map(|task| Action::Boast { task }),
+        2 => (any::<u8>(), any::<bool>()).prop_map(|(domain, stuck)| Action::Flush { domain, stuck }),
+        3 => deadline().prop_map(|ns| Action::Advance { ns }),
+        1 => Just(Action::Settle),
+        2 => (any::<u8>(), any::<u8>(), 0..200u16)
+            .prop_map(|(domain, device, gpa)| Action::Dma { domain, device, gpa }),
+        1 => wild,
+        1 => (client(), edge(), edge(), deadline())
+            .prop_map(|(client, gpa, len, deadline_ns)| Action::BeginWild { client, gpa, len, deadline_ns }),
+        1 => (client(), prop_oneof![0..50u64, edge()], outcome())
+            .prop_map(|(client, id, outcome)| Action::Guess { client, id, outcome }),
+        2 => raw().prop_map(Action::Raw),
+    ]
+}
+
+fn setup() -> impl Strategy<Value = Setup> {
+    let policy = (
+        proptest::sample::select(&[OnStuckDma::Refuse, OnStuckDma::Fence, OnStuckDma::Reset][..]),
+        1..20u32,
+        1..6u32,
+        edge(),
+    )
+        .prop_map(|(on_stuck_dma, max_regions, max_open, close_deadline_ns)| Policy {
+            on_stuck_dma,
+            max_regions,
+            max_open,
+            max_memory: 1 << 44,
+            close_deadline_ns,
+        });
+    let device = (0..8u8).prop_map(StopClass::from_bits_truncate);
+    let domain = (1..200u64, 0..20u32, proptest::collection::vec(device, 0..3))
+        .prop_map(|(max_mappings, bits, devices)| (max_mappings, PAGE << bits, devices));
+    (policy, proptest::collection::vec(domain, 1..3)).prop_map(|(policy, domains)| Setup {
+        policy,
+        domains,
+        clean: false,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: number("PASSGATE_CASES").unwrap_or(3000) as u32,
+        max_shrink_iters: 20_000,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(number("PASSGATE_SEED").unwrap_or(0)),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_sequence_of_anything_keeps_every_promise(
+        setup in setup(),
+        actions in proptest::collection::vec(action(), 0..120),
+    ) {
+        if let (_, Err(broken)) = play(&setup, &actions, false) {
+            let (world, _) = play(&setup, &actions, true);
+            let last: Vec<String> = world.trace.unwrap_or_default().into();
+            prop_assert!(false, "{}\n{broken}", last.join("\n"));
+        }
+    }
+}
+
+fn play(setup: &Setup, actions: &[Action], trace: bool) -> (World, Kept) {
+    let mut world = World::new(setup, Plant::Nothing).expect("an empty world keeps every promise");
+    world.trace = trace.then(Default::default);
+    let kept = actions.iter().try_for_each(|action| world.apply(action)).and_then(|()| world.drain());
+    (world, kept)
+}

@@ -1,0 +1,104 @@
+//! A million random events, and more where somebody has the time: `PASSGATE_EVENTS=100000000`.
+//! `PASSGATE_SEED=n` runs one world again, and tells what happened in it.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use passgate::gate::{OnStuckDma, Policy};
+use passgate_backends::StopClass;
+use passgate_bindings::PAGE;
+
+use crate::action::{Action, Mix};
+use crate::rng::Rng;
+use crate::saboteur::Plant;
+use crate::truth::{Broken, Kept};
+use crate::world::{KINDS, Setup, World};
+
+/// Actions of one world.
+const ACTIONS: u64 = 1500;
+
+impl Setup {
+    pub fn random(rng: &mut Rng) -> (Self, Mix) {
+        let mix = match rng.below(6) {
+            0 | 1 => Mix::CLEAN,
+            2 => Mix { faults: 2, hangs: 0, deaths: 3 },
+            3 => Mix { faults: 15, hangs: 2, deaths: 5 },
+            4 => Mix { faults: 40, hangs: 0, deaths: 2 },
+            _ => Mix { faults: 5, hangs: 20, deaths: 10 },
+        };
+        let tight = rng.odds(1, 4);
+        let policy = Policy {
+            on_stuck_dma: rng.pick(&[OnStuckDma::Refuse, OnStuckDma::Fence, OnStuckDma::Reset]),
+            max_regions: if tight { 3 } else { 64 },
+            max_open: if tight { 2 } else { 64 },
+            max_memory: if tight { 600 * PAGE } else { 1 << 40 },
+            close_deadline_ns: 1 << rng.below(18),
+        };
+        let domains = (0..1 + rng.below(3))
+            .map(|_| {
+                let count = rng.below(3);
+                let devices = (0..count).map(|_| StopClass::from_bits_truncate(rng.next() as u8)).collect();
+                let max_mappings = if tight { 40 } else { 65_535 };
+                (max_mappings, PAGE << rng.pick(&[0, 3, 9, 18]), devices)
+            })
+            .collect();
+        (Self { policy, domains, clean: mix.faults == 0 && mix.hangs == 0 }, mix)
+    }
+}
+
+/// A number that somebody gave in the environment.
+pub fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs the world of one seed to its end.
+pub fn run(seed: u64, plant: Plant, trace: bool) -> (World, Kept) {
+    let mut rng = Rng::new(seed);
+    let (setup, mix) = Setup::random(&mut rng);
+    let mut world = World::new(&setup, plant).expect("an empty world keeps every promise");
+    world.trace = trace.then(VecDeque::new);
+    let kept = (0..ACTIONS)
+        .try_for_each(|_| world.apply(&Action::random(&mut rng, mix)))
+        .and_then(|()| world.drain());
+    (world, kept)
+}
+
+/// Runs the world again and tells its last events.
+pub fn tell(seed: u64, plant: Plant, broken: &Broken) -> String {
+    let (world, _) = run(seed, plant, true);
+    let last: Vec<String> = world.trace.unwrap_or_default().into();
+    format!(
+        "{}\nseed {seed}: {broken}\n(PASSGATE_SEED={seed} cargo test --test promises million)",
+        last.join("\n")
+    )
+}
+
+#[test]
+fn a_million_random_events_break_no_promise() {
+    let wanted = number("PASSGATE_EVENTS").unwrap_or(1_000_000);
+    let started = Instant::now();
+    let (mut events, mut worlds, mut kinds, mut verdicts) = (0, 0, [0; KINDS.len()], [0; 3]);
+    let seeds = match number("PASSGATE_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..u64::MAX,
+    };
+    for seed in seeds {
+        let (world, kept) = run(seed, Plant::Nothing, false);
+        if let Err(broken) = kept {
+            panic!("{}", tell(seed, Plant::Nothing, &broken));
+        }
+        events += world.events;
+        worlds += 1;
+        verdicts.iter_mut().zip(world.verdicts).for_each(|(all, one)| *all += one);
+        kinds.iter_mut().zip(world.kinds).for_each(|(all, one)| *all += one);
+        if events >= wanted {
+            break;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{events} events in {worlds} worlds, {:.0} a second", events as f64 / seconds);
+    println!("verdicts: {} done, {} refused, {} unknown", verdicts[0], verdicts[1], verdicts[2]);
+    for (kind, count) in KINDS.iter().zip(kinds) {
+        println!("{count:>9} {kind}");
+    }
+}

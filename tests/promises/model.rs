@@ -1,0 +1,374 @@
+//! The checker: what every event and every effect means for the promises.
+//!
+//! It holds the truth ([`Truth`]), what the gate was told ([`Told`]), and who still waits for an answer. It never
+//! looks into the gate but for the names of regions and, now and then, to compare a whole snapshot.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use passgate::gate::{
+    Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
+    PageState, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
+};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, PageRange};
+
+use crate::told::Told;
+use crate::truth::{Kept, Open, Phase, Region, Stage, Truth, broken};
+
+/// What somebody asked.
+#[derive(Debug, Clone)]
+pub enum Ask {
+    Add { spec: RegionSpec, region: Option<RegionId> },
+    Remove { region: RegionId },
+    Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
+    End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
+}
+
+#[derive(Debug, Clone)]
+pub struct Asked {
+    pub caller: Caller,
+    pub ask: Ask,
+    /// When the answer must be there.
+    pub due: u64,
+}
+
+/// A client that is gone and whose memory is not closed yet.
+#[derive(Debug)]
+pub struct Death {
+    pub client: ClientId,
+    /// Its regions that were not on their way out already.
+    pub regions: Vec<RegionId>,
+    /// The fences that must be over before they are unmapped.
+    pub fences: HashSet<JobId>,
+    /// The invalidations that close them.
+    pub closings: Vec<InvalidationId>,
+    /// Whether the gate was told that a fence took too long.
+    pub overdue: bool,
+}
+
+/// What the effects of one event owe each other.
+#[derive(Debug, Default)]
+pub struct Owed {
+    pub noticed: BTreeSet<InvalidationId>,
+    /// Refused or unknown: these must be noticed.
+    pub notice: Vec<InvalidationId>,
+    /// These must be in quarantine as a whole.
+    pub quarantine: Vec<(FileId, PageRange<Offset>)>,
+}
+
+#[derive(Debug)]
+pub struct Model {
+    pub policy: Policy,
+    pub now: u64,
+    pub truth: Truth,
+    pub told: Told,
+    pub asked: BTreeMap<u64, Asked>,
+    /// Requests of clients that are gone: an answer may come or not.
+    pub orphans: HashSet<u64>,
+    pub deaths: Vec<Death>,
+    pub owed: Owed,
+    /// Whether the event at hand is the death of a client with memory.
+    pub dying: bool,
+    pub known: HashSet<InvalidationId>,
+    pub said: BTreeMap<InvalidationId, Verdict>,
+    pub receipts: HashSet<InvalidationId>,
+    /// What passgate's own conversion came to, while its answer is awaited.
+    pub converted: BTreeMap<InvalidationId, Outcome>,
+    /// Why an expected mapping may be missing.
+    pub map_failed: bool,
+    /// Nothing fails in this world: then nothing may be refused without a good reason.
+    pub clean: bool,
+}
+
+impl Model {
+    pub fn new(policy: Policy, clean: bool) -> Self {
+        Self {
+            policy,
+            now: 0,
+            truth: Truth::default(),
+            told: Told::default(),
+            asked: BTreeMap::new(),
+            orphans: HashSet::new(),
+            deaths: Vec::new(),
+            owed: Owed::default(),
+            dying: false,
+            known: HashSet::new(),
+            said: BTreeMap::new(),
+            receipts: HashSet::new(),
+            converted: BTreeMap::new(),
+            map_failed: false,
+            clean,
+        }
+    }
+
+    /// Takes down what the gate is about to be told.
+    pub fn before(&mut self, event: &Event) {
+        if let Event::Mapped { job, result: MapResult::Refused { .. } | MapResult::Unknown { .. } } = *event
+            && let Some(iova) = self.told.map_of(job)
+            && let Some(region) = self.truth.regions.iter_mut().find(|region| region.iova().overlaps(iova))
+        {
+            region.doomed |= region.stage == Stage::Adding;
+        }
+        self.told.event(event);
+        match *event {
+            Event::AddRegion { caller, spec } => {
+                self.ask(caller, Ask::Add { spec, region: None }, u64::MAX);
+            }
+            Event::RemoveRegion { caller, region } => {
+                let due = self.policy.close_deadline_ns.max(5);
+                self.ask(caller, Ask::Remove { region }, due);
+            }
+            Event::Begin { caller, range, deadline_ns, .. } => {
+                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(5));
+            }
+            Event::End { caller, invalidation, outcome } => {
+                let counts = self
+                    .truth
+                    .open(invalidation)
+                    .is_some_and(|open| open.phase == Phase::Granted && open.caller.client == caller.client);
+                self.ask(caller, Ask::End { invalidation, outcome, counts }, 5);
+                if counts {
+                    self.owner_did(invalidation, outcome);
+                }
+            }
+            Event::Converted { invalidation, outcome }
+                if self.truth.open(invalidation).is_some_and(|open| open.phase == Phase::Converting) =>
+            {
+                self.converted.insert(invalidation, outcome);
+                self.owner_did(invalidation, outcome);
+            }
+            Event::Expired { invalidation, rung } => {
+                if let Some(open) = self.truth.open(invalidation) {
+                    open.out_of_time |= rung == Step::Reset;
+                }
+                for death in &mut self.deaths {
+                    death.overdue |= death.closings.contains(&invalidation);
+                }
+            }
+            Event::ClientGone { client } => self.gone(client),
+            _ => {}
+        }
+    }
+
+    fn ask(&mut self, caller: Caller, ask: Ask, within: u64) {
+        let due = self.now.saturating_add(within);
+        self.asked.insert(caller.cookie, Asked { caller, ask, due });
+    }
+
+    /// The memory is what the owner made of it.
+    fn owner_did(&mut self, id: InvalidationId, outcome: Outcome) {
+        let Some((pages, to)) = self.truth.open(id).map(|open| (open.pages.clone(), open.to)) else { return };
+        match outcome {
+            Outcome::Committed => self.truth.become_state(&pages, to),
+            Outcome::NotCommitted => {}
+            Outcome::Unknown { .. } => self.truth.become_state(&pages, PageState::Unknown),
+        }
+    }
+
+    fn gone(&mut self, client: ClientId) {
+        let own = |asked: &Asked| asked.caller.client == client;
+        self.orphans.extend(self.asked.values().filter(|asked| own(asked)).map(|asked| asked.caller.cookie));
+        self.asked.retain(|_, asked| !own(asked));
+        let (over, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.truth.open)
+            .into_iter()
+            .partition(|open| open.caller.client == client && open.phase != Phase::Converting);
+        self.truth.open = rest;
+        for open in over.into_iter().filter(|open| open.phase == Phase::Granted) {
+            self.truth.become_state(&open.pages, PageState::Unknown);
+            self.truth.grant(&open.pages, false);
+            self.owed.quarantine.extend(open.pages);
+        }
+        let mut regions = Vec::new();
+        let mut owned = false;
+        for region in self.truth.regions.iter_mut().filter(|region| region.owner == client) {
+            if region.stage != Stage::Closing && !region.doomed {
+                regions.push(region.id);
+            }
+            owned = true;
+            region.stage = Stage::Closing;
+        }
+        if owned {
+            let (fences, closings) = Default::default();
+            self.dying = true;
+            self.deaths.push(Death { client, regions, fences, closings, overdue: false });
+        }
+    }
+
+    /// Learns the names that the gate gave, before its effects are judged.
+    pub fn learn(&mut self, event: &Event, effects: &[Effect], snapshot: impl FnOnce() -> Snapshot) -> Kept {
+        match *event {
+            Event::AddRegion { caller, spec } => {
+                let snapshot = snapshot();
+                let status = snapshot.regions.iter().find(|region| {
+                    region.spec.gpa.start() == spec.gpa.start()
+                        && region.owner == caller.client
+                        && self.truth.regions.iter().all(|known| known.id != region.region)
+                });
+                if let Some(status) = status {
+                    let (id, owner) = (status.region, caller.client);
+                    self.truth.add(Region { id, owner, spec, stage: Stage::Adding, doomed: false });
+                    if let Some(Asked { ask: Ask::Add { region, .. }, .. }) =
+                        self.asked.get_mut(&caller.cookie)
+                    {
+                        *region = Some(id);
+                    }
+                }
+            }
+            Event::RemoveRegion { caller, region } => {
+                let refused = effects.iter().any(|effect| {
+                    matches!(effect, Effect::Answer { caller: c, answer: Answer::Refused(_) }
+                        if c.cookie == caller.cookie)
+                });
+                if let Some(region) = self.truth.region(region).filter(|_| !refused) {
+                    region.stage = Stage::Closing;
+                }
+            }
+            Event::Begin { caller, range, to, performer, .. } => {
+                let fresh = effects.iter().find_map(|effect| match effect {
+                    Effect::Arm { invalidation, .. }
+                    | Effect::Convert { invalidation, .. }
+                    | Effect::Answer { answer: Answer::Verdict { invalidation, .. }, .. }
+                        if !self.known.contains(invalidation) =>
+                    {
+                        Some(*invalidation)
+                    }
+                    _ => None,
+                });
+                let Some(new) = fresh else {
+                    let answered = effects.iter().any(
+                        |effect| matches!(effect, Effect::Answer { caller: c, .. } if c.cookie == caller.cookie),
+                    );
+                    if !answered {
+                        broken!(4, "{event:?} has neither an answer nor a timer");
+                    }
+                    return Ok(());
+                };
+                let Ok(pages) = self.truth.resolve(range) else {
+                    broken!(1, "{event:?} touches addresses that no region covers, and was taken")
+                };
+                let phase = Phase::Asked;
+                let open =
+                    Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
+                self.truth.open.push(open);
+                self.known.insert(new);
+                if let Some(Asked { ask: Ask::Begin { id, .. }, .. }) = self.asked.get_mut(&caller.cookie) {
+                    *id = Some(new);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Judges what the effects of one event owe each other.
+    pub fn after(&mut self, event: &Event) -> Kept {
+        let owed = std::mem::take(&mut self.owed);
+        self.dying = false;
+        if let Some(id) = owed.notice.iter().find(|id| !owed.noticed.contains(id)) {
+            broken!(6, "{id:?} was not granted, and no notice says so");
+        }
+        for (id, range) in owed.quarantine {
+            let Some(file) = self.truth.file(id) else { continue };
+            if !file.quarantined_whole(range) {
+                broken!(
+                    6,
+                    "what became of {range:?} is not known, and it was given up, yet it is not in quarantine"
+                );
+            }
+        }
+        if let Event::ClientGone { client } = *event {
+            self.devices_stop(client)?;
+        }
+        Ok(())
+    }
+
+    /// What of these pages is in doubt now, in some domain at some alias.
+    pub fn doubtful(&self, id: FileId, range: PageRange<Offset>) -> Vec<PageRange<Offset>> {
+        let mut parts = Vec::new();
+        for (region, iova) in self.truth.aliases(id, range) {
+            for told in self.told.domains.values() {
+                parts.extend(told.doubtful(&crate::told::span(iova)).into_iter().filter_map(|part| {
+                    let start = part.start - region.iova().start().0 + region.spec.backing.offset.0;
+                    PageRange::new(start, part.end - part.start).ok()
+                }));
+            }
+        }
+        parts
+    }
+
+    /// Every device that can be stopped is being stopped, now that a client with memory is gone.
+    fn devices_stop(&mut self, client: ClientId) -> Kept {
+        if !self.deaths.iter().any(|death| death.client == client && !death.regions.is_empty()) {
+            return Ok(());
+        }
+        let allowed = self.policy.on_stuck_dma.allows();
+        for (id, device) in &self.told.devices {
+            let can = |step: Step| device.steps.has(step);
+            let any =
+                can(Step::Cancel) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
+            if any && device.busy == 0 && device.fenced.is_none() {
+                broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
+            }
+        }
+        Ok(())
+    }
+
+    /// Who waits longer than he was promised.
+    pub fn overdue(&self) -> Kept {
+        match self.asked.values().find(|asked| asked.due < self.now) {
+            Some(asked) => broken!(4, "at {} ns no answer yet to {asked:?}", self.now),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything that was under way is over: nobody may be left waiting, whatever is still open.
+    pub fn quiet(&self) -> Kept {
+        match self.asked.values().next() {
+            None => Ok(()),
+            Some(asked) => {
+                let promise = if matches!(asked.ask, Ask::Begin { .. }) { 4 } else { 3 };
+                broken!(promise, "nothing is under way, and nobody answers {asked:?}")
+            }
+        }
+    }
+
+    /// The gate's own picture must be this one.
+    pub fn compare(&self, snapshot: &Snapshot) -> Kept {
+        for (id, used, limit) in &snapshot.mappings {
+            if used > limit {
+                broken!(7, "{id:?} uses {used} mappings of {limit}");
+            }
+        }
+        if snapshot.regions.len() > self.policy.max_regions as usize {
+            broken!(7, "{} regions, of {} at most", snapshot.regions.len(), self.policy.max_regions);
+        }
+        let mine = self.truth.files.iter().flat_map(|file| file.quarantine.iter().map(|q| (file.id, q.0)));
+        let (mut mine, mut its): (Vec<_>, Vec<_>) =
+            (mine.collect(), snapshot.quarantine.iter().map(|q| (q.file, q.range)).collect());
+        mine.sort_unstable();
+        its.sort_unstable();
+        if mine != its {
+            broken!(6, "announced as quarantined: {mine:?}; kept as quarantined: {its:?}");
+        }
+        if snapshot.open != self.truth.open.len() as u64 {
+            broken!(4, "{} invalidations are open, the gate says {}", self.truth.open.len(), snapshot.open);
+        }
+        let mut mine: Vec<RegionId> = self.truth.regions.iter().map(|region| region.id).collect();
+        mine.sort_unstable();
+        if !snapshot.regions.iter().map(|region| region.region).eq(mine.iter().copied()) {
+            broken!(8, "regions {mine:?}, the gate has {:?}", snapshot.regions);
+        }
+        for status in &snapshot.devices {
+            let told = self.told.devices.get(&status.device);
+            if told.is_none_or(|device| device.fenced != status.fenced) {
+                broken!(2, "{status:?}, but it was told {told:?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a quarantine of this cause outlasts every proof about mappings.
+    pub fn lasts(cause: Cause) -> bool {
+        matches!(cause, Cause::OwnerUnknown | Cause::ClientGone)
+    }
+}

@@ -1,0 +1,154 @@
+//! One scenario, and every fault at every call of it: the Nth call fails, falls short, flushes late, sticks or
+//! never returns, for each N, under each policy. The ledger never forgets, and no verdict is a false *done*.
+
+use passgate::gate::{OnStuckDma, Outcome, PageState, Policy};
+use passgate_backends::StopClass;
+use passgate_backends::iommu::sim::{Fault, FaultPlan};
+use passgate_bindings::PAGE;
+use rustix::io::Errno;
+
+use crate::action::Action;
+use crate::saboteur::Plant;
+use crate::truth::Kept;
+use crate::world::{Setup, World};
+
+const FAULTS: [Fault; 7] = [
+    Fault::Errno(Errno::BUSY),
+    Fault::HalfMapped(Errno::IO),
+    Fault::HalfUnmapped(Errno::IO),
+    Fault::Short,
+    Fault::Late,
+    Fault::ShortLate,
+    Fault::Stuck,
+];
+
+const POLICIES: [OnStuckDma; 3] = [OnStuckDma::Refuse, OnStuckDma::Fence, OnStuckDma::Reset];
+
+fn setup(on_stuck_dma: OnStuckDma) -> Setup {
+    let policy = Policy { on_stuck_dma, close_deadline_ns: 500, ..Policy::default() };
+    let all = vec![StopClass::all(), StopClass::CANCEL];
+    Setup {
+        policy,
+        domains: vec![(256, 8 * PAGE, all), (256, 1 << 30, vec![StopClass::DETACH])],
+        clean: false,
+    }
+}
+
+/// Memory with an alias and a hole, converted back and forth, over region borders; two clients, of which one
+/// dies in the middle of it.
+fn scenario() -> Vec<Action> {
+    let add = |client, gpa, pages, file, offset, piece, initial| Action::Add {
+        client,
+        gpa,
+        pages,
+        file,
+        offset,
+        piece,
+        initial,
+        writable: true,
+    };
+    let begin = |region, page, pages, to, passgate| Action::Begin {
+        client: 0,
+        region,
+        page,
+        pages,
+        to,
+        passgate,
+        deadline_ns: 1000,
+    };
+    let end = |outcome| Action::End { granted: 0, outcome, stranger: false };
+    let (shared, private, hole) = (PageState::Shared, PageState::Private, PageState::Hole);
+    let mut actions = vec![
+        add(0, 0, 64, 0, 0, 3, shared),
+        add(1, 128, 32, 0, 16, 0, shared),
+        add(0, 64, 16, 1, 0, 2, private),
+        begin(0, 20, 4, private, false),
+        Action::Touch { granted: 0 },
+        end(Outcome::Committed),
+        begin(0, 60, 8, hole, false),
+        end(Outcome::NotCommitted),
+        begin(2, 3, 5, shared, false),
+        end(Outcome::Committed),
+        begin(0, 20, 4, shared, true),
+        begin(1, 0, 9, private, true),
+        begin(1, 0, 9, shared, false),
+        Action::Remove { region: 2, stranger: false },
+        end(Outcome::Committed),
+        begin(0, 8, 16, hole, false),
+        Action::Gone { client: 1 },
+        end(Outcome::Committed),
+        begin(0, 0, 1, private, false),
+        Action::Gone { client: 0 },
+    ];
+    // After each: what can come back comes back, and time goes on until every answer must be there.
+    let rest = [Action::Settle, Action::Advance { ns: 250 }, Action::Settle, Action::Advance { ns: 1000 }];
+    actions = actions.into_iter().flat_map(|action| std::iter::once(action).chain(rest.clone())).collect();
+    actions
+}
+
+fn play(world: &mut World) -> Kept {
+    for action in scenario() {
+        world.apply(&action)?;
+    }
+    world.drain()
+}
+
+fn calls(world: &World) -> u64 {
+    world.hands.buses.iter().map(|bus| bus.sim.all_calls()).max().unwrap_or(0)
+}
+
+fn world(policy: OnStuckDma) -> World {
+    World::new(&setup(policy), Plant::Nothing).expect("an empty world keeps every promise")
+}
+
+#[test]
+fn the_scenario_goes_well_when_nothing_fails() {
+    let mut world = World::new(&Setup { clean: true, ..setup(OnStuckDma::Refuse) }, Plant::Nothing).unwrap();
+    play(&mut world).unwrap_or_else(|broken| panic!("{broken}"));
+    assert_eq!(world.verdicts, [8, 0, 0], "every begin is granted");
+    assert!(calls(&world) > 25, "only {} calls: the scenario has lost its subject", calls(&world));
+}
+
+#[test]
+fn each_fault_at_every_call_leaves_every_promise_kept() {
+    let mut runs = 0;
+    for policy in POLICIES {
+        for (bus, fault) in (0..2).flat_map(|bus| FAULTS.map(|fault| (bus, fault))) {
+            for lasting in [1, 50] {
+                for nth in 1.. {
+                    let mut world = world(policy);
+                    let plan = (nth..nth + lasting).fold(FaultPlan::new(), |plan, n| plan.at_any(n, fault));
+                    world.hands.buses[bus].sim.plan(plan);
+                    if let Err(broken) = play(&mut world) {
+                        panic!(
+                            "{policy:?}, {lasting} times {fault:?} from call {nth} of bus {bus} on: {broken}"
+                        );
+                    }
+                    runs += 1;
+                    if nth > world.hands.buses[bus].sim.all_calls() {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+    println!("{runs} runs");
+}
+
+#[test]
+fn a_call_that_never_returns_delays_nobody_at_every_call() {
+    for policy in POLICIES {
+        for done in [false, true] {
+            for nth in 0.. {
+                let mut world = world(policy);
+                world.hang_at = Some((nth, done));
+                if let Err(broken) = play(&mut world) {
+                    panic!("{policy:?}, call {nth} never returns (done: {done}): {broken}");
+                }
+                if world.hang_at.is_some() {
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! What the gate was told about its mappings, and what that proves: a second, simpler ledger.
+//!
+//! A range is *maybe* mapped from the moment a map is asked for until it is refused or until unmaps over it have
+//! reported every byte gone. It is *in doubt* from the moment an unmap is asked for until then.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use passgate::gate::{DeviceId, DomainId, Effect, Event, JobId, MapResult, Policy, Step, Steps, UnmapResult};
+use passgate_bindings::{Iova, PageRange};
+use rangemap::RangeSet;
+
+use crate::truth::{Kept, broken};
+
+#[derive(Debug, Clone, Copy)]
+enum Job {
+    Map { domain: DomainId, iova: PageRange<Iova> },
+    Unmap { domain: DomainId, iova: PageRange<Iova> },
+    Fence { device: DeviceId, step: Step },
+    Attach { device: DeviceId },
+}
+
+#[derive(Debug, Default)]
+pub struct Domain {
+    pub maybe: RangeSet<u64>,
+    pub doubt: RangeSet<u64>,
+    /// Bytes reported gone, of ranges not yet proved gone whole.
+    credits: Vec<(Range<u64>, u64)>,
+    filling: BTreeMap<JobId, Range<u64>>,
+    flying: BTreeMap<JobId, Range<u64>>,
+}
+
+#[derive(Debug)]
+pub struct Device {
+    pub domain: DomainId,
+    pub steps: Steps,
+    /// The strongest fence that it is under.
+    pub fenced: Option<Step>,
+    /// Fences and attaches without a result.
+    pub busy: u32,
+    /// Whether the last attach failed.
+    pub lost: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Told {
+    pub domains: BTreeMap<DomainId, Domain>,
+    pub devices: BTreeMap<DeviceId, Device>,
+    jobs: HashMap<JobId, Job>,
+}
+
+pub fn span(range: PageRange<Iova>) -> Range<u64> {
+    range.start().0..range.end().0
+}
+
+fn bytes(set: &RangeSet<u64>, over: &Range<u64>) -> u64 {
+    set.overlapping(over).map(|part| part.end.min(over.end) - part.start.max(over.start)).sum()
+}
+
+fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+impl Domain {
+    /// Whether `over` is proved free of mappings and of operations in flight.
+    pub fn proved(&self, over: &Range<u64>) -> bool {
+        !self.maybe.overlaps(over) && !self.flying.values().any(|flying| meet(flying, over))
+    }
+
+    /// Whether every call over `over` came back and said plainly how it is.
+    pub fn settled(&self, over: &Range<u64>) -> bool {
+        let under_way = self.filling.values().chain(self.flying.values()).any(|range| meet(range, over));
+        !self.doubt.overlaps(over) && !under_way
+    }
+
+    pub fn settled_everywhere(&self) -> bool {
+        self.doubt.is_empty() && self.flying.is_empty()
+    }
+
+    /// The parts of `over` that are in doubt, in flight or under way.
+    pub fn doubtful(&self, over: &Range<u64>) -> Vec<Range<u64>> {
+        let clip = |part: &Range<u64>| part.start.max(over.start)..part.end.min(over.end);
+        let under_way = self.filling.values().chain(self.flying.values()).filter(|part| meet(part, over));
+        self.doubt.overlapping(over).chain(under_way).map(clip).collect()
+    }
+
+    fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId) {
+        if let UnmapResult::InFlight { .. } = result {
+            self.flying.insert(job, over.clone());
+        }
+        let inside = |range: &Range<u64>| over.start <= range.start && range.end <= over.end;
+        let credit: u64 = self.credits.iter().filter(|(range, _)| inside(range)).map(|(_, b)| b).sum();
+        let whole = credit.saturating_add(bytes_gone) == bytes(&self.maybe, &over);
+        if whole && !matches!(result, UnmapResult::Failed { .. }) {
+            self.credits.retain(|(range, _)| !inside(range));
+            self.maybe.remove(over.clone());
+            self.doubt.remove(over);
+        } else {
+            // Who boasts of more than there was has not said more than that it is gone.
+            let left = bytes(&self.maybe, &over).saturating_sub(credit);
+            self.credits.push((over, bytes_gone.min(left)));
+        }
+    }
+}
+
+impl Told {
+    /// Takes down what the gate wants done; breaks a promise where it should not want that.
+    pub fn effect(&mut self, effect: &Effect, policy: &Policy, leaving: bool) -> Kept {
+        match *effect {
+            Effect::Map { job, domain, iova, .. } => {
+                let entry = self.domains.entry(domain).or_default();
+                if entry.maybe.overlaps(&span(iova)) {
+                    broken!(2, "{effect:?} over a mapping that is not proved gone");
+                }
+                entry.maybe.insert(span(iova));
+                entry.filling.insert(job, span(iova));
+                self.jobs.insert(job, Job::Map { domain, iova });
+            }
+            Effect::Unmap { job, domain, iova } => {
+                let entry = self.domains.entry(domain).or_default();
+                entry.doubt.insert(span(iova));
+                self.jobs.insert(job, Job::Unmap { domain, iova });
+            }
+            Effect::Fence { job, device, step } => {
+                let Some(entry) = self.devices.get_mut(&device) else {
+                    broken!(4, "{effect:?} of a device that does not exist")
+                };
+                if !entry.steps.has(step) {
+                    broken!(4, "{effect:?} of a device that has no such fence");
+                }
+                if !leaving && !policy.on_stuck_dma.allows().has(step) {
+                    broken!(4, "{effect:?} goes beyond the policy {:?}", policy.on_stuck_dma);
+                }
+                entry.busy += 1;
+                self.jobs.insert(job, Job::Fence { device, step });
+            }
+            Effect::Attach { job, device } => {
+                let Some(entry) = self.devices.get_mut(&device) else {
+                    broken!(2, "{effect:?} of a device that does not exist")
+                };
+                let domain = self.domains.entry(entry.domain).or_default();
+                if !domain.settled_everywhere() {
+                    broken!(2, "{effect:?} while mappings of its domain are in doubt: {:?}", domain.doubt);
+                }
+                entry.busy += 1;
+                self.jobs.insert(job, Job::Attach { device });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Takes down what the gate is about to be told.
+    pub fn event(&mut self, event: &Event) {
+        match *event {
+            Event::DomainAdded { domain, .. } => {
+                self.domains.entry(domain).or_default();
+            }
+            Event::DeviceAdded { device, domain, steps } => {
+                let new = Device { domain, steps, fenced: None, busy: 0, lost: false };
+                self.devices.entry(device).or_insert(new);
+            }
+            Event::Mapped { job, result } => {
+                let Some(Job::Map { domain, iova }) = self.jobs.get(&job).copied() else { return };
+                self.jobs.remove(&job);
+                let entry = self.domains.entry(domain).or_default();
+                entry.filling.remove(&job);
+                match result {
+                    MapResult::Mapped => {}
+                    MapResult::Refused { .. } => entry.maybe.remove(span(iova)),
+                    MapResult::Unknown { .. } => entry.doubt.insert(span(iova)),
+                }
+            }
+            Event::Unmapped { job, result, .. } => {
+                let Some(Job::Unmap { domain, iova }) = self.jobs.get(&job).copied() else { return };
+                self.jobs.remove(&job);
+                let (UnmapResult::Gone { bytes }
+                | UnmapResult::InFlight { bytes }
+                | UnmapResult::Failed { bytes, .. }) = result;
+                self.domains.entry(domain).or_default().unmapped(span(iova), bytes, result, job);
+            }
+            Event::Released { job } => {
+                for domain in self.domains.values_mut() {
+                    domain.flying.remove(&job);
+                }
+            }
+            Event::Fenced { job, errno, .. } => {
+                let Some(Job::Fence { device, step }) = self.jobs.get(&job).copied() else { return };
+                self.jobs.remove(&job);
+                if let Some(entry) = self.devices.get_mut(&device) {
+                    entry.busy -= 1;
+                    if errno == 0 && step > Step::Cancel {
+                        entry.fenced = entry.fenced.max(Some(step));
+                    }
+                }
+            }
+            Event::Attached { job, errno } => {
+                let Some(Job::Attach { device }) = self.jobs.get(&job).copied() else { return };
+                self.jobs.remove(&job);
+                if let Some(entry) = self.devices.get_mut(&device) {
+                    entry.busy -= 1;
+                    entry.lost = errno != 0;
+                    if errno == 0 {
+                        entry.fenced = None;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Where a map under way maps.
+    pub fn map_of(&self, job: JobId) -> Option<PageRange<Iova>> {
+        match self.jobs.get(&job)? {
+            Job::Map { iova, .. } => Some(*iova),
+            _ => None,
+        }
+    }
+
+    /// Whether the result of `job` has not come yet.
+    pub fn waits_for(&self, job: JobId) -> bool {
+        self.jobs.contains_key(&job)
+    }
+
+    /// Whether any domain may still map `iova`, or has operations over it in flight.
+    pub fn unproved(&self, iova: PageRange<Iova>) -> Option<DomainId> {
+        self.domains.iter().find(|(_, domain)| !domain.proved(&span(iova))).map(|(id, _)| *id)
+    }
+
+    /// A domain in which `iova` is in doubt.
+    pub fn unsettled(&self, iova: PageRange<Iova>) -> Option<DomainId> {
+        self.domains.iter().find(|(_, domain)| !domain.settled(&span(iova))).map(|(id, _)| *id)
+    }
+}
