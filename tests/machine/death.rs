@@ -185,6 +185,7 @@ pub fn a_killed_client(rig: &Rig) {
         }
         before
     });
+    assert!(before.contains(&"region.closed".to_owned()), "session.closed came too early: {before:?}");
     if rig.iommu == "iommufd" {
         assert!(before.contains(&"device.fenced".to_owned()), "devices are stopped first: {before:?}");
     }

@@ -74,7 +74,12 @@ impl Edu {
         let nth = NEXT.fetch_add(1, Ordering::Relaxed) % SCRATCH_PAGES;
         let iova = PageRange::new(SCRATCH + nth * PAGE, PAGE)
             .map_err(|_| device.failed(Failed::new("scratch page", Errno::INVAL)))?;
-        Ok(Self { registers, scratch: Mutex::new(Scratch { page: Arc::new(page), iova }), device, domain })
+        let scratch = Mutex::new(Scratch { page: Arc::new(page), iova });
+        let edu = Self { registers, scratch, device, domain };
+        // It has no reset: whoever had it before may have left a transfer under way, which must not meet memory of
+        // ours. The domain is empty as yet.
+        edu.wait()?;
+        Ok(edu)
     }
 
     /// Runs `transfers` with the scratch page mapped. One at a time: there is one engine.
@@ -101,11 +106,18 @@ impl Edu {
         self.run(BUFFER, to.0, len, GO | TO_MEMORY)
     }
 
+    /// While the engine runs it takes no register: a transfer that somebody left under way must end first.
     fn run(&self, source: u64, target: u64, len: usize, command: u32) -> Result<()> {
+        self.wait()?;
         self.set_address(SOURCE, source)?;
         self.set_address(TARGET, target)?;
         self.set_word(COUNT, len as u32)?; // at most BUFFER_LEN
         self.set_word(RUN, command)?;
+        self.wait()
+    }
+
+    /// Waits until the engine is at rest.
+    fn wait(&self) -> Result<()> {
         let begun = Instant::now();
         while self.word(RUN)? & GO != 0 {
             if begun.elapsed() > DEADLINE {
