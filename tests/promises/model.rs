@@ -250,6 +250,10 @@ impl Model {
                 if let Some(region) = self.truth.regions.iter().find(going) {
                     broken!(8, "{event:?} is taken, but {region:?} is on its way out");
                 }
+                let mine = self.truth.open.iter().filter(|open| open.caller.client == caller.client).count();
+                if mine >= self.policy.max_open as usize {
+                    broken!(7, "{event:?} is taken, with {mine} open of {}", self.policy.max_open);
+                }
                 let phase = Phase::Asked;
                 let open =
                     Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
