@@ -40,8 +40,11 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
 ];
 
-/// What needs no device, and why it cannot run where it cannot.
-const ONCE: &[(&str, fn(), fn() -> Option<&'static str>)] = &[
+/// Why a trial cannot run here, where it cannot.
+type Excuse = fn() -> Option<&'static str>;
+
+/// What needs no device.
+const ONCE: &[(&str, fn(), Excuse)] = &[
     ("the_demo_shows_no_stale_dma", programs::demo, || None),
     ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
     ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
