@@ -25,6 +25,8 @@ mod refusals;
 mod rng;
 #[path = "promises/saboteur.rs"]
 mod saboteur;
+#[path = "promises/scenes.rs"]
+mod scenes;
 #[path = "promises/told.rs"]
 mod told;
 #[path = "promises/truth.rs"]

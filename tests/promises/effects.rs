@@ -1,6 +1,6 @@
 //! Judges effects, one by one, in the order in which the gate gave them.
 
-use passgate::gate::{Answer, Caller, Effect, Notice, Outcome, Performer, Refusal, Verdict};
+use passgate::gate::{Answer, Caller, DeviceId, Effect, Notice, Outcome, Performer, Refusal, Verdict};
 use passgate_bindings::{Iova, PageRange};
 
 use crate::model::{Ask, Asked, Model};
@@ -86,7 +86,23 @@ impl Model {
                 }
                 file.held = false;
             }
-            Effect::Attach { .. } => self.truth.dirty = true,
+            Effect::Attach { device, .. } => {
+                self.truth.dirty = true;
+                self.dead_are_unmapped(*device)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A device comes back only when no memory of a dead client is left in its domain.
+    fn dead_are_unmapped(&self, device: DeviceId) -> Kept {
+        let Some(domain) = self.told.devices.get(&device).map(|device| device.domain) else { return Ok(()) };
+        let Some(told) = self.told.domains.get(&domain) else { return Ok(()) };
+        for region in &self.truth.regions {
+            let dead = self.deaths.iter().any(|death| death.client == region.owner);
+            if dead && !told.proved(&crate::told::span(region.iova())) {
+                broken!(8, "{device:?} comes back to {domain:?}, where {region:?} is mapped");
+            }
         }
         Ok(())
     }

@@ -246,6 +246,10 @@ impl Model {
                 let Ok(pages) = self.truth.resolve(range) else {
                     broken!(1, "{event:?} touches addresses that no region covers, and was taken")
                 };
+                let going = |r: &&Region| r.stage == Stage::Closing && r.spec.gpa.overlaps(range);
+                if let Some(region) = self.truth.regions.iter().find(going) {
+                    broken!(8, "{event:?} is taken, but {region:?} is on its way out");
+                }
                 let phase = Phase::Asked;
                 let open =
                     Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
@@ -357,6 +361,13 @@ impl Model {
         mine.sort_unstable();
         if !snapshot.regions.iter().map(|region| region.region).eq(mine.iter().copied()) {
             broken!(8, "regions {mine:?}, the gate has {:?}", snapshot.regions);
+        }
+        for status in &snapshot.regions {
+            let file = self.truth.files.iter().find(|file| file.id == status.spec.backing.file);
+            let mine = file.and_then(|file| file.bytes(&self.truth.regions, status.region));
+            if let Some(mine) = mine.filter(|mine| *mine != status.bytes) {
+                broken!(2, "{status:?}, but by state its pages are {mine:?} bytes");
+            }
         }
         for status in &snapshot.devices {
             let told = self.told.devices.get(&status.device);

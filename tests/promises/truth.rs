@@ -184,6 +184,16 @@ impl File {
         self.quarantine.iter().map(within).sum::<u64>() == range.len()
     }
 
+    /// Bytes of a region of this file by state; none where it reaches beyond the file.
+    pub fn bytes(&self, regions: &[Region], id: RegionId) -> Option<[u64; 4]> {
+        let range = regions.iter().find(|region| region.id == id)?.pages();
+        let mut bytes = [0; 4];
+        for page in self.pages.get((range.start().0 / PAGE) as usize..(range.end().0 / PAGE) as usize)? {
+            bytes[page.state as usize] += PAGE;
+        }
+        Some(bytes)
+    }
+
     /// What a page is, why it may not be reached.
     pub fn describe(&self, page: u64) -> String {
         format!("{:?}", self.pages[page as usize])
@@ -228,6 +238,12 @@ impl Truth {
             }
             page.shown += 1;
         });
+        // What its last owner could not say, the next cannot either.
+        let lasting = |(_, reason, _): &&(_, Reason, _)| crate::model::Model::lasts(reason.cause);
+        let unknown: Vec<_> = file.quarantine.iter().filter(lasting).map(|(held, ..)| *held).collect();
+        for held in unknown {
+            file.change(held, |page| page.state = PageState::Unknown);
+        }
     }
 
     /// A region is gone: its owner does with the memory what he likes.

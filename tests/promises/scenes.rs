@@ -1,0 +1,151 @@
+//! What the promises leave open and the design states: how far a fence goes, and when none is asked for.
+
+use passgate::gate::{OnStuckDma, PageState, Policy};
+use passgate_backends::StopClass;
+use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
+use passgate_bindings::PAGE;
+use rustix::io::Errno;
+
+use crate::action::Action;
+use crate::saboteur::Plant;
+use crate::world::{KINDS, Setup, World};
+
+const ADD: Action = Action::Add {
+    client: 0,
+    gpa: 0,
+    pages: 8,
+    file: 0,
+    offset: 0,
+    piece: 0,
+    initial: PageState::Shared,
+    writable: true,
+};
+
+const BEGIN: Action = Action::Begin {
+    client: 0,
+    region: 0,
+    page: 2,
+    pages: 1,
+    to: PageState::Private,
+    passgate: false,
+    deadline_ns: 1000,
+};
+
+/// Another region, in one piece of 2 MiB.
+const OTHER: Action = Action::Add {
+    client: 0,
+    gpa: 512,
+    pages: 512,
+    file: 1,
+    offset: 0,
+    piece: 9,
+    initial: PageState::Shared,
+    writable: true,
+};
+
+const BEGIN_OTHER: Action = Action::Begin {
+    client: 0,
+    region: 1,
+    page: 100,
+    pages: 1,
+    to: PageState::Private,
+    passgate: false,
+    deadline_ns: 1000,
+};
+
+fn world(on_stuck_dma: OnStuckDma) -> World {
+    let policy = Policy { on_stuck_dma, ..Policy::default() };
+    let domains = vec![(256, 1 << 30, vec![StopClass::all()])];
+    let mut world = World::new(&Setup { policy, domains, clean: false }, Plant::Nothing).unwrap();
+    play(&mut world, &[ADD, Action::Settle]);
+    world
+}
+
+fn play(world: &mut World, actions: &[Action]) {
+    for action in actions {
+        world.apply(action).unwrap_or_else(|broken| panic!("{broken}"));
+    }
+}
+
+fn fences(world: &World) -> u64 {
+    world.kinds[KINDS.iter().position(|kind| *kind == "fenced").unwrap()]
+}
+
+/// A begin, and every rung of its ladder in time.
+fn begin_and_climb(world: &mut World) {
+    play(world, &[BEGIN, Action::Settle]);
+    for _ in 0..5 {
+        play(world, &[Action::Advance { ns: PAGE / 20 }, Action::Settle]);
+    }
+}
+
+#[test]
+fn dma_that_does_not_stop_is_fenced_as_far_as_policy_goes() {
+    for (policy, verdicts, fenced) in [
+        (OnStuckDma::Refuse, [0, 1, 0], 1),
+        (OnStuckDma::Fence, [1, 0, 0], 2),
+        (OnStuckDma::Reset, [1, 0, 0], 2),
+    ] {
+        let mut world = world(policy);
+        world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
+        begin_and_climb(&mut world);
+        assert_eq!((world.verdicts, fences(&world)), (verdicts, fenced), "{policy:?}");
+        let quarantined = world.gate.snapshot().quarantine.len();
+        assert_eq!(quarantined as u64, verdicts[1], "{policy:?}");
+        // The operation ends: proof, and the range is free again.
+        play(&mut world, &[Action::Flush { domain: 0, stuck: true }, Action::Settle]);
+        assert!(world.gate.snapshot().quarantine.is_empty(), "{policy:?}");
+        world.drain().unwrap_or_else(|broken| panic!("{policy:?}: {broken}"));
+    }
+}
+
+#[test]
+fn an_unmap_that_fails_is_tried_again_at_once_and_then_behind_the_weakest_fence() {
+    for fault in [Fault::Errno(Errno::BUSY), Fault::Short] {
+        for failures in [1, 2] {
+            let mut world = world(OnStuckDma::Reset);
+            let plan = (1..=failures).fold(FaultPlan::new(), |plan, nth| plan.at(Call::Unmap, nth, fault));
+            world.hands.buses[0].sim.plan(plan);
+            begin_and_climb(&mut world);
+            assert_eq!((world.verdicts, fences(&world)), ([1, 0, 0], failures - 1), "{fault:?}");
+            assert_eq!(world.hands.buses[0].sim.calls(Call::Unmap), failures + 1, "{fault:?}");
+        }
+    }
+}
+
+#[test]
+fn a_map_that_does_not_return_stops_no_device() {
+    let mut world = world(OnStuckDma::Reset);
+    world.hang_at = Some((0, false));
+    play(
+        &mut world,
+        &[Action::Add {
+            client: 0,
+            gpa: 16,
+            pages: 8,
+            file: 1,
+            offset: 0,
+            piece: 0,
+            initial: PageState::Shared,
+            writable: true,
+        }],
+    );
+    play(&mut world, &[Action::Settle]);
+    play(&mut world, &[BEGIN_OTHER]);
+    for _ in 0..5 {
+        play(&mut world, &[Action::Advance { ns: 200 }, Action::Settle]);
+    }
+    assert_eq!((world.verdicts, fences(&world)), ([0, 0, 1], 0));
+    world.drain().unwrap_or_else(|broken| panic!("{broken}"));
+}
+
+#[test]
+fn neighbours_in_the_same_piece_come_back_at_once() {
+    let mut world = world(OnStuckDma::Refuse);
+    play(&mut world, &[OTHER, Action::Settle, BEGIN_OTHER, Action::Settle]);
+    // 8 pages of the first region; all but one of the second, in two mappings.
+    assert_eq!(world.hands.buses[0].sim.mapping_count(), 8 + 2);
+    let dma =
+        |page: u64| world.hands.buses[0].sim.dma(passgate_bindings::Iova((512 + page) * PAGE)).is_some();
+    assert_eq!((dma(99), dma(100), dma(101)), (true, false, true));
+}
