@@ -165,7 +165,7 @@ fn watch(core: &Arc<Core>) {
                 Found::Owned => break,
                 Found::Young => std::thread::sleep(PATIENCE),
                 Found::Yours(vm, turn) => {
-                    log::error!("a kernel call does not return: going on without its thread");
+                    log::warn!("a kernel call has not returned for too long: going on without its thread");
                     let mut threads = core.threads();
                     threads.looping = threads.supervisor.take();
                     drop(threads);
