@@ -22,7 +22,6 @@ use machine::rig::Rig;
 use machine::{conversion, death, programs, refusals};
 
 type Run = fn(&Rig);
-type Missing = fn() -> Option<&'static str>;
 
 /// What holds with either interface to the IOMMU.
 const EVERY_DOMAIN: &[(&str, Run)] = &[
