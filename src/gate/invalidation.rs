@@ -2,14 +2,14 @@
 //!
 //! While it clears, [`Gate::advance`] looks at the ledger and does the next thing: unmap what is mapped, wait for
 //! what is under way, climb the ladder for what failed. It is granted when the ledger shows nothing over the
-//! range. Time only ever pushes: every fifth of the deadline one rung is over, after the fourth comes an answer.
+//! range. Time only ever pushes (`ladder`).
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::effect::{Answer, Effect, Effects, FilePages};
 use super::event::{Caller, ClientId, DomainId, InvalidationId, JobId, Performer, RegionId};
-use super::fence::{Step, Steps};
+use super::fence::Step;
 use super::ledger::{HeldBy, PageState, Run, RunState};
 use super::receipt::Receipt;
 use super::verdict::{Refusal, Verdict};
@@ -53,10 +53,10 @@ pub(super) struct Invalidation {
     pub(super) targets: Vec<PageRange<Iova>>,
     pub(super) rung: Step,
     /// Whether suspect mappings are still to be tried at this rung.
-    retry: bool,
+    pub(super) retry: bool,
     /// Whether devices are being stopped first.
-    stopping: bool,
-    deadline_ns: u64,
+    pub(super) stopping: bool,
+    pub(super) deadline_ns: u64,
 }
 
 impl Invalidation {
@@ -82,9 +82,6 @@ struct Sight {
     suspects: Vec<(DomainId, Run)>,
     waiting: bool,
 }
-
-/// A deadline has five parts: one for each rung, and one of slack in which the answer travels.
-const PARTS: u64 = 5;
 
 impl Gate {
     pub(super) fn begin(
@@ -198,13 +195,6 @@ impl Gate {
         }
     }
 
-    fn arm(&self, invalidation: InvalidationId, rung: Step, effects: &mut Effects) {
-        if let Some(inv) = self.invalidations.get(&invalidation) {
-            let after_ns = (inv.deadline_ns / PARTS).max(1);
-            effects.push(Effect::Arm { invalidation, rung, after_ns });
-        }
-    }
-
     /// The pages behind a guest-physical range, or why it cannot be begun.
     fn resolve(&self, client: ClientId, range: PageRange<Gpa>) -> Result<Vec<FilePages>, Refusal> {
         let open = self.open_by_client.get(&client).copied().unwrap_or(0);
@@ -263,7 +253,7 @@ impl Gate {
     }
 
     /// Looks at what stands in the way, and does the next thing about it.
-    fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
+    pub(super) fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
         loop {
             let Some(inv) = self.invalidations.get_mut(&id) else { return };
             if inv.phase != Phase::Clearing {
@@ -373,67 +363,6 @@ impl Gate {
             runs.fuse(iova, RunState::Removing(job));
         }
         effects.push(Effect::Unmap { job, domain, iova });
-    }
-
-    /// Goes up to the next rung that the policy allows and a device in question has; false at the top.
-    fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
-        let Some(inv) = self.invalidations.get(&id) else { return false };
-        let allowed = match inv.after {
-            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Cancel, Step::Detach])),
-            _ => self.policy.on_stuck_dma.allows(),
-        };
-        // A map that takes its time is no reason to stop a device.
-        let stands = |run: Run| !matches!(run.state, RunState::Filling(_));
-        let stuck: Vec<DomainId> = self
-            .domains
-            .iter()
-            .filter(|domain| inv.targets.iter().any(|t| domain.runs.overlapping(*t).any(stands)))
-            .map(|domain| domain.id)
-            .collect();
-        let mut rung = inv.rung;
-        while let Some(next) = rung.above() {
-            rung = next;
-            if !allowed.has(next) || !stuck.iter().any(|domain| self.can(*domain, next)) {
-                continue;
-            }
-            for domain in stuck {
-                self.fence(domain, next, id, effects);
-            }
-            if let Some(inv) = self.invalidations.get_mut(&id) {
-                inv.rung = next;
-                inv.retry = true;
-            }
-            return true;
-        }
-        false
-    }
-
-    pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
-        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase != Phase::Granted) else {
-            return;
-        };
-        inv.stopping = false;
-        if inv.phase == Phase::Converting {
-            match over.above() {
-                None => self.convert_hangs(id, effects),
-                Some(next) => self.arm(id, next, effects),
-            }
-            return;
-        }
-        match over.above() {
-            None => {
-                self.fail(id, effects);
-                return;
-            }
-            Some(next) => {
-                let behind = inv.rung <= over;
-                self.arm(id, next, effects);
-                if behind {
-                    self.climb(id, effects);
-                }
-            }
-        }
-        self.advance(id, effects);
     }
 
     /// Nothing is in the way any more.

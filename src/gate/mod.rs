@@ -13,6 +13,7 @@ mod ending;
 pub mod event;
 pub mod fence;
 mod invalidation;
+mod ladder;
 pub mod ledger;
 mod plan;
 pub mod receipt;

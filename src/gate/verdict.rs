@@ -103,7 +103,7 @@ pub enum Refusal {
         gpa: Gpa,
     },
     /// The range is in quarantine.
-    #[error("{gpa} is in quarantine ({}): it is freed by proof or by a person", cause.word())]
+    #[error("{gpa} is in quarantine ({}): `passgate status` says since which invalidation, `passgate explain` why", cause.word())]
     Quarantined {
         /// The first quarantined address.
         gpa: Gpa,

@@ -17,7 +17,7 @@ use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::protocol::{hex, record};
-use crate::session::Task;
+use crate::session::{BorderError, Task};
 
 /// The interface that every varlink service has.
 const VARLINK: &str = "org.varlink.service";
@@ -125,13 +125,10 @@ impl Vm {
         }
         let parameters = &call.parameters;
         match name {
-            Some("AddMemory") => match read(parameters) {
-                Ok(memory) => match self.session.add_memory(caller, &memory, fds) {
-                    Ok(()) => Said::Later,
-                    Err(error) => Said::Wrong(error.to_string(), error.errno()),
-                },
-                Err(said) => said,
-            },
+            Some("AddMemory") => with(parameters, |memory| {
+                self.session.add_memory(caller, memory, fds);
+                Said::Later
+            }),
             Some("RemoveMemory") => with(parameters, |verbs::RemoveMemory { region }| {
                 self.session.handle(Event::RemoveRegion { caller, region: RegionId(region) });
                 Said::Later
@@ -251,6 +248,11 @@ impl Vm {
             }
         };
         self.reply_later(caller.client, caller.cookie, Reply { parameters, ..Reply::default() });
+    }
+
+    /// Memory will not do.
+    pub(super) fn refuse(&mut self, caller: Caller, error: &BorderError) {
+        self.reply_later(caller.client, caller.cookie, refused(&error.to_string(), error.errno()));
     }
 
     fn reply_later(&mut self, client: ClientId, cookie: u64, reply: Reply) {

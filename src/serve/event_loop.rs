@@ -165,7 +165,7 @@ fn watch(core: &Arc<Core>) {
                 Found::Owned => break,
                 Found::Young => std::thread::sleep(PATIENCE),
                 Found::Yours(vm, turn) => {
-                    log::error!("a kernel call does not return: going on without its thread");
+                    log::warn!("a kernel call has not returned for too long: going on without its thread");
                     let mut threads = core.threads();
                     threads.looping = threads.supervisor.take();
                     drop(threads);
@@ -229,13 +229,14 @@ fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
         match vm.session.next_step() {
             Next::Idle => return Some(vm),
             Next::Answer(caller, answer) => vm.answer(caller, answer),
+            Next::Refused(caller, error) => vm.refuse(caller, &error),
             Next::Notice(notice) => vm.notice(&notice),
             Next::Call(call) => {
                 vm.rearm(Some(CALL));
                 match core.baton.run(turn, vm, || call.run()) {
                     Ok((back, returned)) => {
                         vm = back;
-                        vm.session.returned(returned);
+                        vm.returned(returned);
                     }
                     Err(returned) => {
                         core.deliver(Done::Call(returned));

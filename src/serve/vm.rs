@@ -15,7 +15,7 @@ use super::{Options, socket_error};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event, Notice};
 use crate::observe::events;
-use crate::session::{Pool, Session};
+use crate::session::{Pool, Returned, Session};
 
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
@@ -146,13 +146,21 @@ impl Vm {
     fn kicked(&mut self) -> bool {
         for done in self.core.take_done() {
             match done {
-                Done::Call(returned) => self.session.returned(returned),
+                Done::Call(returned) => self.returned(returned),
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
             }
         }
         self.alarm = None;
         self.session.expire(Instant::now());
         false
+    }
+
+    /// Takes what came of a call. Memory of a client that is gone meanwhile comes too late.
+    pub(super) fn returned(&mut self, returned: Returned) {
+        match &returned {
+            Returned::Examined { caller, .. } if !self.connections.contains_key(&caller.client) => {}
+            _ => self.session.returned(returned),
+        }
     }
 
     /// Sets the alarm for the earliest deadline, or for when a call that begins now has taken `patience`; unless

@@ -2,11 +2,13 @@
 //!
 //! A call owns what it works on, so that it can run on any thread and outlive the session that asked for it.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use passgate_backends::{Device, Domain, Error, FenceStep, Ticket, Unmap};
 use passgate_bindings::guest_memfd::{self, Conversion};
+use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PageRange};
@@ -14,8 +16,9 @@ use rustix::io::Errno;
 
 use super::Session;
 use crate::gate::{
-    DomainId, Effect, Event, InvalidationId, JobId, MapResult, Outcome, PageState, Step, UnmapResult,
+    Caller, DomainId, Effect, Event, InvalidationId, JobId, MapResult, Outcome, PageState, Step, UnmapResult,
 };
+use crate::protocol::verbs::AddMemory;
 
 /// Bytes up to which an unmap or a punch runs where it is asked for, without another thread.
 const SMALL: u64 = 2 << 20;
@@ -80,15 +83,45 @@ pub enum Call {
         /// To what.
         to: PageState,
     },
+    /// Ask the kernel what a client's descriptors are. A file system of the client's own may take its time.
+    Examine {
+        /// Who passed them.
+        caller: Caller,
+        /// For what.
+        memory: AddMemory,
+        /// As they came.
+        fds: Vec<OwnedFd>,
+    },
+}
+
+/// A client's descriptor, and what the kernel says of it.
+#[derive(Debug)]
+pub struct Examined {
+    /// The descriptor.
+    pub(super) fd: OwnedFd,
+    /// What it is, or why it will not do.
+    pub(super) file: Result<Identity, FileError>,
 }
 
 /// What came of a call.
 #[derive(Debug)]
-pub struct Returned {
-    /// For the gate.
-    pub event: Event,
-    /// Where operations are in flight: what names them.
-    pub ticket: Option<(DomainId, Ticket, JobId)>,
+pub enum Returned {
+    /// A fact for the gate.
+    Fact {
+        /// The fact.
+        event: Event,
+        /// Where operations are in flight: what names them.
+        ticket: Option<(DomainId, Ticket, JobId)>,
+    },
+    /// What a client's descriptors are.
+    Examined {
+        /// Who passed them.
+        caller: Caller,
+        /// For what.
+        memory: AddMemory,
+        /// What they are.
+        files: Vec<Examined>,
+    },
 }
 
 /// The fence that a rung is, where it is one.
@@ -139,6 +172,7 @@ impl Call {
             Self::Convert { pages, .. } => {
                 pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= SMALL
             }
+            Self::Examine { .. } => true,
             Self::Fence { .. } | Self::Attach { .. } => false,
         }
     }
@@ -147,7 +181,7 @@ impl Call {
     pub fn run(self) -> Returned {
         let start = Instant::now();
         let took = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let plain = |event| Returned { event, ticket: None };
+        let plain = |event| Returned::Fact { event, ticket: None };
         match self {
             Self::Map { job, domain, iova, piece, file, offset, writable } => {
                 let result = match domain.map(iova, piece, &file, offset, writable) {
@@ -172,13 +206,17 @@ impl Call {
                     }
                 };
                 let event = Event::Unmapped { job, result, took_ns: took() };
-                Returned { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
+                Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }
             Self::Fence { job, device, step } => {
                 let errno = told(device.fence(step));
                 plain(Event::Fenced { job, errno, took_ns: took() })
             }
             Self::Attach { job, device } => plain(Event::Attached { job, errno: told(device.attach()) }),
+            Self::Examine { caller, memory, fds } => {
+                let files = fds.into_iter().map(|fd| Examined { file: identity::identify(&fd), fd });
+                Returned::Examined { caller, memory, files: files.collect() }
+            }
             Self::Convert { invalidation, pages, to } => {
                 plain(Event::Converted { invalidation, outcome: convert(&pages, to) })
             }

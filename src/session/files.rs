@@ -10,6 +10,7 @@ use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange, RangeError};
 
+use super::call::Examined;
 use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec};
 use crate::protocol::verbs::AddMemory;
 
@@ -93,18 +94,16 @@ impl Files {
         &mut self,
         caller: Caller,
         memory: &AddMemory,
-        fds: Vec<OwnedFd>,
+        files: Vec<Examined>,
     ) -> Result<RegionSpec, BorderError> {
-        let (given, wanted) = (fds.len(), 1 + usize::from(memory.private));
-        let mut fds = fds.into_iter();
-        let (Some(fd), private, None) = (fds.next(), fds.next(), fds.nth(0)) else {
+        let (given, wanted) = (files.len(), 1 + usize::from(memory.private));
+        let mut files = files.into_iter();
+        let (Some(Examined { fd, file }), private, true) = (files.next(), files.next(), given == wanted)
+        else {
             return Err(BorderError::Fds { given, wanted });
         };
-        if given != wanted {
-            return Err(BorderError::Fds { given, wanted });
-        }
         let gpa = PageRange::new(memory.gpa, memory.length)?;
-        let file = identity::identify(&fd)?;
+        let file = file?;
         identity::check(&file, memory.offset, memory.length, memory.writable)?;
         if let FileKind::Hugetlb(page) = file.kind {
             if memory.piece < page {
@@ -114,7 +113,7 @@ impl Files {
                 return Err(BorderError::Misplaced { page });
             }
         }
-        let private = private.map(|fd| self.check_private(fd, memory)).transpose()?;
+        let private = private.map(|private| check_private(private, memory)).transpose()?;
         let id = FileId { device: file.device, inode: file.inode };
         self.hold(id, fd, &file);
         let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, _private: private };
@@ -126,15 +125,6 @@ impl Files {
             piece: memory.piece,
             initial: memory.initial.into(),
         })
-    }
-
-    fn check_private(&self, fd: OwnedFd, memory: &AddMemory) -> Result<OwnedFd, BorderError> {
-        let file = identity::identify(&fd)?;
-        if file.kind != FileKind::GuestMemfd {
-            return Err(BorderError::NotPrivate(file.kind));
-        }
-        identity::check(&file, memory.offset, memory.length, false)?;
-        Ok(fd)
     }
 
     /// Holds a file. Where it is held already, the wider of the two descriptors stays: a region that is only read
@@ -204,4 +194,13 @@ impl Files {
         }
         Ok(())
     }
+}
+
+fn check_private(private: Examined, memory: &AddMemory) -> Result<OwnedFd, BorderError> {
+    let file = private.file?;
+    if file.kind != FileKind::GuestMemfd {
+        return Err(BorderError::NotPrivate(file.kind));
+    }
+    identity::check(&file, memory.offset, memory.length, false)?;
+    Ok(private.fd)
 }

@@ -24,7 +24,7 @@ use crate::gate::{
 };
 use crate::protocol::verbs::{AddMemory, Totals};
 
-pub use call::{Call, Returned};
+pub use call::{Call, Examined, Returned};
 pub use files::BorderError;
 use files::Files;
 use held::HeldAnswers;
@@ -42,6 +42,8 @@ pub enum Next {
     Call(Call),
     /// Answer a request.
     Answer(Caller, Answer),
+    /// Tell a client that the memory it passed will not do.
+    Refused(Caller, BorderError),
     /// Tell everybody who listens.
     Notice(Notice),
 }
@@ -57,6 +59,8 @@ pub struct Session {
     devices: Vec<Arc<dyn Device>>,
     files: Files,
     held: HeldAnswers,
+    /// Memory that is being examined, or will not do.
+    border: VecDeque<Next>,
     /// When to wake the gate, and for what.
     timers: BTreeMap<InvalidationId, (Instant, Step)>,
     tickets: HashMap<(DomainId, Ticket), JobId>,
@@ -96,6 +100,7 @@ impl Session {
             devices,
             files: Files::default(),
             held: HeldAnswers::default(),
+            border: VecDeque::new(),
             timers: BTreeMap::new(),
             tickets: HashMap::new(),
             early: HashSet::new(),
@@ -123,27 +128,28 @@ impl Session {
 
     /// Takes what came of a call.
     pub fn returned(&mut self, returned: Returned) {
-        if let Some((domain, ticket, job)) = returned.ticket {
-            if self.early.remove(&(domain, ticket)) {
-                self.handle(returned.event);
-                self.handle(Event::Released { job });
-                return;
+        match returned {
+            Returned::Fact { event, ticket: None } => self.handle(event),
+            Returned::Fact { event, ticket: Some((domain, ticket, job)) } => {
+                let over = self.early.remove(&(domain, ticket));
+                if !over {
+                    self.tickets.insert((domain, ticket), job);
+                }
+                self.handle(event);
+                if over {
+                    self.handle(Event::Released { job });
+                }
             }
-            self.tickets.insert((domain, ticket), job);
+            Returned::Examined { caller, memory, files } => match self.files.admit(caller, &memory, files) {
+                Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
+                Err(error) => self.border.push_back(Next::Refused(caller, error)),
+            },
         }
-        self.handle(returned.event);
     }
 
-    /// A client's memory, as it came: checked here, and added once the gate has admitted it.
-    pub fn add_memory(
-        &mut self,
-        caller: Caller,
-        memory: &AddMemory,
-        fds: Vec<OwnedFd>,
-    ) -> Result<(), BorderError> {
-        let spec = self.files.admit(caller, memory, fds)?;
-        self.handle(Event::AddRegion { caller, spec });
-        Ok(())
+    /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
+    pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
+        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds }));
     }
 
     /// Whether passgate may convert this range itself.
@@ -153,6 +159,9 @@ impl Session {
 
     /// What to do next.
     pub fn next_step(&mut self) -> Next {
+        if let Some(next) = self.border.pop_front() {
+            return next;
+        }
         while let Some(effect) = self.effects.get_mut(self.done) {
             self.done += 1;
             // An executed effect is never looked at again; the cheapest one takes its place.

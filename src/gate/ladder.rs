@@ -1,0 +1,85 @@
+//! Time and the ladder: what pushes an invalidation on when proof does not come.
+//!
+//! Every fifth of the deadline one rung is to be over; after the fourth comes an answer, whatever is the case. A
+//! failure climbs at once, without waiting for time.
+
+use super::Gate;
+use super::effect::{Effect, Effects};
+use super::event::{DomainId, InvalidationId};
+use super::fence::{Step, Steps};
+use super::invalidation::{After, Phase};
+use super::ledger::{Run, RunState};
+
+/// A deadline has five parts: one for each rung, and one of slack in which the answer travels.
+const PARTS: u64 = 5;
+
+impl Gate {
+    pub(super) fn arm(&self, invalidation: InvalidationId, rung: Step, effects: &mut Effects) {
+        if let Some(inv) = self.invalidations.get(&invalidation) {
+            let after_ns = (inv.deadline_ns / PARTS).max(1);
+            effects.push(Effect::Arm { invalidation, rung, after_ns });
+        }
+    }
+
+    /// Goes up to the next rung that the policy allows and a device in question has; false at the top.
+    pub(super) fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
+        let Some(inv) = self.invalidations.get(&id) else { return false };
+        let allowed = match inv.after {
+            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Cancel, Step::Detach])),
+            _ => self.policy.on_stuck_dma.allows(),
+        };
+        // A map that takes its time is no reason to stop a device.
+        let stands = |run: Run| !matches!(run.state, RunState::Filling(_));
+        let stuck: Vec<DomainId> = self
+            .domains
+            .iter()
+            .filter(|domain| inv.targets.iter().any(|t| domain.runs.overlapping(*t).any(stands)))
+            .map(|domain| domain.id)
+            .collect();
+        let mut rung = inv.rung;
+        while let Some(next) = rung.above() {
+            rung = next;
+            if !allowed.has(next) || !stuck.iter().any(|domain| self.can(*domain, next)) {
+                continue;
+            }
+            for domain in stuck {
+                self.fence(domain, next, id, effects);
+            }
+            if let Some(inv) = self.invalidations.get_mut(&id) {
+                inv.rung = next;
+                inv.retry = true;
+            }
+            return true;
+        }
+        false
+    }
+
+    /// A fifth of the deadline is over, and with it a rung.
+    pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
+        let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase != Phase::Granted) else {
+            return;
+        };
+        inv.stopping = false;
+        if inv.phase == Phase::Converting {
+            match over.above() {
+                None => self.convert_hangs(id, effects),
+                Some(next) => self.arm(id, next, effects),
+            }
+            return;
+        }
+        match over.above() {
+            None => {
+                self.fail(id, effects);
+                return;
+            }
+            Some(next) => {
+                let behind = inv.rung <= over;
+                self.arm(id, next, effects);
+                if behind {
+                    self.climb(id, effects);
+                }
+            }
+        }
+        self.advance(id, effects);
+    }
+}
