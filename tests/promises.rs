@@ -24,9 +24,9 @@
 //! | ending: an end that counts from any connection | bulk, anything | 3 |
 //! | ending: a page state not taken down, or not unknown after an end that said so | bulk, anything, nth | 1, 2 |
 //! | invalidation: granted while an unmap is under way; only the first alias cleared | bulk, anything, nth | 2 |
-//! | invalidation: no timer for the next rung | bulk, anything, nth | 4 |
-//! | invalidation: no rung climbed when time is over | scenes | – |
-//! | invalidation: a device stopped because a map takes its time; a retry lost under a fence | scenes | – |
+//! | ladder: no timer for the next rung | bulk, anything, nth | 4 |
+//! | ladder: no rung climbed when time is over | scenes | – |
+//! | ladder: a device stopped because a map takes its time; a retry lost under a fence | scenes | – |
 //! | invalidation: a region on its way out begun over; one begin too many | bulk, anything | 8, 7 |
 //! | plan: mapped over a hold; mapped though private; mapped though its region goes | all | 3; 1; 8 |
 //! | plan, region: a budget not kept, of mappings, of regions | bulk, anything | 7 |
