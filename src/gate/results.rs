@@ -40,8 +40,8 @@ impl Gate {
                 self.quarantine(InvalidationId(0), part.file, part.range, reason, effects);
             }
         }
-        // Taken down now: the region may be gone when it is settled.
-        let pages = self.files_at(iova);
+        // Taken down now, where anything is to be settled: the region may be gone by then.
+        let pages = if self.unsettled() { self.files_at(iova) } else { Vec::new() };
         self.advance_over(iova, effects);
         self.filled(domain, region, iova, result, rest, effects);
         self.settle(iova, pages, effects);

@@ -56,7 +56,8 @@ pub enum Unmap {
     Failed {
         /// The kernel's answer.
         errno: Errno,
-        /// Bytes that it says it removed before.
+        /// Bytes that it says it removed before, with nothing in flight over them: whoever adds up what is gone
+        /// waits for no ticket here. 0 where that is not certain.
         bytes: u64,
     },
 }

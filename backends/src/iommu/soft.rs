@@ -277,7 +277,10 @@ impl Domain for SoftDomain {
             let bytes = gone.iter().map(|(_, len)| len).sum();
             let ticket = self.settle(&mut table, gone.iter().map(|(slot, _)| *slot), failed.is_none());
             match (failed, ticket) {
-                (Some(errno), _) => Unmap::Failed { errno, bytes },
+                // What is gone but in flight is not told as gone: nobody would wait for it.
+                (Some(errno), ticket) => {
+                    Unmap::Failed { errno, bytes: if ticket.is_none() { bytes } else { 0 } }
+                }
                 (None, Some(ticket)) => Unmap::InFlight { bytes, ticket },
                 (None, None) => Unmap::Gone { bytes },
             }

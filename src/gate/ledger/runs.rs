@@ -219,7 +219,9 @@ impl Runs {
         self.runs.remove(&right.range.start());
         let whole = PageRange::between(left.range.start(), right.range.end());
         let joined = Run::new(whole.unwrap_or(left.range), left.piece, left.state);
-        self.runs.insert(joined.range.start(), joined);
+        if let Some(run) = self.runs.get_mut(&joined.range.start()) {
+            *run = joined;
+        }
         joined
     }
 }
