@@ -312,7 +312,7 @@ fn varlink(call: &Call) -> Said {
     match (interface, method) {
         (VARLINK, "GetInfo") => Said::Now(json!({
             "vendor": "passgate", "product": "passgate", "version": env!("CARGO_PKG_VERSION"),
-            "url": env!("CARGO_PKG_REPOSITORY"), "interfaces": [VARLINK, verbs::INTERFACE],
+            "url": "", "interfaces": [VARLINK, verbs::INTERFACE],
         })),
         (VARLINK, "GetInterfaceDescription") => match call.parameters["interface"].as_str() {
             Some(verbs::INTERFACE) => Said::Now(json!({ "description": verbs::DESCRIPTION })),
