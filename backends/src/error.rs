@@ -43,7 +43,7 @@ pub enum Error {
     },
     /// The device is not bound to VFIO.
     #[error(
-        "{device} is bound to {driver}, not to vfio-pci: passgate bind {device}; or by hand: \
+        "{device} is bound to {driver}, not to vfio-pci; bind it: \
          echo vfio-pci > /sys/bus/pci/devices/{device}/driver_override; \
          echo {device} > /sys/bus/pci/devices/{device}/driver/unbind; \
          echo {device} > /sys/bus/pci/drivers_probe"
@@ -94,6 +94,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether another process has the device, which may be a daemon's guardian about to let go of it.
+    pub fn is_taken(&self) -> bool {
+        // Binding a cdev that is open elsewhere is EINVAL, not EBUSY.
+        let Self::Device { source, .. } = self else { return false };
+        source.errno == Errno::BUSY || (source.errno == Errno::INVAL && source.call.contains("BIND"))
+    }
+
     /// The errno behind it, where there is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{self, Kind, assign};
@@ -11,6 +12,9 @@ use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
 use crate::serve::{Options, Server};
 use crate::session::guardian::{self, Ended};
+
+/// How long to wait for devices that somebody else has.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs one VM's daemon.
 #[derive(Debug, Args)]
@@ -73,7 +77,7 @@ impl Serve {
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let assign::Assignment { domain, devices } = assign(kind, &self.devices)?;
+        let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
         let options =
@@ -85,6 +89,21 @@ impl Serve {
         }
         server.run()?;
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Takes the devices. One that is taken may be about to be let go of: the guardian of a daemon that was killed a
+/// moment ago stops it first.
+fn take(kind: Kind, devices: &[String]) -> Result<assign::Assignment> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match assign(kind, devices) {
+            Err(error) if error.is_taken() && Instant::now() < until => {
+                log::info!("{error}; trying again");
+                std::thread::sleep(PATIENCE / 20);
+            }
+            result => return Ok(result?),
+        }
     }
 }
 

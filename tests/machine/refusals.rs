@@ -11,7 +11,7 @@ pub fn not_free(rig: &Rig) {
     let path = place.path().join("other.sock");
     for (device, says) in [
         (rig.edu.as_str(), "another process has"),
-        ("0000:00:07.0", "not to vfio-pci: passgate bind 0000:00:07.0"), // the root port in front of igb
+        ("0000:00:07.0", "not to vfio-pci; bind it:"), // the root port in front of igb
         ("ffff:ff:1f.7", "there is no such PCI device"),
         ("4:0.0", "names no device: write a PCI address"),
     ] {

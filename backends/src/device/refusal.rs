@@ -29,7 +29,7 @@ pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     })?;
     let pci = PciDevice::find(sysfs, address).ok_or_else(|| Error::Host {
         what: format!("{address}: there is no such PCI device"),
-        mend: "passgate list shows those that there are",
+        mend: "`lspci -D` lists those that there are",
     })?;
     let group = pci.group().ok_or_else(|| Error::Host {
         what: format!("{address} has no IOMMU group: no IOMMU stands between it and memory"),
@@ -62,7 +62,7 @@ pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
                     "{address}: its IOMMU group {} also holds {other}, which {driver} has",
                     group.id
                 ),
-                mend: "bind every device of the group to vfio-pci (passgate bind), or to no driver",
+                mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
             });
         }
     }

@@ -147,7 +147,7 @@ fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
         Ok(true) => Ok(opened),
         Ok(false) => Err(Error::Host {
             what: format!("{address}: IOMMU group {} is not viable: a driver of the host uses it", group.id),
-            mend: "bind every device of the group to vfio-pci (passgate bind), or to no driver",
+            mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
         }),
         Err(source) => Err(Error::Device { device: address.to_string(), source, mend: "" }),
     }
