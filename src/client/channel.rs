@@ -21,18 +21,6 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Marks the cookies of this file's own requests, so that they never meet those of [`Channel::send`]'s callers.
 const OWN: u64 = 1 << 63;
 
-/// Every cause, to find one by its number.
-const CAUSES: [Cause; 8] = [
-    Cause::UnmapFailed,
-    Cause::DmaInFlight,
-    Cause::CallHangs,
-    Cause::MapInFlight,
-    Cause::OwnerUnknown,
-    Cause::ClientGone,
-    Cause::HalfMapped,
-    Cause::ConvertFailed,
-];
-
 /// What the daemon says to a begin or a convert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -65,7 +53,7 @@ pub struct Failure {
 impl Failure {
     /// Why, in a word.
     pub fn word(&self) -> &'static str {
-        CAUSES.into_iter().find(|cause| *cause as u32 == self.cause).map_or("?", Cause::word)
+        Cause::ALL.into_iter().find(|cause| *cause as u32 == self.cause).map_or("?", Cause::word)
     }
 }
 

@@ -31,13 +31,13 @@ pub(super) struct Owner {
 
 enum Way {
     /// Through passgate.
-    Asking { server: Box<Server3>, away: VecDeque<u64> },
+    Asking { server: Box<Daemon>, away: VecDeque<u64> },
     /// Mapped once, for the device's life.
     Pinning,
 }
 
 /// The daemon and the owner's two sockets to it.
-struct Server3 {
+struct Daemon {
     handle: Handle,
     client: Client,
     channel: Channel,
@@ -75,7 +75,7 @@ impl Owner {
         let added = AddMemory::shared(0, memory.pages() * PAGE);
         client.add_memory(&added, &[&*memory.file])?;
         let channel = client.open_channel()?;
-        let server = Box::new(Server3 { handle, client, channel, _place: place });
+        let server = Box::new(Daemon { handle, client, channel, _place: place });
         Ok(Self::new(memory, Way::Asking { server, away: VecDeque::new() }))
     }
 
@@ -170,7 +170,7 @@ impl Owner {
     pub(super) fn close(self) -> Result<()> {
         match self.way {
             Way::Asking { server, .. } => {
-                let Server3 { handle, client, channel, _place } = *server;
+                let Daemon { handle, client, channel, _place } = *server;
                 drop((client, channel));
                 handle.stop()
             }
@@ -179,7 +179,7 @@ impl Owner {
     }
 }
 
-impl Server3 {
+impl Daemon {
     /// Asks; the invalidation's name where it is granted.
     fn begin(&mut self, number: u64, to: PageState, counters: &Counters) -> Result<Option<u64>> {
         match self.channel.begin(page(number)?, to, None)? {

@@ -19,23 +19,12 @@ impl Gate {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
         let (targets, rung) = (std::mem::take(&mut inv.targets), inv.rung);
         let (caller, range, after) = (inv.receipt.caller, inv.receipt.range, inv.after);
-        let mut stuck = Vec::new();
-        for domain in &self.domains {
-            for target in &targets {
-                stuck.extend(domain.runs.overlapping(*target).map(|run| (domain.id, run)));
-            }
-        }
+        let stuck = self.runs_over(&targets);
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
         let pages = self.invalidations.get(&id).map(|inv| inv.pages.clone()).unwrap_or_default();
         self.release(id, &pages);
         for (domain, run) in stuck {
-            let (known, cause, errno) = match run.state {
-                RunState::Suspect { errno, .. } => (true, Cause::UnmapFailed, errno),
-                RunState::Leaking(_) => (true, Cause::DmaInFlight, 0),
-                RunState::Filling(_) => (false, Cause::MapInFlight, 0),
-                // A live run here was never asked to go: its devices did not stop in time.
-                RunState::Live | RunState::Removing(_) => (false, Cause::CallHangs, 0),
-            };
+            let (known, cause, errno) = blame(run.state);
             let reason = Reason { cause, device: self.suspect_device(domain), rung, errno };
             let mut first = None;
             for part in self.files_at(run.range) {
@@ -171,13 +160,7 @@ impl Gate {
         let (pages, targets) = (std::mem::take(&mut inv.pages), std::mem::take(&mut inv.targets));
         self.clearing.retain(|other| *other != id);
         self.release(id, &pages);
-        let mut doubtful = Vec::new();
-        for domain in &self.domains {
-            for target in &targets {
-                doubtful.extend(domain.runs.overlapping(*target).map(|run| (domain.id, run)));
-            }
-        }
-        for (domain, run) in doubtful {
+        for (domain, run) in self.runs_over(&targets) {
             self.doubt(id, domain, run, effects);
         }
         self.finish(id, effects);
@@ -186,11 +169,10 @@ impl Gate {
 
     /// Nobody waits for this run any more: what is in doubt goes to quarantine, so that it is told.
     pub(super) fn doubt(&mut self, id: InvalidationId, domain: DomainId, run: Run, effects: &mut Effects) {
-        let (cause, errno) = match run.state {
-            RunState::Suspect { errno, .. } => (Cause::UnmapFailed, errno),
-            RunState::Leaking(_) => (Cause::DmaInFlight, 0),
-            _ => return,
-        };
+        let (known, cause, errno) = blame(run.state);
+        if !known {
+            return;
+        }
         let reason = Reason { cause, device: self.suspect_device(domain), rung: Step::Unmap, errno };
         for part in self.files_at(run.range) {
             self.quarantine(id, part.file, part.range, reason, effects);
@@ -245,5 +227,16 @@ impl Gate {
             }
         }
         effects.push(Effect::Receipt(inv.receipt));
+    }
+}
+
+/// What a run that stands in the way says: whether it is known that it failed, why, and the kernel's answer.
+fn blame(state: RunState) -> (bool, Cause, i32) {
+    match state {
+        RunState::Suspect { errno, .. } => (true, Cause::UnmapFailed, errno),
+        RunState::Leaking(_) => (true, Cause::DmaInFlight, 0),
+        RunState::Filling(_) => (false, Cause::MapInFlight, 0),
+        // A live run is here only if it was never asked to go: its devices did not stop in time.
+        RunState::Live | RunState::Removing(_) => (false, Cause::CallHangs, 0),
     }
 }

@@ -40,7 +40,7 @@ pub use snapshot::{DeviceStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
 
 use invalidation::Invalidation;
-use ledger::{Holds, PageMap, Runs};
+use ledger::{Holds, PageMap, Run, Runs};
 use region::Region;
 use stop::DeviceEntry;
 
@@ -170,6 +170,21 @@ impl Gate {
             Event::ClientGone { client } => self.client_gone(client, effects),
         }
         self.bring_back(effects);
+    }
+
+    fn domain(&self, domain: DomainId) -> Option<&DomainEntry> {
+        self.domains.iter().find(|entry| entry.id == domain)
+    }
+
+    /// Every run over any of `ranges`, in every domain; twice where two ranges share it.
+    fn runs_over(&self, ranges: &[PageRange<Iova>]) -> Vec<(DomainId, Run)> {
+        let mut found = Vec::new();
+        for domain in &self.domains {
+            for range in ranges {
+                found.extend(domain.runs.overlapping(*range).map(|run| (domain.id, run)));
+            }
+        }
+        found
     }
 
     fn runs(&mut self, domain: DomainId) -> Option<&mut Runs> {

@@ -57,7 +57,7 @@ impl Gate {
     /// Bytes per kernel mapping of a region in a domain, while the region stays.
     fn piece(&self, domain: DomainId, region: RegionId) -> Option<u64> {
         let region = self.regions.get(&region).filter(|region| !region.closing)?;
-        let domain = self.domains.iter().find(|entry| entry.id == domain)?;
+        let domain = self.domain(domain)?;
         let longest = 1 << domain.max_piece.checked_ilog2()?;
         Some(region.spec.piece.min(longest))
     }
@@ -71,9 +71,7 @@ impl Gate {
         piece: u64,
     ) -> (Vec<PageRange<Iova>>, Option<PageRange<Iova>>) {
         let mut parts = Vec::new();
-        let (Some(region), Some(domain)) =
-            (self.regions.get(&region), self.domains.iter().find(|entry| entry.id == domain))
-        else {
+        let (Some(region), Some(domain)) = (self.regions.get(&region), self.domain(domain)) else {
             return (parts, None);
         };
         let pages = region.pages_at(range);
@@ -116,7 +114,7 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let run = Run::new(iova, piece, RunState::Live);
-        let Some(entry) = self.domains.iter().find(|entry| entry.id == domain) else { return };
+        let Some(entry) = self.domain(domain) else { return };
         if entry.runs.objects() + run.objects > entry.max_mappings {
             effects.push(Effect::Notice(Notice::MapFailed { domain, iova, errno: NO_SPACE }));
             return;

@@ -154,12 +154,7 @@ impl Gate {
             return;
         }
         if !self.awaited(iova) {
-            let left: Vec<_> = self
-                .domains
-                .iter()
-                .flat_map(|domain| domain.runs.overlapping(iova).map(|run| (domain.id, run)))
-                .collect();
-            for (domain, run) in left {
+            for (domain, run) in self.runs_over(&[iova]) {
                 self.doubt(invalidation, domain, run, effects);
             }
         }

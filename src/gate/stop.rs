@@ -152,8 +152,7 @@ impl Gate {
             return;
         }
         let settled = |domain: DomainId| {
-            let entry = self.domains.iter().find(|entry| entry.id == domain);
-            entry.is_some_and(|entry| entry.runs.unsettled() == 0) && !self.busy(domain)
+            self.domain(domain).is_some_and(|entry| entry.runs.unsettled() == 0) && !self.busy(domain)
         };
         let ready: Vec<DeviceId> = self
             .devices

@@ -62,6 +62,18 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Cause; 8] = [
+        Self::UnmapFailed,
+        Self::DmaInFlight,
+        Self::CallHangs,
+        Self::MapInFlight,
+        Self::OwnerUnknown,
+        Self::ClientGone,
+        Self::HalfMapped,
+        Self::ConvertFailed,
+    ];
+
     /// In words, for messages and for JSON.
     pub fn word(self) -> &'static str {
         match self {
