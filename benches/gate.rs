@@ -36,8 +36,8 @@ impl Bench {
         let mut bench = Self { gate, effects: Effects::new(), cookie: 0, receipts: 0, random: 1 };
         let domain = DomainId(0);
         bench.tell(Event::DomainAdded { domain, max_mappings: 2 * PAGES, max_piece: 1 << 30 });
-        let steps = Steps::of(&[Step::Cancel, Step::Reset]);
-        bench.tell(Event::DeviceAdded { device: DeviceId(0), domain, steps });
+        let steps = Steps::of(&[Step::Drain, Step::Reset]);
+        bench.tell(Event::DeviceAdded { device: DeviceId(0), domain, steps, nature: Default::default() });
         let spec = RegionSpec {
             gpa: range(0, PAGES),
             backing: Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) },

@@ -12,6 +12,6 @@ pub mod error;
 pub mod iommu;
 
 pub use assign::{Assignment, Kind, assign};
-pub use device::{Device, FenceStep, StopClass};
+pub use device::{Device, FenceStep, Nature, StopClass};
 pub use error::{Error, Result};
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

@@ -132,6 +132,11 @@ pub enum Answer {
         /// Of which invalidation.
         invalidation: InvalidationId,
     },
+    /// The range is out of quarantine.
+    Released {
+        /// Bytes that were in it.
+        bytes: u64,
+    },
     /// The request itself was wrong; nothing changed.
     Refused(Refusal),
 }
@@ -169,6 +174,21 @@ pub enum Notice {
         range: PageRange<Offset>,
         /// where the guest sees the first of them, while a region covers it.
         gpa: Option<Gpa>,
+    },
+    /// A person took a range out of quarantine.
+    Released {
+        /// On whose connection.
+        client: ClientId,
+        /// Since which invalidation it was there.
+        invalidation: InvalidationId,
+        /// Pages of this file,
+        file: FileId,
+        /// these,
+        range: PageRange<Offset>,
+        /// where the guest sees the first of them, while a region covers it.
+        gpa: Option<Gpa>,
+        /// What they are, as the person said.
+        to: PageState,
     },
     /// A device was stopped.
     DeviceFenced {

@@ -6,8 +6,9 @@
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
 
-use super::fence::{Step, Steps};
+use super::fence::{Nature, Step, Steps};
 use super::ledger::PageState;
+use super::verdict::Reason;
 
 macro_rules! names {
     ($($(#[$doc:meta])* $name:ident($raw:ty);)*) => {$(
@@ -171,6 +172,8 @@ pub enum Event {
         domain: DomainId,
         /// Its stop class.
         steps: Steps,
+        /// What bears on them.
+        nature: Nature,
     },
     /// A client adds memory.
     AddRegion {
@@ -263,5 +266,25 @@ pub enum Event {
     ClientGone {
         /// Which.
         client: ClientId,
+    },
+    /// Pages that an earlier daemon had in quarantine. Before any region.
+    Quarantine {
+        /// Of which file.
+        file: FileId,
+        /// Which.
+        range: PageRange<Offset>,
+        /// Since which invalidation; ids of this gate count on from the highest.
+        invalidation: InvalidationId,
+        /// Why.
+        reason: Reason,
+    },
+    /// A person takes what an invalidation left in quarantine out of it, and says what it is now.
+    Release {
+        /// Whom to answer.
+        caller: Caller,
+        /// The invalidation that the quarantine dates from.
+        invalidation: InvalidationId,
+        /// What the pages are: shared, private or hole.
+        to: PageState,
     },
 }

@@ -9,23 +9,30 @@
 pub enum Step {
     /// Remove the mappings and wait for what is in flight.
     Unmap = 0,
-    /// End what is in flight.
-    Cancel = 1,
+    /// End what is in flight: the devices' drivers issue nothing more, and wait or cancel.
+    Drain = 1,
+    /// Stop the devices by their migration state (`VFIO_DEVICE_STATE_STOP`).
+    Stop = 2,
+    /// Bus mastering off, and no transaction pending: no new requests.
+    Master = 3,
     /// Move the devices to the blocking domain.
-    Detach = 2,
+    Detach = 4,
     /// Reset the devices.
-    Reset = 3,
+    Reset = 5,
 }
 
 impl Step {
     /// All of them, weakest first.
-    pub const LADDER: [Step; 4] = [Step::Unmap, Step::Cancel, Step::Detach, Step::Reset];
+    pub const LADDER: [Step; 6] =
+        [Step::Unmap, Step::Drain, Step::Stop, Step::Master, Step::Detach, Step::Reset];
 
     /// In words, for messages and for JSON.
     pub fn word(self) -> &'static str {
         match self {
             Self::Unmap => "unmap",
-            Self::Cancel => "cancel",
+            Self::Drain => "drain",
+            Self::Stop => "stop",
+            Self::Master => "bus-master-off",
             Self::Detach => "detach",
             Self::Reset => "reset",
         }
@@ -64,13 +71,34 @@ impl Steps {
     }
 }
 
+/// What of a device bears on which fences prove anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Nature {
+    /// It caches translations of its own (PCI ATS is on): an unmap alone proves nothing where a stale write does
+    /// harm ([`Platform::Strict`]).
+    pub ats: bool,
+    /// It is a TDISP interface in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
+    pub tdi: bool,
+}
+
+/// What a stale write does here, and so what counts as proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Platform {
+    /// It faults, noisy but harmless (AMD SEV-SNP, Arm): an unmap at its full length is proof.
+    #[default]
+    Contained,
+    /// It may take the host down (Intel TDX: a machine check): a device that caches translations must have been
+    /// detached.
+    Strict,
+}
+
 /// How far passgate goes by itself when DMA does not stop (`--on-stuck-dma`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnStuckDma {
     /// Ask the device to end what it does; then refuse.
     #[default]
     Refuse,
-    /// Also take the devices out of the domain.
+    /// Also stop the devices: migration STOP, bus mastering off, out of their domain.
     Fence,
     /// Also reset the devices.
     Reset,
@@ -80,9 +108,9 @@ impl OnStuckDma {
     /// The rungs that this policy allows.
     pub fn allows(self) -> Steps {
         match self {
-            Self::Refuse => Steps::of(&[Step::Cancel]),
-            Self::Fence => Steps::of(&[Step::Cancel, Step::Detach]),
-            Self::Reset => Steps::of(&[Step::Cancel, Step::Detach, Step::Reset]),
+            Self::Refuse => Steps::of(&[Step::Drain]),
+            Self::Fence => Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach]),
+            Self::Reset => Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach, Step::Reset]),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Time and the ladder: what pushes an invalidation on when proof does not come.
 //!
-//! Every fifth of the deadline one rung is to be over; after the fourth comes an answer, whatever is the case. A
+//! Every rung has its part of the deadline; after the last one comes an answer, whatever is the case. A
 //! failure climbs at once, without waiting for time.
 
 use super::Gate;
@@ -10,8 +10,8 @@ use super::fence::{Step, Steps};
 use super::invalidation::{After, Phase};
 use super::ledger::{Run, RunState};
 
-/// A deadline has five parts: one for each rung, and one of slack in which the answer travels.
-const PARTS: u64 = 5;
+/// A deadline has one part for each rung, and one of slack in which the answer travels.
+const PARTS: u64 = Step::LADDER.len() as u64 + 1;
 
 impl Gate {
     pub(super) fn arm(&self, invalidation: InvalidationId, rung: Step, effects: &mut Effects) {
@@ -25,7 +25,7 @@ impl Gate {
     pub(super) fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
         let Some(inv) = self.invalidations.get(&id) else { return false };
         let allowed = match inv.after {
-            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Cancel, Step::Detach])),
+            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Drain, Step::Detach])),
             _ => self.policy.on_stuck_dma.allows(),
         };
         // A map that takes its time is no reason to stop a device.

@@ -15,6 +15,7 @@ pub mod fence;
 mod invalidation;
 mod ladder;
 pub mod ledger;
+mod person;
 mod plan;
 pub mod receipt;
 mod region;
@@ -33,7 +34,7 @@ pub use event::{
     Backing, Caller, ClientId, DeviceId, DomainId, Door, Event, FileId, InvalidationId, JobId, MapResult,
     Outcome, Performer, RegionId, RegionSpec, UnmapResult,
 };
-pub use fence::{OnStuckDma, Step, Steps};
+pub use fence::{Nature, OnStuckDma, Platform, Step, Steps};
 pub use ledger::PageState;
 pub use receipt::{Evidence, Receipt};
 pub use snapshot::{DeviceStatus, QuarantineStatus, RegionStatus, Snapshot};
@@ -49,6 +50,10 @@ use stop::DeviceEntry;
 pub struct Policy {
     /// How far to go by itself when DMA does not stop.
     pub on_stuck_dma: OnStuckDma,
+    /// What counts as proof.
+    pub platform: Platform,
+    /// Whether a fence may end a TDI ([`Nature::tdi`]).
+    pub end_tdi: bool,
     /// Regions at most, over all clients.
     pub max_regions: u32,
     /// Invalidations that one client may have open at most.
@@ -63,6 +68,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             on_stuck_dma: OnStuckDma::Refuse,
+            platform: Platform::default(),
+            end_tdi: false,
             max_regions: 512,
             max_open: 65_536,
             max_memory: 1 << 44,
@@ -153,7 +160,9 @@ impl Gate {
                     self.domains.push(DomainEntry { id: domain, max_mappings, max_piece, runs });
                 }
             }
-            Event::DeviceAdded { device, domain, steps } => self.add_device(device, domain, steps),
+            Event::DeviceAdded { device, domain, steps, nature } => {
+                self.add_device(device, domain, steps, nature);
+            }
             Event::AddRegion { caller, spec } => self.add_region(caller, spec, effects),
             Event::RemoveRegion { caller, region } => self.remove_region(caller, region, effects),
             Event::Begin { caller, range, to, performer, deadline_ns } => {
@@ -168,6 +177,12 @@ impl Gate {
             Event::Attached { job, errno } => self.attached(job, errno, effects),
             Event::Expired { invalidation, rung } => self.expired(invalidation, rung, effects),
             Event::ClientGone { client } => self.client_gone(client, effects),
+            Event::Quarantine { file, range, invalidation, reason } => {
+                self.keep_quarantine(file, range, invalidation, reason);
+            }
+            Event::Release { caller, invalidation, to } => {
+                self.let_go(caller, invalidation, to, effects);
+            }
         }
         self.bring_back(effects);
     }

@@ -5,7 +5,7 @@
 
 use super::effect::{Effect, Effects, Notice};
 use super::event::{DeviceId, DomainId, InvalidationId, JobId};
-use super::fence::{Step, Steps};
+use super::fence::{Nature, Step, Steps};
 use super::receipt::Evidence;
 use super::{Gate, Job};
 
@@ -14,6 +14,7 @@ use super::{Gate, Job};
 pub(super) struct DeviceEntry {
     pub(super) domain: DomainId,
     pub(super) steps: Steps,
+    pub(super) nature: Nature,
     /// The fence that it is under.
     pub(super) fenced: Option<Step>,
     /// The fence or attach under way.
@@ -23,8 +24,8 @@ pub(super) struct DeviceEntry {
 }
 
 impl Gate {
-    pub(super) fn add_device(&mut self, device: DeviceId, domain: DomainId, steps: Steps) {
-        let entry = DeviceEntry { domain, steps, fenced: None, busy: None, lost: false };
+    pub(super) fn add_device(&mut self, device: DeviceId, domain: DomainId, steps: Steps, nature: Nature) {
+        let entry = DeviceEntry { domain, steps, nature, fenced: None, busy: None, lost: false };
         self.devices.entry(device).or_insert(entry);
     }
 
@@ -50,7 +51,7 @@ impl Gate {
     /// Stops every device as surely as it can be, whatever the policy: their client is gone.
     pub(super) fn stop_all(&mut self, invalidation: InvalidationId, effects: &mut Effects) {
         let reset = self.policy.on_stuck_dma.allows().has(Step::Reset);
-        let order = [Some(Step::Detach), reset.then_some(Step::Reset), Some(Step::Cancel)];
+        let order = [Some(Step::Detach), reset.then_some(Step::Reset), Some(Step::Drain)];
         let steps: Vec<(DeviceId, Step)> = self
             .devices
             .iter()
@@ -101,7 +102,7 @@ impl Gate {
         self.jobs.remove(&job);
         if let Some(entry) = self.devices.get_mut(&device) {
             entry.busy = None;
-            if errno == 0 && step > Step::Cancel {
+            if errno == 0 && step > Step::Drain {
                 entry.fenced = entry.fenced.max(Some(step));
             }
         }

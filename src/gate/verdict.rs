@@ -122,6 +122,12 @@ pub enum Refusal {
         /// Why it came there.
         cause: Cause,
     },
+    /// Nothing is in quarantine since that invalidation.
+    #[error("nothing is in quarantine since invalidation {}: `passgate status` lists what is", invalidation.0)]
+    NotQuarantined {
+        /// The invalidation.
+        invalidation: InvalidationId,
+    },
     /// No such region, or not this client's.
     #[error("region {} is not one that this connection added", region.0)]
     NotOwner {
@@ -181,11 +187,11 @@ impl Refusal {
     pub fn errno(self) -> i32 {
         // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
         match self {
-            Self::NoMemory { .. } => 14,                        // EFAULT
-            Self::Overlaps { .. } => 17,                        // EEXIST
-            Self::Busy { .. } => 16,                            // EBUSY
-            Self::Quarantined { .. } => 5,                      // EIO
-            Self::NotOwner { .. } | Self::NotBegun { .. } => 2, // ENOENT
+            Self::NoMemory { .. } => 14,   // EFAULT
+            Self::Overlaps { .. } => 17,   // EEXIST
+            Self::Busy { .. } => 16,       // EBUSY
+            Self::Quarantined { .. } => 5, // EIO
+            Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } => 2, // ENOENT
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC
             Self::BadPiece { .. } => 22, // EINVAL

@@ -35,6 +35,13 @@ pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
             ("range.quarantined", details.into())
         }
         Notice::Freed { file: _, range, gpa } => ("range.freed", pages(*range, *gpa).into()),
+        Notice::Released { client, invalidation, file: _, range, gpa, to } => {
+            let mut details = pages(*range, *gpa);
+            details.insert("client".into(), client.0.into());
+            details.insert("invalidation".into(), invalidation.0.into());
+            details.insert("to".into(), to.word().into());
+            ("range.released", details.into())
+        }
         Notice::DeviceFenced { device, step, errno } => (
             if *errno == 0 { "device.fenced" } else { "device.fence-failed" },
             json!({ "device": names.device(*device), "step": step.word(), "errno": errno }),

@@ -89,8 +89,8 @@ impl Vm {
                 log::debug!("client {}: {refusal}", caller.client.0);
                 Record { errno, gpa, ..Record::new(Kind::Wrong, caller.cookie) }
             }
-            // Memory comes and goes by the control socket only.
-            Answer::RegionAdded { .. } | Answer::RegionRemoved { .. } => return,
+            // Memory comes and goes by the control socket only, and so does a release.
+            Answer::RegionAdded { .. } | Answer::RegionRemoved { .. } | Answer::Released { .. } => return,
         };
         self.send(caller.client, record);
     }

@@ -237,6 +237,7 @@ impl Vm {
     pub(super) fn answer_control(&mut self, caller: Caller, answer: Answer) {
         let parameters = match answer {
             Answer::RegionAdded { region, mapped } => json!(MemoryAdded { region: region.0, mapped }),
+            Answer::Released { bytes } => json!({ "bytes": bytes }),
             Answer::RegionRemoved { .. } | Answer::Ended { .. } => json!({}),
             Answer::Verdict { invalidation, verdict } => {
                 let (word, failure) = events::verdict(verdict, &self.session);

@@ -128,7 +128,9 @@ pub enum Returned {
 pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
     match step {
         Step::Unmap => None,
-        Step::Cancel => Some(FenceStep::Cancel),
+        Step::Drain => Some(FenceStep::Drain),
+        Step::Stop => Some(FenceStep::Stop),
+        Step::Master => Some(FenceStep::Master),
         Step::Detach => Some(FenceStep::Detach),
         Step::Reset => Some(FenceStep::Reset),
     }

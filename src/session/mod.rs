@@ -19,8 +19,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Notice,
-    Policy, Receipt, Snapshot, Step, Steps, Verdict,
+    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Nature,
+    Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
 use crate::protocol::verbs::{AddMemory, Totals};
 
@@ -89,8 +89,10 @@ impl Session {
         for (index, device) in devices.iter().enumerate() {
             let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
             let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
+            let passgate_backends::Nature { ats, tdi } = device.nature();
+            let nature = Nature { ats, tdi };
             let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
-            gate.handle(Event::DeviceAdded { device, domain: id, steps }, &mut effects);
+            gate.handle(Event::DeviceAdded { device, domain: id, steps, nature }, &mut effects);
         }
         Self {
             gate,
@@ -216,7 +218,7 @@ impl Session {
                     Verdict::Unknown { .. } => self.totals.unknown += 1,
                 }
             }
-            Answer::RegionRemoved { .. } | Answer::Ended { .. } => {}
+            Answer::RegionRemoved { .. } | Answer::Ended { .. } | Answer::Released { .. } => {}
         }
     }
 

@@ -38,7 +38,7 @@ fn dma_that_cannot_be_stopped_is_refused_told_quarantined_and_freed_when_it_ends
     assert_eq!((&told["cause"], &told["device"]), (&"dma-in-flight".into(), &"soft:0".into()));
     let receipt = client.explain(failure.invalidation).unwrap();
     assert_eq!(receipt["verdict"], "refused");
-    let cancelled = receipt["steps"].as_array().unwrap().iter().any(|step| step["step"] == "cancel");
+    let cancelled = receipt["steps"].as_array().unwrap().iter().any(|step| step["step"] == "drain");
     assert!(cancelled, "{receipt}");
 
     assert!(held.outcome().is_none(), "the kernel still holds the page: the refusal is no caution");
@@ -73,7 +73,7 @@ fn where_policy_allows_it_the_device_is_reset_and_the_answer_is_done() {
     let begun = granted(channel.begin(pages(0, 1), PageState::Private, Some(DEADLINE_MS)));
     assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
     assert!(held.outcome().is_some(), "the kernel holds nothing any more");
-    assert_eq!(watch.wait("device.fenced").details["step"], "cancel");
+    assert_eq!(watch.wait("device.fenced").details["step"], "drain");
     assert_eq!(watch.wait("device.fenced").details["step"], "reset");
     channel.end(begun, Outcome::Committed).unwrap();
     assert_eq!(watch.wait("device.attached").details["device"], "soft:0");

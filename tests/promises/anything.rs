@@ -99,7 +99,12 @@ fn raw() -> impl Strategy<Value = Event> {
             outcome
         }),
         Just(Event::DomainAdded { domain: DomainId(0), max_mappings: u64::MAX, max_piece: u64::MAX }),
-        Just(Event::DeviceAdded { device: DeviceId(0), domain: DomainId(0), steps: Default::default() }),
+        Just(Event::DeviceAdded {
+            device: DeviceId(0),
+            domain: DomainId(0),
+            steps: Default::default(),
+            nature: Default::default()
+        }),
     ]
 }
 
@@ -165,8 +170,9 @@ fn setup() -> impl Strategy<Value = Setup> {
             max_open,
             max_memory: 1 << 44,
             close_deadline_ns,
+            ..Policy::default()
         });
-    let device = (0..8u8).prop_map(StopClass::from_bits_truncate);
+    let device = (0..32u8).prop_map(StopClass::from_bits_truncate);
     let domain = (1..200u64, 0..20u32, proptest::collection::vec(device, 0..3))
         .prop_map(|(max_mappings, bits, devices)| (max_mappings, PAGE << bits, devices));
     (policy, proptest::collection::vec(domain, 1..3)).prop_map(|(policy, domains)| Setup {

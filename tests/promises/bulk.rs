@@ -33,6 +33,7 @@ impl Setup {
             max_open: if tight { 2 } else { 64 },
             max_memory: if tight { 600 * PAGE } else { 1 << 40 },
             close_deadline_ns: 1 << rng.below(18),
+            ..Policy::default()
         };
         let domains = (0..1 + rng.below(3))
             .map(|_| {

@@ -323,6 +323,10 @@ impl Model {
                     broken!(6, "{notice:?} frees what is not to be freed: {:?}", file.quarantine);
                 }
             }
+            Notice::Released { file: id, range, .. } => {
+                let Some(file) = self.truth.file(id) else { return Ok(()) };
+                file.quarantine.retain(|(held, ..)| *held != range);
+            }
             Notice::MapFailed { .. } => self.map_failed = true,
             Notice::RegionClosed { region } => {
                 let Some(entry) = self.truth.region(region).map(|entry| entry.clone()) else {

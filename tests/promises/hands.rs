@@ -153,7 +153,9 @@ impl Hands {
                 };
                 arm(sim, Call::Fence, fault);
                 let step = match step {
-                    Step::Cancel => FenceStep::Cancel,
+                    Step::Drain => FenceStep::Drain,
+                    Step::Stop => FenceStep::Stop,
+                    Step::Master => FenceStep::Master,
                     Step::Detach => FenceStep::Detach,
                     Step::Reset => FenceStep::Reset,
                     Step::Unmap => broken!(4, "{effect:?} is no fence"),

@@ -312,8 +312,7 @@ impl Model {
         let allowed = self.policy.on_stuck_dma.allows();
         for (id, device) in &self.told.devices {
             let can = |step: Step| device.steps.has(step);
-            let any =
-                can(Step::Cancel) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
+            let any = can(Step::Drain) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
             if any && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }

@@ -26,7 +26,7 @@ const POLICIES: [OnStuckDma; 3] = [OnStuckDma::Refuse, OnStuckDma::Fence, OnStuc
 
 fn setup(on_stuck_dma: OnStuckDma) -> Setup {
     let policy = Policy { on_stuck_dma, close_deadline_ns: 500, ..Policy::default() };
-    let all = vec![StopClass::all(), StopClass::CANCEL];
+    let all = vec![StopClass::all(), StopClass::DRAIN];
     Setup {
         policy,
         domains: vec![(256, 8 * PAGE, all), (256, 1 << 30, vec![StopClass::DETACH])],

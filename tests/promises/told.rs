@@ -156,7 +156,7 @@ impl Told {
             Event::DomainAdded { domain, .. } => {
                 self.domains.entry(domain).or_default();
             }
-            Event::DeviceAdded { device, domain, steps } => {
+            Event::DeviceAdded { device, domain, steps, .. } => {
                 let new = Device { domain, steps, fenced: None, busy: 0, lost: false };
                 self.devices.entry(device).or_insert(new);
             }
@@ -189,7 +189,7 @@ impl Told {
                 self.jobs.remove(&job);
                 if let Some(entry) = self.devices.get_mut(&device) {
                     entry.busy -= 1;
-                    if errno == 0 && step > Step::Cancel {
+                    if errno == 0 && step > Step::Drain {
                         entry.fenced = entry.fenced.max(Some(step));
                     }
                 }

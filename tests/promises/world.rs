@@ -68,7 +68,7 @@ pub struct World {
 }
 
 /// The kinds of events, as they are counted.
-pub const KINDS: [&str; 14] = [
+pub const KINDS: [&str; 16] = [
     "domain",
     "device",
     "add",
@@ -83,6 +83,8 @@ pub const KINDS: [&str; 14] = [
     "attached",
     "expired",
     "gone",
+    "quarantine",
+    "release",
 ];
 
 fn kind(event: &Event) -> usize {
@@ -101,13 +103,17 @@ fn kind(event: &Event) -> usize {
         Event::Attached { .. } => 11,
         Event::Expired { .. } => 12,
         Event::ClientGone { .. } => 13,
+        Event::Quarantine { .. } => 14,
+        Event::Release { .. } => 15,
     }
 }
 
 /// A stop class in the gate's words.
 pub fn steps(class: StopClass) -> Steps {
     let has = |flag, step| if class.contains(flag) { Steps::of(&[step]) } else { Steps::default() };
-    has(StopClass::CANCEL, Step::Cancel)
+    has(StopClass::DRAIN, Step::Drain)
+        .or(has(StopClass::STOP, Step::Stop))
+        .or(has(StopClass::MASTER, Step::Master))
         .or(has(StopClass::DETACH, Step::Detach))
         .or(has(StopClass::RESET, Step::Reset))
 }
@@ -152,7 +158,12 @@ impl World {
             for (n, class) in devices.iter().enumerate() {
                 let device = DeviceId((index * 8 + n) as u16);
                 world.hands.add_device(index, device, *class);
-                world.feed(Event::DeviceAdded { device, domain, steps: steps(*class) })?;
+                world.feed(Event::DeviceAdded {
+                    device,
+                    domain,
+                    steps: steps(*class),
+                    nature: Default::default(),
+                })?;
             }
         }
         Ok(world)

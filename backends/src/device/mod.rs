@@ -18,7 +18,12 @@ pub mod vfio;
 pub enum FenceStep {
     /// End what is in flight and issue no more, where the device can be told so (io_uring cancel, a driver's
     /// own drain). Ended only when the tickets come back.
-    Cancel,
+    Drain,
+    /// The migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
+    Stop,
+    /// Bus mastering off in the command register, then wait until no transaction is pending (PCI Express
+    /// Capability, Device Status): the device issues no new request, and none is on its way.
+    Master,
     /// Move the device to the blocking domain (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
     Detach,
     /// Reset the device (`VFIO_DEVICE_RESET`; a software device resets its sockets).
@@ -29,12 +34,16 @@ bitflags::bitflags! {
     /// The fences that a device has: its stop class.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct StopClass: u8 {
-        /// [`FenceStep::Cancel`].
-        const CANCEL = 1;
+        /// [`FenceStep::Drain`].
+        const DRAIN = 1;
+        /// [`FenceStep::Stop`].
+        const STOP = 2;
+        /// [`FenceStep::Master`].
+        const MASTER = 4;
         /// [`FenceStep::Detach`].
-        const DETACH = 2;
+        const DETACH = 8;
         /// [`FenceStep::Reset`].
-        const RESET = 4;
+        const RESET = 16;
     }
 }
 
@@ -42,11 +51,24 @@ impl StopClass {
     /// Whether the device has this fence.
     pub fn has(self, step: FenceStep) -> bool {
         self.contains(match step {
-            FenceStep::Cancel => Self::CANCEL,
+            FenceStep::Drain => Self::DRAIN,
+            FenceStep::Stop => Self::STOP,
+            FenceStep::Master => Self::MASTER,
             FenceStep::Detach => Self::DETACH,
             FenceStep::Reset => Self::RESET,
         })
     }
+}
+
+/// What of a device bears on which fences prove anything, found when it was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Nature {
+    /// It caches translations of its own (PCI ATS is on): an unmap that succeeded may have been followed by an
+    /// invalidation of that cache which timed out, and nobody is told.
+    pub ats: bool,
+    /// It is a TDISP interface in CONFIG_LOCKED or RUN: bus mastering off or a reset ends the TDI (PCIe 6.1,
+    /// 11.2.8: the interface goes to ERROR).
+    pub tdi: bool,
 }
 
 /// A passthrough device, or the software one.
@@ -56,6 +78,11 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// How it can be stopped, found when it was opened.
     fn stop_class(&self) -> StopClass;
+
+    /// What of it bears on which fences prove anything.
+    fn nature(&self) -> Nature {
+        Nature::default()
+    }
 
     /// Does one fence and returns once it is done; `Ok` says that the step did what it promises, not more.
     fn fence(&self, step: FenceStep) -> Result<()>;

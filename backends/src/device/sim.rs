@@ -85,7 +85,7 @@ impl Device for SimDevice {
         if step == FenceStep::Detach {
             self.domain.set_attached(self.port, false);
         }
-        self.domain.end_flight(self.port, step != FenceStep::Cancel);
+        self.domain.end_flight(self.port, step != FenceStep::Drain);
         Ok(())
     }
 

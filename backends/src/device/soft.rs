@@ -253,17 +253,17 @@ impl Device for SoftDevice {
     }
 
     fn stop_class(&self) -> StopClass {
-        StopClass::CANCEL | StopClass::RESET
+        StopClass::DRAIN | StopClass::RESET
     }
 
     fn fence(&self, step: FenceStep) -> Result<()> {
         match step {
-            FenceStep::Cancel => {
+            FenceStep::Drain => {
                 let held = lock(&self.held).clone();
                 self.cancel(&held)
             }
             FenceStep::Reset => self.reset(),
-            FenceStep::Detach => Err(Error::Unsupported { device: self.name.clone(), what: "detaching" }),
+            _ => Err(Error::Unsupported { device: self.name.clone(), what: "this fence" }),
         }
     }
 

@@ -182,7 +182,9 @@ impl VfioDevice {
 
     fn unsupported(&self, step: FenceStep) -> Error {
         let what = match step {
-            FenceStep::Cancel => "cancelling its DMA",
+            FenceStep::Drain => "draining its DMA",
+            FenceStep::Stop => "stopping it by its migration state",
+            FenceStep::Master => "seeing its transactions end",
             FenceStep::Detach => "detaching it from its address space",
             FenceStep::Reset => "resetting it",
         };

@@ -57,7 +57,7 @@ pub fn reset_is_offered_where_the_device_has_it(bench: &Bench) -> Outcome {
     }
     let edu = &set.devices[2];
     check("edu has no reset", !edu.stop_class().has(FenceStep::Reset))?;
-    for step in [FenceStep::Reset, FenceStep::Cancel] {
+    for step in [FenceStep::Reset, FenceStep::Drain] {
         let error = edu.fence(step).expect_err("no such fence");
         same("the error", error.errno(), Some(Errno::OPNOTSUPP))?;
     }

@@ -16,7 +16,7 @@ fn what_an_unmap_finds_in_flight_is_said_and_ends_by_cancelling() {
     let ticket = ticket(bench.unmap(0, 1), 1);
     assert_eq!(tickets(&bench.domain, 1, SHORT), []);
     assert_eq!(held.outcome(), None);
-    bench.device.fence(FenceStep::Cancel).unwrap();
+    bench.device.fence(FenceStep::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
     assert_eq!(held.outcome(), Some(Err(Errno::CANCELED)));
     assert_eq!(bench.load(0), 1);
@@ -94,7 +94,7 @@ fn the_thread_that_began_an_operation_may_end() {
         Unmap::Gone { .. } => return,
         other => ticket(other, 1),
     };
-    bench.device.fence(FenceStep::Cancel).unwrap();
+    bench.device.fence(FenceStep::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
     assert!(held.outcome().is_some());
 }
@@ -115,7 +115,7 @@ fn a_send_into_a_closed_window_is_not_ended_by_cancelling_and_sends_what_is_writ
     let (held, mut window) = stuck(&bench);
     let ticket = ticket(bench.unmap(0, 1), 1);
     is_fault(bench.dma_load(0), 0);
-    bench.device.fence(FenceStep::Cancel).unwrap();
+    bench.device.fence(FenceStep::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, SHORT), []);
     assert_eq!(held.outcome(), None);
     bench.memory.write(0, &[b'B'; PAGE as usize]).unwrap();

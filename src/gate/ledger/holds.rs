@@ -107,6 +107,16 @@ impl Holds {
             self.quarantined -= 1;
         }
     }
+
+    /// Lifts every quarantine that dates from `id`, and tells where: a person vouches for it.
+    pub fn lift_all(&mut self, id: InvalidationId) -> Vec<PageRange<Offset>> {
+        let since = |by: HeldBy| matches!(by, HeldBy::Quarantine(since, _) if since == id);
+        let lifted: Vec<_> = self.iter().filter(|(_, by)| since(*by)).map(|(held, _)| held).collect();
+        for held in &lifted {
+            self.lift(held.start());
+        }
+        lifted
+    }
 }
 
 /// The parts of `range` that none of `taken` (in order, not overlapping) covers.

@@ -110,7 +110,7 @@ fn what_is_stuck_ends_by_detach_or_reset_of_every_device() {
     rig.sim.fail_next(Call::Unmap, Fault::Stuck);
     assert!(matches!(rig.sim.unmap(iova(0, 1)), Unmap::InFlight { .. }));
     rig.sim.flush();
-    rig.device.fence(FenceStep::Cancel).unwrap();
+    rig.device.fence(FenceStep::Drain).unwrap();
     assert_eq!(rig.sees(0), Some(5));
     rig.device.fence(FenceStep::Reset).unwrap();
     assert_eq!((rig.sees(0), rig.ended()), (None, 0));
