@@ -5,20 +5,18 @@
 //! page of the I/O APIC. One DMA takes about 100 ms. Start QEMU with `edu,dma_mask=0xffffffffffffffff`: otherwise
 //! the engine cuts addresses off at 28 bits.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use passgate_bindings::memory::GuestFile;
-use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::device::Region;
-use passgate_bindings::{Failed, Iova, PAGE, PageRange};
+use passgate_bindings::{Failed, Iova};
 use rustix::io::Errno;
 
+use super::own::OwnMemory;
 use super::vfio::VfioDevice;
 use super::{Device, FenceStep, Guard, StopClass};
-use crate::iommu::{Domain, Unmap};
+use crate::iommu::Domain;
 use crate::{Error, Result};
 
 /// Vendor and device id.
@@ -42,10 +40,6 @@ const TO_MEMORY: u32 = 2;
 const BUFFER: u64 = 0x40000;
 const BUFFER_LEN: usize = 4096;
 
-/// Where scratch pages are mapped; 256 of them, one for each device open at a time.
-const SCRATCH: u64 = 0xfec0_0000;
-const SCRATCH_PAGES: u64 = 256;
-
 /// A transfer takes 100 ms of the machine's time; one that takes so much longer never ends.
 const DEADLINE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -54,46 +48,27 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub struct Edu {
     registers: Region,
-    scratch: Mutex<Scratch>,
+    /// Held for the time of a transfer: there is one engine.
+    engine: Mutex<()>,
     device: VfioDevice,
     domain: Arc<dyn Domain>,
-}
-
-#[derive(Debug)]
-struct Scratch {
-    page: Arc<GuestFile>,
-    iova: PageRange<Iova>,
 }
 
 impl Edu {
     /// Drives `device`, which is in `domain`.
     pub fn new(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
         let registers = device.region(0)?;
-        let page = GuestFile::memfd("passgate-edu", PAGE).map_err(|failed| device.failed(failed))?;
-        let nth = NEXT.fetch_add(1, Ordering::Relaxed) % SCRATCH_PAGES;
-        let iova = PageRange::new(SCRATCH + nth * PAGE, PAGE)
-            .map_err(|_| device.failed(Failed::new("scratch page", Errno::INVAL)))?;
-        let scratch = Mutex::new(Scratch { page: Arc::new(page), iova });
-        let edu = Self { registers, scratch, device, domain };
+        let edu = Self { registers, engine: Mutex::new(()), device, domain };
         // It has no reset: whoever had it before may have left a transfer under way, which must not meet memory of
         // ours. The domain is empty as yet.
         edu.wait()?;
         Ok(edu)
     }
 
-    /// Runs `transfers` with the scratch page mapped. One at a time: there is one engine.
-    fn with_scratch<T>(&self, transfers: impl FnOnce(&Scratch) -> Result<T>) -> Result<T> {
-        let scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        self.domain.map(scratch.iova, PAGE, &scratch.page, Offset(0), true)?;
-        let done = transfers(&scratch);
-        match self.domain.unmap(scratch.iova) {
-            Unmap::Gone { bytes: PAGE } => done,
-            Unmap::Gone { .. } | Unmap::InFlight { .. } => {
-                Err(self.error("unmap of the scratch page", Errno::IO))
-            }
-            Unmap::Failed { errno, .. } => Err(self.error("unmap of the scratch page", errno)),
-        }
+    /// Runs `transfers` with a scratch page mapped. One at a time: there is one engine.
+    fn with_scratch<T>(&self, transfers: impl FnOnce(&OwnMemory) -> Result<T>) -> Result<T> {
+        let _engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        transfers(&OwnMemory::map(&self.domain, 1)?)
     }
 
     /// Copies `len` bytes from memory at `from` into the engine's buffer.
@@ -147,19 +122,11 @@ impl Edu {
     }
 
     fn set_word(&self, register: u64, value: u32) -> Result<()> {
-        self.device
-            .file()
-            .write(self.registers, register, &value.to_le_bytes())
-            .map_err(|failed| self.device.failed(failed.without_partial()))
+        self.device.write_u32(self.registers, register, value)
     }
 
     fn word(&self, register: u64) -> Result<u32> {
-        let mut bytes = [0; 4];
-        self.device
-            .file()
-            .read(self.registers, register, &mut bytes)
-            .map_err(|failed| self.device.failed(failed.without_partial()))?;
-        Ok(u32::from_le_bytes(bytes))
+        self.device.read_u32(self.registers, register)
     }
 
     fn error(&self, call: &'static str, errno: Errno) -> Error {
@@ -196,10 +163,10 @@ impl Device for Edu {
             let mut at = iova;
             for chunk in bytes.chunks_mut(BUFFER_LEN) {
                 // A refused read is zeroes in the engine; zeroes in the page show one that reaches no memory at all.
-                scratch.page.write(0, chunk).map_err(failed)?;
+                scratch.file().write(0, chunk).map_err(failed)?;
                 self.fill(at, chunk.len())?;
-                self.drain(scratch.iova.start(), chunk.len())?;
-                scratch.page.read(0, chunk).map_err(failed)?;
+                self.drain(scratch.iova(0), chunk.len())?;
+                scratch.file().read(0, chunk).map_err(failed)?;
                 at.0 += chunk.len() as u64;
             }
             Ok(bytes)
@@ -211,8 +178,8 @@ impl Device for Edu {
         self.with_scratch(|scratch| {
             let mut at = iova;
             for chunk in bytes.chunks(BUFFER_LEN) {
-                scratch.page.write(0, chunk).map_err(|failed| self.device.failed(failed))?;
-                self.fill(scratch.iova.start(), chunk.len())?;
+                scratch.file().write(0, chunk).map_err(|failed| self.device.failed(failed))?;
+                self.fill(scratch.iova(0), chunk.len())?;
                 self.drain(at, chunk.len())?;
                 at.0 += chunk.len() as u64;
             }

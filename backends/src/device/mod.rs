@@ -8,6 +8,7 @@ use passgate_bindings::Iova;
 use crate::{Error, Result};
 
 pub mod edu;
+mod own;
 pub(crate) mod refusal;
 pub mod sim;
 pub mod soft;

@@ -164,6 +164,19 @@ impl VfioDevice {
         self.seat.file()
     }
 
+    /// Reads the 32-bit register at `at` of a region.
+    pub(super) fn read_u32(&self, region: Region, at: u64) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.seat.file().read(region, at, &mut bytes).map_err(|f| self.failed(f.without_partial()))?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Writes the 32-bit register at `at` of a region.
+    pub(super) fn write_u32(&self, region: Region, at: u64, value: u32) -> Result<()> {
+        let written = self.seat.file().write(region, at, &value.to_le_bytes());
+        written.map_err(|f| self.failed(f.without_partial()))
+    }
+
     /// The error that a failed call on this device is.
     pub(super) fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.name.clone(), source, mend: "" }
