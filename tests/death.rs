@@ -156,6 +156,30 @@ fn a_killed_client_takes_only_its_own_memory_with_it() {
     assert!(status.dma_read("soft:0", GPA, 4).is_err(), "nothing is there any more");
 }
 
+/// The kernel's word on every thread of the daemon: no capability but CAP_IPC_LOCK (bit 14), and no way to another.
+#[test]
+fn a_serving_daemon_has_no_privilege_left() {
+    let memory = memory();
+    let daemon = Daemon::start(program(), &SOFT);
+    let mut client = added(&daemon, &memory);
+    assert_eq!(client.dma_read("soft:0", GPA, 4).unwrap(), b"AAAA");
+    let mut threads = 0;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", daemon.pid().as_raw_nonzero())).unwrap() {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap().trim().to_owned()
+        };
+        for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+            let bits = u64::from_str_radix(&field(set), 16).unwrap();
+            assert_eq!(bits & !(1 << 14), 0, "{set} of {}", field("Name"));
+        }
+        assert_eq!(field("NoNewPrivs"), "1", "{}", field("Name"));
+        threads += 1;
+    }
+    assert!(threads >= 3, "{threads} threads");
+}
+
 #[test]
 fn software_devices_need_no_guardian() {
     let daemon = Daemon::start(program(), &SOFT);

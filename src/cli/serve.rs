@@ -10,7 +10,7 @@ use passgate_backends::assign::{self, Kind, assign};
 
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
-use crate::serve::{Options, Server};
+use crate::serve::{Options, Server, privilege};
 use crate::session::guardian::{self, Ended};
 
 /// How long to wait for devices that somebody else has.
@@ -78,6 +78,7 @@ impl Serve {
             Stuck::Reset => OnStuckDma::Reset,
         };
         let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
+        privilege::give_up()?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
         let options =

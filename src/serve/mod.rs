@@ -9,6 +9,7 @@ mod connection;
 mod control;
 mod event_loop;
 mod poller;
+pub mod privilege;
 mod vm;
 
 use std::io::ErrorKind;
