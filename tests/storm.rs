@@ -119,6 +119,9 @@ fn killed_at_random_under_dma_no_page_is_met_and_the_next_start_always_goes() {
         conversions += went;
         writes += wrote;
     }
-    assert!(conversions > kills && writes > kills, "{conversions} conversions, {writes} DMA writes: no storm");
+    assert!(
+        conversions > kills && writes > kills,
+        "{conversions} conversions, {writes} DMA writes: no storm"
+    );
     println!("{kills} kills in {:?}: {conversions} conversions, {writes} DMA writes", begun.elapsed());
 }

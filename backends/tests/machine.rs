@@ -12,12 +12,13 @@ mod machine {
     pub mod calls;
     pub mod domains;
     pub mod fences;
+    pub mod interrupts;
     pub mod refusals;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, refusals};
+use machine::{calls, domains, fences, interrupts, refusals};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -43,6 +44,10 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("a_pinned_page_outlives_its_punch", domains::a_pinned_page_outlives_its_punch),
     ("reset_is_offered_where_the_device_has_it", fences::reset_is_offered_where_the_device_has_it),
     ("a_closed_device_can_be_opened_again", fences::a_closed_device_can_be_opened_again),
+    (
+        "class_13_interrupts_set_during_resets_leave_a_device_that_works",
+        interrupts::class_13_interrupts_set_during_resets_leave_a_device_that_works,
+    ),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];
