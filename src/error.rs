@@ -54,6 +54,25 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A device that is to be tested is used by somebody.
+    #[error("{device} is in use: {by}")]
+    InUse {
+        /// The device.
+        device: String,
+        /// By whom, and what to do about it.
+        by: String,
+    },
+    /// The host's view of a device cannot be changed.
+    #[error("cannot write {path}: {source}; run as root")]
+    Sysfs {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What was asked makes no sense.
+    #[error("{0}")]
+    Usage(String),
     /// The daemon was stopped and some memory would not go.
     #[error(
         "{regions} regions could not be closed in time: devices may still reach them until this process is gone"
@@ -91,7 +110,8 @@ impl Error {
     /// The exit code that says it: 3 where the host is not able, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Backend(_) => 3,
+            Self::Backend(_) | Self::InUse { .. } | Self::Sysfs { .. } => 3,
+            Self::Usage(_) => 2,
             _ => 1,
         }
     }

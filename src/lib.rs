@@ -13,6 +13,7 @@ pub mod error;
 pub mod gate;
 pub mod observe;
 pub mod protocol;
+pub mod selftest;
 pub mod serve;
 pub mod session;
 

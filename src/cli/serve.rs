@@ -42,8 +42,9 @@ pub(super) struct Serve {
     max_regions: u32,
 }
 
+/// The IOMMU interface, as the command line names it.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Iommu {
+pub(super) enum Iommu {
     /// iommufd where there is one, else type1; soft where no PCI device is named
     Auto,
     /// iommufd and device cdevs (Linux 6.6 or newer)
@@ -64,20 +65,25 @@ enum Stuck {
     Reset,
 }
 
+impl From<Iommu> for Kind {
+    fn from(iommu: Iommu) -> Self {
+        match iommu {
+            Iommu::Auto => Self::Auto,
+            Iommu::Iommufd => Self::Iommufd,
+            Iommu::Type1 => Self::Type1,
+            Iommu::Soft => Self::Soft,
+        }
+    }
+}
+
 impl Serve {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let kind = match self.iommu {
-            Iommu::Auto => Kind::Auto,
-            Iommu::Iommufd => Kind::Iommufd,
-            Iommu::Type1 => Kind::Type1,
-            Iommu::Soft => Kind::Soft,
-        };
         let on_stuck_dma = match self.on_stuck_dma {
             Stuck::Refuse => OnStuckDma::Refuse,
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
+        let assign::Assignment { domain, devices } = take(self.iommu.into(), &self.devices)?;
         privilege::give_up()?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
