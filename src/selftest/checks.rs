@@ -170,7 +170,7 @@ impl Bench {
         self.mapped(|| {
             let (pump, begun) = (self.pump()?, Instant::now());
             let (mut unmaps, mut late) = (0, 0);
-            while begun.elapsed() < UNDER_DMA || unmaps < PAGES {
+            while begun.elapsed() < UNDER_DMA {
                 let page = unmaps % PAGES;
                 late += u32::from(self.unmap(page)?);
                 let look = self.put_canary(page).and_then(|()| {

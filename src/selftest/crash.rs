@@ -1,12 +1,14 @@
 //! A daemon is killed while its device does DMA, and the next one must be able to take the device.
 
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use passgate_backends::Kind;
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 
+use super::pump::LEN;
 use super::{Checked, Options, Trouble};
 use crate::client::{AddMemory, Client};
 
@@ -15,6 +17,8 @@ const GPA: u64 = 0x4000_0000;
 const PAGES: u64 = 4;
 /// How often.
 const CRASHES: u32 = 3;
+/// How long to wait for the first DMA: a device without a driver here does none.
+const SOME: Duration = Duration::from_millis(500);
 /// How long a daemon may take to come up, which is how long a device may take to be free again.
 const LONG: Duration = Duration::from_secs(30);
 
@@ -84,15 +88,22 @@ pub(super) fn recovers(options: &Options) -> Checked {
 
 /// Kills the daemon in the middle of DMA; how many operations went.
 fn crash(victim: Victim, mut client: Client, device: &str) -> u64 {
+    let went = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || {
-            let page = |nth: u64| GPA + nth % PAGES * PAGE;
-            (0..)
-                .take_while(|nth| client.dma_write(device, page(*nth), &[7; super::pump::LEN]).is_ok())
-                .count()
+        scope.spawn(|| {
+            for nth in 0.. {
+                let done = client.dma_write(device, GPA + nth % PAGES * PAGE, &[7; LEN]);
+                if done.is_err() {
+                    return;
+                }
+                went.fetch_add(1, Relaxed);
+            }
         });
-        std::thread::sleep(Duration::from_millis(150));
+        let begun = Instant::now();
+        while went.load(Relaxed) < 2 && begun.elapsed() < SOME {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         drop(victim);
-        writer.join().map_or(0, |went| went as u64)
-    })
+    });
+    went.into_inner()
 }
