@@ -16,11 +16,12 @@ mod machine {
     pub mod refusals;
     pub mod rig;
     pub mod selftest;
+    pub mod together;
 }
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, programs, refusals, selftest};
+use machine::{conversion, death, programs, refusals, selftest, together};
 
 type Run = fn(&Rig);
 
@@ -38,6 +39,7 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("a_killed_client_loses_its_devices_then_its_memory", death::a_killed_client),
     ("sigterm_frees_memory_and_devices_in_time", death::sigterm),
     ("after_a_session_the_memory_can_be_sealed", death::the_memory_can_be_sealed),
+    ("no_device_meets_a_page_that_is_away", together::every_device),
     ("every_device_passes_its_selftest", selftest::every_device),
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
 ];
