@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use passgate_backends::assign::{self, Kind, assign};
 
 use crate::error::{Error, Result};
-use crate::gate::{OnStuckDma, Policy};
+use crate::gate::{OnStuckDma, Platform, Policy};
 use crate::serve::{Options, Server, privilege};
 use crate::session::guardian::{self, Ended};
 
@@ -31,6 +31,16 @@ pub(super) struct Serve {
     /// How far to go without asking when DMA does not stop
     #[arg(long, value_enum, default_value_t = Stuck::Refuse)]
     on_stuck_dma: Stuck,
+    /// A stale DMA write may take the host down (Intel TDX): a device that caches translations is detached before its
+    /// memory is given. Without this or --contained, as the host's kernel says
+    #[arg(long, conflicts_with = "contained")]
+    strict: bool,
+    /// A stale DMA write faults and does no harm (AMD SEV-SNP, Arm)
+    #[arg(long)]
+    contained: bool,
+    /// Let a fence end a TDISP interface that is locked or runs
+    #[arg(long)]
+    end_tdi: bool,
     /// Let clients have devices do DMA on demand (for tests; off by default)
     #[arg(long)]
     allow_dma: bool,
@@ -77,6 +87,12 @@ impl From<Iommu> for Kind {
 }
 
 impl Serve {
+    /// What counts as proof: as asked, else strict where a stale write could meet memory of a TDX guest.
+    fn platform(&self) -> Platform {
+        let tdx = || std::fs::read_to_string(TDX).is_ok_and(|on| on.trim() == "Y");
+        if self.strict || !self.contained && tdx() { Platform::Strict } else { Platform::Contained }
+    }
+
     pub(super) fn run(self) -> Result<ExitCode> {
         let on_stuck_dma = match self.on_stuck_dma {
             Stuck::Refuse => OnStuckDma::Refuse,
@@ -85,7 +101,13 @@ impl Serve {
         };
         let assign::Assignment { domain, devices } = take(self.iommu.into(), &self.devices)?;
         privilege::give_up()?;
-        let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
+        let policy = Policy {
+            on_stuck_dma,
+            platform: self.platform(),
+            end_tdi: self.end_tdi,
+            max_regions: self.max_regions,
+            ..Policy::default()
+        };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
         let options =
             Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
@@ -98,6 +120,9 @@ impl Serve {
         Ok(ExitCode::SUCCESS)
     }
 }
+
+/// Whether this host runs TDX guests (arch/x86/kvm/vmx/tdx.c, module parameter `tdx`).
+const TDX: &str = "/sys/module/kvm_intel/parameters/tdx";
 
 /// Takes the devices. One that is taken may be about to be let go of: the guardian of a daemon that was killed a
 /// moment ago stops it first.
