@@ -8,6 +8,7 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
+mod cached;
 pub mod effect;
 mod ending;
 pub mod event;
@@ -15,6 +16,7 @@ pub mod fence;
 mod invalidation;
 mod ladder;
 pub mod ledger;
+mod look;
 mod person;
 mod plan;
 pub mod receipt;
@@ -127,6 +129,8 @@ pub struct Gate {
     leaving: Vec<ClientId>,
     last_region: u32,
     last_invalidation: u64,
+    /// The highest invalidation from which an earlier daemon's quarantine dates.
+    last_of_earlier: u64,
     last_job: u64,
 }
 
@@ -147,6 +151,7 @@ impl Gate {
             leaving: Vec::new(),
             last_region: 0,
             last_invalidation: 0,
+            last_of_earlier: 0,
             last_job: 0,
         }
     }

@@ -59,11 +59,13 @@ pub enum Cause {
     HalfMapped = 7,
     /// passgate's own conversion failed and changed nothing.
     ConvertFailed = 8,
+    /// A device that caches translations could not be detached, and on this platform nothing less is proof.
+    AtsNotFenced = 9,
 }
 
 impl Cause {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Cause; 8] = [
+    pub const ALL: [Cause; 9] = [
         Self::UnmapFailed,
         Self::DmaInFlight,
         Self::CallHangs,
@@ -72,6 +74,7 @@ impl Cause {
         Self::ClientGone,
         Self::HalfMapped,
         Self::ConvertFailed,
+        Self::AtsNotFenced,
     ];
 
     /// In words, for messages and for JSON.
@@ -85,6 +88,7 @@ impl Cause {
             Self::ClientGone => "client-gone",
             Self::HalfMapped => "half-mapped",
             Self::ConvertFailed => "convert-failed",
+            Self::AtsNotFenced => "ats-not-fenced",
         }
     }
 }

@@ -4,7 +4,7 @@ use passgate::gate::{Answer, Caller, DeviceId, Effect, Notice, Outcome, Performe
 use passgate_bindings::{Iova, PageRange};
 
 use crate::model::{Ask, Asked, Model};
-use crate::truth::{Kept, Open, Phase, Region, Stage, broken};
+use crate::truth::{Held, Kept, Open, Phase, Region, Stage, broken};
 
 impl Model {
     pub fn effect(&mut self, effect: &Effect) -> Kept {
@@ -228,6 +228,10 @@ impl Model {
                 Ok(())
             }
             (Ask::End { counts: false, .. }, Answer::Refused(Refusal::NotBegun { .. })) => Ok(()),
+            (Ask::Release { bytes }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
+                Ok(())
+            }
+            (Ask::Release { bytes: 0 }, Answer::Refused(Refusal::NotQuarantined { .. })) => Ok(()),
             _ => broken!(3, "{answer:?} to {ask:?}"),
         }
     }
@@ -257,7 +261,7 @@ impl Model {
                 self.grant(&open, Phase::Granted)
             }
             (Phase::Asked, Verdict::Refused { .. } | Verdict::Unknown { .. }) => {
-                if self.clean && !open.out_of_time {
+                if self.clean && !open.out_of_time && !self.undetachable() {
                     broken!(4, "{verdict:?} about {open:?}, though nothing failed and there was time left");
                 }
                 for (file, range) in &open.pages {
@@ -304,11 +308,13 @@ impl Model {
             }
             Notice::Quarantined { invalidation, file, range, reason, .. } => {
                 self.owed.noticed.insert(invalidation);
+                let lasts = self.lasts(invalidation, reason);
                 let Some(file) = self.truth.file(file) else { return Ok(()) };
                 if file.quarantined(range) {
                     broken!(6, "{notice:?} is in quarantine already: {:?}", file.quarantine);
                 }
-                file.quarantine.push((range, reason, invalidation));
+                file.vouched.retain(|vouched| !vouched.overlaps(range));
+                file.quarantine.push(Held { range, reason, since: invalidation, lasts });
             }
             Notice::Freed { file: id, range, .. } => {
                 for (region, iova) in self.truth.aliases(id, range) {
@@ -318,14 +324,18 @@ impl Model {
                 }
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
                 let before = file.quarantine.len();
-                file.quarantine.retain(|(held, reason, _)| *held != range || Self::lasts(reason.cause));
+                file.quarantine.retain(|held| held.range != range || held.lasts);
                 if file.quarantine.len() + 1 != before {
                     broken!(6, "{notice:?} frees what is not to be freed: {:?}", file.quarantine);
                 }
             }
             Notice::Released { file: id, range, .. } => {
+                let Some(index) = self.owed.released.iter().position(|part| *part == (id, range)) else {
+                    broken!(6, "{notice:?}, of which nobody spoke")
+                };
+                self.owed.released.swap_remove(index);
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
-                file.quarantine.retain(|(held, ..)| *held != range);
+                file.quarantine.retain(|held| held.range != range);
             }
             Notice::MapFailed { .. } => self.map_failed = true,
             Notice::RegionClosed { region } => {
@@ -343,7 +353,7 @@ impl Model {
                 }
                 self.deaths.retain(|death| death.client != client);
             }
-            Notice::DeviceFenced { .. } | Notice::DeviceAttached { .. } => {}
+            Notice::DeviceFenced { .. } | Notice::DeviceAttached { .. } | Notice::TdiEnded { .. } => {}
         }
         Ok(())
     }

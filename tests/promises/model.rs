@@ -7,13 +7,16 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
     Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
-    PageState, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    PageState, Platform, Policy, Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::told::Told;
-use crate::truth::{Kept, Open, Phase, Region, Stage, Truth, broken};
+use crate::truth::{Held, Kept, Open, Phase, Region, Stage, Truth, broken};
+
+/// The ladder has six rungs, and no timer is shorter than a nanosecond.
+const SHORTEST: u64 = 6;
 
 /// What somebody asked.
 #[derive(Debug, Clone)]
@@ -22,6 +25,7 @@ pub enum Ask {
     Remove { region: RegionId },
     Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
     End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
+    Release { bytes: u64 },
 }
 
 #[derive(Debug, Clone)]
@@ -54,6 +58,8 @@ pub struct Owed {
     pub notice: Vec<InvalidationId>,
     /// These must be in quarantine as a whole.
     pub quarantine: Vec<(FileId, PageRange<Offset>)>,
+    /// A person let go of these: told, one by one.
+    pub released: Vec<(FileId, PageRange<Offset>)>,
 }
 
 #[derive(Debug)]
@@ -78,6 +84,8 @@ pub struct Model {
     pub map_failed: bool,
     /// Nothing fails in this world: then nothing may be refused without a good reason.
     pub clean: bool,
+    /// The highest invalidation that an earlier daemon's quarantine dates from.
+    earlier: u64,
 }
 
 impl Model {
@@ -86,7 +94,7 @@ impl Model {
             policy,
             now: 0,
             truth: Truth::default(),
-            told: Told::default(),
+            told: Told::new(&policy),
             asked: BTreeMap::new(),
             orphans: HashSet::new(),
             deaths: Vec::new(),
@@ -98,6 +106,7 @@ impl Model {
             converted: BTreeMap::new(),
             map_failed: false,
             clean,
+            earlier: 0,
         }
     }
 
@@ -115,11 +124,11 @@ impl Model {
                 self.ask(caller, Ask::Add { spec, region: None }, u64::MAX);
             }
             Event::RemoveRegion { caller, region } => {
-                let due = self.policy.close_deadline_ns.max(5);
+                let due = self.policy.close_deadline_ns.max(SHORTEST);
                 self.ask(caller, Ask::Remove { region }, due);
             }
             Event::Begin { caller, range, deadline_ns, .. } => {
-                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(5));
+                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(SHORTEST));
             }
             Event::End { caller, invalidation, outcome } => {
                 let counts = self
@@ -146,8 +155,33 @@ impl Model {
                 }
             }
             Event::ClientGone { client } => self.gone(client),
+            Event::Quarantine { file, range, invalidation, reason } => {
+                self.earlier = self.earlier.max(invalidation.0);
+                let Some(entry) = self.truth.file(file) else { return };
+                entry.held = true;
+                for range in entry.free_of_quarantine(range) {
+                    entry.quarantine.push(Held { range, reason, since: invalidation, lasts: true });
+                }
+                self.truth.become_state(&[(file, range)], PageState::Unknown);
+            }
+            Event::Release { caller, invalidation, to } => self.vouch(caller, invalidation, to),
             _ => {}
         }
+    }
+
+    /// A person says what the pages are that an invalidation left in quarantine.
+    fn vouch(&mut self, caller: Caller, since: InvalidationId, to: PageState) {
+        let mut released = Vec::new();
+        for file in &mut self.truth.files {
+            let mine = file.quarantine.iter().filter(|held| held.since == since).map(|held| held.range);
+            let mine: Vec<_> = mine.collect();
+            file.vouched.extend(&mine);
+            released.extend(mine.into_iter().map(|range| (file.id, range)));
+        }
+        self.truth.become_state(&released, to);
+        let bytes = released.iter().map(|(_, range)| range.len()).sum();
+        self.owed.released = released;
+        self.ask(caller, Ask::Release { bytes }, 0);
     }
 
     fn ask(&mut self, caller: Caller, ask: Ask, within: u64) {
@@ -257,6 +291,11 @@ impl Model {
                 let phase = Phase::Asked;
                 let open =
                     Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
+                for (id, range) in &open.pages {
+                    if let Some(file) = self.truth.file(*id) {
+                        file.vouched.retain(|vouched| !vouched.overlaps(*range));
+                    }
+                }
                 self.truth.open.push(open);
                 self.known.insert(new);
                 if let Some(Asked { ask: Ask::Begin { id, .. }, .. }) = self.asked.get_mut(&caller.cookie) {
@@ -283,6 +322,9 @@ impl Model {
                     "what became of {range:?} is not known, and it was given up, yet it is not in quarantine"
                 );
             }
+        }
+        if let Some((file, range)) = owed.released.first() {
+            broken!(6, "{range:?} of {file:?} was released, and nobody was told");
         }
         if let Event::ClientGone { client } = *event {
             self.devices_stop(client)?;
@@ -312,7 +354,12 @@ impl Model {
         let allowed = self.policy.on_stuck_dma.allows();
         for (id, device) in &self.told.devices {
             let can = |step: Step| device.steps.has(step);
-            let any = can(Step::Drain) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
+            let spared = device.nature.tdi && !self.policy.end_tdi;
+            let any = can(Step::Drain)
+                || can(Step::Stop)
+                || can(Step::Detach)
+                || (can(Step::Master) && !spared)
+                || (can(Step::Reset) && allowed.has(Step::Reset) && !spared);
             if any && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }
@@ -349,7 +396,8 @@ impl Model {
         if snapshot.regions.len() > self.policy.max_regions as usize {
             broken!(7, "{} regions, of {} at most", snapshot.regions.len(), self.policy.max_regions);
         }
-        let mine = self.truth.files.iter().flat_map(|file| file.quarantine.iter().map(|q| (file.id, q.0)));
+        let mine =
+            self.truth.files.iter().flat_map(|file| file.quarantine.iter().map(|q| (file.id, q.range)));
         let (mut mine, mut its): (Vec<_>, Vec<_>) =
             (mine.collect(), snapshot.quarantine.iter().map(|q| (q.file, q.range)).collect());
         mine.sort_unstable();
@@ -382,7 +430,13 @@ impl Model {
     }
 
     /// Whether a quarantine of this cause outlasts every proof about mappings.
-    pub fn lasts(cause: Cause) -> bool {
-        matches!(cause, Cause::OwnerUnknown | Cause::ClientGone)
+    pub fn lasts(&self, since: InvalidationId, reason: Reason) -> bool {
+        matches!(reason.cause, Cause::OwnerUnknown | Cause::ClientGone) || since.0 <= self.earlier
+    }
+
+    /// Whether a conversion may be refused though nothing fails: what caches translations cannot be detached.
+    pub fn undetachable(&self) -> bool {
+        let cannot = |d: &crate::told::Device| d.nature.ats && !d.steps.has(Step::Detach);
+        self.policy.platform == Platform::Strict && self.told.devices.values().any(cannot)
     }
 }

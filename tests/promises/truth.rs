@@ -11,6 +11,7 @@ use passgate::gate::{
 use passgate_backends::iommu::sim::FileKey;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use rangemap::RangeSet;
 
 use crate::action::FILE_PAGES;
 
@@ -56,10 +57,22 @@ pub struct File {
     pages: Vec<Page>,
     /// A bit for each page that no device may reach.
     forbidden: Vec<u64>,
-    /// Ranges that the gate has put into quarantine.
-    pub quarantine: Vec<(PageRange<Offset>, Reason, InvalidationId)>,
+    /// Ranges that the gate has put into quarantine, or was told of at its start.
+    pub quarantine: Vec<Held>,
+    /// Ranges that a person took out of it, whatever is still in doubt there.
+    pub vouched: Vec<PageRange<Offset>>,
     /// Whether the gate has the file (a region of it was added, and it was not let go).
     pub held: bool,
+}
+
+/// A range in quarantine.
+#[derive(Debug, Clone, Copy)]
+pub struct Held {
+    pub range: PageRange<Offset>,
+    pub reason: Reason,
+    pub since: InvalidationId,
+    /// Whether no proof about mappings lifts it.
+    pub lasts: bool,
 }
 
 /// How a region fares.
@@ -137,6 +150,7 @@ impl File {
             pages: vec![page; FILE_PAGES as usize],
             forbidden: vec![u64::MAX; FILE_PAGES.div_ceil(64) as usize],
             quarantine: Vec::new(),
+            vouched: Vec::new(),
             held: false,
         }
     }
@@ -173,14 +187,12 @@ impl File {
     }
 
     pub fn quarantined(&self, range: PageRange<Offset>) -> bool {
-        self.quarantine.iter().any(|(held, ..)| held.overlaps(range))
+        self.quarantine.iter().any(|held| held.range.overlaps(range))
     }
 
     /// Whether all of `range` is in quarantine.
     pub fn quarantined_whole(&self, range: PageRange<Offset>) -> bool {
-        let within = |(held, ..): &(PageRange<Offset>, Reason, InvalidationId)| {
-            held.intersection(range).map_or(0, PageRange::len)
-        };
+        let within = |held: &Held| held.range.intersection(range).map_or(0, PageRange::len);
         self.quarantine.iter().map(within).sum::<u64>() == range.len()
     }
 
@@ -197,6 +209,18 @@ impl File {
     /// What a page is, why it may not be reached.
     pub fn describe(&self, page: u64) -> String {
         format!("{:?}", self.pages[page as usize])
+    }
+
+    /// The parts of `range` that are in no quarantine.
+    pub fn free_of_quarantine(&self, range: PageRange<Offset>) -> Vec<PageRange<Offset>> {
+        let mut free = RangeSet::from_iter([range.start().0..range.end().0]);
+        self.quarantine.iter().for_each(|held| free.remove(held.range.start().0..held.range.end().0));
+        free.iter().filter_map(|part| PageRange::between(Offset(part.start), Offset(part.end))).collect()
+    }
+
+    /// Whether a person has vouched for all of `range`.
+    pub fn vouched(&self, range: PageRange<Offset>) -> bool {
+        self.vouched.iter().any(|vouched| vouched.covers(range))
     }
 
     /// Whether devices ought to reach the page.
@@ -239,8 +263,7 @@ impl Truth {
             page.shown += 1;
         });
         // What its last owner could not say, the next cannot either.
-        let lasting = |(_, reason, _): &&(_, Reason, _)| crate::model::Model::lasts(reason.cause);
-        let unknown: Vec<_> = file.quarantine.iter().filter(lasting).map(|(held, ..)| *held).collect();
+        let unknown: Vec<_> = file.quarantine.iter().filter(|q| q.lasts).map(|q| q.range).collect();
         for held in unknown {
             file.change(held, |page| page.state = PageState::Unknown);
         }

@@ -53,7 +53,11 @@ impl Fault {
         match self {
             Self::Errno(_) | Self::Hang => true,
             Self::HalfMapped(_) => call == Call::Map,
-            Self::HalfUnmapped(_) | Self::Short | Self::Late | Self::ShortLate | Self::Stuck
+            Self::HalfUnmapped(_)
+            | Self::Short
+            | Self::Late
+            | Self::ShortLate
+            | Self::Stuck
             | Self::Cached => call == Call::Unmap,
         }
     }

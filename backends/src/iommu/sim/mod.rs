@@ -295,10 +295,9 @@ impl Shared {
             dropped += before - port.stale.len();
         }
         let ports = &state.ports;
-        let (running, ended): (Vec<_>, Vec<_>) = state
-            .running
-            .iter()
-            .partition(|ticket| ports.iter().flat_map(|port| &port.stale).any(|s| s.ticket == Some(**ticket)));
+        let (running, ended): (Vec<_>, Vec<_>) = state.running.iter().partition(|ticket| {
+            ports.iter().flat_map(|port| &port.stale).any(|s| s.ticket == Some(**ticket))
+        });
         state.running = running;
         if !ended.is_empty() {
             state.ended.extend(ended);
