@@ -13,6 +13,7 @@ use super::effect::Effects;
 use super::event::{DeviceId, DomainId, InvalidationId};
 use super::fence::{Platform, Step, Steps};
 use super::ledger::RunState;
+use super::stop::DeviceEntry;
 
 impl Gate {
     /// A device of the domain that may still use a translation that was taken away.
@@ -20,7 +21,7 @@ impl Gate {
         if self.policy.platform == Platform::Contained {
             return None;
         }
-        let keeps = |d: &super::DeviceEntry| d.domain == domain && d.nature.ats && !d.is_out();
+        let keeps = |d: &DeviceEntry| d.domain == domain && d.nature.ats && !d.is_out();
         self.devices.iter().find(|(_, d)| keeps(d)).map(|(id, _)| *id)
     }
 
@@ -42,8 +43,15 @@ impl Gate {
         if self.policy.platform == Platform::Contained {
             return;
         }
+        let (concerned, is_conversion) = (self.concerned(&inv.targets), inv.is_conversion());
+        // One that can never be detached: no reason to stop the others, the answer is no.
+        let hopeless = |d: &DeviceEntry| d.nature.ats && !d.is_out() && !d.steps.has(Step::Detach);
+        let mut here = self.devices.values().filter(|d| concerned.contains(&d.domain));
+        if is_conversion && here.any(hopeless) {
+            return;
+        }
         let mut stopping = false;
-        for domain in self.concerned(&inv.targets) {
+        for domain in concerned {
             if self.keeps_copies(domain).is_some() {
                 self.fence(domain, Step::Detach, Steps::default(), id, effects);
                 stopping |= self.busy(domain);

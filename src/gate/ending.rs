@@ -90,6 +90,7 @@ impl Gate {
     }
 
     pub(super) fn converted(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
+        self.hanging.remove(&id);
         let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Converting) else {
             return;
         };
@@ -114,6 +115,7 @@ impl Gate {
     pub(super) fn convert_hangs(&mut self, id: InvalidationId, effects: &mut Effects) {
         let outcome = Outcome::Unknown { errno: 0, offset: 0 };
         self.converted(id, outcome, effects);
+        self.hanging.insert(id);
     }
 
     /// Takes down how the owner's side went.

@@ -26,7 +26,7 @@ mod snapshot;
 mod stop;
 pub mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
@@ -124,6 +124,8 @@ pub struct Gate {
     /// Those of them that wait for proof.
     clearing: Vec<InvalidationId>,
     jobs: BTreeMap<JobId, Job>,
+    /// Conversions of passgate's own that were given up and have not returned.
+    hanging: BTreeSet<InvalidationId>,
     open_by_client: BTreeMap<ClientId, u32>,
     /// Clients that are gone and still have regions to close.
     leaving: Vec<ClientId>,
@@ -147,6 +149,7 @@ impl Gate {
             invalidations: BTreeMap::new(),
             clearing: Vec::new(),
             jobs: BTreeMap::new(),
+            hanging: BTreeSet::new(),
             open_by_client: BTreeMap::new(),
             leaving: Vec::new(),
             last_region: 0,

@@ -35,7 +35,8 @@ impl Gate {
     }
 
     /// A person knows what the pages are that an invalidation left in quarantine. A mapping over them that was
-    /// never proved gone stays in the ledger all the same: the next invalidation tries it again.
+    /// never proved gone stays in the ledger all the same: the next invalidation tries it again. While passgate's own
+    /// conversion may still take the pages away, nobody can know.
     pub(super) fn let_go(
         &mut self,
         caller: Caller,
@@ -43,6 +44,11 @@ impl Gate {
         to: PageState,
         effects: &mut Effects,
     ) {
+        if self.hanging.contains(&invalidation) {
+            let answer = Answer::Refused(Refusal::StillConverting { invalidation });
+            effects.push(Effect::Answer { caller, answer });
+            return;
+        }
         let mut freed = Vec::new();
         for (file, entry) in &mut self.files {
             for range in entry.holds.lift_all(invalidation) {
@@ -56,9 +62,11 @@ impl Gate {
             bytes => Answer::Released { bytes },
         };
         effects.push(Effect::Answer { caller, answer });
-        for (file, range) in freed {
+        for (file, range) in freed.iter().copied() {
             let (gpa, client) = (self.gpa_of(file, range), caller.client);
             effects.push(Effect::Notice(Notice::Released { client, invalidation, file, range, gpa, to }));
+        }
+        for (file, range) in freed {
             self.reconcile(file, range, effects);
             self.close_again(file, range, effects);
             self.forget_file(file, effects);

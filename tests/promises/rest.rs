@@ -64,7 +64,7 @@ impl World {
             let id = region.spec.backing.file;
             let Some(file) = self.model.truth.files.iter().find(|file| file.id == id) else { continue };
             for part in self.model.doubtful(id, region.pages()) {
-                if !file.quarantined_whole(part) && !file.vouched(part) {
+                if !file.is_told(part) {
                     broken!(6, "{part:?} of {id:?} is in doubt, and nobody was told: {:?}", file.quarantine);
                 }
             }

@@ -60,7 +60,7 @@ pub struct File {
     /// Ranges that the gate has put into quarantine, or was told of at its start.
     pub quarantine: Vec<Held>,
     /// Ranges that a person took out of it, whatever is still in doubt there.
-    pub vouched: Vec<PageRange<Offset>>,
+    pub vouched: RangeSet<u64>,
     /// Whether the gate has the file (a region of it was added, and it was not let go).
     pub held: bool,
 }
@@ -150,7 +150,7 @@ impl File {
             pages: vec![page; FILE_PAGES as usize],
             forbidden: vec![u64::MAX; FILE_PAGES.div_ceil(64) as usize],
             quarantine: Vec::new(),
-            vouched: Vec::new(),
+            vouched: RangeSet::new(),
             held: false,
         }
     }
@@ -213,14 +213,14 @@ impl File {
 
     /// The parts of `range` that are in no quarantine.
     pub fn free_of_quarantine(&self, range: PageRange<Offset>) -> Vec<PageRange<Offset>> {
-        let mut free = RangeSet::from_iter([range.start().0..range.end().0]);
-        self.quarantine.iter().for_each(|held| free.remove(held.range.start().0..held.range.end().0));
+        let free = without(range, self.quarantine.iter().map(|held| held.range));
         free.iter().filter_map(|part| PageRange::between(Offset(part.start), Offset(part.end))).collect()
     }
 
-    /// Whether a person has vouched for all of `range`.
-    pub fn vouched(&self, range: PageRange<Offset>) -> bool {
-        self.vouched.iter().any(|vouched| vouched.covers(range))
+    /// Whether all of `range` is in quarantine, or a person has vouched for it.
+    pub fn is_told(&self, range: PageRange<Offset>) -> bool {
+        let left = without(range, self.quarantine.iter().map(|held| held.range));
+        left.iter().all(|part| self.vouched.gaps(part).next().is_none())
     }
 
     /// Whether devices ought to reach the page.
@@ -230,6 +230,13 @@ impl File {
 }
 
 use std::ops::Range;
+
+/// What of `range` is in none of `parts`.
+fn without(range: PageRange<Offset>, parts: impl Iterator<Item = PageRange<Offset>>) -> RangeSet<u64> {
+    let mut left = RangeSet::from_iter([range.start().0..range.end().0]);
+    parts.for_each(|part| left.remove(part.start().0..part.end().0));
+    left
+}
 
 /// One page of a file.
 pub fn page_range(page: u64) -> PageRange<Offset> {

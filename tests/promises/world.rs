@@ -35,6 +35,15 @@ pub struct Setup {
     pub clean: bool,
 }
 
+impl Setup {
+    /// Whether every device can be detached whose cache must be emptied for proof.
+    fn is_detachable(&self) -> bool {
+        let caches = self.domains.iter().flat_map(|(.., devices)| devices).filter(|(_, nature)| nature.ats);
+        self.policy.platform == Platform::Contained
+            || caches.into_iter().all(|(class, _)| class.contains(StopClass::DETACH))
+    }
+}
+
 /// What devices write.
 const MARK: u64 = 0xDEAD;
 
@@ -125,7 +134,7 @@ impl World {
         let memory = Memory::new();
         let mut world = Self {
             gate: Saboteur::new(setup.policy, plant),
-            model: Model::new(setup.policy, setup.clean),
+            model: Model::new(setup.policy, setup.clean && setup.is_detachable()),
             hands: Hands::new(memory.clone()),
             events: 0,
             kinds: [0; KINDS.len()],
