@@ -31,6 +31,8 @@ fn promise_2_a_mapping_whose_removal_failed_is_never_forgotten() {
     found(Plant::ShortIsWhole, 2);
     found(Plant::FlightIsOver, 2);
     found(Plant::HalfIsNothing, 2);
+    found(Plant::MasterIsProof, 2);
+    found(Plant::NotStrict, 2);
 }
 
 #[test]
@@ -43,6 +45,7 @@ fn promise_3_nothing_is_mapped_between_begin_and_end_and_nobody_waits_for_one() 
 fn promise_4_every_begin_is_answered_once_and_in_time() {
     found(Plant::NoTimers, 4);
     found(Plant::AnswersTwice, 4);
+    found(Plant::EndsTdis, 4);
 }
 
 #[test]
@@ -50,6 +53,10 @@ fn promise_6_what_failed_is_told_twice_and_stays_in_quarantine() {
     found(Plant::SilentQuarantine, 6);
     found(Plant::SilentRefusal, 6);
     found(Plant::UnknownIsCommitted, 6);
+    found(Plant::SilentTdi, 6);
+    found(Plant::SilentRelease, 6);
+    found(Plant::GenerousRelease, 6);
+    found(Plant::ForgottenSeed, 6);
 }
 
 #[test]

@@ -84,8 +84,8 @@ fn begin_and_climb(world: &mut World) {
 fn dma_that_does_not_stop_is_fenced_as_far_as_policy_goes() {
     for (policy, verdicts, fenced) in [
         (OnStuckDma::Refuse, [0, 1, 0], 1),
-        (OnStuckDma::Fence, [1, 0, 0], 2),
-        (OnStuckDma::Reset, [1, 0, 0], 2),
+        (OnStuckDma::Fence, [1, 0, 0], 4),
+        (OnStuckDma::Reset, [1, 0, 0], 4),
     ] {
         let mut world = world(policy);
         world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);

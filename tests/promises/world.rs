@@ -67,6 +67,8 @@ pub struct World {
     pub verdicts: [u64; 3],
     /// What happened last, where somebody wants to know.
     pub trace: Option<VecDeque<String>>,
+    /// The fences that the gate asked for, in order.
+    pub fences: Vec<Step>,
     /// This many calls from now, one does not return (done or not).
     pub hang_at: Option<(u64, bool)>,
     clock: u64,
@@ -140,6 +142,7 @@ impl World {
             kinds: [0; KINDS.len()],
             verdicts: [0; 3],
             trace: None,
+            fences: Vec::new(),
             hang_at: None,
             clock: 0,
             timers: BinaryHeap::new(),
@@ -254,7 +257,12 @@ impl World {
                     }
                 }
             }
-            other => self.hands.take(other),
+            other => {
+                if let Effect::Fence { step, .. } = other {
+                    self.fences.push(step);
+                }
+                self.hands.take(other);
+            }
         }
         Ok(())
     }
