@@ -68,11 +68,16 @@ impl Gate {
             return;
         }
         let Some(runs) = self.runs(domain) else { return };
-        for iova in runs.in_state(RunState::Cached) {
-            if let Some(runs) = self.runs(domain) {
-                runs.remove(iova.start());
-            }
-            self.changed(iova, id, effects);
+        let gone = runs.in_state(RunState::Cached);
+        // All of them before anybody looks, for the detach proves them together; and what they show is taken down
+        // before any of it is forgotten.
+        gone.iter().for_each(|iova| runs.remove(iova.start()));
+        let gone: Vec<_> = gone.into_iter().map(|iova| (iova, self.files_at(iova))).collect();
+        for (iova, _) in &gone {
+            self.advance_over(*iova, effects);
+        }
+        for (iova, pages) in gone {
+            self.look_again(iova, pages, id, effects);
         }
     }
 }

@@ -158,14 +158,9 @@ impl Gate {
 
     /// Something over `iova` left the ledger, or failed to: whoever waits looks again, neighbours that had to go
     /// with it come back, and what was in doubt may be so no more.
-    pub(super) fn changed(
-        &mut self,
-        iova: PageRange<Iova>,
-        invalidation: InvalidationId,
-        effects: &mut Effects,
-    ) {
-        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
+    fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
         // The common case: nothing came along with the range, and nothing else is in doubt.
+        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
         let plain = enclosed && !self.unsettled();
         // Taken down now: the region may be gone when it is settled.
         let pages = if plain { Vec::new() } else { self.files_at(iova) };
@@ -173,15 +168,24 @@ impl Gate {
         if plain && !self.unsettled() {
             return;
         }
+        self.look_again(iova, pages, invalidation, effects);
+    }
+
+    /// What was at `iova`, showing `pages`, is gone or failed to go, and whoever waited has looked.
+    pub(super) fn look_again(
+        &mut self,
+        iova: PageRange<Iova>,
+        pages: Vec<FilePages>,
+        invalidation: InvalidationId,
+        effects: &mut Effects,
+    ) {
         if !self.awaited(iova) {
             for (domain, run) in self.runs_over(&[iova]) {
                 self.doubt(invalidation, domain, run, effects);
             }
         }
-        if !enclosed {
-            for part in &pages {
-                self.reconcile(part.file, part.range, effects);
-            }
+        for part in &pages {
+            self.reconcile(part.file, part.range, effects);
         }
         self.settle(iova, pages, effects);
     }

@@ -179,7 +179,6 @@ fn setup() -> impl Strategy<Value = Setup> {
             max_open,
             max_memory: 1 << 44,
             close_deadline_ns,
-            ..Policy::default()
         });
     let device = (0..32u8, any::<bool>(), any::<bool>())
         .prop_map(|(bits, ats, tdi)| (StopClass::from_bits_truncate(bits), Nature { ats, tdi }));

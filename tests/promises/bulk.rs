@@ -35,7 +35,6 @@ impl Setup {
             close_deadline_ns: 1 << rng.below(18),
             platform: rng.pick(&[Platform::Contained, Platform::Contained, Platform::Strict]),
             end_tdi: rng.odds(1, 2),
-            ..Policy::default()
         };
         let domains = (0..1 + rng.below(3))
             .map(|_| {

@@ -177,7 +177,7 @@ impl Model {
 
     /// A person says what the pages are that an invalidation left in quarantine.
     fn vouch(&mut self, caller: Caller, since: InvalidationId, to: PageState) {
-        if self.converting.contains(&since) {
+        if self.converting.contains(&since) && self.truth.open(since).is_none() {
             return self.ask(caller, Ask::Release { bytes: 0, hangs: true }, 0);
         }
         let mut released = Vec::new();

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use passgate::gate::{
-    Caller, ClientId, FileId, InvalidationId, PageState, Performer, Reason, RegionId, RegionSpec,
+    Caller, Cause, ClientId, FileId, InvalidationId, PageState, Performer, Reason, RegionId, RegionSpec,
 };
 use passgate_backends::iommu::sim::FileKey;
 use passgate_bindings::units::Offset;
@@ -190,6 +190,11 @@ impl File {
         self.quarantine.iter().any(|held| held.range.overlaps(range))
     }
 
+    /// Why the page is in quarantine, if it is.
+    pub fn cause(&self, page: PageRange<Offset>) -> Option<Cause> {
+        self.quarantine.iter().find(|held| held.range.overlaps(page)).map(|held| held.reason.cause)
+    }
+
     /// Whether all of `range` is in quarantine.
     pub fn quarantined_whole(&self, range: PageRange<Offset>) -> bool {
         let within = |held: &Held| held.range.intersection(range).map_or(0, PageRange::len);
@@ -233,7 +238,8 @@ use std::ops::Range;
 
 /// What of `range` is in none of `parts`.
 fn without(range: PageRange<Offset>, parts: impl Iterator<Item = PageRange<Offset>>) -> RangeSet<u64> {
-    let mut left = RangeSet::from_iter([range.start().0..range.end().0]);
+    let mut left = RangeSet::new();
+    left.insert(range.start().0..range.end().0);
     parts.for_each(|part| left.remove(part.start().0..part.end().0));
     left
 }

@@ -23,12 +23,15 @@ use crate::model::Model;
 use crate::saboteur::{Plant, Saboteur};
 use crate::truth::{File, Kept, Open, Phase, broken};
 
+/// What a device is: how it can be stopped, and what bears on that.
+pub type Kind = (StopClass, Nature);
+
 /// How a world is made.
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub policy: Policy,
-    /// Per domain: mappings at most, longest mapping, the stop class and nature of each device.
-    pub domains: Vec<(u64, u64, Vec<(StopClass, Nature)>)>,
+    /// Per domain: mappings at most, longest mapping, its devices.
+    pub domains: Vec<(u64, u64, Vec<Kind>)>,
     /// What an earlier daemon left in quarantine: file, first page, pages, since when.
     pub seeds: Vec<(u8, u16, u16, u64)>,
     /// Nothing will fail.
