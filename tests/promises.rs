@@ -54,6 +54,8 @@ mod effects;
 mod fences;
 #[path = "promises/hands.rs"]
 mod hands;
+#[path = "promises/learn.rs"]
+mod learn;
 #[path = "promises/model.rs"]
 mod model;
 #[path = "promises/nth.rs"]

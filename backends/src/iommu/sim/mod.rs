@@ -20,11 +20,14 @@ use crate::{Error, Result};
 
 mod fault;
 mod memory;
+mod port;
 mod table;
 
 pub use crate::device::sim::SimDevice;
 pub use fault::{Call, Fault, FaultPlan};
 pub use memory::{Memory, Stamp};
+pub(crate) use port::Ends;
+use port::{Port, Stale};
 pub use table::Mapping;
 use table::Table;
 
@@ -56,54 +59,6 @@ pub struct Seen {
     pub since: Stamp,
     /// Whether a write would land.
     pub writable: bool,
-}
-
-/// What it takes to end the use of an old translation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Ends {
-    /// An operation in flight, over with the next flush.
-    WithFlush,
-    /// An operation in flight that only a detach or a reset ends.
-    WhenUnstuck,
-    /// A copy in the device's own cache, gone with a detach or a reset; used while the device issues requests.
-    WithCache,
-}
-
-/// An old translation that one device has not flushed yet.
-#[derive(Debug, Clone)]
-struct Stale {
-    mapping: Mapping,
-    /// None for a copy of which nobody is told.
-    ticket: Option<Ticket>,
-    ends: Ends,
-}
-
-/// One device, as the domain sees it.
-#[derive(Debug, Default)]
-struct Port {
-    attached: bool,
-    /// Whether it issues no requests: stopped, or bus mastering off.
-    silent: bool,
-    /// Whether it caches translations of its own.
-    ats: bool,
-    stale: Vec<Stale>,
-}
-
-impl Port {
-    /// Whether it reaches what is mapped.
-    fn reaches(&self) -> bool {
-        self.attached && !self.silent
-    }
-
-    /// It goes on using these, though they are gone.
-    fn keep(&mut self, gone: &[Mapping], ticket: Option<Ticket>, ends: Ends) {
-        self.stale.extend(gone.iter().map(|mapping| Stale { mapping: mapping.clone(), ticket, ends }));
-    }
-
-    /// The old translations that it uses.
-    fn used(&self) -> impl Iterator<Item = &Stale> {
-        self.stale.iter().filter(|stale| stale.ends != Ends::WithCache || self.reaches())
-    }
 }
 
 #[derive(Debug, Default)]
