@@ -96,7 +96,7 @@ pub enum Platform {
     #[default]
     Contained,
     /// It may take the host down (Intel TDX: a machine check): a device that caches translations must have been
-    /// detached.
+    /// detached, and may be, whatever [`OnStuckDma`] says.
     Strict,
 }
 
