@@ -9,7 +9,8 @@
 //! - `bulk`: a million random events by seed; prints rates. A failure prints its seed and the last events.
 //! - `anything`: shrinking cases, with made-up names and numbers at the edges.
 //! - `nth`: one scenario, every fault at every call, under each policy.
-//! - `scenes`: how far fences go, and when there is none; what the promises leave open.
+//! - `scenes`: when there is no fence, and what the promises leave open; `fences`: the ladder, rung by rung;
+//!   `person`: what only a person ends.
 //! - `planted`: a fault at the gate's seam for each promise; the checker must find it.
 //!
 //! Which mistake inside the gate turns which of them red (each was made once, by hand; `cargo mutants` makes more):
@@ -49,12 +50,18 @@ mod anything;
 mod bulk;
 #[path = "promises/effects.rs"]
 mod effects;
+#[path = "promises/fences.rs"]
+mod fences;
 #[path = "promises/hands.rs"]
 mod hands;
+#[path = "promises/learn.rs"]
+mod learn;
 #[path = "promises/model.rs"]
 mod model;
 #[path = "promises/nth.rs"]
 mod nth;
+#[path = "promises/person.rs"]
+mod person;
 #[path = "promises/planted.rs"]
 mod planted;
 #[path = "promises/refusals.rs"]

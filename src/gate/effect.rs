@@ -190,6 +190,13 @@ pub enum Notice {
         /// What they are, as the person said.
         to: PageState,
     },
+    /// The fence that comes next ends the device's TDI: its guest must attest it again.
+    TdiEnded {
+        /// Which device.
+        device: DeviceId,
+        /// Which fence.
+        step: Step,
+    },
     /// A device was stopped.
     DeviceFenced {
         /// Which.

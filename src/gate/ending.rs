@@ -19,17 +19,22 @@ impl Gate {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
         let (targets, rung) = (std::mem::take(&mut inv.targets), inv.rung);
         let (caller, range, after) = (inv.receipt.caller, inv.receipt.range, inv.after);
+        let is_conversion = inv.is_conversion();
         let stuck = self.runs_over(&targets);
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
         let pages = self.invalidations.get(&id).map(|inv| inv.pages.clone()).unwrap_or_default();
         self.release(id, &pages);
         for (domain, run) in stuck {
-            let (known, cause, errno) = blame(run.state);
-            let reason = Reason { cause, device: self.suspect_device(domain), rung, errno };
+            // Of a conversion, only what waits for its devices to be detached is still plainly mapped.
+            let untouched = run.state == RunState::Live && is_conversion;
+            let state = if untouched { RunState::Cached } else { run.state };
+            let (known, reason) = self.reason(domain, state, rung);
             let mut first = None;
             for part in self.files_at(run.range) {
                 first = first.or(self.asked(&pages, part));
-                self.quarantine(id, part.file, part.range, reason, effects);
+                if !untouched {
+                    self.quarantine(id, part.file, part.range, reason, effects);
+                }
             }
             if worst.is_none_or(|(was_known, ..)| was_known && !known) {
                 worst = Some((known, reason, first.unwrap_or(range)));
@@ -85,6 +90,7 @@ impl Gate {
     }
 
     pub(super) fn converted(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
+        self.hanging.remove(&id);
         let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Converting) else {
             return;
         };
@@ -109,6 +115,7 @@ impl Gate {
     pub(super) fn convert_hangs(&mut self, id: InvalidationId, effects: &mut Effects) {
         let outcome = Outcome::Unknown { errno: 0, offset: 0 };
         self.converted(id, outcome, effects);
+        self.hanging.insert(id);
     }
 
     /// Takes down how the owner's side went.
@@ -169,14 +176,24 @@ impl Gate {
 
     /// Nobody waits for this run any more: what is in doubt goes to quarantine, so that it is told.
     pub(super) fn doubt(&mut self, id: InvalidationId, domain: DomainId, run: Run, effects: &mut Effects) {
-        let (known, cause, errno) = blame(run.state);
+        let (known, reason) = self.reason(domain, run.state, Step::Unmap);
         if !known {
             return;
         }
-        let reason = Reason { cause, device: self.suspect_device(domain), rung: Step::Unmap, errno };
         for part in self.files_at(run.range) {
             self.quarantine(id, part.file, part.range, reason, effects);
         }
+    }
+
+    /// What a run that stands in the way says: whether it is known that it failed, and why.
+    fn reason(&self, domain: DomainId, state: RunState, rung: Step) -> (bool, Reason) {
+        let (known, cause, errno) = blame(state);
+        let (device, rung) = match cause {
+            Cause::AtsNotFenced => (self.keeps_copies(domain), Step::Detach),
+            _ => (None, rung),
+        };
+        let device = device.or_else(|| self.suspect_device(domain));
+        (known, Reason { cause, device, rung, errno })
     }
 
     fn release(&mut self, id: InvalidationId, pages: &[FilePages]) {
@@ -230,11 +247,12 @@ impl Gate {
     }
 }
 
-/// What a run that stands in the way says: whether it is known that it failed, why, and the kernel's answer.
+/// What the state of a run says: whether it is known that it failed, why, and the kernel's answer.
 fn blame(state: RunState) -> (bool, Cause, i32) {
     match state {
         RunState::Suspect { errno, .. } => (true, Cause::UnmapFailed, errno),
         RunState::Leaking(_) => (true, Cause::DmaInFlight, 0),
+        RunState::Cached => (true, Cause::AtsNotFenced, 0),
         RunState::Filling(_) => (false, Cause::MapInFlight, 0),
         // A live run is here only if it was never asked to go: its devices did not stop in time.
         RunState::Live | RunState::Removing(_) => (false, Cause::CallHangs, 0),

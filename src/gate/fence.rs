@@ -38,6 +38,11 @@ impl Step {
         }
     }
 
+    /// Whether it would end a TDI in CONFIG_LOCKED or RUN (PCIe 6.1, 11.2.8: the interface goes to ERROR).
+    pub fn ends_tdi(self) -> bool {
+        matches!(self, Self::Master | Self::Reset)
+    }
+
     /// The rung above.
     pub fn above(self) -> Option<Step> {
         Self::LADDER.get(self as usize + 1).copied()
@@ -49,6 +54,9 @@ impl Step {
 pub struct Steps(u8);
 
 impl Steps {
+    /// What leaves the devices' state alone.
+    pub const ALL_BUT_RESET: Steps = Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach]);
+
     /// A set of these.
     pub const fn of(steps: &[Step]) -> Self {
         let mut bits = 0;
@@ -88,7 +96,7 @@ pub enum Platform {
     #[default]
     Contained,
     /// It may take the host down (Intel TDX: a machine check): a device that caches translations must have been
-    /// detached.
+    /// detached, and may be, whatever [`OnStuckDma`] says.
     Strict,
 }
 
@@ -109,8 +117,8 @@ impl OnStuckDma {
     pub fn allows(self) -> Steps {
         match self {
             Self::Refuse => Steps::of(&[Step::Drain]),
-            Self::Fence => Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach]),
-            Self::Reset => Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach, Step::Reset]),
+            Self::Fence => Steps::ALL_BUT_RESET,
+            Self::Reset => Steps::ALL_BUT_RESET.or(Steps::of(&[Step::Reset])),
         }
     }
 }

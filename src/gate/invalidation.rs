@@ -1,19 +1,19 @@
 //! One invalidation: begin → proof → verdict → end.
 //!
-//! While it clears, [`Gate::advance`] looks at the ledger and does the next thing: unmap what is mapped, wait for
+//! While it clears, [`Gate::advance`] looks at the ledger (`look`) and does the next thing: unmap what is mapped, wait for
 //! what is under way, climb the ladder for what failed. It is granted when the ledger shows nothing over the
 //! range. Time only ever pushes (`ladder`).
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
+use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages};
-use super::event::{Caller, ClientId, DomainId, InvalidationId, JobId, Performer, RegionId};
+use super::event::{Caller, ClientId, InvalidationId, Performer, RegionId};
 use super::fence::Step;
-use super::ledger::{HeldBy, PageState, Run, RunState};
+use super::ledger::{HeldBy, PageState, RunState};
 use super::receipt::Receipt;
 use super::verdict::{Refusal, Verdict};
-use super::{Gate, Job};
 
 /// Where an invalidation stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,13 +74,6 @@ impl Invalidation {
     pub(super) fn encloses(&self, iova: PageRange<Iova>) -> bool {
         self.is_conversion() && self.targets.iter().any(|target| target.covers(iova))
     }
-}
-
-/// What stands in the way of an invalidation.
-#[derive(Default)]
-struct Sight {
-    suspects: Vec<(DomainId, Run)>,
-    waiting: bool,
 }
 
 impl Gate {
@@ -189,6 +182,7 @@ impl Gate {
     fn clear(&mut self, id: InvalidationId, effects: &mut Effects) {
         let at = effects.len();
         self.arm(id, Step::Unmap, effects);
+        self.detach_caches(id, effects);
         self.advance(id, effects);
         if self.invalidations.get(&id).is_none_or(|inv| inv.phase == Phase::Granted) && at < effects.len() {
             effects.remove(at);
@@ -268,6 +262,18 @@ impl Gate {
                 }
                 continue;
             }
+            // A conversion can be refused with nothing changed; a region that goes is at least unmapped.
+            if inv.is_conversion() {
+                let targets = std::mem::take(&mut inv.targets);
+                let copies = self.copies_over(&targets);
+                let Some(inv) = self.invalidations.get_mut(&id) else { return };
+                inv.targets = targets;
+                if copies {
+                    self.fail(id, effects);
+                    return;
+                }
+            }
+            let Some(inv) = self.invalidations.get_mut(&id) else { return };
             let targets = std::mem::take(&mut inv.targets);
             let sight = self.look(id, &targets, effects);
             let Some(inv) = self.invalidations.get_mut(&id) else { return };
@@ -285,10 +291,12 @@ impl Gate {
                 }
                 return;
             }
-            if retry {
-                for (domain, run) in sight.suspects {
-                    self.unmap(id, domain, run.range, effects);
-                }
+            let again = sight.suspects.into_iter().filter(|(_, run)| retry && run.state != RunState::Cached);
+            let before = effects.len();
+            for (domain, run) in again {
+                self.unmap(id, domain, run.range, effects);
+            }
+            if effects.len() > before {
                 return;
             }
             if !self.climb(id, effects) {
@@ -296,73 +304,6 @@ impl Gate {
                 return;
             }
         }
-    }
-
-    /// Unmaps what is plainly mapped over the targets; tells what is left to wait for, and what failed.
-    fn look(&mut self, id: InvalidationId, targets: &[PageRange<Iova>], effects: &mut Effects) -> Sight {
-        let mut sight = Sight::default();
-        for index in 0..self.domains.len() {
-            let domain = self.domains[index].id;
-            for target in targets {
-                let job = JobId(self.last_job + 1);
-                let runs = &mut self.domains[index].runs;
-                if runs.is_clear(*target) {
-                    continue;
-                }
-                if let Some(iova) = runs.carve(*target, RunState::Removing(job)) {
-                    self.next_job(Job::Unmap { domain, iova, already: 0, invalidation: id });
-                    effects.push(Effect::Unmap { job, domain, iova });
-                    sight.waiting = true;
-                    continue;
-                }
-                runs.isolate(*target);
-                let mut live: Option<PageRange<Iova>> = None;
-                let mut stretches = Vec::new();
-                for run in runs.overlapping(*target) {
-                    match run.state {
-                        RunState::Live => match live {
-                            Some(before) if before.end() == run.range.start() => {
-                                live = PageRange::between(before.start(), run.range.end());
-                            }
-                            _ => stretches.extend(live.replace(run.range)),
-                        },
-                        // Targets overlap where a range shows a page twice: each run is tried once.
-                        RunState::Suspect { .. } if !sight.suspects.contains(&(domain, run)) => {
-                            sight.suspects.push((domain, run));
-                        }
-                        RunState::Suspect { .. } => {}
-                        RunState::Filling(_) | RunState::Removing(_) | RunState::Leaking(_) => {
-                            sight.waiting = true;
-                        }
-                    }
-                }
-                stretches.extend(live);
-                sight.waiting |= !stretches.is_empty();
-                for stretch in stretches {
-                    self.unmap(id, domain, stretch, effects);
-                }
-            }
-        }
-        sight
-    }
-
-    /// Asks for one unmap of runs that fill `iova` exactly.
-    fn unmap(
-        &mut self,
-        invalidation: InvalidationId,
-        domain: DomainId,
-        iova: PageRange<Iova>,
-        effects: &mut Effects,
-    ) {
-        let already = match self.runs(domain).and_then(|runs| runs.overlapping(iova).next()) {
-            Some(Run { state: RunState::Suspect { gone, .. }, .. }) => gone,
-            _ => 0,
-        };
-        let job = self.next_job(Job::Unmap { domain, iova, already, invalidation });
-        if let Some(runs) = self.runs(domain) {
-            runs.fuse(iova, RunState::Removing(job));
-        }
-        effects.push(Effect::Unmap { job, domain, iova });
     }
 
     /// Nothing is in the way any more.

@@ -25,7 +25,7 @@ impl Gate {
     pub(super) fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
         let Some(inv) = self.invalidations.get(&id) else { return false };
         let allowed = match inv.after {
-            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::of(&[Step::Drain, Step::Detach])),
+            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::ALL_BUT_RESET),
             _ => self.policy.on_stuck_dma.allows(),
         };
         // A map that takes its time is no reason to stop a device.
@@ -39,11 +39,11 @@ impl Gate {
         let mut rung = inv.rung;
         while let Some(next) = rung.above() {
             rung = next;
-            if !allowed.has(next) || !stuck.iter().any(|domain| self.can(*domain, next)) {
+            if !stuck.iter().any(|domain| self.can(*domain, next, allowed)) {
                 continue;
             }
             for domain in stuck {
-                self.fence(domain, next, id, effects);
+                self.fence(domain, next, allowed, id, effects);
             }
             if let Some(inv) = self.invalidations.get_mut(&id) {
                 inv.rung = next;
@@ -54,12 +54,14 @@ impl Gate {
         false
     }
 
-    /// A fifth of the deadline is over, and with it a rung.
+    /// A part of the deadline is over, and with it a rung.
     pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase != Phase::Granted) else {
             return;
         };
-        inv.stopping = false;
+        // Nothing of a conversion is unmapped before its devices are out; there is nothing to climb for.
+        let waits = inv.stopping && inv.is_conversion();
+        inv.stopping = waits;
         if inv.phase == Phase::Converting {
             match over.above() {
                 None => self.convert_hangs(id, effects),
@@ -75,7 +77,7 @@ impl Gate {
             Some(next) => {
                 let behind = inv.rung <= over;
                 self.arm(id, next, effects);
-                if behind {
+                if behind && !waits {
                     self.climb(id, effects);
                 }
             }

@@ -8,6 +8,7 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
+mod cached;
 pub mod effect;
 mod ending;
 pub mod event;
@@ -15,6 +16,7 @@ pub mod fence;
 mod invalidation;
 mod ladder;
 pub mod ledger;
+mod look;
 mod person;
 mod plan;
 pub mod receipt;
@@ -24,7 +26,7 @@ mod snapshot;
 mod stop;
 pub mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
@@ -122,11 +124,15 @@ pub struct Gate {
     /// Those of them that wait for proof.
     clearing: Vec<InvalidationId>,
     jobs: BTreeMap<JobId, Job>,
+    /// Conversions of passgate's own that were given up and have not returned.
+    hanging: BTreeSet<InvalidationId>,
     open_by_client: BTreeMap<ClientId, u32>,
     /// Clients that are gone and still have regions to close.
     leaving: Vec<ClientId>,
     last_region: u32,
     last_invalidation: u64,
+    /// The highest invalidation from which an earlier daemon's quarantine dates.
+    last_of_earlier: u64,
     last_job: u64,
 }
 
@@ -143,10 +149,12 @@ impl Gate {
             invalidations: BTreeMap::new(),
             clearing: Vec::new(),
             jobs: BTreeMap::new(),
+            hanging: BTreeSet::new(),
             open_by_client: BTreeMap::new(),
             leaving: Vec::new(),
             last_region: 0,
             last_invalidation: 0,
+            last_of_earlier: 0,
             last_job: 0,
         }
     }

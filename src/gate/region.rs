@@ -126,12 +126,21 @@ impl Gate {
         for new in gaps(pages.range, told.into_iter()) {
             // Also what is held: once it may be mapped, its state must be what its owner says now.
             entry.pages.set(new, initial);
-            let unknown = entry.holds.overlapping(new).filter(|(_, by)| {
-                matches!(by, HeldBy::Quarantine(_, r) if matches!(r.cause, Cause::OwnerUnknown | Cause::ClientGone))
-            });
-            for part in unknown.filter_map(|(held, _)| held.intersection(new)) {
-                entry.pages.set(part, PageState::Unknown);
-            }
+        }
+        self.keep_unknown(pages);
+    }
+
+    /// What its last owner could not say, the next cannot either.
+    fn keep_unknown(&mut self, pages: FilePages) {
+        let Some(entry) = self.files.get(&pages.file) else { return };
+        let unknown: Vec<_> = entry
+            .holds
+            .overlapping(pages.range)
+            .filter(|(_, by)| matches!(by, HeldBy::Quarantine(since, why) if self.lasts(*since, *why)))
+            .filter_map(|(held, _)| held.intersection(pages.range))
+            .collect();
+        if let Some(entry) = self.files.get_mut(&pages.file) {
+            unknown.into_iter().for_each(|part| entry.pages.set(part, PageState::Unknown));
         }
     }
 

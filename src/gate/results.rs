@@ -8,8 +8,9 @@ use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
 use super::fence::Step;
 use super::invalidation::After;
-use super::ledger::{HeldBy, RunState};
+use super::ledger::{HeldBy, RunState, Runs};
 use super::receipt::Evidence;
+use super::region::Region;
 use super::verdict::{Cause, Reason, Refusal};
 use super::{Gate, Job};
 
@@ -36,8 +37,16 @@ impl Gate {
                 rung: Step::Unmap,
                 errno,
             };
+            // A number of its own, by which a person can release it.
+            self.last_invalidation += 1;
             for part in self.files_at(iova) {
-                self.quarantine(InvalidationId(0), part.file, part.range, reason, effects);
+                self.quarantine(
+                    InvalidationId(self.last_invalidation),
+                    part.file,
+                    part.range,
+                    reason,
+                    effects,
+                );
             }
         }
         // Taken down now, where anything is to be settled: the region may be gone by then.
@@ -92,12 +101,15 @@ impl Gate {
         | UnmapResult::Failed { bytes, .. }) = result;
         let gone = already.saturating_add(bytes);
         let whole = gone == iova.len();
+        let copies = self.keeps_copies(domain).is_some();
+        let Some(runs) = self.runs(domain) else { return };
         let errno = match result {
             UnmapResult::Failed { errno, .. } => errno,
             _ if gone > iova.len() => PROTOCOL_ERROR,
             _ => 0,
         };
         match result {
+            UnmapResult::Gone { .. } if whole && copies => runs.mark(iova.start(), RunState::Cached),
             UnmapResult::Gone { .. } if whole => runs.remove(iova.start()),
             // Also where it came up short: what is in flight must end before the rest is tried.
             UnmapResult::InFlight { .. } => runs.mark(iova.start(), RunState::Leaking(job)),
@@ -129,12 +141,15 @@ impl Gate {
         let Some(Job::Unmap { domain, iova, already, invalidation }) = self.jobs.get(&job).copied() else {
             return;
         };
+        let copies = self.keeps_copies(domain).is_some();
         let Some(runs) = self.runs(domain) else { return };
         if runs.at(iova.start()).is_some_and(|run| run.state == RunState::Leaking(job)) {
-            if already == iova.len() {
-                runs.remove(iova.start());
-            } else {
-                runs.mark(iova.start(), RunState::Suspect { gone: already.min(iova.len()), errno: 0 });
+            match already == iova.len() {
+                true if copies => runs.mark(iova.start(), RunState::Cached),
+                true => runs.remove(iova.start()),
+                false => {
+                    runs.mark(iova.start(), RunState::Suspect { gone: already.min(iova.len()), errno: 0 });
+                }
             }
             self.jobs.remove(&job);
             self.changed(iova, invalidation, effects);
@@ -144,8 +159,8 @@ impl Gate {
     /// Something over `iova` left the ledger, or failed to: whoever waits looks again, neighbours that had to go
     /// with it come back, and what was in doubt may be so no more.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
-        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
         // The common case: nothing came along with the range, and nothing else is in doubt.
+        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
         let plain = enclosed && !self.unsettled();
         // Taken down now: the region may be gone when it is settled.
         let pages = if plain { Vec::new() } else { self.files_at(iova) };
@@ -153,15 +168,24 @@ impl Gate {
         if plain && !self.unsettled() {
             return;
         }
+        self.look_again(iova, pages, invalidation, effects);
+    }
+
+    /// What was at `iova`, showing `pages`, is gone or failed to go, and whoever waited has looked.
+    pub(super) fn look_again(
+        &mut self,
+        iova: PageRange<Iova>,
+        pages: Vec<FilePages>,
+        invalidation: InvalidationId,
+        effects: &mut Effects,
+    ) {
         if !self.awaited(iova) {
             for (domain, run) in self.runs_over(&[iova]) {
                 self.doubt(invalidation, domain, run, effects);
             }
         }
-        if !enclosed {
-            for part in &pages {
-                self.reconcile(part.file, part.range, effects);
-            }
+        for part in &pages {
+            self.reconcile(part.file, part.range, effects);
         }
         self.settle(iova, pages, effects);
     }
@@ -184,12 +208,11 @@ impl Gate {
             let Some(file) = self.files.get(&part.file) else { continue };
             let held: Vec<_> = file.holds.overlapping(part.range).collect();
             for (range, by) in held {
-                let HeldBy::Quarantine(_, reason) = by else { continue };
-                let lasting = matches!(reason.cause, Cause::OwnerUnknown | Cause::ClientGone);
+                let HeldBy::Quarantine(since, reason) = by else { continue };
                 let clear = self.aliases(part.file, range).all(|alias| {
                     self.domains.iter().all(|d| d.runs.overlapping(alias).all(|r| r.state == RunState::Live))
                 });
-                if lasting || !clear {
+                if !clear || self.lasts(since, reason) {
                     continue;
                 }
                 let gpa = self.gpa_of(part.file, range);
@@ -202,36 +225,22 @@ impl Gate {
             self.forget_file(part.file, effects);
         }
         if closing {
-            let over: Vec<RegionId> = self
-                .regions
-                .iter()
-                .filter(|(id, region)| {
-                    region.closing
-                        && region.iova().overlaps(iova)
-                        && !self.closes(**id)
-                        && self.unmapped_everywhere(**id)
-                })
-                .map(|(id, _)| *id)
-                .collect();
-            for id in over {
+            self.settle_closing(iova, effects);
+        }
+    }
+
+    /// Forgets closing regions over `iova` that are clear, and goes on with those of a dead client that are not.
+    fn settle_closing(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
+        let closing = |region: &Region| region.closing && region.iova().overlaps(iova);
+        let closing: Vec<_> = self.regions.iter().filter(|(_, r)| closing(r)).map(|(id, _)| *id).collect();
+        for id in closing {
+            let Some(region) = self.regions.get(&id).filter(|_| !self.closes(id)) else { continue };
+            let (iova, dead) = (region.iova(), self.leaving.contains(&region.owner));
+            let live = |runs: &Runs| runs.overlapping(iova).any(|run| run.state == RunState::Live);
+            if self.unmapped_everywhere(id) {
                 self.forget_region(id, effects);
-            }
-            // What came back after the closing of a dead client's region had been given up: it goes on.
-            let again: Vec<RegionId> =
-                self.regions
-                    .iter()
-                    .filter(|(id, region)| {
-                        region.closing
-                            && region.iova().overlaps(iova)
-                            && self.leaving.contains(&region.owner)
-                            && !self.closes(**id)
-                            && self.domains.iter().any(|d| {
-                                d.runs.overlapping(region.iova()).any(|run| run.state == RunState::Live)
-                            })
-                    })
-                    .map(|(id, _)| *id)
-                    .collect();
-            for id in again {
+            } else if dead && self.domains.iter().any(|domain| live(&domain.runs)) {
+                // What came back after its closing had been given up: it goes on.
                 self.close(id, false, After::Gone, effects);
             }
         }

@@ -1,11 +1,12 @@
 //! Devices: stopping them, and bringing them back.
 //!
-//! A fence is asked of every device of a domain that has it, at once; it counts for an invalidation only when
-//! all of them have answered. A stopped device comes back when nothing in its domain is in doubt any more.
+//! A fence is asked of every device of a domain that may take it, at once, and it is shared: whoever needs the same
+//! or a weaker one meanwhile waits for this one, whoever needs a stronger one has it next. A stopped device comes
+//! back when nothing in its domain is in doubt any more.
 
 use super::effect::{Effect, Effects, Notice};
 use super::event::{DeviceId, DomainId, InvalidationId, JobId};
-use super::fence::{Nature, Step, Steps};
+use super::fence::{Nature, Platform, Step, Steps};
 use super::receipt::Evidence;
 use super::{Gate, Job};
 
@@ -15,32 +16,83 @@ pub(super) struct DeviceEntry {
     pub(super) domain: DomainId,
     pub(super) steps: Steps,
     pub(super) nature: Nature,
-    /// The fence that it is under.
+    /// The strongest fence that it is under.
     pub(super) fenced: Option<Step>,
-    /// The fence or attach under way.
-    busy: Option<JobId>,
+    /// Whether it is out of its domain. A reset is stronger and leaves it in.
+    detached: bool,
+    /// A fence that failed may have stopped it all the same: it must be brought back too.
+    shaken: bool,
+    /// What is under way.
+    busy: Option<Busy>,
+    /// The strongest fence that somebody needs after that.
+    next: Option<(Step, InvalidationId)>,
     /// Whether it could not be brought back: tried again when memory is added.
     lost: bool,
 }
 
-impl Gate {
-    pub(super) fn add_device(&mut self, device: DeviceId, domain: DomainId, steps: Steps, nature: Nature) {
-        let entry = DeviceEntry { domain, steps, nature, fenced: None, busy: None, lost: false };
-        self.devices.entry(device).or_insert(entry);
+/// A call under way on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Busy {
+    Fence(Step),
+    Attach,
+}
+
+impl DeviceEntry {
+    /// Whether it is under `step` or under what includes it.
+    fn is_under(&self, step: Step) -> bool {
+        match step {
+            Step::Detach => self.detached,
+            _ => self.fenced >= Some(step),
+        }
     }
 
-    /// Asks `step` of every device in `domain` that has it and is not under it or a stronger one.
+    /// Whether it is out of its domain, and not on its way back.
+    pub(super) fn is_out(&self) -> bool {
+        self.detached && self.busy != Some(Busy::Attach)
+    }
+
+    /// Whether it has to be brought back.
+    fn is_stopped(&self) -> bool {
+        (self.fenced.is_some() || self.shaken) && !self.lost
+    }
+}
+
+impl Gate {
+    pub(super) fn add_device(&mut self, device: DeviceId, domain: DomainId, steps: Steps, nature: Nature) {
+        self.devices.entry(device).or_insert(DeviceEntry {
+            domain,
+            steps,
+            nature,
+            fenced: None,
+            detached: false,
+            shaken: false,
+            busy: None,
+            next: None,
+            lost: false,
+        });
+    }
+
+    /// Whether the device has `step`, and may be asked for it where a policy allows `allowed`.
+    fn may(&self, device: &DeviceEntry, step: Step, allowed: Steps) -> bool {
+        // Strict means that what caches translations is detached, however far policy goes otherwise.
+        let strict = self.policy.platform == Platform::Strict && device.nature.ats && step == Step::Detach;
+        let spared = device.nature.tdi && step.ends_tdi() && !self.policy.end_tdi;
+        device.steps.has(step) && (allowed.has(step) || strict) && !spared
+    }
+
+    /// Asks `step` of every device in `domain` that may be asked and is not under it or a stronger one.
     pub(super) fn fence(
         &mut self,
         domain: DomainId,
         step: Step,
+        allowed: Steps,
         invalidation: InvalidationId,
         effects: &mut Effects,
     ) {
         let able: Vec<DeviceId> = self
             .devices
             .iter()
-            .filter(|(_, d)| d.domain == domain && d.steps.has(step))
+            .filter(|(_, d)| d.domain == domain && self.may(d, step, allowed))
             .map(|(id, _)| *id)
             .collect();
         for device in able {
@@ -50,39 +102,49 @@ impl Gate {
 
     /// Stops every device as surely as it can be, whatever the policy: their client is gone.
     pub(super) fn stop_all(&mut self, invalidation: InvalidationId, effects: &mut Effects) {
-        let reset = self.policy.on_stuck_dma.allows().has(Step::Reset);
-        let order = [Some(Step::Detach), reset.then_some(Step::Reset), Some(Step::Drain)];
+        const ORDER: [Step; 5] = [Step::Detach, Step::Reset, Step::Stop, Step::Master, Step::Drain];
+        let allowed = self.policy.on_stuck_dma.allows().or(Steps::ALL_BUT_RESET);
         let steps: Vec<(DeviceId, Step)> = self
             .devices
             .iter()
-            .filter_map(|(id, d)| Some((*id, order.into_iter().flatten().find(|step| d.steps.has(*step))?)))
+            .filter_map(|(id, d)| Some((*id, ORDER.into_iter().find(|step| self.may(d, *step, allowed))?)))
             .collect();
         for (device, step) in steps {
             self.fence_one(device, step, invalidation, effects);
         }
     }
 
-    fn fence_one(
+    pub(super) fn fence_one(
         &mut self,
         device: DeviceId,
         step: Step,
         invalidation: InvalidationId,
         effects: &mut Effects,
     ) {
-        let Some(entry) = self.devices.get(&device) else { return };
-        if entry.busy.is_some() || entry.fenced.is_some_and(|under| under >= step) {
-            return;
+        let Some(entry) = self.devices.get_mut(&device) else { return };
+        match entry.busy {
+            // A reset under way does not detach.
+            Some(Busy::Fence(other)) if other == step || (other > step && step != Step::Detach) => return,
+            Some(_) => {
+                if entry.next.is_none_or(|(other, _)| other < step) {
+                    entry.next = Some((step, invalidation));
+                }
+                return;
+            }
+            None if entry.is_under(step) => return,
+            None => entry.busy = Some(Busy::Fence(step)),
         }
-        let job = self.next_job(Job::Fence { device, domain: entry.domain, step, invalidation });
-        if let Some(entry) = self.devices.get_mut(&device) {
-            entry.busy = Some(job);
+        let (domain, ends_tdi) = (entry.domain, entry.nature.tdi && step.ends_tdi());
+        let job = self.next_job(Job::Fence { device, domain, step, invalidation });
+        if ends_tdi {
+            effects.push(Effect::Notice(Notice::TdiEnded { device, step }));
         }
         effects.push(Effect::Fence { job, device, step });
     }
 
-    /// Whether any device of the domain can do `step`.
-    pub(super) fn can(&self, domain: DomainId, step: Step) -> bool {
-        self.devices.values().any(|d| d.domain == domain && d.steps.has(step))
+    /// Whether any device of the domain may take `step`.
+    pub(super) fn can(&self, domain: DomainId, step: Step, allowed: Steps) -> bool {
+        self.devices.values().any(|d| d.domain == domain && self.may(d, step, allowed))
     }
 
     /// Whether a device of the domain is being fenced or brought back.
@@ -100,10 +162,14 @@ impl Gate {
             return;
         };
         self.jobs.remove(&job);
-        if let Some(entry) = self.devices.get_mut(&device) {
-            entry.busy = None;
-            if errno == 0 && step > Step::Drain {
+        if let Some(entry) = self.devices.get_mut(&device)
+            && step > Step::Drain
+        {
+            if errno == 0 {
                 entry.fenced = entry.fenced.max(Some(step));
+                entry.detached |= step == Step::Detach;
+            } else {
+                entry.shaken = true;
             }
         }
         effects.push(Effect::Notice(Notice::DeviceFenced { device, step, errno }));
@@ -120,6 +186,8 @@ impl Gate {
                 took_ns,
             });
         }
+        self.idle(device, effects);
+        self.copies_gone(domain, invalidation, effects);
         self.advance_all(effects);
     }
 
@@ -127,14 +195,30 @@ impl Gate {
         let Some(Job::Attach { device }) = self.jobs.get(&job).copied() else { return };
         self.jobs.remove(&job);
         if let Some(entry) = self.devices.get_mut(&device) {
-            entry.busy = None;
             entry.lost = errno != 0;
             if errno == 0 {
                 entry.fenced = None;
+                entry.detached = false;
+                entry.shaken = false;
             }
         }
         effects.push(Effect::Notice(Notice::DeviceAttached { device, errno }));
+        self.idle(device, effects);
         self.advance_all(effects);
+    }
+
+    /// What was under way on a device is over: whoever needs a stronger fence has it now.
+    fn idle(&mut self, device: DeviceId, effects: &mut Effects) {
+        let Some(entry) = self.devices.get_mut(&device) else { return };
+        entry.busy = None;
+        let Some((step, asker)) = entry.next.take() else { return };
+        // Whoever asked may have given up meanwhile, and another need it as much.
+        let needs = |id: &InvalidationId| {
+            self.invalidations.get(id).is_some_and(|inv| *id == asker || inv.stopping || inv.rung >= step)
+        };
+        if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
+            self.fence_one(device, step, invalidation, effects);
+        }
     }
 
     /// Lost devices are worth another try.
@@ -146,27 +230,36 @@ impl Gate {
 
     /// Brings stopped devices back where nothing is in doubt any more.
     pub(super) fn bring_back(&mut self, effects: &mut Effects) {
-        if self.devices.values().all(|d| d.fenced.is_none() || d.lost) {
+        if !self.devices.values().any(DeviceEntry::is_stopped) {
             return;
         }
-        if !self.clearing.is_empty() || !self.leaving.is_empty() {
-            return;
-        }
-        let settled = |domain: DomainId| {
-            self.domain(domain).is_some_and(|entry| entry.runs.unsettled() == 0) && !self.busy(domain)
-        };
         let ready: Vec<DeviceId> = self
             .devices
             .iter()
-            .filter(|(_, d)| d.fenced.is_some() && !d.lost && d.busy.is_none() && settled(d.domain))
+            .filter(|(_, d)| d.is_stopped() && !self.busy(d.domain) && self.is_calm(d.domain))
             .map(|(id, _)| *id)
             .collect();
         for device in ready {
             let job = self.next_job(Job::Attach { device });
             if let Some(entry) = self.devices.get_mut(&device) {
-                entry.busy = Some(job);
+                entry.busy = Some(Busy::Attach);
             }
             effects.push(Effect::Attach { job, device });
         }
+    }
+
+    /// Whether nothing of a domain is in doubt, awaited, or left of a client that is gone.
+    fn is_calm(&self, domain: DomainId) -> bool {
+        let Some(entry) = self.domain(domain) else { return false };
+        let awaited = self
+            .clearing
+            .iter()
+            .filter_map(|id| self.invalidations.get(id))
+            .any(|inv| inv.stopping || inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
+        let left = self
+            .regions
+            .values()
+            .any(|region| self.leaving.contains(&region.owner) && !entry.runs.is_clear(region.iova()));
+        entry.runs.unsettled() == 0 && !awaited && !left
     }
 }

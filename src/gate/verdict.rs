@@ -59,11 +59,13 @@ pub enum Cause {
     HalfMapped = 7,
     /// passgate's own conversion failed and changed nothing.
     ConvertFailed = 8,
+    /// A device that caches translations could not be detached, and on this platform nothing less is proof.
+    AtsNotFenced = 9,
 }
 
 impl Cause {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Cause; 8] = [
+    pub const ALL: [Cause; 9] = [
         Self::UnmapFailed,
         Self::DmaInFlight,
         Self::CallHangs,
@@ -72,6 +74,7 @@ impl Cause {
         Self::ClientGone,
         Self::HalfMapped,
         Self::ConvertFailed,
+        Self::AtsNotFenced,
     ];
 
     /// In words, for messages and for JSON.
@@ -85,6 +88,7 @@ impl Cause {
             Self::ClientGone => "client-gone",
             Self::HalfMapped => "half-mapped",
             Self::ConvertFailed => "convert-failed",
+            Self::AtsNotFenced => "ats-not-fenced",
         }
     }
 }
@@ -125,6 +129,16 @@ pub enum Refusal {
     /// Nothing is in quarantine since that invalidation.
     #[error("nothing is in quarantine since invalidation {}: `passgate status` lists what is", invalidation.0)]
     NotQuarantined {
+        /// The invalidation.
+        invalidation: InvalidationId,
+    },
+    /// The call that was to convert them has not returned, and may yet take the pages away.
+    #[error(
+        "passgate's own conversion for invalidation {} has not returned: release its range once it has, or start a \
+         new daemon",
+        invalidation.0
+    )]
+    StillConverting {
         /// The invalidation.
         invalidation: InvalidationId,
     },
@@ -187,10 +201,10 @@ impl Refusal {
     pub fn errno(self) -> i32 {
         // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
         match self {
-            Self::NoMemory { .. } => 14,   // EFAULT
-            Self::Overlaps { .. } => 17,   // EEXIST
-            Self::Busy { .. } => 16,       // EBUSY
-            Self::Quarantined { .. } => 5, // EIO
+            Self::NoMemory { .. } => 14,                            // EFAULT
+            Self::Overlaps { .. } => 17,                            // EEXIST
+            Self::Busy { .. } | Self::StillConverting { .. } => 16, // EBUSY
+            Self::Quarantined { .. } => 5,                          // EIO
             Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } => 2, // ENOENT
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC

@@ -42,6 +42,9 @@ pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
             details.insert("to".into(), to.word().into());
             ("range.released", details.into())
         }
+        Notice::TdiEnded { device, step } => {
+            ("device.tdi-ended", json!({ "device": names.device(*device), "step": step.word() }))
+        }
         Notice::DeviceFenced { device, step, errno } => (
             if *errno == 0 { "device.fenced" } else { "device.fence-failed" },
             json!({ "device": names.device(*device), "step": step.word(), "errno": errno }),

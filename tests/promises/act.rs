@@ -116,8 +116,26 @@ impl World {
                 let caller = self.caller(self.client(client));
                 self.feed(Event::RemoveRegion { caller, region: RegionId(id as u32) })
             }
+            Action::Release { client, held, to } => {
+                let all = || self.model.truth.files.iter().flat_map(|file| &file.quarantine);
+                let since = all().nth(held as usize % all().count().max(1)).map(|held| held.since);
+                since.map_or(Ok(()), |since| self.release(client, since, to))
+            }
+            Action::ReleaseWild { client, id, to } => self.release(client, InvalidationId(id), to),
             Action::Raw(event) => self.feed(event),
         }
+    }
+
+    /// A person who knows what he says: what a device may still see is shared.
+    fn release(&mut self, client: u8, since: InvalidationId, to: PageState) -> Kept {
+        let truth = &self.model.truth;
+        let doubt = truth.files.iter().any(|file| {
+            let mut mine = file.quarantine.iter().filter(|held| held.since == since);
+            mine.any(|held| !self.model.doubtful(file.id, held.range).is_empty())
+        });
+        let to = if doubt { PageState::Shared } else { to };
+        let caller = self.caller(self.client(client));
+        self.feed(Event::Release { caller, invalidation: since, to })
     }
 
     fn touch(&mut self, open: &Open) -> Kept {

@@ -59,6 +59,10 @@ pub enum Action {
     BeginWild { client: u8, gpa: u64, len: u64, deadline_ns: u64 },
     /// A client ends and removes what it made up.
     Guess { client: u8, id: u64, outcome: Outcome },
+    /// A person releases what one invalidation left in quarantine.
+    Release { client: u8, held: u16, to: PageState },
+    /// The same by a number that was made up.
+    ReleaseWild { client: u8, id: u64, to: PageState },
     /// A result that nobody asked for.
     Raw(Event),
 }
@@ -79,7 +83,7 @@ impl Mix {
     pub const CLEAN: Mix = Mix { faults: 0, hangs: 0, deaths: 2 };
 }
 
-pub const FAULTS: [Fault; 8] = [
+pub const FAULTS: [Fault; 9] = [
     Fault::Errno(Errno::BUSY),
     Fault::Errno(Errno::NOENT),
     Fault::HalfMapped(Errno::IO),
@@ -88,6 +92,7 @@ pub const FAULTS: [Fault; 8] = [
     Fault::Late,
     Fault::ShortLate,
     Fault::Stuck,
+    Fault::Cached,
 ];
 
 impl Action {
@@ -119,7 +124,11 @@ impl Action {
             }
             830..860 => Action::Flush { domain: rng.next() as u8, stuck: rng.odds(1, 8) },
             860..895 => Action::Advance { ns: 1 << rng.below(14) },
-            895..900 => Action::Settle,
+            895..897 => Action::Settle,
+            897..900 => {
+                let (client, held) = (rng.next() as u8, rng.next() as u16);
+                Action::Release { client, held, to: rng.pick(&PageState::ALL) }
+            }
             _ => Action::Dma {
                 domain: rng.next() as u8,
                 device: rng.next() as u8,

@@ -3,10 +3,11 @@
 //! `PASSGATE_CASES=100000`, others with `PASSGATE_SEED=n`.
 
 use passgate::gate::{
-    DeviceId, DomainId, Event, JobId, MapResult, OnStuckDma, Outcome, PageState, Policy, Step, UnmapResult,
+    DeviceId, DomainId, Event, JobId, MapResult, OnStuckDma, Outcome, PageState, Platform, Policy, Step,
+    UnmapResult,
 };
-use passgate_backends::StopClass;
 use passgate_backends::iommu::sim::Fault;
+use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 use passgate_bindings::units::LIMIT;
 use proptest::prelude::*;
@@ -153,6 +154,10 @@ fn action() -> impl Strategy<Value = Action> {
             .prop_map(|(client, gpa, len, deadline_ns)| Action::BeginWild { client, gpa, len, deadline_ns }),
         1 => (client(), prop_oneof![0..50u64, edge()], outcome())
             .prop_map(|(client, id, outcome)| Action::Guess { client, id, outcome }),
+        2 => (client(), any::<u16>(), state())
+            .prop_map(|(client, held, to)| Action::Release { client, held, to }),
+        1 => (client(), edge(), state())
+            .prop_map(|(client, id, to)| Action::ReleaseWild { client, id, to }),
         2 => raw().prop_map(Action::Raw),
     ]
 }
@@ -163,21 +168,30 @@ fn setup() -> impl Strategy<Value = Setup> {
         1..20u32,
         1..6u32,
         edge(),
+        any::<bool>(),
+        any::<bool>(),
     )
-        .prop_map(|(on_stuck_dma, max_regions, max_open, close_deadline_ns)| Policy {
+        .prop_map(|(on_stuck_dma, max_regions, max_open, close_deadline_ns, strict, end_tdi)| Policy {
             on_stuck_dma,
+            platform: if strict { Platform::Strict } else { Platform::Contained },
+            end_tdi,
             max_regions,
             max_open,
             max_memory: 1 << 44,
             close_deadline_ns,
-            ..Policy::default()
         });
-    let device = (0..32u8).prop_map(StopClass::from_bits_truncate);
+    let device = (0..32u8, any::<bool>(), any::<bool>())
+        .prop_map(|(bits, ats, tdi)| (StopClass::from_bits_truncate(bits), Nature { ats, tdi }));
     let domain = (1..200u64, 0..20u32, proptest::collection::vec(device, 0..3))
         .prop_map(|(max_mappings, bits, devices)| (max_mappings, PAGE << bits, devices));
-    (policy, proptest::collection::vec(domain, 1..3)).prop_map(|(policy, domains)| Setup {
+    // Where small regions show them.
+    let seed = (0..2u8, 0..100u16, 1..20u16, 1..4u64);
+    let seeds = proptest::collection::vec(seed, 0..3);
+    let domains = proptest::collection::vec(domain, 1..3);
+    (policy, domains, seeds).prop_map(|(policy, domains, seeds)| Setup {
         policy,
         domains,
+        seeds,
         clean: false,
     })
 }

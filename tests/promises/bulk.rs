@@ -4,8 +4,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use passgate::gate::{OnStuckDma, Policy};
-use passgate_backends::StopClass;
+use passgate::gate::{OnStuckDma, Platform, Policy};
+use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 
 use crate::action::{Action, Mix};
@@ -33,18 +33,28 @@ impl Setup {
             max_open: if tight { 2 } else { 64 },
             max_memory: if tight { 600 * PAGE } else { 1 << 40 },
             close_deadline_ns: 1 << rng.below(18),
-            ..Policy::default()
+            platform: rng.pick(&[Platform::Contained, Platform::Contained, Platform::Strict]),
+            end_tdi: rng.odds(1, 2),
         };
         let domains = (0..1 + rng.below(3))
             .map(|_| {
                 let count = rng.below(3);
-                let devices = (0..count).map(|_| StopClass::from_bits_truncate(rng.next() as u8)).collect();
+                let devices = (0..count).map(|_| device(rng)).collect();
                 let max_mappings = if tight { 40 } else { 65_535 };
                 (max_mappings, PAGE << rng.pick(&[0, 3, 9, 18]), devices)
             })
             .collect();
-        (Self { policy, domains, clean: mix.faults == 0 && mix.hangs == 0 }, mix)
+        let seeds = if rng.odds(1, 3) { rng.below(4) } else { 0 };
+        let seeds = (0..seeds)
+            .map(|_| (rng.next() as u8, rng.next() as u16, 1 + rng.below(64) as u16, 1 + rng.below(6)))
+            .collect();
+        (Self { policy, domains, seeds, clean: mix.faults == 0 && mix.hangs == 0 }, mix)
     }
+}
+
+fn device(rng: &mut Rng) -> (StopClass, Nature) {
+    let nature = Nature { ats: rng.odds(1, 3), tdi: rng.odds(1, 4) };
+    (StopClass::from_bits_truncate(rng.next() as u8), nature)
 }
 
 /// A number that somebody gave in the environment.

@@ -4,7 +4,7 @@ use passgate::gate::{Answer, Caller, DeviceId, Effect, Notice, Outcome, Performe
 use passgate_bindings::{Iova, PageRange};
 
 use crate::model::{Ask, Asked, Model};
-use crate::truth::{Kept, Open, Phase, Region, Stage, broken};
+use crate::truth::{Held, Kept, Open, Phase, Region, Stage, broken};
 
 impl Model {
     pub fn effect(&mut self, effect: &Effect) -> Kept {
@@ -57,6 +57,7 @@ impl Model {
                 if *to != open.to {
                     broken!(1, "{effect:?} makes something else of the pages: {open:?}");
                 }
+                self.converting.insert(*invalidation);
                 self.grant(&open, Phase::Converting)?;
             }
             Effect::Answer { caller, answer } => self.answer(*caller, answer)?,
@@ -228,6 +229,13 @@ impl Model {
                 Ok(())
             }
             (Ask::End { counts: false, .. }, Answer::Refused(Refusal::NotBegun { .. })) => Ok(()),
+            (Ask::Release { bytes, .. }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
+                Ok(())
+            }
+            (Ask::Release { bytes: 0, hangs: false }, Answer::Refused(Refusal::NotQuarantined { .. })) => {
+                Ok(())
+            }
+            (Ask::Release { hangs: true, .. }, Answer::Refused(Refusal::StillConverting { .. })) => Ok(()),
             _ => broken!(3, "{answer:?} to {ask:?}"),
         }
     }
@@ -304,11 +312,13 @@ impl Model {
             }
             Notice::Quarantined { invalidation, file, range, reason, .. } => {
                 self.owed.noticed.insert(invalidation);
+                let lasts = self.lasts(invalidation, reason);
                 let Some(file) = self.truth.file(file) else { return Ok(()) };
                 if file.quarantined(range) {
                     broken!(6, "{notice:?} is in quarantine already: {:?}", file.quarantine);
                 }
-                file.quarantine.push((range, reason, invalidation));
+                file.vouched.remove(range.start().0..range.end().0);
+                file.quarantine.push(Held { range, reason, since: invalidation, lasts });
             }
             Notice::Freed { file: id, range, .. } => {
                 for (region, iova) in self.truth.aliases(id, range) {
@@ -318,14 +328,18 @@ impl Model {
                 }
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
                 let before = file.quarantine.len();
-                file.quarantine.retain(|(held, reason, _)| *held != range || Self::lasts(reason.cause));
+                file.quarantine.retain(|held| held.range != range || held.lasts);
                 if file.quarantine.len() + 1 != before {
                     broken!(6, "{notice:?} frees what is not to be freed: {:?}", file.quarantine);
                 }
             }
             Notice::Released { file: id, range, .. } => {
+                let Some(index) = self.owed.released.iter().position(|part| *part == (id, range)) else {
+                    broken!(6, "{notice:?}, of which nobody spoke")
+                };
+                self.owed.released.swap_remove(index);
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
-                file.quarantine.retain(|(held, ..)| *held != range);
+                file.quarantine.retain(|held| held.range != range);
             }
             Notice::MapFailed { .. } => self.map_failed = true,
             Notice::RegionClosed { region } => {
@@ -343,7 +357,7 @@ impl Model {
                 }
                 self.deaths.retain(|death| death.client != client);
             }
-            Notice::DeviceFenced { .. } | Notice::DeviceAttached { .. } => {}
+            Notice::DeviceFenced { .. } | Notice::DeviceAttached { .. } | Notice::TdiEnded { .. } => {}
         }
         Ok(())
     }

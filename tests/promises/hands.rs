@@ -9,7 +9,7 @@ use passgate::gate::{
     UnmapResult,
 };
 use passgate_backends::iommu::sim::{Call, Fault, FileKey, Memory, Sim, SimDevice};
-use passgate_backends::{Device, Domain, Error, FenceStep, StopClass, Ticket, Unmap};
+use passgate_backends::{Device, Domain, Error, FenceStep, Nature, StopClass, Ticket, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
@@ -59,8 +59,8 @@ impl Hands {
         self.buses.push(Bus { id, sim, devices: Vec::new(), tickets: HashMap::new() });
     }
 
-    pub fn add_device(&mut self, bus: usize, id: DeviceId, stop_class: StopClass) {
-        let device = self.buses[bus].sim.device(&format!("sim:{}", id.0), stop_class);
+    pub fn add_device(&mut self, bus: usize, id: DeviceId, stop_class: StopClass, nature: Nature) {
+        let device = self.buses[bus].sim.device(&format!("sim:{}", id.0), stop_class, nature);
         self.buses[bus].devices.push((id, device));
     }
 

@@ -6,14 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
-    Answer, Caller, Cause, ClientId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome,
-    PageState, Policy, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    Caller, Cause, ClientId, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Policy,
+    Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::told::Told;
-use crate::truth::{Kept, Open, Phase, Region, Stage, Truth, broken};
+use crate::truth::{Held, Kept, Phase, Stage, Truth, broken};
+
+/// The ladder has six rungs, and no timer is shorter than a nanosecond.
+const SHORTEST: u64 = 6;
 
 /// What somebody asked.
 #[derive(Debug, Clone)]
@@ -22,6 +25,7 @@ pub enum Ask {
     Remove { region: RegionId },
     Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
     End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
+    Release { bytes: u64, hangs: bool },
 }
 
 #[derive(Debug, Clone)]
@@ -54,6 +58,8 @@ pub struct Owed {
     pub notice: Vec<InvalidationId>,
     /// These must be in quarantine as a whole.
     pub quarantine: Vec<(FileId, PageRange<Offset>)>,
+    /// A person let go of these: told, one by one.
+    pub released: Vec<(FileId, PageRange<Offset>)>,
 }
 
 #[derive(Debug)]
@@ -74,10 +80,14 @@ pub struct Model {
     pub receipts: HashSet<InvalidationId>,
     /// What passgate's own conversion came to, while its answer is awaited.
     pub converted: BTreeMap<InvalidationId, Outcome>,
+    /// Its calls that have not returned, also after they were given up.
+    pub converting: BTreeSet<InvalidationId>,
     /// Why an expected mapping may be missing.
     pub map_failed: bool,
     /// Nothing fails in this world: then nothing may be refused without a good reason.
     pub clean: bool,
+    /// The highest invalidation that an earlier daemon's quarantine dates from.
+    earlier: u64,
 }
 
 impl Model {
@@ -86,7 +96,7 @@ impl Model {
             policy,
             now: 0,
             truth: Truth::default(),
-            told: Told::default(),
+            told: Told::new(&policy),
             asked: BTreeMap::new(),
             orphans: HashSet::new(),
             deaths: Vec::new(),
@@ -96,8 +106,10 @@ impl Model {
             said: BTreeMap::new(),
             receipts: HashSet::new(),
             converted: BTreeMap::new(),
+            converting: BTreeSet::new(),
             map_failed: false,
             clean,
+            earlier: 0,
         }
     }
 
@@ -110,16 +122,19 @@ impl Model {
             region.doomed |= region.stage == Stage::Adding;
         }
         self.told.event(event);
+        if let Event::Converted { invalidation, .. } = event {
+            self.converting.remove(invalidation);
+        }
         match *event {
             Event::AddRegion { caller, spec } => {
                 self.ask(caller, Ask::Add { spec, region: None }, u64::MAX);
             }
             Event::RemoveRegion { caller, region } => {
-                let due = self.policy.close_deadline_ns.max(5);
+                let due = self.policy.close_deadline_ns.max(SHORTEST);
                 self.ask(caller, Ask::Remove { region }, due);
             }
             Event::Begin { caller, range, deadline_ns, .. } => {
-                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(5));
+                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(SHORTEST));
             }
             Event::End { caller, invalidation, outcome } => {
                 let counts = self
@@ -146,8 +161,36 @@ impl Model {
                 }
             }
             Event::ClientGone { client } => self.gone(client),
+            Event::Quarantine { file, range, invalidation, reason } => {
+                self.earlier = self.earlier.max(invalidation.0);
+                let Some(entry) = self.truth.file(file) else { return };
+                entry.held = true;
+                for range in entry.free_of_quarantine(range) {
+                    entry.quarantine.push(Held { range, reason, since: invalidation, lasts: true });
+                }
+                self.truth.become_state(&[(file, range)], PageState::Unknown);
+            }
+            Event::Release { caller, invalidation, to } => self.vouch(caller, invalidation, to),
             _ => {}
         }
+    }
+
+    /// A person says what the pages are that an invalidation left in quarantine.
+    fn vouch(&mut self, caller: Caller, since: InvalidationId, to: PageState) {
+        if self.converting.contains(&since) && self.truth.open(since).is_none() {
+            return self.ask(caller, Ask::Release { bytes: 0, hangs: true }, 0);
+        }
+        let mut released = Vec::new();
+        for file in &mut self.truth.files {
+            let mine = file.quarantine.iter().filter(|held| held.since == since).map(|held| held.range);
+            let mine: Vec<_> = mine.collect();
+            file.vouched.extend(mine.iter().map(|range| range.start().0..range.end().0));
+            released.extend(mine.into_iter().map(|range| (file.id, range)));
+        }
+        self.truth.become_state(&released, to);
+        let bytes = released.iter().map(|(_, range)| range.len()).sum();
+        self.owed.released = released;
+        self.ask(caller, Ask::Release { bytes, hangs: false }, 0);
     }
 
     fn ask(&mut self, caller: Caller, ask: Ask, within: u64) {
@@ -194,80 +237,6 @@ impl Model {
         }
     }
 
-    /// Learns the names that the gate gave, before its effects are judged.
-    pub fn learn(&mut self, event: &Event, effects: &[Effect], snapshot: impl FnOnce() -> Snapshot) -> Kept {
-        match *event {
-            Event::AddRegion { caller, spec } => {
-                let snapshot = snapshot();
-                let status = snapshot.regions.iter().find(|region| {
-                    region.spec.gpa.start() == spec.gpa.start()
-                        && region.owner == caller.client
-                        && self.truth.regions.iter().all(|known| known.id != region.region)
-                });
-                if let Some(status) = status {
-                    let (id, owner) = (status.region, caller.client);
-                    self.truth.add(Region { id, owner, spec, stage: Stage::Adding, doomed: false });
-                    if let Some(Asked { ask: Ask::Add { region, .. }, .. }) =
-                        self.asked.get_mut(&caller.cookie)
-                    {
-                        *region = Some(id);
-                    }
-                }
-            }
-            Event::RemoveRegion { caller, region } => {
-                let refused = effects.iter().any(|effect| {
-                    matches!(effect, Effect::Answer { caller: c, answer: Answer::Refused(_) }
-                        if c.cookie == caller.cookie)
-                });
-                if let Some(region) = self.truth.region(region).filter(|_| !refused) {
-                    region.stage = Stage::Closing;
-                }
-            }
-            Event::Begin { caller, range, to, performer, .. } => {
-                let fresh = effects.iter().find_map(|effect| match effect {
-                    Effect::Arm { invalidation, .. }
-                    | Effect::Convert { invalidation, .. }
-                    | Effect::Answer { answer: Answer::Verdict { invalidation, .. }, .. }
-                        if !self.known.contains(invalidation) =>
-                    {
-                        Some(*invalidation)
-                    }
-                    _ => None,
-                });
-                let Some(new) = fresh else {
-                    let answered = effects.iter().any(
-                        |effect| matches!(effect, Effect::Answer { caller: c, .. } if c.cookie == caller.cookie),
-                    );
-                    if !answered {
-                        broken!(4, "{event:?} has neither an answer nor a timer");
-                    }
-                    return Ok(());
-                };
-                let Ok(pages) = self.truth.resolve(range) else {
-                    broken!(1, "{event:?} touches addresses that no region covers, and was taken")
-                };
-                let going = |r: &&Region| r.stage == Stage::Closing && r.spec.gpa.overlaps(range);
-                if let Some(region) = self.truth.regions.iter().find(going) {
-                    broken!(8, "{event:?} is taken, but {region:?} is on its way out");
-                }
-                let mine = self.truth.open.iter().filter(|open| open.caller.client == caller.client).count();
-                if mine >= self.policy.max_open as usize {
-                    broken!(7, "{event:?} is taken, with {mine} open of {}", self.policy.max_open);
-                }
-                let phase = Phase::Asked;
-                let open =
-                    Open { id: new, caller, pages, to, performer, phase, touched: false, out_of_time: false };
-                self.truth.open.push(open);
-                self.known.insert(new);
-                if let Some(Asked { ask: Ask::Begin { id, .. }, .. }) = self.asked.get_mut(&caller.cookie) {
-                    *id = Some(new);
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
     /// Judges what the effects of one event owe each other.
     pub fn after(&mut self, event: &Event) -> Kept {
         let owed = std::mem::take(&mut self.owed);
@@ -283,6 +252,9 @@ impl Model {
                     "what became of {range:?} is not known, and it was given up, yet it is not in quarantine"
                 );
             }
+        }
+        if let Some((file, range)) = owed.released.first() {
+            broken!(6, "{range:?} of {file:?} was released, and nobody was told");
         }
         if let Event::ClientGone { client } = *event {
             self.devices_stop(client)?;
@@ -312,7 +284,12 @@ impl Model {
         let allowed = self.policy.on_stuck_dma.allows();
         for (id, device) in &self.told.devices {
             let can = |step: Step| device.steps.has(step);
-            let any = can(Step::Drain) || can(Step::Detach) || (can(Step::Reset) && allowed.has(Step::Reset));
+            let spared = device.nature.tdi && !self.policy.end_tdi;
+            let any = can(Step::Drain)
+                || can(Step::Stop)
+                || can(Step::Detach)
+                || (can(Step::Master) && !spared)
+                || (can(Step::Reset) && allowed.has(Step::Reset) && !spared);
             if any && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }
@@ -349,7 +326,8 @@ impl Model {
         if snapshot.regions.len() > self.policy.max_regions as usize {
             broken!(7, "{} regions, of {} at most", snapshot.regions.len(), self.policy.max_regions);
         }
-        let mine = self.truth.files.iter().flat_map(|file| file.quarantine.iter().map(|q| (file.id, q.0)));
+        let mine =
+            self.truth.files.iter().flat_map(|file| file.quarantine.iter().map(|q| (file.id, q.range)));
         let (mut mine, mut its): (Vec<_>, Vec<_>) =
             (mine.collect(), snapshot.quarantine.iter().map(|q| (q.file, q.range)).collect());
         mine.sort_unstable();
@@ -382,7 +360,7 @@ impl Model {
     }
 
     /// Whether a quarantine of this cause outlasts every proof about mappings.
-    pub fn lasts(cause: Cause) -> bool {
-        matches!(cause, Cause::OwnerUnknown | Cause::ClientGone)
+    pub fn lasts(&self, since: InvalidationId, reason: Reason) -> bool {
+        matches!(reason.cause, Cause::OwnerUnknown | Cause::ClientGone) || since.0 <= self.earlier
     }
 }

@@ -2,8 +2,8 @@
 //! never returns, for each N, under each policy. The ledger never forgets, and no verdict is a false *done*.
 
 use passgate::gate::{OnStuckDma, Outcome, PageState, Policy};
-use passgate_backends::StopClass;
 use passgate_backends::iommu::sim::{Fault, FaultPlan};
+use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
@@ -26,10 +26,12 @@ const POLICIES: [OnStuckDma; 3] = [OnStuckDma::Refuse, OnStuckDma::Fence, OnStuc
 
 fn setup(on_stuck_dma: OnStuckDma) -> Setup {
     let policy = Policy { on_stuck_dma, close_deadline_ns: 500, ..Policy::default() };
-    let all = vec![StopClass::all(), StopClass::DRAIN];
+    let nature = Nature::default();
+    let all = vec![(StopClass::all(), nature), (StopClass::DRAIN, nature)];
     Setup {
         policy,
-        domains: vec![(256, 8 * PAGE, all), (256, 1 << 30, vec![StopClass::DETACH])],
+        domains: vec![(256, 8 * PAGE, all), (256, 1 << 30, vec![(StopClass::DETACH, nature)])],
+        seeds: Vec::new(),
         clean: false,
     }
 }

@@ -21,11 +21,13 @@ impl Model {
                 range.contains(gpa)
                     && pages.iter().any(|(f, r)| truth.open_over(*f, *r).any(|open| open.id == invalidation))
             }
-            (Ask::Begin { range, .. }, Refusal::Quarantined { gpa, .. }) => {
+            (Ask::Begin { range, .. }, Refusal::Quarantined { gpa, cause }) => {
                 let at = PageRange::new(gpa.0, PAGE).ok();
                 let pages = at.and_then(|at| truth.resolve(at).ok()).unwrap_or_default();
                 range.contains(gpa)
-                    && pages.iter().any(|(f, r)| truth.file(*f).is_some_and(|file| file.quarantined(*r)))
+                    && pages
+                        .iter()
+                        .any(|(f, r)| truth.file(*f).and_then(|file| file.cause(*r)) == Some(cause))
             }
             (Ask::Begin { .. }, Refusal::Budget { .. }) => {
                 let open = truth.open.iter().filter(|open| open.caller.client == caller.client).count();

@@ -7,7 +7,6 @@ use passgate_bindings::PAGE;
 use rangemap::RangeSet;
 
 use super::World;
-use crate::model::Model;
 use crate::truth::{Kept, Phase, Stage, broken};
 
 /// Calls after which a gate that comes to no rest never will.
@@ -48,15 +47,11 @@ impl World {
     /// What is in quarantine is in doubt, or the owner's doing.
     fn proof_has_freed(&self) -> Kept {
         for file in &self.model.truth.files {
-            for (range, reason, _) in file.quarantine.iter().filter(|(_, r, _)| !Model::lasts(r.cause)) {
-                let mut aliases = self.model.truth.aliases(file.id, *range);
+            for held in file.quarantine.iter().filter(|held| !held.lasts) {
+                let mut aliases = self.model.truth.aliases(file.id, held.range);
                 let doubt = aliases.any(|(_, iova)| self.model.told.unsettled(iova).is_some());
                 if !doubt {
-                    broken!(
-                        6,
-                        "{range:?} of {:?} is in no doubt, and still in quarantine: {reason:?}",
-                        file.id
-                    );
+                    broken!(6, "{held:?} of {:?} is in no doubt, and still in quarantine", file.id);
                 }
             }
         }
@@ -69,7 +64,7 @@ impl World {
             let id = region.spec.backing.file;
             let Some(file) = self.model.truth.files.iter().find(|file| file.id == id) else { continue };
             for part in self.model.doubtful(id, region.pages()) {
-                if !file.quarantined_whole(part) {
+                if !file.is_told(part) {
                     broken!(6, "{part:?} of {id:?} is in doubt, and nobody was told: {:?}", file.quarantine);
                 }
             }
@@ -187,7 +182,11 @@ impl World {
         }
         for (id, device) in &self.model.told.devices {
             let settled = self.model.told.domains.get(&device.domain).is_some_and(|d| d.settled_everywhere());
-            if settled && self.model.deaths.is_empty() && device.fenced.is_some() && !device.lost {
+            if settled
+                && self.model.deaths.is_empty()
+                && (device.fenced.is_some() || device.shaken)
+                && !device.lost
+            {
                 broken!(2, "{id:?} was never brought back: {device:?}");
             }
         }

@@ -1,10 +1,10 @@
 //! A gate with one fault planted at its seam, so that the checker can be seen to find it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use passgate::gate::{
     Answer, Caller, ClientId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, MapResult, Notice,
-    Outcome, PageState, Policy, Snapshot, UnmapResult, Verdict,
+    Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
 };
 
 /// A planted fault.
@@ -45,6 +45,20 @@ pub enum Plant {
     EarlyForget,
     /// The devices of a dead client are told to be stopped, and are not.
     FencesSkipped,
+    /// Bus mastering off is taken for proof: what fails after it counts as gone.
+    MasterIsProof,
+    /// The gate believes that a stale write is contained, where it is not.
+    NotStrict,
+    /// The gate believes that it may end a TDI.
+    EndsTdis,
+    /// That a TDI ends is kept to itself.
+    SilentTdi,
+    /// A person who releases one range releases another with it.
+    GenerousRelease,
+    /// A release is kept out of the event stream.
+    SilentRelease,
+    /// What an earlier daemon had in quarantine is not heard of.
+    ForgottenSeed,
     /// A session is said to be closed as soon as the client is gone.
     EarlyClosed,
 }
@@ -54,6 +68,9 @@ pub struct Saboteur {
     gate: Gate,
     plant: Plant,
     unmaps: HashMap<JobId, u64>,
+    /// Fences that turn bus mastering off, and whether one has.
+    masters: HashSet<JobId>,
+    mastered: bool,
     shared: HashMap<InvalidationId, Caller>,
     callers: HashMap<u64, PageState>,
     files: HashMap<ClientId, Vec<FileId>>,
@@ -64,10 +81,13 @@ impl Saboteur {
     pub fn new(policy: Policy, plant: Plant) -> Self {
         let policy = match plant {
             Plant::ManyRegions => Policy { max_regions: policy.max_regions * 8, ..policy },
+            Plant::NotStrict => Policy { platform: Platform::Contained, ..policy },
+            Plant::EndsTdis => Policy { end_tdi: true, ..policy },
             _ => policy,
         };
-        let (unmaps, shared, callers, files, withheld) = Default::default();
-        Self { gate: Gate::new(policy), plant, unmaps, shared, callers, files, withheld }
+        let (unmaps, masters, mastered, shared, callers, files, withheld) = Default::default();
+        let gate = Gate::new(policy);
+        Self { gate, plant, unmaps, masters, mastered, shared, callers, files, withheld }
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -106,6 +126,25 @@ impl Saboteur {
             (Plant::HalfIsNothing, Event::Mapped { job, result: MapResult::Unknown { errno } }) => {
                 Some(Event::Mapped { job, result: MapResult::Refused { errno } })
             }
+            (Plant::MasterIsProof, Event::Unmapped { job, result: UnmapResult::Failed { .. }, took_ns })
+                if self.mastered =>
+            {
+                Some(self.whole(job, took_ns))
+            }
+            (Plant::MasterIsProof, Event::Fenced { job, errno: 0, took_ns }) => {
+                self.mastered |= self.masters.contains(&job);
+                Some(Event::Fenced { job, errno: 0, took_ns })
+            }
+            (Plant::GenerousRelease, Event::Release { caller, invalidation, to }) => {
+                let held = self.gate.snapshot().quarantine.into_iter();
+                if let Some(other) = held.map(|held| held.invalidation).find(|id| *id != invalidation) {
+                    let mut unsaid = Effects::new();
+                    self.gate.handle(Event::Release { caller, invalidation: other, to }, &mut unsaid);
+                    effects.extend(unsaid.into_iter().filter(|e| !matches!(e, Effect::Answer { .. })));
+                }
+                Some(Event::Release { caller, invalidation, to })
+            }
+            (Plant::ForgottenSeed, Event::Quarantine { .. }) => None,
             (Plant::NoTimers, Event::Expired { .. }) => None,
             (
                 Plant::UnknownIsCommitted,
@@ -170,7 +209,12 @@ impl Saboteur {
                 effects.push(Effect::Answer { caller, answer });
             }
             (Plant::SilentQuarantine, Effect::Notice(Notice::Quarantined { .. }))
-            | (Plant::SilentRefusal, Effect::Notice(Notice::Refused { .. } | Notice::Quarantined { .. })) => {
+            | (Plant::SilentRefusal, Effect::Notice(Notice::Refused { .. } | Notice::Quarantined { .. }))
+            | (Plant::SilentTdi, Effect::Notice(Notice::TdiEnded { .. }))
+            | (Plant::SilentRelease, Effect::Notice(Notice::Released { .. })) => {}
+            (Plant::MasterIsProof, Effect::Fence { job, device, step: Step::Master }) => {
+                self.masters.insert(job);
+                effects.push(Effect::Fence { job, device, step: Step::Master });
             }
             (Plant::FencesSkipped, Effect::Fence { job, .. }) => {
                 let mut next = Effects::new();

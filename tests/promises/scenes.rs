@@ -1,8 +1,8 @@
 //! What the promises leave open and the design states: how far a fence goes, and when none is asked for.
 
 use passgate::gate::{OnStuckDma, PageState, Policy};
-use passgate_backends::StopClass;
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
+use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
@@ -55,8 +55,9 @@ const BEGIN_OTHER: Action = Action::Begin {
 
 fn world(on_stuck_dma: OnStuckDma) -> World {
     let policy = Policy { on_stuck_dma, ..Policy::default() };
-    let domains = vec![(256, 1 << 30, vec![StopClass::all()])];
-    let mut world = World::new(&Setup { policy, domains, clean: false }, Plant::Nothing).unwrap();
+    let domains = vec![(256, 1 << 30, vec![(StopClass::all(), Nature::default())])];
+    let mut world =
+        World::new(&Setup { policy, domains, seeds: Vec::new(), clean: false }, Plant::Nothing).unwrap();
     play(&mut world, &[ADD, Action::Settle]);
     world
 }
@@ -83,8 +84,8 @@ fn begin_and_climb(world: &mut World) {
 fn dma_that_does_not_stop_is_fenced_as_far_as_policy_goes() {
     for (policy, verdicts, fenced) in [
         (OnStuckDma::Refuse, [0, 1, 0], 1),
-        (OnStuckDma::Fence, [1, 0, 0], 2),
-        (OnStuckDma::Reset, [1, 0, 0], 2),
+        (OnStuckDma::Fence, [1, 0, 0], 4),
+        (OnStuckDma::Reset, [1, 0, 0], 4),
     ] {
         let mut world = world(policy);
         world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);

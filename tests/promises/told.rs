@@ -1,12 +1,16 @@
 //! What the gate was told about its mappings, and what that proves: a second, simpler ledger.
 //!
 //! A range is *maybe* mapped from the moment a map is asked for until it is refused or until unmaps over it have
-//! reported every byte gone. It is *in doubt* from the moment an unmap is asked for until then.
+//! reported every byte gone. It is *in doubt* from the moment an unmap is asked for until then. On a strict platform
+//! what went while a device of the domain could keep a copy stays both until all such devices are detached.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use passgate::gate::{DeviceId, DomainId, Effect, Event, JobId, MapResult, Policy, Step, Steps, UnmapResult};
+use passgate::gate::{
+    DeviceId, DomainId, Effect, Event, JobId, MapResult, Nature, Notice, Platform, Policy, Step, Steps,
+    UnmapResult,
+};
 use passgate_bindings::{Iova, PageRange};
 use rangemap::RangeSet;
 
@@ -24,6 +28,8 @@ enum Job {
 pub struct Domain {
     pub maybe: RangeSet<u64>,
     pub doubt: RangeSet<u64>,
+    /// Reported gone, but a device may have kept a copy.
+    copies: RangeSet<u64>,
     /// Bytes reported gone, of ranges not yet proved gone whole.
     credits: Vec<(Range<u64>, u64)>,
     filling: BTreeMap<JobId, Range<u64>>,
@@ -34,8 +40,15 @@ pub struct Domain {
 pub struct Device {
     pub domain: DomainId,
     pub steps: Steps,
+    pub nature: Nature,
     /// The strongest fence that it is under.
     pub fenced: Option<Step>,
+    /// Whether it is out of its domain.
+    pub detached: bool,
+    /// Whether a fence failed that may have stopped it.
+    pub shaken: bool,
+    /// Whether it is on its way back.
+    pub returning: bool,
     /// Fences and attaches without a result.
     pub busy: u32,
     /// Whether the last attach failed.
@@ -46,6 +59,9 @@ pub struct Device {
 pub struct Told {
     pub domains: BTreeMap<DomainId, Domain>,
     pub devices: BTreeMap<DeviceId, Device>,
+    /// The end of a TDI that was told, and is the next fence.
+    ending: Option<(DeviceId, Step)>,
+    strict: bool,
     jobs: HashMap<JobId, Job>,
 }
 
@@ -84,7 +100,7 @@ impl Domain {
         self.doubt.overlapping(over).chain(under_way).map(clip).collect()
     }
 
-    fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId) {
+    fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId, copies: bool) {
         if let UnmapResult::InFlight { .. } = result {
             self.flying.insert(job, over.clone());
         }
@@ -93,6 +109,10 @@ impl Domain {
         let whole = credit.saturating_add(bytes_gone) == bytes(&self.maybe, &over);
         if whole && !matches!(result, UnmapResult::Failed { .. }) {
             self.credits.retain(|(range, _)| !inside(range));
+            if copies {
+                self.copies.insert(over);
+                return;
+            }
             self.maybe.remove(over.clone());
             self.doubt.remove(over);
         } else {
@@ -103,7 +123,57 @@ impl Domain {
     }
 }
 
+impl Device {
+    /// Whether it may go on using translations that were taken away.
+    fn keeps_copies(&self) -> bool {
+        self.nature.ats && (!self.detached || self.returning)
+    }
+}
+
 impl Told {
+    pub fn new(policy: &Policy) -> Self {
+        Self { strict: policy.platform == Platform::Strict, ..Self::default() }
+    }
+
+    /// Whether a device of the domain may go on using what was unmapped.
+    fn keeps_copies(&self, domain: DomainId) -> bool {
+        self.strict && self.devices.values().any(|device| device.domain == domain && device.keeps_copies())
+    }
+
+    /// A fence is asked: it must be the device's, within the policy, and no TDI may end unsaid.
+    fn fence(
+        &mut self,
+        effect: &Effect,
+        device: DeviceId,
+        step: Step,
+        policy: &Policy,
+        leaving: bool,
+    ) -> Kept {
+        let Some(entry) = self.devices.get_mut(&device) else {
+            broken!(4, "{effect:?} of a device that does not exist")
+        };
+        if !entry.steps.has(step) {
+            broken!(4, "{effect:?} of a device that has no such fence");
+        }
+        let strict = self.strict && entry.nature.ats && step == Step::Detach;
+        let leaving = leaving && step != Step::Reset;
+        if !leaving && !strict && !policy.on_stuck_dma.allows().has(step) {
+            broken!(4, "{effect:?} goes beyond the policy {:?}", policy.on_stuck_dma);
+        }
+        let ends_tdi = entry.nature.tdi && matches!(step, Step::Master | Step::Reset);
+        if ends_tdi && !policy.end_tdi {
+            broken!(4, "{effect:?} ends a TDI without leave");
+        }
+        if self.ending.take() != ends_tdi.then_some((device, step)) {
+            broken!(6, "{effect:?}: that it ends a TDI is not what was told");
+        }
+        if entry.busy > 0 {
+            broken!(4, "{effect:?} of a device that is busy");
+        }
+        entry.busy += 1;
+        Ok(())
+    }
+
     /// Takes down what the gate wants done; breaks a promise where it should not want that.
     pub fn effect(&mut self, effect: &Effect, policy: &Policy, leaving: bool) -> Kept {
         match *effect {
@@ -122,16 +192,7 @@ impl Told {
                 self.jobs.insert(job, Job::Unmap { domain, iova });
             }
             Effect::Fence { job, device, step } => {
-                let Some(entry) = self.devices.get_mut(&device) else {
-                    broken!(4, "{effect:?} of a device that does not exist")
-                };
-                if !entry.steps.has(step) {
-                    broken!(4, "{effect:?} of a device that has no such fence");
-                }
-                if !leaving && !policy.on_stuck_dma.allows().has(step) {
-                    broken!(4, "{effect:?} goes beyond the policy {:?}", policy.on_stuck_dma);
-                }
-                entry.busy += 1;
+                self.fence(effect, device, step, policy, leaving)?;
                 self.jobs.insert(job, Job::Fence { device, step });
             }
             Effect::Attach { job, device } => {
@@ -143,8 +204,10 @@ impl Told {
                     broken!(2, "{effect:?} while mappings of its domain are in doubt: {:?}", domain.doubt);
                 }
                 entry.busy += 1;
+                entry.returning = true;
                 self.jobs.insert(job, Job::Attach { device });
             }
+            Effect::Notice(Notice::TdiEnded { device, step }) => self.ending = Some((device, step)),
             _ => {}
         }
         Ok(())
@@ -156,9 +219,18 @@ impl Told {
             Event::DomainAdded { domain, .. } => {
                 self.domains.entry(domain).or_default();
             }
-            Event::DeviceAdded { device, domain, steps, .. } => {
-                let new = Device { domain, steps, fenced: None, busy: 0, lost: false };
-                self.devices.entry(device).or_insert(new);
+            Event::DeviceAdded { device, domain, steps, nature } => {
+                self.devices.entry(device).or_insert(Device {
+                    domain,
+                    steps,
+                    nature,
+                    fenced: None,
+                    detached: false,
+                    shaken: false,
+                    returning: false,
+                    busy: 0,
+                    lost: false,
+                });
             }
             Event::Mapped { job, result } => {
                 let Some(Job::Map { domain, iova }) = self.jobs.get(&job).copied() else { return };
@@ -177,7 +249,8 @@ impl Told {
                 let (UnmapResult::Gone { bytes }
                 | UnmapResult::InFlight { bytes }
                 | UnmapResult::Failed { bytes, .. }) = result;
-                self.domains.entry(domain).or_default().unmapped(span(iova), bytes, result, job);
+                let copies = self.keeps_copies(domain);
+                self.domains.entry(domain).or_default().unmapped(span(iova), bytes, result, job, copies);
             }
             Event::Released { job } => {
                 for domain in self.domains.values_mut() {
@@ -187,10 +260,20 @@ impl Told {
             Event::Fenced { job, errno, .. } => {
                 let Some(Job::Fence { device, step }) = self.jobs.get(&job).copied() else { return };
                 self.jobs.remove(&job);
-                if let Some(entry) = self.devices.get_mut(&device) {
-                    entry.busy -= 1;
-                    if errno == 0 && step > Step::Drain {
-                        entry.fenced = entry.fenced.max(Some(step));
+                let Some(entry) = self.devices.get_mut(&device) else { return };
+                entry.busy -= 1;
+                if errno == 0 && step > Step::Drain {
+                    entry.fenced = entry.fenced.max(Some(step));
+                    entry.detached |= step == Step::Detach;
+                }
+                entry.shaken |= errno != 0 && step > Step::Drain;
+                let domain = entry.domain;
+                if !self.keeps_copies(domain)
+                    && let Some(entry) = self.domains.get_mut(&domain)
+                {
+                    for range in std::mem::take(&mut entry.copies) {
+                        entry.maybe.remove(range.clone());
+                        entry.doubt.remove(range);
                     }
                 }
             }
@@ -200,8 +283,9 @@ impl Told {
                 if let Some(entry) = self.devices.get_mut(&device) {
                     entry.busy -= 1;
                     entry.lost = errno != 0;
+                    entry.returning = false;
                     if errno == 0 {
-                        entry.fenced = None;
+                        (entry.fenced, entry.detached, entry.shaken) = (None, false, false);
                     }
                 }
             }

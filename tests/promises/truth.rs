@@ -6,11 +6,12 @@
 use std::fmt;
 
 use passgate::gate::{
-    Caller, ClientId, FileId, InvalidationId, PageState, Performer, Reason, RegionId, RegionSpec,
+    Caller, Cause, ClientId, FileId, InvalidationId, PageState, Performer, Reason, RegionId, RegionSpec,
 };
 use passgate_backends::iommu::sim::FileKey;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use rangemap::RangeSet;
 
 use crate::action::FILE_PAGES;
 
@@ -56,10 +57,22 @@ pub struct File {
     pages: Vec<Page>,
     /// A bit for each page that no device may reach.
     forbidden: Vec<u64>,
-    /// Ranges that the gate has put into quarantine.
-    pub quarantine: Vec<(PageRange<Offset>, Reason, InvalidationId)>,
+    /// Ranges that the gate has put into quarantine, or was told of at its start.
+    pub quarantine: Vec<Held>,
+    /// Ranges that a person took out of it, whatever is still in doubt there.
+    pub vouched: RangeSet<u64>,
     /// Whether the gate has the file (a region of it was added, and it was not let go).
     pub held: bool,
+}
+
+/// A range in quarantine.
+#[derive(Debug, Clone, Copy)]
+pub struct Held {
+    pub range: PageRange<Offset>,
+    pub reason: Reason,
+    pub since: InvalidationId,
+    /// Whether no proof about mappings lifts it.
+    pub lasts: bool,
 }
 
 /// How a region fares.
@@ -137,6 +150,7 @@ impl File {
             pages: vec![page; FILE_PAGES as usize],
             forbidden: vec![u64::MAX; FILE_PAGES.div_ceil(64) as usize],
             quarantine: Vec::new(),
+            vouched: RangeSet::new(),
             held: false,
         }
     }
@@ -173,14 +187,17 @@ impl File {
     }
 
     pub fn quarantined(&self, range: PageRange<Offset>) -> bool {
-        self.quarantine.iter().any(|(held, ..)| held.overlaps(range))
+        self.quarantine.iter().any(|held| held.range.overlaps(range))
+    }
+
+    /// Why the page is in quarantine, if it is.
+    pub fn cause(&self, page: PageRange<Offset>) -> Option<Cause> {
+        self.quarantine.iter().find(|held| held.range.overlaps(page)).map(|held| held.reason.cause)
     }
 
     /// Whether all of `range` is in quarantine.
     pub fn quarantined_whole(&self, range: PageRange<Offset>) -> bool {
-        let within = |(held, ..): &(PageRange<Offset>, Reason, InvalidationId)| {
-            held.intersection(range).map_or(0, PageRange::len)
-        };
+        let within = |held: &Held| held.range.intersection(range).map_or(0, PageRange::len);
         self.quarantine.iter().map(within).sum::<u64>() == range.len()
     }
 
@@ -199,6 +216,18 @@ impl File {
         format!("{:?}", self.pages[page as usize])
     }
 
+    /// The parts of `range` that are in no quarantine.
+    pub fn free_of_quarantine(&self, range: PageRange<Offset>) -> Vec<PageRange<Offset>> {
+        let free = without(range, self.quarantine.iter().map(|held| held.range));
+        free.iter().filter_map(|part| PageRange::between(Offset(part.start), Offset(part.end))).collect()
+    }
+
+    /// Whether all of `range` is in quarantine, or a person has vouched for it.
+    pub fn is_told(&self, range: PageRange<Offset>) -> bool {
+        let left = without(range, self.quarantine.iter().map(|held| held.range));
+        left.iter().all(|part| self.vouched.gaps(part).next().is_none())
+    }
+
     /// Whether devices ought to reach the page.
     pub fn is_wanted(&self, page: u64) -> bool {
         self.first_forbidden(page_range(page)).is_none() && !self.quarantined(page_range(page))
@@ -206,6 +235,14 @@ impl File {
 }
 
 use std::ops::Range;
+
+/// What of `range` is in none of `parts`.
+fn without(range: PageRange<Offset>, parts: impl Iterator<Item = PageRange<Offset>>) -> RangeSet<u64> {
+    let mut left = RangeSet::new();
+    left.insert(range.start().0..range.end().0);
+    parts.for_each(|part| left.remove(part.start().0..part.end().0));
+    left
+}
 
 /// One page of a file.
 pub fn page_range(page: u64) -> PageRange<Offset> {
@@ -239,8 +276,7 @@ impl Truth {
             page.shown += 1;
         });
         // What its last owner could not say, the next cannot either.
-        let lasting = |(_, reason, _): &&(_, Reason, _)| crate::model::Model::lasts(reason.cause);
-        let unknown: Vec<_> = file.quarantine.iter().filter(lasting).map(|(held, ..)| *held).collect();
+        let unknown: Vec<_> = file.quarantine.iter().filter(|q| q.lasts).map(|q| q.range).collect();
         for held in unknown {
             file.change(held, |page| page.state = PageState::Unknown);
         }

@@ -8,11 +8,11 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use passgate::gate::{
-    Answer, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, InvalidationId,
-    Policy, Step, Steps, Verdict,
+    Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
+    InvalidationId, Platform, Policy, Reason, Step, Steps, Verdict,
 };
 use passgate_backends::iommu::sim::{Fault, FileKey, Memory, Sim};
-use passgate_backends::{Capabilities, StopClass};
+use passgate_backends::{Capabilities, Nature, StopClass};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
@@ -23,14 +23,28 @@ use crate::model::Model;
 use crate::saboteur::{Plant, Saboteur};
 use crate::truth::{File, Kept, Open, Phase, broken};
 
+/// What a device is: how it can be stopped, and what bears on that.
+pub type Kind = (StopClass, Nature);
+
 /// How a world is made.
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub policy: Policy,
-    /// Per domain: mappings at most, longest mapping, the stop class of each device.
-    pub domains: Vec<(u64, u64, Vec<StopClass>)>,
+    /// Per domain: mappings at most, longest mapping, its devices.
+    pub domains: Vec<(u64, u64, Vec<Kind>)>,
+    /// What an earlier daemon left in quarantine: file, first page, pages, since when.
+    pub seeds: Vec<(u8, u16, u16, u64)>,
     /// Nothing will fail.
     pub clean: bool,
+}
+
+impl Setup {
+    /// Whether every device can be detached whose cache must be emptied for proof.
+    fn is_detachable(&self) -> bool {
+        let caches = self.domains.iter().flat_map(|(.., devices)| devices).filter(|(_, nature)| nature.ats);
+        self.policy.platform == Platform::Contained
+            || caches.into_iter().all(|(class, _)| class.contains(StopClass::DETACH))
+    }
 }
 
 /// What devices write.
@@ -56,6 +70,8 @@ pub struct World {
     pub verdicts: [u64; 3],
     /// What happened last, where somebody wants to know.
     pub trace: Option<VecDeque<String>>,
+    /// The fences that the gate asked for, in order.
+    pub fences: Vec<Step>,
     /// This many calls from now, one does not return (done or not).
     pub hang_at: Option<(u64, bool)>,
     clock: u64,
@@ -123,12 +139,13 @@ impl World {
         let memory = Memory::new();
         let mut world = Self {
             gate: Saboteur::new(setup.policy, plant),
-            model: Model::new(setup.policy, setup.clean),
+            model: Model::new(setup.policy, setup.clean && setup.is_detachable()),
             hands: Hands::new(memory.clone()),
             events: 0,
             kinds: [0; KINDS.len()],
             verdicts: [0; 3],
             trace: None,
+            fences: Vec::new(),
             hang_at: None,
             clock: 0,
             timers: BinaryHeap::new(),
@@ -155,18 +172,32 @@ impl World {
             };
             world.hands.add_bus(domain, Sim::new(capabilities, memory.clone()).expect("an eventfd"));
             world.feed(Event::DomainAdded { domain, max_mappings: *max_mappings, max_piece: *max_piece })?;
-            for (n, class) in devices.iter().enumerate() {
+            for (n, (class, nature)) in devices.iter().enumerate() {
                 let device = DeviceId((index * 8 + n) as u16);
-                world.hands.add_device(index, device, *class);
+                world.hands.add_device(index, device, *class, *nature);
                 world.feed(Event::DeviceAdded {
                     device,
                     domain,
                     steps: steps(*class),
-                    nature: Default::default(),
+                    nature: passgate::gate::Nature { ats: nature.ats, tdi: nature.tdi },
                 })?;
             }
         }
+        setup.seeds.iter().try_for_each(|seed| world.sow(*seed))?;
         Ok(world)
+    }
+
+    /// An earlier daemon had these pages in quarantine.
+    fn sow(&mut self, (file, page, pages, since): (u8, u16, u16, u64)) -> Kept {
+        let file = self.model.truth.files[file as usize % FILES].id;
+        let page = u64::from(page) % FILE_PAGES;
+        let pages = u64::from(pages).clamp(1, FILE_PAGES - page);
+        let range = PageRange::new(page * PAGE, pages * PAGE).expect("pages of a small file");
+        // The cause is past: it may be one that proof would lift in the daemon that had it.
+        let cause = Cause::ALL[since as usize % Cause::ALL.len()];
+        let reason = Reason { cause, device: None, rung: Step::Unmap, errno: 0 };
+        let invalidation = InvalidationId(since);
+        self.feed(Event::Quarantine { file, range, invalidation, reason })
     }
 
     /// Tells the gate one thing, judges what it makes of it, and has the devices look.
@@ -229,7 +260,12 @@ impl World {
                     }
                 }
             }
-            other => self.hands.take(other),
+            other => {
+                if let Effect::Fence { step, .. } = other {
+                    self.fences.push(step);
+                }
+                self.hands.take(other);
+            }
         }
         Ok(())
     }
@@ -294,6 +330,9 @@ impl World {
     }
 
     fn work(&mut self, index: usize, deliver: bool, fault: Option<Fault>) -> Kept {
+        // Where a stale write is contained, the platform answers for what a device has cached.
+        let contained = self.model.policy.platform == Platform::Contained;
+        let fault = fault.filter(|fault| *fault != Fault::Cached || !contained);
         let done = self.hands.tasks[index].result.is_some();
         match &mut self.hang_at {
             Some((0, executed)) if !done => {

@@ -1,15 +1,18 @@
 //! A simulated device: attached to a [`crate::iommu::sim::Sim`] domain, stopped by its fences, never by itself.
 //!
-//! Each fence does what its name promises and no more: cancel ends what is in flight unless it is stuck, detach
-//! moves the device to the blocking domain, reset ends everything in flight but leaves the device attached.
+//! Each fence does what its name promises and no more. Drain ends what is in flight unless it is stuck. Migration
+//! STOP and bus mastering off do so too, and the device issues nothing until it is attached again; what is stuck
+//! makes them fail, with the device silent all the same. Detach moves the device to the blocking domain. Reset ends
+//! everything in flight and leaves the device attached, to do DMA again. Only detach and reset empty the device's
+//! own cache of translations (ATS).
 
 use std::sync::Arc;
 
 use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
-use super::{Device, FenceStep, Guard, StopClass};
-use crate::iommu::sim::{Call, Fault, Seen, Shared};
+use super::{Device, FenceStep, Guard, Nature, StopClass};
+use crate::iommu::sim::{Call, Ends, Fault, Seen, Shared};
 use crate::{Error, Result};
 
 /// A simulated device.
@@ -17,13 +20,20 @@ use crate::{Error, Result};
 pub struct SimDevice {
     name: String,
     stop_class: StopClass,
+    nature: Nature,
     domain: Arc<Shared>,
     port: usize,
 }
 
 impl SimDevice {
-    pub(crate) fn new(name: &str, stop_class: StopClass, domain: Arc<Shared>, port: usize) -> Self {
-        Self { name: name.to_owned(), stop_class, domain, port }
+    pub(crate) fn new(
+        name: &str,
+        stop_class: StopClass,
+        nature: Nature,
+        domain: Arc<Shared>,
+        port: usize,
+    ) -> Self {
+        Self { name: name.to_owned(), stop_class, nature, domain, port }
     }
 
     /// What this device's DMA meets at `iova`; none where it faults.
@@ -74,6 +84,10 @@ impl Device for SimDevice {
         self.stop_class
     }
 
+    fn nature(&self) -> Nature {
+        self.nature
+    }
+
     fn fence(&self, step: FenceStep) -> Result<()> {
         let fault = self.domain.enter(Call::Fence);
         if !self.stop_class.has(step) {
@@ -82,10 +96,25 @@ impl Device for SimDevice {
         if let Some(Fault::Errno(errno)) = fault {
             return Err(self.fail("sim fence", errno));
         }
-        if step == FenceStep::Detach {
-            self.domain.set_attached(self.port, false);
+        match step {
+            FenceStep::Drain => {
+                self.domain.end_flight(self.port, Ends::WithFlush);
+            }
+            FenceStep::Stop | FenceStep::Master => {
+                self.domain.silence(self.port, true);
+                if !self.domain.end_flight(self.port, Ends::WithFlush) {
+                    return Err(self.fail("sim fence", Errno::TIMEDOUT));
+                }
+            }
+            FenceStep::Detach => {
+                self.domain.set_attached(self.port, false);
+                self.domain.end_flight(self.port, Ends::WithCache);
+            }
+            FenceStep::Reset => {
+                self.domain.silence(self.port, false);
+                self.domain.end_flight(self.port, Ends::WithCache);
+            }
         }
-        self.domain.end_flight(self.port, step != FenceStep::Drain);
         Ok(())
     }
 
@@ -95,6 +124,7 @@ impl Device for SimDevice {
             return Err(self.fail("sim attach", errno));
         }
         self.domain.set_attached(self.port, true);
+        self.domain.silence(self.port, false);
         Ok(())
     }
 

@@ -22,6 +22,8 @@ pub enum RunState {
     Removing(JobId),
     /// Out of the translation, but operations issued before are in flight.
     Leaking(JobId),
+    /// Out of the translation, but a device that caches translations may have kept a copy of it.
+    Cached,
     /// A call failed half-way or came up short: may be mapped, in part or whole. `gone` bytes of it were
     /// reported removed.
     Suspect {
@@ -115,6 +117,14 @@ impl Runs {
             self.objects -= run.objects;
             self.unsettled -= usize::from(run.state.unsettled());
         }
+    }
+
+    /// Where runs are in this state, in order.
+    pub fn in_state(&self, state: RunState) -> Vec<PageRange<Iova>> {
+        if self.unsettled == 0 {
+            return Vec::new();
+        }
+        self.runs.values().filter(|run| run.state == state).map(|run| run.range).collect()
     }
 
     /// The run that starts at `start`.

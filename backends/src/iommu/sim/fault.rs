@@ -40,6 +40,9 @@ pub enum Fault {
     ShortLate,
     /// As [`Fault::Late`], but only a detach or a reset of the device ends it (or [`super::Sim::unstick`]).
     Stuck,
+    /// An unmap that succeeds, although the invalidation of the devices' own caches timed out and nobody is told
+    /// (as the kernel handles ATS): devices with ATS go on using the old translation until a detach or a reset.
+    Cached,
     /// The call does not return before [`super::Sim::release`]; then it does what it should have done.
     Hang,
 }
@@ -50,9 +53,12 @@ impl Fault {
         match self {
             Self::Errno(_) | Self::Hang => true,
             Self::HalfMapped(_) => call == Call::Map,
-            Self::HalfUnmapped(_) | Self::Short | Self::Late | Self::ShortLate | Self::Stuck => {
-                call == Call::Unmap
-            }
+            Self::HalfUnmapped(_)
+            | Self::Short
+            | Self::Late
+            | Self::ShortLate
+            | Self::Stuck
+            | Self::Cached => call == Call::Unmap,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! It keeps a page table of whole mappings, and for every attached device the old translations that an unmap
 //! has not flushed yet. Nothing in it knows time, chance or the gate: tests step it ([`Sim::flush`],
 //! [`Sim::release`]) and then ask what a device can still reach ([`Sim::reachable`], [`Sim::dma`]). It takes the
-//! devices' side: a cancelled or reset device that is still attached is expected to do DMA again.
+//! devices' side: a drained or reset device that is still attached is expected to do DMA again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,15 +15,19 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Ticket, Unmap};
+use crate::device::{Nature, StopClass};
 use crate::{Error, Result};
 
 mod fault;
 mod memory;
+mod port;
 mod table;
 
 pub use crate::device::sim::SimDevice;
 pub use fault::{Call, Fault, FaultPlan};
 pub use memory::{Memory, Stamp};
+pub(crate) use port::Ends;
+use port::{Port, Stale};
 pub use table::Mapping;
 use table::Table;
 
@@ -55,21 +59,6 @@ pub struct Seen {
     pub since: Stamp,
     /// Whether a write would land.
     pub writable: bool,
-}
-
-/// An old translation that one device has not flushed yet.
-#[derive(Debug, Clone)]
-struct Stale {
-    mapping: Mapping,
-    ticket: Ticket,
-    stuck: bool,
-}
-
-/// One device, as the domain sees it.
-#[derive(Debug, Default)]
-struct Port {
-    attached: bool,
-    stale: Vec<Stale>,
 }
 
 #[derive(Debug, Default)]
@@ -119,10 +108,10 @@ impl Sim {
     }
 
     /// A device, attached.
-    pub fn device(&self, name: &str, stop_class: crate::StopClass) -> SimDevice {
+    pub fn device(&self, name: &str, stop_class: StopClass, nature: Nature) -> SimDevice {
         let mut state = self.shared.lock();
-        state.ports.push(Port { attached: true, stale: Vec::new() });
-        SimDevice::new(name, stop_class, Arc::clone(&self.shared), state.ports.len() - 1)
+        state.ports.push(Port { attached: true, silent: false, ats: nature.ats, stale: Vec::new() });
+        SimDevice::new(name, stop_class, nature, Arc::clone(&self.shared), state.ports.len() - 1)
     }
 
     /// What goes wrong from now on; calls made before count.
@@ -147,12 +136,12 @@ impl Sim {
 
     /// Late flushes come through; what is stuck stays. Returns how many old translations ended.
     pub fn flush(&self) -> usize {
-        self.shared.drop_stale(|_, stale| !stale.stuck)
+        self.shared.drop_stale(|_, stale| stale.ends == Ends::WithFlush)
     }
 
     /// Everything in flight ends, also what was stuck (the peer drained, somebody pulled the cable).
     pub fn unstick(&self) -> usize {
-        self.shared.drop_stale(|_, _| true)
+        self.shared.drop_stale(|_, stale| stale.ends <= Ends::WhenUnstuck)
     }
 
     /// Every call that hangs goes on.
@@ -185,10 +174,10 @@ impl Sim {
     /// latter. `look` must not call this domain.
     pub fn reachable(&self, mut look: impl FnMut(&Mapping, bool)) {
         let state = self.shared.lock();
-        if state.ports.iter().any(|port| port.attached) {
+        if state.ports.iter().any(Port::reaches) {
             state.table.iter().for_each(|mapping| look(mapping, true));
         }
-        for stale in state.ports.iter().flat_map(|port| &port.stale) {
+        for stale in state.ports.iter().flat_map(Port::used) {
             look(&stale.mapping, false);
         }
     }
@@ -225,8 +214,8 @@ impl Shared {
     pub(crate) fn translate(&self, port: usize, iova: Iova) -> Option<(Seen, Arc<GuestFile>)> {
         let state = self.lock();
         let port = state.ports.get(port)?;
-        let live = state.table.find(iova).filter(|_| port.attached);
-        let stale = port.stale.iter().map(|stale| &stale.mapping).find(|m| m.iova.contains(iova));
+        let live = state.table.find(iova).filter(|_| port.reaches());
+        let stale = port.used().map(|stale| &stale.mapping).find(|m| m.iova.contains(iova));
         let mapping = stale.or(live)?;
         Some((mapping.at(iova)?, Arc::clone(&mapping.memory)))
     }
@@ -237,9 +226,17 @@ impl Shared {
         }
     }
 
-    /// What was in flight on one device ends: all of it, or all but what is stuck.
-    pub(crate) fn end_flight(&self, port: usize, stuck_too: bool) {
-        self.drop_stale(|p, stale| p == port && (stuck_too || !stale.stuck));
+    pub(crate) fn silence(&self, port: usize, silent: bool) {
+        if let Some(port) = self.lock().ports.get_mut(port) {
+            port.silent = silent;
+        }
+    }
+
+    /// What of one device ends so, or more easily, ends; whether nothing of it is in flight any more.
+    pub(crate) fn end_flight(&self, port: usize, ends: Ends) -> bool {
+        self.drop_stale(|p, stale| p == port && stale.ends <= ends);
+        let state = self.lock();
+        state.ports.get(port).is_none_or(|port| port.stale.iter().all(|stale| stale.ends == Ends::WithCache))
     }
 
     /// Drops the old translations that `which` picks by port; a ticket ends with the last of its own.
@@ -253,10 +250,9 @@ impl Shared {
             dropped += before - port.stale.len();
         }
         let ports = &state.ports;
-        let (running, ended): (Vec<_>, Vec<_>) = state
-            .running
-            .iter()
-            .partition(|ticket| ports.iter().flat_map(|port| &port.stale).any(|s| s.ticket == **ticket));
+        let (running, ended): (Vec<_>, Vec<_>) = state.running.iter().partition(|ticket| {
+            ports.iter().flat_map(|port| &port.stale).any(|s| s.ticket == Some(**ticket))
+        });
         state.running = running;
         if !ended.is_empty() {
             state.ended.extend(ended);
@@ -316,19 +312,22 @@ impl Shared {
         match fault {
             Some(Fault::HalfUnmapped(errno)) => Unmap::Failed { errno, bytes: 0 },
             Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
-                if bytes > 0 && state.ports.iter().any(|port| port.attached) =>
+                if bytes > 0 && state.ports.iter().any(Port::reaches) =>
             {
+                let ends = if late == Fault::Stuck { Ends::WhenUnstuck } else { Ends::WithFlush };
                 state.tickets += 1;
                 let ticket = Ticket(state.tickets);
                 state.running.push(ticket);
-                for port in state.ports.iter_mut().filter(|port| port.attached) {
-                    port.stale.extend(gone.iter().map(|mapping| Stale {
-                        mapping: mapping.clone(),
-                        ticket,
-                        stuck: late == Fault::Stuck,
-                    }));
+                for port in state.ports.iter_mut().filter(|port| port.reaches()) {
+                    port.keep(&gone, Some(ticket), ends);
                 }
                 Unmap::InFlight { bytes, ticket }
+            }
+            Some(Fault::Cached) => {
+                for port in state.ports.iter_mut().filter(|port| port.attached && port.ats) {
+                    port.keep(&gone, None, Ends::WithCache);
+                }
+                Unmap::Gone { bytes }
             }
             _ => Unmap::Gone { bytes },
         }

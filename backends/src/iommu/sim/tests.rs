@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Device, FenceStep, StopClass};
+use crate::{Device, FenceStep};
 
 struct Rig {
     memory: Memory,
@@ -11,7 +11,7 @@ struct Rig {
 fn rig() -> Rig {
     let memory = Memory::new();
     let sim = Sim::new(Capabilities { max_mappings: 16, ..Sim::CAPABILITIES }, memory.clone()).unwrap();
-    let device = sim.device("sim:0", StopClass::all());
+    let device = sim.device("sim:0", StopClass::all(), Nature { ats: true, tdi: false });
     let file = Arc::new(GuestFile::memfd("sim", 64 * PAGE).unwrap());
     Rig { memory, sim, device, file }
 }
@@ -105,7 +105,7 @@ fn a_late_flush_leaves_the_old_frame_in_reach_until_it_comes() {
 #[test]
 fn what_is_stuck_ends_by_detach_or_reset_of_every_device() {
     let rig = rig();
-    let other = rig.sim.device("sim:1", StopClass::all());
+    let other = rig.sim.device("sim:1", StopClass::all(), Nature::default());
     rig.map(0, 1, 1, 5).unwrap();
     rig.sim.fail_next(Call::Unmap, Fault::Stuck);
     assert!(matches!(rig.sim.unmap(iova(0, 1)), Unmap::InFlight { .. }));
@@ -117,6 +117,60 @@ fn what_is_stuck_ends_by_detach_or_reset_of_every_device() {
     assert!(other.dma(Iova(0)).is_some());
     other.fence(FenceStep::Detach).unwrap();
     assert_eq!((other.dma(Iova(0)), rig.ended()), (None, 1));
+}
+
+#[test]
+fn a_silent_device_sees_nothing_until_it_is_attached_but_for_what_is_stuck() {
+    for step in [FenceStep::Stop, FenceStep::Master] {
+        let rig = rig();
+        rig.map(0, 3, 1, 5).unwrap();
+        rig.sim.fail_next(Call::Unmap, Fault::Late);
+        assert!(matches!(rig.sim.unmap(iova(0, 1)), Unmap::InFlight { .. }));
+        rig.device.fence(step).unwrap();
+        assert_eq!((rig.ended(), rig.sees(0), rig.sees(1)), (1, None, None));
+        // It has nothing in flight that could be late.
+        rig.sim.fail_next(Call::Unmap, Fault::Late);
+        assert_eq!(rig.sim.unmap(iova(1, 1)), Unmap::Gone { bytes: PAGE });
+        rig.device.attach().unwrap();
+        assert_eq!((rig.sees(1), rig.sees(2)), (None, Some(7)));
+        rig.sim.fail_next(Call::Unmap, Fault::Stuck);
+        assert!(matches!(rig.sim.unmap(iova(2, 1)), Unmap::InFlight { .. }));
+        assert_eq!(errno(rig.device.fence(step)), Some(Errno::TIMEDOUT));
+        assert_eq!((rig.ended(), rig.sees(2)), (0, Some(7)));
+    }
+}
+
+#[test]
+fn a_reset_device_does_dma_again() {
+    let rig = rig();
+    rig.map(0, 1, 1, 5).unwrap();
+    rig.device.fence(FenceStep::Stop).unwrap();
+    rig.device.fence(FenceStep::Reset).unwrap();
+    assert_eq!(rig.sees(0), Some(5));
+    rig.device.fence(FenceStep::Detach).unwrap();
+    rig.device.fence(FenceStep::Reset).unwrap();
+    assert_eq!(rig.sees(0), None);
+}
+
+#[test]
+fn a_cached_translation_outlives_everything_but_detach_and_reset() {
+    for last in [FenceStep::Detach, FenceStep::Reset] {
+        let rig = rig();
+        let plain = rig.sim.device("sim:1", StopClass::all(), Nature::default());
+        rig.map(0, 1, 1, 5).unwrap();
+        rig.sim.fail_next(Call::Unmap, Fault::Cached);
+        assert_eq!(rig.sim.unmap(iova(0, 1)), Unmap::Gone { bytes: PAGE });
+        rig.device.fence(FenceStep::Drain).unwrap();
+        assert_eq!((rig.sim.flush(), rig.sim.unstick(), rig.sees(0)), (0, 0, Some(5)));
+        assert_eq!(plain.dma(Iova(0)), None);
+        rig.device.fence(FenceStep::Master).unwrap();
+        assert_eq!(rig.sees(0), None);
+        rig.device.attach().unwrap();
+        assert_eq!(rig.sees(0), Some(5));
+        rig.device.fence(last).unwrap();
+        rig.device.attach().unwrap();
+        assert_eq!(rig.sees(0), None);
+    }
 }
 
 #[test]
