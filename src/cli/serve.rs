@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use passgate_backends::assign::{self, Kind, assign};
+use passgate_backends::assign::{self, Accept, Kind, assign};
 
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
@@ -31,6 +31,9 @@ pub(super) struct Serve {
     /// How far to go without asking when DMA does not stop
     #[arg(long, value_enum, default_value_t = Stuck::Refuse)]
     on_stuck_dma: Stuck,
+    /// Take devices that nothing stops for certain
+    #[arg(long)]
+    allow_unstoppable: bool,
     /// Let clients have devices do DMA on demand (for tests; off by default)
     #[arg(long)]
     allow_dma: bool,
@@ -77,7 +80,8 @@ impl Serve {
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
+        let assign::Assignment { domain, devices } =
+            take(kind, &self.devices, Accept { unstoppable: self.allow_unstoppable })?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
         let options =
@@ -94,11 +98,11 @@ impl Serve {
 
 /// Takes the devices. One that is taken may be about to be let go of: the guardian of a daemon that was killed a
 /// moment ago stops it first.
-fn take(kind: Kind, devices: &[String]) -> Result<assign::Assignment> {
+fn take(kind: Kind, devices: &[String], accept: Accept) -> Result<assign::Assignment> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match assign(kind, devices) {
-            Err(error) if error.is_taken() && Instant::now() < until => {
+        match assign(kind, devices, accept) {
+            Err(error) if error.taken().is_some() && Instant::now() < until => {
                 log::info!("{error}; trying again");
                 std::thread::sleep(PATIENCE / 20);
             }

@@ -152,7 +152,11 @@ mod tests {
         let gone = Space(vec![0xff; 4096]);
         assert_eq!(gone.find(), Ok(Capabilities::default()));
         let short = Space(endpoint().0[..64].to_vec());
-        assert_eq!(Capabilities::find(4096, |at| short.read(at)), Err(0x50), "what a user without rights sees");
+        assert_eq!(
+            Capabilities::find(4096, |at| short.read(at)),
+            Err(0x50),
+            "what a user without rights sees"
+        );
     }
 
     #[test]
@@ -172,6 +176,9 @@ mod tests {
         assert_eq!(seen(&space), (Some(true), true, true));
         let none = Capabilities::default();
         assert_eq!(none.transactions_pending(|at| space.read(at)), Ok(None));
-        assert_eq!((none.ats_on(|at| space.read(at)), none.pri_on(|at| space.read(at))), (Ok(false), Ok(false)));
+        assert_eq!(
+            (none.ats_on(|at| space.read(at)), none.pri_on(|at| space.read(at))),
+            (Ok(false), Ok(false))
+        );
     }
 }
