@@ -3,18 +3,16 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use passgate_backends::assign::{self, Accept, Kind, assign};
+use passgate_backends::assign::{Accept, Assignment, Kind};
 
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
+use crate::host::taking::take;
 use crate::serve::{Options, Server};
 use crate::session::guardian::{self, Ended};
-
-/// How long to wait for devices that somebody else has.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs one VM's daemon.
 #[derive(Debug, Args)]
@@ -31,6 +29,9 @@ pub(super) struct Serve {
     /// How far to go without asking when DMA does not stop
     #[arg(long, value_enum, default_value_t = Stuck::Refuse)]
     on_stuck_dma: Stuck,
+    /// How long to try again for devices that another process still has
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    wait: u32,
     /// Take devices that nothing stops for certain
     #[arg(long)]
     allow_unstoppable: bool,
@@ -80,8 +81,9 @@ impl Serve {
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let assign::Assignment { domain, devices } =
-            take(kind, &self.devices, Accept { unstoppable: self.allow_unstoppable })?;
+        let accept = Accept { unstoppable: self.allow_unstoppable };
+        let patience = Duration::from_secs(self.wait.into());
+        let Assignment { domain, devices } = take(kind, &self.devices, accept, patience)?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
         let options =
@@ -93,21 +95,6 @@ impl Serve {
         }
         server.run()?;
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-/// Takes the devices. One that is taken may be about to be let go of: the guardian of a daemon that was killed a
-/// moment ago stops it first.
-fn take(kind: Kind, devices: &[String], accept: Accept) -> Result<assign::Assignment> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match assign(kind, devices, accept) {
-            Err(error) if error.taken().is_some() && Instant::now() < until => {
-                log::info!("{error}; trying again");
-                std::thread::sleep(PATIENCE / 20);
-            }
-            result => return Ok(result?),
-        }
     }
 }
 

@@ -191,7 +191,10 @@ mod tests {
         for pid in [13, 14] {
             tree.link(&format!("proc/{pid}/fd/9"), "anon_inode:[vfio-device]");
         }
-        tree.write("proc/13/fdinfo/9", "pos:\t0\nvfio-device-syspath:\t/sys/devices/pci0000:00/0000:04:00.1\n");
+        tree.write(
+            "proc/13/fdinfo/9",
+            "pos:\t0\nvfio-device-syspath:\t/sys/devices/pci0000:00/0000:04:00.1\n",
+        );
         tree.write("proc/14/fdinfo/9", "pos:\t0\n");
         tree.write("proc/10/cmdline", "passgate\0serve\0--device\x1b\0");
         tree.write("proc/11/comm", "vhost\n");
