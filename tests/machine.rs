@@ -12,14 +12,16 @@ mod daemon;
 mod machine {
     pub mod conversion;
     pub mod death;
+    pub mod list;
     pub mod programs;
+    pub mod recovery;
     pub mod refusals;
     pub mod rig;
 }
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, programs, refusals};
+use machine::{conversion, death, list, programs, recovery, refusals};
 
 type Run = fn(&Rig);
 
@@ -38,7 +40,15 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("sigterm_frees_memory_and_devices_in_time", death::sigterm),
     ("after_a_session_the_memory_can_be_sealed", death::the_memory_can_be_sealed),
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
+    ("a_taken_device_is_waited_for_and_its_holder_named", refusals::waited_for),
+    ("what_a_user_has_no_right_to_is_named", refusals::without_rights),
+    ("every_device_is_listed_with_its_stop_class_and_owner", list::every_device),
+    ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
+    ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
 ];
+
+/// What type1 alone cannot do.
+const TYPE1: &[(&str, Run)] = &[("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable)];
 
 /// Why a trial cannot run here, where it cannot.
 type Excuse = fn() -> Option<&'static str>;
@@ -64,7 +74,9 @@ fn main() {
         Ok(has) => {
             for iommu in ["iommufd", "type1"] {
                 let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
-                trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| on(iommu, name, run, missing)));
+                let own = if iommu == "type1" { TYPE1 } else { &[] };
+                trials
+                    .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
             }

@@ -70,7 +70,12 @@ fn notes(device: &Listed) -> Vec<String> {
         let stop = &device.stop;
         notes.push(format!("stopped by {} (type1: {})", stop.iommufd.join(", "), stop.type1.join(", ")));
     }
-    notes.extend(device.unstoppable.clone());
+    if device.unstoppable.is_some() {
+        notes.push(
+            "nothing stops it for certain here: taken with serve --allow-unstoppable only (--json says why)"
+                .to_owned(),
+        );
+    }
     if let Some(group) = device.group.as_ref().filter(|group| !group.isolated) {
         notes.push(format!("not alone in its group: {}", group.companions.join(", ")));
     }

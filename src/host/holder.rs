@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_long_command_line_is_shortened() {
         let tree = Tree::new();
-        tree.write("proc/1/cmdline", &"ü".repeat(500));
+        tree.write("proc/1/cmdline", "ü".repeat(500));
         let kept = command(&tree.path().join("proc/1"));
         assert_eq!(kept.chars().count(), COMMAND + 1);
         assert!(kept.ends_with('…'));

@@ -99,7 +99,9 @@ fn list(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciDevice) -> L
     let config = Config::read(device);
     let companions = companions(sysfs, device);
     let reset = words(device, "reset_method");
-    let stop = Stop::of(config.express, !reset.is_empty(), companions.is_empty());
+    // Without an IOMMU there is nothing to detach from.
+    let alone = companions.is_empty() && device.group().is_some_and(|group| !group.noiommu);
+    let stop = Stop::of(config.express, !reset.is_empty(), alone);
     let refused = candidate(sysfs, &device.address().to_string()).err().map(|error| error.to_string());
     let cdev = iommufd && device.cdev().is_some();
     let unstoppable = match (&refused, config.express) {
@@ -294,6 +296,7 @@ mod tests {
         says(unbound, "0000:03:00.0 is bound to ixgbe, not to vfio-pci; bind it: echo vfio-pci >");
         says(without, "has no IOMMU group");
         says(noiommu, "nothing can block its DMA");
+        assert_eq!((&without.stop.iommufd[..], &noiommu.stop.iommufd[..]), (&["unmap"][..], &["unmap"][..]));
         assert!(without.group.is_none() && noiommu.group.as_ref().unwrap().noiommu);
     }
 }

@@ -56,8 +56,8 @@ fn persist<T>(
         }
         // Once for each device: a device that changes hands all the time must not fill the journal.
         if said.insert(device.to_owned()) {
-            let seconds = left.as_secs_f64();
-            host.say(format!("{device}: {source}; {}; tried again for {seconds:.0} s", owner.words()));
+            let seconds = left.as_secs_f64().ceil();
+            host.say(format!("{device}: {source}; {}; trying again for {seconds} s", owner.words()));
         }
         if owner.is_nobody() {
             host.reset(device);
