@@ -18,6 +18,16 @@ pub enum Error {
     /// A device or an IOMMU.
     #[error(transparent)]
     Backend(#[from] passgate_backends::Error),
+    /// A device is not free.
+    #[error("{device}: {source}; {mend}")]
+    Taken {
+        /// Its address.
+        device: String,
+        /// What the kernel answered.
+        source: Failed,
+        /// Who has it, and what to do about it.
+        mend: String,
+    },
     /// The socket cannot be made or reached.
     #[error("{path}: {source}{mend}")]
     Socket {
@@ -110,7 +120,7 @@ impl Error {
     /// The exit code that says it: 3 where the host is not able, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Backend(_) | Self::InUse { .. } | Self::Sysfs { .. } => 3,
+            Self::Backend(_) | Self::Taken { .. } | Self::InUse { .. } | Self::Sysfs { .. } => 3,
             Self::Usage(_) => 2,
             _ => 1,
         }

@@ -11,6 +11,7 @@ pub mod client;
 pub mod demo;
 pub mod error;
 pub mod gate;
+pub mod host;
 pub mod observe;
 pub mod protocol;
 pub mod selftest;

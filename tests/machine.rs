@@ -12,7 +12,9 @@ mod daemon;
 mod machine {
     pub mod conversion;
     pub mod death;
+    pub mod list;
     pub mod programs;
+    pub mod recovery;
     pub mod refusals;
     pub mod rig;
     pub mod selftest;
@@ -21,7 +23,7 @@ mod machine {
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, programs, refusals, selftest, together};
+use machine::{conversion, death, list, programs, recovery, refusals, selftest, together};
 
 type Run = fn(&Rig);
 
@@ -42,7 +44,15 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("no_device_meets_a_page_that_is_away", together::every_device),
     ("every_device_passes_its_selftest", selftest::every_device),
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
+    ("a_taken_device_is_waited_for_and_its_holder_named", refusals::waited_for),
+    ("what_a_user_has_no_right_to_is_named", refusals::without_rights),
+    ("every_device_is_listed_with_its_stop_class_and_owner", list::every_device),
+    ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
+    ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
 ];
+
+/// What type1 alone cannot do.
+const TYPE1: &[(&str, Run)] = &[("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable)];
 
 /// Why a trial cannot run here, where it cannot.
 type Excuse = fn() -> Option<&'static str>;
@@ -68,7 +78,9 @@ fn main() {
         Ok(has) => {
             for iommu in ["iommufd", "type1"] {
                 let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
-                trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| on(iommu, name, run, missing)));
+                let own = if iommu == "type1" { TYPE1 } else { &[] };
+                trials
+                    .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
             }

@@ -37,8 +37,15 @@ pub struct Assignment {
     pub devices: Vec<Arc<dyn Device>>,
 }
 
+/// What somebody who knows better has accepted of the devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Accept {
+    /// Devices that cannot be stopped for certain. Without it they are [`Error::Unstoppable`].
+    pub unstoppable: bool,
+}
+
 /// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`.
-pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
+pub fn assign(kind: Kind, devices: &[String], accept: Accept) -> Result<Assignment> {
     match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
         Choice::Soft(names) => {
             let domain = SoftDomain::open()?;
@@ -50,9 +57,14 @@ pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
         }
         Choice::Iommufd(names) => {
             let domain = IommufdDomain::open()?;
+            let together: Vec<PciAddress> = names.iter().filter_map(|name| name.parse().ok()).collect();
             let devices = names
                 .iter()
-                .map(|name| drive(VfioDevice::open_cdev(name, &domain)?, domain.clone()))
+                .map(|name| {
+                    let opened = VfioDevice::open_cdev(name, &domain, &together)?;
+                    let device = drive(opened, domain.clone())?;
+                    stoppable(device, accept, || why_not_detached(name, &together))
+                })
                 .collect::<Result<_>>()?;
             Ok(Assignment { domain, devices })
         }
@@ -65,11 +77,49 @@ pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
             let domain = Type1Domain::open(candidate.pci.address(), &candidate.group)?;
             let devices = names
                 .iter()
-                .map(|name| drive(VfioDevice::open_group(name, &domain)?, domain.clone()))
+                .map(|name| {
+                    let device = drive(VfioDevice::open_group(name, &domain)?, domain.clone())?;
+                    stoppable(device, accept, || Ok(TYPE1_DETACHES_NOTHING.to_owned()))
+                })
                 .collect::<Result<_>>()?;
             Ok(Assignment { domain, devices })
         }
     }
+}
+
+/// Why nothing on type1 can be detached.
+pub const TYPE1_DETACHES_NOTHING: &str =
+    "type1 detaches nothing: use --iommu iommufd (Linux 6.6, CONFIG_VFIO_DEVICE_CDEV)";
+
+/// The device, if it can be stopped for certain or somebody has accepted that it cannot.
+fn stoppable(
+    device: Arc<dyn Device>,
+    accept: Accept,
+    why: impl FnOnce() -> Result<String>,
+) -> Result<Arc<dyn Device>> {
+    if !device.stop_class().is_empty() {
+        return Ok(device);
+    }
+    if !accept.unstoppable {
+        return Err(Error::Unstoppable { device: device.name().to_owned(), why: why()? });
+    }
+    log::warn!(
+        "{} cannot be stopped for certain, which --allow-unstoppable accepts: while its DMA does not end, \
+         conversions are refused",
+        device.name()
+    );
+    Ok(device)
+}
+
+/// Why a device that is assigned with the devices `together` cannot be detached.
+fn why_not_detached(name: &str, together: &[PciAddress]) -> Result<String> {
+    let found = candidate(Path::new(SYSFS), name)?;
+    Ok(found.stays(together).map(shares_its_group).unwrap_or_default())
+}
+
+/// Why a device whose group holds `other`, which does not come with it, cannot be detached.
+pub fn shares_its_group(other: PciAddress) -> String {
+    format!("{other} shares its IOMMU group, so that detaching it proves nothing: serve {other} with it")
 }
 
 /// Gives the device the driver for its kind, if there is one.
@@ -146,6 +196,8 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::iommu::sim::{Memory, Sim};
+    use crate::{Nature, StopClass};
 
     fn names(names: &[&str]) -> Vec<String> {
         names.iter().map(|&name| name.to_owned()).collect()
@@ -186,26 +238,48 @@ mod tests {
 
     #[test]
     fn software_devices_are_opened_by_their_names() {
-        let soft = match assign(Kind::Auto, &names(&["soft:0", "soft:7"])) {
+        let soft = match assign(Kind::Auto, &names(&["soft:0", "soft:7"]), Accept::default()) {
             Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
             other => other.unwrap(),
         };
         assert_eq!(soft.domain.name(), "soft");
         let found: Vec<_> = soft.devices.iter().map(|device| device.name()).collect();
         assert_eq!(found, ["soft:0", "soft:7"]);
-        assert_eq!(assign(Kind::Soft, &[]).unwrap().devices.len(), 0);
+        assert_eq!(assign(Kind::Soft, &[], Accept::default()).unwrap().devices.len(), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_stopped_is_refused_unless_accepted() {
+        let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let device = |class| Arc::new(domain.device("sim:0", class, Nature::default())) as Arc<dyn Device>;
+        let none = device(StopClass::empty());
+        let why = || Ok(shares_its_group("04:00.1".parse().unwrap()));
+        let error = stoppable(none.clone(), Accept::default(), why).unwrap_err().to_string();
+        assert!(error.starts_with("sim:0 cannot be stopped for certain"), "{error}");
+        assert!(
+            error.contains("serve 0000:04:00.1 with it; or accept that (serve --allow-unstoppable)"),
+            "{error}"
+        );
+        assert!(!error.contains('\n'), "{error}");
+        let unused = || -> Result<String> { panic!("nobody asks") };
+        assert!(stoppable(none, Accept { unstoppable: true }, unused).is_ok());
+        for class in
+            [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER, StopClass::DETACH, StopClass::RESET]
+        {
+            assert!(stoppable(device(class), Accept::default(), unused).is_ok(), "{class:?}");
+        }
     }
 
     #[test]
     fn a_type1_domain_without_a_device_is_refused() {
-        let error = assign(Kind::Type1, &[]).unwrap_err().to_string();
+        let error = assign(Kind::Type1, &[], Accept::default()).unwrap_err().to_string();
         assert!(error.contains("needs a device"), "{error}");
     }
 
     #[test]
     fn a_device_that_is_not_there_is_refused_whatever_the_kind() {
         for kind in [Kind::Auto, Kind::Type1] {
-            let error = assign(kind, &names(&["ffff:ff:1f.7"])).unwrap_err().to_string();
+            let error = assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default()).unwrap_err().to_string();
             assert!(error.contains("ffff:ff:1f.7: there is no such PCI device"), "{error}");
         }
     }

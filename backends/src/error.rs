@@ -54,6 +54,17 @@ pub enum Error {
         /// The driver that has it, or `no driver`.
         driver: String,
     },
+    /// Nothing stops the device for certain, and nobody has accepted that.
+    #[error(
+        "{device} cannot be stopped for certain: it has neither a reset, nor PCI Express's Transactions Pending, nor \
+         a migration state, and {why}; or accept that (serve --allow-unstoppable)"
+    )]
+    Unstoppable {
+        /// The device's name.
+        device: String,
+        /// Why it cannot be detached either, and what to do about it.
+        why: String,
+    },
     /// The device cannot do this.
     #[error("{device}: {what} is not supported by this device")]
     Unsupported {
@@ -94,11 +105,17 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether another process has the device, which may be a daemon's guardian about to let go of it.
-    pub fn is_taken(&self) -> bool {
-        // Binding a cdev that is open elsewhere is EINVAL, not EBUSY.
-        let Self::Device { source, .. } = self else { return false };
-        source.errno == Errno::BUSY || (source.errno == Errno::INVAL && source.call.contains("BIND"))
+    /// The device and the call where it may be free in a moment: another process has it, perhaps a daemon's
+    /// guardian about to let go of it, or it is being reset.
+    pub fn taken(&self) -> Option<(&str, Failed)> {
+        let Self::Device { device, source, .. } = self else { return None };
+        let open_elsewhere = match source.errno {
+            Errno::BUSY | Errno::AGAIN => true,
+            // Binding a cdev that is open elsewhere, putting a group into a second container.
+            Errno::INVAL => source.call.contains("BIND") || source.call.contains("SET_CONTAINER"),
+            _ => false,
+        };
+        open_elsewhere.then_some((device, *source))
     }
 
     /// The errno behind it, where there is one.
@@ -110,7 +127,36 @@ impl Error {
             Self::Unsupported { .. } => Some(Errno::OPNOTSUPP),
             Self::Memlock { .. } => Some(Errno::NOMEM),
             Self::Fault { .. } => Some(Errno::FAULT),
-            Self::Unbound { .. } | Self::Host { .. } | Self::Ring(_) => None,
+            Self::Unbound { .. } | Self::Unstoppable { .. } | Self::Host { .. } | Self::Ring(_) => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_free_in_a_moment_is_told_from_what_stays() {
+        let error = |call, errno| Error::Device {
+            device: "0000:01:00.0".into(),
+            source: Failed::new(call, errno),
+            mend: "",
+        };
+        for (call, errno, taken) in [
+            ("open /dev/vfio/GROUP", Errno::BUSY, true),
+            ("VFIO_DEVICE_BIND_IOMMUFD", Errno::INVAL, true),
+            ("VFIO_DEVICE_BIND_IOMMUFD", Errno::BUSY, true),
+            ("VFIO_GROUP_SET_CONTAINER", Errno::INVAL, true),
+            ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", Errno::AGAIN, true),
+            ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", Errno::INVAL, false),
+            ("VFIO_DEVICE_BIND_IOMMUFD", Errno::PERM, false),
+            ("open /dev/vfio/devices/vfioN", Errno::ACCESS, false),
+        ] {
+            let error = error(call, errno);
+            assert_eq!(error.taken().map(|(device, _)| device), taken.then_some("0000:01:00.0"), "{error}");
+        }
+        let host = Error::Host { what: "no IOMMU".into(), mend: "switch it on" };
+        assert_eq!(host.taken(), None);
     }
 }

@@ -11,7 +11,7 @@ pub mod device;
 pub mod error;
 pub mod iommu;
 
-pub use assign::{Assignment, Kind, assign};
+pub use assign::{Accept, Assignment, Kind, assign};
 pub use device::{Device, FenceStep, Nature, StopClass};
 pub use error::{Error, Result};
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

@@ -12,13 +12,14 @@ mod machine {
     pub mod calls;
     pub mod domains;
     pub mod fences;
+    pub mod groups;
     pub mod interrupts;
     pub mod refusals;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, interrupts, refusals};
+use machine::{calls, domains, fences, groups, interrupts, refusals};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -43,6 +44,11 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("two_devices_share_one_domain", domains::two_devices_share_one_domain),
     ("a_pinned_page_outlives_its_punch", domains::a_pinned_page_outlives_its_punch),
     ("reset_is_offered_where_the_device_has_it", fences::reset_is_offered_where_the_device_has_it),
+    ("each_device_has_the_stop_class_that_it_shows", fences::each_device_has_the_stop_class_that_it_shows),
+    (
+        "bus_master_off_is_off_and_attach_brings_it_back",
+        fences::bus_master_off_is_off_and_attach_brings_it_back,
+    ),
     ("a_closed_device_can_be_opened_again", fences::a_closed_device_can_be_opened_again),
     (
         "class_13_interrupts_set_during_resets_leave_a_device_that_works",
@@ -53,6 +59,7 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
 ];
 
 const IOMMUFD: &[(&str, Test)] = &[
+    ("a_detach_is_offered_for_the_whole_group_only", groups::a_detach_is_offered_for_the_whole_group_only),
     ("detach_stops_dma_and_attach_brings_it_back", fences::detach_stops_dma_and_attach_brings_it_back),
     ("a_window_stays_open_for_the_next_attach", fences::a_window_stays_open_for_the_next_attach),
     ("a_passed_cdev_must_be_the_device_named", refusals::a_passed_cdev_must_be_the_device_named),
@@ -67,6 +74,10 @@ const IOMMUFD: &[(&str, Test)] = &[
 ];
 
 const TYPE1: &[(&str, Test)] = &[
+    (
+        "what_cannot_be_stopped_is_refused_unless_accepted",
+        refusals::what_cannot_be_stopped_is_refused_unless_accepted,
+    ),
     ("detach_is_unsupported", fences::detach_is_unsupported),
     ("a_full_container_says_so", domains::a_full_container_says_so),
     ("the_container_says_what_it_can_do", calls::the_container_says_what_it_can_do),

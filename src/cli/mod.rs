@@ -7,6 +7,7 @@ mod convert;
 mod demo;
 mod events;
 mod explain;
+mod list;
 mod selftest;
 mod serve;
 mod shell;
@@ -35,6 +36,8 @@ enum Command {
     Demo(demo::Demo),
     /// Runs one VM's daemon
     Serve(serve::Serve),
+    /// Lists this host's PCI devices: who has them, how their DMA can be stopped, why one would not be taken
+    List(list::List),
     /// Says what a daemon knows: regions, devices, quarantine, limits
     Status(status::StatusOf),
     /// Prints what happens in a daemon, as it happens
@@ -101,6 +104,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Demo(demo) => demo.run(),
         Command::Serve(serve) => serve.run(),
+        Command::List(list) => list.run(),
         Command::Status(status) => status.run(),
         Command::Events(events) => events.run(),
         Command::Convert(convert) => convert.run(),

@@ -3,18 +3,16 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use passgate_backends::assign::{self, Kind, assign};
+use passgate_backends::assign::{Accept, Assignment, Kind};
 
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Platform, Policy};
+use crate::host::taking::take;
 use crate::serve::{Options, Server, privilege};
 use crate::session::guardian::{self, Ended};
-
-/// How long to wait for devices that somebody else has.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs one VM's daemon.
 #[derive(Debug, Args)]
@@ -41,6 +39,12 @@ pub(super) struct Serve {
     /// Let a fence end a TDISP interface that is locked or runs
     #[arg(long)]
     end_tdi: bool,
+    /// How long to try again for devices that another process still has
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    wait: u32,
+    /// Take devices that nothing stops for certain
+    #[arg(long)]
+    allow_unstoppable: bool,
     /// Let clients have devices do DMA on demand (for tests; off by default)
     #[arg(long)]
     allow_dma: bool,
@@ -99,7 +103,9 @@ impl Serve {
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let assign::Assignment { domain, devices } = take(self.iommu.into(), &self.devices)?;
+        let accept = Accept { unstoppable: self.allow_unstoppable };
+        let patience = Duration::from_secs(self.wait.into());
+        let Assignment { domain, devices } = take(self.iommu.into(), &self.devices, accept, patience)?;
         privilege::give_up()?;
         let policy = Policy {
             on_stuck_dma,
@@ -123,21 +129,6 @@ impl Serve {
 
 /// Whether this host runs TDX guests (arch/x86/kvm/vmx/tdx.c, module parameter `tdx`).
 const TDX: &str = "/sys/module/kvm_intel/parameters/tdx";
-
-/// Takes the devices. One that is taken may be about to be let go of: the guardian of a daemon that was killed a
-/// moment ago stops it first.
-fn take(kind: Kind, devices: &[String]) -> Result<assign::Assignment> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match assign(kind, devices) {
-            Err(error) if error.is_taken() && Instant::now() < until => {
-                log::info!("{error}; trying again");
-                std::thread::sleep(PATIENCE / 20);
-            }
-            result => return Ok(result?),
-        }
-    }
-}
 
 fn stop_on(signal: i32, stopper: OwnedFd) -> Result<()> {
     signal_hook::low_level::pipe::register(signal, stopper).map_err(Error::Signal)?;

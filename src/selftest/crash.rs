@@ -51,6 +51,7 @@ pub(super) fn recovers(options: &Options) -> Checked {
         command.args([
             "serve",
             "--allow-dma",
+            "--allow-unstoppable",
             "--iommu",
             iommu,
             "--device",

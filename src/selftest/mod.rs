@@ -12,7 +12,7 @@ mod pump;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use passgate_backends::{Assignment, FenceStep, Kind, assign};
+use passgate_backends::{Accept, Assignment, FenceStep, Kind, assign};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -143,7 +143,10 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
     let mut rows = Rows { rows: Vec::new(), tell };
     let mut iommu = String::new();
     {
-        let Assignment { domain, devices } = assign(options.iommu, std::slice::from_ref(&options.device))?;
+        // What cannot be stopped is what the test is to find out.
+        let accept = Accept { unstoppable: true };
+        let Assignment { domain, devices } =
+            assign(options.iommu, std::slice::from_ref(&options.device), accept)?;
         let Some(device) = devices.into_iter().next() else {
             return Err(Error::Usage(format!("`{}` names no device", options.device)));
         };

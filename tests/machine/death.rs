@@ -102,7 +102,8 @@ pub fn a_killed_daemon(rig: &Rig) {
 /// The control: the same, but nobody is left to stop the device.
 pub fn without_the_guardian(rig: &Rig) {
     let (daemon, vmm, registers) = kill_under_dma(rig, &["--no-guardian"]);
-    assert_eq!(daemon.silence(), [""; 0]);
+    let said = daemon.silence();
+    assert!(!said.iter().any(|line| line.contains("guardian")), "{said:?}");
     let canary = vmm.fill(0);
     registers.write(0);
     assert_ne!(vmm.bytes(0), canary, "without a guardian DMA goes on for as long as anybody has the device");

@@ -1,25 +1,140 @@
 //! What is refused at the start, and that the reason helps.
 
-use std::path::Path;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
 
 use super::rig::{PASSGATE, Rig};
-use crate::daemon::serve_fails;
+use crate::daemon::{LONG, serve_fails, until};
+
+/// A user without any right.
+const NOBODY: u32 = 65534;
 
 pub fn not_free(rig: &Rig) {
-    let _first = rig.serve();
+    let first = rig.serve();
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("other.sock");
+    let holder = format!("process {} (`{PASSGATE} serve --socket-path", first.pid().as_raw_nonzero());
     for (device, says) in [
-        (rig.edu.as_str(), "another process has"),
-        ("0000:00:07.0", "not to vfio-pci; bind it:"), // the root port in front of igb
+        (rig.edu.as_str(), holder.as_str()),
+        (rig.edu.as_str(), "has it: stop that process"),
+        ("0000:00:1f.3", "not to vfio-pci; bind it:"), // the SMBus controller
+        ("0000:00:07.0", "is a bridge"),
         ("ffff:ff:1f.7", "there is no such PCI device"),
         ("4:0.0", "names no device: write a PCI address"),
     ] {
-        let arguments = ["--iommu", rig.iommu, "--device", device];
+        let arguments = ["--wait", "0", "--allow-unstoppable", "--iommu", rig.iommu, "--device", device];
         let (code, said) = serve_fails(Path::new(PASSGATE), &path, &arguments);
         assert_eq!(code, Some(3), "{said}");
         assert!(said.contains(device) && said.contains(says), "{said}");
         assert_eq!(said.lines().count(), 1, "{said}");
         assert!(!path.exists(), "a socket is left");
     }
+}
+
+/// A taken device is waited for: its holder is named once, and when it lets go the device is served.
+pub fn waited_for(rig: &Rig) {
+    let mut first = rig.serve();
+    let place = TempDir::new().unwrap();
+    let arguments = rig.arguments(&["--wait", "60"]);
+    let mut second = Command::new(PASSGATE)
+        .args(["serve", "--socket-path"])
+        .arg(place.path().join("second.sock"))
+        .args(&arguments)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(second.stderr.take().unwrap()));
+    let mut waits = || lines.find(|line| line.as_ref().unwrap().contains("trying again")).unwrap().unwrap();
+    let said = waits();
+    assert!(said.contains(&format!("process {} (", first.pid().as_raw_nonzero())), "{said}");
+    first.terminate();
+    assert!(first.ended(LONG).success());
+    let path = place.path().join("second.sock");
+    assert!(until(LONG, || path.exists()), "the device is free, and not taken");
+    kill_process(Pid::from_child(&second), Signal::TERM).unwrap();
+    assert!(second.wait().unwrap().success());
+    let more: Vec<_> = lines.map(Result::unwrap).filter(|line| line.contains("trying again")).collect();
+    assert!(more.is_empty(), "said once: {more:?}");
+}
+
+/// The engine on type1 has nothing that stops it.
+pub fn unstoppable(rig: &Rig) {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("passgate.sock");
+    let (code, said) = serve_fails(Path::new(PASSGATE), &path, &["--iommu", rig.iommu, "--device", &rig.edu]);
+    assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
+    assert!(said.contains(&format!("{} cannot be stopped for certain", rig.edu)), "{said}");
+    assert!(said.contains("use --iommu iommufd") && said.contains("--allow-unstoppable"), "{said}");
+    let daemon = rig.serve();
+    daemon.says("cannot be stopped for certain, which --allow-unstoppable accepts");
+    assert_eq!(daemon.client().status().unwrap().devices[0].stop, ["unmap"]);
+}
+
+/// A file whose mode is as it was when this goes.
+struct Opened(PathBuf, Permissions);
+
+impl Opened {
+    /// Lets everybody open it.
+    fn to_all(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        let mode = fs::metadata(&path).unwrap().permissions();
+        fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        Self(path, mode)
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        fs::set_permissions(&self.0, self.1.clone()).unwrap();
+    }
+}
+
+/// Without a right to a file the reason names what to give, file after file; with all of them it serves.
+pub fn without_rights(rig: &Rig) {
+    let device = PciDevice::find(Path::new(SYSFS), rig.edu.parse().unwrap()).unwrap();
+    let place = TempDir::new().unwrap();
+    fs::set_permissions(place.path(), Permissions::from_mode(0o777)).unwrap();
+    let path = place.path().join("passgate.sock");
+    let arguments = rig.arguments(&["--wait", "0"]);
+    let serve = || {
+        let mut command = Command::new(PASSGATE);
+        command.args(["serve", "--socket-path"]).arg(&path).args(&arguments).uid(NOBODY).gid(NOBODY);
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let refused = |says: &str| {
+        let output = serve().wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(3), 1), "{said}");
+        assert!(said.contains("Permission denied") && said.contains(says), "{said}");
+    };
+    let files = if rig.iommu == "iommufd" {
+        let cdev = format!("/dev/vfio/devices/{}", device.cdev().unwrap().name);
+        [
+            ("/dev/iommu".to_owned(), "give this user /dev/iommu"),
+            (cdev, "give this user the character device that the device's vfio-dev directory names"),
+        ]
+    } else {
+        let group = format!("/dev/vfio/{}", device.group().unwrap().id);
+        // Everybody may open the container, which gives nothing.
+        [("/dev/vfio/vfio".to_owned(), ""), (group, "give this user /dev/vfio/GROUP")]
+    };
+    let mut opened = Vec::new();
+    for (file, says) in files {
+        if !says.is_empty() {
+            refused(says);
+        }
+        opened.push(Opened::to_all(file));
+    }
+    let mut serves = serve();
+    assert!(until(LONG, || path.exists() || serves.try_wait().unwrap().is_some()));
+    kill_process(Pid::from_child(&serves), Signal::TERM).unwrap();
+    let output = serves.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -47,7 +47,9 @@ impl Rig {
     }
 
     pub fn arguments<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
-        [&["--iommu", self.iommu, "--device", &self.edu, "--allow-dma"], more].concat()
+        // Nothing stops the engine for certain on type1: it has no reset.
+        let accept: &[&str] = if self.iommu == "type1" { &["--allow-unstoppable"] } else { &[] };
+        [&["--iommu", self.iommu, "--device", &self.edu, "--allow-dma"], accept, more].concat()
     }
 
     /// A daemon, and its VMM.

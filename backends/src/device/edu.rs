@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::own::OwnMemory;
 use super::vfio::VfioDevice;
-use super::{Device, FenceStep, Guard, StopClass};
+use super::{Device, FenceStep, Guard, Nature, StopClass};
 use crate::iommu::Domain;
 use crate::{Error, Result};
 
@@ -141,6 +141,10 @@ impl Device for Edu {
 
     fn stop_class(&self) -> StopClass {
         self.device.stop_class()
+    }
+
+    fn nature(&self) -> Nature {
+        self.device.nature()
     }
 
     fn fence(&self, step: FenceStep) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 pub mod edu;
 mod own;
-pub(crate) mod refusal;
+pub mod refusal;
 pub mod sim;
 pub mod soft;
 pub mod vfio;

@@ -12,17 +12,26 @@ use crate::{Error, Result};
 
 /// A device that may be opened.
 #[derive(Debug)]
-pub(crate) struct Candidate {
+pub struct Candidate {
     /// Its place in sysfs.
-    pub(crate) pci: PciDevice,
+    pub pci: PciDevice,
     /// Its IOMMU group.
-    pub(crate) group: IommuGroup,
+    pub group: IommuGroup,
     /// The other devices of its group, bridges left out: they share its address space.
-    pub(crate) companions: Vec<PciAddress>,
+    pub companions: Vec<PciAddress>,
 }
 
-/// The device called `name`, if nothing speaks against it.
-pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
+impl Candidate {
+    /// The first device of its group that is not among `together`. Where there is one, detaching proves nothing:
+    /// the kernel moves a group to the blocking domain when its last device leaves.
+    pub fn stays(&self, together: &[PciAddress]) -> Option<PciAddress> {
+        self.companions.iter().copied().find(|other| !together.contains(other))
+    }
+}
+
+/// The device called `name`, if nothing speaks against it. `sysfs` is
+/// [`SYSFS`](passgate_bindings::vfio::pci::SYSFS) but in tests.
+pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     let address: PciAddress = name.parse().map_err(|_| Error::Host {
         what: format!("`{name}` is not a PCI address"),
         mend: "write it as 0000:04:00.0 or 04:00.0, in hexadecimal",
@@ -42,6 +51,12 @@ pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
         });
     }
     let driver = pci.driver();
+    if pci.is_bridge() {
+        return Err(Error::Host {
+            what: format!("{address} is a bridge, which does no DMA of its own"),
+            mend: "name the device behind it (`passgate list` shows them)",
+        });
+    }
     if !driver.as_deref().is_some_and(is_vfio) {
         return Err(Error::Unbound {
             device: address.to_string(),
@@ -51,18 +66,17 @@ pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     let mut companions = Vec::new();
     for other in group.members.iter().filter(|other| **other != address) {
         let Some(found) = PciDevice::find(sysfs, *other) else { continue };
-        if found.is_bridge() {
-            continue;
+        if !found.is_bridge() {
+            companions.push(*other);
         }
-        companions.push(*other);
-        let driver = found.driver();
-        if let Some(driver) = driver.filter(|driver| !is_vfio(driver) && driver != "pci-stub") {
+        if let Some(driver) = found.driver().filter(|driver| !shares(driver)) {
             return Err(Error::Host {
                 what: format!(
                     "{address}: its IOMMU group {} also holds {other}, which {driver} has",
                     group.id
                 ),
-                mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
+                mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver; or put \
+                       the card into another slot",
             });
         }
     }
@@ -72,6 +86,12 @@ pub(crate) fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
 /// vfio-pci, or one of its variants for a single kind of device (mlx5_vfio_pci, nvgrace-gpu-vfio-pci…).
 fn is_vfio(driver: &str) -> bool {
     driver.contains("vfio")
+}
+
+/// Whether the kernel gives a group to VFIO although this driver has a device of it: one that does no DMA
+/// (`driver_managed_dma`).
+fn shares(driver: &str) -> bool {
+    is_vfio(driver) || ["pci-stub", "pcieport"].contains(&driver)
 }
 
 #[cfg(test)]
@@ -130,7 +150,11 @@ mod tests {
         sysfs.device("0000:01:00.0", DISPLAY, Some("mlx5_vfio_pci"), Some(7));
         sysfs.device("0000:01:00.1", DISPLAY, None, Some(7));
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
-        assert_eq!(found.companions, ["01:00.1".parse().unwrap()]);
+        let second = "01:00.1".parse().unwrap();
+        assert_eq!(found.companions, [second]);
+        assert_eq!(found.stays(&[]), Some(second), "alone, a detach proves nothing");
+        assert_eq!(found.stays(&[found.pci.address()]), Some(second));
+        assert_eq!(found.stays(&[second]), None, "together it does");
     }
 
     #[test]
@@ -153,6 +177,12 @@ mod tests {
         sysfs.device("0000:04:00.1", DISPLAY, Some("snd_hda_intel"), Some(4));
         let shared = sysfs.refusal("04:00.0");
         assert!(shared.contains("group 4 also holds 0000:04:00.1, which snd_hda_intel has"), "{shared}");
+
+        sysfs.device("0000:07:00.0", DISPLAY, Some("vfio-pci"), Some(9));
+        sysfs.device("0000:07:1f.0", "0x060100", Some("lpc_ich"), Some(9));
+        let shared = sysfs.refusal("07:00.0");
+        assert!(shared.contains("group 9 also holds 0000:07:1f.0, which lpc_ich has"), "{shared}");
+        assert!(sysfs.refusal("07:1f.0").starts_with("0000:07:1f.0 is a bridge"));
 
         sysfs.device("0000:05:00.0", DISPLAY, Some("vfio-pci"), Some(5));
         fs::write(sysfs.0.path().join("kernel/iommu_groups/5/name"), "vfio-noiommu\n").unwrap();

@@ -3,18 +3,21 @@
 //! No BAR is mapped, here or for anybody: a mapped BAR keeps the device open past this process, and lets whoever
 //! has it start the device again past any gate.
 
+mod still;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use passgate_bindings::Failed;
+use passgate_bindings::vfio::config::Capabilities;
 use passgate_bindings::vfio::device::Region;
-use passgate_bindings::vfio::pci::SYSFS;
-use passgate_bindings::vfio::{Cdev, DeviceFile, Group};
+use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use passgate_bindings::vfio::{Cdev, DeviceFile, Group, PciAddress};
 use rustix::io::Errno;
 
 use super::refusal::{Candidate, candidate};
-use super::{Device, FenceStep, Guard, StopClass};
+use super::{Device, FenceStep, Guard, Nature, StopClass};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Error, Result};
@@ -22,17 +25,14 @@ use crate::{Error, Result};
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 const CONFIG: u32 = 7;
 
-/// The command register in configuration space, and its bits for memory decoding and bus mastering.
-const COMMAND: u64 = 4;
-const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_MASTER: u16 = 1 << 2;
-
 /// An open VFIO device in its domain, with bus mastering on.
 #[derive(Debug)]
 pub struct VfioDevice {
     name: String,
+    pci: PciDevice,
     stop: StopClass,
     config: Region,
+    capabilities: Capabilities,
     seat: Seat,
 }
 
@@ -45,8 +45,9 @@ enum Seat {
 }
 
 impl VfioDevice {
-    /// Opens the device at PCI address `name` by its cdev and attaches it to `domain`.
-    pub fn open_cdev(name: &str, domain: &Arc<IommufdDomain>) -> Result<Self> {
+    /// Opens the device at PCI address `name` by its cdev and attaches it to `domain`, where the devices
+    /// `together` are, or will be, as well.
+    pub fn open_cdev(name: &str, domain: &Arc<IommufdDomain>, together: &[PciAddress]) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         let device = candidate.pci.address().to_string();
         if candidate.pci.cdev().is_none() {
@@ -68,7 +69,7 @@ impl VfioDevice {
                 _ => "",
             },
         })?;
-        Self::seat_cdev(&candidate, cdev, domain)
+        Self::seat_cdev(candidate, cdev, domain, together)
     }
 
     /// Takes the cdev of the device at PCI address `name`, opened by somebody with the right to, and attaches it
@@ -83,7 +84,7 @@ impl VfioDevice {
                 mend: "pass the open /dev/vfio/devices/vfioN that the device's vfio-dev directory names",
             });
         }
-        Self::seat_cdev(&candidate, Cdev::from_fd(fd), domain)
+        Self::seat_cdev(candidate, Cdev::from_fd(fd), domain, &[])
     }
 
     /// Opens the device at PCI address `name` by its group, which joins `domain` if it is not there yet.
@@ -100,10 +101,15 @@ impl VfioDevice {
             },
         })?;
         let seat = Seat::Group { file, _group: group, domain: Arc::clone(domain) };
-        Self::new(address.to_string(), seat, StopClass::empty())
+        Self::new(candidate.pci, seat, StopClass::empty())
     }
 
-    fn seat_cdev(candidate: &Candidate, cdev: Cdev, domain: &Arc<IommufdDomain>) -> Result<Self> {
+    fn seat_cdev(
+        candidate: Candidate,
+        cdev: Cdev,
+        domain: &Arc<IommufdDomain>,
+        together: &[PciAddress],
+    ) -> Result<Self> {
         let device = candidate.pci.address().to_string();
         let failed = |source, mend| Error::Device { device: device.clone(), source, mend };
         cdev.bind(domain.iommufd()).map_err(|source| {
@@ -121,9 +127,7 @@ impl VfioDevice {
             failed(source, mend)
         })?;
         cdev.attach(domain.ioas()).map_err(|source| failed(source, ""))?;
-        // The kernel moves a group to the blocking domain when its last device leaves, so that detaching one of
-        // several proves nothing.
-        let stop = if let Some(other) = candidate.companions.first() {
+        let stop = if let Some(other) = candidate.stays(together) {
             log::warn!(
                 "{device} shares IOMMU group {} with {other}: detaching it alone stops no DMA, so it is not offered \
                  as a fence",
@@ -133,15 +137,21 @@ impl VfioDevice {
         } else {
             StopClass::DETACH
         };
-        Self::new(device.clone(), Seat::Cdev { cdev, domain: Arc::clone(domain) }, stop)
+        Self::new(candidate.pci, Seat::Cdev { cdev, domain: Arc::clone(domain) }, stop)
     }
 
-    fn new(name: String, seat: Seat, stop: StopClass) -> Result<Self> {
+    fn new(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
+        let name = pci.address().to_string();
         let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
         let info = seat.file().info().map_err(fail)?;
         let config = seat.file().region(CONFIG).map_err(fail)?;
-        let stop = if info.resets() { stop | StopClass::RESET } else { stop };
-        let device = Self { name, stop, config, seat };
+        let migrates = seat.file().can_stop().map_err(fail)?;
+        let capabilities = Capabilities::default();
+        let mut device = Self { name, pci, stop, config, capabilities, seat };
+        device.capabilities = device.find_capabilities()?;
+        device.stop.set(StopClass::RESET, info.resets());
+        device.stop.set(StopClass::STOP, migrates);
+        device.stop.set(StopClass::MASTER, device.capabilities.express.is_some());
         device.set_master(true)?;
         Ok(device)
     }
@@ -182,17 +192,6 @@ impl VfioDevice {
         Error::Device { device: self.name.clone(), source, mend: "" }
     }
 
-    /// Lets the device issue requests, or stops it from doing so. Switching it off stops DMA without any fault,
-    /// but is no drain: what is on its way arrives.
-    fn set_master(&self, on: bool) -> Result<()> {
-        let whole = |failed: Failed<usize>| self.failed(failed.without_partial());
-        let mut bytes = [0; 2];
-        self.seat.file().read(self.config, COMMAND, &mut bytes).map_err(whole)?;
-        let before = u16::from_le_bytes(bytes);
-        let after = if on { before | COMMAND_MEMORY | COMMAND_MASTER } else { before & !COMMAND_MASTER };
-        self.seat.file().write(self.config, COMMAND, &after.to_le_bytes()).map_err(whole)
-    }
-
     fn unsupported(&self, step: FenceStep) -> Error {
         let what = match step {
             FenceStep::Drain => "draining its DMA",
@@ -223,10 +222,18 @@ impl Device for VfioDevice {
         self.stop
     }
 
+    fn nature(&self) -> Nature {
+        // What cannot be read is taken for the worse.
+        let ats = self.ats_on().unwrap_or(true);
+        Nature { ats, tdi: self.pci.is_bound_tdi() }
+    }
+
     /// After a reset the device cannot issue requests until [`Device::attach`].
     fn fence(&self, step: FenceStep) -> Result<()> {
         match (step, &self.seat) {
             _ if !self.stop.has(step) => Err(self.unsupported(step)),
+            (FenceStep::Stop, _) => self.migration_stop(),
+            (FenceStep::Master, _) => self.master_off(),
             (FenceStep::Detach, Seat::Cdev { cdev, .. }) => cdev.detach().map_err(|f| self.failed(f)),
             (FenceStep::Reset, seat) => {
                 seat.file().reset().map_err(|failed| self.failed(failed))?;
@@ -242,6 +249,9 @@ impl Device for VfioDevice {
         if let Seat::Cdev { cdev, domain } = &self.seat {
             cdev.detach().map_err(|failed| self.failed(failed))?;
             cdev.attach(domain.ioas()).map_err(|failed| self.failed(failed))?;
+        }
+        if self.stop.has(FenceStep::Stop) {
+            self.migration_run()?;
         }
         self.set_master(true)
     }

@@ -1,11 +1,18 @@
 //! What a trial works with: the machine's devices, pages with a pattern in them, and ways to look.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use libtest_mimic::Failed;
-use passgate_backends::{Assignment, Device, Domain, Kind, Unmap, assign};
+use passgate_backends::device::refusal::candidate;
+use passgate_backends::device::vfio::VfioDevice;
+use passgate_backends::iommu::iommufd::IommufdDomain;
+use passgate_backends::iommu::type1::Type1Domain;
+use passgate_backends::{Accept, Assignment, Device, Domain, Kind, Unmap, assign};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
+use passgate_bindings::vfio::PciAddress;
+use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::{Iova, PAGE, PageRange, guest_memfd};
 
 /// Where the trials map: some free IOVA.
@@ -40,10 +47,20 @@ impl Bench {
         })
     }
 
-    /// A fresh domain with these devices.
+    /// A fresh domain with these devices, even where nothing stops them for certain.
     pub fn assign(&self, devices: &[&String]) -> Result<Assignment, Failed> {
         let names: Vec<String> = devices.iter().map(|&name| name.clone()).collect();
-        Ok(assign(self.kind, &names)?)
+        Ok(assign(self.kind, &names, Accept { unstoppable: true })?)
+    }
+
+    /// The device itself, without a driver of its kind, in a fresh domain where `together` will be too.
+    pub fn raw(&self, name: &str, together: &[PciAddress]) -> Result<VfioDevice, Failed> {
+        if self.kind == Kind::Iommufd {
+            return Ok(VfioDevice::open_cdev(name, &IommufdDomain::open()?, together)?);
+        }
+        let found = candidate(Path::new(SYSFS), name)?;
+        let domain = Type1Domain::open(found.pci.address(), &found.group)?;
+        Ok(VfioDevice::open_group(name, &domain)?)
     }
 
     /// A fresh domain with the first engine.

@@ -139,7 +139,9 @@ pub fn interrupts_features_and_registers(bench: &Bench) -> Outcome {
     let none = device.feature_probe(Feature::BUS_MASTER, false, true).unwrap_err();
     same("vfio-pci sets bus mastering in configuration space", none.errno, Errno::NOTTY)?;
     let none = device.feature_get(Feature::MIGRATION, &mut [0; 8]).unwrap_err();
-    same("it does not migrate", none.errno, Errno::NOTTY)
+    same("it does not migrate", none.errno, Errno::NOTTY)?;
+    same("and so cannot be stopped that way", device.can_stop(), Ok(false))?;
+    same("nor has it a state", device.migration_state().unwrap_err().errno, Errno::NOTTY)
 }
 
 pub fn the_container_says_what_it_can_do(bench: &Bench) -> Outcome {

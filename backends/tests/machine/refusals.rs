@@ -6,34 +6,51 @@ use std::path::Path;
 use libtest_mimic::Failed;
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
-use passgate_backends::{Device, Kind, assign};
+use passgate_backends::{Accept, Device, Kind, assign};
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use super::bench::{Bench, check, same};
 
+/// Takes what cannot be stopped, too.
+const ANY: Accept = Accept { unstoppable: true };
+
 type Outcome = Result<(), Failed>;
 
-fn refusal<T>(opened: Result<T, passgate_backends::Error>) -> Result<String, Failed> {
+pub fn refusal<T>(opened: Result<T, passgate_backends::Error>) -> Result<String, Failed> {
     let error = opened.err().ok_or("it was opened all the same")?.to_string();
     check("the error is one line", !error.contains('\n'))?;
     Ok(error)
 }
 
-fn says(error: &str, what: &str) -> Outcome {
+pub fn says(error: &str, what: &str) -> Outcome {
     if error.contains(what) { Ok(()) } else { Err(format!("`{error}` does not say `{what}`").into()) }
 }
 
 pub fn a_busy_device_is_refused(bench: &Bench) -> Outcome {
     let _first = bench.engine()?;
-    let error = refusal(assign(bench.kind, &bench.edu[..1]))?;
+    let error = refusal(assign(bench.kind, &bench.edu[..1], ANY))?;
     says(&error, &bench.edu[0])?;
     says(&error, "another process has")
 }
 
-/// The root port in front of igb belongs to the host, or to nobody.
+/// The machine's SMBus controller belongs to the host, or to nobody; the root port in front of igb is a bridge.
 pub fn an_unbound_device_is_refused(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()]))?;
-    says(&error, "not to vfio-pci; bind it:")
+    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ANY))?;
+    says(&error, "not to vfio-pci; bind it:")?;
+    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ANY))?;
+    says(&error, "0000:00:07.0 is a bridge")
+}
+
+/// The engine has no reset, and on type1 nothing is detached.
+pub fn what_cannot_be_stopped_is_refused_unless_accepted(bench: &Bench) -> Outcome {
+    let error = refusal(assign(bench.kind, &bench.edu[..1], Accept::default()))?;
+    says(&error, "cannot be stopped for certain")?;
+    says(&error, "type1 detaches nothing: use --iommu iommufd")?;
+    says(&error, "--allow-unstoppable")?;
+    let taken = assign(bench.kind, &bench.edu[..1], ANY)?;
+    check("nothing stops it", taken.devices[0].stop_class().is_empty())?;
+    assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default())?;
+    Ok(())
 }
 
 pub fn a_passed_cdev_must_be_the_device_named(bench: &Bench) -> Outcome {
@@ -51,6 +68,6 @@ pub fn a_passed_cdev_must_be_the_device_named(bench: &Bench) -> Outcome {
 }
 
 pub fn auto_is_iommufd(bench: &Bench) -> Outcome {
-    let set = assign(Kind::Auto, &bench.edu)?;
+    let set = assign(Kind::Auto, &bench.edu, Accept::default())?;
     same("the domain", set.domain.name(), "iommufd")
 }

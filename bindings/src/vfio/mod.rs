@@ -7,15 +7,18 @@
 //! `vfio-ioctls` opens the cdev and the container; docs/decisions/0003-vfio-ioctls.md says why no more.
 
 pub mod cdev;
+pub mod config;
 pub mod container;
 pub mod device;
 pub mod group;
+pub mod migration;
 pub mod pci;
 
 pub use cdev::Cdev;
 pub use container::Container;
 pub use device::DeviceFile;
 pub use group::Group;
+pub use migration::MigrationState;
 pub use pci::PciAddress;
 
 /// The call numbers: `_IO(VFIO_TYPE, VFIO_BASE + n)`, the size being in the structure.

@@ -118,9 +118,20 @@ impl PciDevice {
         Some((id("vendor")?, id("device")?))
     }
 
+    /// Its class, subclass and programming interface, as in 0x010802.
+    pub fn class(&self) -> Option<u32> {
+        self.number("class")
+    }
+
     /// Whether it is a bridge (class 06xx), which does no DMA of its own.
     pub fn is_bridge(&self) -> bool {
-        self.number("class").is_some_and(|class| class >> 16 == 0x06)
+        self.class().is_some_and(|class| class >> 16 == 0x06)
+    }
+
+    /// Whether it is a TDISP interface that has left CONFIG_UNLOCKED: `tsm/bound` then names the platform's TSM
+    /// (Documentation/ABI/testing/sysfs-bus-pci). False where the kernel has no such file.
+    pub fn is_bound_tdi(&self) -> bool {
+        fs::read_to_string(self.dir.join("tsm/bound")).is_ok_and(|name| !name.trim().is_empty())
     }
 
     /// Its IOMMU group, if it has one.
@@ -233,7 +244,21 @@ mod tests {
         fs::write(dir.join("vfio-dev/vfio3/dev"), "511:3\n").unwrap();
         assert_eq!(device.cdev(), Some(CdevName { name: "vfio3".to_owned(), number: (511, 3) }));
         assert!(!device.is_bridge());
+        assert_eq!(device.class(), Some(0xff00));
         let members = vec!["04:00.0".parse().unwrap(), "04:00.1".parse().unwrap()];
         assert_eq!(device.group(), Some(IommuGroup { id: 7, noiommu: false, members }));
+    }
+
+    #[test]
+    fn a_tdi_is_bound_where_its_tsm_is_named() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let dir = sysfs.path().join("bus/pci/devices/0000:04:00.0");
+        fs::create_dir_all(dir.join("tsm")).unwrap();
+        let device = PciDevice::find(sysfs.path(), "04:00.0".parse().unwrap()).unwrap();
+        assert!(!device.is_bound_tdi(), "connected at most");
+        fs::write(dir.join("tsm/bound"), "\n").unwrap();
+        assert!(!device.is_bound_tdi(), "unlocked");
+        fs::write(dir.join("tsm/bound"), "tsm0\n").unwrap();
+        assert!(device.is_bound_tdi());
     }
 }

@@ -1,0 +1,70 @@
+//! A group of two devices, which the IOMMU cannot tell apart: the machine's SATA and SMBus controllers. Neither has
+//! a reset or PCI Express, so that a detach is all there is to stop them.
+
+use std::fs;
+
+use libtest_mimic::Failed;
+use passgate_backends::{Accept, FenceStep, assign};
+
+use super::bench::{Bench, check, same};
+use super::refusals::{refusal, says};
+
+type Outcome = Result<(), Failed>;
+
+const PAIR: [&str; 2] = ["0000:00:1f.2", "0000:00:1f.3"];
+
+/// A device on vfio-pci, and on no driver again when dropped.
+struct Bound(&'static str);
+
+impl Bound {
+    fn new(address: &'static str) -> Result<Self, Failed> {
+        let device = Self(address);
+        fs::write(device.at("driver_override"), "vfio-pci")?;
+        fs::write("/sys/bus/pci/drivers_probe", address)?;
+        check("vfio-pci took it", fs::exists(device.at("driver"))?)?;
+        Ok(device)
+    }
+
+    fn at(&self, name: &str) -> String {
+        format!("/sys/bus/pci/devices/{}/{name}", self.0)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        fs::write(self.at("driver_override"), "\n").expect("the override goes");
+        fs::write(self.at("driver/unbind"), self.0).expect("it is bound");
+    }
+}
+
+/// The kernel moves a group to the blocking domain when its last device leaves.
+pub fn a_detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
+    let _first = Bound::new(PAIR[0])?;
+    let alone = bench.raw(PAIR[0], &[])?;
+    check(
+        "one of two is not detached",
+        !passgate_backends::Device::stop_class(&alone).has(FenceStep::Detach),
+    )?;
+    drop(alone);
+    let error = refusal(assign(bench.kind, &[PAIR[0].to_owned()], Accept::default()))?;
+    says(&error, "0000:00:1f.2 cannot be stopped for certain")?;
+    says(
+        &error,
+        "0000:00:1f.3 shares its IOMMU group, so that detaching it proves nothing: serve 0000:00:1f.3 with",
+    )?;
+
+    let error = refusal(assign(bench.kind, &PAIR.map(str::to_owned), Accept::default()))?;
+    says(&error, "0000:00:1f.3 is bound to no driver")?;
+    let _second = Bound::new(PAIR[1])?;
+    let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default())?;
+    for _ in 0..2 {
+        for device in &both.devices {
+            check("both are", device.stop_class().has(FenceStep::Detach))?;
+            device.fence(FenceStep::Detach)?;
+        }
+        for device in &both.devices {
+            device.attach()?;
+        }
+    }
+    same("both", both.devices.len(), 2)
+}

@@ -1,0 +1,74 @@
+//! A sysfs and a procfs in a folder, for tests.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use tempfile::TempDir;
+
+/// The folder; procfs is `proc` in it.
+pub(in crate::host) struct Tree(TempDir);
+
+impl Tree {
+    pub(in crate::host) fn new() -> Self {
+        let tree = Self(tempfile::tempdir().unwrap());
+        fs::create_dir_all(tree.path().join("proc")).unwrap();
+        tree
+    }
+
+    pub(in crate::host) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(in crate::host) fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+        let path = self.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    pub(in crate::host) fn link(&self, name: &str, target: &str) {
+        let path = self.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        symlink(target, path).unwrap();
+    }
+
+    /// A device 1b36:0010 of this class, without a configuration space.
+    pub(in crate::host) fn device(
+        &self,
+        address: &str,
+        class: u32,
+        driver: Option<&str>,
+        group: Option<u32>,
+    ) {
+        let dir = format!("bus/pci/devices/{address}");
+        self.write(&format!("{dir}/class"), format!("{class:#08x}\n"));
+        self.write(&format!("{dir}/vendor"), "0x1b36\n");
+        self.write(&format!("{dir}/device"), "0x0010\n");
+        if let Some(driver) = driver {
+            self.link(&format!("{dir}/driver"), &format!("../drivers/{driver}"));
+        }
+        if let Some(group) = group {
+            let at = self.path().join(format!("kernel/iommu_groups/{group}"));
+            fs::create_dir_all(at.join("devices").join(address)).unwrap();
+            self.link(&format!("{dir}/iommu_group"), at.to_str().unwrap());
+        }
+    }
+
+    /// Makes it a PCI Express device with ATS, on or off, and PRI off.
+    pub(in crate::host) fn endpoint(&self, address: &str, ats: bool) {
+        let mut bytes = vec![0; 4096];
+        let mut set = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        set(4, 1 << 20);
+        set(0x34, 0x40);
+        set(0x40, 0x0010);
+        set(0x100, 0x000f | 1 << 16 | 0x120 << 20);
+        set(0x104, u32::from(ats) << 31);
+        set(0x120, 0x0013 | 1 << 16);
+        self.write(&format!("bus/pci/devices/{address}/config"), bytes);
+    }
+
+    /// Makes it a conventional PCI device, without any capability.
+    pub(in crate::host) fn conventional(&self, address: &str) {
+        self.write(&format!("bus/pci/devices/{address}/config"), [0; 256]);
+    }
+}

@@ -1,0 +1,7 @@
+//! The host: which PCI devices there are, who has them, and how one gets them. Reads sysfs and procfs; a sysfs or
+//! procfs elsewhere is taken as a path, for tests.
+
+mod class;
+pub mod holder;
+pub mod inventory;
+pub mod taking;
