@@ -13,7 +13,7 @@ fn selftest(arguments: &[&str]) -> Output {
 #[test]
 fn the_software_device_passes_what_it_has_and_says_what_it_has_not() {
     let Output { status, stdout, stderr } = selftest(&["--device", "soft:0", "--json"]);
-    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{} {}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
     let report: Value = serde_json::from_slice(&stdout).unwrap();
     let outcome = |name: &str| {
         let checks = report["checks"].as_array().unwrap();

@@ -210,18 +210,22 @@ impl Bench {
 
     fn fence_under_dma(&self, step: FenceStep, pump: &Pump) -> Checked {
         pump.wait(2, LONG);
-        // A drained device issues what it is asked to again: it is not asked.
-        pump.pause(step == FenceStep::Drain);
         let took = self.stop(step)?;
+        // A drained device may issue what it is asked to again: it is not asked.
+        if step == FenceStep::Drain && !pump.pause(LONG) {
+            return Err(wrong("an operation does not end behind the drain"));
+        }
         let looked = (0..PAGES).try_for_each(|page| self.put_canary(page)).and_then(|()| {
             pump.wait(1, LOOK);
             std::thread::sleep(LOOK);
             (0..PAGES).try_for_each(|page| self.look(page, &format!("behind the fence {}", fence_name(step))))
         });
-        pump.pause(true);
-        pump.wait(2, LOOK);
+        let still = pump.pause(LONG);
         self.device.attach()?;
         looked?;
+        if !still {
+            return Err(wrong("an operation does not end behind the fence"));
+        }
         self.comes_back()?;
         Ok(format!("{took}; no DMA behind it; back with its mappings"))
     }

@@ -21,6 +21,8 @@ pub(super) struct Pump {
 struct Shared {
     stop: AtomicBool,
     pause: AtomicBool,
+    /// Whether it stands still.
+    still: AtomicBool,
     /// Operations that are over, well or not.
     tried: AtomicU64,
     went: AtomicU64,
@@ -35,7 +37,9 @@ impl Pump {
                 if theirs.stop.load(Relaxed) {
                     return;
                 }
-                if theirs.pause.load(Relaxed) {
+                let pause = theirs.pause.load(Relaxed);
+                theirs.still.store(pause, Relaxed);
+                if pause {
                     std::thread::sleep(Duration::from_millis(1));
                     continue;
                 }
@@ -48,9 +52,17 @@ impl Pump {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Issues nothing more from the next operation on.
-    pub(super) fn pause(&self, pause: bool) {
-        self.shared.pause.store(pause, Relaxed);
+    /// Issues nothing more; whether the last operation was over within `limit`.
+    pub(super) fn pause(&self, limit: Duration) -> bool {
+        self.shared.pause.store(true, Relaxed);
+        let begun = Instant::now();
+        while !self.shared.still.load(Relaxed) {
+            if begun.elapsed() > limit {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Operations that went.
