@@ -7,6 +7,7 @@ use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use crate::device::edu::{self, Edu};
+use crate::device::igb;
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
 use crate::iommu::iommufd::IommufdDomain;
@@ -76,6 +77,7 @@ pub fn assign(kind: Kind, devices: &[String]) -> Result<Assignment> {
 fn drive(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Arc<dyn Device>> {
     match device.ids()? {
         edu::IDS => Ok(Arc::new(Edu::new(device, domain)?)),
+        igb::IDS => Ok(Arc::new(igb::open(device, &domain)?)),
         _ => Ok(Arc::new(device)),
     }
 }

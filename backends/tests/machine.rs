@@ -12,12 +12,14 @@ mod machine {
     pub mod calls;
     pub mod domains;
     pub mod fences;
+    pub mod igb;
     pub mod refusals;
+    pub mod traffic;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, refusals};
+use machine::{calls, domains, fences, igb, refusals};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -43,6 +45,14 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("a_pinned_page_outlives_its_punch", domains::a_pinned_page_outlives_its_punch),
     ("reset_is_offered_where_the_device_has_it", fences::reset_is_offered_where_the_device_has_it),
     ("a_closed_device_can_be_opened_again", fences::a_closed_device_can_be_opened_again),
+    ("igb_dma_moves_the_right_bytes", igb::dma_moves_the_right_bytes),
+    ("igb_unmapped_memory_is_out_of_reach", igb::unmapped_memory_is_out_of_reach),
+    ("igb_a_drain_stops_dma_until_the_attach", igb::a_drain_stops_dma_until_the_attach),
+    (
+        "igb_every_fence_stops_it_and_attach_brings_it_back",
+        igb::every_fence_stops_it_and_attach_brings_it_back,
+    ),
+    ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];

@@ -7,7 +7,9 @@ use passgate_bindings::Iova;
 
 use crate::{Error, Result};
 
+pub mod driven;
 pub mod edu;
+pub mod igb;
 mod own;
 pub(crate) mod refusal;
 pub mod sim;

@@ -1,0 +1,170 @@
+//! What every device with a driver of ours promises, whatever its kind: the trials of igb.rs and virtio.rs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use libtest_mimic::Failed;
+use passgate_backends::{Assignment, Device, Error, FenceStep, Kind, Unmap};
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Iova, PAGE};
+use rustix::io::Errno;
+
+use super::bench::{Bench, Engine, at, bytes, check, fresh, guest_memfd, memfd, range, same};
+
+pub type Outcome = Result<(), Failed>;
+
+/// A domain with the device that `variable` names.
+pub fn engine(bench: &Bench, variable: &str) -> Result<Engine, Failed> {
+    let name = std::env::var(variable).map_err(|_| format!("{variable} is not set"))?;
+    let Assignment { domain, mut devices } = bench.assign(&[&name])?;
+    Ok(Engine { device: devices.remove(0), domain })
+}
+
+/// Lengths around every border there is: words, Ethernet's least frame, receive buffers, chunks, pages.
+const LENGTHS: [usize; 14] = [1, 2, 7, 8, 9, 59, 64, 1023, 1024, 1025, 1500, 4095, 4096, 5001];
+
+/// Both ways, memfd and guest_memfd, from even and odd places, across pages; and not a byte beside.
+pub fn dma_moves_the_right_bytes(engine: &Engine) -> Outcome {
+    for file in [memfd(4)?, guest_memfd(4)?] {
+        engine.domain.map(range(0, 3), PAGE, &file, Offset(PAGE), true)?;
+        for (n, len) in LENGTHS.into_iter().enumerate() {
+            let from = [0, 1, PAGE - 3, 2048][n % 4];
+            moves(engine, &file, from, len)?;
+        }
+        same("unmapped", engine.unmap(0, 3), Unmap::Gone { bytes: 3 * PAGE })?;
+    }
+    Ok(())
+}
+
+fn moves(engine: &Engine, file: &GuestFile, from: u64, len: usize) -> Outcome {
+    let before = fresh(3 * PAGE as usize);
+    file.write(PAGE, &before)?;
+    let iova = Iova(at(0).0 + from);
+    let here = from as usize..from as usize + len;
+    same(
+        &format!("a read of {len} bytes"),
+        engine.device.dma_read(iova, len)?,
+        before[here.clone()].to_vec(),
+    )?;
+    let sent = fresh(len);
+    engine.device.dma_write(iova, &sent)?;
+    let mut after = before;
+    after[here].copy_from_slice(&sent);
+    check(
+        &format!("a write of {len} bytes changes those and no other"),
+        bytes(file, PAGE, after.len())? == after,
+    )
+}
+
+/// Memory that was unmapped is neither read nor written, whether or not the device can tell; and what is mapped is
+/// reached as before.
+pub fn unmapped_memory_is_out_of_reach(engine: &Engine) -> Outcome {
+    let (file, other) = (memfd(1)?, memfd(1)?);
+    engine.map(8, 1, &other)?;
+    for _ in 0..2 {
+        engine.map(0, 1, &file)?;
+        check("DMA goes while the page is mapped", engine.reaches(0, &file)?)?;
+        same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })?;
+        let kept = fresh(64);
+        file.write(0, &kept)?;
+        match engine.sees(0, 64) {
+            Ok(seen) => {
+                check("what a read brings is not the page", seen.iter().all(|byte| !kept.contains(byte)))?
+            }
+            Err(_) => check("it faults", fault(engine.device.dma_read(at(0), 64))?)?,
+        }
+        if let Err(error) = engine.device.dma_write(at(0), &fresh(64)) {
+            check("it faults", fault(Err::<(), _>(error))?)?;
+        }
+        same("a write changes nothing", bytes(&file, 0, 64)?, kept)?;
+        check("a neighbour is still reached", engine.reaches(8, &other)?)?;
+    }
+    Ok(())
+}
+
+/// Whether this is [`Error::Fault`].
+fn fault<T: std::fmt::Debug>(outcome: Result<T, Error>) -> Result<bool, Failed> {
+    match outcome {
+        Err(Error::Fault { .. }) => Ok(true),
+        other => Err(format!("not a fault: {other:?}").into()),
+    }
+}
+
+/// A drain under DMA: when it returns nothing moves any more, though everything is mapped, until the attach.
+pub fn a_drain_stops_dma_until_the_attach(engine: &Engine) -> Outcome {
+    let file = memfd(1)?;
+    engine.map(0, 1, &file)?;
+    let (begun, wrong, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                match engine.device.dma_write(at(0), &fresh(64)) {
+                    Ok(()) => drop(begun.fetch_add(1, Ordering::AcqRel)),
+                    Err(error) if error.errno() == Some(Errno::SHUTDOWN) => std::thread::yield_now(),
+                    Err(_) => drop(wrong.fetch_add(1, Ordering::AcqRel)),
+                }
+            }
+        });
+        let outcome = (0..5).try_for_each(|_| {
+            let before = begun.load(Ordering::Acquire);
+            while begun.load(Ordering::Acquire) < before + 3 && wrong.load(Ordering::Acquire) == 0 {
+                std::thread::yield_now();
+            }
+            drained_holds(engine, &file)
+        });
+        done.store(true, Ordering::Release);
+        outcome
+    })?;
+    same("transfers that failed of anything but the fence", wrong.into_inner(), 0)
+}
+
+fn drained_holds(engine: &Engine, file: &GuestFile) -> Outcome {
+    engine.device.fence(FenceStep::Drain)?;
+    let kept = fresh(64);
+    file.write(0, &kept)?;
+    let refused = engine.device.dma_write(at(0), &fresh(64)).expect_err("drained");
+    same("the error", refused.errno(), Some(Errno::SHUTDOWN))?;
+    check("it says how to go on", refused.to_string().contains("attach it again"))?;
+    same("nothing was written", bytes(file, 0, 64)?, kept)?;
+    Ok(engine.device.attach()?)
+}
+
+/// Ten times each fence that the device has, and it is back every time.
+pub fn every_fence_stops_it_and_attach_brings_it_back(bench: &Bench, engine: &Engine) -> Outcome {
+    let class = engine.device.stop_class();
+    check("it drains", class.has(FenceStep::Drain))?;
+    check("it resets", class.has(FenceStep::Reset))?;
+    same("it detaches where the kernel can", class.has(FenceStep::Detach), bench.kind == Kind::Iommufd)?;
+    let (file, steps) =
+        (guest_memfd(1)?, [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset]);
+    engine.map(0, 1, &file)?;
+    for round in 0..10 {
+        for step in steps.into_iter().filter(|step| class.has(*step)) {
+            engine.device.fence(step)?;
+            if round == 0 {
+                let kept = fresh(64);
+                file.write(0, &kept)?;
+                check("it does not read", engine.sees(0, 64).is_err())?;
+                check("it does not write", engine.device.dma_write(at(0), &fresh(64)).is_err())?;
+                same("nothing was written", bytes(&file, 0, 64)?, kept)?;
+            }
+            engine.device.attach()?;
+            check(&format!("DMA goes again after {step:?}"), engine.reaches(0, &file)?)?;
+        }
+    }
+    same("the mapping was there all along", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })
+}
+
+/// Closed with transfers behind it and while fenced, it can be opened again.
+pub fn it_can_be_opened_again(bench: &Bench, variable: &str) -> Outcome {
+    for round in 0..3 {
+        let (engine, file) = (engine(bench, variable)?, memfd(1)?);
+        engine.map(0, 1, &file)?;
+        check("DMA goes", engine.reaches(0, &file)?)?;
+        if round > 0 {
+            engine.device.fence(if round == 1 { FenceStep::Drain } else { FenceStep::Reset })?;
+        }
+    }
+    Ok(())
+}
