@@ -15,11 +15,12 @@ mod machine {
     pub mod igb;
     pub mod refusals;
     pub mod traffic;
+    pub mod virtio;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, igb, refusals};
+use machine::{calls, domains, fences, igb, refusals, virtio};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -52,7 +53,26 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
         "igb_every_fence_stops_it_and_attach_brings_it_back",
         igb::every_fence_stops_it_and_attach_brings_it_back,
     ),
+    ("igb_no_dma_reaches_a_page_after_its_unmap", igb::no_dma_reaches_a_page_after_its_unmap),
     ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
+    ("virtio_net_dma_moves_the_right_bytes", virtio::net_dma_moves_the_right_bytes),
+    ("virtio_net_unmapped_memory_is_out_of_reach", virtio::net_unmapped_memory_is_out_of_reach),
+    ("virtio_net_a_drain_stops_dma_until_the_attach", virtio::net_a_drain_stops_dma_until_the_attach),
+    (
+        "virtio_net_every_fence_stops_it_and_attach_brings_it_back",
+        virtio::net_every_fence_stops_it_and_attach_brings_it_back,
+    ),
+    ("virtio_net_no_dma_reaches_a_page_after_its_unmap", virtio::net_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_net_it_can_be_opened_again", virtio::net_it_can_be_opened_again),
+    ("virtio_gpu_dma_moves_the_right_bytes", virtio::gpu_dma_moves_the_right_bytes),
+    ("virtio_gpu_unmapped_memory_is_out_of_reach", virtio::gpu_unmapped_memory_is_out_of_reach),
+    ("virtio_gpu_a_drain_stops_dma_until_the_attach", virtio::gpu_a_drain_stops_dma_until_the_attach),
+    (
+        "virtio_gpu_every_fence_stops_it_and_attach_brings_it_back",
+        virtio::gpu_every_fence_stops_it_and_attach_brings_it_back,
+    ),
+    ("virtio_gpu_no_dma_reaches_a_page_after_its_unmap", virtio::gpu_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_gpu_it_can_be_opened_again", virtio::gpu_it_can_be_opened_again),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];

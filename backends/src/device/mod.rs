@@ -15,6 +15,7 @@ pub(crate) mod refusal;
 pub mod sim;
 pub mod soft;
 pub mod vfio;
+pub mod virtio;
 
 /// A rung of the ladder that acts on a device, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

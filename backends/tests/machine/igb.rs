@@ -24,3 +24,7 @@ pub fn every_fence_stops_it_and_attach_brings_it_back(bench: &Bench) -> Outcome 
 pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
     traffic::it_can_be_opened_again(bench, IGB)
 }
+
+pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
+    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, IGB)?)
+}
