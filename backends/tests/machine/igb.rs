@@ -13,12 +13,12 @@ pub fn unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
     traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, IGB)?)
 }
 
-pub fn a_drain_stops_dma_until_the_attach(bench: &Bench) -> Outcome {
-    traffic::a_drain_stops_dma_until_the_attach(&traffic::engine(bench, IGB)?)
+pub fn a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
+    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, IGB)?)
 }
 
-pub fn every_fence_stops_it_and_attach_brings_it_back(bench: &Bench) -> Outcome {
-    traffic::every_fence_stops_it_and_attach_brings_it_back(bench, &traffic::engine(bench, IGB)?)
+pub fn every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
+    traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, IGB)?)
 }
 
 pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {

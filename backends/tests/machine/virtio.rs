@@ -14,12 +14,12 @@ pub fn net_unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
     traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, NET)?)
 }
 
-pub fn net_a_drain_stops_dma_until_the_attach(bench: &Bench) -> Outcome {
-    traffic::a_drain_stops_dma_until_the_attach(&traffic::engine(bench, NET)?)
+pub fn net_a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
+    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, NET)?)
 }
 
-pub fn net_every_fence_stops_it_and_attach_brings_it_back(bench: &Bench) -> Outcome {
-    traffic::every_fence_stops_it_and_attach_brings_it_back(bench, &traffic::engine(bench, NET)?)
+pub fn net_every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
+    traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, NET)?)
 }
 
 pub fn net_it_can_be_opened_again(bench: &Bench) -> Outcome {
@@ -34,12 +34,12 @@ pub fn gpu_unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
     traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, GPU)?)
 }
 
-pub fn gpu_a_drain_stops_dma_until_the_attach(bench: &Bench) -> Outcome {
-    traffic::a_drain_stops_dma_until_the_attach(&traffic::engine(bench, GPU)?)
+pub fn gpu_a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
+    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, GPU)?)
 }
 
-pub fn gpu_every_fence_stops_it_and_attach_brings_it_back(bench: &Bench) -> Outcome {
-    traffic::every_fence_stops_it_and_attach_brings_it_back(bench, &traffic::engine(bench, GPU)?)
+pub fn gpu_every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
+    traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, GPU)?)
 }
 
 pub fn gpu_it_can_be_opened_again(bench: &Bench) -> Outcome {

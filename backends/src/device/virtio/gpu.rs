@@ -73,7 +73,8 @@ pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>) -> Result<VirtioGpu> {
     transport.reset()?; // what somebody else left in its queues must not meet memory of ours
     let memory = OwnMemory::map(domain, PAGES)?;
     let queue = Queue::new(&memory, QUEUE, QUEUE_SIZE).map_err(|failed| device.failed(failed))?;
-    Driven::new(Arc::clone(&device), Gpu { transport, memory, queue, device })
+    let gpu = Gpu { transport, memory, queue, device: Arc::clone(&device) };
+    Driven::new(device, gpu)
 }
 
 impl Gpu {
