@@ -367,12 +367,12 @@ mod tests {
         thread::scope(|scope| {
             let hangs = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
             scene.begun.recv().unwrap();
-            scene.device.fence(FenceStep::Detach).unwrap();
-            assert_eq!(scene.since(), ["fence"]);
+            let (fenced, asked) = (scene.device.fence(FenceStep::Detach), scene.since());
             let drained = scope.spawn(|| scene.device.fence(FenceStep::Drain));
-            scene.goes.send(false).unwrap();
-            assert!(hangs.join().unwrap().is_err());
-            drained.join().unwrap().unwrap();
+            scene.goes.send(false).unwrap(); // before any assertion: a thread that waits would never end
+            assert!(hangs.join().unwrap().is_err() && drained.join().unwrap().is_ok());
+            assert!(fenced.is_ok());
+            assert_eq!(asked, ["fence"]);
             assert_eq!(scene.since(), ["failed", "stop"], "and under a fence nothing is brought up");
         });
     }

@@ -165,19 +165,36 @@ mod tests {
         assert_eq!(full.errno, Errno::NOBUFS);
     }
 
+    /// Three chains a round in a ring of eight, until all indexes have wrapped.
     #[test]
     fn what_comes_back_is_counted_once_and_frees_the_queue() {
         let memory = memory();
-        let mut queue = Queue::new(&memory, 0, 4).unwrap();
-        let used = queue.place().used;
-        for round in 1..=70_000_u32 {
-            let head = queue.put(&memory, &[(Iova(0), 1)], &[(Iova(0), 1)]).unwrap();
-            assert_eq!((head, queue.take(&memory)), (0, Ok(None)), "round {round}");
-            let slot = used + 4 + 8 * u64::from((round - 1) % 4);
-            memory.file().store(slot, u64::from(head) | u64::from(round) << 32).unwrap();
-            memory.file().write(used + 2, &(round as u16).to_le_bytes()).unwrap(); // it wraps
-            assert_eq!(queue.take(&memory), Ok(Some((0, round))));
+        let file = memory.file();
+        let mut queue = Queue::new(&memory, 0, 8).unwrap();
+        let Place { available, used, .. } = queue.place();
+        for count in (0..70_000_u32).step_by(3) {
+            for n in 0..3 {
+                let head = queue.put(&memory, &[(Iova(0), 1)], &[(Iova(0), 1)]).unwrap();
+                let (slot, mut entry) = (u64::from((count + n) % 8), [0; 2]);
+                file.read(available + 4 + 2 * slot, &mut entry).unwrap();
+                assert_eq!(
+                    (u32::from(head), u16::from_le_bytes(entry)),
+                    (2 * n, head),
+                    "chain {}",
+                    count + n
+                );
+                assert_eq!(queue.take(&memory), Ok(None));
+            }
+            for n in 0..3 {
+                let element = u64::from(2 * n) | u64::from(count + n) << 32;
+                file.store(used + 4 + 8 * u64::from((count + n) % 8), element).unwrap();
+            }
+            file.write(used + 2, &((count + 3) as u16).to_le_bytes()).unwrap(); // it wraps
+            for n in 0..3 {
+                assert_eq!(queue.take(&memory), Ok(Some((2 * n, count + n))));
+            }
             assert_eq!(queue.take(&memory), Ok(None));
         }
+        assert_eq!(file.load(used - 12).unwrap() >> 32, 0, "behind the available ring nothing is written");
     }
 }
