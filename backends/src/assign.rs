@@ -7,8 +7,10 @@ use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use crate::device::edu::{self, Edu};
+use crate::device::igb;
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
+use crate::device::virtio::{gpu, net};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::soft::SoftDomain;
 use crate::iommu::type1::Type1Domain;
@@ -126,6 +128,9 @@ pub fn shares_its_group(other: PciAddress) -> String {
 fn drive(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Arc<dyn Device>> {
     match device.ids()? {
         edu::IDS => Ok(Arc::new(Edu::new(device, domain)?)),
+        igb::IDS => Ok(Arc::new(igb::open(device, &domain)?)),
+        net::IDS => Ok(Arc::new(net::open(device, &domain)?)),
+        gpu::IDS => Ok(Arc::new(gpu::open(device, &domain)?)),
         _ => Ok(Arc::new(device)),
     }
 }

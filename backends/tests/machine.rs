@@ -13,13 +13,16 @@ mod machine {
     pub mod domains;
     pub mod fences;
     pub mod groups;
+    pub mod igb;
     pub mod interrupts;
     pub mod refusals;
+    pub mod traffic;
+    pub mod virtio;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, groups, interrupts, refusals};
+use machine::{calls, domains, fences, groups, igb, interrupts, refusals, virtio};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -54,6 +57,30 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
         "class_13_interrupts_set_during_resets_leave_a_device_that_works",
         interrupts::class_13_interrupts_set_during_resets_leave_a_device_that_works,
     ),
+    ("igb_dma_moves_the_right_bytes", igb::dma_moves_the_right_bytes),
+    ("igb_unmapped_memory_is_out_of_reach", igb::unmapped_memory_is_out_of_reach),
+    ("igb_a_fence_under_dma_stops_it_until_the_attach", igb::a_fence_under_dma_stops_it_until_the_attach),
+    ("igb_every_fence_is_undone_by_an_attach", igb::every_fence_is_undone_by_an_attach),
+    ("igb_no_dma_reaches_a_page_after_its_unmap", igb::no_dma_reaches_a_page_after_its_unmap),
+    ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
+    ("virtio_net_dma_moves_the_right_bytes", virtio::net_dma_moves_the_right_bytes),
+    ("virtio_net_unmapped_memory_is_out_of_reach", virtio::net_unmapped_memory_is_out_of_reach),
+    (
+        "virtio_net_a_fence_under_dma_stops_it_until_the_attach",
+        virtio::net_a_fence_under_dma_stops_it_until_the_attach,
+    ),
+    ("virtio_net_every_fence_is_undone_by_an_attach", virtio::net_every_fence_is_undone_by_an_attach),
+    ("virtio_net_no_dma_reaches_a_page_after_its_unmap", virtio::net_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_net_it_can_be_opened_again", virtio::net_it_can_be_opened_again),
+    ("virtio_gpu_dma_moves_the_right_bytes", virtio::gpu_dma_moves_the_right_bytes),
+    ("virtio_gpu_unmapped_memory_is_out_of_reach", virtio::gpu_unmapped_memory_is_out_of_reach),
+    (
+        "virtio_gpu_a_fence_under_dma_stops_it_until_the_attach",
+        virtio::gpu_a_fence_under_dma_stops_it_until_the_attach,
+    ),
+    ("virtio_gpu_every_fence_is_undone_by_an_attach", virtio::gpu_every_fence_is_undone_by_an_attach),
+    ("virtio_gpu_no_dma_reaches_a_page_after_its_unmap", virtio::gpu_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_gpu_it_can_be_opened_again", virtio::gpu_it_can_be_opened_again),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];

@@ -7,12 +7,15 @@ use passgate_bindings::Iova;
 
 use crate::{Error, Result};
 
+pub mod driven;
 pub mod edu;
+pub mod igb;
 mod own;
 pub mod refusal;
 pub mod sim;
 pub mod soft;
 pub mod vfio;
+pub mod virtio;
 
 /// A rung of the ladder that acts on a device, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

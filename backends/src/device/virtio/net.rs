@@ -1,0 +1,171 @@
+//! virtio-net (1af4:1041), to try a domain with: frames that come back. The NIC must hear what it sends, from a
+//! reflecting peer (a switch port in loopback; in the rig a datagram socket connected to itself).
+//!
+//! Every transfer is one frame: a header of the driver's own, then guest memory in a buffer of its own in the same
+//! chain, so that `bytes` land exactly at `iova`. For a read the frame's rest is sent from `iova` and received by the
+//! driver; for a write it is sent by the driver and received at `iova`. A frame that was late for an earlier
+//! transfer is told by its serial number and waited past; its bytes may stand at `iova` until the right ones come.
+//!
+//! The device cannot tell that a write faulted: look at the memory. A read that faulted brings no frame, or zeroes
+//! ([`crate::device::edu::POISON`]) as in QEMU.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use passgate_bindings::{Failed, Iova, PAGE};
+
+use super::queue::Queue;
+use super::transport::Transport;
+use crate::device::Device;
+use crate::device::driven::{Driven, Engine, await_that};
+use crate::device::own::OwnMemory;
+use crate::device::vfio::VfioDevice;
+use crate::iommu::Domain;
+use crate::{Error, Result};
+
+/// Vendor and device id.
+pub const IDS: (u16, u16) = (0x1af4, 0x1041);
+
+/// The device's queues (5.1.2).
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+const QUEUE_SIZE: u16 = 16;
+
+/// Bytes of guest memory in one frame, which may have 1514 in all.
+const CHUNK: usize = 1024;
+
+/// `struct virtio_net_hdr` (5.1.6), then a frame to everybody, from an address of nobody's, of a type for experiments
+/// (IEEE 802 local experimental 1), then its serial number, up to a length that no Ethernet pads.
+const NET_HEADER: u64 = 12;
+const ETHERNET: [u8; 14] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5];
+const SERIAL: u64 = NET_HEADER + 14;
+const HEADER: u32 = 12 + 64;
+
+/// Where things are in the driver's own memory.
+const RX: u64 = 0;
+const TX: u64 = 1024;
+const HEADER_OUT: u64 = 2048;
+const HEADER_IN: u64 = 2048 + 256;
+const OUT: u64 = PAGE;
+const IN: u64 = PAGE + 1024;
+/// A receive buffer is to have room for 1526 bytes (5.1.6.3.1); what no frame of ours reaches is here.
+const REST: u64 = PAGE + 2048;
+const REST_LEN: u32 = 1526;
+const PAGES: usize = 2;
+
+/// A frame that takes longer never comes back.
+const DEADLINE: Duration = Duration::from_secs(2);
+
+/// The NIC, as a device.
+pub type VirtioNet = Driven<Nic>;
+
+/// The first pair of queues.
+#[derive(Debug)]
+pub struct Nic {
+    transport: Transport,
+    memory: OwnMemory,
+    rx: Queue,
+    tx: Queue,
+    /// Of the last frame sent; never sent twice, whatever happens to the device.
+    serial: u64,
+    device: Arc<VfioDevice>,
+}
+
+/// Drives `device`, which is in `domain`.
+pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>) -> Result<VirtioNet> {
+    let device = Arc::new(device);
+    let transport = Transport::find(&device)?;
+    transport.reset()?; // what somebody else left in its queues must not meet memory of ours
+    let memory = OwnMemory::map(domain, PAGES)?;
+    let failed = |failed| device.failed(failed);
+    memory.file().write(HEADER_OUT + NET_HEADER, &ETHERNET).map_err(failed)?;
+    let nic = Nic {
+        transport,
+        rx: Queue::new(&memory, RX, QUEUE_SIZE).map_err(failed)?,
+        tx: Queue::new(&memory, TX, QUEUE_SIZE).map_err(failed)?,
+        memory,
+        serial: 0,
+        device: Arc::clone(&device),
+    };
+    Driven::new(device, nic)
+}
+
+impl Nic {
+    /// Sends a frame with `len` bytes from `source` and receives them at `target`; false where it does not come back.
+    fn pass(&mut self, source: Iova, target: Iova, len: usize) -> Result<bool> {
+        let Ok(len) = u32::try_from(len) else { return Ok(false) }; // at most CHUNK
+        self.serial += 1;
+        let memory = &self.memory;
+        let failed = |failed| self.device.failed(failed);
+        // Unaligned in the frame, so not in one access: the device looks only after it was notified.
+        memory.file().write(HEADER_OUT + SERIAL, &self.serial.to_le_bytes()).map_err(failed)?;
+        let room = [(memory.iova(HEADER_IN), HEADER), (target, len), (memory.iova(REST), REST_LEN)];
+        let receives = self.rx.put(memory, &[], &room).map_err(failed)?;
+        self.transport.notify(RECEIVE, &self.rx)?;
+        let frame = [(memory.iova(HEADER_OUT), HEADER), (source, len)];
+        self.tx.put(memory, &frame, &[]).map_err(failed)?;
+        self.transport.notify(TRANSMIT, &self.tx)?;
+
+        let (mut sent, mut seen) = (false, false);
+        await_that(DEADLINE, || {
+            sent |= self.tx.take(memory).map_err(failed)?.is_some();
+            if let Some((chain, written)) = self.rx.take(memory).map_err(failed)? {
+                seen = chain == u32::from(receives)
+                    && written == HEADER + len
+                    && serial(memory).map_err(failed)? == self.serial;
+                if !seen {
+                    self.rx.offer(memory, receives).map_err(failed)?;
+                    self.transport.notify(RECEIVE, &self.rx)?;
+                }
+            }
+            Ok(sent && seen || self.transport.broken()?)
+        })?;
+        Ok(sent && seen)
+    }
+
+    fn fault(&self, iova: Iova) -> Error {
+        Error::Fault { device: self.device.name().to_owned(), iova }
+    }
+}
+
+/// The serial number of the frame received.
+fn serial(memory: &OwnMemory) -> Result<u64, Failed> {
+    let mut bytes = [0; 8];
+    memory.file().read(HEADER_IN + SERIAL, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+impl Engine for Nic {
+    const CHUNK: usize = CHUNK;
+
+    fn reset(&mut self) -> Result<()> {
+        self.transport.reset()
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let failed = |failed| self.device.failed(failed);
+        self.rx = Queue::new(&self.memory, RX, QUEUE_SIZE).map_err(failed)?;
+        self.tx = Queue::new(&self.memory, TX, QUEUE_SIZE).map_err(failed)?;
+        self.transport.negotiate()?;
+        self.transport.set_up(RECEIVE, &mut self.rx, &self.memory)?;
+        self.transport.set_up(TRANSMIT, &mut self.tx, &self.memory)?;
+        self.transport.go()
+    }
+
+    /// Buffers that wait for frames end with a reset only; nothing else is under way between transfers.
+    fn stop(&mut self) -> Result<()> {
+        self.transport.reset()
+    }
+
+    fn read(&mut self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
+        if !self.pass(iova, self.memory.iova(IN), bytes.len())? {
+            return Err(self.fault(iova));
+        }
+        self.memory.file().read(IN, bytes).map_err(|failed| self.device.failed(failed))
+    }
+
+    fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()> {
+        self.memory.file().write(OUT, bytes).map_err(|failed| self.device.failed(failed))?;
+        if self.pass(self.memory.iova(OUT), iova, bytes.len())? { Ok(()) } else { Err(self.fault(iova)) }
+    }
+}

@@ -1,0 +1,55 @@
+//! The virtio NIC and GPU do DMA on demand, and can be stopped.
+
+use super::bench::Bench;
+use super::traffic::{self, Outcome};
+
+const NET: &str = "PASSGATE_VIRTIO_NET";
+const GPU: &str = "PASSGATE_VIRTIO_GPU";
+
+pub fn net_dma_moves_the_right_bytes(bench: &Bench) -> Outcome {
+    traffic::dma_moves_the_right_bytes(&traffic::engine(bench, NET)?)
+}
+
+pub fn net_unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
+    traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, NET)?)
+}
+
+pub fn net_a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
+    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, NET)?)
+}
+
+pub fn net_every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
+    traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, NET)?)
+}
+
+pub fn net_it_can_be_opened_again(bench: &Bench) -> Outcome {
+    traffic::it_can_be_opened_again(bench, NET)
+}
+
+pub fn gpu_dma_moves_the_right_bytes(bench: &Bench) -> Outcome {
+    traffic::dma_moves_the_right_bytes(&traffic::engine(bench, GPU)?)
+}
+
+pub fn gpu_unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
+    traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, GPU)?)
+}
+
+pub fn gpu_a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
+    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, GPU)?)
+}
+
+pub fn gpu_every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
+    traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, GPU)?)
+}
+
+pub fn gpu_it_can_be_opened_again(bench: &Bench) -> Outcome {
+    traffic::it_can_be_opened_again(bench, GPU)
+}
+
+pub fn net_no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
+    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, NET)?)
+}
+
+pub fn gpu_no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
+    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, GPU)?)
+}
