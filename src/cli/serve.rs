@@ -62,7 +62,7 @@ enum Iommu {
 enum Stuck {
     /// Refuse the conversion
     Refuse,
-    /// Move the devices to the blocking domain
+    /// Also stop the devices: by their migration state, bus mastering off, out of their address space
     Fence,
     /// Also reset the devices
     Reset,
