@@ -72,7 +72,7 @@ fn at(samples: &[u64], share: f64) -> f64 {
 fn main() -> ExitCode {
     let asked = asked();
     let Assignment { domain, devices } =
-        assign(asked.kind, &asked.devices, Accept { unstoppable: true }).unwrap();
+        assign(asked.kind, &asked.devices, Accept { unstoppable: true, scratch: true }).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let options = Options::at(dir.path().join("socket"));
     let server = Server::bind(options, Arc::clone(&domain), devices).unwrap().spawn().unwrap();

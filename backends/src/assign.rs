@@ -8,6 +8,7 @@ use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use crate::device::edu::{self, Edu};
 use crate::device::igb;
+use crate::device::nvme;
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
 use crate::device::virtio::{gpu, net};
@@ -44,6 +45,8 @@ pub struct Assignment {
 pub struct Accept {
     /// Devices that cannot be stopped for certain. Without it they are [`Error::Unstoppable`].
     pub unstoppable: bool,
+    /// That drivers overwrite the last blocks of a drive, for DMA of given bytes.
+    pub scratch: bool,
 }
 
 /// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`.
@@ -64,7 +67,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept) -> Result<Assignme
                 .iter()
                 .map(|name| {
                     let opened = VfioDevice::open_cdev(name, &domain, &together)?;
-                    let device = drive(opened, domain.clone())?;
+                    let device = drive(opened, domain.clone(), accept)?;
                     stoppable(device, accept, || why_not_detached(name, &together))
                 })
                 .collect::<Result<_>>()?;
@@ -80,7 +83,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept) -> Result<Assignme
             let devices = names
                 .iter()
                 .map(|name| {
-                    let device = drive(VfioDevice::open_group(name, &domain)?, domain.clone())?;
+                    let device = drive(VfioDevice::open_group(name, &domain)?, domain.clone(), accept)?;
                     stoppable(device, accept, || Ok(TYPE1_DETACHES_NOTHING.to_owned()))
                 })
                 .collect::<Result<_>>()?;
@@ -125,7 +128,10 @@ pub fn shares_its_group(other: PciAddress) -> String {
 }
 
 /// Gives the device the driver for its kind, if there is one.
-fn drive(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Arc<dyn Device>> {
+fn drive(device: VfioDevice, domain: Arc<dyn Domain>, accept: Accept) -> Result<Arc<dyn Device>> {
+    if device.class()? == nvme::CLASS {
+        return Ok(Arc::new(nvme::open(device, &domain, accept.scratch)?));
+    }
     match device.ids()? {
         edu::IDS => Ok(Arc::new(Edu::new(device, domain)?)),
         igb::IDS => Ok(Arc::new(igb::open(device, &domain)?)),
@@ -267,7 +273,7 @@ mod tests {
         );
         assert!(!error.contains('\n'), "{error}");
         let unused = || -> Result<String> { panic!("nobody asks") };
-        assert!(stoppable(none, Accept { unstoppable: true }, unused).is_ok());
+        assert!(stoppable(none, Accept { unstoppable: true, scratch: false }, unused).is_ok());
         for class in
             [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER, StopClass::DETACH, StopClass::RESET]
         {

@@ -15,6 +15,7 @@ mod machine {
     pub mod groups;
     pub mod igb;
     pub mod interrupts;
+    pub mod nvme;
     pub mod refusals;
     pub mod traffic;
     pub mod virtio;
@@ -22,7 +23,7 @@ mod machine {
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, groups, igb, interrupts, refusals, virtio};
+use machine::{calls, domains, fences, groups, igb, interrupts, nvme, refusals, virtio};
 use passgate_backends::Kind;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -63,6 +64,20 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("igb_every_fence_is_undone_by_an_attach", igb::every_fence_is_undone_by_an_attach),
     ("igb_no_dma_reaches_a_page_after_its_unmap", igb::no_dma_reaches_a_page_after_its_unmap),
     ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
+    ("nvme_dma_moves_the_right_bytes", nvme::dma_moves_the_right_bytes),
+    ("nvme_unmapped_memory_is_out_of_reach", nvme::unmapped_memory_is_out_of_reach),
+    ("nvme_a_fence_under_dma_stops_it_until_the_attach", nvme::a_fence_under_dma_stops_it_until_the_attach),
+    ("nvme_every_fence_is_undone_by_an_attach", nvme::every_fence_is_undone_by_an_attach),
+    ("nvme_no_dma_reaches_a_page_after_its_unmap", nvme::no_dma_reaches_a_page_after_its_unmap),
+    ("nvme_it_can_be_opened_again", nvme::it_can_be_opened_again),
+    (
+        "nvme_without_scratch_blocks_it_only_says_what_it_is",
+        nvme::without_scratch_blocks_it_only_says_what_it_is,
+    ),
+    (
+        "a_command_that_never_completes_fails_the_drain_and_not_the_next_fence",
+        nvme::a_command_that_never_completes_fails_the_drain_and_not_the_next_fence,
+    ),
     ("virtio_net_dma_moves_the_right_bytes", virtio::net_dma_moves_the_right_bytes),
     ("virtio_net_unmapped_memory_is_out_of_reach", virtio::net_unmapped_memory_is_out_of_reach),
     (
@@ -97,6 +112,7 @@ const IOMMUFD: &[(&str, Test)] = &[
     ("cut_leaves_the_neighbours_alone", calls::cut_leaves_the_neighbours_alone),
     ("only_files_change_process", calls::only_files_change_process),
     ("attach_moves_a_device_between_spaces", calls::attach_moves_a_device_between_spaces),
+    ("nvme_completions_come_by_interrupt", nvme::completions_come_by_interrupt),
     ("interrupts_features_and_registers", calls::interrupts_features_and_registers),
 ];
 

@@ -22,6 +22,9 @@ pub(super) struct Selftest {
     /// Take the device from its driver for the test, and give it back
     #[arg(long)]
     bind: bool,
+    /// Overwrite the last blocks of a drive, to see what it reads; without, it only writes memory
+    #[arg(long)]
+    scratch: bool,
     /// Leave the crash of a daemon out
     #[arg(long)]
     no_crash: bool,
@@ -32,7 +35,13 @@ pub(super) struct Selftest {
 impl Selftest {
     pub(super) fn run(self) -> Result<ExitCode> {
         let program = (!self.no_crash).then(|| PathBuf::from("/proc/self/exe"));
-        let options = Options { device: self.device, iommu: self.iommu.into(), bind: self.bind, program };
+        let options = Options {
+            device: self.device,
+            iommu: self.iommu.into(),
+            bind: self.bind,
+            scratch: self.scratch,
+            program,
+        };
         let json = self.output.json;
         // Each line as it comes: some checks take seconds.
         let mut tell = |row: &Row| {

@@ -48,6 +48,9 @@ pub(super) struct Serve {
     /// Let clients have devices do DMA on demand (for tests; off by default)
     #[arg(long)]
     allow_dma: bool,
+    /// With --allow-dma: overwrite the last blocks of a drive, where DMA of given bytes takes that
+    #[arg(long, requires = "allow_dma")]
+    scratch: bool,
     /// Run without the process that stops the devices when this one dies
     #[arg(long)]
     no_guardian: bool,
@@ -73,7 +76,7 @@ pub(super) enum Iommu {
 enum Stuck {
     /// Refuse the conversion
     Refuse,
-    /// Move the devices to the blocking domain
+    /// Also stop the devices: by their migration state, bus mastering off, out of their address space
     Fence,
     /// Also reset the devices
     Reset,
@@ -103,7 +106,7 @@ impl Serve {
             Stuck::Fence => OnStuckDma::Fence,
             Stuck::Reset => OnStuckDma::Reset,
         };
-        let accept = Accept { unstoppable: self.allow_unstoppable };
+        let accept = Accept { unstoppable: self.allow_unstoppable, scratch: self.scratch };
         let patience = Duration::from_secs(self.wait.into());
         let Assignment { domain, devices } = take(self.iommu.into(), &self.devices, accept, patience)?;
         privilege::give_up()?;

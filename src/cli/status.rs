@@ -44,7 +44,9 @@ fn text(status: &Status) -> String {
     );
     for device in &status.devices {
         let fenced = device.fenced.as_ref().map(|step| format!(", FENCED by {step}")).unwrap_or_default();
-        _ = write!(text, "\ndevice {}: can be stopped by {}{fenced}", device.device, device.stop.join(", "));
+        let only = if device.stop.len() == 1 { " only, which is not certain" } else { "" };
+        let stop = device.stop.join(", ");
+        _ = write!(text, "\ndevice {}: can be stopped by {stop}{only}{fenced}", device.device);
     }
     for region in &status.regions {
         let closing = if region.closing { ", closing" } else { "" };

@@ -58,7 +58,8 @@ pub(super) fn recovers(options: &Options) -> Checked {
             &options.device,
             "--socket-path",
         ]);
-        let child = command.arg(&socket).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg(&socket).args(options.scratch.then_some("--scratch"));
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut victim = Victim(child.spawn()?);
         let mut client = loop {
             match Client::connect(&socket) {

@@ -28,6 +28,8 @@ pub struct Options {
     pub iommu: Kind,
     /// Whether to take the device from its driver for the test, and give it back.
     pub bind: bool,
+    /// Whether the last blocks of a drive may be overwritten, to see what it reads.
+    pub scratch: bool,
     /// This program, to run the daemon that is killed; none leaves that check out.
     pub program: Option<PathBuf>,
 }
@@ -144,7 +146,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
     let mut iommu = String::new();
     {
         // What cannot be stopped is what the test is to find out.
-        let accept = Accept { unstoppable: true };
+        let accept = Accept { unstoppable: true, scratch: options.scratch };
         let Assignment { domain, devices } =
             assign(options.iommu, std::slice::from_ref(&options.device), accept)?;
         let Some(device) = devices.into_iter().next() else {

@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use passgate::client::Client;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -38,9 +39,15 @@ pub fn not_free(rig: &Rig) {
     }
 }
 
+/// Whether a daemon answers there.
+fn serves(path: &Path) -> bool {
+    Client::connect(path).is_ok_and(|mut client| client.status().is_ok())
+}
+
 /// A taken device is waited for: its holder is named once, and when it lets go the device is served.
 pub fn waited_for(rig: &Rig) {
     let mut first = rig.serve();
+    assert!(serves(&first.path), "it hears a signal from here on");
     let place = TempDir::new().unwrap();
     let arguments = rig.arguments(&["--wait", "60"]);
     let mut second = Command::new(PASSGATE)
@@ -57,7 +64,7 @@ pub fn waited_for(rig: &Rig) {
     first.terminate();
     assert!(first.ended(LONG).success());
     let path = place.path().join("second.sock");
-    assert!(until(LONG, || path.exists()), "the device is free, and not taken");
+    assert!(until(LONG, || serves(&path)), "the device is free, and not taken");
     kill_process(Pid::from_child(&second), Signal::TERM).unwrap();
     assert!(second.wait().unwrap().success());
     let more: Vec<_> = lines.map(Result::unwrap).filter(|line| line.contains("trying again")).collect();
@@ -132,9 +139,9 @@ pub fn without_rights(rig: &Rig) {
         }
         opened.push(Opened::to_all(file));
     }
-    let mut serves = serve();
-    assert!(until(LONG, || path.exists() || serves.try_wait().unwrap().is_some()));
-    kill_process(Pid::from_child(&serves), Signal::TERM).unwrap();
-    let output = serves.wait_with_output().unwrap();
+    let mut child = serve();
+    assert!(until(LONG, || serves(&path) || child.try_wait().unwrap().is_some()));
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

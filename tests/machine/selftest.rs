@@ -12,7 +12,7 @@ pub fn every_device(rig: &Rig) {
     let named = variables.map(|name| std::env::var(format!("PASSGATE_{name}")).unwrap());
     for device in named.iter().flat_map(|names| names.split_whitespace().take(1)) {
         let output = Command::new(PASSGATE)
-            .args(["selftest", "--json", "--iommu", rig.iommu, "--device", device])
+            .args(["selftest", "--json", "--scratch", "--iommu", rig.iommu, "--device", device])
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&output.stdout);

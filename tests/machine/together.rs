@@ -88,7 +88,7 @@ pub fn every_device(rig: &Rig) {
         .iter()
         .map(|names| names.split_whitespace().next().unwrap().to_owned())
         .collect();
-    let mut arguments = vec!["--iommu", rig.iommu, "--allow-dma"];
+    let mut arguments = vec!["--iommu", rig.iommu, "--allow-dma", "--allow-unstoppable", "--scratch"];
     arguments.extend(devices.iter().flat_map(|device| ["--device", device]));
     let daemon = Daemon::start(std::path::Path::new(PASSGATE), &arguments);
     let mut vmm = rig.join(&daemon, memfd(PAGES), PAGE);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use passgate_bindings::{Failed, Iova};
 use rustix::io::Errno;
 
-use super::{Device, FenceStep, Guard, Nature, StopClass};
+use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass};
 use crate::{Error, Result};
 
 /// How long a fence or an attach waits for the transfer under way: longer than any transfer's own deadline and the
@@ -44,6 +44,13 @@ pub trait Engine: Send + fmt::Debug {
 
     /// The device writes `bytes` to memory at `iova`. As [`Engine::read`].
     fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()>;
+
+    /// The device writes something to memory at `iova`; what it is to be. As [`Engine::read`].
+    fn touch(&mut self, iova: Iova) -> Result<Vec<u8>> {
+        let stamp = vec![STAMP; Self::CHUNK.min(STAMP_LEN)];
+        self.write(iova, &stamp)?;
+        Ok(stamp)
+    }
 }
 
 /// A device and its driver. The engine goes before the device, and with it the memory that the two share.
@@ -64,13 +71,15 @@ impl<E: Engine> Driven<E> {
     }
 
     /// One transfer. After one that failed the device is brought up anew, because nobody knows what it still holds.
-    fn transfer(&self, run: impl FnOnce(&mut E) -> Result<()>) -> Result<()> {
-        let mut engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+    fn transfer<T>(&self, run: impl FnOnce(&mut E) -> Result<T>) -> Result<T> {
+        let mut engine = self.engine();
         if !self.up.load(Ordering::Acquire) {
             return Err(self.stopped());
         }
         let done = run(&mut engine);
-        if done.is_err() && self.up.load(Ordering::Acquire) {
+        if matches!(&done, Err(error) if !matches!(error, Error::Unsupported { .. }))
+            && self.up.load(Ordering::Acquire)
+        {
             // A fence that came meanwhile, and this: neither gives the device anything to do.
             if let Err(error) = engine.reset().and_then(|()| engine.start()) {
                 log::warn!("{}: not brought up after a transfer that failed: {error}", self.device.name());
@@ -78,6 +87,11 @@ impl<E: Engine> Driven<E> {
             }
         }
         done
+    }
+
+    /// The engine, between two transfers.
+    pub(super) fn engine(&self) -> MutexGuard<'_, E> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The engine, once the transfer under way has ended.
@@ -142,6 +156,10 @@ impl<E: Engine> Device for Driven<E> {
 
     fn guard(&self) -> Guard<'_> {
         self.device.guard()
+    }
+
+    fn touch(&self, iova: Iova) -> Result<Vec<u8>> {
+        self.transfer(|engine| engine.touch(iova))
     }
 
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {

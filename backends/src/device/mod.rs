@@ -10,6 +10,7 @@ use crate::{Error, Result};
 pub mod driven;
 pub mod edu;
 pub mod igb;
+pub mod nvme;
 mod own;
 pub mod refusal;
 pub mod sim;
@@ -64,6 +65,10 @@ impl StopClass {
     }
 }
 
+/// What [`Device::touch`] writes where the device can write anything.
+const STAMP: u8 = 0xa5;
+const STAMP_LEN: usize = 512;
+
 /// What of a device bears on which fences prove anything, found when it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Nature {
@@ -109,6 +114,14 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         let _ = (iova, bytes);
         Err(self.no_dma())
+    }
+
+    /// DMA on demand: the device writes something of its own choosing to guest memory at `iova`, at most a page and
+    /// not beyond a page's end if `iova` is at its start; returns what it is to be.
+    fn touch(&self, iova: Iova) -> Result<Vec<u8>> {
+        let stamp = vec![STAMP; STAMP_LEN];
+        self.dma_write(iova, &stamp)?;
+        Ok(stamp)
     }
 
     /// The error of a device that has no DMA on demand.

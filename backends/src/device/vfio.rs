@@ -164,6 +164,11 @@ impl VfioDevice {
         Ok((u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
     }
 
+    /// Class code: base class, subclass and programming interface, from configuration space.
+    pub fn class(&self) -> Result<u32> {
+        Ok(self.read_u32(self.config, 8)? >> 8)
+    }
+
     /// The region with this index, for a driver of this kind of device.
     pub(super) fn region(&self, index: u32) -> Result<Region> {
         self.seat.file().region(index).map_err(|failed| self.failed(failed))

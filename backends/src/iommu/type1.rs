@@ -145,11 +145,21 @@ fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
     })?;
     match opened.viable() {
         Ok(true) => Ok(opened),
-        Ok(false) => Err(Error::Host {
-            what: format!("{address}: IOMMU group {} is not viable: a driver of the host uses it", group.id),
-            mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
-        }),
+        Ok(false) => Err(not_viable(address, group)),
         Err(source) => Err(Error::Device { device: address.to_string(), source, mend: "" }),
+    }
+}
+
+/// What sysfs did not show: a driver of the host came to a device of the group, or has one that sysfs hides.
+fn not_viable(address: PciAddress, group: &IommuGroup) -> Error {
+    let members: Vec<_> = group.members.iter().map(PciAddress::to_string).collect();
+    Error::Host {
+        what: format!(
+            "{address}: IOMMU group {} ({}) is not viable: a driver of the host uses it",
+            group.id,
+            members.join(", ")
+        ),
+        mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
     }
 }
 
@@ -168,6 +178,21 @@ fn put(group: &Group, container: &Container, address: PciAddress) -> Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_that_is_not_viable_is_named_with_its_devices() {
+        let members = ["04:00.0", "04:00.1"].map(|name| name.parse().unwrap()).to_vec();
+        let group = IommuGroup { id: 9, noiommu: false, members };
+        let error = not_viable("04:00.0".parse().unwrap(), &group).to_string();
+        assert!(
+            error.contains("0000:04:00.0: IOMMU group 9 (0000:04:00.0, 0000:04:00.1) is not viable"),
+            "{error}"
+        );
+        assert!(
+            error.contains(": bind every device of the group to vfio-pci") && !error.contains('\n'),
+            "{error}"
+        );
+    }
 
     #[test]
     fn a_host_without_vfio_is_told_so_in_one_line() {

@@ -50,7 +50,7 @@ impl Bench {
     /// A fresh domain with these devices, even where nothing stops them for certain.
     pub fn assign(&self, devices: &[&String]) -> Result<Assignment, Failed> {
         let names: Vec<String> = devices.iter().map(|&name| name.clone()).collect();
-        Ok(assign(self.kind, &names, Accept { unstoppable: true })?)
+        Ok(assign(self.kind, &names, Accept { unstoppable: true, scratch: true })?)
     }
 
     /// The device itself, without a driver of its kind, in a fresh domain where `together` will be too.

@@ -135,6 +135,9 @@ mod tests {
         let mut without = endpoint();
         without.set(4, 0x0006);
         assert_eq!(without.find().unwrap().express, None, "no list, whatever the pointer says");
+        let mut inside = endpoint();
+        inside.set(0x34, 0x3c).set(0x3c, 0x0010);
+        assert_eq!(inside.find().unwrap().express, None, "no capability lies in the header");
     }
 
     #[test]
