@@ -150,3 +150,16 @@ fn neighbours_in_the_same_piece_come_back_at_once() {
         |page: u64| world.hands.buses[0].sim.dma(passgate_bindings::Iova((512 + page) * PAGE)).is_some();
     assert_eq!((dma(99), dma(100), dma(101)), (true, false, true));
 }
+
+#[test]
+fn a_device_that_could_not_be_brought_back_is_tried_again_when_memory_comes() {
+    let mut world = world(OnStuckDma::Fence);
+    world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
+    world.hands.buses[0].sim.fail_next(Call::Attach, Fault::Errno(Errno::NODEV));
+    begin_and_climb(&mut world);
+    let sees = |world: &World| world.hands.buses[0].sim.dma(passgate_bindings::Iova(PAGE)).is_some();
+    assert_eq!((world.verdicts, sees(&world)), ([1, 0, 0], false));
+    assert!(world.gate.snapshot().devices[0].fenced.is_some());
+    play(&mut world, &[OTHER, Action::Settle]);
+    assert!(sees(&world) && world.gate.snapshot().devices[0].fenced.is_none());
+}
