@@ -265,7 +265,7 @@ impl Gate {
             .clearing
             .iter()
             .filter_map(|id| self.invalidations.get(id))
-            .any(|inv| inv.stopping || inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
+            .any(|inv| inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
         let left = self
             .regions
             .values()
