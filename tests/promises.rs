@@ -35,6 +35,12 @@
 //! | region: devices not stopped when their client dies; a stranger's region removed | bulk, anything, nth | 8, 4 |
 //! | stop: a device brought back while in doubt, or before a dead client's memory is gone | bulk, nth | 2, 8 |
 //! | stop: a failed fence taken for done; nobody told that a fence is over | bulk, nth | 2, 4 |
+//! | stop: a stronger fence forgotten that came while one was under way; a failed fence's device left stopped | bulk, fences | 2 |
+//! | stop: a TDI ended in silence, without leave; a bus mastering off taken for proof | bulk, anything, fences | 6; 4; 2 |
+//! | cached: a grant without detach; a reset, or a device on its way back, taken for detached | bulk, anything, fences | 2 |
+//! | cached: what a detach proves looked at one by one | bulk | 4 |
+//! | person: a release that lifts more, forgets a mapping, comes while a conversion hangs | bulk, anything, person | 6; 2; 1 |
+//! | person: an earlier daemon's quarantine forgotten, or lifted by proof | bulk, anything, person | 6 |
 //! | ledger: a run cut at the wrong border; a run overlooked | bulk, nth | 2, 6 |
 //!
 //! Not found, because nothing outside can tell: which errno a boast gets, pages folded back into giants.

@@ -12,6 +12,7 @@ use super::Gate;
 use super::effect::Effects;
 use super::event::{DeviceId, DomainId, InvalidationId};
 use super::fence::{Platform, Step, Steps};
+use super::invalidation::Invalidation;
 use super::ledger::RunState;
 use super::stop::DeviceEntry;
 
@@ -59,6 +60,17 @@ impl Gate {
         }
         if let Some(inv) = self.invalidations.get_mut(&id) {
             inv.stopping |= stopping;
+        }
+    }
+
+    /// Whether devices that must be stopped before anything is unmapped are not stopped yet.
+    pub(super) fn waits_for_fences(&self, inv: &Invalidation) -> bool {
+        let keeps = |domain: DomainId| self.busy(domain) && self.keeps_copies(domain).is_some();
+        match inv.is_conversion() {
+            _ if !inv.stopping => false,
+            // For the detach of what keeps copies of its range, and for nothing else.
+            true => self.concerned(&inv.targets).into_iter().any(keeps),
+            false => self.domains.iter().any(|domain| self.busy(domain.id)),
         }
     }
 

@@ -249,31 +249,17 @@ impl Gate {
     /// Looks at what stands in the way, and does the next thing about it.
     pub(super) fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
         loop {
-            let Some(inv) = self.invalidations.get_mut(&id) else { return };
-            if inv.phase != Phase::Clearing {
+            let Some(inv) = self.invalidations.get(&id) else { return };
+            if inv.phase != Phase::Clearing || self.waits_for_fences(inv) {
                 return;
             }
-            if inv.stopping {
-                if self.domains.iter().any(|domain| self.busy(domain.id)) {
-                    return;
-                }
-                if let Some(inv) = self.invalidations.get_mut(&id) {
-                    inv.stopping = false;
-                }
-                continue;
-            }
             // A conversion can be refused with nothing changed; a region that goes is at least unmapped.
-            if inv.is_conversion() {
-                let targets = std::mem::take(&mut inv.targets);
-                let copies = self.copies_over(&targets);
-                let Some(inv) = self.invalidations.get_mut(&id) else { return };
-                inv.targets = targets;
-                if copies {
-                    self.fail(id, effects);
-                    return;
-                }
+            if inv.is_conversion() && self.copies_over(&inv.targets) {
+                self.fail(id, effects);
+                return;
             }
             let Some(inv) = self.invalidations.get_mut(&id) else { return };
+            inv.stopping = false;
             let targets = std::mem::take(&mut inv.targets);
             let sight = self.look(id, &targets, effects);
             let Some(inv) = self.invalidations.get_mut(&id) else { return };

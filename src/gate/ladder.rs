@@ -6,8 +6,8 @@
 use super::Gate;
 use super::effect::{Effect, Effects};
 use super::event::{DomainId, InvalidationId};
-use super::fence::{Step, Steps};
-use super::invalidation::{After, Phase};
+use super::fence::Step;
+use super::invalidation::Phase;
 use super::ledger::{Run, RunState};
 
 /// A deadline has one part for each rung, and one of slack in which the answer travels.
@@ -24,10 +24,7 @@ impl Gate {
     /// Goes up to the next rung that the policy allows and a device in question has; false at the top.
     pub(super) fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
         let Some(inv) = self.invalidations.get(&id) else { return false };
-        let allowed = match inv.after {
-            After::Gone => self.policy.on_stuck_dma.allows().or(Steps::ALL_BUT_RESET),
-            _ => self.policy.on_stuck_dma.allows(),
-        };
+        let allowed = self.allowed(inv.after);
         // A map that takes its time is no reason to stop a device.
         let stands = |run: Run| !matches!(run.state, RunState::Filling(_));
         let stuck: Vec<DomainId> = self

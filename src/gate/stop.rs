@@ -7,6 +7,7 @@
 use super::effect::{Effect, Effects, Notice};
 use super::event::{DeviceId, DomainId, InvalidationId, JobId};
 use super::fence::{Nature, Platform, Step, Steps};
+use super::invalidation::After;
 use super::receipt::Evidence;
 use super::{Gate, Job};
 
@@ -80,6 +81,12 @@ impl Gate {
         device.steps.has(step) && (allowed.has(step) || strict) && !spared
     }
 
+    /// How far fences go for an invalidation of this kind.
+    pub(super) fn allowed(&self, after: After) -> Steps {
+        let policy = self.policy.on_stuck_dma.allows();
+        if matches!(after, After::Gone) { policy.or(Steps::ALL_BUT_RESET) } else { policy }
+    }
+
     /// Asks `step` of every device in `domain` that may be asked and is not under it or a stronger one.
     pub(super) fn fence(
         &mut self,
@@ -103,7 +110,7 @@ impl Gate {
     /// Stops every device as surely as it can be, whatever the policy: their client is gone.
     pub(super) fn stop_all(&mut self, invalidation: InvalidationId, effects: &mut Effects) {
         const ORDER: [Step; 5] = [Step::Detach, Step::Reset, Step::Stop, Step::Master, Step::Drain];
-        let allowed = self.policy.on_stuck_dma.allows().or(Steps::ALL_BUT_RESET);
+        let allowed = self.allowed(After::Gone);
         let steps: Vec<(DeviceId, Step)> = self
             .devices
             .iter()
@@ -212,9 +219,12 @@ impl Gate {
         let Some(entry) = self.devices.get_mut(&device) else { return };
         entry.busy = None;
         let Some((step, asker)) = entry.next.take() else { return };
+        let Some(entry) = self.devices.get(&device) else { return };
         // Whoever asked may have given up meanwhile, and another need it as much.
         let needs = |id: &InvalidationId| {
-            self.invalidations.get(id).is_some_and(|inv| *id == asker || inv.stopping || inv.rung >= step)
+            let Some(inv) = self.invalidations.get(id) else { return false };
+            let may = self.may(entry, step, self.allowed(inv.after));
+            *id == asker || (may && (inv.stopping || inv.rung >= step))
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
@@ -255,7 +265,7 @@ impl Gate {
             .clearing
             .iter()
             .filter_map(|id| self.invalidations.get(id))
-            .any(|inv| inv.stopping || inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
+            .any(|inv| inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
         let left = self
             .regions
             .values()

@@ -242,6 +242,17 @@ fn strictly_a_device_on_its_way_back_is_detached_again_first() {
 }
 
 #[test]
+fn strictly_a_fence_that_hangs_elsewhere_delays_nobody() {
+    let mut world = world(strict(), &[&[(StopClass::DETACH, ATS)], &[(StopClass::DRAIN, PLAIN)]]);
+    fail(&world, 1, Call::Unmap, Fault::Stuck);
+    play(&mut world, &[begin(4), Action::Settle, Action::Advance { ns: PART }]);
+    assert_eq!(world.fences, [Step::Detach, Step::Drain]);
+    world.hands.tasks.iter_mut().for_each(|task| task.hangs = true);
+    play(&mut world, &[begin(2), Action::Settle]);
+    assert_eq!(world.verdicts, [1, 0, 0]);
+}
+
+#[test]
 fn strictly_what_cannot_be_detached_is_refused_and_nothing_changes() {
     let other: (StopClass, Nature) = (StopClass::all(), ATS);
     let mut world = world(strict(), &[&[(StopClass::RESET | StopClass::DRAIN, ATS), other]]);
@@ -304,6 +315,33 @@ fn a_reset_is_not_a_detach() {
         play(&mut world, &[Action::Advance { ns: 2_000_000_000 / 7 }, Action::Settle]);
     }
     assert_eq!((causes(&world), &world.fences[..]), (vec!["ats-not-fenced"], &[Step::Reset][..]));
+}
+
+#[test]
+fn strictly_a_device_that_is_reset_is_detached_all_the_same() {
+    let policy = Policy { on_stuck_dma: OnStuckDma::Reset, ..strict() };
+    for under_way in [true, false] {
+        let mut world = world(policy, &[&[(StopClass::DETACH | StopClass::RESET, ATS)]]);
+        play(&mut world, &[add(16), Action::Settle]);
+        let plan = FaultPlan::new().at(Call::Fence, 1, Fault::Errno(Errno::IO));
+        world.hands.buses[0].sim.plan(plan.at(Call::Fence, 2, Fault::Errno(Errno::IO)));
+        play(&mut world, &[REMOVE]);
+        // The detach fails twice, before the unmap and behind it: what is left is the reset.
+        while world.fences.last() != Some(&Step::Reset) {
+            play(&mut world, &[Action::Work { task: 0, deliver: true, fault: None }]);
+        }
+        if !under_way {
+            play(&mut world, &[Action::Settle]);
+        }
+        let Action::Begin { client, page, pages, to, passgate, deadline_ns, .. } = begin(1) else {
+            unreachable!()
+        };
+        play(&mut world, &[Action::Begin { client, region: 1, page, pages, to, passgate, deadline_ns }]);
+        play(&mut world, &[Action::Settle]);
+        assert_eq!(world.fences[2..], [Step::Reset, Step::Detach], "under way: {under_way}");
+        assert_eq!(world.verdicts[0], 1, "under way: {under_way}");
+        assert_eq!(world.gate.snapshot().regions.len(), 1, "and the detach is proof of the region too");
+    }
 }
 
 #[test]

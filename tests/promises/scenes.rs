@@ -1,6 +1,6 @@
 //! What the promises leave open and the design states: how far a fence goes, and when none is asked for.
 
-use passgate::gate::{OnStuckDma, PageState, Policy};
+use passgate::gate::{OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
@@ -149,4 +149,37 @@ fn neighbours_in_the_same_piece_come_back_at_once() {
     let dma =
         |page: u64| world.hands.buses[0].sim.dma(passgate_bindings::Iova((512 + page) * PAGE)).is_some();
     assert_eq!((dma(99), dma(100), dma(101)), (true, false, true));
+}
+
+#[test]
+fn a_fence_that_waits_its_turn_outlives_who_asked_for_it_first() {
+    let policy = Policy { platform: Platform::Strict, ..Policy::default() };
+    let device = (StopClass::DETACH, Nature { ats: true, tdi: false });
+    let domains = vec![(256, 1 << 30, vec![device])];
+    let setup = Setup { policy, domains, seeds: Vec::new(), clean: false };
+    let mut world = World::new(&setup, Plant::Nothing).unwrap();
+    let next = Action::Work { task: 0, deliver: true, fault: None };
+    // Detached, unmapped, granted; on its way back when two more need it detached, one in a hurry.
+    play(&mut world, &[ADD, Action::Settle, BEGIN, next.clone(), next]);
+    let begin = |page, deadline_ns| {
+        let (client, region, pages, to, passgate) = (0, 0, 1, PageState::Private, false);
+        Action::Begin { client, region, page, pages, to, passgate, deadline_ns }
+    };
+    play(&mut world, &[begin(4, 7), begin(6, 7000), Action::Advance { ns: 7 }]);
+    assert_eq!(world.verdicts, [1, 1, 0]);
+    play(&mut world, &[Action::Settle]);
+    assert_eq!(world.verdicts, [2, 1, 0]);
+}
+
+#[test]
+fn a_device_that_could_not_be_brought_back_is_tried_again_when_memory_comes() {
+    let mut world = world(OnStuckDma::Fence);
+    world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
+    world.hands.buses[0].sim.fail_next(Call::Attach, Fault::Errno(Errno::NODEV));
+    begin_and_climb(&mut world);
+    let sees = |world: &World| world.hands.buses[0].sim.dma(passgate_bindings::Iova(PAGE)).is_some();
+    assert_eq!((world.verdicts, sees(&world)), ([1, 0, 0], false));
+    assert!(world.gate.snapshot().devices[0].fenced.is_some());
+    play(&mut world, &[OTHER, Action::Settle]);
+    assert!(sees(&world) && world.gate.snapshot().devices[0].fenced.is_none());
 }
