@@ -393,7 +393,7 @@ impl Engine for Controller {
         self.transfer(Command::read(scratch.first, blocks, data), iova)
     }
 
-    /// What the controller says it is, written to memory by itself.
+    /// What the controller says it is, written to memory by itself. QEMU's does not tell of a fault here.
     fn touch(&mut self, iova: Iova) -> Result<Vec<u8>> {
         match self.run(To::Admin, Command::identify(0, iova))? {
             Some(0) => Ok(self.identity.clone()),
