@@ -3,12 +3,16 @@
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
 
+mod backlog;
 mod baton;
 mod channel;
 mod connection;
 mod control;
 mod event_loop;
+mod listen;
 mod poller;
+mod release;
+mod scrape;
 mod vm;
 
 use std::io::ErrorKind;
@@ -37,6 +41,10 @@ pub struct Options {
     pub policy: Policy,
     /// Whether clients may have devices do DMA (`Dma`).
     pub allow_dma: bool,
+    /// Whether a person may take a range out of quarantine (`Release`).
+    pub allow_release: bool,
+    /// Where the metrics socket is made; none for no such socket.
+    pub metrics_path: Option<PathBuf>,
     /// Connections at most.
     pub max_clients: usize,
     /// How long a stopped server waits for its memory to close.
@@ -52,6 +60,8 @@ impl Options {
             socket_path: socket_path.into(),
             policy: Policy::default(),
             allow_dma: false,
+            allow_release: true,
+            metrics_path: None,
             max_clients: 64,
             farewell: Duration::from_secs(10),
             guardian: None,
@@ -67,6 +77,7 @@ pub struct Server {
     turn: baton::Turn,
     stop: UnixStream,
     file: SocketFile,
+    metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
 }
 
@@ -86,14 +97,16 @@ impl Server {
         let path = options.socket_path.clone();
         let listener = listen(&path)?;
         let file = SocketFile(path.clone());
+        let metrics = options.metrics_path.as_deref().map(listen).transpose()?;
+        let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
             Some(program) => Watch::start(program.clone(), devices.clone())?,
             None => None,
         };
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         let (core, turn) = Core::new()?;
-        let vm = Vm::new(options, listener, stopped, Arc::clone(&core), domain, devices)?;
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, guardian })
+        let vm = Vm::new(options, listener, metrics, stopped, Arc::clone(&core), domain, devices)?;
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian })
     }
 
     /// A descriptor that stops the server when anything is written to it; for signal handlers.
@@ -103,7 +116,7 @@ impl Server {
 
     /// Serves until stopped.
     pub fn run(self) -> Result<()> {
-        let _file = self.file;
+        let _files = (self.file, self.metrics_file);
         // Where the loop fails the guardian hears no farewell, and stops the devices.
         event_loop::run(self.core, self.turn, self.vm)?;
         if let Some(guardian) = self.guardian {
@@ -173,14 +186,14 @@ fn listen(path: &Path) -> Result<UnixListener> {
 fn make_way(path: &Path, is_socket: bool) -> Result<()> {
     let used = std::io::Error::from(ErrorKind::AddrInUse);
     if !is_socket {
-        return Err(socket_error(path, used, ": that is no socket; choose another --socket-path"));
+        return Err(socket_error(path, used, ": that is no socket; choose another path"));
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another --socket-path")),
+        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another path")),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
         }
-        Err(error) => Err(socket_error(path, error, ": choose another --socket-path")),
+        Err(error) => Err(socket_error(path, error, ": choose another path")),
     }
 }
 
