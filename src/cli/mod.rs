@@ -7,9 +7,12 @@ mod convert;
 mod demo;
 mod events;
 mod explain;
+mod metrics;
+mod release;
 mod serve;
 mod shell;
 mod status;
+mod top;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -42,6 +45,12 @@ enum Command {
     Convert(convert::ConvertRange),
     /// Prints the evidence of one invalidation
     Explain(explain::ExplainOne),
+    /// Takes a range out of quarantine, by a person who knows what its pages are
+    Release(release::ReleaseRange),
+    /// Prints what a daemon counts and times, in OpenMetrics text
+    Metrics(metrics::MetricsOf),
+    /// Shows what a daemon does, live
+    Top(top::Top),
     /// Prints completions for a shell
     Completions(shell::Completions),
     /// Prints the manual page
@@ -102,6 +111,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Events(events) => events.run(),
         Command::Convert(convert) => convert.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Release(release) => release.run(),
+        Command::Metrics(metrics) => metrics.run(),
+        Command::Top(top) => top.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),

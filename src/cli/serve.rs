@@ -34,6 +34,12 @@ pub(super) struct Serve {
     /// Let clients have devices do DMA on demand (for tests; off by default)
     #[arg(long)]
     allow_dma: bool,
+    /// Let nobody take a range out of quarantine (`passgate release`)
+    #[arg(long)]
+    no_release: bool,
+    /// Where a socket for scrapers is made (mode 0600): OpenMetrics text to any HTTP GET
+    #[arg(long, value_name = "P")]
+    metrics_path: Option<PathBuf>,
     /// Run without the process that stops the devices when this one dies
     #[arg(long)]
     no_guardian: bool,
@@ -80,8 +86,14 @@ impl Serve {
         let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
-        let options =
-            Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
+        let options = Options {
+            policy,
+            allow_dma: self.allow_dma,
+            allow_release: !self.no_release,
+            metrics_path: self.metrics_path,
+            guardian,
+            ..Options::at(self.socket_path)
+        };
         log::info!("{} with {} devices", domain.name(), devices.len());
         let server = Server::bind(options, domain, devices)?;
         for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {

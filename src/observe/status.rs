@@ -1,8 +1,6 @@
 //! What `Status` answers.
 
-use crate::gate::{
-    DeviceStatus, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step,
-};
+use crate::gate::{DeviceStatus, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step};
 use crate::observe::metrics;
 use crate::protocol::verbs::{Device, Quarantined, Region, Status};
 use crate::session::Session;

@@ -129,19 +129,20 @@ impl Backlog {
 
     /// What was refused lately, the last first.
     pub(super) fn refused(&self, names: &dyn Names) -> Vec<Refused> {
-        let said = |(when, invalidation, range, reason): &(Instant, InvalidationId, PageRange<Gpa>, Reason)| {
-            let failure = events::failure(*range, *reason, names);
-            let seconds_ago = when.elapsed().as_secs();
-            Refused {
-                invalidation: invalidation.0,
-                gpa: failure.gpa,
-                length: failure.length,
-                cause: failure.cause,
-                device: failure.device,
-                errno: failure.errno,
-                seconds_ago,
-            }
-        };
+        let said =
+            |(when, invalidation, range, reason): &(Instant, InvalidationId, PageRange<Gpa>, Reason)| {
+                let failure = events::failure(*range, *reason, names);
+                let seconds_ago = when.elapsed().as_secs();
+                Refused {
+                    invalidation: invalidation.0,
+                    gpa: failure.gpa,
+                    length: failure.length,
+                    cause: failure.cause,
+                    device: failure.device,
+                    errno: failure.errno,
+                    seconds_ago,
+                }
+            };
         self.refused.iter().rev().map(said).collect()
     }
 }

@@ -314,7 +314,6 @@ impl Vm {
             log::error!("epoll: {error}");
         }
     }
-
 }
 
 /// What every varlink service answers, and what there is not.

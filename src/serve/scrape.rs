@@ -141,7 +141,9 @@ impl Vm {
 
     /// Reads from a visitor, or writes to it.
     pub(super) fn visitor_ready(&mut self, token: u64, at: usize) {
-        let Some(visitor) = self.scrape.as_mut().and_then(|s| s.visitors.get_mut(at)?.as_mut()) else { return };
+        let Some(visitor) = self.scrape.as_mut().and_then(|s| s.visitors.get_mut(at)?.as_mut()) else {
+            return;
+        };
         let asks = if visitor.answer.is_some() { visitor.write() } else { visitor.read() };
         let answer = match asks {
             Asks::Waits => return,
@@ -156,7 +158,9 @@ impl Vm {
                 format!("HTTP/1.1 {status}\r\n{}{text}", headers(text.len(), "text/plain")).into_bytes()
             }
         };
-        let Some(visitor) = self.scrape.as_mut().and_then(|s| s.visitors.get_mut(at)?.as_mut()) else { return };
+        let Some(visitor) = self.scrape.as_mut().and_then(|s| s.visitors.get_mut(at)?.as_mut()) else {
+            return;
+        };
         visitor.answer = Some((answer, 0));
         match visitor.write() {
             Asks::Gone => self.visitor_goes(at),
