@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate_backends::device::soft::ClosedWindow;
@@ -71,6 +72,7 @@ fn the_numbers_are_those_of_what_happened() {
     let (mut client, mut channel, file) = setup.client(8);
     let watch = Watch::new(setup.connect());
     assert_values(&scrape(&at), &[("passgate_verdict_seconds_count{performer=\"client\"}", 0)]);
+    let start = Instant::now();
     for page in 0..2 {
         let begun = granted(channel.begin(pages(page, 1), PageState::Private, None));
         channel.end(begun, Outcome::Committed).unwrap();
@@ -82,7 +84,9 @@ fn the_numbers_are_those_of_what_happened() {
     refused(client.call::<serde_json::Value>("Convert", &serde_json::json!({}), &[]));
     let window = ClosedWindow::open().unwrap();
     let _held = setup.device.send_zc(Iova(3 * PAGE), PAGE as usize, window.near).unwrap();
+    let begun = Instant::now();
     let answer = channel.begin(pages(3, 1), PageState::Private, Some(200)).unwrap();
+    let refused_after = begun.elapsed().as_secs_f64();
     assert!(matches!(answer, Answer::Refused(_)), "{answer:?}");
     watch.wait("range.refused");
     let open = granted(channel.begin(pages(4, 1), PageState::Shared, None));
@@ -117,6 +121,9 @@ fn the_numbers_are_those_of_what_happened() {
             ("passgate_events_total", client.status().unwrap().sequence),
         ],
     );
+    // In seconds: the refusal took most of its deadline, and no answer longer than all of them together.
+    let answered = value(&text, "passgate_verdict_seconds_sum{performer=\"client\"}");
+    assert!(answered > refused_after / 2.0 && answered < start.elapsed().as_secs_f64(), "{answered} s");
     // Page 2 is back; 0 and 1 are private, 3 in quarantine (and in flight), 4 under way: all but those are mapped.
     let known = client.status().unwrap();
     assert_eq!(value(&text, "passgate_mappings"), known.mappings as f64);
