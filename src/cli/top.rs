@@ -151,7 +151,7 @@ impl Sample {
                 *conversions.entry(label(series, "verdict").to_owned()).or_default() += value;
             } else if series.starts_with("passgate_verdict_seconds_bucket{") {
                 let within = label(series, "le").parse::<f64>().unwrap_or(f64::INFINITY);
-                *answered.entry((within * 1e9) as u64).or_default() += value;
+                *answered.entry((within * 1e9).round() as u64).or_default() += value;
             }
         }
         Self { when: Instant::now(), conversions, answered }

@@ -61,7 +61,9 @@ impl Vm {
     pub(super) fn notice(&mut self, notice: &Notice) {
         let (event, details) = events::describe(notice, &self.session);
         match notice {
-            Notice::Refused { .. } | Notice::Quarantined { .. } => log::warn!("{event} {details}"),
+            Notice::Refused { .. } | Notice::Quarantined { .. } | Notice::Released { .. } => {
+                log::warn!("{event} {details}");
+            }
             _ => log::info!("{event} {details}"),
         }
         self.session.meter().told(notice);

@@ -31,7 +31,7 @@ impl Vm {
         };
         let Release { invalidation, to } = release;
         let word = crate::gate::PageState::from(to).word();
-        log::warn!("{who} releases the quarantine of invalidation {invalidation} as {word}");
+        log::warn!("{who} asks to release the quarantine of invalidation {invalidation} as {word}");
         let invalidation = InvalidationId(invalidation);
         self.session.handle(Event::Release { caller, invalidation, to: to.into() });
         Said::Later

@@ -41,9 +41,11 @@ struct Visitor {
 enum Asks {
     /// It has more to say, or to read.
     Waits,
-    /// It wants this status line and headers, and then the text or else that reason.
-    Text(&'static str),
-    /// It is answered with this, and no text.
+    /// The text, and nothing before it.
+    Plain,
+    /// The text, by HTTP.
+    Http,
+    /// What is no request: it is answered with this status.
     Wrong(&'static str),
     /// It is gone, or has everything.
     Gone,
@@ -86,7 +88,7 @@ impl Visitor {
             || self.asked.windows(2).any(|end| end == b"\n\n");
         match () {
             () if ended => request(&self.asked),
-            () if got == 0 && self.asked.is_empty() => Asks::Text(""),
+            () if got == 0 && self.asked.is_empty() => Asks::Plain,
             () if got == 0 => Asks::Wrong("400 Bad Request"),
             () if self.asked.len() > MAX_REQUEST => Asks::Wrong("431 Request Header Fields Too Large"),
             () => Asks::Waits,
@@ -115,15 +117,17 @@ fn request(asked: &[u8]) -> Asks {
     let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     match words[..] {
         [method, _, version] if version.starts_with(b"HTTP/1.") => match method {
-            b"GET" => Asks::Text("HTTP/1.1 200 OK\r\n"),
+            b"GET" => Asks::Http,
             _ => Asks::Wrong("405 Method Not Allowed\r\nAllow: GET"),
         },
         _ => Asks::Wrong("400 Bad Request"),
     }
 }
 
-fn headers(length: usize, content: &str) -> String {
-    format!("Content-Type: {content}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")
+fn response(status: &str, content: &str, text: &str) -> Vec<u8> {
+    let length = text.len();
+    let head = format!("HTTP/1.1 {status}\r\nContent-Type: {content}\r\nContent-Length: {length}\r\n");
+    format!("{head}Connection: close\r\n\r\n{text}").into_bytes()
 }
 
 impl Vm {
@@ -148,14 +152,11 @@ impl Vm {
         let answer = match asks {
             Asks::Waits => return,
             Asks::Gone => return self.visitor_goes(at),
-            Asks::Text("") => self.metrics().into_bytes(),
-            Asks::Text(status) => {
-                let text = self.metrics();
-                format!("{status}{}{text}", headers(text.len(), CONTENT_TYPE)).into_bytes()
-            }
+            Asks::Plain => self.metrics().into_bytes(),
+            Asks::Http => response("200 OK", CONTENT_TYPE, &self.metrics()),
             Asks::Wrong(status) => {
                 let text = "GET the metrics with HTTP/1.1, or send nothing and close your side\n";
-                format!("HTTP/1.1 {status}\r\n{}{text}", headers(text.len(), "text/plain")).into_bytes()
+                response(status, "text/plain", text)
             }
         };
         let Some(visitor) = self.scrape.as_mut().and_then(|s| s.visitors.get_mut(at)?.as_mut()) else {

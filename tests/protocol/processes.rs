@@ -50,9 +50,10 @@ fn a_person_sees_what_is_in_quarantine_releases_it_and_the_daemon_writes_down_wh
     let released = says(&daemon, &["release", "--invalidation", &id, "--as", "shared", "--json"]);
     let released: serde_json::Value = serde_json::from_str(&released).unwrap();
     assert_eq!(released, serde_json::json!({"invalidation": begun, "bytes": PAGE}));
-    let line = daemon.says(&format!("releases the quarantine of invalidation {begun} as shared"));
+    let line = daemon.says(&format!("asks to release the quarantine of invalidation {begun} as shared"));
     let uid = rustix::process::getuid().as_raw();
     assert!(line.contains("pid ") && line.contains(&format!("uid {uid} ")), "{line}");
+    daemon.says("range.released");
     assert_eq!(client.status().unwrap().quarantine, []);
     assert!(says(&daemon, &["metrics"]).ends_with("\n# EOF\n"));
 }
