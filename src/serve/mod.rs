@@ -95,9 +95,9 @@ impl Server {
     /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         let path = options.socket_path.clone();
-        let listener = listen(&path)?;
+        let listener = listen(&path, &CONTROL)?;
         let file = SocketFile(path.clone());
-        let metrics = options.metrics_path.as_deref().map(listen).transpose()?;
+        let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
             Some(program) => Watch::start(program.clone(), devices.clone())?,
@@ -168,11 +168,30 @@ impl Drop for Handle {
     }
 }
 
-fn listen(path: &Path) -> Result<UnixListener> {
+/// What to do about a path that will not do.
+struct Mends {
+    no_socket: &'static str,
+    in_use: &'static str,
+    other: &'static str,
+}
+
+const CONTROL: Mends = Mends {
+    no_socket: ": that is no socket; choose another --socket-path",
+    in_use: ": another daemon serves there; choose another --socket-path",
+    other: ": choose another --socket-path",
+};
+
+const METRICS: Mends = Mends {
+    no_socket: ": that is no socket; choose another --metrics-path",
+    in_use: ": another daemon serves there; choose another --metrics-path",
+    other: ": choose another --metrics-path",
+};
+
+fn listen(path: &Path, mends: &Mends) -> Result<UnixListener> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(socket_error(path, error, "")),
-        Ok(found) => make_way(path, found.file_type().is_socket())?,
+        Ok(found) => make_way(path, found.file_type().is_socket(), mends)?,
     }
     let mend = ": its directory must exist and be writable";
     let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
@@ -183,17 +202,17 @@ fn listen(path: &Path) -> Result<UnixListener> {
 }
 
 /// Removes a socket that a daemon left behind, and nothing else.
-fn make_way(path: &Path, is_socket: bool) -> Result<()> {
+fn make_way(path: &Path, is_socket: bool, mends: &Mends) -> Result<()> {
     let used = std::io::Error::from(ErrorKind::AddrInUse);
     if !is_socket {
-        return Err(socket_error(path, used, ": that is no socket; choose another path"));
+        return Err(socket_error(path, used, mends.no_socket));
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another path")),
+        Ok(_) => Err(socket_error(path, used, mends.in_use)),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
         }
-        Err(error) => Err(socket_error(path, error, ": choose another path")),
+        Err(error) => Err(socket_error(path, error, mends.other)),
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
+use passgate::serve::{Options, Server};
 use passgate_backends::device::soft::ClosedWindow;
 use passgate_bindings::{Iova, PAGE};
 
@@ -222,6 +223,12 @@ fn visitors_that_say_nothing_or_read_nothing_keep_nobody_out() {
 #[test]
 fn the_socket_is_private_and_goes_with_the_daemon() {
     let (setup, at) = setup();
+    let elsewhere = at.with_file_name("other");
+    let options = Options { metrics_path: Some(at.clone()), ..Options::at(&elsewhere) };
+    let error = Server::bind(options, setup.domain.clone(), vec![]).map(drop).unwrap_err().to_string();
+    assert!(error.contains("another daemon serves there; choose another --metrics-path"), "{error}");
+    assert!(!elsewhere.exists(), "what could not be made whole is not left behind");
+    scrape(&at);
     assert_eq!(std::fs::metadata(&at).unwrap().permissions().mode() & 0o777, 0o600);
     setup.stop().unwrap();
     assert!(!at.exists());
