@@ -138,7 +138,7 @@ fn a_stream_that_is_to_resume_goes_on_where_it_broke_and_says_when_the_daemon_is
     server.stop().unwrap();
     let server = start().spawn().unwrap();
     let mut client = Client::connect(&path).unwrap();
-    for _ in 0..10 {
+    for _ in 0..30 {
         happens(&mut client, &file);
     }
     // What was told while the first one went, then the second.
