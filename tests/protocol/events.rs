@@ -1,6 +1,7 @@
 //! The event stream: who was away hears what was told meanwhile, or how much of it is lost.
 
 use std::os::fd::AsFd;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use passgate::client::{AddMemory, Client, Event, Events};
@@ -11,6 +12,7 @@ use passgate_bindings::memory::GuestFile;
 use rustix::net::{Shutdown, shutdown};
 
 use crate::common::{Setup, alone, memory, open_files, until};
+use crate::daemon::LONG;
 
 /// Events that a daemon keeps.
 const KEPT: u64 = 8192;
@@ -21,8 +23,19 @@ fn happens(client: &mut Client, file: &GuestFile) {
     client.remove_memory(region).unwrap();
 }
 
+/// The next event. A stream blocks for it, so a test that waits in vain ends its program instead of hanging.
 fn next(events: &mut Events) -> Event {
-    events.next().expect("the stream goes on").unwrap()
+    let (came, waits) = channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if waits.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("an event never came");
+            std::process::abort();
+        }
+    });
+    let event = events.next();
+    drop(came);
+    watchdog.join().unwrap();
+    event.expect("the stream goes on").unwrap()
 }
 
 #[test]
