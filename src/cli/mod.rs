@@ -8,10 +8,13 @@ mod demo;
 mod events;
 mod explain;
 mod list;
+mod metrics;
+mod release;
 mod selftest;
 mod serve;
 mod shell;
 mod status;
+mod top;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -48,6 +51,12 @@ enum Command {
     Explain(explain::ExplainOne),
     /// Tests how a device of this host can be stopped, by doing it
     Selftest(selftest::Selftest),
+    /// Takes a range out of quarantine, by a person who knows what its pages are
+    Release(release::ReleaseRange),
+    /// Prints what a daemon counts and times, in OpenMetrics text
+    Metrics(metrics::MetricsOf),
+    /// Shows what a daemon does, live
+    Top(top::Top),
     /// Prints completions for a shell
     Completions(shell::Completions),
     /// Prints the manual page
@@ -110,6 +119,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Convert(convert) => convert.run(),
         Command::Explain(explain) => explain.run(),
         Command::Selftest(selftest) => selftest.run(),
+        Command::Release(release) => release.run(),
+        Command::Metrics(metrics) => metrics.run(),
+        Command::Top(top) => top.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),

@@ -51,6 +51,12 @@ pub(super) struct Serve {
     /// With --allow-dma: overwrite the last blocks of a drive, where DMA of given bytes takes that
     #[arg(long, requires = "allow_dma")]
     scratch: bool,
+    /// Let nobody take a range out of quarantine (`passgate release`)
+    #[arg(long)]
+    no_release: bool,
+    /// Where a socket for scrapers is made (mode 0600): OpenMetrics text to any HTTP GET
+    #[arg(long, value_name = "P")]
+    metrics_path: Option<PathBuf>,
     /// Run without the process that stops the devices when this one dies
     #[arg(long)]
     no_guardian: bool,
@@ -118,8 +124,14 @@ impl Serve {
             ..Policy::default()
         };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
-        let options =
-            Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
+        let options = Options {
+            policy,
+            allow_dma: self.allow_dma,
+            allow_release: !self.no_release,
+            metrics_path: self.metrics_path,
+            guardian,
+            ..Options::at(self.socket_path)
+        };
         log::info!("{} with {} devices", domain.name(), devices.len());
         let server = Server::bind(options, domain, devices)?;
         for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {

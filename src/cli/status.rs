@@ -28,14 +28,21 @@ impl StatusOf {
 
 fn text(status: &Status) -> String {
     let mut text = format!(
-        "passgate {}, {}: {} of {} mappings in use, {} conversions open, {} connections\n\
+        "passgate {}, {}: {} of {} mappings in use ({} at worst), {} mapped, {} conversions open, {} connections\n\
+         when DMA does not stop: {}; platform: {}; instance {}, {} events so far\n\
          conversions: {} done, {} refused, {} unknown; {} waited for DMA in flight; {} requests were wrong",
         status.version,
         status.iommu,
         status.mappings,
         status.max_mappings,
+        status.forecast,
+        bytes(status.pinned),
         status.open,
         status.clients,
+        status.on_stuck_dma,
+        status.platform,
+        status.instance,
+        status.sequence,
         status.totals.done,
         status.totals.refused,
         status.totals.unknown,
@@ -47,6 +54,12 @@ fn text(status: &Status) -> String {
         let only = if device.stop.len() == 1 { " only, which is not certain" } else { "" };
         let stop = device.stop.join(", ");
         _ = write!(text, "\ndevice {}: can be stopped by {stop}{only}{fenced}", device.device);
+        if device.ats {
+            text += ", caches translations (ATS)";
+        }
+        if device.tdi {
+            text += ", is a TDI (bus-master-off and reset would end it)";
+        }
     }
     for region in &status.regions {
         let closing = if region.closing { ", closing" } else { "" };
@@ -70,11 +83,22 @@ fn text(status: &Status) -> String {
             range.length, range.cause, range.invalidation
         );
     }
+    if status.quarantine.iter().map(|range| range.length).sum::<u64>() < status.quarantined {
+        _ = write!(text, "\nQUARANTINE … and more: {} in all", bytes(status.quarantined));
+    }
+    for range in &status.refused {
+        let device = range.device.as_ref().map(|device| format!(" by {device}")).unwrap_or_default();
+        _ = write!(
+            text,
+            "\nrefused {} s ago: {:#x}+{:#x}: {}{device}, errno {} (passgate explain --invalidation {})",
+            range.seconds_ago, range.gpa, range.length, range.cause, range.errno, range.invalidation
+        );
+    }
     text
 }
 
 /// Bytes as a person reads them; exact, because pages are.
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     match bytes {
         _ if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),
         _ if bytes >= 1 << 20 && bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),

@@ -1,5 +1,8 @@
 //! The stream of notices, as the daemon tells them.
 
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -7,12 +10,15 @@ use super::{Client, check};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
+/// Between two tries to reach a daemon that has gone.
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// One notice.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Event {
     /// Counts every notice of the daemon; a gap says that some are missing.
     pub sequence: u64,
-    /// What happened: `range.refused`, `range.quarantined`, `session.closed`, … (docs/protocol.md).
+    /// What happened: `range.refused`, `range.quarantined`, `session.closed`, `gap`, … (docs/protocol.md).
     pub event: String,
     /// Where, why, by whom.
     #[serde(default)]
@@ -24,11 +30,33 @@ pub struct Event {
 pub struct Events {
     client: Client,
     over: bool,
+    instance: String,
+    sequence: u64,
+    resume: Option<(PathBuf, Duration)>,
 }
 
 impl Events {
-    pub(super) fn new(client: Client) -> Self {
-        Self { client, over: false }
+    pub(super) fn new(client: Client, first: Event) -> Self {
+        let instance = first.details["instance"].as_str().unwrap_or_default().to_owned();
+        Self { client, over: false, instance, sequence: first.sequence, resume: None }
+    }
+
+    /// The stream goes on where it breaks: it connects to `path` again and asks for what came meanwhile, for as
+    /// long as `patience` each time. What is lost all the same is told as the event `gap`; so is a daemon that is
+    /// another by then.
+    pub fn resuming(mut self, path: impl Into<PathBuf>, patience: Duration) -> Self {
+        self.resume = Some((path.into(), patience));
+        self
+    }
+
+    /// Which daemon this is: new with every start.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// The sequence number of the last event heard, for [`Client::subscribe_after`].
+    pub fn sequence(&self) -> u64 {
+        self.sequence
     }
 
     fn receive(&mut self) -> Result<Event> {
@@ -36,21 +64,46 @@ impl Events {
         self.over = !reply.continues;
         serde_json::from_value(check(reply)?).map_err(|error| Error::Protocol(error.to_string()))
     }
+
+    /// Connects again, and goes on behind the last event heard; whether that was possible in time.
+    fn again(&mut self) -> bool {
+        let Some((path, patience)) = self.resume.clone() else { return false };
+        let begun = Instant::now();
+        loop {
+            let client = Client::connect(&path);
+            match client.and_then(|client| client.subscribe_after(self.sequence, Some(&self.instance))) {
+                Ok(again) => {
+                    (self.client, self.instance) = (again.client, again.instance);
+                    return true;
+                }
+                Err(_) if begun.elapsed() < patience => std::thread::sleep(PAUSE),
+                Err(_) => return false,
+            }
+        }
+    }
 }
 
 impl Iterator for Events {
     type Item = Result<Event>;
 
     fn next(&mut self) -> Option<Result<Event>> {
-        if self.over {
-            return None;
+        while !self.over {
+            match self.receive() {
+                Ok(event) => {
+                    self.sequence = event.sequence;
+                    return Some(Ok(event));
+                }
+                Err(Error::Frame(_) | Error::Connection(_)) if self.again() => {}
+                Err(error) => {
+                    self.over = true;
+                    return match error {
+                        Error::Frame(FrameError::Closed) => None,
+                        error => Some(Err(error)),
+                    };
+                }
+            }
         }
-        let event = self.receive();
-        self.over |= event.is_err();
-        match event {
-            Err(Error::Frame(FrameError::Closed)) => None,
-            event => Some(event),
-        }
+        None
     }
 }
 

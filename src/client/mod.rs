@@ -44,8 +44,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::protocol::frame::{self, Frames};
-use crate::protocol::verbs::{Call, Dma, DmaDone, Explain, INTERFACE, RemoveMemory, Reply};
+use crate::protocol::frame::{self, Frames, MAX_REPLY};
+use crate::protocol::verbs::{
+    Call, Dma, DmaDone, Explain, INTERFACE, Metrics, Release, Released, RemoveMemory, Reply, Subscribe,
+};
 
 pub use crate::gate::{Outcome, PageState};
 pub use crate::protocol::verbs::{AddMemory, Convert, Converted, MemoryAdded, State, Status};
@@ -76,7 +78,7 @@ impl Client {
 
     /// Takes a connected stream socket, for a VMM that was handed one.
     pub fn from_fd(socket: OwnedFd) -> Self {
-        Self { socket, frames: Frames::default() }
+        Self { socket, frames: Frames::of_at_most(MAX_REPLY) }
     }
 
     /// Adds memory. `fds` is what devices are given, and where `memory.private` is set also the guest_memfd of the
@@ -108,6 +110,17 @@ impl Client {
         self.call("Status", &json!({}), &[])
     }
 
+    /// What is counted and timed, in OpenMetrics text.
+    pub fn metrics(&mut self) -> Result<String> {
+        Ok(self.call::<Metrics>("Metrics", &json!({}), &[])?.text)
+    }
+
+    /// Takes what an invalidation left in quarantine out of it: the caller knows that its pages are `to` now. The
+    /// bytes that came free. Refused on a connection that has added memory or opened a channel.
+    pub fn release(&mut self, invalidation: u64, to: State) -> Result<u64> {
+        Ok(self.call::<Released>("Release", &Release { invalidation, to }, &[])?.bytes)
+    }
+
     /// The evidence of one invalidation, while it is remembered, as JSON.
     pub fn explain(&mut self, invalidation: u64) -> Result<Value> {
         let mut reply: Value = self.call("Explain", &Explain { invalidation }, &[])?;
@@ -131,13 +144,24 @@ impl Client {
 
     /// Turns the connection into the stream of notices. What the connection added stays for as long as the
     /// stream is held.
-    pub fn subscribe(mut self) -> Result<Events> {
-        let call = Call { more: true, ..call_of("Subscribe", &json!({}))? };
+    pub fn subscribe(self) -> Result<Events> {
+        self.listen(&Subscribe::default())
+    }
+
+    /// As [`Client::subscribe`], but first what was told after the event of that sequence number, as far as the
+    /// daemon still has it. Where some of it is missing the first event is `gap`. `instance` says of which daemon
+    /// the number is ([`Events::instance`]): to another everything it has is new, and a gap comes before it.
+    pub fn subscribe_after(self, after: u64, instance: Option<&str>) -> Result<Events> {
+        self.listen(&Subscribe { after: Some(after), instance: instance.map(str::to_owned) })
+    }
+
+    fn listen(mut self, subscribe: &Subscribe) -> Result<Events> {
+        let call = Call { more: true, ..call_of("Subscribe", subscribe)? };
         self.send(&call, &[])?;
         // The first reply says that the subscription stands: whatever happens from here on is in the stream.
         let (first, _) = self.receive()?;
-        check(first)?;
-        Ok(Events::new(self))
+        let first = serde_json::from_value(check(first)?);
+        Ok(Events::new(self, first.map_err(|error| Error::Protocol(error.to_string()))?))
     }
 
     /// Calls a verb of passgate's interface with any parameters.

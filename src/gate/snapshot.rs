@@ -22,6 +22,8 @@ pub struct Snapshot {
     pub open: u64,
     /// Per domain: kernel mappings in use, and their limit.
     pub mappings: Vec<(DomainId, u64, u64)>,
+    /// Bytes that devices may reach, over all domains.
+    pub pinned: u64,
 }
 
 /// One region.
@@ -108,6 +110,7 @@ impl Gate {
                 .iter()
                 .map(|domain| (domain.id, domain.runs.objects(), domain.max_mappings))
                 .collect(),
+            pinned: self.domains.iter().map(|domain| domain.runs.bytes()).sum(),
         }
     }
 

@@ -1,4 +1,5 @@
-//! What is told to whoever watches: notices, receipts and status, in words and JSON.
+//! What is told to whoever watches: notices, receipts, status and metrics, in words, numbers and JSON.
 
 pub mod events;
+pub mod metrics;
 pub mod status;

@@ -1,25 +1,51 @@
 //! What `Status` answers.
 
-use crate::gate::{DeviceStatus, QuarantineStatus, RegionStatus, Step};
+use crate::gate::{DeviceStatus, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step};
+use crate::observe::metrics;
 use crate::protocol::verbs::{Device, Quarantined, Region, Status};
 use crate::session::Session;
 
-/// What is known now, with `clients` connections.
-pub fn status(session: &Session, clients: u64) -> Status {
+/// Ranges in quarantine that a status names; of the rest it says the bytes.
+const NAMED: usize = 1024;
+
+/// What the session knows now. Its connections, events and refusals are the server's to add.
+pub fn status(session: &Session, policy: &Policy) -> Status {
     let snapshot = session.snapshot();
-    let (mappings, max_mappings) =
-        snapshot.mappings.iter().fold((0, 0), |sum, (_, used, max)| (sum.0 + used, sum.1 + max));
+    let (mappings, max_mappings) = metrics::mappings(&snapshot);
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         iommu: session.domain().map_or("none", |domain| domain.name()).into(),
         mappings,
         max_mappings,
+        forecast: metrics::forecast(&snapshot),
+        pinned: snapshot.pinned,
+        quarantined: metrics::quarantined(&snapshot),
         open: snapshot.open,
-        clients,
+        clients: 0,
+        instance: String::new(),
+        sequence: 0,
+        on_stuck_dma: stuck(policy.on_stuck_dma).into(),
+        platform: platform(policy.platform).into(),
         regions: snapshot.regions.iter().map(region).collect(),
         devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
-        quarantine: snapshot.quarantine.iter().map(quarantined).collect(),
+        quarantine: snapshot.quarantine.iter().take(NAMED).map(quarantined).collect(),
+        refused: Vec::new(),
         totals: session.totals(),
+    }
+}
+
+fn stuck(policy: OnStuckDma) -> &'static str {
+    match policy {
+        OnStuckDma::Refuse => "refuse",
+        OnStuckDma::Fence => "fence",
+        OnStuckDma::Reset => "reset",
+    }
+}
+
+fn platform(platform: Platform) -> &'static str {
+    match platform {
+        Platform::Contained => "contained",
+        Platform::Strict => "strict",
     }
 }
 
@@ -41,9 +67,13 @@ fn region(status: &RegionStatus) -> Region {
 
 fn device(session: &Session, status: &DeviceStatus) -> Device {
     let able = |step: &Step| session.can(status.device, *step);
+    let device = session.devices().get(usize::from(status.device.0));
+    let nature = device.map(|device| device.nature()).unwrap_or_default();
     Device {
         device: session.device_name(status.device).into(),
         stop: Step::LADDER.iter().filter(|step| able(step)).map(|step| step.word().into()).collect(),
+        ats: nature.ats,
+        tdi: nature.tdi,
         fenced: status.fenced.map(|step| step.word().into()),
     }
 }

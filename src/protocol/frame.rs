@@ -15,6 +15,8 @@ use rustix::net::{
 
 /// Bytes of the longest frame, its NUL included.
 pub const MAX_FRAME: usize = 64 * 1024;
+/// Bytes of the longest reply: a status that has much to tell, or metrics.
+pub const MAX_REPLY: usize = 1 << 20;
 /// Descriptors that may come with one frame.
 pub const MAX_FDS: usize = 16;
 /// Descriptors that the kernel passes at once at most (`SCM_MAX_FD`): room for all, so that none is lost unseen.
@@ -27,8 +29,8 @@ pub enum FrameError {
     #[error("the peer has closed the connection")]
     Closed,
     /// A frame too long.
-    #[error("a frame is longer than {MAX_FRAME} bytes")]
-    TooLong,
+    #[error("a frame is longer than {0} bytes")]
+    TooLong(usize),
     /// Too many descriptors.
     #[error("more than {MAX_FDS} file descriptors came with one frame")]
     TooManyFds,
@@ -38,15 +40,28 @@ pub enum FrameError {
 }
 
 /// One side of a stream of frames.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Frames {
+    /// Bytes of the longest frame.
+    longest: usize,
     bytes: Vec<u8>,
     searched: usize,
     /// Descriptors, and the byte that they came with: the kernel ends a read behind the message that has them.
     fds: VecDeque<(usize, OwnedFd)>,
 }
 
+impl Default for Frames {
+    fn default() -> Self {
+        Self::of_at_most(MAX_FRAME)
+    }
+}
+
 impl Frames {
+    /// Frames of at most that many bytes, their NUL included.
+    pub fn of_at_most(longest: usize) -> Self {
+        Self { longest, bytes: Vec::new(), searched: 0, fds: VecDeque::new() }
+    }
+
     /// Reads once what has come. `Ok(false)` where nothing has, on a socket that does not block.
     pub fn read(&mut self, socket: impl AsFd) -> Result<bool, FrameError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_FDS))];
@@ -75,9 +90,9 @@ impl Frames {
         }
         self.bytes.extend_from_slice(&chunk[..got.bytes]);
         // One frame, and a part of the next: nobody need send more before he has read an answer.
-        let frame = self.bytes.iter().take(MAX_FRAME).any(|byte| *byte == 0);
-        if self.bytes.len() > if frame { 2 * MAX_FRAME } else { MAX_FRAME } {
-            return Err(FrameError::TooLong);
+        let frame = self.bytes.iter().take(self.longest).any(|byte| *byte == 0);
+        if self.bytes.len() > if frame { 2 * self.longest } else { self.longest } {
+            return Err(FrameError::TooLong(self.longest));
         }
         Ok(true)
     }

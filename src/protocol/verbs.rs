@@ -195,6 +195,42 @@ pub struct Explain {
     pub invalidation: u64,
 }
 
+/// `Subscribe`; called with `more`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Subscribe {
+    /// The sequence number of the last event that was heard; absent to hear only what comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<u64>,
+    /// Of which daemon that number is, as `subscribed` and `Status` name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+}
+
+/// `Release`: a person says what the pages are that an invalidation left in quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Release {
+    /// The invalidation that the quarantine dates from.
+    pub invalidation: u64,
+    /// What the pages are.
+    pub to: State,
+}
+
+/// The reply to `Release`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Released {
+    /// Bytes that came out of quarantine.
+    pub bytes: u64,
+}
+
+/// The reply to `Metrics`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Metrics {
+    /// OpenMetrics text, `# EOF` at its end.
+    pub text: String,
+}
+
 /// `Dma`: a device does one DMA now, and the reply says what came of it. Only with `serve --allow-dma`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -251,6 +287,10 @@ pub struct Device {
     pub device: String,
     /// How it can be stopped, weakest first.
     pub stop: Vec<String>,
+    /// Whether it caches translations of its own (PCI ATS is on): an unmap alone may not be proof for it.
+    pub ats: bool,
+    /// Whether it is a TDISP interface in LOCKED or RUN, which bus mastering off or a reset would end.
+    pub tdi: bool,
     /// The fence that it is under, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fenced: Option<String>,
@@ -270,6 +310,26 @@ pub struct Quarantined {
     pub cause: String,
     /// The invalidation that failed.
     pub invalidation: u64,
+}
+
+/// One range that was refused lately, in `Status`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Refused {
+    /// The invalidation.
+    pub invalidation: u64,
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// Why, in a word.
+    pub cause: String,
+    /// The device to blame, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The kernel's answer; 0 where there was none.
+    pub errno: i32,
+    /// When, in seconds before this status.
+    pub seconds_ago: u64,
 }
 
 /// Totals since the start, in `Status`.
@@ -294,10 +354,24 @@ pub struct Status {
     pub version: String,
     /// The domain's kind: `iommufd`, `type1`, `soft`.
     pub iommu: String,
+    /// This daemon's name, new with every start: whose sequence numbers events have.
+    pub instance: String,
+    /// The sequence number of the last event.
+    pub sequence: u64,
+    /// How far the daemon goes by itself when DMA does not stop: `refuse`, `fence` or `reset`.
+    pub on_stuck_dma: String,
+    /// What counts as proof: `contained` or `strict`.
+    pub platform: String,
     /// Kernel mappings in use.
     pub mappings: u64,
     /// Kernel mappings that there can be.
     pub max_mappings: u64,
+    /// Kernel mappings in the worst case: every page of every region shared and mapped by itself.
+    pub forecast: u64,
+    /// Bytes that devices may reach.
+    pub pinned: u64,
+    /// Bytes in quarantine.
+    pub quarantined: u64,
     /// Invalidations begun and not ended.
     pub open: u64,
     /// Connections.
@@ -306,8 +380,10 @@ pub struct Status {
     pub regions: Vec<Region>,
     /// The devices.
     pub devices: Vec<Device>,
-    /// What must not be handed out.
+    /// What must not be handed out; at most 1024 ranges of it.
     pub quarantine: Vec<Quarantined>,
+    /// What was refused lately, the last first; at most 64 ranges.
+    pub refused: Vec<Refused>,
     /// Totals since the start.
     pub totals: Totals,
 }

@@ -97,6 +97,7 @@ impl Vm {
 
     fn wrong(&mut self, client: ClientId, cookie: u64, errno: i32, error: &dyn std::error::Error) {
         log::debug!("client {}: {error}", client.0);
+        self.session.meter().wrong();
         self.send(client, Record { errno: I32::new(errno), ..Record::new(Kind::Wrong, cookie) });
     }
 

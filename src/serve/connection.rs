@@ -21,7 +21,10 @@ pub(super) enum Waiting {
     /// For the answer to the call of this number.
     Answer(u64),
     /// For notices, until it goes.
-    Notices,
+    Notices {
+        /// The sequence number of the one that it is sent next.
+        next: u64,
+    },
 }
 
 /// One client.
@@ -32,6 +35,8 @@ pub(super) struct Connection {
     pub(super) waiting: Waiting,
     pub(super) calls: u64,
     pub(super) channel: Option<Channel>,
+    /// Whether it has added memory or opened a channel.
+    pub(super) speaks_for_vm: bool,
     unsent: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     unsent_bytes: usize,
 }
@@ -51,6 +56,7 @@ impl Connection {
             waiting: Waiting::No,
             calls: 0,
             channel: None,
+            speaks_for_vm: false,
             unsent: VecDeque::new(),
             unsent_bytes: 0,
         }
@@ -71,10 +77,8 @@ impl Connection {
         self.unsent_bytes > MAX_UNSENT
     }
 
-    /// Sends a reply, or keeps it until there is room.
-    pub(super) fn reply(&mut self, reply: &Reply, fd: Option<OwnedFd>) {
-        let mut bytes = serde_json::to_vec(reply).unwrap_or_default();
-        bytes.push(0);
+    /// Sends whole frames, or keeps them until there is room.
+    pub(super) fn send(&mut self, bytes: Vec<u8>, fd: Option<OwnedFd>) {
         self.unsent_bytes += bytes.len();
         self.unsent.push_back((bytes, fd));
         // A socket that is broken is found so by the next read.
@@ -101,6 +105,13 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// A reply as it goes, its NUL included.
+pub(super) fn frame(reply: &Reply) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec(reply).unwrap_or_default();
+    bytes.push(0);
+    bytes
 }
 
 impl Channel {

@@ -8,12 +8,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::connection::{Channel, Connection, Waiting};
+use super::connection::{self, Channel, Connection, Waiting};
 use super::event_loop::Done;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
-use crate::observe::{events, status};
+use crate::observe::events;
 use crate::protocol::frame::FrameError;
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::protocol::{hex, record};
@@ -26,15 +26,15 @@ const VARLINK: &str = "org.varlink.service";
 const MAX_DMA: usize = 4096;
 
 /// What a call comes to at once.
-enum Said {
+pub(super) enum Said {
     /// This reply.
     Now(Value),
     /// This reply, with a descriptor.
     With(Value, OwnedFd),
     /// The answer comes later.
     Later,
-    /// Notices come, from now on.
-    Notices,
+    /// Notices come, from there on.
+    Notices(verbs::Subscribe),
     /// It was wrong.
     Wrong(String, i32),
     /// An error of varlink's own, with its one parameter.
@@ -59,9 +59,16 @@ impl Vm {
             if connection.is_behind() {
                 return false;
             }
-            self.watch_control(client, Interest::Read);
-            return true;
+            if !self.replay(client) {
+                self.watch_control(client, Interest::Read);
+                return true;
+            }
+            return false;
         }
+        if matches!(connection.waiting, Waiting::Notices { .. }) && self.replay(client) {
+            return false;
+        }
+        let Some(connection) = self.connections.get_mut(&client) else { return false };
         if connection.waiting == Waiting::No
             && let Some((frame, fds)) = connection.frames.take()
         {
@@ -95,6 +102,9 @@ impl Vm {
             Ok(call) => self.verb(caller, &call, fds),
             Err(error) => Said::wrong(format!("the frame is no varlink call: {error}")),
         };
+        if matches!(said, Said::Wrong(..) | Said::Varlink(..)) {
+            self.session.meter().wrong();
+        }
         let (reply, fd) = match said {
             Said::Now(parameters) => (Reply { parameters, ..Reply::default() }, None),
             Said::With(parameters, fd) => (Reply { parameters, ..Reply::default() }, Some(fd)),
@@ -104,10 +114,7 @@ impl Vm {
                 (Reply { error, parameters: json!({ parameter: value }), ..Reply::default() }, None)
             }
             Said::Later => return self.wait_for(client, Waiting::Answer(caller.cookie)),
-            Said::Notices => {
-                self.wait_for(client, Waiting::Notices);
-                return self.tell(client, self.sequence(), "subscribed", &json!({}));
-            }
+            Said::Notices(subscribe) => return self.listen(client, &subscribe),
         };
         self.reply(client, reply, fd);
     }
@@ -123,6 +130,11 @@ impl Vm {
         if name != Some("AddMemory") && !fds.is_empty() {
             return Said::wrong(format!("{} file descriptors came along, 0 belong to this call", fds.len()));
         }
+        if matches!(name, Some("AddMemory" | "OpenChannel"))
+            && let Some(connection) = self.connections.get_mut(&caller.client)
+        {
+            connection.speaks_for_vm = true;
+        }
         let parameters = &call.parameters;
         match name {
             Some("AddMemory") => with(parameters, |memory| {
@@ -135,8 +147,10 @@ impl Vm {
             }),
             Some("OpenChannel") => self.open_channel(caller.client),
             Some("Convert") => with(parameters, |convert| self.convert(caller, convert)),
-            Some("Status") => now(&status::status(&self.session, self.connections.len() as u64)),
-            Some("Subscribe") if call.more => Said::Notices,
+            Some("Status") => now(&self.status()),
+            Some("Metrics") => now(&verbs::Metrics { text: self.metrics() }),
+            Some("Release") => with(parameters, |release| self.release(caller, release)),
+            Some("Subscribe") if call.more => with(parameters, Said::Notices),
             Some("Subscribe") => Said::wrong("Subscribe answers more than once: call it with \"more\":true"),
             Some("Explain") => with(parameters, |verbs::Explain { invalidation }| {
                 match self.session.receipt(InvalidationId(invalidation)) {
@@ -253,6 +267,7 @@ impl Vm {
 
     /// Memory will not do.
     pub(super) fn refuse(&mut self, caller: Caller, error: &BorderError) {
+        self.session.meter().wrong();
         self.reply_later(caller.client, caller.cookie, refused(&error.to_string(), error.errno()));
     }
 
@@ -269,41 +284,35 @@ impl Vm {
     }
 
     fn reply(&mut self, client: ClientId, reply: Reply, fd: Option<OwnedFd>) {
+        self.send_control(client, connection::frame(&reply), fd);
+    }
+
+    /// Sends whole frames; who lets too much of them wait is let go.
+    pub(super) fn send_control(&mut self, client: ClientId, frames: Vec<u8>, fd: Option<OwnedFd>) {
         let Some(connection) = self.connections.get_mut(&client) else { return };
         let before = connection.is_behind();
-        connection.reply(&reply, fd);
+        connection.send(frames, fd);
         let (behind, deaf) = (connection.is_behind(), connection.is_deaf());
+        let listened = matches!(connection.waiting, Waiting::Notices { .. });
         if behind && !before {
             self.watch_control(client, Interest::Write);
         }
         if deaf {
             log::warn!("client {} does not read what it asked for: closed", client.0);
+            if listened {
+                self.session.meter().dropped();
+            }
             self.hang_up(client);
         }
     }
 
-    fn watch_control(&mut self, client: ClientId, interest: Interest) {
+    pub(super) fn watch_control(&mut self, client: ClientId, interest: Interest) {
         if let Some(connection) = self.connections.get(&client)
             && let Err(error) =
                 self.poller.change(&connection.socket, interest, Self::token(client, Door::Control))
         {
             log::error!("epoll: {error}");
         }
-    }
-
-    /// Sends one notice to everybody who listens.
-    pub(super) fn publish(&mut self, sequence: u64, event: &str, details: &Value) {
-        let listening =
-            |(client, c): (&ClientId, &Connection)| (c.waiting == Waiting::Notices).then_some(*client);
-        let clients: Vec<ClientId> = self.connections.iter().filter_map(listening).collect();
-        for client in clients {
-            self.tell(client, sequence, event, details);
-        }
-    }
-
-    fn tell(&mut self, client: ClientId, sequence: u64, event: &str, details: &Value) {
-        let parameters = json!({ "sequence": sequence, "event": event, "details": details });
-        self.reply(client, Reply { parameters, continues: true, error: None }, None);
     }
 }
 

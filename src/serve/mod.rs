@@ -3,13 +3,17 @@
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
 
+mod backlog;
 mod baton;
 mod channel;
 mod connection;
 mod control;
 mod event_loop;
+mod listen;
 mod poller;
 pub mod privilege;
+mod release;
+mod scrape;
 mod vm;
 
 use std::io::ErrorKind;
@@ -38,6 +42,10 @@ pub struct Options {
     pub policy: Policy,
     /// Whether clients may have devices do DMA (`Dma`).
     pub allow_dma: bool,
+    /// Whether a person may take a range out of quarantine (`Release`).
+    pub allow_release: bool,
+    /// Where the metrics socket is made; none for no such socket.
+    pub metrics_path: Option<PathBuf>,
     /// Connections at most.
     pub max_clients: usize,
     /// How long a stopped server waits for its memory to close.
@@ -53,6 +61,8 @@ impl Options {
             socket_path: socket_path.into(),
             policy: Policy::default(),
             allow_dma: false,
+            allow_release: true,
+            metrics_path: None,
             max_clients: 64,
             farewell: Duration::from_secs(10),
             guardian: None,
@@ -68,6 +78,7 @@ pub struct Server {
     turn: baton::Turn,
     stop: UnixStream,
     file: SocketFile,
+    metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
 }
 
@@ -85,16 +96,18 @@ impl Server {
     /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         let path = options.socket_path.clone();
-        let listener = listen(&path)?;
+        let listener = listen(&path, &CONTROL)?;
         let file = SocketFile(path.clone());
+        let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
+        let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
             Some(program) => Watch::start(program.clone(), devices.clone())?,
             None => None,
         };
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         let (core, turn) = Core::new()?;
-        let vm = Vm::new(options, listener, stopped, Arc::clone(&core), domain, devices)?;
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, guardian })
+        let vm = Vm::new(options, listener, metrics, stopped, Arc::clone(&core), domain, devices)?;
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian })
     }
 
     /// A descriptor that stops the server when anything is written to it; for signal handlers.
@@ -104,7 +117,7 @@ impl Server {
 
     /// Serves until stopped.
     pub fn run(self) -> Result<()> {
-        let _file = self.file;
+        let _files = (self.file, self.metrics_file);
         // Where the loop fails the guardian hears no farewell, and stops the devices.
         event_loop::run(self.core, self.turn, self.vm)?;
         if let Some(guardian) = self.guardian {
@@ -156,11 +169,30 @@ impl Drop for Handle {
     }
 }
 
-fn listen(path: &Path) -> Result<UnixListener> {
+/// What to do about a path that will not do.
+struct Mends {
+    no_socket: &'static str,
+    in_use: &'static str,
+    other: &'static str,
+}
+
+const CONTROL: Mends = Mends {
+    no_socket: ": that is no socket; choose another --socket-path",
+    in_use: ": another daemon serves there; choose another --socket-path",
+    other: ": choose another --socket-path",
+};
+
+const METRICS: Mends = Mends {
+    no_socket: ": that is no socket; choose another --metrics-path",
+    in_use: ": another daemon serves there; choose another --metrics-path",
+    other: ": choose another --metrics-path",
+};
+
+fn listen(path: &Path, mends: &Mends) -> Result<UnixListener> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(socket_error(path, error, "")),
-        Ok(found) => make_way(path, found.file_type().is_socket())?,
+        Ok(found) => make_way(path, found.file_type().is_socket(), mends)?,
     }
     let mend = ": its directory must exist and be writable";
     let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
@@ -171,17 +203,17 @@ fn listen(path: &Path) -> Result<UnixListener> {
 }
 
 /// Removes a socket that a daemon left behind, and nothing else.
-fn make_way(path: &Path, is_socket: bool) -> Result<()> {
+fn make_way(path: &Path, is_socket: bool, mends: &Mends) -> Result<()> {
     let used = std::io::Error::from(ErrorKind::AddrInUse);
     if !is_socket {
-        return Err(socket_error(path, used, ": that is no socket; choose another --socket-path"));
+        return Err(socket_error(path, used, mends.no_socket));
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(socket_error(path, used, ": another daemon serves there; choose another --socket-path")),
+        Ok(_) => Err(socket_error(path, used, mends.in_use)),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
         }
-        Err(error) => Err(socket_error(path, error, ": choose another --socket-path")),
+        Err(error) => Err(socket_error(path, error, mends.other)),
     }
 }
 

@@ -15,6 +15,8 @@ pub(super) enum Interest {
     Read,
     /// Room to write.
     Write,
+    /// Nothing for now.
+    Nothing,
 }
 
 impl Interest {
@@ -22,6 +24,7 @@ impl Interest {
         match self {
             Self::Read => Events::EPOLLIN | Events::EPOLLRDHUP,
             Self::Write => Events::EPOLLOUT,
+            Self::Nothing => Events::empty(),
         }
     }
 }

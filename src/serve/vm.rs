@@ -6,26 +6,37 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
+use super::backlog::Backlog;
 use super::connection::Connection;
 use super::event_loop::{Core, Done};
 use super::poller::{Interest, Poller};
+use super::scrape::{Scrape, VISITORS};
 use super::{Options, socket_error};
 use crate::error::{Error, Result};
-use crate::gate::{Answer, Caller, ClientId, Door, Event, Notice};
-use crate::observe::events;
+use crate::gate::{Answer, Caller, ClientId, Door, Event};
+use crate::observe::status;
+use crate::protocol::verbs::Status;
 use crate::session::{Pool, Returned, Session};
 
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
 const STOP: u64 = 2;
 const WAKE: u64 = 3;
+const METRICS: u64 = 4;
+/// Tokens of the visitors of the metrics socket.
+const VISITOR: u64 = 8;
+const LAST_VISITOR: u64 = VISITOR + VISITORS as u64 - 1;
 /// Tokens of connections: the client's number, and which of its sockets.
 const CLIENTS: u64 = 16;
 
 /// The least time to an alarm, so that many deadlines do not mean many wake-ups.
 const LEAST: Duration = Duration::from_micros(200);
+
+/// How long no connection is accepted where descriptors have run out, unless one is closed before.
+const STARVED: Duration = Duration::from_millis(100);
 
 /// One VM, with everything that its loop needs.
 #[derive(Debug)]
@@ -38,8 +49,10 @@ pub(super) struct Vm {
     listener: UnixListener,
     stopped: UnixStream,
     last_client: u32,
-    /// Notices so far.
-    sequence: u64,
+    pub(super) backlog: Backlog,
+    pub(super) scrape: Option<Scrape>,
+    /// Until when nobody is accepted.
+    starved: Option<Instant>,
     alarm: Option<Instant>,
     farewell: Option<Instant>,
 }
@@ -48,6 +61,7 @@ impl Vm {
     pub(super) fn new(
         options: Options,
         listener: UnixListener,
+        scrape: Option<UnixListener>,
         stopped: UnixStream,
         core: Arc<Core>,
         domain: Arc<dyn Domain>,
@@ -61,6 +75,9 @@ impl Vm {
         poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
         poller.add(&stopped, Interest::Read, STOP).map_err(failed)?;
+        if let Some(listener) = &scrape {
+            poller.add(listener, Interest::Read, METRICS).map_err(failed)?;
+        }
         for wake in session.wakes() {
             poller.add(wake, Interest::Read, WAKE).map_err(failed)?;
         }
@@ -73,15 +90,24 @@ impl Vm {
             listener,
             stopped,
             last_client: 0,
-            sequence: 0,
+            backlog: Backlog::new()?,
+            scrape: scrape.map(Scrape::new),
+            starved: None,
             alarm: None,
             farewell: None,
         })
     }
 
     /// Waits until something is ready.
-    pub(super) fn wait(&self, tokens: &mut Vec<u64>) -> Result<()> {
-        let timeout = if self.farewell.is_some() { 50 } else { -1 };
+    pub(super) fn wait(&mut self, tokens: &mut Vec<u64>) -> Result<()> {
+        if self.starved.is_some_and(|until| until <= Instant::now()) {
+            self.listen_again();
+        }
+        let timeout = match (self.farewell, self.starved) {
+            (Some(_), _) => 50,
+            (None, Some(_)) => STARVED.as_millis() as i32,
+            (None, None) => -1,
+        };
         self.poller.wait(timeout, tokens).map_err(|e| socket_error(&self.options.socket_path, e, ""))
     }
 
@@ -96,6 +122,11 @@ impl Vm {
             }
             WAKE => {
                 self.session.poll_domains();
+                false
+            }
+            METRICS => self.visitor_comes(VISITOR),
+            VISITOR..=LAST_VISITOR => {
+                self.visitor_ready(token, (token - VISITOR) as usize);
                 false
             }
             _ => match Self::client_of(token) {
@@ -127,8 +158,12 @@ impl Vm {
     }
 
     fn accept(&mut self) -> bool {
-        let Ok(socket) = accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) else {
-            return false;
+        let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => socket,
+            Err(errno) => {
+                self.starved(errno);
+                return false;
+            }
         };
         if self.farewell.is_some() || self.connections.len() >= self.options.max_clients {
             log::warn!("a connection was refused: {} are open", self.connections.len());
@@ -141,6 +176,35 @@ impl Vm {
             Err(error) => log::error!("epoll: {error}"),
         }
         true
+    }
+
+    /// Where it is for want of descriptors or memory that nobody can be accepted, asking again at once is of no
+    /// use: the sockets rest until something is closed, or for a moment.
+    pub(super) fn starved(&mut self, errno: Errno) {
+        if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) {
+            return;
+        }
+        if self.starved.is_none() {
+            log::warn!("no connection can be accepted: {errno}; raise the limit of files (`LimitNOFILE=`)");
+        }
+        self.starved = Some(Instant::now() + STARVED);
+        self.watch_doors(Interest::Nothing);
+    }
+
+    /// Accepts again.
+    pub(super) fn listen_again(&mut self) {
+        if self.starved.take().is_some() {
+            self.watch_doors(Interest::Read);
+        }
+    }
+
+    fn watch_doors(&self, interest: Interest) {
+        let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
+        for (listener, token) in [(&self.listener, LISTENER)].into_iter().chain(metrics) {
+            if let Err(error) = self.poller.change(listener, interest, token) {
+                log::error!("epoll: {error}");
+            }
+        }
     }
 
     fn kicked(&mut self) -> bool {
@@ -207,6 +271,7 @@ impl Vm {
     pub(super) fn hang_up(&mut self, client: ClientId) {
         if self.connections.remove(&client).is_some() {
             self.session.handle(Event::ClientGone { client });
+            self.listen_again();
         }
     }
 
@@ -218,19 +283,20 @@ impl Vm {
         }
     }
 
-    /// Notices so far.
-    pub(super) fn sequence(&self) -> u64 {
-        self.sequence
+    /// What is known now.
+    pub(super) fn status(&self) -> Status {
+        let policy = &self.options.policy;
+        Status {
+            clients: self.connections.len() as u64,
+            instance: self.backlog.instance().to_owned(),
+            sequence: self.backlog.last(),
+            refused: self.backlog.refused(&self.session),
+            ..status::status(&self.session, policy)
+        }
     }
 
-    /// Tells everybody who listens.
-    pub(super) fn notice(&mut self, notice: &Notice) {
-        self.sequence += 1;
-        let (event, details) = events::describe(notice, &self.session);
-        match notice {
-            Notice::Refused { .. } | Notice::Quarantined { .. } => log::warn!("{event} {details}"),
-            _ => log::info!("{event} {details}"),
-        }
-        self.publish(self.sequence, event, &details);
+    /// What is counted and timed, in OpenMetrics text.
+    pub(super) fn metrics(&self) -> String {
+        self.session.meter().text(&self.session.snapshot(), self.connections.len() as u64)
     }
 }

@@ -22,6 +22,7 @@ use crate::gate::{
     Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Nature,
     Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
+use crate::observe::metrics::{self, Meter};
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
@@ -68,6 +69,7 @@ pub struct Session {
     early: HashSet<(DomainId, Ticket)>,
     receipts: VecDeque<Receipt>,
     totals: Totals,
+    meter: Meter,
     pool: Pool,
 }
 
@@ -97,6 +99,7 @@ impl Session {
         Self {
             gate,
             effects,
+            meter: Meter::new(domain.name()),
             done: 0,
             domains: vec![domain],
             devices,
@@ -119,8 +122,10 @@ impl Session {
         }
         let ends = matches!(event, Event::End { .. } | Event::Converted { .. });
         let map = if let Event::Mapped { job, .. } = event { Some(job) } else { None };
+        let begun = metrics::begun(&event);
         let from = self.effects.len();
         self.gate.handle(event, &mut self.effects);
+        self.meter.begun(begun, &self.effects[from..]);
         if ends {
             self.held.hold(&mut self.effects, from);
         } else if let Some(job) = map {
@@ -203,7 +208,7 @@ impl Session {
         match answer {
             Answer::RegionAdded { region, .. } => self.files.added(caller, *region),
             Answer::Refused(_) => {
-                self.totals.wrong += 1;
+                self.meter.wrong();
                 if let Some(file) = self.files.refused(caller)
                     && !self.gate.knows(file)
                 {
@@ -212,6 +217,7 @@ impl Session {
             }
             Answer::Verdict { invalidation, verdict } => {
                 self.timers.remove(invalidation);
+                self.meter.answered(*invalidation, *verdict);
                 match verdict {
                     Verdict::Done => self.totals.done += 1,
                     Verdict::Refused { .. } => self.totals.refused += 1,
@@ -224,6 +230,7 @@ impl Session {
 
     fn remember(&mut self, receipt: Receipt) {
         self.timers.remove(&receipt.invalidation);
+        self.meter.receipt(&receipt);
         if receipt.steps.iter().any(|step| step.in_flight) {
             self.totals.late_dma_waited += 1;
         }
@@ -280,7 +287,12 @@ impl Session {
 
     /// Totals since the start.
     pub fn totals(&self) -> Totals {
-        self.totals
+        Totals { wrong: self.meter.requests_wrong(), ..self.totals }
+    }
+
+    /// What is counted and timed.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     /// The evidence of one invalidation, while it is remembered.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Outcome, PageState};
+use passgate::client::{Answer, Outcome, PageState, Status};
 use passgate::gate::{OnStuckDma, Policy};
 use passgate_backends::device::soft::ClosedWindow;
 use passgate_bindings::{Iova, PAGE};
@@ -47,7 +47,9 @@ fn dma_that_cannot_be_stopped_is_refused_told_quarantined_and_freed_when_it_ends
     for page in [0, 2, 3] {
         dma_write(&setup.device, page, 1).unwrap();
     }
-    assert_eq!(client.status().unwrap().quarantine.len(), 1);
+    let status = client.status().unwrap();
+    assert_eq!((status.quarantine.len(), status.quarantined), (1, PAGE));
+    assert_eq!(status.refused.len(), 1, "for whoever has not heard the event");
 
     // The peer's end is closed: the kernel lets go of the page, and that is the proof.
     drop(window.far);
@@ -57,7 +59,11 @@ fn dma_that_cannot_be_stopped_is_refused_told_quarantined_and_freed_when_it_ends
     assert_eq!(dma_read(&setup.device, 1).unwrap(), 42, "as it was before");
     let begun = granted(channel.begin(pages(0, 4), PageState::Private, None));
     channel.end(begun, Outcome::Committed).unwrap();
-    let totals = client.status().unwrap().totals;
+    let Status { totals, refused, quarantined, .. } = client.status().unwrap();
+    let [refused] = &refused[..] else { panic!("{refused:?}") };
+    assert_eq!((refused.invalidation, refused.gpa, refused.length), (failure.invalidation, PAGE, PAGE));
+    assert_eq!((refused.cause.as_str(), refused.device.as_deref()), ("dma-in-flight", Some("soft:0")));
+    assert_eq!(quarantined, 0);
     assert_eq!((totals.refused, totals.done), (1, 1));
 }
 

@@ -26,6 +26,20 @@ fn more_regions_than_allowed_are_refused_until_one_goes() {
 }
 
 #[test]
+fn a_status_of_as_many_regions_as_there_may_be_is_read_whole() {
+    let setup = Setup::new();
+    let mut client = setup.connect();
+    let file = memory(1);
+    let most = Policy::default().max_regions;
+    for at in 0..u64::from(most) {
+        client.add_memory(&AddMemory::shared(at << 30, PAGE), &[&*file]).unwrap();
+    }
+    let status = client.status().unwrap();
+    assert_eq!(status.regions.len(), most as usize);
+    assert!(serde_json::to_vec(&status).unwrap().len() > passgate::protocol::MAX_FRAME);
+}
+
+#[test]
 fn more_mappings_than_the_domain_holds_are_refused_with_the_mend() {
     let setup = Setup::over(|| SoftDomain::with_slots(8).unwrap(), |_| {});
     let mut client = setup.connect();

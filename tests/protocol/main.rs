@@ -8,8 +8,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[path = "../daemon/mod.rs"]
+mod daemon;
+
 mod budgets;
 mod control;
+mod events;
 mod interface;
 mod memory;
+mod metrics;
+mod processes;
 mod records;
+mod release;

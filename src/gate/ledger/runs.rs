@@ -75,6 +75,15 @@ impl Runs {
         self.objects
     }
 
+    /// Bytes that are mapped, or may be.
+    pub fn bytes(&self) -> u64 {
+        let left = |run: &Run| match run.state {
+            RunState::Suspect { gone, .. } => run.range.len().saturating_sub(gone),
+            _ => run.range.len(),
+        };
+        self.runs.values().map(left).sum()
+    }
+
     /// Runs that are neither plainly mapped nor about to be.
     pub fn unsettled(&self) -> usize {
         self.unsettled

@@ -1,0 +1,257 @@
+//! `passgate top`: what a daemon does, live. Everything it shows is a difference of two looks at `Status` and
+//! `Metrics`; it keeps nothing else.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::status::bytes;
+use super::{Daemon, line};
+use crate::client::{Client, Event, Status};
+use crate::error::{Error, Result};
+use crate::protocol::frame::FrameError;
+
+/// Events that are shown.
+const EVENTS: usize = 8;
+/// Cursor to the top left, and everything below it away (ECMA-48: CUP, ED).
+const CLEAR: &str = "\x1b[H\x1b[J";
+
+/// Shows what a daemon does, live.
+#[derive(Debug, Args)]
+pub(super) struct Top {
+    #[command(flatten)]
+    daemon: Daemon,
+    /// How long to look before each new view
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    interval: Duration,
+    /// Look once, and end
+    #[arg(long)]
+    once: bool,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is no number of seconds"))?;
+    if (0.1..=3600.0).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err(format!("`{text}` seconds: choose 0.1 to 3600"))
+    }
+}
+
+impl Top {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let (interrupt, interrupted) = UnixStream::pair().map_err(Error::Signal)?;
+        for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+            let end = interrupt.try_clone().map_err(Error::Signal)?;
+            signal_hook::low_level::pipe::register(signal, end).map_err(Error::Signal)?;
+        }
+        match self.watch(&interrupted) {
+            Err(Error::Frame(FrameError::Closed) | Error::Connection(_)) => {
+                eprintln!("passgate: the daemon has gone");
+                Ok(ExitCode::SUCCESS)
+            }
+            result => result.map(|()| ExitCode::SUCCESS),
+        }
+    }
+
+    /// Until it is interrupted, or the daemon goes.
+    fn watch(&self, interrupted: &UnixStream) -> Result<()> {
+        let told = events(self.daemon.connect()?)?;
+        let mut client = self.daemon.connect()?;
+        let mut last = VecDeque::new();
+        let mut before = Sample::take(&mut client)?;
+        while !rests(interrupted, &client, self.interval)? {
+            let status = client.status()?;
+            let now = Sample::take(&mut client)?;
+            for event in told.try_iter() {
+                last.push_back(format!("{} {} {}", event.sequence, event.event, event.details));
+            }
+            last.drain(..last.len().saturating_sub(EVENTS));
+            show(&view(&status, &before, &now, last.make_contiguous()))?;
+            if self.once {
+                return Ok(());
+            }
+            if !std::io::stdout().is_terminal() {
+                last.clear();
+            }
+            before = now;
+        }
+        Ok(())
+    }
+}
+
+/// The events, read on a thread of their own; what is not taken in time is let go by.
+fn events(client: Client) -> Result<Receiver<Event>> {
+    let events = client.subscribe()?;
+    let (tell, told) = sync_channel(64 * EVENTS);
+    let read = move || {
+        for event in events.map_while(Result::ok) {
+            let _ = tell.try_send(event);
+        }
+    };
+    std::thread::Builder::new().name("events".into()).spawn(read).map_err(Error::Thread)?;
+    Ok(told)
+}
+
+/// Waits for `interval`; true where it is to end. Nothing is asked of the daemon now, so what its socket has is
+/// its end.
+fn rests(interrupted: &UnixStream, client: &Client, interval: Duration) -> Result<bool> {
+    let end = Instant::now() + interval;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut fds = [PollFd::new(interrupted, PollFlags::IN), PollFd::new(client, PollFlags::IN)];
+        match poll(&mut fds, Some(&limit)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(_) if !fds[0].revents().is_empty() => return Ok(true),
+            Ok(_) if !fds[1].revents().is_empty() => return Err(Error::Frame(FrameError::Closed)),
+            Ok(_) => return Ok(false),
+        }
+    }
+}
+
+fn show(view: &str) -> Result<()> {
+    if !std::io::stdout().is_terminal() {
+        return line(view);
+    }
+    print!("{CLEAR}");
+    line(view)?;
+    std::io::stdout().flush().map_err(Error::Output)
+}
+
+/// What `Metrics` said at one moment.
+#[derive(Debug, Clone)]
+struct Sample {
+    when: Instant,
+    /// Conversions by verdict.
+    conversions: BTreeMap<String, f64>,
+    /// Begins answered within so many nanoseconds; the last is all of them.
+    answered: BTreeMap<u64, f64>,
+}
+
+impl Sample {
+    fn take(client: &mut Client) -> Result<Self> {
+        Ok(Self::read(&client.metrics()?))
+    }
+
+    fn read(text: &str) -> Self {
+        let (mut conversions, mut answered) = (BTreeMap::new(), BTreeMap::new());
+        for line in text.lines() {
+            let Some((series, value)) = line.rsplit_once(' ') else { continue };
+            let Ok(value) = value.parse::<f64>() else { continue };
+            if series.starts_with("passgate_conversions_total{") {
+                *conversions.entry(label(series, "verdict").to_owned()).or_default() += value;
+            } else if series.starts_with("passgate_verdict_seconds_bucket{") {
+                let within = label(series, "le").parse::<f64>().unwrap_or(f64::INFINITY);
+                *answered.entry((within * 1e9).round() as u64).or_default() += value;
+            }
+        }
+        Self { when: Instant::now(), conversions, answered }
+    }
+
+    /// Conversions with this verdict.
+    fn said(&self, verdict: &str) -> f64 {
+        self.conversions.get(verdict).copied().unwrap_or(0.0)
+    }
+}
+
+/// The value of a label of a series; empty where it has none.
+fn label<'a>(series: &'a str, name: &str) -> &'a str {
+    let after = series.split_once(&format!("{name}=\"")).map_or("", |(_, after)| after);
+    after.split('"').next().unwrap_or("")
+}
+
+/// Within what time this share of the begins between two looks was answered, as the histogram's buckets tell;
+/// none where there were none.
+fn within(before: &Sample, now: &Sample, share: f64) -> Option<Duration> {
+    let new = |(ns, count): (&u64, &f64)| (*ns, count - before.answered.get(ns).copied().unwrap_or(0.0));
+    let all = now.answered.iter().next_back().map(new)?.1;
+    if all < 1.0 {
+        return None;
+    }
+    now.answered
+        .iter()
+        .map(new)
+        .find(|(_, count)| *count >= all * share)
+        .map(|(ns, _)| Duration::from_nanos(ns))
+}
+
+fn view(status: &Status, before: &Sample, now: &Sample, events: &[String]) -> String {
+    let seconds = now.when.duration_since(before.when).as_secs_f64().max(1e-6);
+    let rate = |verdict: &str| (now.said(verdict) - before.said(verdict)) / seconds;
+    let took = |share| match within(before, now, share) {
+        None => "-".to_owned(),
+        Some(time) if time > Duration::from_secs(60) => "over 8 s".to_owned(),
+        Some(time) => format!("within {time:?}"),
+    };
+    let mut text = format!(
+        "passgate {}, {}, instance {}\n\
+         conversions/s: {:.0} done, {:.0} refused, {:.0} unknown; half answered {}, 99 % {}\n\
+         mappings: {} of {} ({} at worst); {} mapped, {} in quarantine; {} conversions open, {} connections",
+        status.version,
+        status.iommu,
+        status.instance,
+        rate("done"),
+        rate("refused"),
+        rate("unknown"),
+        took(0.5),
+        took(0.99),
+        status.mappings,
+        status.max_mappings,
+        status.forecast,
+        bytes(status.pinned),
+        bytes(status.quarantined),
+        status.open,
+        status.clients,
+    );
+    for device in &status.devices {
+        let state = device.fenced.as_ref().map_or("running".to_owned(), |step| format!("FENCED by {step}"));
+        _ = write!(text, "\ndevice {}: {state}; can be stopped by {}", device.device, device.stop.join(", "));
+    }
+    for event in events {
+        _ = write!(text, "\nevent {event}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(fast: u64, all: u64) -> Sample {
+        Sample::read(&format!(
+            "# TYPE passgate_verdict_seconds histogram\n\
+             passgate_verdict_seconds_bucket{{le=\"0.000001\",performer=\"client\"}} {fast}\n\
+             passgate_verdict_seconds_bucket{{le=\"0.000002\",performer=\"client\"}} {all}\n\
+             passgate_verdict_seconds_bucket{{le=\"+Inf\",performer=\"client\"}} {all}\n\
+             passgate_verdict_seconds_bucket{{le=\"+Inf\",performer=\"passgate\"}} 0\n\
+             passgate_conversions_total{{verdict=\"done\",to=\"shared\"}} {fast}\n\
+             passgate_conversions_total{{verdict=\"done\",to=\"hole\"}} {all}\n# EOF\n"
+        ))
+    }
+
+    #[test]
+    fn what_lies_between_two_looks_is_shown() {
+        let (before, now) = (sample(1000, 1000), sample(1060, 1100));
+        assert_eq!(now.said("done") - before.said("done"), 160.0);
+        assert_eq!(within(&before, &now, 0.5), Some(Duration::from_micros(1)));
+        assert_eq!(within(&before, &now, 0.99), Some(Duration::from_micros(2)));
+        assert_eq!(within(&now, &now, 0.5), None, "nothing happened");
+    }
+
+    #[test]
+    fn intervals_are_bounded() {
+        assert_eq!(interval("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["0", "-1", "x", "1e9", "NaN"] {
+            assert!(interval(wrong).is_err(), "{wrong}");
+        }
+    }
+}
