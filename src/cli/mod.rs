@@ -7,6 +7,7 @@ mod convert;
 mod demo;
 mod events;
 mod explain;
+mod replay;
 mod serve;
 mod shell;
 mod status;
@@ -42,6 +43,8 @@ enum Command {
     Convert(convert::ConvertRange),
     /// Prints the evidence of one invalidation
     Explain(explain::ExplainOne),
+    /// Checks an audit log: by a gate again, and by what its calls returned
+    Replay(replay::Replay),
     /// Prints completions for a shell
     Completions(shell::Completions),
     /// Prints the manual page
@@ -102,6 +105,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Events(events) => events.run(),
         Command::Convert(convert) => convert.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Replay(replay) => replay.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),

@@ -10,6 +10,7 @@ use passgate_backends::assign::{self, Kind, assign};
 
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Policy};
+use crate::observe::records::StateOptions;
 use crate::serve::{Options, Server};
 use crate::session::guardian::{self, Ended};
 
@@ -40,6 +41,37 @@ pub(super) struct Serve {
     /// Guest memory regions at most
     #[arg(long, value_name = "N", default_value_t = Policy::default().max_regions)]
     max_regions: u32,
+    #[command(flatten)]
+    state: State,
+}
+
+/// What is written down, and where.
+#[derive(Debug, Args)]
+struct State {
+    /// Where the audit log and the quarantine are kept, for this daemon and the next (made with mode 0700)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Bytes of one file of the audit log
+    #[arg(long, value_name = "BYTES", default_value = "64M", requires = "state_dir", value_parser = segment)]
+    audit_segment: u64,
+    /// Files of the audit log that are kept
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "state_dir")]
+    audit_keep: usize,
+}
+
+impl State {
+    fn options(self) -> Option<StateOptions> {
+        let Self { state_dir, audit_segment, audit_keep } = self;
+        state_dir.map(|dir| StateOptions { dir, audit_segment, audit_keep })
+    }
+}
+
+/// Bytes of one file: not so few that a line does not fit, not so many that an address space does not hold it.
+fn segment(text: &str) -> Result<u64, String> {
+    match super::number(text)? {
+        bytes if (1 << 20..=1 << 36).contains(&bytes) => Ok(bytes),
+        _ => Err("give 1M to 64G".to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -80,8 +112,9 @@ impl Serve {
         let assign::Assignment { domain, devices } = take(kind, &self.devices)?;
         let policy = Policy { on_stuck_dma, max_regions: self.max_regions, ..Policy::default() };
         let guardian = (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe"));
+        let state = self.state.options();
         let options =
-            Options { policy, allow_dma: self.allow_dma, guardian, ..Options::at(self.socket_path) };
+            Options { policy, allow_dma: self.allow_dma, guardian, state, ..Options::at(self.socket_path) };
         log::info!("{} with {} devices", domain.name(), devices.len());
         let server = Server::bind(options, domain, devices)?;
         for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {

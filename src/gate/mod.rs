@@ -24,6 +24,7 @@ mod snapshot;
 mod stop;
 pub mod verdict;
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 use passgate_bindings::units::{Address, Offset};
@@ -46,7 +47,7 @@ use region::Region;
 use stop::DeviceEntry;
 
 /// What a gate is told once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
     /// How far to go by itself when DMA does not stop.
     pub on_stuck_dma: OnStuckDma,

@@ -15,6 +15,7 @@ use super::{Options, socket_error};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event, Notice};
 use crate::observe::events;
+use crate::observe::records::Records;
 use crate::session::{Pool, Returned, Session};
 
 const LISTENER: u64 = 0;
@@ -56,7 +57,13 @@ impl Vm {
         let failed = |e| socket_error(&options.socket_path, e, "");
         let workers = Arc::clone(&core);
         let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
-        let session = Session::new(options.policy, domain, devices, pool);
+        let names = || devices.iter().map(|device| device.name().to_owned()).collect();
+        let records = options
+            .state
+            .as_ref()
+            .map(|state| Records::open(state, options.policy, domain.name(), names()))
+            .transpose()?;
+        let session = Session::new(options.policy, domain, devices, pool, records);
         let poller = Poller::new().map_err(failed)?;
         poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
