@@ -12,6 +12,7 @@ mod daemon;
 mod machine {
     pub mod conversion;
     pub mod death;
+    pub mod owner;
     pub mod programs;
     pub mod refusals;
     pub mod rig;
@@ -19,7 +20,7 @@ mod machine {
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, programs, refusals};
+use machine::{conversion, death, owner, programs, refusals};
 
 type Run = fn(&Rig);
 
@@ -67,6 +68,8 @@ fn main() {
                 trials.extend(EVERY_DOMAIN.iter().map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
+                let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
+                trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
             }
             trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
         }

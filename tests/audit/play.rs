@@ -85,7 +85,9 @@ impl Play {
         };
         for domain in [DomainId(0), DomainId(1)] {
             play.tell(Event::DomainAdded { domain, max_mappings: 65_535, max_piece: 1 << 30 });
-            let device = DeviceId(domain.0);
+            let steps = Steps::of(&[Step::Drain, Step::Detach, Step::Reset]);
+            let (device, nature) = (DeviceId(domain.0), Default::default());
+            play.tell(Event::DeviceAdded { device, domain, steps, nature });
         }
         play.connect();
         play
@@ -94,6 +96,8 @@ impl Play {
     /// Another client, with the file at two places.
     fn connect(&mut self) {
         self.client += 1;
+        // Memory that cannot be added is another story.
+        let faults = std::mem::take(&mut self.faults);
         for at in [0, ALIAS] {
             let spec = RegionSpec {
                 gpa: range(self.base() + at, PAGES),
@@ -106,6 +110,7 @@ impl Play {
             self.tell(Event::AddRegion { caller, spec });
         }
         self.settle();
+        self.faults = faults;
     }
 
     /// Where the client's memory starts, in pages.
