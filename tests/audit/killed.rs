@@ -34,7 +34,10 @@ pub fn arguments(state: &Path) -> Vec<&str> {
 
 /// A daemon with a state directory.
 pub fn start(path: &Path, state: &Path) -> Daemon {
-    Daemon::start_at(program(), path, &arguments(state))
+    let daemon = Daemon::start_at(program(), path, &arguments(state));
+    // It listens before it is ready to be stopped; what it answers it answers after.
+    daemon.client().status().unwrap();
+    daemon
 }
 
 pub fn page(page: u64) -> PageRange<Gpa> {

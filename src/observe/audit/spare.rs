@@ -21,6 +21,8 @@ struct Fresh {
     path: PathBuf,
 }
 
+type Made = Result<Fresh, Failed>;
+
 impl Drop for Fresh {
     fn drop(&mut self) {
         if self.segment.take().is_some() {
@@ -32,7 +34,7 @@ impl Drop for Fresh {
 /// Where the next segment comes from.
 #[derive(Debug)]
 pub(super) struct Spare {
-    ends: Option<(Receiver<Result<Fresh, Failed>>, SyncSender<Segment>)>,
+    ends: Option<(Receiver<Made>, SyncSender<Segment>)>,
     thread: Option<JoinHandle<()>>,
 }
 
