@@ -163,7 +163,7 @@ fn what_is_no_log_is_refused_with_the_line() {
     let third = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(1).unwrap().0 + 1;
     bytes[third] = b'x';
     std::fs::write(&file, &bytes).unwrap();
-    let error = replay(&[file.clone()], |_, _| {}).unwrap_err().to_string();
+    let error = replay(std::slice::from_ref(&file), |_, _| {}).unwrap_err().to_string();
     assert!(error.contains("line 3") && error.contains(file.to_str().unwrap()), "{error}");
     std::fs::write(&file, b"no log\n").unwrap();
     let error = replay(&[file], |_, _| {}).unwrap_err().to_string();
