@@ -151,7 +151,7 @@ impl Pure {
 }
 
 /// Medians of turns taken one by one, so short that both sides meet the same neighbours: without, with.
-fn compare(mut turns: [&mut dyn FnMut() -> Result<f64>; 2]) -> Result<[f64; 2]> {
+fn compare(turns: [&mut dyn FnMut() -> Result<f64>; 2]) -> Result<[f64; 2]> {
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..TURNS {
         for side in [round % 2, (round + 1) % 2] {
