@@ -38,6 +38,28 @@ pub enum Error {
         /// What to do about it, or empty.
         mend: &'static str,
     },
+    /// The state directory, or what is in it, cannot be used.
+    #[error("{path}: {source}{mend}")]
+    State {
+        /// Which file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// What to do about it, or empty.
+        mend: &'static str,
+    },
+    /// An audit log cannot be read.
+    #[error(transparent)]
+    Log(#[from] crate::observe::audit::ReadError),
+    /// An audit log has no such receipt.
+    #[error(
+        "no receipt of invalidation {invalidation} follows from this log: it is not over there, or its run's \
+         beginning was rotated away"
+    )]
+    NoReceipt {
+        /// Which.
+        invalidation: u64,
+    },
     /// A kernel call of the daemon's own.
     #[error("{0}")]
     Call(#[from] Failed),
@@ -117,11 +139,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code that says it: 3 where the host is not able, else 1.
+    /// The exit code that says it: 3 where the host is not able, 2 where what was named is no log, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Backend(_) | Self::Taken { .. } | Self::InUse { .. } | Self::Sysfs { .. } => 3,
-            Self::Usage(_) => 2,
+            Self::Usage(_) | Self::Log(_) => 2,
             _ => 1,
         }
     }

@@ -13,6 +13,7 @@ mod machine {
     pub mod conversion;
     pub mod death;
     pub mod list;
+    pub mod owner;
     pub mod programs;
     pub mod recovery;
     pub mod refusals;
@@ -23,7 +24,7 @@ mod machine {
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, list, programs, recovery, refusals, selftest, together};
+use machine::{conversion, death, list, owner, programs, recovery, refusals, selftest, together};
 
 type Run = fn(&Rig);
 
@@ -83,6 +84,8 @@ fn main() {
                     .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
+                let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
+                trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
             }
             trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
         }

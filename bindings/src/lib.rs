@@ -11,6 +11,7 @@ pub mod identity;
 pub mod iommufd;
 pub mod kvm;
 pub mod memory;
+pub mod segment;
 pub mod units;
 pub mod uring;
 pub mod vfio;

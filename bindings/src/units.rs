@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
 /// Bytes in a page: the granularity of guest_memfd and of every conversion.
 pub const PAGE: u64 = 4096;
 
@@ -22,7 +24,9 @@ pub trait Address: Copy + Ord + fmt::LowerHex {
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        #[derive(
+            Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+        )]
         pub struct $name(pub u64);
 
         impl Address for $name {
@@ -187,5 +191,20 @@ impl<A: Address> fmt::Debug for PageRange<A> {
 impl<A: Address> fmt::Display for PageRange<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
+    }
+}
+
+/// As `[start, length]`, in bytes.
+impl<A: Address> Serialize for PageRange<A> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        (self.start.raw(), self.len()).serialize(serializer)
+    }
+}
+
+/// Checked as [`PageRange::new`] checks.
+impl<'de, A: Address> Deserialize<'de> for PageRange<A> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (start, len) = <(u64, u64)>::deserialize(deserializer)?;
+        Self::new(start, len).map_err(de::Error::custom)
     }
 }

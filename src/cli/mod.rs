@@ -10,6 +10,7 @@ mod explain;
 mod list;
 mod metrics;
 mod release;
+mod replay;
 mod selftest;
 mod serve;
 mod shell;
@@ -57,6 +58,8 @@ enum Command {
     Metrics(metrics::MetricsOf),
     /// Shows what a daemon does, live
     Top(top::Top),
+    /// Checks an audit log: by a gate again, and by what its calls returned
+    Replay(replay::Replay),
     /// Prints completions for a shell
     Completions(shell::Completions),
     /// Prints the manual page
@@ -122,6 +125,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Release(release) => release.run(),
         Command::Metrics(metrics) => metrics.run(),
         Command::Top(top) => top.run(),
+        Command::Replay(replay) => replay.run(),
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),

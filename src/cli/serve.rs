@@ -11,6 +11,7 @@ use passgate_backends::assign::{Accept, Assignment, Kind};
 use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
+use crate::observe::records::StateOptions;
 use crate::serve::{Options, Server, privilege};
 use crate::session::guardian::{self, Ended};
 
@@ -63,6 +64,37 @@ pub(super) struct Serve {
     /// Guest memory regions at most
     #[arg(long, value_name = "N", default_value_t = Policy::default().max_regions)]
     max_regions: u32,
+    #[command(flatten)]
+    state: State,
+}
+
+/// What is written down, and where.
+#[derive(Debug, Args)]
+struct State {
+    /// Where the audit log and the quarantine are kept, for this daemon and the next (made with mode 0700)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Bytes of one file of the audit log
+    #[arg(long, value_name = "BYTES", default_value = "64M", requires = "state_dir", value_parser = segment)]
+    audit_segment: u64,
+    /// Files of the audit log that are kept
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "state_dir")]
+    audit_keep: usize,
+}
+
+impl State {
+    fn options(self) -> Option<StateOptions> {
+        let Self { state_dir, audit_segment, audit_keep } = self;
+        state_dir.map(|dir| StateOptions { dir, audit_segment, audit_keep })
+    }
+}
+
+/// Bytes of one file: not so few that a line does not fit, not so many that an address space does not hold it.
+fn segment(text: &str) -> Result<u64, String> {
+    match super::number(text)? {
+        bytes if (1 << 20..=1 << 36).contains(&bytes) => Ok(bytes),
+        _ => Err("give 1M to 64G".to_owned()),
+    }
 }
 
 /// The IOMMU interface, as the command line names it.
@@ -130,6 +162,7 @@ impl Serve {
             allow_release: !self.no_release,
             metrics_path: self.metrics_path,
             guardian,
+            state: self.state.options(),
             ..Options::at(self.socket_path)
         };
         log::info!("{} with {} devices", domain.name(), devices.len());

@@ -5,6 +5,7 @@
 
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
+use serde::{Deserialize, Serialize};
 
 use super::fence::{Nature, Step, Steps};
 use super::ledger::PageState;
@@ -13,7 +14,7 @@ use super::verdict::Reason;
 macro_rules! names {
     ($($(#[$doc:meta])* $name:ident($raw:ty);)*) => {$(
         $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         pub struct $name(pub $raw);
     )*};
 }
@@ -34,7 +35,7 @@ names! {
 }
 
 /// The identity of a file (`st_dev`, `st_ino`): two descriptors of one file are one identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FileId {
     /// `st_dev`.
     pub device: u64,
@@ -43,7 +44,8 @@ pub struct FileId {
 }
 
 /// Through which of a client's sockets a request came; its answer goes the same way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Door {
     /// A varlink call on the control socket.
     Control,
@@ -52,7 +54,7 @@ pub enum Door {
 }
 
 /// Whom to answer. The cookie is the caller's own and comes back untouched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Caller {
     /// The connection.
     pub client: ClientId,
@@ -63,7 +65,7 @@ pub struct Caller {
 }
 
 /// Pages of a file, from an offset on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backing {
     /// The file.
     pub file: FileId,
@@ -72,7 +74,7 @@ pub struct Backing {
 }
 
 /// A guest memory region as its owner describes it. Device DMA sees it at IOVA = guest-physical address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionSpec {
     /// Where the guest sees it.
     pub gpa: PageRange<Gpa>,
@@ -87,7 +89,8 @@ pub struct RegionSpec {
 }
 
 /// How the owner's side of a conversion ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// The whole range is now what was asked for.
     Committed,
@@ -104,7 +107,8 @@ pub enum Outcome {
 }
 
 /// Who performs the conversion between begin and end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Performer {
     /// The client, which then sends `end`.
     Client,
@@ -113,7 +117,8 @@ pub enum Performer {
 }
 
 /// How an unmap went, as the domain said it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum UnmapResult {
     /// `bytes` gone, nothing in flight.
     Gone {
@@ -136,7 +141,8 @@ pub enum UnmapResult {
 }
 
 /// How a map went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MapResult {
     /// The whole range is mapped.
     Mapped,
@@ -153,7 +159,8 @@ pub enum MapResult {
 }
 
 /// What happens to the gate.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Event {
     /// A domain exists. Before any region or device.
     DomainAdded {

@@ -3,8 +3,11 @@
 //! Policy only. A step is tried on every device of a domain at once, because a fence proves something only for
 //! the whole group; what no device of the domain can do, or the policy does not allow, is skipped.
 
+use serde::{Deserialize, Serialize};
+
 /// A rung of the ladder, weakest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum Step {
     /// Remove the mappings and wait for what is in flight.
@@ -50,7 +53,7 @@ impl Step {
 }
 
 /// A set of rungs: a device's stop class, or what a policy allows. [`Step::Unmap`] is in every set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Steps(u8);
 
 impl Steps {
@@ -80,7 +83,7 @@ impl Steps {
 }
 
 /// What of a device bears on which fences prove anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Nature {
     /// It caches translations of its own (PCI ATS is on): an unmap alone proves nothing where a stale write does
     /// harm ([`Platform::Strict`]).
@@ -90,7 +93,8 @@ pub struct Nature {
 }
 
 /// What a stale write does here, and so what counts as proof.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Platform {
     /// It faults, noisy but harmless (AMD SEV-SNP, Arm): an unmap at its full length is proof.
     #[default]
@@ -101,7 +105,8 @@ pub enum Platform {
 }
 
 /// How far passgate goes by itself when DMA does not stop (`--on-stuck-dma`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnStuckDma {
     /// Ask the device to end what it does; then refuse.
     #[default]

@@ -28,6 +28,8 @@ pub mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
@@ -48,7 +50,7 @@ use region::Region;
 use stop::DeviceEntry;
 
 /// What a gate is told once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
     /// How far to go by itself when DMA does not stop.
     pub on_stuck_dma: OnStuckDma,

@@ -1,12 +1,14 @@
 //! The gate's words: done, refused, unknown, and for what reason.
 
 use passgate_bindings::{Gpa, PageRange};
+use serde::{Deserialize, Serialize};
 
 use super::event::{DeviceId, InvalidationId};
 use super::fence::Step;
 
 /// The answer to a begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// No device can see the range any more; go on.
     Done,
@@ -27,7 +29,7 @@ pub enum Verdict {
 }
 
 /// Why a range could not be given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
     /// The kind of failure.
     pub cause: Cause,
@@ -40,7 +42,8 @@ pub struct Reason {
 }
 
 /// The kinds of failure of an invalidation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u32)]
 pub enum Cause {
     /// A mapping could not be removed, or not at its full length.

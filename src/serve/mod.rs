@@ -29,6 +29,7 @@ use passgate_backends::{Device, Domain};
 
 use crate::error::{Error, Result};
 use crate::gate::Policy;
+use crate::observe::records::StateOptions;
 use crate::session::guardian::Watch;
 use event_loop::Core;
 use vm::Vm;
@@ -52,6 +53,8 @@ pub struct Options {
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
+    /// Where the audit log and the quarantine are written down; none for nowhere.
+    pub state: Option<StateOptions>,
 }
 
 impl Options {
@@ -66,6 +69,7 @@ impl Options {
             max_clients: 64,
             farewell: Duration::from_secs(10),
             guardian: None,
+            state: None,
         }
     }
 }

@@ -17,6 +17,7 @@ use super::scrape::{Scrape, VISITORS};
 use super::{Options, socket_error};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
+use crate::observe::records::Records;
 use crate::observe::status;
 use crate::protocol::verbs::Status;
 use crate::session::{Pool, Returned, Session};
@@ -70,7 +71,13 @@ impl Vm {
         let failed = |e| socket_error(&options.socket_path, e, "");
         let workers = Arc::clone(&core);
         let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
-        let session = Session::new(options.policy, domain, devices, pool);
+        let names = || devices.iter().map(|device| device.name().to_owned()).collect();
+        let records = options
+            .state
+            .as_ref()
+            .map(|state| Records::open(state, options.policy, domain.name(), names()))
+            .transpose()?;
+        let session = Session::new(options.policy, domain, devices, pool, records);
         let poller = Poller::new().map_err(failed)?;
         poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;

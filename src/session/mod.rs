@@ -23,6 +23,7 @@ use crate::gate::{
     Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
+use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
@@ -71,34 +72,25 @@ pub struct Session {
     totals: Totals,
     meter: Meter,
     pool: Pool,
+    records: Option<Records>,
 }
 
 impl Session {
-    /// A session over one domain and its devices. `pool` runs what takes long.
-    pub fn new(policy: Policy, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>, pool: Pool) -> Self {
-        let mut gate = Gate::new(policy);
-        let mut effects = Effects::new();
-        let able = domain.capabilities();
-        let id = DomainId(0);
-        gate.handle(
-            Event::DomainAdded {
-                domain: id,
-                max_mappings: able.max_mappings,
-                max_piece: able.max_mapping_len,
-            },
-            &mut effects,
-        );
-        for (index, device) in devices.iter().enumerate() {
-            let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
-            let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
-            let passgate_backends::Nature { ats, tdi } = device.nature();
-            let nature = Nature { ats, tdi };
-            let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
-            gate.handle(Event::DeviceAdded { device, domain: id, steps, nature }, &mut effects);
-        }
-        Self {
-            gate,
-            effects,
+    /// A session over one domain and its devices. `pool` runs what takes long. `records` is where it writes down what
+    /// happens, where it does; what is in quarantine there is so here.
+    pub fn new(
+        policy: Policy,
+        domain: Arc<dyn Domain>,
+        devices: Vec<Arc<dyn Device>>,
+        pool: Pool,
+        mut records: Option<Records>,
+    ) -> Self {
+        let left = records.as_mut().map(Records::take_left).unwrap_or_default();
+        let mut start = start(&*domain, &devices);
+        start.extend(left);
+        let mut session = Self {
+            gate: Gate::new(policy),
+            effects: Effects::new(),
             meter: Meter::new(domain.name()),
             done: 0,
             domains: vec![domain],
@@ -112,7 +104,10 @@ impl Session {
             receipts: VecDeque::new(),
             totals: Totals::default(),
             pool,
-        }
+            records,
+        };
+        start.into_iter().for_each(|event| session.handle(event));
+        session
     }
 
     /// Takes one event. Ask for [`Session::next_step`] until it is idle.
@@ -124,8 +119,15 @@ impl Session {
         let map = if let Event::Mapped { job, .. } = event { Some(job) } else { None };
         let begun = metrics::begun(&event);
         let from = self.effects.len();
+        if let Some(records) = &mut self.records {
+            records.before(&event);
+        }
         self.gate.handle(event, &mut self.effects);
         self.meter.begun(begun, &self.effects[from..]);
+        if let Some(records) = &mut self.records {
+            let new = self.effects.get(from..).unwrap_or_default();
+            records.after(new, || self.gate.snapshot().quarantine);
+        }
         if ends {
             self.held.hold(&mut self.effects, from);
         } else if let Some(job) = map {
@@ -300,6 +302,11 @@ impl Session {
         self.receipts.iter().rev().find(|receipt| receipt.invalidation == id)
     }
 
+    /// Lines of the audit log that could not be written.
+    pub fn audit_dropped(&self) -> u64 {
+        self.records.as_ref().map_or(0, Records::dropped)
+    }
+
     /// The domain that devices are in.
     pub fn domain(&self) -> Option<&Arc<dyn Domain>> {
         self.domains.first()
@@ -324,6 +331,25 @@ impl Session {
     pub fn pool(&self) -> &Pool {
         &self.pool
     }
+}
+
+/// What a gate is told first: its domain and its devices.
+fn start(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> Vec<Event> {
+    let (id, able) = (DomainId(0), domain.capabilities());
+    let mut events = vec![Event::DomainAdded {
+        domain: id,
+        max_mappings: able.max_mappings,
+        max_piece: able.max_mapping_len,
+    }];
+    for (index, device) in devices.iter().enumerate() {
+        let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
+        let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
+        let passgate_backends::Nature { ats, tdi } = device.nature();
+        let nature = Nature { ats, tdi };
+        let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
+        events.push(Event::DeviceAdded { device, domain: id, steps, nature });
+    }
+    events
 }
 
 fn can(device: &dyn Device, step: Step) -> bool {

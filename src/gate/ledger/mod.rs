@@ -7,12 +7,15 @@ pub mod holds;
 pub mod pages;
 pub mod runs;
 
+use serde::{Deserialize, Serialize};
+
 pub use holds::{HeldBy, Holds};
 pub use pages::PageMap;
 pub use runs::{Run, RunState, Runs};
 
 /// What a page of guest memory is to devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum PageState {
     /// Devices may see it.

@@ -1,0 +1,202 @@
+//! What the audit log costs: the same conversions with it and without, in turns.
+//!
+//! `cargo bench --bench audit`. Once through the real daemon (one 4 KiB page of the soft domain, begin, punch, end, as
+//! `passgate demo` does it), where the log may cost a twentieth of the run; once by the gate alone, which shows what the
+//! lines of one conversion cost by themselves. `PASSGATE_STATE=DIR` puts the log elsewhere than in TMPDIR.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use passgate::client::{AddMemory, Answer as Told, Channel, Client, Outcome as Went, PageState as To};
+use passgate::gate::{
+    Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, InvalidationId,
+    MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
+};
+use passgate::observe::audit::{Log, LogOptions};
+use passgate::observe::records::StateOptions;
+use passgate::serve::{Handle, Options, Server};
+use passgate_backends::iommu::soft::SoftDomain;
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::{PAGE, PageRange};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const PAGES: u64 = 256;
+/// Conversions of one turn, and turns of each side.
+const TURN: u64 = 16;
+const TURNS: usize = 3000;
+/// What the log may cost of the run.
+const LIMIT: f64 = 0.05;
+
+fn range<A: Address>(page: u64) -> Result<PageRange<A>> {
+    Ok(PageRange::new(page * PAGE, PAGE)?)
+}
+
+/// A daemon over the soft domain, and its client.
+struct Daemon {
+    _handle: Handle,
+    _client: Client,
+    channel: Channel,
+    memory: Arc<GuestFile>,
+    next: u64,
+}
+
+impl Daemon {
+    fn new(dir: &Path, state: Option<PathBuf>) -> Result<Self> {
+        let domain = SoftDomain::open()?;
+        let device = domain.device("soft:0")?;
+        let options = Options { state: state.map(StateOptions::at), ..Options::at(dir) };
+        let handle = Server::bind(options, domain, vec![device])?.spawn()?;
+        let memory = Arc::new(GuestFile::memfd("audit", PAGES * PAGE)?);
+        let mut client = Client::connect(handle.path())?;
+        client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*memory])?;
+        let channel = client.open_channel()?;
+        Ok(Self { _handle: handle, _client: client, channel, memory, next: 0 })
+    }
+
+    fn turn(&mut self) -> Result<f64> {
+        let started = Instant::now();
+        for _ in 0..TURN {
+            self.next += 1;
+            let page = self.next % PAGES;
+            let Told::Granted { invalidation } = self.channel.begin(range(page)?, To::Shared, None)? else {
+                return Err("not granted".into());
+            };
+            self.memory.punch(page * PAGE, PAGE)?;
+            self.memory.store(page * PAGE, page)?;
+            self.channel.end(invalidation, Went::Committed)?;
+        }
+        Ok(started.elapsed().as_nanos() as f64 / TURN as f64)
+    }
+}
+
+/// The gate with a domain that does everything at once.
+struct Pure {
+    gate: Gate,
+    effects: Effects,
+    log: Option<Log>,
+    cookie: u64,
+}
+
+impl Pure {
+    fn new(log: Option<Log>) -> Result<Self> {
+        let mut pure = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
+        pure.tell(Event::DomainAdded { domain: DomainId(0), max_mappings: 65_535, max_piece: 1 << 30 });
+        let spec = RegionSpec {
+            gpa: PageRange::new(0, PAGES * PAGE)?,
+            backing: Backing { file: FileId { device: 1, inode: 1_234_567 }, offset: Offset(0) },
+            writable: true,
+            piece: PAGE,
+            initial: PageState::Shared,
+        };
+        let caller = pure.caller();
+        pure.tell(Event::AddRegion { caller, spec });
+        Ok(pure)
+    }
+
+    fn caller(&mut self) -> Caller {
+        self.cookie += 1;
+        Caller { client: ClientId(1), door: Door::Channel, cookie: self.cookie }
+    }
+
+    fn tell(&mut self, event: Event) -> Option<InvalidationId> {
+        let mut effects = std::mem::take(&mut self.effects);
+        effects.clear();
+        let (mut granted, mut done, mut next) = (None, 0, Some(event));
+        loop {
+            if let Some(event) = next.take() {
+                let from = effects.len();
+                if let Some(log) = &mut self.log {
+                    log.begin(&event);
+                }
+                self.gate.handle(event, &mut effects);
+                if let Some(log) = &mut self.log {
+                    log.finish(&effects[from..]);
+                }
+            }
+            let Some(effect) = effects.get(done) else { break };
+            done += 1;
+            match effect {
+                Effect::Map { job, .. } => {
+                    next = Some(Event::Mapped { job: *job, result: MapResult::Mapped });
+                }
+                Effect::Unmap { job, iova, .. } => {
+                    let result = UnmapResult::Gone { bytes: iova.len() };
+                    next = Some(Event::Unmapped { job: *job, result, took_ns: 4321 });
+                }
+                Effect::Answer {
+                    answer: Answer::Verdict { invalidation, verdict: Verdict::Done }, ..
+                } => granted = Some(*invalidation),
+                _ => {}
+            }
+        }
+        self.effects = effects;
+        granted
+    }
+
+    fn turn(&mut self) -> Result<f64> {
+        let started = Instant::now();
+        for page in 0..TURN {
+            let (caller, range) = (self.caller(), range(page % PAGES)?);
+            let (to, performer, deadline_ns) = (PageState::Shared, Performer::Client, 1_000_000_000);
+            let begun = self.tell(Event::Begin { caller, range, to, performer, deadline_ns });
+            let invalidation = begun.ok_or("not granted")?;
+            let caller = self.caller();
+            self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+        }
+        Ok(started.elapsed().as_nanos() as f64 / TURN as f64)
+    }
+}
+
+/// Medians of turns taken one by one, so short that both sides meet the same neighbours: without, with.
+fn compare(turns: [&mut dyn FnMut() -> Result<f64>; 2]) -> Result<[f64; 2]> {
+    let mut times = [Vec::new(), Vec::new()];
+    for round in 0..TURNS {
+        for side in [round % 2, (round + 1) % 2] {
+            times[side].push(turns[side]()?);
+        }
+    }
+    Ok(times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    }))
+}
+
+fn main() -> Result {
+    let place = tempfile::tempdir()?;
+    let state = std::env::var_os("PASSGATE_STATE").map_or_else(|| place.path().join("state"), PathBuf::from);
+
+    let mut without = Daemon::new(&place.path().join("without"), None)?;
+    let mut with = Daemon::new(&place.path().join("with"), Some(state.clone()))?;
+    let [plain, logged] = compare([&mut || without.turn(), &mut || with.turn()])?;
+    let ratio = logged / plain - 1.0;
+    let word = match ratio {
+        _ if ratio > LIMIT => "BROKEN",
+        // Nobody is faster for having more to do: who else runs here made the difference.
+        _ if ratio < -LIMIT => "UNDECIDED, measure on an idle machine",
+        _ => "kept",
+    };
+    println!("audit: one 4 KiB page, begin + punch + end, medians of {TURNS} turns of {TURN}");
+    println!(
+        "  through the daemon: {plain:7.0} ns without, {logged:7.0} ns with the log: {:+.1} % (limit 5 %): {word}",
+        ratio * 100.0
+    );
+    drop((without, with));
+
+    let options = LogOptions {
+        segment: 64 << 20,
+        keep: 8,
+        policy: Policy::default(),
+        boot: String::new(),
+        iommu: "none".to_owned(),
+        devices: Vec::new(),
+    };
+    let mut without = Pure::new(None)?;
+    let mut with = Pure::new(Some(Log::open(&state, options)?))?;
+    let [plain, logged] = compare([&mut || without.turn(), &mut || with.turn()])?;
+    println!("  gate alone:         {plain:7.0} ns without, {logged:7.0} ns with the log");
+    println!("  the lines of one conversion cost {:.0} ns", logged - plain);
+    Ok(())
+}

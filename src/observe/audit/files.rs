@@ -1,0 +1,45 @@
+//! The files of a log: `audit-NUMBER.jsonl`, numbered on and on.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// The file of this number.
+pub fn path(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("audit-{number:08}.jsonl"))
+}
+
+/// Every file of a log, in order.
+pub fn list(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let number =
+            name.to_str().and_then(|name| name.strip_prefix("audit-")?.strip_suffix(".jsonl")?.parse().ok());
+        found.extend(number.map(|number| (number, entry.path())));
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Removes the oldest until there are no more than `keep`. One that cannot be removed is logged, and stays.
+pub fn remove_oldest(dir: &Path, keep: usize) {
+    let Ok(all) = list(dir) else { return };
+    for (_, path) in &all[..all.len().saturating_sub(keep)] {
+        if let Err(error) = std::fs::remove_file(path) {
+            log::warn!("{}: {error}: remove it yourself, it takes room", path.display());
+        }
+    }
+}
+
+/// Removes files that a dead daemon had made ready and not written to.
+pub fn remove_unwritten(dir: &Path) -> io::Result<()> {
+    for (_, path) in list(dir)? {
+        let mut first = [0];
+        let got = std::fs::File::open(&path)?.read(&mut first)?;
+        if got == 0 || first == [0] {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}

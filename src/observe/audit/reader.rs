@@ -1,0 +1,213 @@
+//! The reader: the files of a log as runs of a daemon, and their lines one by one.
+//!
+//! A log is read as what somebody found on a disk: every number in it is checked as a client's would be.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use passgate_bindings::PAGE;
+use passgate_bindings::units::LIMIT;
+
+use super::files;
+use super::line::{Head, Line};
+use crate::gate::Event;
+
+/// Bytes of one line at most: the writer's come to some hundred, but for a client that dies with all that it may have.
+const MAX_LINE: u64 = 64 << 20;
+
+/// Why a log cannot be read. The text is the message that the user reads.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A file cannot be read.
+    #[error("{path}: {source}: name the files of a log, or their directory")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no log.
+    #[error(
+        "{path}: no audit-*.jsonl with anything in it: name the --state-dir of a daemon, or files from there"
+    )]
+    Nothing {
+        /// Where none is.
+        path: PathBuf,
+    },
+    /// A file does not begin as a log does.
+    #[error("{path}: the first line is not the head of an audit log: {why}")]
+    Head {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A line is none.
+    #[error("{path}, line {line}: not a line of an audit log: {why}")]
+    Line {
+        /// Which file.
+        path: PathBuf,
+        /// Which line of it, from 1.
+        line: u64,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// What is there of one run of a daemon.
+#[derive(Debug)]
+pub struct Run {
+    /// The head of its first file.
+    pub head: Head,
+    /// Its files, in order.
+    pub files: Vec<PathBuf>,
+    /// Bytes of them, at most.
+    pub bytes: u64,
+}
+
+impl Run {
+    /// Every run in these files and directories, oldest first.
+    pub fn find(paths: &[PathBuf]) -> Result<Vec<Self>, ReadError> {
+        let mut segments = Vec::new();
+        for path in paths {
+            let before = segments.len();
+            if path.is_dir() {
+                let all = files::list(path).map_err(|source| ReadError::Io { path: path.clone(), source })?;
+                for (_, path) in all {
+                    segments.extend(head(&path)?.map(|head| (head, path)));
+                }
+            } else {
+                segments.extend(head(path)?.map(|head| (head, path.clone())));
+            }
+            if segments.len() == before {
+                return Err(ReadError::Nothing { path: path.clone() });
+            }
+        }
+        segments.sort_by_key(|(head, _)| (head.run, head.segment));
+        segments.dedup_by_key(|(head, _)| (head.run, head.segment));
+        let mut runs: Vec<Self> = Vec::new();
+        for (head, path) in segments {
+            let bytes = std::fs::metadata(&path).map_or(0, |about| about.len());
+            match runs.last_mut() {
+                Some(run) if run.head.run == head.run => {
+                    run.files.push(path);
+                    run.bytes += bytes;
+                }
+                _ => runs.push(Self { head, files: vec![path], bytes }),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Whether its beginning is there.
+    pub fn is_whole(&self) -> bool {
+        self.head.segment == 0
+    }
+
+    /// Its lines.
+    pub fn lines(&self) -> Reader<'_> {
+        Reader { files: self.files.iter(), open: None, bytes: 0, cut: false, line: Vec::new() }
+    }
+}
+
+/// The head of a file; none where nothing was written to it.
+fn head(path: &Path) -> Result<Option<Head>, ReadError> {
+    let io = |source| ReadError::Io { path: path.to_owned(), source };
+    let mut file = BufReader::new(File::open(path).map_err(io)?);
+    let mut line = Vec::new();
+    if !more(&mut file).map_err(io)? {
+        return Ok(None);
+    }
+    file.take(1 << 20).read_until(b'\n', &mut line).map_err(io)?;
+    let wrong = |error: serde_json::Error| ReadError::Head { path: path.to_owned(), why: error.to_string() };
+    serde_json::from_slice(&line).map(Some).map_err(wrong)
+}
+
+/// Whether anything comes that was written: what was not reads as NUL.
+fn more(file: &mut impl BufRead) -> io::Result<bool> {
+    Ok(file.fill_buf()?.first().is_some_and(|byte| *byte != 0))
+}
+
+struct Open<'a> {
+    path: &'a Path,
+    file: BufReader<File>,
+    /// Lines read.
+    line: u64,
+}
+
+/// The lines of a run, one by one.
+pub struct Reader<'a> {
+    files: std::slice::Iter<'a, PathBuf>,
+    open: Option<Open<'a>>,
+    bytes: u64,
+    cut: bool,
+    line: Vec<u8>,
+}
+
+impl Reader<'_> {
+    /// Bytes read so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether a file ended in the middle of a line, which is left out.
+    pub fn is_cut(&self) -> bool {
+        self.cut
+    }
+
+    /// Reads the next line into the buffer; whether there is one, and whether it is the head of a file.
+    fn read(&mut self) -> Result<Option<bool>, ReadError> {
+        loop {
+            if self.open.is_none() {
+                let Some(path) = self.files.next() else { return Ok(None) };
+                let io = |source| ReadError::Io { path: path.clone(), source };
+                let file = BufReader::with_capacity(256 << 10, File::open(path).map_err(io)?);
+                self.open = Some(Open { path, file, line: 0 });
+            }
+            let Some(open) = &mut self.open else { return Ok(None) };
+            let io = |source| ReadError::Io { path: open.path.to_owned(), source };
+            self.line.clear();
+            if more(&mut open.file).map_err(io)? {
+                let got = (&mut open.file).take(MAX_LINE).read_until(b'\n', &mut self.line).map_err(io)?;
+                self.bytes += got as u64;
+                open.line += 1;
+                if self.line.ends_with(b"\n") {
+                    return Ok(Some(open.line == 1));
+                }
+                self.cut = true;
+            }
+            self.open = None;
+        }
+    }
+
+    fn parse(&self) -> Result<Line, ReadError> {
+        let wrong = |why: String| {
+            let (path, line) = self.open.as_ref().map_or((Path::new(""), 0), |open| (open.path, open.line));
+            ReadError::Line { path: path.to_owned(), line, why }
+        };
+        let line: Line = serde_json::from_slice(&self.line).map_err(|error| wrong(error.to_string()))?;
+        if let Event::AddRegion { spec, .. } = &line.e {
+            let (at, len) = (spec.backing.offset.0, spec.gpa.len());
+            if !at.is_multiple_of(PAGE) || at.checked_add(len).is_none_or(|end| end > LIMIT) {
+                return Err(wrong(format!("offset {at:#x} of the file is no place for a region")));
+            }
+        }
+        Ok(line)
+    }
+}
+
+impl Iterator for Reader<'_> {
+    type Item = Result<Line, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.read() {
+                Err(error) => return Some(Err(error)),
+                Ok(None) => return None,
+                Ok(Some(true)) => {}
+                Ok(Some(false)) => return Some(self.parse()),
+            }
+        }
+    }
+}
