@@ -70,6 +70,10 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("virtio_gpu_every_fence_is_undone_by_an_attach", virtio::gpu_every_fence_is_undone_by_an_attach),
     ("virtio_gpu_no_dma_reaches_a_page_after_its_unmap", virtio::gpu_no_dma_reaches_a_page_after_its_unmap),
     ("virtio_gpu_it_can_be_opened_again", virtio::gpu_it_can_be_opened_again),
+    (
+        "no_device_of_several_reaches_a_page_after_its_unmap",
+        virtio::no_device_of_several_reaches_a_page_after_its_unmap,
+    ),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];
