@@ -82,8 +82,9 @@ pub fn unmapped_memory_is_out_of_reach(engine: &Engine) -> Outcome {
 
 /// Each fence under DMA: when it returns nothing moves any more, though everything is mapped, until the attach.
 pub fn a_fence_under_dma_stops_it_until_the_attach(engine: &Engine) -> Outcome {
-    let file = memfd(1)?;
+    let (file, other) = (memfd(1)?, memfd(1)?);
     engine.map(0, 1, &file)?;
+    engine.map(1, 1, &other)?;
     let (moved, wrong, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -103,7 +104,8 @@ pub fn a_fence_under_dma_stops_it_until_the_attach(engine: &Engine) -> Outcome {
             }
             engine.device.fence(step)?;
             holds(engine, &file)?;
-            Ok(engine.device.attach()?)
+            engine.device.attach()?;
+            check("what was cut off is not taken for what comes after", engine.reaches(1, &other)?)
         });
         done.store(true, Ordering::Release);
         outcome
