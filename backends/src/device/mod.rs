@@ -10,6 +10,7 @@ use crate::{Error, Result};
 pub mod driven;
 pub mod edu;
 pub mod igb;
+pub mod load;
 mod own;
 pub(crate) mod refusal;
 pub mod sim;
@@ -109,6 +110,14 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         let _ = (iova, bytes);
         Err(self.no_dma())
+    }
+
+    /// Starts DMA over `pages`, each a page of guest memory, without a break: the device writes a page, reads it
+    /// back, and goes on to the next, several at a time. What is mapped there may come and go: a transfer that
+    /// faults is counted, and the load goes on. The fences act on it as on any DMA; [`Device::attach`] lets it go on.
+    fn start(&self, pages: &[Iova]) -> Result<Box<dyn load::Load>> {
+        let _ = pages;
+        Err(Error::Unsupported { device: self.name().to_owned(), what: "DMA without a break" })
     }
 
     /// The error of a device that has no DMA on demand.
