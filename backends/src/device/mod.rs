@@ -8,6 +8,7 @@ use passgate_bindings::Iova;
 use crate::{Error, Result};
 
 pub mod driven;
+mod driven_load;
 pub mod edu;
 pub mod igb;
 pub mod load;

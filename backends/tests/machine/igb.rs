@@ -29,3 +29,7 @@ pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
     let engine = traffic::engine(bench, IGB)?;
     traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
 }
+
+pub fn a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, IGB)?)
+}

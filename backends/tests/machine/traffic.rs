@@ -223,6 +223,38 @@ fn pound(device: &dyn Device, neighbour: u64, rounds: &AtomicU64, done: &AtomicB
     Ok(())
 }
 
+/// DMA without a break over three pages, of which one comes and goes and one is never there.
+pub fn a_load_runs_beside_unmaps(engine: &Engine) -> Outcome {
+    let (page, stays) = (memfd(1)?, memfd(1)?);
+    engine.map(1, 1, &stays)?;
+    let load = engine.device.start(&[at(0), at(1), at(2)])?;
+    for round in 0..20 {
+        engine.map(0, 1, &page)?;
+        let before = load.counts().done;
+        while load.counts().done < before + 6 {
+            std::thread::yield_now();
+        }
+        same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })?;
+        let kept = fresh(PAGE as usize);
+        page.write(0, &kept)?;
+        let before = load.counts().faults;
+        while load.counts().faults < before + 4 {
+            std::thread::yield_now();
+        }
+        check(
+            &format!("round {round}: the page is as it was left"),
+            bytes(&page, 0, PAGE as usize)? == kept,
+        )?;
+    }
+    check("it has met the page that is never there", load.stop()?.faults >= 80)?;
+    let load = engine.device.start(&[at(1)])?;
+    while load.counts().done < 4 {
+        std::thread::yield_now();
+    }
+    let alone = load.stop()?;
+    same("faults and wrong bytes on a page that stays", (alone.faults, alone.wrong), (0, 0))
+}
+
 /// Closed with transfers behind it and while fenced, it can be opened again.
 pub fn it_can_be_opened_again(bench: &Bench, variable: &str) -> Outcome {
     for round in 0..3 {

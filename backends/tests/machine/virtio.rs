@@ -62,3 +62,11 @@ pub fn no_device_of_several_reaches_a_page_after_its_unmap(bench: &Bench) -> Out
     let set = bench.assign(&names)?;
     traffic::no_dma_reaches_a_page_after_its_unmap(&*set.domain, &set.devices)
 }
+
+pub fn net_a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, NET)?)
+}
+
+pub fn gpu_a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, GPU)?)
+}
