@@ -124,6 +124,7 @@ fn pattern(bytes: &mut [u8], round: u64) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::time::Instant;
 
     use super::*;
     use crate::device::driven::Driven;
@@ -173,7 +174,9 @@ mod tests {
     }
 
     fn until(load: &dyn Load, enough: impl Fn(Counts) -> bool) {
+        let begun = Instant::now();
         while !enough(load.counts()) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "never: {:?}", load.counts());
             thread::yield_now();
         }
     }
