@@ -63,6 +63,7 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("igb_a_fence_under_dma_stops_it_until_the_attach", igb::a_fence_under_dma_stops_it_until_the_attach),
     ("igb_every_fence_is_undone_by_an_attach", igb::every_fence_is_undone_by_an_attach),
     ("igb_no_dma_reaches_a_page_after_its_unmap", igb::no_dma_reaches_a_page_after_its_unmap),
+    ("igb_a_load_runs_beside_unmaps", igb::a_load_runs_beside_unmaps),
     ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
     ("nvme_dma_moves_the_right_bytes", nvme::dma_moves_the_right_bytes),
     ("nvme_unmapped_memory_is_out_of_reach", nvme::unmapped_memory_is_out_of_reach),
@@ -86,6 +87,7 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ),
     ("virtio_net_every_fence_is_undone_by_an_attach", virtio::net_every_fence_is_undone_by_an_attach),
     ("virtio_net_no_dma_reaches_a_page_after_its_unmap", virtio::net_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_net_a_load_runs_beside_unmaps", virtio::net_a_load_runs_beside_unmaps),
     ("virtio_net_it_can_be_opened_again", virtio::net_it_can_be_opened_again),
     ("virtio_gpu_dma_moves_the_right_bytes", virtio::gpu_dma_moves_the_right_bytes),
     ("virtio_gpu_unmapped_memory_is_out_of_reach", virtio::gpu_unmapped_memory_is_out_of_reach),
@@ -95,7 +97,12 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ),
     ("virtio_gpu_every_fence_is_undone_by_an_attach", virtio::gpu_every_fence_is_undone_by_an_attach),
     ("virtio_gpu_no_dma_reaches_a_page_after_its_unmap", virtio::gpu_no_dma_reaches_a_page_after_its_unmap),
+    ("virtio_gpu_a_load_runs_beside_unmaps", virtio::gpu_a_load_runs_beside_unmaps),
     ("virtio_gpu_it_can_be_opened_again", virtio::gpu_it_can_be_opened_again),
+    (
+        "no_device_of_several_reaches_a_page_after_its_unmap",
+        virtio::no_device_of_several_reaches_a_page_after_its_unmap,
+    ),
     ("a_busy_device_is_refused", refusals::a_busy_device_is_refused),
     ("an_unbound_device_is_refused", refusals::an_unbound_device_is_refused),
 ];

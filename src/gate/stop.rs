@@ -169,10 +169,9 @@ impl Gate {
             return;
         };
         self.jobs.remove(&job);
-        if let Some(entry) = self.devices.get_mut(&device)
-            && step > Step::Drain
-        {
-            if errno == 0 {
+        if let Some(entry) = self.devices.get_mut(&device) {
+            // What a drain stopped begins again only when it is told to; what it did not stop is drained again.
+            if errno == 0 && step > Step::Drain {
                 entry.fenced = entry.fenced.max(Some(step));
                 entry.detached |= step == Step::Detach;
             } else {

@@ -8,8 +8,10 @@ use passgate_bindings::Iova;
 use crate::{Error, Result};
 
 pub mod driven;
+mod driven_load;
 pub mod edu;
 pub mod igb;
+pub mod load;
 pub mod nvme;
 mod own;
 pub mod refusal;
@@ -122,6 +124,14 @@ pub trait Device: Send + Sync + fmt::Debug {
         let stamp = vec![STAMP; STAMP_LEN];
         self.dma_write(iova, &stamp)?;
         Ok(stamp)
+    }
+
+    /// Starts DMA over `pages`, each a page of guest memory, without a break: the device writes a page, reads it
+    /// back, and goes on to the next, several at a time. What is mapped there may come and go: a transfer that
+    /// faults is counted, and the load goes on. The fences act on it as on any DMA; [`Device::attach`] lets it go on.
+    fn start(&self, pages: &[Iova]) -> Result<Box<dyn load::Load>> {
+        let _ = pages;
+        Err(Error::Unsupported { device: self.name().to_owned(), what: "DMA without a break" })
     }
 
     /// The error of a device that has no DMA on demand.

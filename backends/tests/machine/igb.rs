@@ -26,5 +26,10 @@ pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
 }
 
 pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
-    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, IGB)?)
+    let engine = traffic::engine(bench, IGB)?;
+    traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
+}
+
+pub fn a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, IGB)?)
 }

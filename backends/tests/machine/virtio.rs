@@ -47,9 +47,26 @@ pub fn gpu_it_can_be_opened_again(bench: &Bench) -> Outcome {
 }
 
 pub fn net_no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
-    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, NET)?)
+    let engine = traffic::engine(bench, NET)?;
+    traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
 }
 
 pub fn gpu_no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
-    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, GPU)?)
+    let engine = traffic::engine(bench, GPU)?;
+    traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
+}
+
+/// All of the machine's NICs and its GPU, at once, in one domain.
+pub fn no_device_of_several_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
+    let names = [&bench.igb, &traffic::named(NET)?, &traffic::named(GPU)?];
+    let set = bench.assign(&names)?;
+    traffic::no_dma_reaches_a_page_after_its_unmap(&*set.domain, &set.devices)
+}
+
+pub fn net_a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, NET)?)
+}
+
+pub fn gpu_a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, GPU)?)
 }

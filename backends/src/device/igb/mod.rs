@@ -8,7 +8,7 @@
 //!
 //! No interrupt, no BAR mapped, one queue each way, both in the driver's own memory. The device cannot tell that a
 //! write faulted: look at the memory. A read that faulted brings no frame, or zeroes ([`super::edu::POISON`]) as in
-//! QEMU, whose reads never fail.
+//! QEMU, whose reads never fail. Tried on QEMU's model of the device; on a real one nobody has yet.
 
 use std::sync::Arc;
 use std::thread;
@@ -51,7 +51,7 @@ const HEADER: [u8; 14] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0, 0, 0, 0, 
 
 /// A frame that takes longer never arrives.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// A reset takes a millisecond (4.2.1.6.1), a link in loopback less than negotiation, which takes seconds.
+/// A reset takes a millisecond, a link in loopback less than negotiation, which takes seconds.
 const RESET_WAIT: Duration = Duration::from_millis(10);
 const FORCED_WAIT: Duration = Duration::from_millis(100);
 const LINK_WAIT: Duration = Duration::from_secs(5);
@@ -221,8 +221,8 @@ impl Engine for Port {
         self.set(TCTL, self.get(TCTL)? | TCTL_ENABLE | TCTL_PAD)
     }
 
-    /// Both directions off, then the device's own word that no request of it is pending (5.2.3.3). A device
-    /// that cannot issue requests says so too.
+    /// Both directions off, then the device's own word that no request of it is pending (the datasheet's "master
+    /// disable"). A device that cannot issue requests says so too.
     fn stop(&mut self) -> Result<()> {
         self.set(RCTL, 0)?;
         self.set(TCTL, self.get(TCTL)? & !TCTL_ENABLE)?;

@@ -128,7 +128,7 @@ pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>, scratch: bool) -> Resu
 impl Nvme {
     /// Interrupts that have come.
     pub fn interrupts(&self) -> u64 {
-        self.engine().interrupts
+        self.0.engine().interrupts
     }
 }
 

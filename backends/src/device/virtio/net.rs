@@ -109,10 +109,8 @@ impl Nic {
         let (mut sent, mut seen) = (false, false);
         await_that(DEADLINE, || {
             sent |= self.tx.take(memory).map_err(failed)?.is_some();
-            if let Some((chain, written)) = self.rx.take(memory).map_err(failed)? {
-                seen = chain == u32::from(receives)
-                    && written == HEADER + len
-                    && serial(memory).map_err(failed)? == self.serial;
+            if let Some(received) = self.rx.take(memory).map_err(failed)? {
+                seen = is_frame(memory, received, (receives, len, self.serial)).map_err(failed)?;
                 if !seen {
                     self.rx.offer(memory, receives).map_err(failed)?;
                     self.transport.notify(RECEIVE, &self.rx)?;
@@ -128,11 +126,19 @@ impl Nic {
     }
 }
 
-/// The serial number of the frame received.
-fn serial(memory: &OwnMemory) -> Result<u64, Failed> {
-    let mut bytes = [0; 8];
-    memory.file().read(HEADER_IN + SERIAL, &mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
+/// Whether what was received, into which chain and how many bytes, is the frame with this serial number that carries
+/// `len` bytes; not one that was late, or somebody else's.
+fn is_frame(
+    memory: &OwnMemory,
+    received: (u32, u32),
+    (chain, len, serial): (u16, u32, u64),
+) -> Result<bool, Failed> {
+    let mut header = [0; HEADER as usize];
+    memory.file().read(HEADER_IN, &mut header)?;
+    let header = &header[NET_HEADER as usize..];
+    Ok(received == (u32::from(chain), HEADER + len)
+        && header.starts_with(&ETHERNET)
+        && header[ETHERNET.len()..].starts_with(&serial.to_le_bytes()))
 }
 
 impl Engine for Nic {
@@ -167,5 +173,29 @@ impl Engine for Nic {
     fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()> {
         self.memory.file().write(OUT, bytes).map_err(|failed| self.device.failed(failed))?;
         if self.pass(self.memory.iova(OUT), iova, bytes.len())? { Ok(()) } else { Err(self.fault(iova)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommu::sim::{Memory, Sim};
+
+    #[test]
+    fn only_the_frame_that_was_sent_last_is_taken() {
+        let domain: Arc<dyn Domain> = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
+        let memory = OwnMemory::map(&domain, PAGES).unwrap();
+        let put = |at, bytes: &[u8]| memory.file().write(HEADER_IN + at, bytes).unwrap();
+        let is = |received| is_frame(&memory, received, (3, 100, 0x0123_4567_89ab)).unwrap();
+        put(NET_HEADER, &ETHERNET);
+        put(SERIAL, &0x0123_4567_89ab_u64.to_le_bytes());
+        assert!(is((3, HEADER + 100)));
+        assert!(!is((2, HEADER + 100)), "no chain of ours");
+        assert!(!is((3, HEADER + 99)), "cut off");
+        put(SERIAL, &[0xaa]);
+        assert!(!is((3, HEADER + 100)), "late");
+        put(SERIAL, &0x0123_4567_89ab_u64.to_le_bytes());
+        put(SERIAL - 1, &[0]);
+        assert!(!is((3, HEADER + 100)), "somebody else's");
     }
 }
