@@ -31,12 +31,17 @@ pub fn every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
     traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, NVME)?)
 }
 
+pub fn a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
+    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, NVME)?)
+}
+
 pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
     traffic::it_can_be_opened_again(bench, NVME)
 }
 
 pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
-    traffic::no_dma_reaches_a_page_after_its_unmap(&traffic::engine(bench, NVME)?)
+    let engine = traffic::engine(bench, NVME)?;
+    traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
 }
 
 /// Not asked to overwrite its blocks, it moves no bytes of others' choosing, and still shows that it does DMA.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use libtest_mimic::Failed;
 use passgate_backends::device::edu::POISON;
-use passgate_backends::{Assignment, Device, Domain, FenceStep, Kind, Unmap};
+use passgate_backends::{Assignment, Device, Domain, Error, FenceStep, Kind, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE};
@@ -72,8 +72,15 @@ pub fn unmapped_memory_is_out_of_reach(engine: &Engine) -> Outcome {
         same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })?;
         let kept = fresh(64);
         file.write(0, &kept)?;
-        same("a read brings poison", engine.sees(0, 64)?, vec![POISON; 64])?; // QEMU's devices cannot tell
-        engine.device.dma_write(at(0), &fresh(64))?;
+        // QEMU's network cards and GPU cannot tell; its drive can.
+        match engine.device.dma_read(at(0), 64) {
+            Err(Error::Fault { .. }) => {}
+            seen => same("a read brings poison", seen?, vec![POISON; 64])?,
+        }
+        match engine.device.dma_write(at(0), &fresh(64)) {
+            Err(Error::Fault { .. }) => {}
+            done => done?,
+        }
         same("a write changes nothing", bytes(&file, 0, 64)?, kept)?;
         check("a neighbour is still reached", engine.reaches(8, &other)?)?;
     }
