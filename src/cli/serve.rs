@@ -1,6 +1,5 @@
 //! `passgate serve`: one VM's daemon.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gate::{OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
@@ -163,25 +162,17 @@ impl Serve {
             metrics_path: self.metrics_path,
             guardian,
             state: self.state.options(),
+            stop_signals: vec![signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT],
             ..Options::at(self.socket_path)
         };
         log::info!("{} with {} devices", domain.name(), devices.len());
-        let server = Server::bind(options, domain, devices)?;
-        for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-            stop_on(signal, server.stopper()?)?;
-        }
-        server.run()?;
+        Server::bind(options, domain, devices)?.run()?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
 /// Whether this host runs TDX guests (arch/x86/kvm/vmx/tdx.c, module parameter `tdx`).
 const TDX: &str = "/sys/module/kvm_intel/parameters/tdx";
-
-fn stop_on(signal: i32, stopper: OwnedFd) -> Result<()> {
-    signal_hook::low_level::pipe::register(signal, stopper).map_err(Error::Signal)?;
-    Ok(())
-}
 
 /// Holds the devices of a daemon, which is at its standard input.
 pub(super) fn guardian() -> Result<ExitCode> {

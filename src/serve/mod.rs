@@ -17,7 +17,7 @@ mod scrape;
 mod vm;
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -55,6 +55,8 @@ pub struct Options {
     pub guardian: Option<PathBuf>,
     /// Where the audit log and the quarantine are written down; none for nowhere.
     pub state: Option<StateOptions>,
+    /// Signals that stop it.
+    pub stop_signals: Vec<i32>,
 }
 
 impl Options {
@@ -70,6 +72,7 @@ impl Options {
             farewell: Duration::from_secs(10),
             guardian: None,
             state: None,
+            stop_signals: Vec::new(),
         }
     }
 }
@@ -100,6 +103,12 @@ impl Server {
     /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         let path = options.socket_path.clone();
+        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
+        // Before anybody can find the socket: who finds it may send a signal.
+        for signal in &options.stop_signals {
+            let stop = stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&path, e, ""))?;
+            signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
+        }
         let listener = listen(&path, &CONTROL)?;
         let file = SocketFile(path.clone());
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
@@ -108,15 +117,9 @@ impl Server {
             Some(program) => Watch::start(program.clone(), devices.clone())?,
             None => None,
         };
-        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         let (core, turn) = Core::new()?;
         let vm = Vm::new(options, listener, metrics, stopped, Arc::clone(&core), domain, devices)?;
         Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian })
-    }
-
-    /// A descriptor that stops the server when anything is written to it; for signal handlers.
-    pub fn stopper(&self) -> Result<OwnedFd> {
-        self.stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&self.file.0, e, ""))
     }
 
     /// Serves until stopped.

@@ -76,7 +76,7 @@ pub fn neighbours_keep_their_dma(rig: &Rig) {
         over.store(true, Ordering::Relaxed);
         let went = writer.join().unwrap();
         eprintln!("{conversions} conversions beside {went} DMA writes");
-        assert!(conversions >= 100 && went >= 5);
+        assert!(conversions >= 10 && went >= 5);
     });
     assert!(vmm.reaches(2), "and the page itself is back");
 }

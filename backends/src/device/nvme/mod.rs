@@ -27,9 +27,11 @@ use crate::{Error, Result};
 
 mod command;
 mod queue;
+mod space;
 
 use command::{Command, Completion, Data, block};
 use queue::{Pair, SLOTS};
+use space::{Scratch, scratch};
 
 /// Class code: mass storage, non-volatile memory, NVM Express I/O controller.
 pub const CLASS: u32 = 0x01_08_02;
@@ -75,14 +77,6 @@ const SPIN: Duration = Duration::from_micros(50);
 
 /// The drive, as a device.
 pub type Nvme = Driven<Controller>;
-
-/// The blocks that may be overwritten.
-#[derive(Debug, Clone, Copy)]
-struct Scratch {
-    first: u64,
-    /// Bytes of a block.
-    block: u64,
-}
 
 /// A controller and its queues.
 #[derive(Debug)]
@@ -312,16 +306,6 @@ impl Controller {
     }
 }
 
-/// The last blocks of a namespace, from what it says it is; none where it has too few, or of a size that is not known.
-fn scratch(space: &[u8]) -> Option<Scratch> {
-    let size = u64::from_le_bytes(space.get(..8)?.try_into().ok()?);
-    let format = usize::from(space.get(26)? & 0xf);
-    let shift = *space.get(128 + format * 4 + 2)?;
-    let block = (9..=12).contains(&shift).then(|| 1 << shift)?;
-    let first = size.checked_sub(CHUNK as u64 / block)?;
-    Some(Scratch { first, block })
-}
-
 impl Engine for Controller {
     const CHUNK: usize = CHUNK;
 
@@ -399,27 +383,5 @@ impl Engine for Controller {
             Some(0) => Ok(self.identity.clone()),
             _ => Err(Error::Fault { device: self.device.name().to_owned(), iova }),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_scratch_blocks_are_the_last() {
-        let mut space = vec![0; 4096];
-        space[..8].copy_from_slice(&1000u64.to_le_bytes());
-        space[26] = 1;
-        space[128 + 4 + 2] = 9;
-        let found = scratch(&space).unwrap();
-        assert_eq!((found.first, found.block), (992, 512));
-        space[128 + 4 + 2] = 12;
-        assert_eq!(scratch(&space).unwrap().first, 999);
-        space[128 + 4 + 2] = 13;
-        assert!(scratch(&space).is_none(), "a block is longer than a transfer");
-        space[128 + 4 + 2] = 9;
-        space[..8].copy_from_slice(&7u64.to_le_bytes());
-        assert!(scratch(&space).is_none(), "too few blocks");
     }
 }
