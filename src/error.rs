@@ -94,6 +94,16 @@ pub enum Error {
         /// By whom, and what to do about it.
         by: String,
     },
+    /// A device that caches translations cannot be detached, and a stale write would do harm.
+    #[error(
+        "{device} caches translations (ATS) and nothing here detaches it, so that under --strict no unmap of its \
+         memory would be certain: use --iommu iommufd, or accept that every conversion is refused \
+         (--allow-unstoppable)"
+    )]
+    Uncertain {
+        /// The device.
+        device: String,
+    },
     /// The host's view of a device cannot be changed.
     #[error("cannot write {path}: {source}; run as root")]
     Sysfs {
@@ -142,7 +152,11 @@ impl Error {
     /// The exit code that says it: 3 where the host is not able, 2 where what was named is no log, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Backend(_) | Self::Taken { .. } | Self::InUse { .. } | Self::Sysfs { .. } => 3,
+            Self::Backend(_)
+            | Self::Taken { .. }
+            | Self::InUse { .. }
+            | Self::Uncertain { .. }
+            | Self::Sysfs { .. } => 3,
             Self::Usage(_) | Self::Log(_) => 2,
             _ => 1,
         }

@@ -19,12 +19,13 @@ mod machine {
     pub mod refusals;
     pub mod rig;
     pub mod selftest;
+    pub mod strict;
     pub mod together;
 }
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, list, owner, programs, recovery, refusals, selftest, together};
+use machine::{conversion, death, list, owner, programs, recovery, refusals, selftest, strict, together};
 
 type Run = fn(&Rig);
 
@@ -43,6 +44,7 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("sigterm_frees_memory_and_devices_in_time", death::sigterm),
     ("after_a_session_the_memory_can_be_sealed", death::the_memory_can_be_sealed),
     ("no_device_meets_a_page_that_is_away", together::every_device),
+    ("strictly_a_device_with_ats_is_detached_first", strict::a_device_with_ats),
     ("every_device_passes_its_selftest", selftest::every_device),
     ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
     ("a_taken_device_is_waited_for_and_its_holder_named", refusals::waited_for),

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
+use passgate_backends::{Device, FenceStep};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gate::{OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
@@ -146,6 +147,9 @@ impl Serve {
         let accept = Accept { unstoppable: self.allow_unstoppable, scratch: self.scratch };
         let patience = Duration::from_secs(self.wait.into());
         let Assignment { domain, devices } = take(self.iommu.into(), &self.devices, accept, patience)?;
+        if self.platform() == Platform::Strict && !self.allow_unstoppable {
+            devices.iter().try_for_each(|device| certain(&**device))?;
+        }
         privilege::give_up()?;
         let policy = Policy {
             on_stuck_dma,
@@ -173,6 +177,14 @@ impl Serve {
 
 /// Whether this host runs TDX guests (arch/x86/kvm/vmx/tdx.c, module parameter `tdx`).
 const TDX: &str = "/sys/module/kvm_intel/parameters/tdx";
+
+/// Where a stale write does harm, a device that caches translations must be one that can be detached.
+fn certain(device: &dyn Device) -> Result<()> {
+    if !device.nature().ats || device.stop_class().has(FenceStep::Detach) {
+        return Ok(());
+    }
+    Err(Error::Uncertain { device: device.name().to_owned() })
+}
 
 /// Holds the devices of a daemon, which is at its standard input.
 pub(super) fn guardian() -> Result<ExitCode> {

@@ -29,7 +29,7 @@ pub fn every_device(rig: &Rig) {
         ("PASSGATE_EDU", "1234:11e8", "other device", &plain),
         ("PASSGATE_NVME", "1b36:0010", "NVMe drive", &express),
         ("PASSGATE_IGB", "8086:10c9", "Ethernet controller", &express),
-        ("PASSGATE_VIRTIO_NET", "1af4:1041", "Ethernet controller", &plain),
+        ("PASSGATE_VIRTIO_NET", "1af4:1041", "Ethernet controller", &express),
         ("PASSGATE_VIRTIO_GPU", "1af4:1050", "display controller", &plain),
     ] {
         for address in of(variable).split_whitespace() {
@@ -41,7 +41,8 @@ pub fn every_device(rig: &Rig) {
                 "{address}"
             );
             assert_eq!(device["driver"], "vfio-pci");
-            assert_eq!((&device["ats"], &device["pri"]), (&json!(false), &json!(false)));
+            let ats = variable == "PASSGATE_VIRTIO_NET";
+            assert_eq!((&device["ats"], &device["pri"]), (&json!(ats), &json!(false)), "{address}");
             assert_eq!(
                 (&device["refused"], &device["owner_known"]),
                 (&Value::Null, &json!(true)),

@@ -54,16 +54,16 @@ pub fn each_device_has_the_stop_class_that_it_shows(bench: &Bench) -> Outcome {
     let express = StopClass::MASTER | StopClass::RESET;
     let of =
         |variable| Ok::<_, Failed>(std::env::var(variable).map_err(|_| format!("{variable} is not set"))?);
-    let virtio = [of("PASSGATE_VIRTIO_NET")?, of("PASSGATE_VIRTIO_GPU")?];
+    let (net, gpu) = (of("PASSGATE_VIRTIO_NET")?, of("PASSGATE_VIRTIO_GPU")?);
     let none = StopClass::empty();
     // QEMU puts virtio on the root bus as conventional PCI, without a reset; edu is no more anywhere.
-    let classes = [(&bench.nvme, express), (&bench.igb, express)].into_iter();
-    let plain = bench.edu.iter().chain(&virtio).map(|name| (name, none));
+    let classes = [(&bench.nvme, express), (&bench.igb, express), (&net, express)].into_iter();
+    let plain = bench.edu.iter().chain([&gpu]).map(|name| (name, none));
     for (name, class) in classes.chain(plain) {
         let device = bench.raw(name, &[])?;
         let class = if bench.kind == Kind::Iommufd { class | StopClass::DETACH } else { class };
         same(name, device.stop_class(), class)?;
-        same("no ATS in this machine, and no TDI", device.nature(), Nature::default())?;
+        same("one has ATS on, and none is a TDI", device.nature(), Nature { ats: *name == net, tdi: false })?;
         for step in [FenceStep::Drain, FenceStep::Stop] {
             let error = device.fence(step).expect_err("no such fence");
             same("the error", error.errno(), Some(Errno::OPNOTSUPP))?;
