@@ -19,9 +19,20 @@ const AWAY: usize = 8;
 const CONVERSIONS: u64 = 10_000;
 /// Bytes of one DMA: a block of a drive, a frame of a network card.
 const LEN: usize = 512;
+/// In every byte that a device writes, beside its number.
+const STAMP: u8 = 0xf0;
 
 /// For each page a number that is odd from before it is asked for until it is back.
 struct Board(Vec<AtomicU64>);
+
+/// Stops the devices, also where a check has failed.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
 
 /// What one device did.
 #[derive(Debug, Default)]
@@ -32,7 +43,8 @@ struct Tally {
     unexplained: u64,
 }
 
-fn dma(mut client: Client, device: &str, board: &Board, stop: &AtomicBool) -> Tally {
+fn dma(mut client: Client, (nth, device): (usize, &str), board: &Board, stop: &AtomicBool) -> Tally {
+    let stamp = [STAMP | nth as u8; LEN];
     let mut tally = Tally::default();
     for nth in 0.. {
         if stop.load(SeqCst) {
@@ -40,7 +52,7 @@ fn dma(mut client: Client, device: &str, board: &Board, stop: &AtomicBool) -> Ta
         }
         let page = nth * 29 % PAGES;
         let before = board.0[page as usize].load(SeqCst);
-        let done = client.dma_write(device, GPA + page * PAGE, &[0xff; LEN]);
+        let done = client.dma_write(device, GPA + page * PAGE, &stamp);
         let after = board.0[page as usize].load(SeqCst);
         match done {
             Ok(()) => tally.went += 1,
@@ -72,7 +84,8 @@ fn convert(vmm: &mut Vmm, board: &Board, wanted: u64) {
             vmm.end(invalidation);
         } else if let Some((page, canary)) = away.pop_first() {
             let invalidation = vmm.begin(page, PageState::Shared);
-            assert_eq!(vmm.memory.load(page * PAGE).unwrap(), canary, "a device wrote to page {page}");
+            let seen = vmm.memory.load(page * PAGE).unwrap();
+            assert_eq!(seen, canary, "page {page} is {seen:#x}: a device wrote to it");
             vmm.end(invalidation);
             turn(page);
         }
@@ -97,13 +110,16 @@ pub fn every_device(rig: &Rig) {
     let tallies: BTreeMap<&str, Tally> = std::thread::scope(|scope| {
         let threads: Vec<_> = devices
             .iter()
+            .enumerate()
             .map(|device| {
                 let (client, board, stop) = (daemon.client(), &board, &stop);
-                (device.as_str(), scope.spawn(move || dma(client, device, board, stop)))
+                let device = (device.0, device.1.as_str());
+                (device.1, scope.spawn(move || dma(client, device, board, stop)))
             })
             .collect();
+        let over = Over(&stop);
         convert(&mut vmm, &board, wanted);
-        stop.store(true, SeqCst);
+        drop(over);
         threads.into_iter().map(|(device, thread)| (device, thread.join().unwrap())).collect()
     });
     println!("{wanted} conversions in {:.1?}: {tallies:?}", begun.elapsed());
