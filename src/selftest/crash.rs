@@ -1,5 +1,8 @@
 //! A daemon is killed while its device does DMA, and the next one must be able to take the device.
 
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -32,48 +35,48 @@ impl Drop for Victim {
     }
 }
 
+/// A directory for the socket and what the daemon says, removed with it.
+struct Place(PathBuf);
+
+impl Place {
+    fn new() -> std::io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("passgate-selftest-{}", std::process::id()));
+        DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("socket")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    /// The daemon's last words.
+    fn last_words(&self) -> String {
+        let said = std::fs::read_to_string(self.log()).unwrap_or_default();
+        said.lines().next_back().unwrap_or("nothing was said").to_owned()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Kills a daemon under DMA and starts the next, some times over.
 pub(super) fn recovers(options: &Options) -> Checked {
     let Some(program) = &options.program else {
         return Err(Trouble::Skipped("left out".to_owned()));
     };
-    let socket = std::env::temp_dir().join(format!("passgate-selftest-{}", std::process::id()));
-    let iommu = match options.iommu {
-        Kind::Auto => "auto",
-        Kind::Iommufd => "iommufd",
-        Kind::Type1 => "type1",
-        Kind::Soft => "soft",
-    };
+    let place = Place::new()?;
     let (mut slowest, mut writes) = (Duration::ZERO, 0);
     for nth in 0..=CRASHES {
         let begun = Instant::now();
-        let mut command = Command::new(program);
-        command.args([
-            "serve",
-            "--allow-dma",
-            "--allow-unstoppable",
-            "--iommu",
-            iommu,
-            "--device",
-            &options.device,
-            "--socket-path",
-        ]);
-        command.arg(&socket).args(options.scratch.then_some("--scratch"));
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut victim = Victim(child.spawn()?);
-        let mut client = loop {
-            match Client::connect(&socket) {
-                Ok(client) => break client,
-                Err(_) if begun.elapsed() < LONG && victim.0.try_wait()?.is_none() => {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                Err(error) => {
-                    return Err(Trouble::Failed(format!(
-                        "the daemon did not start after {nth} crashes: {error}"
-                    )));
-                }
-            }
-        };
+        let (victim, mut client) = start(program, options, &place)
+            .map_err(|why| Trouble::Failed(format!("the daemon did not start after {nth} crashes: {why}")))?;
         if nth > 0 {
             slowest = slowest.max(begun.elapsed());
         }
@@ -81,11 +84,42 @@ pub(super) fn recovers(options: &Options) -> Checked {
         client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory])?;
         writes += crash(victim, client, &options.device);
     }
-    let _ = std::fs::remove_file(&socket);
-    Ok(format!(
-        "{CRASHES} crashes beside {writes} DMA writes; back within {:.0} ms",
-        slowest.as_secs_f64() * 1e3
-    ))
+    let slowest = slowest.as_secs_f64() * 1e3;
+    Ok(format!("{CRASHES} crashes beside {writes} DMA writes; back within {slowest:.0} ms"))
+}
+
+/// Starts a daemon and waits until it listens.
+fn start(program: &Path, options: &Options, place: &Place) -> Result<(Victim, Client), String> {
+    let iommu = match options.iommu {
+        Kind::Auto => "auto",
+        Kind::Iommufd => "iommufd",
+        Kind::Type1 => "type1",
+        Kind::Soft => "soft",
+    };
+    let begun = Instant::now();
+    let log = File::create(place.log()).map_err(|error| error.to_string())?;
+    let mut command = Command::new(program);
+    command.args([
+        "serve",
+        "--allow-dma",
+        "--allow-unstoppable",
+        "--iommu",
+        iommu,
+        "--device",
+        &options.device,
+    ]);
+    command.args(options.scratch.then_some("--scratch")).arg("--socket-path").arg(place.socket());
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+    let mut victim = Victim(child.map_err(|error| error.to_string())?);
+    loop {
+        match Client::connect(place.socket()) {
+            Ok(client) => return Ok((victim, client)),
+            Err(_) if begun.elapsed() < LONG && matches!(victim.0.try_wait(), Ok(None)) => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(_) => return Err(place.last_words()),
+        }
+    }
 }
 
 /// Kills the daemon in the middle of DMA; how many operations went.

@@ -5,6 +5,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::rig::{PASSGATE, Rig};
+use crate::daemon::{LONG, until};
 
 fn list() -> Vec<Value> {
     let output = Command::new(PASSGATE).args(["list", "--json"]).output().unwrap();
@@ -20,6 +21,9 @@ fn find<'a>(devices: &'a [Value], address: &str) -> &'a Value {
 /// Both stop classes of every device, and the processes that have the one that is served.
 pub fn every_device(rig: &Rig) {
     let daemon = rig.serve();
+    // Its guardian is there before it holds the device.
+    let held = || find(&list(), &rig.edu)["owner"].as_array().unwrap().len() == 2;
+    assert!(until(LONG, held), "the guardian does not hold the device");
     let devices = list();
     let of = |variable: &str| std::env::var(variable).unwrap();
     let express =
