@@ -106,11 +106,11 @@ pub enum Error {
 
 impl Error {
     /// The device and the call where it may be free in a moment: another process has it, perhaps a daemon's
-    /// guardian about to let go of it, or it is being reset.
+    /// guardian about to let go of it, or it is being reset, or has not come to itself after that.
     pub fn taken(&self) -> Option<(&str, Failed)> {
         let Self::Device { device, source, .. } = self else { return None };
         let open_elsewhere = match source.errno {
-            Errno::BUSY | Errno::AGAIN => true,
+            Errno::BUSY | Errno::AGAIN | Errno::TIMEDOUT => true,
             // Binding a cdev that is open elsewhere, putting a group into a second container.
             Errno::INVAL => source.call.contains("BIND") || source.call.contains("SET_CONTAINER"),
             _ => false,

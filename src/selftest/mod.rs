@@ -10,12 +10,13 @@ mod in_use;
 mod pump;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use passgate_backends::{Accept, Assignment, FenceStep, Kind, assign};
+use passgate_backends::{Accept, Assignment, FenceStep, Kind};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::host::taking::take;
 use borrow::Borrowed;
 use checks::Bench;
 
@@ -33,6 +34,9 @@ pub struct Options {
     /// This program, to run the daemon that is killed; none leaves that check out.
     pub program: Option<PathBuf>,
 }
+
+/// How long to wait for a device that somebody is about to let go of.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How a check went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -148,7 +152,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
         // What cannot be stopped is what the test is to find out.
         let accept = Accept { unstoppable: true, scratch: options.scratch };
         let Assignment { domain, devices } =
-            assign(options.iommu, std::slice::from_ref(&options.device), accept)?;
+            take(options.iommu, std::slice::from_ref(&options.device), accept, PATIENCE)?;
         let Some(device) = devices.into_iter().next() else {
             return Err(Error::Usage(format!("`{}` names no device", options.device)));
         };
