@@ -149,6 +149,7 @@ mod tests {
             ("VFIO_DEVICE_BIND_IOMMUFD", Errno::BUSY, true),
             ("VFIO_GROUP_SET_CONTAINER", Errno::INVAL, true),
             ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", Errno::AGAIN, true),
+            ("resetting an NVMe controller", Errno::TIMEDOUT, true),
             ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", Errno::INVAL, false),
             ("VFIO_DEVICE_BIND_IOMMUFD", Errno::PERM, false),
             ("open /dev/vfio/devices/vfioN", Errno::ACCESS, false),
