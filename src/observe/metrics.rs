@@ -78,6 +78,7 @@ struct Now {
     clients: Gauge,
     devices: Gauge,
     fenced: Gauge,
+    unwritten: Gauge,
     bytes: Family<Labels<1>, Gauge>,
 }
 
@@ -194,8 +195,10 @@ impl Meter {
     }
 
     /// Everything in OpenMetrics text, `# EOF` at its end. Costs by regions and runs of equal state, not by pages.
-    pub fn text(&self, snapshot: &Snapshot, clients: u64) -> String {
+    /// `unwritten` are the lines that the audit log had no room for.
+    pub fn text(&self, snapshot: &Snapshot, clients: u64, unwritten: u64) -> String {
         self.now.set(snapshot, clients);
+        self.now.unwritten.set(unwritten);
         let mut text = String::with_capacity(16 << 10);
         if encode(&mut text, &self.registry).is_err() {
             // A String takes everything; so does nobody get half a text for a whole one.
@@ -222,6 +225,7 @@ impl Now {
         gauge("clients", "Connections", None, &self.clients);
         gauge("devices", "Devices", None, &self.devices);
         gauge("devices_fenced", "Devices whose DMA is stopped", None, &self.fenced);
+        gauge("audit_lines_unwritten", "Lines that the audit log had no room for", None, &self.unwritten);
         let help = "Guest memory by the state of its pages";
         registry.register_with_unit("region", help, Unit::Bytes, self.bytes.clone());
     }

@@ -304,6 +304,7 @@ impl Vm {
 
     /// What is counted and timed, in OpenMetrics text.
     pub(super) fn metrics(&self) -> String {
-        self.session.meter().text(&self.session.snapshot(), self.connections.len() as u64)
+        let (session, clients) = (&self.session, self.connections.len() as u64);
+        session.meter().text(&session.snapshot(), clients, session.audit_dropped())
     }
 }
