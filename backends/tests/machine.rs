@@ -67,10 +67,8 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("igb_it_can_be_opened_again", igb::it_can_be_opened_again),
     ("nvme_dma_moves_the_right_bytes", nvme::dma_moves_the_right_bytes),
     ("nvme_unmapped_memory_is_out_of_reach", nvme::unmapped_memory_is_out_of_reach),
-    ("nvme_a_fence_under_dma_stops_it_until_the_attach", nvme::a_fence_under_dma_stops_it_until_the_attach),
     ("nvme_every_fence_is_undone_by_an_attach", nvme::every_fence_is_undone_by_an_attach),
     ("nvme_no_dma_reaches_a_page_after_its_unmap", nvme::no_dma_reaches_a_page_after_its_unmap),
-    ("nvme_a_load_runs_beside_unmaps", nvme::a_load_runs_beside_unmaps),
     ("nvme_it_can_be_opened_again", nvme::it_can_be_opened_again),
     (
         "nvme_without_scratch_blocks_it_only_says_what_it_is",

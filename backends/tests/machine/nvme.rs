@@ -24,16 +24,8 @@ pub fn unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
     traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, NVME)?)
 }
 
-pub fn a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
-    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, NVME)?)
-}
-
 pub fn every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
     traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, NVME)?)
-}
-
-pub fn a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
-    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, NVME)?)
 }
 
 pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
@@ -42,7 +34,7 @@ pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
 
 /// The drive writes its identification to a page all the time, while the page is taken away and given back: from the
 /// unmap on it does not change. (A write of blocks is done by a thread of the host's in memory that QEMU looked up when
-/// it began, and QEMU's IOMMU does not wait for it, as a real one must: so no such claim is made of those here.)
+/// it began, and QEMU's IOMMU does not wait for it, as a real one must: so no such claim is made of those here, nor behind a fence that does not wait.)
 pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
     let (engine, page) = (traffic::engine(bench, NVME)?, memfd(1)?);
     let (touches, done) = (AtomicU64::new(0), AtomicBool::new(false));
