@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{Daemon, Output, number};
-use crate::client::{Convert, Converted, State};
+use super::{Daemon, Output, To, number};
+use crate::client::{Convert, Converted};
 use crate::error::Result;
 
 /// Has a daemon convert a range itself.
@@ -29,21 +29,10 @@ pub(super) struct ConvertRange {
     output: Output,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum To {
-    Shared,
-    Private,
-    Hole,
-}
-
 impl ConvertRange {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let to = match self.to {
-            To::Shared => State::Shared,
-            To::Private => State::Private,
-            To::Hole => State::Hole,
-        };
-        let convert = Convert { gpa: self.gpa, length: self.length, to, deadline_ms: self.deadline_ms };
+        let convert =
+            Convert { gpa: self.gpa, length: self.length, to: self.to.into(), deadline_ms: self.deadline_ms };
         let converted = self.daemon.connect()?.convert(&convert)?;
         self.output.print(&converted, text)?;
         Ok(if converted.verdict == "done" { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -21,9 +21,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::client::Client;
+use crate::client::{Client, State};
 use crate::error::{Error, Result};
 
 /// Takes pages of confidential VMs out of device DMA, with proof, before they are converted.
@@ -67,6 +67,27 @@ enum Command {
     /// Stops devices when their daemon dies; started by `serve`
     #[command(hide = true)]
     Guardian,
+}
+
+/// What pages are, as the command line names it.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum To {
+    /// Devices may see them
+    Shared,
+    /// Only the guest may
+    Private,
+    /// Nothing is there
+    Hole,
+}
+
+impl From<To> for State {
+    fn from(to: To) -> Self {
+        match to {
+            To::Shared => Self::Shared,
+            To::Private => Self::Private,
+            To::Hole => Self::Hole,
+        }
+    }
 }
 
 /// Which daemon.

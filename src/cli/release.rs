@@ -2,11 +2,10 @@
 
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 
-use super::{Daemon, Output};
-use crate::client::State;
+use super::{Daemon, Output, To};
 use crate::error::Result;
 
 /// Takes a range out of quarantine, by a person who knows what its pages are.
@@ -24,24 +23,9 @@ pub(super) struct ReleaseRange {
     output: Output,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum To {
-    /// Devices may see them
-    Shared,
-    /// Only the guest may
-    Private,
-    /// Nothing is there
-    Hole,
-}
-
 impl ReleaseRange {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let to = match self.to {
-            To::Shared => State::Shared,
-            To::Private => State::Private,
-            To::Hole => State::Hole,
-        };
-        let bytes = self.daemon.connect()?.release(self.invalidation, to)?;
+        let bytes = self.daemon.connect()?.release(self.invalidation, self.to.into())?;
         self.output.print(&json!({ "invalidation": self.invalidation, "bytes": bytes }), |_| {
             format!("{bytes} bytes are out of quarantine")
         })?;

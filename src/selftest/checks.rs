@@ -10,7 +10,7 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::pump::{LEN, Pump};
-use super::{Checked, Trouble, fence_name};
+use super::{Checked, Trouble};
 use crate::error::{Error, Result};
 
 /// Pages of the test's memory.
@@ -186,12 +186,12 @@ impl Bench {
     }
 
     /// Stops the device by this fence under DMA, looks, and brings it back.
-    pub(super) fn fence(&self, step: FenceStep) -> Checked {
+    pub(super) fn fence(&self, name: &str, step: FenceStep) -> Checked {
         if !self.device.stop_class().has(step) {
             return Err(Trouble::Skipped("the device has none".to_owned()));
         }
         self.mapped(|| match self.pump() {
-            Ok(pump) => self.fence_under_dma(step, &pump),
+            Ok(pump) => self.fence_under_dma(name, step, &pump),
             Err(Trouble::Skipped(_)) => {
                 let took = self.stop(step)?;
                 self.device.attach()?;
@@ -207,7 +207,7 @@ impl Bench {
         Ok(format!("{:.1} ms", begun.elapsed().as_secs_f64() * 1e3))
     }
 
-    fn fence_under_dma(&self, step: FenceStep, pump: &Pump) -> Checked {
+    fn fence_under_dma(&self, name: &str, step: FenceStep, pump: &Pump) -> Checked {
         pump.wait(2, LONG);
         let took = self.stop(step)?;
         // A drained device may issue what it is asked to again: it is not asked.
@@ -217,7 +217,7 @@ impl Bench {
         let looked = (0..PAGES).try_for_each(|page| self.put_canary(page)).and_then(|()| {
             pump.wait(1, LOOK);
             std::thread::sleep(LOOK);
-            (0..PAGES).try_for_each(|page| self.look(page, &format!("behind the fence {}", fence_name(step))))
+            (0..PAGES).try_for_each(|page| self.look(page, &format!("behind the fence {name}")))
         });
         let still = pump.pause(LONG);
         self.device.attach()?;

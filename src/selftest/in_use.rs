@@ -72,7 +72,7 @@ fn network(sysfs: &Path, proc: &Path, device: &Path) -> Option<String> {
 
 /// A GPU whose device files a process has open.
 fn graphics(proc: &Path, device: &Path) -> Option<String> {
-    let mut nodes: BTreeSet<String> =
+    let nodes: BTreeSet<String> =
         names(&device.join("drm")).into_iter().map(|name| format!("/dev/dri/{name}")).collect();
     let is_nvidia = fs::read_link(device.join("driver")).is_ok_and(|driver| driver.ends_with("nvidia"));
     for pid in names(proc).into_iter().filter(|name| name.bytes().all(|digit| digit.is_ascii_digit())) {
@@ -81,7 +81,6 @@ fn graphics(proc: &Path, device: &Path) -> Option<String> {
             let target = target.to_string_lossy().into_owned();
             if nodes.contains(&target) || is_nvidia && target.starts_with("/dev/nvidia") {
                 let who = fs::read_to_string(proc.join(&pid).join("comm")).unwrap_or_default();
-                nodes.clear();
                 return Some(format!("process {pid} ({}) has {target} open: stop it", who.trim()));
             }
         }

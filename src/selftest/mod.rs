@@ -12,7 +12,7 @@ mod pump;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use passgate_backends::{Accept, Assignment, FenceStep, Kind};
+use passgate_backends::{Accept, Assignment, Kind};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -163,7 +163,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
         rows.check("DMA", || bench.dma());
         rows.check("unmap under DMA", || bench.unmaps_under_dma());
         for (name, step) in checks::FENCES {
-            rows.check(name, || bench.fence(step));
+            rows.check(name, || bench.fence(name, step));
         }
     }
     rows.check("crash and recover", || crash::recovers(options));
@@ -186,9 +186,4 @@ fn borrow(options: &Options) -> Result<Option<Borrowed>> {
         return Err(Error::InUse { device: options.device.clone(), by });
     }
     if options.bind { Borrowed::take(sysfs, address).map(Some) } else { Ok(None) }
-}
-
-/// A fence as the table names it.
-fn fence_name(step: FenceStep) -> &'static str {
-    checks::FENCES.iter().find(|(_, other)| *other == step).map_or("fence", |(name, _)| name)
 }

@@ -83,8 +83,10 @@ pub type Nvme = Driven<Controller>;
 pub struct Controller {
     registers: Region,
     memory: OwnMemory,
-    admin: Pair,
-    io: Pair,
+    /// By [`To`].
+    queues: [Pair; 2],
+    /// Bytes from one doorbell to the next.
+    stride: u64,
     interrupt: OwnedFd,
     interrupts: u64,
     /// What it says it is.
@@ -103,10 +105,12 @@ pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>, scratch: bool) -> Resu
     let failed = |failed| device.failed(failed);
     let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|errno| failed(Failed::new("eventfd", errno)))?;
+    let registers = device.region(0)?;
     let controller = Controller {
-        registers: device.region(0)?,
-        admin: Pair::empty(0, ADMIN, &memory).map_err(failed)?,
-        io: Pair::empty(1, IO, &memory).map_err(failed)?,
+        registers,
+        queues: empty(&memory).map_err(failed)?,
+        // CAP.DSTRD
+        stride: 4 << (device.read_u32(registers, CAP + 4)? & 0xf),
         memory,
         interrupt,
         interrupts: 0,
@@ -129,26 +133,30 @@ impl Nvme {
 /// Which of the two pairs.
 #[derive(Debug, Clone, Copy)]
 enum To {
-    Admin,
-    Io,
+    Admin = 0,
+    Io = 1,
+}
+
+/// Both pairs, empty.
+fn empty(memory: &OwnMemory) -> std::result::Result<[Pair; 2], Failed> {
+    Ok([Pair::empty(0, ADMIN, memory)?, Pair::empty(1, IO, memory)?])
 }
 
 impl Controller {
     /// Runs one command to its end; its status. None where it does not come to one.
     fn run(&mut self, to: To, command: Command) -> Result<Option<u16>> {
-        let mut pair = self.pair(to);
+        let pair = &mut self.queues[to as usize];
         let tail = pair.put(&self.memory, command).map_err(|failed| self.device.failed(failed))?;
-        self.keep(to, pair);
-        self.set(self.doorbell(pair.id, 0)?, tail.into())?;
+        let (queue, wanted) = (pair.id, pair.last());
+        self.set(self.doorbell(queue, 0), tail.into())?;
         let begun = Instant::now();
         loop {
-            let mut pair = self.pair(to);
-            let taken = pair.take(&self.memory).map_err(|failed| self.device.failed(failed))?;
+            let taken = self.queues[to as usize].take(&self.memory);
+            let taken = taken.map_err(|failed| self.device.failed(failed))?;
             if let Some((Completion { id, status }, head)) = taken {
-                self.keep(to, pair);
-                self.set(self.doorbell(pair.id, 1)?, head.into())?;
+                self.set(self.doorbell(queue, 1), head.into())?;
                 self.count_interrupts();
-                if id == pair.last() {
+                if id == wanted {
                     return Ok(Some(status));
                 }
             }
@@ -186,24 +194,9 @@ impl Controller {
         }
     }
 
-    fn pair(&self, to: To) -> Pair {
-        match to {
-            To::Admin => self.admin,
-            To::Io => self.io,
-        }
-    }
-
-    fn keep(&mut self, to: To, pair: Pair) {
-        match to {
-            To::Admin => self.admin = pair,
-            To::Io => self.io = pair,
-        }
-    }
-
-    /// The doorbell of a submission queue's tail (0) or a completion queue's head (1) (3.1.3, CAP.DSTRD).
-    fn doorbell(&self, queue: u16, which: u64) -> Result<u64> {
-        let stride = self.get(CAP + 4)? & 0xf;
-        Ok(DOORBELLS + (u64::from(queue) * 2 + which) * (4 << stride))
+    /// The doorbell of a submission queue's tail (0) or a completion queue's head (1) (3.1.3).
+    fn doorbell(&self, queue: u16, which: u64) -> u64 {
+        DOORBELLS + (u64::from(queue) * 2 + which) * self.stride
     }
 
     fn wait_for_interrupt(&mut self) {
@@ -317,12 +310,12 @@ impl Engine for Controller {
 
     fn start(&mut self) -> Result<()> {
         let failed = |failed| self.device.failed(failed);
-        self.admin = Pair::empty(0, ADMIN, &self.memory).map_err(failed)?;
-        self.io = Pair::empty(1, IO, &self.memory).map_err(failed)?;
+        self.queues = empty(&self.memory).map_err(failed)?;
         if let Err(error) = self.device.file().set_irqs(MSIX, 0, &[Some(self.interrupt.as_fd())]) {
             log::debug!("{}: no interrupts, looking all the time: {error}", self.device.name());
         }
-        let (commands, completions) = self.admin.places(&self.memory);
+        let [admin, io] = self.queues;
+        let (commands, completions) = admin.places(&self.memory);
         let last = u32::from(SLOTS - 1);
         self.set(AQA, last | last << 16)?;
         self.set_address(ASQ, commands)?;
@@ -331,10 +324,9 @@ impl Engine for Controller {
         self.ready(true, "starting an NVMe controller")?;
         self.identify()?;
         self.admin("asking an NVMe controller for queues", Command::one_queue_each())?;
-        let (commands, completions) = self.io.places(&self.memory);
-        let id = self.io.id;
-        self.admin("creating a completion queue", Command::create_cq(id, SLOTS, completions))?;
-        self.admin("creating a submission queue", Command::create_sq(id, SLOTS, commands))?;
+        let (commands, completions) = io.places(&self.memory);
+        self.admin("creating a completion queue", Command::create_cq(io.id, SLOTS, completions))?;
+        self.admin("creating a submission queue", Command::create_sq(io.id, SLOTS, commands))?;
         self.running = true;
         Ok(())
     }
@@ -343,8 +335,9 @@ impl Engine for Controller {
     /// is when its cache is on the medium (3.6.1). Both are given [`DEADLINE`].
     fn stop(&mut self) -> Result<()> {
         if std::mem::take(&mut self.running) {
-            self.admin("draining a submission queue", Command::delete_sq(self.io.id))?;
-            self.admin("deleting a completion queue", Command::delete_cq(self.io.id))?;
+            let [_, io] = self.queues;
+            self.admin("draining a submission queue", Command::delete_sq(io.id))?;
+            self.admin("deleting a completion queue", Command::delete_cq(io.id))?;
             self.set(CC, CC_ENTRIES | CC_ENABLE | CC_SHUT_DOWN)?;
             let down = || Ok(self.get(CSTS)? & CSTS_SHUTDOWN == CSTS_SHUTDOWN_DONE);
             if !await_that(DEADLINE, down)? {
