@@ -1,0 +1,231 @@
+//! A two-bit value for every page number, in a store: nodes of 512 entries above leaves of 512 pages.
+//!
+//! An entry is the value of all pages below it, or the unit of the node or leaf that tells them apart; what becomes
+//! equal is folded back into one entry at once. The root has as many levels as its highest page needs. Pages that were
+//! never set are 0.
+
+use std::ops::Range;
+
+mod set;
+mod walk;
+
+use super::blocks::{BLOCK_BYTES, LEAVES};
+use super::leaf;
+use super::spans::Spans;
+use super::store::{Full, Key, LEVELS, Store, UNIFORM};
+use set::{Place, Setting, move_pages};
+pub(super) use walk::{Values, Walk, span};
+
+/// Page numbers end here; a [`passgate_bindings::PageRange`] has none beyond.
+pub const PAGES: u64 = span(LEVELS);
+
+/// The values of all pages under one key of a store. There is one of these per key at a time.
+#[derive(Debug)]
+pub struct Tree {
+    store: Store,
+    key: Key,
+    /// Where in the store its root is.
+    root: usize,
+    /// How many pages are 1, 2 and 3; those that are 0 are not counted.
+    totals: [u64; 4],
+}
+
+impl Tree {
+    /// The tree under `key`; where the store has none yet, a new one.
+    pub fn new(store: &Store, key: Key) -> Result<Self, Full> {
+        let mut tree = Self { root: store.tree(key)?, store: store.clone(), key, totals: [0; 4] };
+        tree.totals = tree.tally(0..span(store.root(tree.root).0));
+        Ok(tree)
+    }
+
+    /// Forgets it: its memory is free, and the store has nothing under its key.
+    pub fn discard(self) {
+        self.store.remove(self.key);
+    }
+
+    /// The store that it lies in.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Bytes of the store that it takes at most if only `pages` (not empty) are ever set.
+    pub fn worst(pages: Range<u64>) -> u64 {
+        let touched = |span: u64| (pages.end - 1) / span - pages.start / span + 1;
+        let nodes: u64 = (1..=LEVELS).map(|height| touched(span(height))).sum();
+        (nodes + touched(span(0) * u64::from(LEAVES))) * BLOCK_BYTES
+    }
+
+    /// The value of `page`.
+    pub fn get(&self, page: u64) -> u8 {
+        match self.walk().find(page).values {
+            Values::All(value) => value,
+            Values::Each(leaf) => leaf.get(page % leaf::PAGES),
+        }
+    }
+
+    /// Sets every page of `pages` to `value` (0 to 3). Each page has its old value or the new one at any time. On
+    /// `Full` some are set and others are not.
+    pub fn set(&mut self, pages: Range<u64>, value: u8) -> Result<(), Full> {
+        self.set_or(pages, value, None)
+    }
+
+    /// Sets every page of `pages` to `value`, and where there is no room to tell them from their neighbours, these too
+    /// to `coarse`: a fold needs no memory. Where the tree cannot grow, pages beyond its end stay 0.
+    pub fn force(&mut self, pages: Range<u64>, value: u8, coarse: u8) {
+        let _ = self.set_or(pages, value, Some(coarse));
+    }
+
+    fn set_or(&mut self, pages: Range<u64>, value: u8, coarse: Option<u8>) -> Result<(), Full> {
+        let (value, mut pages) = (value & 3, pages.start..pages.end.min(PAGES));
+        if pages.is_empty() {
+            return Ok(());
+        }
+        // One page beside others that are told apart: by far the most common, and nothing but its word changes.
+        if pages.end - pages.start == 1 {
+            let page = pages.start % leaf::PAGES;
+            match self.walk().find(pages.start).values {
+                Values::Each(leaf) => {
+                    let old = leaf.get(page);
+                    let even = old != value && leaf.set(page..page + 1, value);
+                    move_pages(&mut self.totals, old, value, 1);
+                    if !even {
+                        return Ok(());
+                    }
+                }
+                Values::All(old) if old == value => return Ok(()),
+                Values::All(_) => {}
+            }
+        }
+        let (mut height, mut entry) = self.store.root(self.root);
+        while pages.end > span(height) {
+            if value == 0 {
+                pages.end = span(height);
+                break;
+            }
+            entry = self.raise(entry)?;
+            height += 1;
+            self.store.set_root(self.root, height, entry);
+        }
+        if pages.start >= pages.end {
+            return Ok(());
+        }
+        let at = Place { entry, height, first: 0, parent: 0 };
+        let new = Setting { store: &self.store, totals: &mut self.totals, value, coarse }.set(at, pages)?;
+        if new != entry {
+            self.store.set_root(self.root, height, new);
+            if new < UNIFORM {
+                self.store.free(entry, height, 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// A root one level higher than `entry`.
+    fn raise(&self, entry: u32) -> Result<u32, Full> {
+        if entry == 0 {
+            return Ok(0);
+        }
+        let node = self.store.take_node(0)?;
+        self.store.set_entry(node, 0, entry);
+        Ok(node)
+    }
+
+    /// The longest spans of equal value that make up `pages`, in order.
+    pub fn spans(&self, pages: Range<u64>) -> Spans<'_> {
+        Spans::new(self.walk(), pages)
+    }
+
+    /// The first page of `pages` that is not `value`.
+    pub fn next_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let found = self.walk().find(at);
+            let first = found.pages.start;
+            match found.values {
+                Values::All(other) if other != value => return Some(at),
+                Values::All(_) => {}
+                Values::Each(leaf) => {
+                    let end = pages.end.min(found.pages.end);
+                    if let Some(page) = leaf.next_not(at - first..end - first, value) {
+                        return Some(first + page);
+                    }
+                }
+            }
+            at = found.pages.end;
+        }
+        None
+    }
+
+    /// The last page of `pages` that is not `value`.
+    pub fn last_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let mut end = pages.end;
+        while pages.start < end {
+            let found = self.walk().find(end - 1);
+            let first = found.pages.start;
+            let page = match found.values {
+                Values::All(other) => (other != value).then_some(end - 1),
+                Values::Each(leaf) => leaf.last_not(end - first, value).map(|page| first + page),
+            };
+            if let Some(page) = page {
+                return (page >= pages.start).then_some(page);
+            }
+            end = first;
+        }
+        None
+    }
+
+    /// How many of `pages` are `value`.
+    pub fn count(&self, pages: Range<u64>, value: u8) -> u64 {
+        let (mut at, mut count, mut walk) = (pages.start, 0, self.walk());
+        while at < pages.end {
+            let found = walk.find(at);
+            let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
+            count += match found.values {
+                Values::All(other) => {
+                    if other == value {
+                        end - at
+                    } else {
+                        0
+                    }
+                }
+                Values::Each(leaf) => leaf.count(at - first..end - first, value),
+            };
+            at = end;
+        }
+        count
+    }
+
+    /// How many of `pages` are 0, 1, 2 and 3. At once where all other pages are 0, as when a file is asked for whole.
+    pub fn counts(&self, pages: Range<u64>) -> [u64; 4] {
+        let ends = span(self.store.root(self.root).0);
+        if self.next_not(0..pages.start.min(ends), 0).is_none()
+            && self.next_not(pages.end.min(ends)..ends, 0).is_none()
+        {
+            let [_, one, two, three] = self.totals;
+            return [pages.end - pages.start - one - two - three, one, two, three];
+        }
+        self.tally(pages)
+    }
+
+    fn tally(&self, pages: Range<u64>) -> [u64; 4] {
+        let (mut at, mut counts, mut walk) = (pages.start, [0; 4], self.walk());
+        while at < pages.end {
+            let found = walk.find(at);
+            let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
+            match found.values {
+                Values::All(value) => counts[usize::from(value & 3)] += end - at,
+                Values::Each(leaf) => leaf.counts(at - first..end - first, &mut counts),
+            }
+            at = end;
+        }
+        counts
+    }
+
+    /// A look from page to page.
+    pub(super) fn walk(&self) -> Walk<'_> {
+        Walk::new(&self.store, self.root)
+    }
+}
+
+#[cfg(test)]
+mod tests;
