@@ -97,10 +97,12 @@ pub struct Runs<'a>(spans::Spans<'a>);
 impl Iterator for Runs<'_> {
     type Item = (PageRange<Offset>, PageState);
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         self.0.next().and_then(run)
     }
 
+    #[inline]
     fn fold<B, F: FnMut(B, Self::Item) -> B>(self, init: B, mut tell: F) -> B {
         self.0.fold(init, |told, span| match run(span) {
             Some(run) => tell(told, run),
@@ -109,10 +111,12 @@ impl Iterator for Runs<'_> {
     }
 }
 
+#[inline]
 fn run((span, value): (std::ops::Range<u64>, u8)) -> Option<(PageRange<Offset>, PageState)> {
     PageRange::between(Offset(span.start * PAGE), Offset(span.end * PAGE)).map(|range| (range, state(value)))
 }
 
+#[inline]
 fn pages(range: PageRange<Offset>) -> std::ops::Range<u64> {
     range.start().raw() / PAGE..range.end().raw() / PAGE
 }
@@ -126,6 +130,7 @@ fn value(state: PageState) -> u8 {
     state as u8 ^ PageState::Unknown as u8
 }
 
+#[inline]
 fn state(value: u8) -> PageState {
     PageState::ALL[usize::from(value & 3 ^ PageState::Unknown as u8)]
 }

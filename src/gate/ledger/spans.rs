@@ -41,6 +41,7 @@ impl<'a> Spans<'a> {
     }
 
     /// Reads on: one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
+    #[inline]
     fn look(&mut self) {
         let page = self.next;
         let (leaf, first) = match self.leaf {
@@ -75,6 +76,7 @@ impl<'a> Spans<'a> {
     }
 
     /// The span before the next change in the word last read.
+    #[inline]
     fn change(&mut self) -> (Range<u64>, u8) {
         let bit = self.changes.trailing_zeros();
         self.changes &= self.changes - 1;
@@ -84,6 +86,7 @@ impl<'a> Spans<'a> {
         span
     }
 
+    #[inline]
     fn rest(&mut self) -> Option<(Range<u64>, u8)> {
         let last = (self.start..self.end, self.value);
         self.start = self.end;
@@ -94,6 +97,7 @@ impl<'a> Spans<'a> {
 impl Iterator for Spans<'_> {
     type Item = (Range<u64>, u8);
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if self.changes != 0 {
@@ -107,15 +111,24 @@ impl Iterator for Spans<'_> {
     }
 
     /// As `next` again and again, without coming back here for each: `for_each`, `sum` and their kin run on it.
+    #[inline]
     fn fold<B, F: FnMut(B, Self::Item) -> B>(mut self, init: B, mut tell: F) -> B {
         let mut told = init;
         loop {
-            while self.changes != 0 {
-                told = tell(told, self.change());
+            // In registers while a word lasts.
+            let (word, first, mut changes) = (self.word, self.first, self.changes);
+            let (mut start, mut value) = (self.start, self.value);
+            while changes != 0 {
+                let bit = changes.trailing_zeros();
+                let at = first + u64::from(bit) / 2;
+                told = tell(told, (start..at, value));
+                (start, value) = (at, (word >> bit & 3) as u8);
+                changes &= changes - 1;
             }
+            (self.start, self.value, self.changes) = (start, value, 0);
             if self.next >= self.end {
                 return match self.rest() {
-                    Some(last) => tell(told, last),
+                    Some(rest) => tell(told, rest),
                     None => told,
                 };
             }

@@ -46,6 +46,7 @@ impl<'a> Walk<'a> {
     }
 
     /// What is known of `page` and those around it. A unit that leads nowhere is none of ours: its pages are 0.
+    #[inline]
     pub(in crate::gate::ledger) fn find(&mut self, page: u64) -> Found<'a> {
         match self.node {
             Some((node, first)) if page & !(span(1) - 1) == first => self.below(node, page),
@@ -75,6 +76,7 @@ impl<'a> Walk<'a> {
         }
     }
 
+    #[inline]
     fn below(&self, node: &[AtomicU64; BLOCK_WORDS], page: u64) -> Found<'a> {
         let index = page >> BITS & 511;
         let entry = (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32;
