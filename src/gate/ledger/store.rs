@@ -399,3 +399,6 @@ fn as_table(root: u64) -> Option<(u32, u32)> {
     let count = (root >> 32) as u32 & 0xff_ffff;
     (root >> 56 == TABLE && count > 0).then_some((root as u32, count))
 }
+
+#[cfg(test)]
+mod tests;

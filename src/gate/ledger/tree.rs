@@ -202,7 +202,9 @@ impl Tree {
             && self.next_not(pages.end.min(ends)..ends, 0).is_none()
         {
             let [_, one, two, three] = self.totals;
-            return [pages.end - pages.start - one - two - three, one, two, three];
+            let rest =
+                (pages.end - pages.start).saturating_sub(one.saturating_add(two).saturating_add(three));
+            return [rest, one, two, three];
         }
         self.tally(pages)
     }
