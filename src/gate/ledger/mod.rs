@@ -6,8 +6,8 @@
 mod blocks;
 pub mod holds;
 mod leaf;
+pub mod mapped;
 pub mod pages;
-pub mod runs;
 pub mod spans;
 pub mod store;
 pub mod table;
@@ -16,8 +16,8 @@ pub mod tree;
 use serde::{Deserialize, Serialize};
 
 pub use holds::{HeldBy, Holds};
+pub use mapped::{Mapped, Run, RunState};
 pub use pages::PageMap;
-pub use runs::{Run, RunState, Runs};
 pub use store::{Full, Key, Store};
 pub use table::Table;
 pub use tree::Tree;
