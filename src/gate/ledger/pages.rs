@@ -3,7 +3,6 @@
 //! Pages that were never set are [`PageState::Unknown`].
 
 use passgate_bindings::units::{Address, Offset};
-use passgate_bindings::words::Words;
 use passgate_bindings::{PAGE, PageRange};
 
 use super::store::{Full, Key, Store};
@@ -13,26 +12,14 @@ use crate::gate::event::FileId;
 
 /// What kind of root this is, in a store.
 const KIND: u64 = 1;
-/// Bytes of address space for a map of its own: 31 TiB of guest memory. None of it is taken before it is needed.
-const PRIVATE: u64 = 2 << 30;
-
 /// The state of every page of one file.
 #[derive(Debug)]
 pub struct PageMap(Tree);
 
 impl PageMap {
     /// A map in memory of its own, in which every page is [`PageState::Unknown`]; it ends with the process.
-    ///
-    /// # Panics
-    /// Where the machine has not even the address space for an empty one, as any allocation does.
     pub fn new() -> Self {
-        // As much of it as a limit on this process's address space allows.
-        let sizes = (16..=PRIVATE.ilog2()).rev().map(|bits| 1 << bits);
-        let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
-            let store = Store::new(words).ok()?;
-            Self::in_store(&store, FileId { device: 0, inode: 0 }).ok()
-        });
-        made.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[u64; 1 << 13]>()))
+        Self(Tree::own())
     }
 
     /// The map of `file` in `store`: the one that is there, or a new one. One at a time per file.
@@ -138,6 +125,7 @@ fn state(value: u8) -> PageState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use passgate_bindings::words::Words;
 
     fn range(page: u64, pages: u64) -> PageRange<Offset> {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()

@@ -8,6 +8,8 @@ use super::tree::{Values, Walk};
 /// The longest spans of equal value that make up a range of pages; see [`Tree::spans`].
 pub struct Spans<'a> {
     walk: Walk<'a>,
+    /// Whether 2 is told as 1.
+    merged: bool,
     /// The span that is being followed: where it starts, and its value.
     start: u64,
     value: u8,
@@ -23,19 +25,30 @@ pub struct Spans<'a> {
 }
 
 impl<'a> Spans<'a> {
-    pub(super) fn new(walk: Walk<'a>, pages: Range<u64>) -> Self {
+    pub(super) fn new(walk: Walk<'a>, pages: Range<u64>, merged: bool) -> Self {
         let (start, end) = (pages.start, pages.end);
-        let mut spans =
-            Self { walk, start, value: 0, next: start, end, leaf: None, word: 0, first: 0, changes: 0 };
+        let mut spans = Self {
+            walk,
+            merged,
+            start,
+            value: 0,
+            next: start,
+            end,
+            leaf: None,
+            word: 0,
+            first: 0,
+            changes: 0,
+        };
         if start < end {
             let found = spans.walk.find(start);
-            match found.values {
-                Values::All(value) => (spans.value, spans.next) = (value, found.pages.end),
+            let value = match found.values {
+                Values::All(fill) => fill.value(start),
                 Values::Each(leaf) => {
-                    spans.value = leaf.get(start % leaf::PAGES);
                     spans.leaf = Some((leaf, found.pages.start));
+                    leaf.get(start % leaf::PAGES)
                 }
-            }
+            };
+            spans.value = if merged && value == 2 { 1 } else { value };
         }
         spans
     }
@@ -44,25 +57,29 @@ impl<'a> Spans<'a> {
     #[inline]
     fn look(&mut self) {
         let page = self.next;
-        let (leaf, first) = match self.leaf {
-            Some((leaf, first)) if page < first + leaf::PAGES => (leaf, first),
+        let word = match self.leaf {
+            Some((leaf, first)) if page < first + leaf::PAGES => leaf.word((page - first) / PER_WORD),
             _ => {
                 let found = self.walk.find(page);
                 match found.values {
-                    Values::Each(leaf) => (leaf, found.pages.start),
-                    Values::All(value) => {
+                    Values::Each(leaf) => {
+                        self.leaf = Some((leaf, found.pages.start));
+                        leaf.word((page - found.pages.start) / PER_WORD)
+                    }
+                    Values::All(fill) if fill.bits().is_none() || self.merged => {
+                        let value = fill.value(page);
                         self.leaf = None;
                         self.next = found.pages.end;
                         self.first = page;
-                        self.word = value.into();
-                        self.changes = u64::from(value != self.value);
+                        self.word = if self.merged && value == 2 { 1 } else { value.into() };
+                        self.changes = u64::from(self.word != u64::from(self.value));
                         return;
                     }
+                    Values::All(fill) => fill.word(page - page % PER_WORD),
                 }
             }
         };
-        self.leaf = Some((leaf, first));
-        self.word = leaf.word((page - first) / PER_WORD);
+        self.word = if self.merged { leaf::merged(word) } else { word };
         self.first = page - page % PER_WORD;
         self.next = self.first + PER_WORD;
         self.changes = leaf::changes(self.word, self.value);

@@ -128,7 +128,7 @@ fn each_kind_of_damage_is_named() {
     assert_eq!(after(inside, node.into()), entry(node), "a circle");
     let outside = BLOCKS as u32 * LEAVES;
     assert_eq!(after(inside, outside.into()), entry(outside), "outside");
-    assert_eq!(after(inside, 17), entry(17), "the header");
+    assert_eq!(after(inside, 70), entry(70), "the header");
     assert_eq!(after(DIRECTORY, of_tree(6, node)), OpenError::Damaged { slot, found: of_tree(6, node) });
     assert_eq!(after(DIRECTORY, of_tree(1, node + 1)), entry(node + 1), "no node starts there");
     let twice = after(DIRECTORY + SLOT, root);
