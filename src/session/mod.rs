@@ -159,10 +159,13 @@ impl Session {
                     self.handle(Event::Released { job });
                 }
             }
-            Returned::Examined { caller, memory, files } => match self.files.admit(caller, &memory, files) {
-                Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
-                Err(error) => self.border.push_back(Next::Refused(caller, error)),
-            },
+            Returned::Examined { caller, memory, files } => {
+                let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
+                match self.files.admit(caller, &memory, files, &reserved) {
+                    Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
+                    Err(error) => self.border.push_back(Next::Refused(caller, error)),
+                }
+            }
         }
     }
 

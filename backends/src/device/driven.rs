@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use passgate_bindings::{Failed, Iova};
+use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::load::Load;
-use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load};
+use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load, own};
 use crate::{Error, Result};
 
 /// How long a fence or an attach waits for the transfer under way: longer than any transfer's own deadline and the
@@ -183,6 +183,10 @@ impl<E: Engine> Device for Driven<E> {
 
     fn guard(&self) -> Guard<'_> {
         self.0.device.guard()
+    }
+
+    fn reserved(&self) -> Option<PageRange<Iova>> {
+        own::window()
     }
 
     fn touch(&self, iova: Iova) -> Result<Vec<u8>> {

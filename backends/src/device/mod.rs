@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::BorrowedFd;
 
-use passgate_bindings::Iova;
+use passgate_bindings::{Iova, PageRange};
 
 use crate::{Error, Result};
 
@@ -100,6 +100,11 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Puts a fenced device back into its domain.
     fn attach(&self) -> Result<()>;
+
+    /// IOVAs of its domain that are its driver's own: no memory of a client may be there.
+    fn reserved(&self) -> Option<PageRange<Iova>> {
+        None
+    }
 
     /// What a guardian must hold to stop this device when the worker dies; empty where the kernel does it.
     fn guard(&self) -> Guard<'_>;
