@@ -19,6 +19,7 @@ use super::{Capabilities, Domain, Unmap, pieces};
 use crate::{Error, Result};
 
 mod areas;
+mod kernel;
 mod probe;
 mod seats;
 mod side;
@@ -210,7 +211,10 @@ impl Drop for IommufdDomain {
     fn drop(&mut self) {
         match &self.kept {
             Kept::One { ioas, .. } => destroy(&self.iommufd, *ioas),
-            Kept::Two(standby) => standby.close(&self.iommufd),
+            Kept::Two(standby) => {
+                standby.close(&self.iommufd);
+                standby.ioases().iter().for_each(|ioas| destroy(&self.iommufd, *ioas));
+            }
         }
     }
 }
