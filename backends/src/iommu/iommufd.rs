@@ -198,7 +198,8 @@ impl Domain for IommufdDomain {
     }
 
     /// A device that does not move, and a copy that is not made, is [`Unmap::Failed`]: `gone` may then be mapped
-    /// as before, or only its pages pinned. A later unmap or replace of it works on what is left.
+    /// as before, or only its pages pinned. A replace of the same ranges, or an unmap of the whole mappings that
+    /// held them, takes away what is left, and answers for all of it.
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
         match &self.kept {
             Kept::One { .. } => Unmap::Failed { errno: Errno::NOSYS, bytes: 0 },
