@@ -51,7 +51,7 @@ use crate::protocol::verbs::{
 
 pub use crate::gate::{Outcome, PageState};
 pub use crate::protocol::verbs::{AddMemory, Convert, Converted, MemoryAdded, State, Status};
-pub use channel::{Answer, Channel, Failure};
+pub use channel::{Answer, Channel, Failure, Ticket};
 pub use events::{Event, Events};
 
 /// A connection to one VM's daemon. What it added goes when it is closed.

@@ -244,7 +244,7 @@ impl Gate {
         let needs = |id: &InvalidationId| {
             let Some(inv) = self.invalidations.get(id) else { return false };
             let may = self.may(entry, step, self.allowed(inv.after));
-            *id == asker || (may && (inv.stopping || inv.pausing || inv.rung >= step))
+            *id == asker || (may && (inv.stopping || inv.pausing.contains(&device) || inv.rung >= step))
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
