@@ -5,6 +5,7 @@
 //! can always answer in time.
 
 mod call;
+pub mod fdstore;
 mod files;
 pub mod guardian;
 mod held;
