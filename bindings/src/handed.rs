@@ -32,7 +32,9 @@ pub fn take() -> Result<Vec<Handed>, Failed> {
         Err(env::VarError::NotPresent) => Ok(None),
         Err(env::VarError::NotUnicode(_)) => Err(Failed::new(CALL, Errno::INVAL)),
     };
-    let (Some(pid), Some(count)) = (number("LISTEN_PID")?, number("LISTEN_FDS")?) else { return Ok(Vec::new()) };
+    let (Some(pid), Some(count)) = (number("LISTEN_PID")?, number("LISTEN_FDS")?) else {
+        return Ok(Vec::new());
+    };
     if i64::from(pid) != i64::from(std::process::id()) || TAKEN.swap(true, Ordering::AcqRel) {
         return Ok(Vec::new());
     }

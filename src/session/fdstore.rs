@@ -119,7 +119,9 @@ impl Kept {
         for (text, fd) in handed::take().map_err(|source| Error::Handed { source })? {
             match text.parse() {
                 Ok(name) => kept.kept.entry(name).or_default().push(fd),
-                Err(NotOurs) => log::warn!("the service manager handed over `{text}`, which is none of passgate's"),
+                Err(NotOurs) => {
+                    log::warn!("the service manager handed over `{text}`, which is none of passgate's")
+                }
             }
         }
         Ok(kept)
@@ -166,7 +168,10 @@ impl FdStore {
             return Ok(None);
         }
         let (ask, asked) = channel();
-        std::thread::Builder::new().name("fd store".into()).spawn(move || serve(&asked)).map_err(Error::Thread)?;
+        std::thread::Builder::new()
+            .name("fd store".into())
+            .spawn(move || serve(&asked))
+            .map_err(Error::Thread)?;
         Ok(Some(Self { ask }))
     }
 
@@ -213,7 +218,9 @@ fn serve(asked: &Receiver<Ask>) {
                 let _ = done.send(put(&name, fd.as_fd()));
                 Ok(())
             }
-            Ask::Remove { name } => notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name.to_string())]),
+            Ask::Remove { name } => {
+                notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name.to_string())])
+            }
             Ask::Say { state } => notify(&[state]),
         };
         if let Err(error) = said {
@@ -263,7 +270,10 @@ mod tests {
         ];
         for name in names {
             let text = name.to_string();
-            assert!(text.len() <= 255 && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b':'), "{text}");
+            assert!(
+                text.len() <= 255 && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b':'),
+                "{text}"
+            );
             assert_eq!(text.parse(), Ok(name));
         }
     }
@@ -271,9 +281,22 @@ mod tests {
     #[test]
     fn what_is_not_ours_is_no_name() {
         for text in [
-            "", "passgate.", "passgate", "ledger", "passgate.ledger.", "passgate.ledger.1", "passgate.group",
-            "passgate.group.-1", "passgate.group.007", "passgate.memory.1", "passgate.memory.1.2.3",
-            "passgate.memory.0x1.2", "passgate.memory.1.G", "passgate.device", "connection", "stored",
+            "",
+            "passgate.",
+            "passgate",
+            "ledger",
+            "passgate.ledger.",
+            "passgate.ledger.1",
+            "passgate.group",
+            "passgate.group.-1",
+            "passgate.group.007",
+            "passgate.memory.1",
+            "passgate.memory.1.2.3",
+            "passgate.memory.0x1.2",
+            "passgate.memory.1.G",
+            "passgate.device",
+            "connection",
+            "stored",
         ] {
             assert_eq!(text.parse::<Name>(), Err(NotOurs), "{text}");
         }

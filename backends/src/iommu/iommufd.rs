@@ -5,6 +5,9 @@
 //! would cut a mapping", and says what it had removed when it fails half-way. The seam for cutting mappings in
 //! place is the same call: it needs small IOMMU pages, which this domain does not ask for.
 
+mod resume;
+
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -15,6 +18,7 @@ use passgate_bindings::{Failed, Iova, PAGE, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
+use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
 /// An IOAS and the iommufd that owns it.
@@ -112,6 +116,10 @@ impl Domain for IommufdDomain {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
+    }
+
+    fn leave(&self) -> io::Result<(Left, Ids)> {
+        self.last()
     }
 }
 

@@ -4,6 +4,7 @@
 //! kernel call, and may be called from several threads at once. What it can do is probed when it is opened.
 
 use std::fmt;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use crate::Result;
+use crate::resume::{Ids, Left};
 
 pub mod iommufd;
 mod pieces;
@@ -85,6 +87,11 @@ pub trait Domain: Send + Sync + fmt::Debug {
     /// Takes away every mapping that lies wholly inside `iova`; holes inside are no error. A mapping that
     /// `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
+
+    /// Copies of the files by which another process can go on with it ([`crate::resume`]), and its ids.
+    fn leave(&self) -> io::Result<(Left, Ids)> {
+        Ok((Left::default(), Ids::Nothing))
+    }
 
     /// Appends the tickets whose operations have ended since the last call.
     fn poll(&self, ended: &mut Vec<Ticket>) {
