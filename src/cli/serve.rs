@@ -9,7 +9,7 @@ use passgate_backends::assign::{Accept, Assignment, Kind};
 use passgate_backends::{Device, FenceStep};
 
 use crate::error::{Error, Result};
-use crate::gate::{OnStuckDma, Platform, Policy};
+use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
 use crate::serve::{Options, Server, privilege};
@@ -40,6 +40,13 @@ pub(super) struct Serve {
     /// Let a fence end a TDISP interface that is locked or runs
     #[arg(long)]
     end_tdi: bool,
+    /// Whether DMA beside a page that is taken away may miss a moment: never (small IOMMU pages, or page by page), only
+    /// while its device is paused, or at any time
+    #[arg(long, value_enum, default_value_t = Window::Prefer)]
+    hitless: Window,
+    /// A device to which a DMA fault does no harm, so that it need not be paused; may be given again
+    #[arg(long, value_name = "BDF")]
+    tolerant: Vec<String>,
     /// How long to try again for devices that another process still has
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     wait: u32,
@@ -120,6 +127,26 @@ enum Stuck {
     Reset,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Window {
+    /// Never: what the domain cannot cut is mapped page by page, or refused
+    Require,
+    /// Only while the devices are paused for it
+    Prefer,
+    /// At any time
+    Off,
+}
+
+impl From<Window> for Hitless {
+    fn from(window: Window) -> Self {
+        match window {
+            Window::Require => Self::Require,
+            Window::Prefer => Self::Prefer,
+            Window::Off => Self::Off,
+        }
+    }
+}
+
 impl From<Iommu> for Kind {
     fn from(iommu: Iommu) -> Self {
         match iommu {
@@ -155,6 +182,7 @@ impl Serve {
             on_stuck_dma,
             platform: self.platform(),
             end_tdi: self.end_tdi,
+            hitless: self.hitless.into(),
             max_regions: self.max_regions,
             ..Policy::default()
         };
@@ -165,6 +193,7 @@ impl Serve {
             allow_release: !self.no_release,
             metrics_path: self.metrics_path,
             guardian,
+            tolerant: self.tolerant,
             state: self.state.options(),
             stop_signals: vec![signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT],
             ..Options::at(self.socket_path)

@@ -29,7 +29,7 @@ impl StatusOf {
 fn text(status: &Status) -> String {
     let mut text = format!(
         "passgate {}, {}: {} of {} mappings in use ({} at worst), {} mapped, {} conversions open, {} connections\n\
-         when DMA does not stop: {}; platform: {}; instance {}, {} events so far\n\
+         when DMA does not stop: {}; platform: {}; hitless: {}; instance {}, {} events so far\n\
          conversions: {} done, {} refused, {} unknown; {} waited for DMA in flight; {} requests were wrong",
         status.version,
         status.iommu,
@@ -41,6 +41,7 @@ fn text(status: &Status) -> String {
         status.clients,
         status.on_stuck_dma,
         status.platform,
+        status.hitless,
         status.instance,
         status.sequence,
         status.totals.done,

@@ -28,7 +28,7 @@ impl Gate {
 
     /// The domains with something over `targets`.
     fn concerned(&self, targets: &[PageRange<Iova>]) -> Vec<DomainId> {
-        let concerned = self.domains.iter().filter(|d| targets.iter().any(|t| !d.runs.is_clear(*t)));
+        let concerned = self.domains.iter().filter(|d| targets.iter().any(|t| !d.mapped.is_clear(*t)));
         concerned.map(|domain| domain.id).collect()
     }
 
@@ -79,12 +79,12 @@ impl Gate {
         if self.policy.platform == Platform::Contained || self.keeps_copies(domain).is_some() {
             return;
         }
-        let Some(runs) = self.runs(domain) else { return };
-        let gone = runs.in_state(RunState::Cached);
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        let gone = mapped.in_state(RunState::Cached);
         // All of them before anybody looks, for the detach proves them together; and what they show is taken down
         // before any of it is forgotten.
-        gone.iter().for_each(|iova| runs.remove(iova.start()));
-        let gone: Vec<_> = gone.into_iter().map(|iova| (iova, self.files_at(iova))).collect();
+        gone.iter().for_each(|run| _ = mapped.remove(run.range.start()));
+        let gone: Vec<_> = gone.into_iter().map(|run| (run.range, self.files_at(run.range))).collect();
         for (iova, _) in &gone {
             self.advance_over(*iova, effects);
         }

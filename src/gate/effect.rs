@@ -34,7 +34,7 @@ pub enum Effect {
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
-        /// Bytes per kernel mapping; the last may be shorter.
+        /// Bytes per kernel mapping: their borders are the multiples of it.
         piece: u64,
         /// Of this file,
         file: FileId,
@@ -51,6 +51,19 @@ pub enum Effect {
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
+        /// Bytes of it that are mapped and have to go; the rest is gaps.
+        bytes: u64,
+    },
+    /// Take just these ranges out, all at once, by a page table without them → [`super::Event::Unmapped`].
+    Replace {
+        /// Names the result.
+        job: JobId,
+        /// Where.
+        domain: DomainId,
+        /// What goes: ascending, apart. Nothing else goes.
+        gone: Vec<PageRange<Iova>>,
+        /// Bytes that are mapped in them and have to go.
+        bytes: u64,
     },
     /// Do one fence on one device → [`super::Event::Fenced`].
     Fence {

@@ -18,19 +18,26 @@ impl Gate {
     pub(super) fn fail(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
         let (targets, rung) = (std::mem::take(&mut inv.targets), inv.rung);
-        let (caller, range, after) = (inv.receipt.caller, inv.receipt.range, inv.after);
+        let (caller, range, after) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.after);
         let is_conversion = inv.is_conversion();
-        let stuck = self.runs_over(&targets);
+        let mut stuck: Vec<_> = self
+            .runs_over(&targets)
+            .into_iter()
+            .map(|(domain, run)| (domain, run.range, Some(run.state)))
+            .collect();
+        for (domain, target) in self.domains.iter().flat_map(|d| targets.iter().map(move |t| (d, *t))) {
+            stuck.extend(domain.mapped.live(target).map(|live| (domain.id, live, None)));
+        }
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
         let pages = self.invalidations.get(&id).map(|inv| inv.pages.clone()).unwrap_or_default();
         self.release(id, &pages);
-        for (domain, run) in stuck {
+        for (domain, iova, state) in stuck {
             // Of a conversion, only what waits for its devices to be detached is still plainly mapped.
-            let untouched = run.state == RunState::Live && is_conversion;
-            let state = if untouched { RunState::Cached } else { run.state };
+            let untouched = state.is_none() && is_conversion;
+            let state = if untouched { Some(RunState::Cached) } else { state };
             let (known, reason) = self.reason(domain, state, rung);
             let mut first = None;
-            for part in self.files_at(run.range) {
+            for part in self.files_at(iova) {
                 first = first.or(self.asked(&pages, part));
                 if !untouched {
                     self.quarantine(id, part.file, part.range, reason, effects);
@@ -53,7 +60,7 @@ impl Gate {
                 Some(Answer::Refused(Refusal::HalfMapped { errno }))
             }
             After::AddFailed(_, refusal) => Some(Answer::Refused(refusal)),
-            After::Gone => None,
+            After::Gone | After::Merged => None,
             _ => Some(Answer::Verdict { invalidation: id, verdict }),
         };
         effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));
@@ -94,7 +101,7 @@ impl Gate {
         let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase == Phase::Converting) else {
             return;
         };
-        let (caller, range) = (inv.receipt.caller, inv.receipt.range);
+        let (caller, range) = (inv.receipt.caller, inv.receipt.ranges.first());
         let reason = |cause, errno| Reason { cause, device: None, rung: Step::Unmap, errno };
         let verdict = match outcome {
             Outcome::Committed => Verdict::Done,
@@ -176,7 +183,7 @@ impl Gate {
 
     /// Nobody waits for this run any more: what is in doubt goes to quarantine, so that it is told.
     pub(super) fn doubt(&mut self, id: InvalidationId, domain: DomainId, run: Run, effects: &mut Effects) {
-        let (known, reason) = self.reason(domain, run.state, Step::Unmap);
+        let (known, reason) = self.reason(domain, Some(run.state), Step::Unmap);
         if !known {
             return;
         }
@@ -186,7 +193,7 @@ impl Gate {
     }
 
     /// What a run that stands in the way says: whether it is known that it failed, and why.
-    fn reason(&self, domain: DomainId, state: RunState, rung: Step) -> (bool, Reason) {
+    fn reason(&self, domain: DomainId, state: Option<RunState>, rung: Step) -> (bool, Reason) {
         let (known, cause, errno) = blame(state);
         let (device, rung) = match cause {
             Cause::AtsNotFenced => (self.keeps_copies(domain), Step::Detach),
@@ -235,6 +242,7 @@ impl Gate {
     /// The invalidation is over: its receipt goes out.
     pub(super) fn finish(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.remove(&id) else { return };
+        self.domains.iter_mut().for_each(|domain| domain.reserved -= inv.reserved);
         if inv.is_conversion()
             && let Some(open) = self.open_by_client.get_mut(&inv.receipt.caller.client)
         {
@@ -247,14 +255,14 @@ impl Gate {
     }
 }
 
-/// What the state of a run says: whether it is known that it failed, why, and the kernel's answer.
-fn blame(state: RunState) -> (bool, Cause, i32) {
+/// What the state of a run (none: it is plainly mapped) says: whether it is known that it failed, why, and the kernel's answer.
+fn blame(state: Option<RunState>) -> (bool, Cause, i32) {
     match state {
-        RunState::Suspect { errno, .. } => (true, Cause::UnmapFailed, errno),
-        RunState::Leaking(_) => (true, Cause::DmaInFlight, 0),
-        RunState::Cached => (true, Cause::AtsNotFenced, 0),
-        RunState::Filling(_) => (false, Cause::MapInFlight, 0),
-        // A live run is here only if it was never asked to go: its devices did not stop in time.
-        RunState::Live | RunState::Removing(_) => (false, Cause::CallHangs, 0),
+        Some(RunState::Suspect { errno, .. }) => (true, Cause::UnmapFailed, errno),
+        Some(RunState::Leaking(_)) => (true, Cause::DmaInFlight, 0),
+        Some(RunState::Cached) => (true, Cause::AtsNotFenced, 0),
+        Some(RunState::Filling { .. }) => (false, Cause::MapInFlight, 0),
+        // What is live is here only if it was never asked to go: its devices did not stop in time.
+        None | Some(RunState::Removing(_)) => (false, Cause::CallHangs, 0),
     }
 }

@@ -8,7 +8,9 @@ use passgate_bindings::{Gpa, PageRange};
 use serde::{Deserialize, Serialize};
 
 use super::fence::{Nature, Step, Steps};
+use super::hitless::Able;
 use super::ledger::PageState;
+use super::ranges::Ranges;
 use super::verdict::Reason;
 
 macro_rules! names {
@@ -82,8 +84,11 @@ pub struct RegionSpec {
     pub backing: Backing,
     /// Whether devices may write.
     pub writable: bool,
-    /// Bytes per kernel mapping; a power of two, at least a page. Pages convert singly whatever this is.
+    /// Bytes per kernel mapping at most: a power of two, at least a page; 0 leaves it to the gate. Pages convert
+    /// singly whatever this is.
     pub piece: u64,
+    /// Bytes of the file's own pages (hugetlbfs); a power of two, at least a page.
+    pub page: u64,
     /// The state of pages that the ledger does not know yet (from no other region of the file).
     pub initial: PageState,
 }
@@ -166,10 +171,8 @@ pub enum Event {
     DomainAdded {
         /// Its name from now on.
         domain: DomainId,
-        /// Kernel mappings that it can hold.
-        max_mappings: u64,
-        /// Longest kernel mapping, in bytes.
-        max_piece: u64,
+        /// What it can do.
+        able: Able,
     },
     /// A device is attached to a domain and can be stopped by these steps.
     DeviceAdded {
@@ -201,7 +204,7 @@ pub enum Event {
         /// Whom to answer; only this client may end it.
         caller: Caller,
         /// What changes; may cross regions, may not touch addresses without a region.
-        range: PageRange<Gpa>,
+        ranges: Ranges,
         /// What the pages will be.
         to: PageState,
         /// Who makes the change.
@@ -232,7 +235,7 @@ pub enum Event {
         /// How it went.
         result: MapResult,
     },
-    /// [`super::Effect::Unmap`] is done.
+    /// [`super::Effect::Unmap`] or [`super::Effect::Replace`] is done.
     Unmapped {
         /// Which one.
         job: JobId,
@@ -269,6 +272,8 @@ pub enum Event {
         /// The rung that was to be over by now.
         rung: Step,
     },
+    /// A moment has passed ([`super::Gate::is_frayed`]): what was quiet meanwhile is mapped in large pieces again.
+    Quiet,
     /// A connection is gone, at whatever point.
     ClientGone {
         /// Which.

@@ -90,6 +90,8 @@ pub struct Nature {
     pub ats: bool,
     /// It is a TDISP interface in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,
+    /// A DMA of it that meets a page which is gone for a moment does no harm: it is tried again, or told.
+    pub tolerant: bool,
 }
 
 /// What a stale write does here, and so what counts as proof.

@@ -12,6 +12,7 @@ use super::effect::{Answer, Effect, Effects, FilePages};
 use super::event::{Caller, ClientId, InvalidationId, Performer, RegionId};
 use super::fence::Step;
 use super::ledger::{HeldBy, PageState, RunState};
+use super::ranges::Ranges;
 use super::receipt::Receipt;
 use super::verdict::{Refusal, Verdict};
 
@@ -37,6 +38,8 @@ pub(super) enum After {
     AddFailed(Caller, Refusal),
     /// The region goes because its owner has gone.
     Gone,
+    /// Nothing: it is mapped again, in larger pieces.
+    Merged,
 }
 
 /// One invalidation.
@@ -49,13 +52,19 @@ pub(super) struct Invalidation {
     region: Option<RegionId>,
     /// The pages held.
     pub(super) pages: Vec<FilePages>,
-    /// Every IOVA range that must be clear.
+    /// Every IOVA range that must be clear, ascending.
     pub(super) targets: Vec<PageRange<Iova>>,
     pub(super) rung: Step,
     /// Whether suspect mappings are still to be tried at this rung.
     pub(super) retry: bool,
     /// Whether devices are being stopped first.
     pub(super) stopping: bool,
+    /// Whether devices are being paused first, because mappings are split.
+    pub(super) pausing: bool,
+    /// Unmaps of it that have not come back: while there are any, a look would tell nothing.
+    pub(super) under_way: u32,
+    /// Kernel mappings that are kept free for its end, in each domain.
+    pub(super) reserved: u64,
     pub(super) deadline_ns: u64,
 }
 
@@ -70,9 +79,11 @@ impl Invalidation {
         self.targets.iter().any(|target| target.overlaps(iova))
     }
 
-    /// Whether `iova` lies wholly in what it holds.
+    /// Whether `iova` lies wholly in what it holds, as far as one look tells.
     pub(super) fn encloses(&self, iova: PageRange<Iova>) -> bool {
-        self.is_conversion() && self.targets.iter().any(|target| target.covers(iova))
+        let behind = self.targets.partition_point(|target| target.start() <= iova.start());
+        let target = behind.checked_sub(1).and_then(|index| self.targets.get(index));
+        self.is_conversion() && target.is_some_and(|target| target.covers(iova))
     }
 }
 
@@ -80,25 +91,30 @@ impl Gate {
     pub(super) fn begin(
         &mut self,
         caller: Caller,
-        range: PageRange<Gpa>,
+        ranges: Ranges,
         to: PageState,
         performer: Performer,
         deadline_ns: u64,
         effects: &mut Effects,
     ) {
-        let pages = match self.resolve(caller.client, range) {
-            Ok(pages) => pages,
+        let resolved = self.resolve(caller.client, &ranges).and_then(|pages| {
+            let mut targets = Vec::with_capacity(pages.len());
+            for part in &pages {
+                targets.extend(self.aliases(part.file, part.range));
+            }
+            targets.sort_unstable();
+            Ok((self.room(&targets)?, pages, targets))
+        });
+        let (reserved, pages, targets) = match resolved {
+            Ok(resolved) => resolved,
             Err(refusal) => {
                 effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
                 return;
             }
         };
-        let mut targets = Vec::with_capacity(pages.len());
-        for part in &pages {
-            targets.extend(self.aliases(part.file, part.range));
-        }
         *self.open_by_client.entry(caller.client).or_default() += 1;
-        let id = self.start(caller, range, to, After::Grant(performer), targets, deadline_ns);
+        let id = self.start(caller, ranges, to, After::Grant(performer), targets, deadline_ns);
+        self.reserve(id, reserved);
         for part in &pages {
             if let Some(file) = self.files.get_mut(&part.file) {
                 file.holds.hold(part.range, HeldBy::Open(id));
@@ -120,7 +136,7 @@ impl Gate {
             _ => Caller { client: owner, door: super::Door::Control, cookie: 0 },
         };
         let deadline = self.policy.close_deadline_ns;
-        let id = self.start(caller, gpa, PageState::Hole, after, vec![iova], deadline);
+        let id = self.start(caller, gpa.into(), PageState::Hole, after, vec![iova], deadline);
         if let Some(inv) = self.invalidations.get_mut(&id) {
             inv.region = Some(region);
         }
@@ -140,10 +156,10 @@ impl Gate {
             .any(|id| self.invalidations.get(id).is_some_and(|inv| inv.region == Some(region)))
     }
 
-    fn start(
+    pub(super) fn start(
         &mut self,
         caller: Caller,
-        range: PageRange<Gpa>,
+        ranges: Ranges,
         to: PageState,
         after: After,
         targets: Vec<PageRange<Iova>>,
@@ -154,7 +170,7 @@ impl Gate {
         let receipt = Receipt {
             invalidation: id,
             caller,
-            range,
+            ranges,
             to,
             steps: Vec::with_capacity(1),
             more_steps: 0,
@@ -171,6 +187,9 @@ impl Gate {
             rung: Step::Unmap,
             retry: true,
             stopping: false,
+            pausing: false,
+            under_way: 0,
+            reserved: 0,
             deadline_ns,
         };
         self.invalidations.insert(id, inv);
@@ -179,10 +198,11 @@ impl Gate {
     }
 
     /// The first look, with the clock set before any call can hang; it stands still if the answer came at once.
-    fn clear(&mut self, id: InvalidationId, effects: &mut Effects) {
+    pub(super) fn clear(&mut self, id: InvalidationId, effects: &mut Effects) {
         let at = effects.len();
         self.arm(id, Step::Unmap, effects);
         self.detach_caches(id, effects);
+        self.pause_for(id, effects);
         self.advance(id, effects);
         if self.invalidations.get(&id).is_none_or(|inv| inv.phase == Phase::Granted) && at < effects.len() {
             effects.remove(at);
@@ -190,35 +210,41 @@ impl Gate {
     }
 
     /// The pages behind a guest-physical range, or why it cannot be begun.
-    fn resolve(&self, client: ClientId, range: PageRange<Gpa>) -> Result<Vec<FilePages>, Refusal> {
+    fn resolve(&self, client: ClientId, ranges: &Ranges) -> Result<Vec<FilePages>, Refusal> {
         let open = self.open_by_client.get(&client).copied().unwrap_or(0);
         if open >= self.policy.max_open {
             let (needed, limit) = (u64::from(open) + 1, self.policy.max_open.into());
             return Err(Refusal::Budget { what: "open invalidations", needed, limit });
         }
-        let mut pages = Vec::with_capacity(1);
-        let mut at = range.start();
-        while at < range.end() {
-            let region = self.region_at(at).filter(|region| !region.closing);
-            let region = region.ok_or(Refusal::NoMemory { gpa: at })?;
-            let stop = region.spec.gpa.end().min(range.end());
-            let part = PageRange::between(Iova(at.raw()), Iova(stop.raw()));
-            let part = region.pages_at(part.ok_or(Refusal::NoMemory { gpa: at })?);
-            if let Some(file) = self.files.get(&part.file)
-                && !file.holds.is_clear(part.range)
-                && let Some((held, by)) = file.holds.overlapping(part.range).next()
-            {
-                let into = held.start().raw().saturating_sub(part.range.start().raw());
-                let gpa = Gpa(part.gpa.raw() + into);
-                return Err(match by {
-                    HeldBy::Open(invalidation) => Refusal::Busy { invalidation, gpa },
-                    HeldBy::Quarantine(_, reason) => Refusal::Quarantined { gpa, cause: reason.cause },
-                });
+        let mut pages = Vec::with_capacity(ranges.as_slice().len());
+        for range in ranges.iter() {
+            let mut at = range.start();
+            while at < range.end() {
+                let region = self.region_at(at).filter(|region| !region.closing);
+                let region = region.ok_or(Refusal::NoMemory { gpa: at })?;
+                let stop = region.spec.gpa.end().min(range.end());
+                let part = PageRange::between(Iova(at.raw()), Iova(stop.raw()));
+                let part = region.pages_at(part.ok_or(Refusal::NoMemory { gpa: at })?);
+                self.free(part)?;
+                pages.push(part);
+                at = stop;
             }
-            pages.push(part);
-            at = stop;
         }
         Ok(pages)
+    }
+
+    /// Whether nothing holds these pages.
+    fn free(&self, part: FilePages) -> Result<(), Refusal> {
+        let Some(file) = self.files.get(&part.file).filter(|file| !file.holds.is_clear(part.range)) else {
+            return Ok(());
+        };
+        let Some((held, by)) = file.holds.overlapping(part.range).next() else { return Ok(()) };
+        let into = held.start().raw().saturating_sub(part.range.start().raw());
+        let gpa = Gpa(part.gpa.raw() + into);
+        Err(match by {
+            HeldBy::Open(invalidation) => Refusal::Busy { invalidation, gpa },
+            HeldBy::Quarantine(_, reason) => Refusal::Quarantined { gpa, cause: reason.cause },
+        })
     }
 
     /// Everybody who waits looks again: a fence or an attach is over.
@@ -237,7 +263,7 @@ impl Gate {
     pub(super) fn advance_over(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
         let mut index = 0;
         while let Some(id) = self.clearing.get(index).copied() {
-            if self.invalidations.get(&id).is_some_and(|inv| inv.targets(iova)) {
+            if self.invalidations.get(&id).is_some_and(|inv| inv.under_way == 0 && inv.targets(iova)) {
                 self.advance(id, effects);
             }
             if self.clearing.get(index) == Some(&id) {
@@ -250,7 +276,7 @@ impl Gate {
     pub(super) fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
         loop {
             let Some(inv) = self.invalidations.get(&id) else { return };
-            if inv.phase != Phase::Clearing || self.waits_for_fences(inv) {
+            if inv.phase != Phase::Clearing || self.waits_for_fences(inv) || self.waits_for_pause(inv) {
                 return;
             }
             // A conversion can be refused with nothing changed; a region that goes is at least unmapped.
@@ -309,7 +335,7 @@ impl Gate {
                 let (pages, to) = (inv.pages.clone(), inv.receipt.to);
                 effects.push(Effect::Convert { invalidation: id, pages, to });
             }
-            After::Removed(_) | After::AddFailed(..) | After::Gone => {
+            After::Removed(_) | After::AddFailed(..) | After::Gone | After::Merged => {
                 let (region, after) = (inv.region, inv.after);
                 self.finish(id, effects);
                 if let Some(region) = region {

@@ -8,7 +8,7 @@ use super::effect::{Effect, Effects};
 use super::event::{DomainId, InvalidationId};
 use super::fence::Step;
 use super::invalidation::Phase;
-use super::ledger::{Run, RunState};
+use super::ledger::Run;
 
 /// A deadline has one part for each rung, and one of slack in which the answer travels.
 const PARTS: u64 = Step::LADDER.len() as u64 + 1;
@@ -26,11 +26,11 @@ impl Gate {
         let Some(inv) = self.invalidations.get(&id) else { return false };
         let allowed = self.allowed(inv.after);
         // A map that takes its time is no reason to stop a device.
-        let stands = |run: Run| !matches!(run.state, RunState::Filling(_));
+        let stands = |run: Run| run.state.unsettled();
         let stuck: Vec<DomainId> = self
             .domains
             .iter()
-            .filter(|domain| inv.targets.iter().any(|t| domain.runs.overlapping(*t).any(stands)))
+            .filter(|domain| inv.targets.iter().any(|t| domain.mapped.runs(*t).any(stands)))
             .map(|domain| domain.id)
             .collect();
         let mut rung = inv.rung;
@@ -59,6 +59,8 @@ impl Gate {
         // Nothing of a conversion is unmapped before its devices are out; there is nothing to climb for.
         let waits = inv.stopping && inv.is_conversion();
         inv.stopping = waits;
+        inv.pausing = false;
+        inv.under_way = 0;
         if inv.phase == Phase::Converting {
             match over.above() {
                 None => self.convert_hangs(id, effects),

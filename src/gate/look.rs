@@ -1,11 +1,16 @@
 //! What stands in the way of an invalidation, and the unmaps that are plainly due.
 
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::units::Address;
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::effect::{Effect, Effects};
-use super::event::{DomainId, InvalidationId, JobId};
+use super::event::{DomainId, InvalidationId};
+use super::ledger::holds::gaps;
 use super::ledger::{Run, RunState};
-use super::{Gate, Job};
+use super::{DomainEntry, Gate, Job};
+
+/// So many mappings that give up pages at once are worth a second page table, where there is one.
+const REPLACE_FROM: usize = 8;
 
 /// What stands in the way of an invalidation.
 #[derive(Default)]
@@ -14,6 +19,14 @@ pub(super) struct Sight {
     pub(super) suspects: Vec<(DomainId, Run)>,
     /// Whether something is under way.
     pub(super) waiting: bool,
+}
+
+/// What is to be unmapped in one domain: ascending, apart.
+#[derive(Default)]
+struct Due {
+    spans: Vec<PageRange<Iova>>,
+    /// How many of them begin or end inside a mapping.
+    partial: usize,
 }
 
 impl Gate {
@@ -26,53 +39,70 @@ impl Gate {
     ) -> Sight {
         let mut sight = Sight::default();
         for index in 0..self.domains.len() {
-            let domain = self.domains[index].id;
+            let mut due = Due::default();
             for target in targets {
-                let job = JobId(self.last_job + 1);
-                let runs = &mut self.domains[index].runs;
-                if runs.is_clear(*target) {
-                    continue;
-                }
-                if let Some(iova) = runs.carve(*target, RunState::Removing(job)) {
-                    self.next_job(Job::Unmap { domain, iova, already: 0, invalidation: id });
-                    effects.push(Effect::Unmap { job, domain, iova });
-                    sight.waiting = true;
-                    continue;
-                }
-                runs.isolate(*target);
-                let mut live: Option<PageRange<Iova>> = None;
-                let mut stretches = Vec::new();
-                for run in runs.overlapping(*target) {
-                    match run.state {
-                        RunState::Live => match live {
-                            Some(before) if before.end() == run.range.start() => {
-                                live = PageRange::between(before.start(), run.range.end());
-                            }
-                            _ => stretches.extend(live.replace(run.range)),
-                        },
-                        // Targets overlap where a range shows a page twice: each run is tried once.
-                        RunState::Suspect { .. } | RunState::Cached
-                            if !sight.suspects.contains(&(domain, run)) =>
-                        {
-                            sight.suspects.push((domain, run));
-                        }
-                        RunState::Suspect { .. } | RunState::Cached => {}
-                        RunState::Filling(_) | RunState::Removing(_) | RunState::Leaking(_) => {
-                            sight.waiting = true;
-                        }
-                    }
-                }
-                stretches.extend(live);
-                sight.waiting |= !stretches.is_empty();
-                for stretch in stretches {
-                    self.unmap(id, domain, stretch, effects);
+                self.look_at(&self.domains[index], *target, &mut sight, &mut due);
+            }
+            let (domain, able) = (self.domains[index].id, self.domains[index].able);
+            sight.waiting |= !due.spans.is_empty();
+            if able.replace && due.partial >= REPLACE_FROM {
+                self.replace(id, domain, due.spans, effects);
+                continue;
+            }
+            for span in due.spans {
+                let mapped = &self.domains[index].mapped;
+                let span = if able.cut { span } else { mapped.whole(span) };
+                // What an earlier span took along needs no call of its own.
+                if mapped.extent(span).is_some() {
+                    self.unmap(id, domain, span, effects);
                 }
             }
         }
         sight
     }
 
-    /// Asks for one unmap of runs that fill `iova` exactly.
+    /// What of one target is live, failed or under way in a domain.
+    fn look_at(&self, domain: &DomainEntry, target: PageRange<Iova>, sight: &mut Sight, due: &mut Due) {
+        let mapped = &domain.mapped;
+        for run in mapped.runs(target) {
+            match run.state {
+                RunState::Suspect { .. } | RunState::Cached => {
+                    // Targets overlap where a range shows a page twice: each run is tried once.
+                    if !sight.suspects.contains(&(domain.id, run)) {
+                        sight.suspects.push((domain.id, run));
+                    }
+                }
+                _ => sight.waiting = true,
+            }
+        }
+        for free in gaps(target, mapped.runs(target).map(|run| run.range)) {
+            let Some(span) = mapped.extent(free) else { continue };
+            due.partial += usize::from(mapped.whole(span) != span);
+            match due.spans.last_mut() {
+                Some(last) if last.end() > span.start() => {
+                    *last = PageRange::between(last.start(), last.end().max(span.end())).unwrap_or(*last);
+                }
+                Some(last) if self.joins(domain, *last, span) => {
+                    *last = PageRange::between(last.start(), span.end()).unwrap_or(*last);
+                }
+                _ => due.spans.push(span),
+            }
+        }
+    }
+
+    /// Whether one call may take both away: of one region, with nothing between them.
+    fn joins(&self, domain: &DomainEntry, left: PageRange<Iova>, right: PageRange<Iova>) -> bool {
+        let clear = match PageRange::between(left.end(), right.start()) {
+            Some(between) => domain.mapped.is_clear(between),
+            None => left.end() == right.start(),
+        };
+        clear
+            && self
+                .region_at(Gpa(left.start().raw()))
+                .is_some_and(|region| region.iova().covers(left) && region.iova().covers(right))
+    }
+
+    /// Asks for one unmap of what is live over `iova`, or of the run there that failed.
     pub(super) fn unmap(
         &mut self,
         invalidation: InvalidationId,
@@ -80,14 +110,44 @@ impl Gate {
         iova: PageRange<Iova>,
         effects: &mut Effects,
     ) {
-        let already = match self.runs(domain).and_then(|runs| runs.overlapping(iova).next()) {
-            Some(Run { state: RunState::Suspect { gone, .. }, .. }) => gone,
-            _ => 0,
+        let job = self.next_job(Job::Unmap { domain, iova, already: 0, invalidation });
+        self.fray(domain, iova);
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        let (already, bytes) = match mapped.at(iova.start()) {
+            Some(run) => {
+                mapped.mark(iova.start(), RunState::Removing(job));
+                let RunState::Suspect { gone, .. } = run.state else { return };
+                (gone, run.bytes)
+            }
+            None => (0, mapped.take(iova, RunState::Removing(job)).bytes),
         };
-        let job = self.next_job(Job::Unmap { domain, iova, already, invalidation });
-        if let Some(runs) = self.runs(domain) {
-            runs.fuse(iova, RunState::Removing(job));
+        if already > 0 {
+            self.jobs.insert(job, Job::Unmap { domain, iova, already, invalidation });
         }
-        effects.push(Effect::Unmap { job, domain, iova });
+        self.waits(invalidation);
+        effects.push(Effect::Unmap { job, domain, iova, bytes: bytes.saturating_sub(already) });
+    }
+
+    /// Asks for all of `spans` to go at once, and nothing else.
+    fn replace(
+        &mut self,
+        invalidation: InvalidationId,
+        domain: DomainId,
+        spans: Vec<PageRange<Iova>>,
+        effects: &mut Effects,
+    ) {
+        let job = self.next_job(Job::Replace { domain, invalidation });
+        spans.iter().for_each(|span| self.fray(domain, *span));
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        let bytes = spans.iter().map(|span| mapped.take(*span, RunState::Removing(job)).bytes).sum();
+        self.waits(invalidation);
+        effects.push(Effect::Replace { job, domain, gone: spans, bytes });
+    }
+
+    /// One more call whose result an invalidation waits for.
+    fn waits(&mut self, invalidation: InvalidationId) {
+        if let Some(inv) = self.invalidations.get_mut(&invalidation) {
+            inv.under_way += 1;
+        }
     }
 }

@@ -13,12 +13,15 @@ pub mod effect;
 mod ending;
 pub mod event;
 pub mod fence;
+pub mod hitless;
 mod invalidation;
 mod ladder;
 pub mod ledger;
 mod look;
+mod merge;
 mod person;
 mod plan;
+mod ranges;
 pub mod receipt;
 mod region;
 mod results;
@@ -39,13 +42,16 @@ pub use event::{
     Outcome, Performer, RegionId, RegionSpec, UnmapResult,
 };
 pub use fence::{Nature, OnStuckDma, Platform, Step, Steps};
+pub use hitless::{Able, Hitless};
 pub use ledger::PageState;
+pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
-pub use snapshot::{DeviceStatus, QuarantineStatus, RegionStatus, Snapshot};
+pub use snapshot::{DeviceStatus, MappingStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
 
 use invalidation::Invalidation;
-use ledger::{Holds, PageMap, Run, Runs};
+use ledger::{Holds, Mapped, PageMap, Run};
+use merge::Frayed;
 use region::Region;
 use stop::DeviceEntry;
 
@@ -58,6 +64,8 @@ pub struct Policy {
     pub platform: Platform,
     /// Whether a fence may end a TDI ([`Nature::tdi`]).
     pub end_tdi: bool,
+    /// Whether DMA beside a page that goes may miss a moment.
+    pub hitless: Hitless,
     /// Regions at most, over all clients.
     pub max_regions: u32,
     /// Invalidations that one client may have open at most.
@@ -74,6 +82,7 @@ impl Default for Policy {
             on_stuck_dma: OnStuckDma::Refuse,
             platform: Platform::default(),
             end_tdi: false,
+            hitless: Hitless::default(),
             max_regions: 512,
             max_open: 65_536,
             max_memory: 1 << 44,
@@ -94,9 +103,11 @@ struct FileEntry {
 #[derive(Debug)]
 struct DomainEntry {
     id: DomainId,
-    max_mappings: u64,
-    max_piece: u64,
-    runs: Runs,
+    able: Able,
+    mapped: Mapped,
+    /// Kernel mappings that open invalidations may yet need.
+    reserved: u64,
+    frayed: Frayed,
 }
 
 /// A result that the gate waits for.
@@ -106,6 +117,8 @@ enum Job {
     Map { domain: DomainId, region: RegionId, iova: PageRange<Iova>, rest: Option<PageRange<Iova>> },
     /// An unmap over `iova`, of which `already` bytes were reported gone before; `invalidation` asked for it.
     Unmap { domain: DomainId, iova: PageRange<Iova>, already: u64, invalidation: InvalidationId },
+    /// One call over every run that is [`ledger::RunState::Removing`] by it; `invalidation` asked for it.
+    Replace { domain: DomainId, invalidation: InvalidationId },
     /// A fence on `device`; `invalidation` asked for it first.
     Fence { device: DeviceId, domain: DomainId, step: Step, invalidation: InvalidationId },
     /// `device` on its way back.
@@ -164,10 +177,10 @@ impl Gate {
     /// Takes one event; appends to `effects` what it wants done, in order.
     pub fn handle(&mut self, event: Event, effects: &mut Effects) {
         match event {
-            Event::DomainAdded { domain, max_mappings, max_piece } => {
-                if self.runs(domain).is_none() {
-                    let runs = Runs::default();
-                    self.domains.push(DomainEntry { id: domain, max_mappings, max_piece, runs });
+            Event::DomainAdded { domain, able } => {
+                if self.domain(domain).is_none() {
+                    let (mapped, frayed) = Default::default();
+                    self.domains.push(DomainEntry { id: domain, able, mapped, reserved: 0, frayed });
                 }
             }
             Event::DeviceAdded { device, domain, steps, nature } => {
@@ -175,8 +188,8 @@ impl Gate {
             }
             Event::AddRegion { caller, spec } => self.add_region(caller, spec, effects),
             Event::RemoveRegion { caller, region } => self.remove_region(caller, region, effects),
-            Event::Begin { caller, range, to, performer, deadline_ns } => {
-                self.begin(caller, range, to, performer, deadline_ns, effects);
+            Event::Begin { caller, ranges, to, performer, deadline_ns } => {
+                self.begin(caller, ranges, to, performer, deadline_ns, effects);
             }
             Event::End { caller, invalidation, outcome } => self.end(caller, invalidation, outcome, effects),
             Event::Converted { invalidation, outcome } => self.converted(invalidation, outcome, effects),
@@ -186,6 +199,7 @@ impl Gate {
             Event::Fenced { job, errno, took_ns } => self.fenced(job, errno, took_ns, effects),
             Event::Attached { job, errno } => self.attached(job, errno, effects),
             Event::Expired { invalidation, rung } => self.expired(invalidation, rung, effects),
+            Event::Quiet => self.quiet(effects),
             Event::ClientGone { client } => self.client_gone(client, effects),
             Event::Quarantine { file, range, invalidation, reason } => {
                 self.keep_quarantine(file, range, invalidation, reason);
@@ -206,14 +220,18 @@ impl Gate {
         let mut found = Vec::new();
         for domain in &self.domains {
             for range in ranges {
-                found.extend(domain.runs.overlapping(*range).map(|run| (domain.id, run)));
+                found.extend(domain.mapped.runs(*range).map(|run| (domain.id, run)));
             }
         }
         found
     }
 
-    fn runs(&mut self, domain: DomainId) -> Option<&mut Runs> {
-        self.domains.iter_mut().find(|entry| entry.id == domain).map(|entry| &mut entry.runs)
+    fn entry(&mut self, domain: DomainId) -> Option<&mut DomainEntry> {
+        self.domains.iter_mut().find(|entry| entry.id == domain)
+    }
+
+    fn mapped_in(&mut self, domain: DomainId) -> Option<&mut Mapped> {
+        self.entry(domain).map(|entry| &mut entry.mapped)
     }
 
     fn next_job(&mut self, job: Job) -> JobId {

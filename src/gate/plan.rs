@@ -1,15 +1,16 @@
 //! What to map: derived from the ledger, never queued.
 //!
 //! Wanted is what is shared, lies in a region that stays, and is neither held nor mapped. Whoever changes one of
-//! these calls [`Gate::reconcile`] over the pages that he touched; nothing else ever maps.
+//! these calls [`Gate::reconcile`] over the pages that he touched; nothing else ever maps. Mappings are as large as the
+//! region's grid allows, but page by page where pages keep leaving ([`super::merge`]).
 
 use passgate_bindings::units::{Address, Offset};
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::effect::{Effect, Effects, Notice};
 use super::event::{DomainId, FileId, RegionId};
 use super::ledger::holds::gaps;
-use super::ledger::{PageState, Run, RunState};
+use super::ledger::{PageState, Run};
 use super::{Gate, Job};
 
 /// Kernel mappings that one map effect makes at most, so that no begin waits long for one in flight.
@@ -19,6 +20,12 @@ const JOB_BYTES: u64 = 64 << 20;
 
 /// `ENOSPC`: the budget of mappings is used up.
 pub(super) const NO_SPACE: i32 = 28;
+
+/// What is to be mapped by one effect.
+struct Part {
+    iova: PageRange<Iova>,
+    piece: u64,
+}
 
 impl Gate {
     /// Maps what of these pages is wanted and not mapped, at every alias, in every domain.
@@ -50,28 +57,27 @@ impl Gate {
         let last = parts.len().saturating_sub(1);
         for (index, part) in parts.into_iter().enumerate() {
             let rest = if index == last { rest } else { None };
-            self.map(domain, region, part, piece, rest, effects);
+            self.map(domain, region, part, rest, effects);
         }
     }
 
     /// Bytes per kernel mapping of a region in a domain, while the region stays.
     fn piece(&self, domain: DomainId, region: RegionId) -> Option<u64> {
         let region = self.regions.get(&region).filter(|region| !region.closing)?;
-        let domain = self.domain(domain)?;
-        let longest = 1 << domain.max_piece.checked_ilog2()?;
-        Some(region.spec.piece.min(longest))
+        let index = self.domains.iter().position(|entry| entry.id == domain)?;
+        region.pieces.get(index).copied()
     }
 
-    /// The parts of `range` that are to be mapped now, cut where pieces would not be aligned, and what must wait.
+    /// The parts of `range` that are to be mapped now, and what must wait.
     fn wanted(
         &self,
         domain: DomainId,
         region: RegionId,
         range: PageRange<Iova>,
         piece: u64,
-    ) -> (Vec<PageRange<Iova>>, Option<PageRange<Iova>>) {
+    ) -> (Vec<Part>, Option<PageRange<Iova>>) {
         let mut parts = Vec::new();
-        let (Some(region), Some(domain)) = (self.regions.get(&region), self.domain(domain)) else {
+        let (Some(region), Some(entry)) = (self.regions.get(&region), self.domain(domain)) else {
             return (parts, None);
         };
         let pages = region.pages_at(range);
@@ -80,49 +86,57 @@ impl Gate {
         let shared = file.pages.runs(pages.range).filter(|(_, state)| *state == PageState::Shared);
         for free in shared.flat_map(|(run, _)| file.holds.gaps(run)) {
             let free = free.rebase(pages.range.start(), range.start());
-            let clear = domain.runs.is_clear(free);
-            let taken = (!clear).then(|| domain.runs.overlapping(free).map(|run| run.range));
-            for gap in gaps(free, taken.into_iter().flatten()) {
-                let border = Iova(gap.start().raw().next_multiple_of(piece).min(gap.end().raw()));
-                let split = [PageRange::between(gap.start(), border), PageRange::between(border, gap.end())];
-                for part in split.into_iter().flatten() {
+            let taken: Vec<_> = match entry.mapped.is_clear(free) {
+                true => Vec::new(),
+                false => entry.mapped.taken(free),
+            };
+            for gap in gaps(free, taken.into_iter()) {
+                let mut at = gap.start();
+                while let Some(left) = PageRange::between(at, gap.end()) {
                     if room == 0 {
-                        return (parts, PageRange::between(part.start(), range.end()));
+                        return (parts, PageRange::between(at, range.end()));
                     }
-                    // Whole pieces only, so that what waits starts where a piece would.
-                    let whole = (room / piece).max(1) * piece;
-                    let take = if part.len() <= room { part.len() } else { whole.min(part.len()) };
-                    room = room.saturating_sub(take);
-                    let cut = Iova(part.start().raw() + take);
-                    parts.extend(PageRange::between(part.start(), cut));
-                    if let Some(left) = PageRange::between(cut, range.end()).filter(|_| cut < part.end()) {
-                        return (parts, Some(left));
-                    }
+                    let (piece, stop) = match self.churns(domain, at, piece) {
+                        Some(stop) => (PAGE, stop.min(gap.end())),
+                        None => (piece, self.calm(domain, left, piece)),
+                    };
+                    // Up to a border of the grid, so that what waits starts where a mapping would.
+                    let most = at.raw() + room;
+                    let border = Iova((most / piece * piece).max((at.raw() / piece + 1) * piece));
+                    let stop = if stop.raw() <= most { stop } else { border.min(stop) };
+                    let Some(iova) = PageRange::between(at, stop) else { break };
+                    room = room.saturating_sub(iova.len());
+                    parts.push(Part { iova, piece });
+                    at = stop;
                 }
             }
         }
         (parts, None)
     }
 
+    /// Where in `range` the first place begins that is mapped page by page; its end where none does.
+    fn calm(&self, domain: DomainId, range: PageRange<Iova>, piece: u64) -> Iova {
+        let hot = self.domain(domain).and_then(|entry| entry.frayed.first_hot(range));
+        hot.filter(|at| self.churns(domain, *at, piece).is_some()).unwrap_or(range.end())
+    }
+
     fn map(
         &mut self,
         domain: DomainId,
         region: RegionId,
-        iova: PageRange<Iova>,
-        piece: u64,
+        Part { iova, piece }: Part,
         rest: Option<PageRange<Iova>>,
         effects: &mut Effects,
     ) {
-        let run = Run::new(iova, piece, RunState::Live);
-        let Some(entry) = self.domain(domain) else { return };
-        if entry.runs.objects() + run.objects > entry.max_mappings {
+        let job = self.next_job(Job::Map { domain, region, iova, rest });
+        let run = Run::filling(iova, piece, job);
+        let Some(entry) = self.entry(domain) else { return };
+        if entry.mapped.objects().saturating_add(run.objects) > entry.able.max_mappings {
+            self.jobs.remove(&job);
             effects.push(Effect::Notice(Notice::MapFailed { domain, iova, errno: NO_SPACE }));
             return;
         }
-        let job = self.next_job(Job::Map { domain, region, iova, rest });
-        if let Some(runs) = self.runs(domain) {
-            runs.insert(Run { state: RunState::Filling(job), ..run });
-        }
+        entry.mapped.insert(run);
         let Some(region) = self.regions.get_mut(&region) else { return };
         region.filling += 1;
         let pages = region.pages_at(iova);

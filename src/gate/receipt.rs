@@ -1,10 +1,11 @@
 //! The recorded evidence of one invalidation: what was asked, what each step returned, what was said.
 
-use passgate_bindings::{Gpa, Iova, PageRange};
+use passgate_bindings::{Iova, PageRange};
 
 use super::event::{Caller, DeviceId, DomainId, InvalidationId, Outcome};
 use super::fence::Step;
 use super::ledger::PageState;
+use super::ranges::Ranges;
 use super::verdict::Verdict;
 
 /// Steps that one receipt records; further ones are only counted.
@@ -19,7 +20,7 @@ pub struct Evidence {
     pub domain: DomainId,
     /// On which device, for a fence.
     pub device: Option<DeviceId>,
-    /// Over which addresses, for an unmap.
+    /// Over which addresses, for an unmap of one range.
     pub iova: Option<PageRange<Iova>>,
     /// Bytes that had to go, for an unmap.
     pub asked: u64,
@@ -41,7 +42,7 @@ pub struct Receipt {
     /// Who asked.
     pub caller: Caller,
     /// For what.
-    pub range: PageRange<Gpa>,
+    pub ranges: Ranges,
     /// What the pages were to become.
     pub to: PageState,
     /// What each step returned, in order; at most [`MAX_STEPS`].

@@ -19,6 +19,8 @@ use super::{Gate, Step};
 pub(super) struct Region {
     pub(super) owner: ClientId,
     pub(super) spec: RegionSpec,
+    /// Bytes per kernel mapping, in each domain.
+    pub(super) pieces: Vec<u64>,
     /// Whether it is on its way out: nothing of it is mapped any more.
     pub(super) closing: bool,
     /// Map effects under way.
@@ -52,15 +54,19 @@ impl Region {
 
 impl Gate {
     pub(super) fn add_region(&mut self, caller: Caller, spec: RegionSpec, effects: &mut Effects) {
-        if let Err(refusal) = self.admit(caller.client, &spec) {
-            effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
-            return;
-        }
+        let pieces = match self.admit(caller.client, &spec) {
+            Ok(pieces) => pieces,
+            Err(refusal) => {
+                effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
+                return;
+            }
+        };
         self.last_region += 1;
         let id = RegionId(self.last_region);
         let region = Region {
             owner: caller.client,
             spec,
+            pieces,
             closing: false,
             filling: 0,
             mapped: 0,
@@ -85,13 +91,14 @@ impl Gate {
         self.answer_added(id, effects);
     }
 
-    /// Whether the region may come.
-    fn admit(&self, client: ClientId, spec: &RegionSpec) -> Result<(), Refusal> {
+    /// Whether the region may come, and in what mappings, in each domain.
+    fn admit(&self, client: ClientId, spec: &RegionSpec) -> Result<Vec<u64>, Refusal> {
         if self.leaving.contains(&client) {
             return Err(Refusal::Closing);
         }
-        if !spec.piece.is_power_of_two() || spec.piece < PAGE {
-            return Err(Refusal::BadPiece { piece: spec.piece });
+        let bad = |size: u64| !size.is_power_of_two() || size < PAGE;
+        if let Some(piece) = [spec.piece, spec.page].into_iter().find(|size| *size != 0 && bad(*size)) {
+            return Err(Refusal::BadPiece { piece });
         }
         let before = self.layout.range(..=spec.gpa.start()).next_back();
         let within = self.layout.range(spec.gpa.start()..spec.gpa.end()).next();
@@ -104,12 +111,7 @@ impl Gate {
         within_budget("regions", self.regions.len() as u64 + 1, self.policy.max_regions.into())?;
         let memory: u64 = self.regions.values().map(|region| region.spec.gpa.len()).sum();
         within_budget("bytes of guest memory", memory + spec.gpa.len(), self.policy.max_memory)?;
-        for domain in &self.domains {
-            let piece = spec.piece.min(domain.max_piece.max(PAGE));
-            let needed = domain.runs.objects() + spec.gpa.len().div_ceil(piece) + 1;
-            within_budget("mappings", needed, domain.max_mappings)?;
-        }
-        Ok(())
+        self.domains.iter().map(|domain| self.choose(domain, spec)).collect()
     }
 
     /// Takes down the state of pages that no other region of the file has told before.
@@ -260,10 +262,10 @@ impl Gate {
     /// Whether the region lies in no domain any more.
     pub(super) fn unmapped_everywhere(&self, id: RegionId) -> bool {
         let Some(iova) = self.regions.get(&id).map(Region::iova) else { return true };
-        self.domains.iter().all(|domain| domain.runs.is_clear(iova))
+        self.domains.iter().all(|domain| domain.mapped.is_clear(iova))
     }
 }
 
-fn within_budget(what: &'static str, needed: u64, limit: u64) -> Result<(), Refusal> {
+pub(super) fn within_budget(what: &'static str, needed: u64, limit: u64) -> Result<(), Refusal> {
     if needed <= limit { Ok(()) } else { Err(Refusal::Budget { what, needed, limit }) }
 }

@@ -8,7 +8,7 @@ use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
 use super::fence::Step;
 use super::invalidation::After;
-use super::ledger::{HeldBy, RunState, Runs};
+use super::ledger::{HeldBy, Run, RunState};
 use super::receipt::Evidence;
 use super::region::Region;
 use super::verdict::{Cause, Reason, Refusal};
@@ -21,14 +21,14 @@ impl Gate {
     pub(super) fn mapped(&mut self, job: JobId, result: MapResult, effects: &mut Effects) {
         let Some(Job::Map { domain, region, iova, rest }) = self.jobs.get(&job).copied() else { return };
         self.jobs.remove(&job);
-        let Some(runs) = self.runs(domain) else { return };
+        let Some(mapped) = self.mapped_in(domain) else { return };
         match result {
             MapResult::Mapped => {
-                runs.mark(iova.start(), RunState::Live);
-                runs.merge_around(iova.start());
+                mapped.made(iova.start());
+                self.fray(domain, iova);
             }
-            MapResult::Refused { .. } => runs.remove(iova.start()),
-            MapResult::Unknown { errno } => runs.mark(iova.start(), RunState::Suspect { gone: 0, errno }),
+            MapResult::Refused { .. } => _ = mapped.remove(iova.start()),
+            MapResult::Unknown { errno } => mapped.mark(iova.start(), RunState::Suspect { gone: 0, errno }),
         }
         if let MapResult::Unknown { errno } = result {
             let reason = Reason {
@@ -88,53 +88,113 @@ impl Gate {
     }
 
     pub(super) fn unmapped(&mut self, job: JobId, result: UnmapResult, took_ns: u64, effects: &mut Effects) {
-        let Some(Job::Unmap { domain, iova, already, invalidation }) = self.jobs.get(&job).copied() else {
-            return;
-        };
-        let Some(runs) = self.runs(domain) else { return };
-        let waiting = runs.at(iova.start()).is_some_and(|run| run.state == RunState::Removing(job));
-        if !waiting {
-            return;
+        match self.jobs.get(&job).copied() {
+            Some(Job::Unmap { domain, iova, already, invalidation }) => {
+                let run = self.domain(domain).and_then(|entry| entry.mapped.at(iova.start()));
+                let Some(run) = run.filter(|run| run.state == RunState::Removing(job)) else { return };
+                let in_flight = self.went(job, domain, run, already, result);
+                if let UnmapResult::InFlight { bytes } = result {
+                    let already = already.saturating_add(bytes);
+                    self.jobs.insert(job, Job::Unmap { domain, iova, already, invalidation });
+                } else {
+                    self.jobs.remove(&job);
+                }
+                self.record(invalidation, domain, (Some(iova), run.bytes - already), result, took_ns);
+                self.came_back(invalidation, run.objects, in_flight);
+                self.changed(iova, invalidation, effects);
+            }
+            Some(Job::Replace { domain, invalidation }) => {
+                self.jobs.remove(&job);
+                let Some(entry) = self.domain(domain) else { return };
+                let runs = entry.mapped.in_state(RunState::Removing(job));
+                let asked: u64 = runs.iter().map(|run| run.bytes).sum();
+                let all = result == UnmapResult::Gone { bytes: asked };
+                for run in &runs {
+                    // All or nothing: which of them went is not told.
+                    let bytes = if all { run.bytes } else { 0 };
+                    let each = match result {
+                        UnmapResult::Gone { .. } | UnmapResult::InFlight { .. } => {
+                            UnmapResult::Gone { bytes }
+                        }
+                        UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
+                    };
+                    self.went(job, domain, *run, 0, each);
+                }
+                self.record(invalidation, domain, (None, asked), result, took_ns);
+                self.came_back(invalidation, runs.iter().map(|run| run.objects).sum(), false);
+                runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
+            }
+            _ => {}
         }
+    }
+
+    /// Takes down what became of one run; whether operations over it are in flight.
+    fn went(&mut self, job: JobId, domain: DomainId, run: Run, already: u64, result: UnmapResult) -> bool {
         let (UnmapResult::Gone { bytes }
         | UnmapResult::InFlight { bytes }
         | UnmapResult::Failed { bytes, .. }) = result;
-        let gone = already.saturating_add(bytes);
-        let whole = gone == iova.len();
+        let (gone, start) = (already.saturating_add(bytes), run.range.start());
+        let whole = gone == run.bytes;
         let copies = self.keeps_copies(domain).is_some();
-        let Some(runs) = self.runs(domain) else { return };
+        let Some(mapped) = self.mapped_in(domain) else { return false };
         let errno = match result {
             UnmapResult::Failed { errno, .. } => errno,
-            _ if gone > iova.len() => PROTOCOL_ERROR,
+            _ if gone > run.bytes => PROTOCOL_ERROR,
             _ => 0,
         };
         match result {
-            UnmapResult::Gone { .. } if whole && copies => runs.mark(iova.start(), RunState::Cached),
-            UnmapResult::Gone { .. } if whole => runs.remove(iova.start()),
+            UnmapResult::Gone { .. } if whole && copies => mapped.mark(start, RunState::Cached),
+            UnmapResult::Gone { .. } if whole => _ = mapped.remove(start),
             // Also where it came up short: what is in flight must end before the rest is tried.
-            UnmapResult::InFlight { .. } => runs.mark(iova.start(), RunState::Leaking(job)),
-            _ => runs.mark(iova.start(), RunState::Suspect { gone: gone.min(iova.len()), errno }),
+            UnmapResult::InFlight { .. } => mapped.mark(start, RunState::Leaking(job)),
+            _ => mapped.mark(start, RunState::Suspect { gone: gone.min(run.bytes), errno }),
         }
+        matches!(result, UnmapResult::InFlight { .. })
+    }
+
+    /// Takes down what an unmap answered, in the receipt.
+    fn record(
+        &mut self,
+        invalidation: InvalidationId,
+        domain: DomainId,
+        (iova, asked): (Option<PageRange<Iova>>, u64),
+        result: UnmapResult,
+        took_ns: u64,
+    ) {
+        let (UnmapResult::Gone { bytes: gone }
+        | UnmapResult::InFlight { bytes: gone }
+        | UnmapResult::Failed { bytes: gone, .. }) = result;
+        let errno = match result {
+            UnmapResult::Failed { errno, .. } => errno,
+            _ if gone > asked => PROTOCOL_ERROR,
+            _ => 0,
+        };
         let in_flight = matches!(result, UnmapResult::InFlight { .. });
-        if in_flight {
-            self.jobs.insert(job, Job::Unmap { domain, iova, already: gone, invalidation });
-        } else {
-            self.jobs.remove(&job);
-        }
         if let Some(inv) = self.invalidations.get_mut(&invalidation) {
             inv.receipt.record(Evidence {
                 step: Step::Unmap,
                 domain,
                 device: None,
-                iova: Some(iova),
-                asked: iova.len() - already,
-                gone: bytes,
+                iova,
+                asked,
+                gone,
                 in_flight,
                 errno,
                 took_ns,
             });
         }
-        self.changed(iova, invalidation, effects);
+    }
+
+    /// One call of an invalidation is over. The mappings that it took away may have to come back at its end: their room
+    /// is kept.
+    fn came_back(&mut self, invalidation: InvalidationId, objects: u64, in_flight: bool) {
+        let Some(inv) = self.invalidations.get_mut(&invalidation) else { return };
+        if !in_flight {
+            inv.under_way = inv.under_way.saturating_sub(1);
+        }
+        if inv.is_conversion() {
+            self.reserve(invalidation, objects);
+        }
     }
 
     pub(super) fn released(&mut self, job: JobId, effects: &mut Effects) {
@@ -142,18 +202,20 @@ impl Gate {
             return;
         };
         let copies = self.keeps_copies(domain).is_some();
-        let Some(runs) = self.runs(domain) else { return };
-        if runs.at(iova.start()).is_some_and(|run| run.state == RunState::Leaking(job)) {
-            match already == iova.len() {
-                true if copies => runs.mark(iova.start(), RunState::Cached),
-                true => runs.remove(iova.start()),
-                false => {
-                    runs.mark(iova.start(), RunState::Suspect { gone: already.min(iova.len()), errno: 0 });
-                }
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        let Some(run) = mapped.at(iova.start()).filter(|run| run.state == RunState::Leaking(job)) else {
+            return;
+        };
+        match already == run.bytes {
+            true if copies => mapped.mark(iova.start(), RunState::Cached),
+            true => _ = mapped.remove(iova.start()),
+            false => {
+                mapped.mark(iova.start(), RunState::Suspect { gone: already.min(run.bytes), errno: 0 });
             }
-            self.jobs.remove(&job);
-            self.changed(iova, invalidation, effects);
         }
+        self.jobs.remove(&job);
+        self.came_back(invalidation, 0, false);
+        self.changed(iova, invalidation, effects);
     }
 
     /// Something over `iova` left the ledger, or failed to: whoever waits looks again, neighbours that had to go
@@ -194,7 +256,7 @@ impl Gate {
     fn unsettled(&self) -> bool {
         self.files.values().any(|file| file.holds.quarantined())
             || self.regions.values().any(|region| region.closing)
-            || self.domains.iter().any(|domain| domain.runs.unsettled() > 0)
+            || self.domains.iter().any(|domain| domain.mapped.unsettled() > 0)
     }
 
     /// Lifts quarantines over `iova` whose cause is disproved, and forgets closing regions that are clear.
@@ -209,9 +271,9 @@ impl Gate {
             let held: Vec<_> = file.holds.overlapping(part.range).collect();
             for (range, by) in held {
                 let HeldBy::Quarantine(since, reason) = by else { continue };
-                let clear = self.aliases(part.file, range).all(|alias| {
-                    self.domains.iter().all(|d| d.runs.overlapping(alias).all(|r| r.state == RunState::Live))
-                });
+                let clear = self
+                    .aliases(part.file, range)
+                    .all(|alias| self.domains.iter().all(|d| d.mapped.runs(alias).next().is_none()));
                 if !clear || self.lasts(since, reason) {
                     continue;
                 }
@@ -236,10 +298,9 @@ impl Gate {
         for id in closing {
             let Some(region) = self.regions.get(&id).filter(|_| !self.closes(id)) else { continue };
             let (iova, dead) = (region.iova(), self.leaving.contains(&region.owner));
-            let live = |runs: &Runs| runs.overlapping(iova).any(|run| run.state == RunState::Live);
             if self.unmapped_everywhere(id) {
                 self.forget_region(id, effects);
-            } else if dead && self.domains.iter().any(|domain| live(&domain.runs)) {
+            } else if dead && self.domains.iter().any(|domain| domain.mapped.extent(iova).is_some()) {
                 // What came back after its closing had been given up: it goes on.
                 self.close(id, false, After::Gone, effects);
             }

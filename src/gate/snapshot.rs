@@ -1,7 +1,7 @@
 //! What is known now, for `status`.
 
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, PageRange};
+use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::event::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId, RegionSpec};
 use super::fence::Step;
@@ -20,10 +20,26 @@ pub struct Snapshot {
     pub quarantine: Vec<QuarantineStatus>,
     /// Invalidations begun and not ended.
     pub open: u64,
-    /// Per domain: kernel mappings in use, and their limit.
-    pub mappings: Vec<(DomainId, u64, u64)>,
+    /// Kernel mappings, per domain.
+    pub mappings: Vec<MappingStatus>,
     /// Bytes that devices may reach, over all domains.
     pub pinned: u64,
+}
+
+/// The kernel mappings of one domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MappingStatus {
+    /// The domain.
+    pub domain: DomainId,
+    /// In use, or about to be.
+    pub used: u64,
+    /// That open invalidations may yet need.
+    pub reserved: u64,
+    /// At the worst that conversions can make of the regions: every other page gone, or each by itself where pages are
+    /// mapped so.
+    pub worst: u64,
+    /// That there can be; `u64::MAX` where only memory is counted.
+    pub limit: u64,
 }
 
 /// One region.
@@ -35,6 +51,8 @@ pub struct RegionStatus {
     pub owner: ClientId,
     /// As it was described.
     pub spec: RegionSpec,
+    /// Bytes per kernel mapping, in each domain.
+    pub pieces: Vec<u64>,
     /// Bytes shared, private, hole and unknown.
     pub bytes: [u64; 4],
     /// Whether it is being closed.
@@ -82,6 +100,7 @@ impl Gate {
                 region: *id,
                 owner: region.owner,
                 spec: region.spec,
+                pieces: region.pieces.clone(),
                 bytes,
                 closing: region.closing,
             }
@@ -105,12 +124,26 @@ impl Gate {
             devices: devices.collect(),
             quarantine: quarantine.collect(),
             open: self.invalidations.values().filter(|inv| inv.is_conversion()).count() as u64,
-            mappings: self
-                .domains
-                .iter()
-                .map(|domain| (domain.id, domain.runs.objects(), domain.max_mappings))
-                .collect(),
-            pinned: self.domains.iter().map(|domain| domain.runs.bytes()).sum(),
+            mappings: (0..self.domains.len()).map(|index| self.mappings(index)).collect(),
+            pinned: self.domains.iter().map(|domain| domain.mapped.bytes()).sum(),
+        }
+    }
+
+    fn mappings(&self, index: usize) -> MappingStatus {
+        let domain = &self.domains[index];
+        let worst = |region: &super::region::Region| {
+            let pages = region.spec.gpa.pages();
+            let piece = region.pieces.get(index).copied().unwrap_or(PAGE);
+            // Where pages are never mapped by themselves, neighbours share a mapping until every other one is gone.
+            let singly = piece == PAGE || (!domain.able.cut && self.windows(domain.id));
+            if singly { pages } else { pages.div_ceil(2).max(region.spec.gpa.len().div_ceil(piece) + 1) }
+        };
+        MappingStatus {
+            domain: domain.id,
+            used: domain.mapped.objects(),
+            reserved: domain.reserved,
+            worst: self.regions.values().map(worst).sum(),
+            limit: domain.able.max_mappings,
         }
     }
 

@@ -21,6 +21,8 @@ pub(super) struct DeviceEntry {
     pub(super) fenced: Option<Step>,
     /// Whether it is out of its domain. A reset is stronger and leaves it in.
     detached: bool,
+    /// Whether its driver was told to issue nothing more.
+    drained: bool,
     /// A fence that failed may have stopped it all the same: it must be brought back too.
     shaken: bool,
     /// What is under way.
@@ -52,6 +54,16 @@ impl DeviceEntry {
         self.detached && self.busy != Some(Busy::Attach)
     }
 
+    /// Whether it issues nothing, and is not on its way back.
+    pub(super) fn is_paused(&self) -> bool {
+        (self.drained || self.fenced.is_some()) && self.busy != Some(Busy::Attach)
+    }
+
+    /// Whether a fence that pauses it, `most` at the strongest, is under way or asked for.
+    pub(super) fn pausing(&self, most: Step) -> bool {
+        matches!(self.busy, Some(Busy::Fence(step)) if step <= most) || self.next.is_some()
+    }
+
     /// Whether it has to be brought back.
     fn is_stopped(&self) -> bool {
         (self.fenced.is_some() || self.shaken) && !self.lost
@@ -66,6 +78,7 @@ impl Gate {
             nature,
             fenced: None,
             detached: false,
+            drained: false,
             shaken: false,
             busy: None,
             next: None,
@@ -176,6 +189,7 @@ impl Gate {
                 entry.detached |= step == Step::Detach;
             } else {
                 entry.shaken = true;
+                entry.drained |= errno == 0;
             }
         }
         effects.push(Effect::Notice(Notice::DeviceFenced { device, step, errno }));
@@ -205,6 +219,7 @@ impl Gate {
             if errno == 0 {
                 entry.fenced = None;
                 entry.detached = false;
+                entry.drained = false;
                 entry.shaken = false;
             }
         }
@@ -223,7 +238,7 @@ impl Gate {
         let needs = |id: &InvalidationId| {
             let Some(inv) = self.invalidations.get(id) else { return false };
             let may = self.may(entry, step, self.allowed(inv.after));
-            *id == asker || (may && (inv.stopping || inv.rung >= step))
+            *id == asker || (may && (inv.stopping || inv.pausing || inv.rung >= step))
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
@@ -264,11 +279,11 @@ impl Gate {
             .clearing
             .iter()
             .filter_map(|id| self.invalidations.get(id))
-            .any(|inv| inv.targets.iter().any(|target| !entry.runs.is_clear(*target)));
+            .any(|inv| inv.targets.iter().any(|target| !entry.mapped.is_clear(*target)));
         let left = self
             .regions
             .values()
-            .any(|region| self.leaving.contains(&region.owner) && !entry.runs.is_clear(region.iova()));
-        entry.runs.unsettled() == 0 && !awaited && !left
+            .any(|region| self.leaving.contains(&region.owner) && !entry.mapped.is_clear(region.iova()));
+        entry.mapped.unsettled() + entry.mapped.filling() == 0 && !awaited && !left
     }
 }

@@ -187,6 +187,15 @@ pub enum Refusal {
         /// As given.
         piece: u64,
     },
+    /// Its neighbours would lose DMA whenever a page leaves a mapping of that size.
+    #[error(
+        "a mapping of {piece} bytes gives up a page only by a window in which DMA beside it faults, which --hitless \
+         forbids here: leave `piece` out, or serve with --hitless off"
+    )]
+    Window {
+        /// Bytes per kernel mapping.
+        piece: u64,
+    },
     /// The client is going away.
     #[error("this connection is being closed")]
     Closing,
@@ -194,7 +203,10 @@ pub enum Refusal {
 
 fn mend(what: &str) -> &'static str {
     match what {
-        "mappings" => ": add the memory with a larger mapping size (`piece`)",
+        "mappings" => {
+            ": use larger mappings (leave `piece` out; --hitless off), convert larger ranges, or raise \
+             vfio_iommu_type1.dma_entry_limit"
+        }
         _ => "",
     }
 }
@@ -212,6 +224,7 @@ impl Refusal {
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC
             Self::BadPiece { .. } => 22, // EINVAL
+            Self::Window { .. } => 95,   // EOPNOTSUPP
             Self::Closing => 108,        // ESHUTDOWN
         }
     }

@@ -136,8 +136,9 @@ pub fn receipt(receipt: &Receipt, names: &dyn Names) -> Value {
     json!({
         "invalidation": receipt.invalidation.0,
         "client": receipt.caller.client.0,
-        "gpa": receipt.range.start().0,
-        "length": receipt.range.len(),
+        "gpa": receipt.ranges.first().start().0,
+        "length": receipt.ranges.len(),
+        "ranges": receipt.ranges.as_slice().len(),
         "to": receipt.to.word(),
         "steps": receipt.steps.iter().map(step).collect::<Vec<_>>(),
         "more_steps": receipt.more_steps,

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
-use passgate_bindings::PAGE;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -250,13 +249,12 @@ impl Now {
 
 /// Kernel mappings in use, and their limit, over all domains.
 pub fn mappings(snapshot: &Snapshot) -> (u64, u64) {
-    snapshot.mappings.iter().fold((0, 0), |sum, (_, used, max)| (sum.0 + used, sum.1.saturating_add(*max)))
+    snapshot.mappings.iter().fold((0, 0), |sum, one| (sum.0 + one.used, sum.1.saturating_add(one.limit)))
 }
 
-/// Kernel mappings in the worst case: every page of every region shared and mapped by itself, in every domain.
+/// Kernel mappings at the worst that conversions can make of the regions, over all domains.
 pub fn forecast(snapshot: &Snapshot) -> u64 {
-    let pages: u64 = snapshot.regions.iter().map(|region| region.spec.gpa.len() / PAGE).sum();
-    pages * snapshot.mappings.len() as u64
+    snapshot.mappings.iter().map(|one| one.worst).sum()
 }
 
 /// Bytes in quarantine.

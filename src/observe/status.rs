@@ -1,6 +1,8 @@
 //! What `Status` answers.
 
-use crate::gate::{DeviceStatus, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step};
+use crate::gate::{
+    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step,
+};
 use crate::observe::metrics;
 use crate::protocol::verbs::{Device, Quarantined, Region, Status};
 use crate::session::Session;
@@ -26,6 +28,8 @@ pub fn status(session: &Session, policy: &Policy) -> Status {
         sequence: 0,
         on_stuck_dma: stuck(policy.on_stuck_dma).into(),
         platform: platform(policy.platform).into(),
+        hitless: hitless(policy.hitless).into(),
+        reserved: snapshot.mappings.iter().map(|one| one.reserved).sum(),
         regions: snapshot.regions.iter().map(region).collect(),
         devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
         quarantine: snapshot.quarantine.iter().take(NAMED).map(quarantined).collect(),
@@ -49,13 +53,21 @@ fn platform(platform: Platform) -> &'static str {
     }
 }
 
+fn hitless(policy: Hitless) -> &'static str {
+    match policy {
+        Hitless::Require => "require",
+        Hitless::Prefer => "prefer",
+        Hitless::Off => "off",
+    }
+}
+
 fn region(status: &RegionStatus) -> Region {
     let [shared, private, hole, unknown] = status.bytes;
     Region {
         region: status.region.0,
         gpa: status.spec.gpa.start().0,
         length: status.spec.gpa.len(),
-        piece: status.spec.piece,
+        piece: status.pieces.first().copied().unwrap_or(status.spec.piece),
         writable: status.spec.writable,
         shared,
         private,

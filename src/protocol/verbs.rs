@@ -53,10 +53,6 @@ fn yes() -> bool {
     true
 }
 
-fn page() -> u64 {
-    passgate_bindings::PAGE
-}
-
 /// `AddMemory`. The message carries one descriptor, or two where `private` is true: what devices are given, then
 /// the guest_memfd of the private side.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -72,8 +68,8 @@ pub struct AddMemory {
     /// Whether devices may write to it.
     #[serde(default = "yes")]
     pub writable: bool,
-    /// Bytes per kernel mapping: a power of two, at least 4096.
-    #[serde(default = "page")]
+    /// Bytes per kernel mapping at most: a power of two, at least 4096; 0 (the default) leaves it to passgate.
+    #[serde(default)]
     pub piece: u64,
     /// The state of its pages now: `shared`, `private` or `hole`.
     #[serde(default)]
@@ -87,14 +83,14 @@ pub struct AddMemory {
 }
 
 impl AddMemory {
-    /// Ordinary memory: `length` bytes at `gpa`, from the file's start, shared, writable, one page a mapping.
+    /// Ordinary memory: `length` bytes at `gpa`, from the file's start, shared, writable.
     pub fn shared(gpa: u64, length: u64) -> Self {
         Self {
             gpa,
             length,
             offset: 0,
             writable: true,
-            piece: page(),
+            piece: 0,
             initial: State::Shared,
             sole_mapper: false,
             private: false,
@@ -362,11 +358,15 @@ pub struct Status {
     pub on_stuck_dma: String,
     /// What counts as proof: `contained` or `strict`.
     pub platform: String,
+    /// Whether DMA beside a page that goes may miss a moment: `require`, `prefer` or `off`.
+    pub hitless: String,
     /// Kernel mappings in use.
     pub mappings: u64,
+    /// Kernel mappings that open invalidations may yet need.
+    pub reserved: u64,
     /// Kernel mappings that there can be.
     pub max_mappings: u64,
-    /// Kernel mappings in the worst case: every page of every region shared and mapped by itself.
+    /// Kernel mappings at the worst that conversions can make of the regions.
     pub forecast: u64,
     /// Bytes that devices may reach.
     pub pinned: u64,

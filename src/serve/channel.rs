@@ -71,7 +71,13 @@ impl Vm {
                 }
                 let performer = if convert { Performer::Passgate } else { Performer::Client };
                 let deadline_ns = u64::from(deadline_ms) * 1_000_000;
-                self.session.handle(Event::Begin { caller, range, to, performer, deadline_ns });
+                self.session.handle(Event::Begin {
+                    caller,
+                    ranges: range.into(),
+                    to,
+                    performer,
+                    deadline_ns,
+                });
             }
         }
     }

@@ -199,7 +199,7 @@ impl Vm {
         };
         self.session.handle(Event::Begin {
             caller,
-            range,
+            ranges: range.into(),
             to: convert.to.into(),
             performer: Performer::Passgate,
             deadline_ns: u64::from(deadline_ms) * 1_000_000,

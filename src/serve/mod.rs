@@ -53,6 +53,8 @@ pub struct Options {
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
+    /// The names of devices that a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
+    pub tolerant: Vec<String>,
     /// Where the audit log and the quarantine are written down; none for nowhere.
     pub state: Option<StateOptions>,
     /// Signals that stop it.
@@ -71,6 +73,7 @@ impl Options {
             max_clients: 64,
             farewell: Duration::from_secs(10),
             guardian: None,
+            tolerant: Vec::new(),
             state: None,
             stop_signals: Vec::new(),
         }

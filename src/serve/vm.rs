@@ -77,7 +77,7 @@ impl Vm {
             .as_ref()
             .map(|state| Records::open(state, options.policy, domain.name(), names()))
             .transpose()?;
-        let session = Session::new(options.policy, domain, devices, pool, records);
+        let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records);
         let poller = Poller::new().map_err(failed)?;
         poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;

@@ -58,6 +58,15 @@ pub enum Call {
         /// The whole range.
         iova: PageRange<Iova>,
     },
+    /// Take just these ranges away, by another page table.
+    Replace {
+        /// Names the result.
+        job: JobId,
+        /// Where.
+        domain: Arc<dyn Domain>,
+        /// Which.
+        gone: Vec<PageRange<Iova>>,
+    },
     /// Stop a device.
     Fence {
         /// Names the result.
@@ -145,8 +154,11 @@ impl Call {
                 let file = session.files.get(file)?;
                 Some(Self::Map { job, domain: domain(id)?, iova, piece, file, offset, writable })
             }
-            Effect::Unmap { job, domain: id, iova } => {
+            Effect::Unmap { job, domain: id, iova, bytes: _ } => {
                 Some(Self::Unmap { job, id, domain: domain(id)?, iova })
+            }
+            Effect::Replace { job, domain: id, gone, bytes: _ } => {
+                Some(Self::Replace { job, domain: domain(id)?, gone })
             }
             Effect::Fence { job, device, step } => {
                 let device = session.devices.get(usize::from(device.0))?.clone();
@@ -175,7 +187,7 @@ impl Call {
                 pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= SMALL
             }
             Self::Examine { .. } => true,
-            Self::Fence { .. } | Self::Attach { .. } => false,
+            Self::Replace { .. } | Self::Fence { .. } | Self::Attach { .. } => false,
         }
     }
 
@@ -199,14 +211,12 @@ impl Call {
                 };
                 plain(Event::Mapped { job, result })
             }
+            Self::Replace { job, domain, gone } => {
+                let (result, _) = answered(domain.replace(&gone));
+                plain(Event::Unmapped { job, result, took_ns: took() })
+            }
             Self::Unmap { job, id, domain, iova } => {
-                let (result, ticket) = match domain.unmap(iova) {
-                    Unmap::Gone { bytes } => (UnmapResult::Gone { bytes }, None),
-                    Unmap::InFlight { bytes, ticket } => (UnmapResult::InFlight { bytes }, Some(ticket)),
-                    Unmap::Failed { errno, bytes } => {
-                        (UnmapResult::Failed { errno: errno.raw_os_error(), bytes }, None)
-                    }
-                };
+                let (result, ticket) = answered(domain.unmap(iova));
                 let event = Event::Unmapped { job, result, took_ns: took() };
                 Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }
@@ -223,6 +233,15 @@ impl Call {
                 plain(Event::Converted { invalidation, outcome: convert(&pages, to) })
             }
         }
+    }
+}
+
+/// What a domain answered, and what names the operations in flight.
+fn answered(went: Unmap) -> (UnmapResult, Option<Ticket>) {
+    match went {
+        Unmap::Gone { bytes } => (UnmapResult::Gone { bytes }, None),
+        Unmap::InFlight { bytes, ticket } => (UnmapResult::InFlight { bytes }, Some(ticket)),
+        Unmap::Failed { errno, bytes } => (UnmapResult::Failed { errno: errno.raw_os_error(), bytes }, None),
     }
 }
 

@@ -8,7 +8,7 @@ use passgate_bindings::guest_memfd::Support;
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, PageRange, RangeError};
+use passgate_bindings::{Gpa, PAGE, PageRange, RangeError};
 
 use super::call::Examined;
 use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec};
@@ -34,14 +34,6 @@ pub enum BorderError {
     /// The second descriptor is no guest_memfd.
     #[error("the private side must be a guest_memfd, this is {0:?}")]
     NotPrivate(FileKind),
-    /// The mapping size does not fit the file's pages.
-    #[error("the mapping size {piece} is less than the file's own pages of {page} bytes")]
-    SmallPiece {
-        /// As asked.
-        piece: u64,
-        /// The file's.
-        page: u64,
-    },
     /// The start in the file and the guest-physical address do not fit the file's pages.
     #[error("offset and address must be multiples of the file's own pages of {page} bytes")]
     Misplaced {
@@ -56,15 +48,27 @@ pub enum BorderError {
         /// The first such address.
         gpa: Gpa,
     },
+    /// The file gives up whole pages of its own only.
+    #[error(
+        "the file at {gpa} has pages of {page} bytes and gives up nothing smaller: convert multiples of that, or \
+         begin and end the conversion yourself"
+    )]
+    SmallPunch {
+        /// Where.
+        gpa: Gpa,
+        /// The file's.
+        page: u64,
+    },
 }
 
 impl BorderError {
     /// As a number, for the notification channel.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::NotSole { .. } => 1, // EPERM
+            Self::NotSole { .. } => 1,     // EPERM
+            Self::SmallPunch { .. } => 95, // EOPNOTSUPP
             Self::File(FileError::ReadOnly | FileError::WriteSealed | FileError::Unreadable) => 13, // EACCES
-            _ => 22,                   // EINVAL
+            _ => 22,                       // EINVAL
         }
     }
 }
@@ -74,6 +78,8 @@ impl BorderError {
 pub(super) struct Extra {
     gpa: PageRange<Gpa>,
     sole_mapper: bool,
+    /// Bytes of the file's own pages.
+    page: u64,
     /// The private side: held while the region is, touched never.
     _private: Option<OwnedFd>,
 }
@@ -106,9 +112,6 @@ impl Files {
         let file = file?;
         identity::check(&file, memory.offset, memory.length, memory.writable)?;
         if let FileKind::Hugetlb(page) = file.kind {
-            if memory.piece < page {
-                return Err(BorderError::SmallPiece { piece: memory.piece, page });
-            }
             if [memory.gpa, memory.length, memory.offset].iter().any(|n| !n.is_multiple_of(page)) {
                 return Err(BorderError::Misplaced { page });
             }
@@ -116,13 +119,18 @@ impl Files {
         let private = private.map(|private| check_private(private, memory)).transpose()?;
         let id = FileId { device: file.device, inode: file.inode };
         self.hold(id, fd, &file);
-        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, _private: private };
+        let page = match file.kind {
+            FileKind::Hugetlb(page) => page,
+            FileKind::Memfd | FileKind::GuestMemfd => PAGE,
+        };
+        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, page, _private: private };
         self.adding.push((caller, id, extra));
         Ok(RegionSpec {
             gpa,
             backing: Backing { file: id, offset: Offset(memory.offset) },
             writable: memory.writable,
             piece: memory.piece,
+            page,
             initial: memory.initial.into(),
         })
     }
@@ -190,7 +198,12 @@ impl Files {
         let mut at = range.start();
         while at < range.end() {
             let sole = self.regions.values().find(|extra| extra.sole_mapper && extra.gpa.contains(at));
-            at = sole.ok_or(BorderError::NotSole { gpa: at })?.gpa.end();
+            let extra = sole.ok_or(BorderError::NotSole { gpa: at })?;
+            let end = extra.gpa.end().min(range.end());
+            if !at.0.is_multiple_of(extra.page) || !end.0.is_multiple_of(extra.page) {
+                return Err(BorderError::SmallPunch { gpa: at, page: extra.page });
+            }
+            at = end;
         }
         Ok(())
     }

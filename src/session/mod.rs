@@ -20,8 +20,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Nature,
-    Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
+    Able, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
+    Nature, Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -35,6 +35,9 @@ pub use pool::{Pool, Task};
 
 /// Receipts that are remembered, for `explain`.
 const RECEIPTS: usize = 4096;
+
+/// How long nothing happens at a place until it is quiet, at least ([`Event::Quiet`]).
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// What a session wants of its owner.
 #[derive(Debug)]
@@ -62,6 +65,8 @@ pub struct Session {
     devices: Vec<Arc<dyn Device>>,
     files: Files,
     held: HeldAnswers,
+    /// When the gate is told that a moment has passed.
+    quiet: Option<Instant>,
     /// Memory that is being examined, or will not do.
     border: VecDeque<Next>,
     /// When to wake the gate, and for what.
@@ -78,16 +83,17 @@ pub struct Session {
 
 impl Session {
     /// A session over one domain and its devices. `pool` runs what takes long. `records` is where it writes down what
-    /// happens, where it does; what is in quarantine there is so here.
+    /// happens, where it does; what is in quarantine there is so here. Devices named in `tolerant` bear faults.
     pub fn new(
         policy: Policy,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
+        tolerant: &[String],
         pool: Pool,
         mut records: Option<Records>,
     ) -> Self {
         let left = records.as_mut().map(Records::take_left).unwrap_or_default();
-        let mut start = start(&*domain, &devices);
+        let mut start = start(&*domain, &devices, tolerant);
         start.extend(left);
         let mut session = Self {
             gate: Gate::new(policy),
@@ -98,6 +104,7 @@ impl Session {
             devices,
             files: Files::default(),
             held: HeldAnswers::default(),
+            quiet: None,
             border: VecDeque::new(),
             timers: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -128,6 +135,9 @@ impl Session {
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
             records.after(new, || self.gate.snapshot().quarantine);
+        }
+        if self.quiet.is_none() && self.gate.is_frayed() {
+            self.quiet = Some(Instant::now() + MOMENT);
         }
         if ends {
             self.held.hold(&mut self.effects, from);
@@ -245,7 +255,7 @@ impl Session {
 
     /// When the session must be woken next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.timers.values().map(|(when, _)| *when).chain(self.held.next_deadline()).min()
+        self.timers.values().map(|(when, _)| *when).chain(self.held.next_deadline()).chain(self.quiet).min()
     }
 
     /// Takes every timer that is over.
@@ -261,6 +271,10 @@ impl Session {
             self.handle(Event::Expired { invalidation, rung });
         }
         self.held.expire(now, &mut self.effects);
+        if self.quiet.is_some_and(|when| when <= now) {
+            self.quiet = None;
+            self.handle(Event::Quiet);
+        }
     }
 
     /// What becomes readable when a domain has something to say.
@@ -335,18 +349,22 @@ impl Session {
 }
 
 /// What a gate is told first: its domain and its devices.
-fn start(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> Vec<Event> {
+fn start(domain: &dyn Domain, devices: &[Arc<dyn Device>], tolerant: &[String]) -> Vec<Event> {
     let (id, able) = (DomainId(0), domain.capabilities());
     let mut events = vec![Event::DomainAdded {
         domain: id,
-        max_mappings: able.max_mappings,
-        max_piece: able.max_mapping_len,
+        able: Able {
+            max_mappings: able.max_mappings,
+            max_piece: able.max_mapping_len,
+            cut: able.cut,
+            replace: able.replace,
+        },
     }];
     for (index, device) in devices.iter().enumerate() {
         let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
         let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
         let passgate_backends::Nature { ats, tdi } = device.nature();
-        let nature = Nature { ats, tdi };
+        let nature = Nature { ats, tdi, tolerant: tolerant.iter().any(|name| name == device.name()) };
         let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
         events.push(Event::DeviceAdded { device, domain: id, steps, nature });
     }

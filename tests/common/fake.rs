@@ -89,6 +89,11 @@ impl Domain for Hanging {
         self.inner.unmap(iova)
     }
 
+    fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
+        gone.iter().for_each(|iova| self.pass(*iova, |state| state.hang_unmaps));
+        self.inner.replace(gone)
+    }
+
     fn poll(&self, ended: &mut Vec<Ticket>) {
         self.inner.poll(ended);
     }

@@ -86,7 +86,14 @@ impl Domain for IommufdDomain {
 
     fn capabilities(&self) -> Capabilities {
         // iommufd counts memory, not mappings.
-        Capabilities { max_mappings: u64::MAX, max_mapping_len: LIMIT, by_file: self.by_file, tickets: false }
+        Capabilities {
+            max_mappings: u64::MAX,
+            max_mapping_len: LIMIT,
+            by_file: self.by_file,
+            tickets: false,
+            cut: false,
+            replace: false,
+        }
     }
 
     fn map(

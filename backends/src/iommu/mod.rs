@@ -33,6 +33,11 @@ pub struct Capabilities {
     pub by_file: bool,
     /// Whether an unmap may leave operations in flight ([`Unmap::InFlight`]).
     pub tickets: bool,
+    /// Whether an unmap may begin and end inside mappings: what is left of them stays mapped without a moment's
+    /// break.
+    pub cut: bool,
+    /// Whether [`Domain::replace`] can take ranges out.
+    pub replace: bool,
 }
 
 /// Names operations in flight over pages that an unmap took out of a domain; comes back from [`Domain::poll`].
@@ -72,9 +77,11 @@ pub trait Domain: Send + Sync + fmt::Debug {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// Makes mappings of `piece` bytes each (the last may be shorter) that together cover `iova`, of the pages
-    /// of `file` from `offset` on. All or nothing: on [`crate::Error::Map`] nothing is left of it, on
-    /// [`crate::Error::HalfMapped`] the range is unknown. `piece` is a multiple of the page size, not 0.
+    /// Makes mappings that together cover `iova`, of the pages of `file` from `offset` on. They lie on a grid:
+    /// each begins and ends at an IOVA that is a multiple of `piece` bytes, but for the first, which begins where
+    /// `iova` does, and the last, which ends where `iova` does. All or nothing: on [`crate::Error::Map`] nothing
+    /// is left of it, on [`crate::Error::HalfMapped`] the range is unknown. `piece` is a multiple of the page
+    /// size, not 0.
     fn map(
         &self,
         iova: PageRange<Iova>,
@@ -84,13 +91,29 @@ pub trait Domain: Send + Sync + fmt::Debug {
         writable: bool,
     ) -> Result<()>;
 
-    /// Takes away every mapping that lies wholly inside `iova`; holes inside are no error. A mapping that
-    /// `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
+    /// Takes away what is mapped in `iova`; holes inside are no error. Where the domain can
+    /// [cut](Capabilities::cut), what sticks out of `iova` stays as mappings of its own; where it cannot, a
+    /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
 
     /// Copies of the files by which another process can go on with it ([`crate::resume`]), and its ids.
     fn leave(&self) -> io::Result<(Left, Ids)> {
         Ok((Left::default(), Ids::Nothing))
+    }
+
+    /// Takes exactly the ranges `gone` out at once, by filling a second page table without them and moving every
+    /// device to it. They are sorted and do not overlap; each may begin and end inside mappings, and what sticks
+    /// out stays as mappings of its own. [`Unmap::Gone`] has the sum of what was mapped in them; on any error
+    /// half-way it is [`Unmap::Failed`], and what of `gone` is still mapped is unknown. Every other page is mapped
+    /// before and after, in both tables.
+    ///
+    /// **Not hitless**: VT-d and AMD block the device for a moment while it moves, and a DMA that comes then,
+    /// also to a page that stays, is lost (the kernel promises no more, whatever the IOMMU).
+    ///
+    /// `ENOSYS` where the domain [cannot](Capabilities::replace): nothing has changed then.
+    fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
+        let _ = gone;
+        Unmap::Failed { errno: Errno::NOSYS, bytes: 0 }
     }
 
     /// Appends the tickets whose operations have ended since the last call.

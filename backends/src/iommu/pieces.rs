@@ -7,8 +7,26 @@ use rustix::io::Errno;
 use super::Unmap;
 use crate::{Error, Result};
 
-/// Makes mappings of `piece` bytes that together cover `iova`, by `map` one after the other. If one fails, takes
-/// back by `unmap` those made before, and checks that every byte of them went.
+/// The parts of `iova` between the multiples of `piece` bytes, in order; all of it for a `piece` of 0.
+pub(super) fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = PageRange<Iova>> {
+    let mut at = iova.start();
+    std::iter::from_fn(move || {
+        // An address is below 2^62, so adding one to it never overflows.
+        let border = (at.0 + 1).checked_next_multiple_of(piece).map_or(iova.end(), Iova);
+        let next = PageRange::between(at, border.min(iova.end()))?;
+        at = next.end();
+        Some(next)
+    })
+}
+
+/// How many there are.
+pub(super) fn count(iova: PageRange<Iova>, piece: u64) -> u64 {
+    let nth = |address: u64| address.checked_div(piece).unwrap_or(0);
+    nth(iova.end().0 - 1) - nth(iova.start().0) + 1
+}
+
+/// Makes the mappings of the grid of `piece` bytes that together cover `iova`, by `map` one after the other. If
+/// one fails, takes back by `unmap` those made before, and checks that every byte of them went.
 pub(super) fn map(
     iova: PageRange<Iova>,
     piece: u64,
@@ -16,16 +34,14 @@ pub(super) fn map(
     mut map: impl FnMut(PageRange<Iova>, Offset) -> Result<(), Failed>,
     unmap: impl FnOnce(PageRange<Iova>) -> Unmap,
 ) -> Result<()> {
-    let mut at = iova.start();
-    while let Some(next) = PageRange::between(at, Iova(at.0.saturating_add(piece)).min(iova.end())) {
-        let from = Offset(offset.0 + (at.0 - iova.start().0));
+    for next in grid(iova, piece) {
+        let from = Offset(offset.0 + (next.start().0 - iova.start().0));
         if let Err(source) = map(next, from) {
-            if let Some(made) = PageRange::between(iova.start(), at) {
+            if let Some(made) = PageRange::between(iova.start(), next.start()) {
                 take_back(iova, made, unmap(made))?;
             }
             return Err(Error::Map { iova, source, mend: mend(source.errno) });
         }
-        at = next.end();
     }
     Ok(())
 }
@@ -70,17 +86,32 @@ mod tests {
     }
 
     #[test]
-    fn pieces_cover_the_range_and_the_last_may_be_shorter() {
+    fn pieces_lie_on_the_grid_and_the_first_and_the_last_may_be_shorter() {
         let made = RefCell::new(Vec::new());
         let one = |iova, offset: Offset| {
             made.borrow_mut().push((iova, offset.0 / PAGE));
             Ok(())
         };
-        map(range(10, 5), 2 * PAGE, Offset(PAGE), one, |_| unreachable!()).unwrap();
-        assert_eq!(*made.borrow(), [(range(10, 2), 1), (range(12, 2), 3), (range(14, 1), 5)]);
+        map(range(10, 5), 4 * PAGE, Offset(PAGE), one, |_| unreachable!()).unwrap();
+        assert_eq!(*made.borrow(), [(range(10, 2), 1), (range(12, 3), 3)]);
+        made.borrow_mut().clear();
+        map(range(11, 5), 2 * PAGE, Offset(0), one, |_| unreachable!()).unwrap();
+        assert_eq!(*made.borrow(), [(range(11, 1), 0), (range(12, 2), 1), (range(14, 2), 3)]);
         made.borrow_mut().clear();
         map(range(10, 5), u64::MAX, Offset(0), one, |_| unreachable!()).unwrap();
         assert_eq!(*made.borrow(), [(range(10, 5), 0)]);
+    }
+
+    #[test]
+    fn the_count_is_that_of_the_grid() {
+        for start in 0..9 {
+            for pages in 1..9 {
+                for piece in [0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE, u64::MAX] {
+                    let iova = range(start, pages);
+                    assert_eq!(count(iova, piece), grid(iova, piece).count() as u64, "{iova} by {piece}");
+                }
+            }
+        }
     }
 
     #[test]

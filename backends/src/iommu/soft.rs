@@ -245,6 +245,9 @@ impl Domain for SoftDomain {
             max_mapping_len: uring::MAX_SLOT_LEN,
             by_file: false,
             tickets: true,
+            // A registered buffer is given back whole.
+            cut: false,
+            replace: false,
         }
     }
 

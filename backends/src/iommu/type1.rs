@@ -116,7 +116,14 @@ impl Domain for Type1Domain {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { max_mappings: self.entries, max_mapping_len: LIMIT, by_file: false, tickets: false }
+        Capabilities {
+            max_mappings: self.entries,
+            max_mapping_len: LIMIT,
+            by_file: false,
+            tickets: false,
+            cut: false,
+            replace: false,
+        }
     }
 
     fn map(

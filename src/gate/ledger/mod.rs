@@ -4,14 +4,14 @@
 //! mappings are kept by domain and IOVA, as the kernel keeps them.
 
 pub mod holds;
+pub mod mapped;
 pub mod pages;
-pub mod runs;
 
 use serde::{Deserialize, Serialize};
 
 pub use holds::{HeldBy, Holds};
+pub use mapped::{Mapped, Run, RunState};
 pub use pages::PageMap;
-pub use runs::{Run, RunState, Runs};
 
 /// What a page of guest memory is to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -79,6 +79,15 @@ pub enum Said<'a> {
         /// The whole range.
         iova: PageRange<Iova>,
     },
+    /// [`Effect::Replace`].
+    Replace {
+        /// Names the result.
+        job: JobId,
+        /// Where.
+        domain: DomainId,
+        /// What goes.
+        gone: Vec<PageRange<Iova>>,
+    },
     /// [`Effect::Fence`].
     Fence {
         /// Names the result.
@@ -211,7 +220,12 @@ impl Said<'_> {
                 offset: *offset,
                 writable: *writable,
             },
-            Effect::Unmap { job, domain, iova } => Self::Unmap { job: *job, domain: *domain, iova: *iova },
+            Effect::Unmap { job, domain, iova, bytes: _ } => {
+                Self::Unmap { job: *job, domain: *domain, iova: *iova }
+            }
+            Effect::Replace { job, domain, gone, bytes: _ } => {
+                Self::Replace { job: *job, domain: *domain, gone: gone.clone() }
+            }
             Effect::Fence { job, device, step } => Self::Fence { job: *job, device: *device, step: *step },
             Effect::Attach { job, device } => Self::Attach { job: *job, device: *device },
             Effect::Convert { invalidation, .. } => Self::Convert { invalidation: *invalidation },

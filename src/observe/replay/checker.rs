@@ -6,9 +6,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use passgate_bindings::Iova;
-use passgate_bindings::PageRange;
 use passgate_bindings::units::Address;
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::mapped::{Mapped, Pages, bytes, show};
 use super::spans::Spans;
@@ -23,7 +22,7 @@ use crate::observe::audit::{Line, Said};
 #[derive(Debug)]
 struct Job {
     domain: DomainId,
-    iova: PageRange<Iova>,
+    ranges: Vec<PageRange<Iova>>,
 }
 
 #[derive(Debug)]
@@ -38,7 +37,7 @@ pub(super) struct Region {
 pub(super) struct Open {
     pub(super) caller: Caller,
     pub(super) pages: Vec<Pages>,
-    pub(super) iova: PageRange<Iova>,
+    pub(super) iova: Vec<PageRange<Iova>>,
     pub(super) performer: Performer,
     pub(super) begun: u64,
     pub(super) deadline_ns: u64,
@@ -59,8 +58,8 @@ pub(super) struct Checker {
     pub(super) held: HashMap<FileId, Spans>,
     pub(super) quarantine: HashMap<FileId, Spans>,
     jobs: HashMap<JobId, Job>,
-    /// Bytes that went in part, by the range that was asked for.
-    partly: HashMap<(DomainId, PageRange<Iova>), u64>,
+    /// Bytes that went in part, by the ranges that were asked for.
+    partly: HashMap<(DomainId, Vec<PageRange<Iova>>), u64>,
     waiting: Waiting,
     /// What must be in quarantine by the end of the line, and since which invalidation.
     pub(super) must: Vec<(InvalidationId, Pages)>,
@@ -157,16 +156,16 @@ impl Checker {
             }
             Event::Begin { .. } => self.begin(line),
             Event::Mapped { job, result } => {
-                if let Some(Job { domain, iova }) = self.jobs.remove(job)
+                if let Some(Job { domain, ranges }) = self.jobs.remove(job)
                     && matches!(result, MapResult::Refused { .. })
                 {
-                    self.mapped.remove(domain, iova);
+                    ranges.into_iter().for_each(|iova| self.mapped.remove(domain, iova));
                 }
             }
             Event::Unmapped { job, result, .. } => self.unmapped(*job, *result),
             Event::Released { job } => {
-                if let Some(Job { domain, iova }) = self.jobs.remove(job) {
-                    self.gone_if_whole(domain, iova);
+                if let Some(Job { domain, ranges }) = self.jobs.remove(job) {
+                    self.gone_if_whole(domain, ranges);
                 }
             }
             Event::ClientGone { client } => self.client_gone(*client),
@@ -178,7 +177,8 @@ impl Checker {
     }
 
     fn begin(&mut self, line: &Line) {
-        let Event::Begin { caller, range, performer, deadline_ns, .. } = line.e else { return };
+        let Event::Begin { caller, ranges, performer, deadline_ns, .. } = &line.e else { return };
+        let (caller, performer, deadline_ns) = (*caller, *performer, *deadline_ns);
         let named = line.x.iter().find_map(|said| match said {
             Said::Arm { invalidation, .. }
             | Said::Verdict { invalidation, .. }
@@ -191,21 +191,18 @@ impl Checker {
             }
             return;
         };
-        let pages: Vec<Pages> = self
-            .regions
-            .iter()
-            .filter_map(|region| {
+        let shown = |range: PageRange<Gpa>| {
+            self.regions.iter().filter_map(move |region| {
                 let part = region.spec.gpa.intersection(range)?;
-                Some((
-                    region.spec.backing.file,
-                    bytes(part.rebase(region.spec.gpa.start(), region.spec.backing.offset)),
-                ))
+                let pages = part.rebase(region.spec.gpa.start(), region.spec.backing.offset);
+                Some((region.spec.backing.file, bytes(pages)))
             })
-            .collect();
+        };
+        let pages: Vec<Pages> = ranges.iter().flat_map(shown).collect();
         for (file, range) in &pages {
             self.held.entry(*file).or_default().insert(range.clone());
         }
-        let iova = range.rebase(passgate_bindings::Gpa(0), Iova(0));
+        let iova = ranges.iter().map(|range| range.rebase(Gpa(0), Iova(0))).collect();
         let open = Open {
             caller,
             pages,
@@ -222,28 +219,36 @@ impl Checker {
     }
 
     fn unmapped(&mut self, job: JobId, result: UnmapResult) {
-        let Some(Job { domain, iova }) = self.jobs.remove(&job) else { return };
+        let Some(Job { domain, ranges }) = self.jobs.remove(&job) else { return };
         let (UnmapResult::Gone { bytes }
         | UnmapResult::InFlight { bytes }
         | UnmapResult::Failed { bytes, .. }) = result;
-        let partly = self.partly.entry((domain, iova)).or_default();
+        let asked = self.asked(domain, &ranges);
+        let partly = self.partly.entry((domain, ranges.clone())).or_default();
         *partly = partly.saturating_add(bytes);
         match result {
-            UnmapResult::Gone { .. } => self.gone_if_whole(domain, iova),
-            UnmapResult::InFlight { .. } => _ = self.jobs.insert(job, Job { domain, iova }),
-            UnmapResult::Failed { .. } => *partly = (*partly).min(iova.len()),
+            UnmapResult::Gone { .. } => self.gone_if_whole(domain, ranges),
+            UnmapResult::InFlight { .. } => _ = self.jobs.insert(job, Job { domain, ranges }),
+            UnmapResult::Failed { .. } => *partly = (*partly).min(asked),
         }
     }
 
     /// Nothing is in flight any more: if its full length was reported gone, it is.
-    fn gone_if_whole(&mut self, domain: DomainId, iova: PageRange<Iova>) {
-        let Some(partly) = self.partly.get_mut(&(domain, iova)) else { return };
-        if *partly == iova.len() {
-            self.partly.remove(&(domain, iova));
-            self.mapped.remove(domain, iova);
+    fn gone_if_whole(&mut self, domain: DomainId, ranges: Vec<PageRange<Iova>>) {
+        let asked = self.asked(domain, &ranges);
+        let key = (domain, ranges);
+        let Some(partly) = self.partly.get_mut(&key) else { return };
+        if *partly == asked {
+            self.partly.remove(&key);
+            key.1.into_iter().for_each(|iova| self.mapped.remove(domain, iova));
         } else {
-            *partly = (*partly).min(iova.len());
+            *partly = (*partly).min(asked);
         }
+    }
+
+    /// Bytes that an unmap of these ranges has to take away: there may be gaps in them.
+    fn asked(&self, domain: DomainId, ranges: &[PageRange<Iova>]) -> u64 {
+        ranges.iter().map(|iova| self.mapped.bytes_at(domain, *iova)).sum()
     }
 
     fn client_gone(&mut self, client: ClientId) {
@@ -282,10 +287,13 @@ impl Checker {
                 let pages = (*file, offset.raw()..offset.raw().saturating_add(iova.len()));
                 self.may_be_mapped(&pages);
                 self.mapped.insert(*domain, *iova, *file, offset.raw());
-                self.jobs.insert(*job, Job { domain: *domain, iova: *iova });
+                self.jobs.insert(*job, Job { domain: *domain, ranges: vec![*iova] });
             }
             Said::Unmap { job, domain, iova } => {
-                self.jobs.insert(*job, Job { domain: *domain, iova: *iova });
+                self.jobs.insert(*job, Job { domain: *domain, ranges: vec![*iova] });
+            }
+            Said::Replace { job, domain, gone } => {
+                self.jobs.insert(*job, Job { domain: *domain, ranges: gone.clone() });
             }
             Said::Convert { invalidation } => {
                 self.is_clear(*invalidation, "passgate converts");

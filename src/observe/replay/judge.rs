@@ -24,7 +24,7 @@ impl Checker {
     /// Nothing of an invalidation's pages is mapped or in flight, at any alias.
     pub(super) fn is_clear(&mut self, id: InvalidationId, said: &str) {
         let Some(open) = self.open.get(&id) else { return };
-        let mut seen = self.mapped.at(open.iova).map(|(domain, at)| {
+        let mut seen = open.iova.iter().find_map(|iova| self.mapped.at(*iova)).map(|(domain, at)| {
             format!("IOVA {:#x}+{:#x} in domain {}", at.start, at.end - at.start, domain.0)
         });
         for pages in &open.pages {

@@ -53,6 +53,13 @@ impl Mapped {
         });
     }
 
+    /// Bytes that are mapped at these addresses.
+    pub(super) fn bytes_at(&self, domain: DomainId, iova: PageRange<Iova>) -> u64 {
+        let here = self.0.iter().filter(|((at, ..), _)| *at == domain);
+        let spans = here.filter_map(|((.., shift), spans)| Some(spans.within(offsets(iova, *shift)?)));
+        spans.flatten().map(|span| span.end - span.start).sum()
+    }
+
     /// What of these pages is mapped, wherever it shows.
     pub(super) fn of_file(&self, pages: &Pages) -> impl Iterator<Item = (DomainId, Range<u64>)> {
         let (file, range) = pages.clone();

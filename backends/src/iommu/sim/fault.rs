@@ -15,11 +15,13 @@ pub enum Call {
     Fence,
     /// [`crate::Device::attach`].
     Attach,
+    /// [`crate::Domain::replace`].
+    Replace,
 }
 
 impl Call {
     /// All of them.
-    pub const ALL: [Call; 4] = [Self::Map, Self::Unmap, Self::Fence, Self::Attach];
+    pub const ALL: [Call; 5] = [Self::Map, Self::Unmap, Self::Fence, Self::Attach, Self::Replace];
 }
 
 /// What goes wrong with one call.
@@ -29,18 +31,19 @@ pub enum Fault {
     Errno(Errno),
     /// A map that fails half-way, and whose roll-back fails too: half of the pieces stay.
     HalfMapped(Errno),
-    /// An unmap that fails half-way without a word of what it did: the bytes are not written back, as
+    /// An unmap, or a replace, that fails half-way without a word of what it did: the bytes are not written back, as
     /// `IOMMU_IOAS_UNMAP` behaves.
     HalfUnmapped(Errno),
-    /// An unmap that succeeds, but removes (and reports) only half of the mappings.
+    /// An unmap, or a replace, that succeeds, but removes (and reports) only half of the mappings
+    /// (or of the parts of mappings).
     Short,
-    /// An unmap after which attached devices go on using the old translation until [`super::Sim::flush`].
+    /// An unmap, or a replace, after which attached devices go on using the old translation until [`super::Sim::flush`].
     Late,
     /// Both: half of the mappings go, and those late.
     ShortLate,
     /// As [`Fault::Late`], but only a detach or a reset of the device ends it (or [`super::Sim::unstick`]).
     Stuck,
-    /// An unmap that succeeds, although the invalidation of the devices' own caches timed out and nobody is told
+    /// An unmap, or a replace, that succeeds, although the invalidation of the devices' own caches timed out and nobody is told
     /// (as the kernel handles ATS): devices with ATS go on using the old translation until a detach or a reset.
     Cached,
     /// The call does not return before [`super::Sim::release`]; then it does what it should have done.
@@ -58,7 +61,7 @@ impl Fault {
             | Self::Late
             | Self::ShortLate
             | Self::Stuck
-            | Self::Cached => call == Call::Unmap,
+            | Self::Cached => matches!(call, Call::Unmap | Call::Replace),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A simulated IOVA domain: exact, deterministic, and exactly as faulty as its [`FaultPlan`] says.
 //!
-//! It keeps a page table of whole mappings, and for every attached device the old translations that an unmap
+//! It keeps a page table of mappings, and for every attached device the old translations that an unmap
 //! has not flushed yet. Nothing in it knows time, chance or the gate: tests step it ([`Sim::flush`],
 //! [`Sim::release`]) and then ask what a device can still reach ([`Sim::reachable`], [`Sim::dma`]). It takes the
 //! devices' side: a drained or reset device that is still attached is expected to do DMA again.
@@ -18,6 +18,7 @@ use super::{Capabilities, Domain, Ticket, Unmap};
 use crate::device::{Nature, StopClass};
 use crate::{Error, Result};
 
+mod calls;
 mod fault;
 mod memory;
 mod port;
@@ -91,8 +92,14 @@ pub struct Sim {
 
 impl Sim {
     /// What a domain can do unless a test says otherwise.
-    pub const CAPABILITIES: Capabilities =
-        Capabilities { max_mappings: 65_535, max_mapping_len: 1 << 30, by_file: true, tickets: true };
+    pub const CAPABILITIES: Capabilities = Capabilities {
+        max_mappings: 65_535,
+        max_mapping_len: 1 << 30,
+        by_file: true,
+        tickets: true,
+        cut: false,
+        replace: false,
+    };
 
     /// An empty domain over `memory`.
     pub fn new(capabilities: Capabilities, memory: Memory) -> Result<Self> {
@@ -261,77 +268,6 @@ impl Shared {
         }
         dropped
     }
-
-    fn map(&self, whole: Mapping, piece: u64, fault: Option<Fault>) -> Result<()> {
-        let refuse =
-            |errno, mend| Err(Error::Map { iova: whole.iova, source: Failed::new("sim map", errno), mend });
-        if let Some(Fault::Errno(errno)) = fault {
-            return refuse(errno, "");
-        }
-        let end = whole.offset.0.checked_add(whole.iova.len());
-        let fits = end.is_some_and(|end| end <= whole.memory.size());
-        if piece == 0 || !piece.is_multiple_of(PAGE) || piece > self.capabilities.max_mapping_len || !fits {
-            return refuse(Errno::INVAL, "");
-        }
-        if whole.writable && !whole.memory.writable() {
-            return refuse(Errno::ACCESS, ": the file is read-only");
-        }
-        let mut state = self.lock();
-        if state.table.overlapping(whole.iova).next().is_some() {
-            return refuse(Errno::EXIST, "");
-        }
-        let pieces = whole.iova.len().div_ceil(piece);
-        if state.table.len() + pieces > self.capabilities.max_mappings {
-            return refuse(Errno::NOSPC, ": map in larger pieces");
-        }
-        if let Some(Fault::HalfMapped(errno)) = fault {
-            state.table.insert(&whole, piece, pieces.div_ceil(2));
-            return Err(Error::HalfMapped { iova: whole.iova, source: Failed::new("sim unmap", errno) });
-        }
-        state.table.insert(&whole, piece, pieces);
-        Ok(())
-    }
-
-    fn unmap(&self, iova: PageRange<Iova>, fault: Option<Fault>) -> Unmap {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        if let Some(Fault::Errno(errno)) = fault {
-            return Unmap::Failed { errno, bytes: 0 };
-        }
-        let mut starts = match state.table.inside(iova) {
-            Ok(starts) => starts,
-            Err(errno) => return Unmap::Failed { errno, bytes: 0 },
-        };
-        match fault {
-            Some(Fault::HalfUnmapped(_)) => starts.truncate(starts.len().div_ceil(2)),
-            Some(Fault::Short | Fault::ShortLate) => starts.truncate(starts.len() / 2),
-            _ => {}
-        }
-        let gone: Vec<Mapping> = starts.into_iter().filter_map(|start| state.table.remove(start)).collect();
-        let bytes = gone.iter().map(|mapping| mapping.iova.len()).sum();
-        match fault {
-            Some(Fault::HalfUnmapped(errno)) => Unmap::Failed { errno, bytes: 0 },
-            Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
-                if bytes > 0 && state.ports.iter().any(Port::reaches) =>
-            {
-                let ends = if late == Fault::Stuck { Ends::WhenUnstuck } else { Ends::WithFlush };
-                state.tickets += 1;
-                let ticket = Ticket(state.tickets);
-                state.running.push(ticket);
-                for port in state.ports.iter_mut().filter(|port| port.reaches()) {
-                    port.keep(&gone, Some(ticket), ends);
-                }
-                Unmap::InFlight { bytes, ticket }
-            }
-            Some(Fault::Cached) => {
-                for port in state.ports.iter_mut().filter(|port| port.attached && port.ats) {
-                    port.keep(&gone, None, Ends::WithCache);
-                }
-                Unmap::Gone { bytes }
-            }
-            _ => Unmap::Gone { bytes },
-        }
-    }
 }
 
 impl Domain for Sim {
@@ -360,7 +296,12 @@ impl Domain for Sim {
 
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
         let fault = self.shared.enter(Call::Unmap);
-        self.shared.unmap(iova, fault)
+        self.shared.unmap(&[iova], self.shared.capabilities.cut, fault)
+    }
+
+    fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
+        let fault = self.shared.enter(Call::Replace);
+        self.shared.replace(gone, fault)
     }
 
     fn poll(&self, ended: &mut Vec<Ticket>) {

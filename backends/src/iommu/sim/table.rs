@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::memory::Stamp;
 use super::{FileKey, Seen};
+use crate::iommu::pieces;
 
 /// One mapping.
 #[derive(Debug, Clone)]
@@ -31,6 +32,12 @@ impl Mapping {
     /// The pages of the file that it shows.
     pub fn pages(&self) -> PageRange<Offset> {
         self.iova.rebase(self.iova.start(), self.offset)
+    }
+
+    /// Its part at `iova`, which lies inside: the same frames.
+    fn part(&self, iova: PageRange<Iova>) -> Self {
+        let offset = Offset(iova.start().0 - self.iova.start().0 + self.offset.0);
+        Self { iova, offset, ..self.clone() }
     }
 
     /// What a device sees at `iova`, where this mapping has it.
@@ -72,31 +79,34 @@ impl Table {
             .chain(self.mappings.range(iova.start()..iova.end()).map(|(_, m)| m))
     }
 
-    /// Makes mappings of `piece` bytes until `whole` is covered; the caller has checked that nothing is there.
-    pub(super) fn insert(&mut self, whole: &Mapping, piece: u64, pieces: u64) {
-        let mut from = whole.iova.start();
-        for _ in 0..pieces {
-            let to = Iova(whole.iova.end().0.min(from.0.saturating_add(piece)));
-            let Some(iova) = PageRange::between(from, to) else { return };
-            let offset = Offset(from.0 - whole.iova.start().0 + whole.offset.0);
-            self.mappings.insert(from, Mapping { iova, offset, ..whole.clone() });
-            from = to;
+    /// Makes the first `count` mappings of the grid of `piece` bytes over `whole`; the caller has checked that
+    /// nothing is there.
+    pub(super) fn insert(&mut self, whole: &Mapping, piece: u64, count: usize) {
+        for iova in pieces::grid(whole.iova, piece).take(count) {
+            self.put(whole.part(iova));
         }
     }
 
-    /// The mappings in `iova`, or `ENOENT` where one of them would be cut in two.
-    pub(super) fn inside(&self, iova: PageRange<Iova>) -> Result<Vec<Iova>, Errno> {
-        let mut starts = Vec::new();
-        for mapping in self.overlapping(iova) {
-            if !iova.covers(mapping.iova) {
-                return Err(Errno::NOENT);
-            }
-            starts.push(mapping.iova.start());
-        }
-        Ok(starts)
+    /// What of the mappings lies in `iova`; where the table does not cut, `ENOENT` if one of them sticks out.
+    pub(super) fn inside(&self, iova: PageRange<Iova>, cuts: bool) -> Result<Vec<PageRange<Iova>>, Errno> {
+        let parts = self.overlapping(iova).map(|mapping| match mapping.iova.intersection(iova) {
+            Some(part) if cuts || part == mapping.iova => Ok(part),
+            _ => Err(Errno::NOENT),
+        });
+        parts.collect()
     }
 
-    pub(super) fn remove(&mut self, start: Iova) -> Option<Mapping> {
-        self.mappings.remove(&start)
+    /// Takes out `part`, all of a mapping or a part of one; what is left of it pins the frames that it did.
+    pub(super) fn remove(&mut self, part: PageRange<Iova>) -> Option<Mapping> {
+        let start = self.find(part.start())?.iova.start();
+        let whole = self.mappings.remove(&start)?;
+        for rest in whole.iova.without(part).into_iter().flatten() {
+            self.put(whole.part(rest));
+        }
+        Some(whole.part(part))
+    }
+
+    fn put(&mut self, mapping: Mapping) {
+        self.mappings.insert(mapping.iova.start(), mapping);
     }
 }

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use super::table::Table;
 use super::view::Translation;
 use super::{SoftDomain, lock, read, write};
+use crate::iommu::pieces;
 use crate::{Error, Result};
 
 /// What a map is asked for.
@@ -78,8 +79,7 @@ impl SoftDomain {
     /// the IOVAs that get a new one.
     fn plan(&self, want: &Want<'_>) -> Result<Vec<Piece>, Errno> {
         let base = want.file.address(want.offset.0).map_err(|failed| failed.errno)?;
-        let piece = want.piece.min(want.iova.len());
-        let count = want.iova.len().div_ceil(piece) as usize;
+        let count = usize::try_from(pieces::count(want.iova, want.piece)).unwrap_or(usize::MAX);
         let mut plan = Vec::with_capacity(count.min(uring::MAX_SLOTS as usize));
         let mut table = self.table();
         let view = read(&self.view);
@@ -89,15 +89,13 @@ impl SoftDomain {
         if count > table.room() {
             return Err(Errno::NOSPC);
         }
-        let mut start = want.iova.start();
-        while let Some(iova) = PageRange::between(start, Iova((start.0 + piece).min(want.iova.end().0))) {
-            let into = start.0 - want.iova.start().0;
+        for iova in pieces::grid(want.iova, want.piece) {
+            let into = iova.start().0 - want.iova.start().0;
             let slot = Slot(u16::MAX);
             let new = Translation { iova, address: base + into, writable: want.writable, slot };
-            let known = view.find(start).filter(|old| Translation { slot, ..**old } == new);
+            let known = view.find(iova.start()).filter(|old| Translation { slot, ..**old } == new);
             let translation = *known.unwrap_or(&new);
             plan.push(Piece { translation, offset: want.offset.0 + into, known: known.is_some() });
-            start = iova.end();
         }
         drop(view);
         plan.iter().filter(|piece| piece.known).for_each(|piece| table.claim(piece.translation.slot));

@@ -1,0 +1,108 @@
+//! What each call on a simulated domain does to its page table, and what its fault makes of that.
+
+use passgate_bindings::{Failed, Iova, PAGE, PageRange};
+use rustix::io::Errno;
+
+use super::fault::Fault;
+use super::port::{Ends, Port};
+use super::table::Mapping;
+use super::{Shared, State};
+use crate::iommu::{Ticket, Unmap, pieces};
+use crate::{Error, Result};
+
+impl Shared {
+    pub(super) fn map(&self, whole: Mapping, piece: u64, fault: Option<Fault>) -> Result<()> {
+        let refuse =
+            |errno, mend| Err(Error::Map { iova: whole.iova, source: Failed::new("sim map", errno), mend });
+        if let Some(Fault::Errno(errno)) = fault {
+            return refuse(errno, "");
+        }
+        let end = whole.offset.0.checked_add(whole.iova.len());
+        let fits = end.is_some_and(|end| end <= whole.memory.size());
+        if piece == 0 || !piece.is_multiple_of(PAGE) || piece > self.capabilities.max_mapping_len || !fits {
+            return refuse(Errno::INVAL, "");
+        }
+        if whole.writable && !whole.memory.writable() {
+            return refuse(Errno::ACCESS, ": the file is read-only");
+        }
+        let mut state = self.lock();
+        if state.table.overlapping(whole.iova).next().is_some() {
+            return refuse(Errno::EXIST, "");
+        }
+        let count = pieces::count(whole.iova, piece);
+        if state.table.len() + count > self.capabilities.max_mappings {
+            return refuse(Errno::NOSPC, ": map in larger pieces");
+        }
+        if let Some(Fault::HalfMapped(errno)) = fault {
+            state.table.insert(&whole, piece, count.div_ceil(2) as usize);
+            return Err(Error::HalfMapped { iova: whole.iova, source: Failed::new("sim unmap", errno) });
+        }
+        state.table.insert(&whole, piece, count as usize);
+        Ok(())
+    }
+
+    /// As [`Shared::unmap`], of ranges that must be sorted and apart.
+    pub(super) fn replace(&self, gone: &[PageRange<Iova>], fault: Option<Fault>) -> Unmap {
+        let refuse = |errno| Unmap::Failed { errno, bytes: 0 };
+        if !self.capabilities.replace {
+            return refuse(Errno::NOSYS);
+        }
+        if !gone.is_sorted_by(|one, next| one.end() <= next.start()) {
+            return refuse(Errno::INVAL);
+        }
+        self.unmap(gone, true, fault)
+    }
+
+    /// Takes `ranges` out of the table. A cut that leaves more mappings than the domain may hold is not refused:
+    /// no kernel that cuts has such a limit.
+    pub(super) fn unmap(&self, ranges: &[PageRange<Iova>], cuts: bool, fault: Option<Fault>) -> Unmap {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if let Some(Fault::Errno(errno)) = fault {
+            return Unmap::Failed { errno, bytes: 0 };
+        }
+        let mut parts = Vec::new();
+        for range in ranges {
+            match state.table.inside(*range, cuts) {
+                Ok(inside) => parts.extend(inside),
+                Err(errno) => return Unmap::Failed { errno, bytes: 0 },
+            }
+        }
+        match fault {
+            Some(Fault::HalfUnmapped(_)) => parts.truncate(parts.len().div_ceil(2)),
+            Some(Fault::Short | Fault::ShortLate) => parts.truncate(parts.len() / 2),
+            _ => {}
+        }
+        let gone: Vec<Mapping> = parts.into_iter().filter_map(|part| state.table.remove(part)).collect();
+        let bytes = gone.iter().map(|mapping| mapping.iova.len()).sum();
+        match fault {
+            Some(Fault::HalfUnmapped(errno)) => Unmap::Failed { errno, bytes: 0 },
+            Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
+                if bytes > 0 && state.ports.iter().any(Port::reaches) =>
+            {
+                let ends = if late == Fault::Stuck { Ends::WhenUnstuck } else { Ends::WithFlush };
+                Unmap::InFlight { bytes, ticket: state.goes_on(&gone, ends) }
+            }
+            Some(Fault::Cached) => {
+                for port in state.ports.iter_mut().filter(|port| port.attached && port.ats) {
+                    port.keep(&gone, None, Ends::WithCache);
+                }
+                Unmap::Gone { bytes }
+            }
+            _ => Unmap::Gone { bytes },
+        }
+    }
+}
+
+impl State {
+    /// Every device at work goes on using `gone`.
+    fn goes_on(&mut self, gone: &[Mapping], ends: Ends) -> Ticket {
+        self.tickets += 1;
+        let ticket = Ticket(self.tickets);
+        self.running.push(ticket);
+        for port in self.ports.iter_mut().filter(|port| port.reaches()) {
+            port.keep(gone, Some(ticket), ends);
+        }
+        ticket
+    }
+}
