@@ -17,6 +17,7 @@ pub mod units;
 pub mod uring;
 pub mod vfio;
 mod windows;
+pub mod words;
 
 pub use errno::Failed;
 pub use units::{Gpa, Iova, PAGE, PageRange, RangeError};

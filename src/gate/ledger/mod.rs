@@ -3,15 +3,24 @@
 //! Page state and holds are kept by file identity and offset, so that every alias of a page is one page here;
 //! mappings are kept by domain and IOVA, as the kernel keeps them.
 
+mod blocks;
 pub mod holds;
+mod leaf;
 pub mod mapped;
 pub mod pages;
+pub mod spans;
+pub mod store;
+pub mod table;
+pub mod tree;
 
 use serde::{Deserialize, Serialize};
 
 pub use holds::{HeldBy, Holds};
 pub use mapped::{Mapped, Run, RunState};
 pub use pages::PageMap;
+pub use store::{Full, Key, Store};
+pub use table::Table;
+pub use tree::Tree;
 
 /// What a page of guest memory is to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

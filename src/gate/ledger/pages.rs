@@ -1,269 +1,131 @@
-//! The state of every page of one file: a terabyte in 66 MiB at worst, a few bytes per gibibyte at rest.
+//! The state of every page of one file: a terabyte in 66 MiB at worst, a few KiB at rest.
 //!
-//! Two levels: *giants* of 1 GiB, *chunks* of 2 MiB. Each is uniform until it must be split; a split chunk is two
-//! bit planes of 512 pages in a slab. What becomes uniform again is folded back at once. Pages that were never
-//! set are [`PageState::Unknown`].
-
-use std::collections::BTreeMap;
+//! Pages that were never set are [`PageState::Unknown`].
 
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words::Words;
 use passgate_bindings::{PAGE, PageRange};
 
-use super::PageState;
+use super::store::{Full, Key, Store};
+use super::tree::Tree;
+use super::{PageState, spans};
+use crate::gate::event::FileId;
 
-/// Pages of a chunk.
-const CHUNK: u64 = 512;
-/// Chunks of a giant.
-const CHUNKS: usize = 512;
-/// Pages of a giant.
-const GIANT: u64 = CHUNK * CHUNKS as u64;
-/// Words of one bit plane.
-const WORDS: usize = CHUNK as usize / 64;
-
-/// A chunk: a uniform state (the four highest numbers), or an index into the slab.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Chunk(u32);
-
-impl Chunk {
-    const UNIFORM: u32 = u32::MAX - 3;
-
-    fn uniform(state: PageState) -> Self {
-        Self(Self::UNIFORM + state as u32)
-    }
-
-    fn state(self) -> Option<PageState> {
-        self.0.checked_sub(Self::UNIFORM).map(|n| PageState::ALL[n as usize])
-    }
-}
-
-#[derive(Clone)]
-enum Giant {
-    Uniform(PageState),
-    Split(Box<[Chunk; CHUNKS]>),
-}
-
-/// Two planes: the low and the high bit of each page's state.
-#[derive(Clone, Copy)]
-struct Planes {
-    low: [u64; WORDS],
-    high: [u64; WORDS],
-}
-
-impl Planes {
-    fn uniform(state: PageState) -> Self {
-        let spread = |bit: u8| if state as u8 & bit != 0 { u64::MAX } else { 0 };
-        Self { low: [spread(1); WORDS], high: [spread(2); WORDS] }
-    }
-
-    fn get(&self, page: u64) -> PageState {
-        let (word, bit) = (page as usize / 64, page % 64);
-        let low = self.low[word] >> bit & 1;
-        let high = self.high[word] >> bit & 1;
-        PageState::ALL[(high << 1 | low) as usize]
-    }
-
-    /// Sets pages `from..to` of the chunk.
-    fn set(&mut self, from: u64, to: u64, state: PageState) {
-        for word in from as usize / 64..=(to as usize - 1) / 64 {
-            let base = word as u64 * 64;
-            let first = from.saturating_sub(base);
-            let last = (to - base).min(64);
-            let mask = (u64::MAX >> (64 - (last - first))) << first;
-            let put = |plane: &mut u64, bit: u8| {
-                if state as u8 & bit != 0 { *plane |= mask } else { *plane &= !mask }
-            };
-            put(&mut self.low[word], 1);
-            put(&mut self.high[word], 2);
-        }
-    }
-
-    /// The first page from `page` on (512 if none) whose state is not `state`.
-    fn first_other(&self, page: u64, state: PageState) -> u64 {
-        let spread = |bit: u8| if state as u8 & bit != 0 { u64::MAX } else { 0 };
-        let mut skip = page % 64;
-        for word in page as usize / 64..WORDS {
-            let differ = (self.low[word] ^ spread(1)) | (self.high[word] ^ spread(2));
-            let differ = differ >> skip << skip;
-            if differ != 0 {
-                return word as u64 * 64 + u64::from(differ.trailing_zeros());
-            }
-            skip = 0;
-        }
-        CHUNK
-    }
-
-    fn is_uniform(&self) -> Option<PageState> {
-        let state = self.get(0);
-        (self.first_other(0, state) == CHUNK).then_some(state)
-    }
-}
+/// What kind of root this is, in a store.
+const KIND: u64 = 1;
+/// Bytes of address space for a map of its own: 31 TiB of guest memory. None of it is taken before it is needed.
+const PRIVATE: u64 = 2 << 30;
 
 /// The state of every page of one file.
-#[derive(Clone, Default)]
-pub struct PageMap {
-    giants: BTreeMap<u64, Giant>,
-    slab: Vec<Planes>,
-    free: Vec<u32>,
-}
+#[derive(Debug)]
+pub struct PageMap(Tree);
 
 impl PageMap {
-    /// A map in which every page is [`PageState::Unknown`].
+    /// A map in memory of its own, in which every page is [`PageState::Unknown`]; it ends with the process.
+    ///
+    /// # Panics
+    /// Where the machine has not even the address space for an empty one, as any allocation does.
     pub fn new() -> Self {
-        Self::default()
+        // As much of it as a limit on this process's address space allows.
+        let sizes = (16..=PRIVATE.ilog2()).rev().map(|bits| 1 << bits);
+        let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
+            let store = Store::new(words).ok()?;
+            Self::in_store(&store, FileId { device: 0, inode: 0 }).ok()
+        });
+        made.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[u64; 1 << 13]>()))
+    }
+
+    /// The map of `file` in `store`: the one that is there, or a new one. One at a time per file.
+    pub fn in_store(store: &Store, file: FileId) -> Result<Self, Full> {
+        Tree::new(store, key(file)).map(Self)
+    }
+
+    /// The files that `store` has maps of.
+    pub fn files(store: &Store) -> Vec<FileId> {
+        let keys = store.keys().into_iter().filter(|key| key.kind == KIND);
+        keys.map(|key| FileId { device: key.a, inode: key.b }).collect()
+    }
+
+    /// Forgets it: the store has no map of the file any more.
+    pub fn discard(self) {
+        self.0.discard();
+    }
+
+    /// Bytes of the store that the map takes at most if only `range` is ever set.
+    pub fn worst(range: PageRange<Offset>) -> u64 {
+        Tree::worst(pages(range))
     }
 
     /// The state of the page at `offset`.
     pub fn get(&self, offset: Offset) -> PageState {
-        self.uniform_from(offset.raw() / PAGE).0
+        state(self.0.get(offset.raw() / PAGE))
     }
 
-    /// Sets every page of `range`.
+    /// Sets every page of `range`. Where the store has no room to tell them from their neighbours, these and those
+    /// become [`PageState::Unknown`]: never mapped, never wrong. Who asks for [`PageMap::worst`] before never sees it.
     pub fn set(&mut self, range: PageRange<Offset>, state: PageState) {
-        let (mut page, end) = (range.start().raw() / PAGE, range.end().raw() / PAGE);
-        while page < end {
-            let stop = end.min((page / GIANT + 1) * GIANT);
-            self.set_in_giant(page, stop, state);
-            page = stop;
-        }
+        self.0.force(pages(range), value(state), value(PageState::Unknown));
     }
 
     /// The longest runs of equal state that make up `range`, in order. Costs by runs, not by pages.
-    pub fn runs(
-        &self,
-        range: PageRange<Offset>,
-    ) -> impl Iterator<Item = (PageRange<Offset>, PageState)> + '_ {
-        let (mut page, end) = (range.start().raw() / PAGE, range.end().raw() / PAGE);
-        std::iter::from_fn(move || {
-            if page >= end {
-                return None;
-            }
-            let (state, mut stop) = self.uniform_from(page);
-            while stop < end {
-                let (next, after) = self.uniform_from(stop);
-                if next != state {
-                    break;
-                }
-                stop = after;
-            }
-            let run = PageRange::between(Offset(page * PAGE), Offset(stop.min(end) * PAGE))?;
-            page = stop;
-            Some((run, state))
+    pub fn runs(&self, range: PageRange<Offset>) -> Runs<'_> {
+        Runs(self.0.spans(pages(range)))
+    }
+
+    /// How many pages of `range` are in `state`.
+    pub fn count(&self, range: PageRange<Offset>, state: PageState) -> u64 {
+        self.0.count(pages(range), value(state))
+    }
+
+    /// Bytes of memory that the map takes with all else in its store, for budgets and benchmarks.
+    pub fn footprint(&self) -> usize {
+        self.0.store().footprint()
+    }
+}
+
+impl Default for PageMap {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The runs of equal state in a range, in order; see [`PageMap::runs`].
+pub struct Runs<'a>(spans::Spans<'a>);
+
+impl Iterator for Runs<'_> {
+    type Item = (PageRange<Offset>, PageState);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next().and_then(run)
+    }
+
+    fn fold<B, F: FnMut(B, Self::Item) -> B>(self, init: B, mut tell: F) -> B {
+        self.0.fold(init, |told, span| match run(span) {
+            Some(run) => tell(told, run),
+            None => told,
         })
     }
-
-    /// Bytes of memory that the map takes, for budgets and benchmarks.
-    pub fn footprint(&self) -> usize {
-        let split = self.giants.values().filter(|g| matches!(g, Giant::Split(_))).count();
-        self.giants.len() * (size_of::<Giant>() + size_of::<u64>())
-            + split * size_of::<[Chunk; CHUNKS]>()
-            + self.slab.capacity() * size_of::<Planes>()
-            + self.free.capacity() * size_of::<u32>()
-    }
-
-    /// The state of `page` and the first page after it, within its chunk or giant, that may differ.
-    fn uniform_from(&self, page: u64) -> (PageState, u64) {
-        let (giant, within) = (page / GIANT, page % GIANT);
-        match self.giants.get(&giant) {
-            None => (PageState::Unknown, (giant + 1) * GIANT),
-            Some(Giant::Uniform(state)) => (*state, (giant + 1) * GIANT),
-            Some(Giant::Split(chunks)) => {
-                let start = page - page % CHUNK;
-                let chunk = chunks[(within / CHUNK) as usize];
-                match chunk.state() {
-                    Some(state) => (state, start + CHUNK),
-                    None => {
-                        let planes = &self.slab[chunk.0 as usize];
-                        let state = planes.get(page % CHUNK);
-                        (state, start + planes.first_other(page % CHUNK, state))
-                    }
-                }
-            }
-        }
-    }
-
-    fn set_in_giant(&mut self, page: u64, end: u64, state: PageState) {
-        let index = page / GIANT;
-        let base = index * GIANT;
-        let giant = self.giants.entry(index).or_insert(Giant::Uniform(PageState::Unknown));
-        if end - page == GIANT {
-            if let Giant::Split(chunks) = giant {
-                self.free.extend(chunks.iter().filter(|c| c.state().is_none()).map(|c| c.0));
-            }
-            *giant = Giant::Uniform(state);
-            return;
-        }
-        if let Giant::Uniform(old) = *giant {
-            if old == state {
-                return;
-            }
-            *giant = Giant::Split(Box::new([Chunk::uniform(old); CHUNKS]));
-        }
-        let Giant::Split(chunks) = giant else { return };
-        let mut at = page;
-        let mut folded = false;
-        while at < end {
-            let chunk = &mut chunks[((at - base) / CHUNK) as usize];
-            let start = at - at % CHUNK;
-            let stop = end.min(start + CHUNK);
-            folded |= set_in_chunk(chunk, &mut self.slab, &mut self.free, at - start, stop - start, state);
-            at = stop;
-        }
-        if folded && chunks.iter().all(|c| *c == Chunk::uniform(state)) {
-            *giant = Giant::Uniform(state);
-        }
-    }
 }
 
-/// Sets pages `from..to` of one chunk; says whether the chunk is uniform after it.
-fn set_in_chunk(
-    chunk: &mut Chunk,
-    slab: &mut Vec<Planes>,
-    free: &mut Vec<u32>,
-    from: u64,
-    to: u64,
-    state: PageState,
-) -> bool {
-    match chunk.state() {
-        Some(old) if old == state => return true,
-        Some(_) if to - from == CHUNK => *chunk = Chunk::uniform(state),
-        Some(old) => {
-            let mut planes = Planes::uniform(old);
-            planes.set(from, to, state);
-            *chunk = Chunk(match free.pop() {
-                Some(index) => {
-                    slab[index as usize] = planes;
-                    index
-                }
-                None => {
-                    if slab.len() == slab.capacity() {
-                        // Grow by an eighth, not by double: the slab is most of the ledger.
-                        slab.reserve_exact(slab.len() / 8 + 16);
-                    }
-                    slab.push(planes);
-                    slab.len() as u32 - 1
-                }
-            });
-            return false;
-        }
-        None => {
-            let planes = &mut slab[chunk.0 as usize];
-            planes.set(from, to, state);
-            match planes.is_uniform() {
-                None => return false,
-                Some(uniform) => {
-                    free.push(chunk.0);
-                    *chunk = Chunk::uniform(uniform);
-                }
-            }
-        }
-    }
-    true
+fn run((span, value): (std::ops::Range<u64>, u8)) -> Option<(PageRange<Offset>, PageState)> {
+    PageRange::between(Offset(span.start * PAGE), Offset(span.end * PAGE)).map(|range| (range, state(value)))
 }
 
-impl std::fmt::Debug for PageMap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PageMap").field("giants", &self.giants.len()).field("slab", &self.slab.len()).finish()
-    }
+fn pages(range: PageRange<Offset>) -> std::ops::Range<u64> {
+    range.start().raw() / PAGE..range.end().raw() / PAGE
+}
+
+fn key(file: FileId) -> Key {
+    Key { kind: KIND, a: file.device, b: file.inode }
+}
+
+/// What was never set is 0 in the tree, and unknown.
+fn value(state: PageState) -> u8 {
+    state as u8 ^ PageState::Unknown as u8
+}
+
+fn state(value: u8) -> PageState {
+    PageState::ALL[usize::from(value & 3 ^ PageState::Unknown as u8)]
 }
 
 #[cfg(test)]
@@ -274,53 +136,59 @@ mod tests {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()
     }
 
-    /// Against a plain vector, over borders of words, chunks and giants.
     #[test]
-    fn agrees_with_a_vector_of_states() {
-        let pages = GIANT + 3 * CHUNK;
-        let mut plain = vec![PageState::Unknown; pages as usize];
+    fn what_was_never_set_is_unknown_and_each_state_is_itself() {
         let mut map = PageMap::new();
-        let mut seed = 7u64;
-        let mut random = |n: u64| {
-            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (seed >> 33) % n
-        };
-        for round in 0..4000 {
-            let longest = [1, 3, 64, CHUNK, 2 * CHUNK, pages][random(6) as usize];
-            let len = 1 + random(longest);
-            let start = random(pages - len + 1);
-            let state = PageState::ALL[random(4) as usize];
-            map.set(range(start, len), state);
-            plain[start as usize..(start + len) as usize].fill(state);
-            if round % 50 == 0 {
-                let mut at = 0;
-                for (run, state) in map.runs(range(0, pages)) {
-                    assert_eq!(run.start().raw() / PAGE, at);
-                    at = run.end().raw() / PAGE;
-                    let span = &plain[(run.start().raw() / PAGE) as usize..at as usize];
-                    assert!(span.iter().all(|s| *s == state));
-                    assert!(plain.get(at as usize).is_none_or(|s| *s != state), "runs are the longest");
-                }
-                assert_eq!(at, pages);
-            }
-            let probe = random(pages);
-            assert_eq!(map.get(Offset(probe * PAGE)), plain[probe as usize]);
+        assert_eq!(map.runs(range(7, 9)).collect::<Vec<_>>(), [(range(7, 9), PageState::Unknown)]);
+        for (page, state) in (0..).zip(PageState::ALL) {
+            map.set(range(2 * page, 2), state);
+            assert_eq!(
+                (map.get(Offset(2 * page * PAGE)), map.count(range(0, 99), state)),
+                (state, if page == 3 { 93 } else { 2 })
+            );
         }
+        let runs: Vec<_> = map.runs(range(1, 8)).collect();
+        let [shared, private, hole, unknown] = PageState::ALL;
+        assert_eq!(
+            runs,
+            [(range(1, 1), shared), (range(2, 2), private), (range(4, 2), hole), (range(6, 3), unknown)]
+        );
+        assert_eq!(
+            runs,
+            map.runs(range(1, 8)).fold(vec![], |mut all, run| {
+                all.push(run);
+                all
+            })
+        );
     }
 
     #[test]
-    fn folds_back_to_nothing_at_rest() {
-        let mut map = PageMap::new();
-        map.set(range(0, 4 * GIANT), PageState::Shared);
-        let rest = map.footprint();
-        for page in (0..2 * GIANT).step_by(1000) {
-            map.set(range(page, 1), PageState::Private);
-        }
-        for page in (0..2 * GIANT).step_by(1000) {
-            map.set(range(page, 1), PageState::Shared);
-        }
-        assert!(map.giants.values().all(|g| matches!(g, Giant::Uniform(PageState::Shared))));
-        assert_eq!(map.free.len(), map.slab.len());
-        assert!(rest < 1024);
+    fn outlives_its_process_by_file() {
+        let store = Store::new(Words::memfd("pages", 1 << 20).unwrap()).unwrap();
+        let [one, two] = [1, 2].map(|inode| FileId { device: 5, inode });
+        let mut map = PageMap::in_store(&store, one).unwrap();
+        map.set(range(3, 4), PageState::Shared);
+        PageMap::in_store(&store, two).unwrap().set(range(3, 4), PageState::Hole);
+        let fd = store.words().fd().unwrap().try_clone_to_owned().unwrap();
+        drop((map, store));
+        let store = Store::open(Words::from_fd(fd).unwrap()).unwrap();
+        assert_eq!(PageMap::files(&store), [one, two]);
+        let map = PageMap::in_store(&store, one).unwrap();
+        let runs: Vec<_> = map.runs(range(0, 9)).map(|(run, state)| (run.pages(), state)).collect();
+        assert_eq!(runs, [(3, PageState::Unknown), (4, PageState::Shared), (2, PageState::Unknown)]);
+        map.discard();
+        assert_eq!(PageMap::files(&store), [two]);
+        assert_eq!(PageMap::in_store(&store, two).unwrap().get(Offset(5 * PAGE)), PageState::Hole);
+    }
+
+    #[test]
+    fn without_room_pages_are_unknown() {
+        let store = Store::new(Words::anonymous(32 << 10).unwrap()).unwrap();
+        let mut map = PageMap::in_store(&store, FileId { device: 1, inode: 1 }).unwrap();
+        map.set(range(0, 1 << 18), PageState::Shared);
+        assert_eq!(map.get(Offset(0)), PageState::Shared);
+        map.set(range(5, 1), PageState::Private);
+        assert_eq!(map.count(range(0, 1 << 18), PageState::Unknown), 1 << 18);
+        assert!(PageMap::worst(range(0, 1)) > store.room());
     }
 }

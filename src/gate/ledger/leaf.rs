@@ -1,0 +1,114 @@
+//! The two-bit values of 512 pages in sixteen words.
+//!
+//! The two bits of a page lie side by side in one word, so that a page changes in one store: whoever reads the memory
+//! after a crash finds the old value or the new one, never a mixture.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, Release};
+
+use super::blocks::LEAF_WORDS;
+
+/// Pages of a leaf.
+pub(super) const PAGES: u64 = 512;
+/// Pages of a word.
+pub(super) const PER_WORD: u64 = 32;
+/// The lower bit of every page of a word.
+const LOW: u64 = u64::MAX / 3;
+
+/// The words of one leaf.
+#[derive(Clone, Copy)]
+pub(super) struct Leaf<'a>(pub(super) &'a [AtomicU64; LEAF_WORDS]);
+
+/// A word in which every page is `value`.
+pub(super) fn spread(value: u8) -> u64 {
+    u64::from(value) * LOW
+}
+
+/// The lower bit of each page whose two bits are not both 0.
+fn any(word: u64) -> u64 {
+    (word | word >> 1) & LOW
+}
+
+/// The lower bit of each page of `word` that differs from the page before it; `before` is the one before the word.
+pub(super) fn changes(word: u64, before: u8) -> u64 {
+    any(word ^ (word << 2 | u64::from(before)))
+}
+
+/// The pages `pages` (within the word) as a mask of both their bits.
+fn mask(pages: Range<u64>) -> u64 {
+    u64::MAX >> (64 - 2 * (pages.end - pages.start)) << (2 * pages.start)
+}
+
+impl Leaf<'_> {
+    /// Word `index`.
+    pub(super) fn word(self, index: u64) -> u64 {
+        self.0.get(index as usize).map_or(0, |word| word.load(Relaxed))
+    }
+
+    /// The value of `page` (0 to 511).
+    pub(super) fn get(self, page: u64) -> u8 {
+        (self.word(page / PER_WORD) >> (2 * (page % PER_WORD)) & 3) as u8
+    }
+
+    /// Sets the pages; whether a word that changed is now `value` all over.
+    pub(super) fn set(self, pages: Range<u64>, value: u8) -> bool {
+        let (first, last) = (pages.start / PER_WORD, (pages.end - 1) / PER_WORD);
+        let mut even = false;
+        for index in first..=last {
+            let base = index * PER_WORD;
+            let within = pages.start.saturating_sub(base)..(pages.end - base).min(PER_WORD);
+            let mask = mask(within);
+            let Some(word) = self.0.get(index as usize) else { continue };
+            let old = word.load(Relaxed);
+            let new = old & !mask | spread(value) & mask;
+            if new != old {
+                word.store(new, Release);
+                even |= new == spread(value);
+            }
+        }
+        even
+    }
+
+    /// Whether every page is `value`.
+    pub(super) fn is_all(self, value: u8) -> bool {
+        self.0.iter().all(|word| word.load(Relaxed) == spread(value))
+    }
+
+    /// How many of the pages are `value`.
+    pub(super) fn count(self, pages: Range<u64>, value: u8) -> u64 {
+        let words = pages.start / PER_WORD..=(pages.end - 1) / PER_WORD;
+        let count = words.map(|index| {
+            let base = index * PER_WORD;
+            let mask = mask(pages.start.saturating_sub(base)..(pages.end - base).min(PER_WORD));
+            u64::from((!any(self.word(index) ^ spread(value)) & LOW & mask).count_ones())
+        });
+        count.sum()
+    }
+
+    /// The first of the pages that is not `value`.
+    pub(super) fn next_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let mut from = pages.start % PER_WORD;
+        for index in pages.start / PER_WORD..pages.end.div_ceil(PER_WORD) {
+            let other = any(self.word(index) ^ spread(value)) >> (2 * from) << (2 * from);
+            if other != 0 {
+                let page = index * PER_WORD + u64::from(other.trailing_zeros()) / 2;
+                return (page < pages.end).then_some(page);
+            }
+            from = 0;
+        }
+        None
+    }
+
+    /// The last page before `end` (1 to 512) that is not `value`.
+    pub(super) fn last_not(self, end: u64, value: u8) -> Option<u64> {
+        for index in (0..end.div_ceil(PER_WORD)).rev() {
+            let within = mask(0..(end - index * PER_WORD).min(PER_WORD));
+            let other = any(self.word(index) ^ spread(value)) & within;
+            if other != 0 {
+                return Some(index * PER_WORD + u64::from(other.ilog2()) / 2);
+            }
+        }
+        None
+    }
+}

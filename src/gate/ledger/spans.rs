@@ -1,0 +1,114 @@
+//! The spans of equal value in a tree, in order, found a word at a time.
+
+use std::ops::Range;
+
+use super::leaf::{self, Leaf, PER_WORD};
+use super::tree::{Tree, Values};
+
+/// The longest spans of equal value that make up a range of pages; see [`Tree::spans`].
+pub struct Spans<'a> {
+    tree: &'a Tree,
+    /// The span that is being followed: where it starts, and its value.
+    start: u64,
+    value: u8,
+    /// The first page not looked at yet, and the one at which to stop.
+    next: u64,
+    end: u64,
+    /// The leaf that is being read, and its first page.
+    leaf: Option<(Leaf<'a>, u64)>,
+    /// The word last read, its first page, and where in it a span begins that was not told yet.
+    word: u64,
+    first: u64,
+    changes: u64,
+}
+
+impl<'a> Spans<'a> {
+    pub(super) fn new(tree: &'a Tree, pages: Range<u64>) -> Self {
+        let (start, end) = (pages.start, pages.end);
+        let value = if start < end { tree.get(start) } else { 0 };
+        Self { tree, start, value, next: start, end, leaf: None, word: 0, first: 0, changes: 0 }
+    }
+
+    /// Reads on: one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
+    fn look(&mut self) {
+        let page = self.next;
+        let (leaf, first) = match self.leaf {
+            Some((leaf, first)) if page < first + leaf::PAGES => (leaf, first),
+            _ => {
+                let found = self.tree.find(page);
+                match found.values {
+                    Values::Each(leaf) => (leaf, found.pages.start),
+                    Values::All(value) => {
+                        self.leaf = None;
+                        self.next = found.pages.end;
+                        self.first = page;
+                        self.word = value.into();
+                        self.changes = u64::from(value != self.value);
+                        return;
+                    }
+                }
+            }
+        };
+        self.leaf = Some((leaf, first));
+        self.word = leaf.word((page - first) / PER_WORD);
+        self.first = page - page % PER_WORD;
+        self.next = self.first + PER_WORD;
+        self.changes = leaf::changes(self.word, self.value);
+        if page != self.first {
+            // What the pages before the range are is nobody's business.
+            self.changes &= u64::MAX << (2 * (page - self.first)) << 1;
+        }
+        if self.next > self.end {
+            self.changes &= (1 << (2 * (self.end - self.first))) - 1;
+        }
+    }
+
+    /// The span before the next change in the word last read.
+    fn change(&mut self) -> (Range<u64>, u8) {
+        let bit = self.changes.trailing_zeros();
+        self.changes &= self.changes - 1;
+        let at = self.first + u64::from(bit) / 2;
+        let span = (self.start..at, self.value);
+        (self.start, self.value) = (at, (self.word >> bit & 3) as u8);
+        span
+    }
+
+    fn rest(&mut self) -> Option<(Range<u64>, u8)> {
+        let last = (self.start..self.end, self.value);
+        self.start = self.end;
+        (!last.0.is_empty()).then_some(last)
+    }
+}
+
+impl Iterator for Spans<'_> {
+    type Item = (Range<u64>, u8);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if self.changes != 0 {
+                return Some(self.change());
+            }
+            if self.next >= self.end {
+                return self.rest();
+            }
+            self.look();
+        }
+    }
+
+    /// As `next` again and again, without coming back here for each: `for_each`, `sum` and their kin run on it.
+    fn fold<B, F: FnMut(B, Self::Item) -> B>(mut self, init: B, mut tell: F) -> B {
+        let mut told = init;
+        loop {
+            while self.changes != 0 {
+                told = tell(told, self.change());
+            }
+            if self.next >= self.end {
+                return match self.rest() {
+                    Some(last) => tell(told, last),
+                    None => told,
+                };
+            }
+            self.look();
+        }
+    }
+}

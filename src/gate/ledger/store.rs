@@ -1,0 +1,401 @@
+//! The memory that the ledger lies in: nodes, leaves and tables, found again through a small directory of roots.
+//!
+//! In a memfd it survives the process. Two rules make a crash at any instruction harmless: what is new is filled
+//! before the one word that makes it reachable is written, and what is no longer wanted is unlinked before it is
+//! used again. Which parts are free is not written down at all ([`Blocks`]).
+//!
+//! The contents of memory that another process filled are checked when it is opened: nothing in it can lead outside
+//! it, or in a circle. Nothing here panics on what it finds there, not even if it is changed afterwards.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use passgate_bindings::words::Words;
+
+use super::blocks::{BLOCK_BYTES, BLOCK_WORDS, Blocks, LEAF_WORDS, LEAVES};
+use super::table::Table;
+
+/// "passgate", as a little-endian word.
+const MAGIC: u64 = u64::from_le_bytes(*b"passgate");
+/// The layout that this file describes.
+const VERSION: u64 = 1;
+/// Header: magic, version, length in bytes, slots of the directory ever used.
+const AT_MAGIC: usize = 0;
+const AT_VERSION: usize = 1;
+const AT_LENGTH: usize = 2;
+const AT_SLOTS: usize = 3;
+/// Where the directory starts.
+const DIRECTORY: usize = 8;
+/// Words of a slot: the root (0: none), then the key.
+const SLOT: usize = 4;
+/// Blocks of header and directory.
+const HEADER: u32 = 16;
+/// Slots of the directory.
+const SLOTS: usize = (HEADER as usize * BLOCK_WORDS - DIRECTORY) / SLOT;
+
+/// Entries below this are the value of every page below; the others are units.
+pub(super) const UNIFORM: u32 = 4;
+/// Levels of nodes at most: 2^54 pages.
+pub(super) const LEVELS: u32 = 5;
+
+/// What a root is of, in its highest byte.
+const TREE: u64 = 1;
+const TABLE: u64 = 2;
+
+/// Names a root for whoever opens the store again: what kind of thing it is, and whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// What kind of thing; each user of the store has its own.
+    pub kind: u64,
+    /// Whose.
+    pub a: u64,
+    /// Whose, further.
+    pub b: u64,
+}
+
+/// There is no room left, for nodes or for roots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the ledger's memory of {bytes} bytes is full: start passgate with a larger one, or with less guest memory"
+)]
+pub struct Full {
+    /// How large it is.
+    pub bytes: u64,
+}
+
+/// Why memory cannot be opened as a store. None of it is used then; what it held is unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// Something else, or nothing, lies there.
+    #[error(
+        "the memory passed is no ledger: pass the descriptor that passgate gave out, or none to start afresh"
+    )]
+    Foreign,
+    /// Of another passgate.
+    #[error(
+        "the ledger is of layout {found}, this passgate reads {VERSION}: restart with the one that wrote it, or afresh"
+    )]
+    Version {
+        /// What it says.
+        found: u64,
+    },
+    /// Its length is not what its header says.
+    #[error("the ledger says that it has {says} bytes, its memory has {has}: start afresh")]
+    Length {
+        /// What the header says.
+        says: u64,
+        /// What there is.
+        has: u64,
+    },
+    /// A root, or what it leads to, cannot be.
+    #[error("the ledger's root {slot} leads to {found:#x}, which cannot be: it is damaged; start afresh")]
+    Damaged {
+        /// Which slot of the directory.
+        slot: usize,
+        /// The word, or the entry, that is wrong.
+        found: u64,
+    },
+}
+
+/// A handle to the memory; clones share it.
+#[derive(Debug, Clone)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    words: Words,
+    /// Taken only when a node or a leaf comes or goes.
+    blocks: Mutex<Blocks>,
+}
+
+impl Store {
+    /// An empty store, whatever `words` held. `Full` where not even the header has room.
+    pub fn new(words: Words) -> Result<Self, Full> {
+        let bytes = words.len() as u64 * 8;
+        let limit = limit(&words).ok_or(Full { bytes })?;
+        words[AT_MAGIC].store(0, Release);
+        words[AT_VERSION].store(VERSION, Release);
+        words[AT_LENGTH].store(bytes, Release);
+        words[AT_SLOTS].store(0, Release);
+        words[AT_MAGIC].store(MAGIC, Release);
+        Ok(Self(Arc::new(Inner { words, blocks: Mutex::new(Blocks::new(HEADER, limit)) })))
+    }
+
+    /// The store that another process left in `words`.
+    pub fn open(words: Words) -> Result<Self, OpenError> {
+        let says = |at: usize| words.get(at).map_or(0, |word| word.load(Relaxed));
+        let has = words.len() as u64 * 8;
+        let limit = limit(&words).filter(|_| says(AT_MAGIC) == MAGIC).ok_or(OpenError::Foreign)?;
+        if says(AT_VERSION) != VERSION {
+            return Err(OpenError::Version { found: says(AT_VERSION) });
+        }
+        if says(AT_LENGTH) != has {
+            return Err(OpenError::Length { says: says(AT_LENGTH), has });
+        }
+        let store = Self(Arc::new(Inner { words, blocks: Mutex::new(Blocks::new(HEADER, limit)) }));
+        store.walk()?;
+        Ok(store)
+    }
+
+    /// The memory, for whoever hands its descriptor on.
+    pub fn words(&self) -> &Words {
+        &self.0.words
+    }
+
+    /// Bytes of memory that were ever written, and those of this process that know which are free.
+    pub fn footprint(&self) -> usize {
+        let (blocks, process) = self.blocks().footprint();
+        // Of the directory only the first page, as long as that is enough.
+        (blocks - HEADER as usize) * BLOCK_BYTES as usize + 4096 + process
+    }
+
+    /// Bytes that are free.
+    pub fn room(&self) -> u64 {
+        self.blocks().room() * BLOCK_BYTES
+    }
+
+    /// Every key there is a root of.
+    pub fn keys(&self) -> Vec<Key> {
+        self.slots().filter(|at| self.load(*at) != 0).map(|at| self.key(at)).collect()
+    }
+
+    /// A table of at least `lines` records of 64 bytes, all zero, under a key that has none yet.
+    pub fn reserve(&self, key: Key, lines: u32) -> Result<Table, Full> {
+        let count = u64::from(lines).div_ceil(BLOCK_BYTES / 64).max(1);
+        let count = u32::try_from(count).map_err(|_| self.full())?;
+        let first = self.blocks().take_row(count).ok_or_else(|| self.full())?;
+        let table = Table::new(self.clone(), first, count);
+        table.iter().for_each(|word| word.store(0, Relaxed));
+        match self.publish(key, TABLE << 56 | u64::from(count) << 32 | u64::from(first)) {
+            Ok(_) => Ok(table),
+            Err(full) => {
+                self.give_row(first, count);
+                Err(full)
+            }
+        }
+    }
+
+    /// The table under `key`.
+    pub fn table(&self, key: Key) -> Option<Table> {
+        let (first, count) = as_table(self.load(self.slot(key)?))?;
+        Some(Table::new(self.clone(), first, count))
+    }
+
+    /// Forgets what lies under `key`; its memory is free.
+    pub fn remove(&self, key: Key) {
+        let Some(at) = self.slot(key) else { return };
+        let root = self.load(at);
+        self.put(at, 0);
+        if let Some((first, count)) = as_table(root) {
+            self.give_row(first, count);
+        } else if let Some((height, entry)) = as_tree(root) {
+            self.free(entry, height, 0);
+        }
+    }
+
+    /// The slot of the tree under `key`, a new one (all pages 0) where there is none.
+    pub(super) fn tree(&self, key: Key) -> Result<usize, Full> {
+        match self.slot(key) {
+            Some(at) => Ok(at),
+            None => self.publish(key, of_tree(1, 0)),
+        }
+    }
+
+    /// Height and entry of the tree in slot `at`.
+    pub(super) fn root(&self, at: usize) -> (u32, u32) {
+        as_tree(self.load(at)).unwrap_or((1, 0))
+    }
+
+    /// Makes `entry`, at `height`, the tree in slot `at`.
+    pub(super) fn set_root(&self, at: usize, height: u32, entry: u32) {
+        self.put(at, of_tree(height, entry));
+    }
+
+    /// A new node, every entry `entry`; nothing leads to it yet.
+    pub(super) fn take_node(&self, entry: u32) -> Result<u32, Full> {
+        let unit = self.blocks().take().ok_or_else(|| self.full())?;
+        let pair = u64::from(entry) << 32 | u64::from(entry);
+        self.words_at(unit, BLOCK_WORDS).iter().for_each(|word| word.store(pair, Relaxed));
+        Ok(unit)
+    }
+
+    /// A new leaf below the node `parent`, every word `word`; nothing leads to it yet.
+    pub(super) fn take_leaf(&self, parent: u32, word: u64) -> Result<u32, Full> {
+        let siblings = self.entries(parent).filter(|unit| *unit >= UNIFORM);
+        let unit = self.blocks().take_leaf(parent, siblings).ok_or_else(|| self.full())?;
+        self.words_at(unit, LEAF_WORDS).iter().for_each(|at| at.store(word, Relaxed));
+        Ok(unit)
+    }
+
+    /// Entry `index` of the node at `unit`.
+    pub(super) fn entry(&self, unit: u32, index: u64) -> u32 {
+        let pair = self.load(unit as usize * LEAF_WORDS + (index / 2) as usize);
+        (pair >> (index % 2 * 32)) as u32
+    }
+
+    /// All entries of the node at `unit`.
+    pub(super) fn entries(&self, unit: u32) -> impl Iterator<Item = u32> + '_ {
+        let pairs = self.words_at(unit, BLOCK_WORDS).iter().map(|pair| pair.load(Relaxed));
+        pairs.flat_map(|pair| [pair as u32, (pair >> 32) as u32])
+    }
+
+    /// Sets entry `index` of the node at `unit`: from now on what it names is reachable.
+    pub(super) fn set_entry(&self, unit: u32, index: u64, entry: u32) {
+        let at = unit as usize * LEAF_WORDS + (index / 2) as usize;
+        let shift = index % 2 * 32;
+        let pair = self.load(at) & !(u64::from(u32::MAX) << shift) | u64::from(entry) << shift;
+        self.put(at, pair);
+    }
+
+    /// Gives back what `entry`, at `height` below the node `parent`, names: nothing leads to it any more.
+    pub(super) fn free(&self, entry: u32, height: u32, parent: u32) {
+        if entry < UNIFORM {
+            return;
+        }
+        if height == 0 {
+            self.blocks().give_leaf(entry, parent);
+            return;
+        }
+        // Read before it is given back: then it may be anyone's.
+        let below: Vec<u32> = self.entries(entry).filter(|entry| *entry >= UNIFORM).collect();
+        if self.blocks().give(entry) {
+            below.into_iter().for_each(|entry| self.free(entry, height - 1, 0));
+        }
+    }
+
+    /// `count` words from `unit` on; none where that is outside.
+    pub(super) fn words_at(&self, unit: u32, count: usize) -> &[std::sync::atomic::AtomicU64] {
+        let at = unit as usize * LEAF_WORDS;
+        self.0.words.get(at..at + count).unwrap_or_default()
+    }
+
+    fn load(&self, at: usize) -> u64 {
+        self.0.words.get(at).map_or(0, |word| word.load(Relaxed))
+    }
+
+    fn put(&self, at: usize, value: u64) {
+        if let Some(word) = self.0.words.get(at) {
+            word.store(value, Release);
+        }
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, Blocks> {
+        self.0.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn full(&self) -> Full {
+        Full { bytes: self.0.words.len() as u64 * 8 }
+    }
+
+    fn give_row(&self, first: u32, count: u32) {
+        let mut blocks = self.blocks();
+        for block in first..first.saturating_add(count) {
+            blocks.give(block.saturating_mul(LEAVES));
+        }
+    }
+
+    /// Where the slots ever used are.
+    fn slots(&self) -> impl Iterator<Item = usize> + use<> {
+        let used = usize::try_from(self.load(AT_SLOTS)).map_or(SLOTS, |used| used.min(SLOTS));
+        (0..used).map(|slot| DIRECTORY + slot * SLOT)
+    }
+
+    fn key(&self, at: usize) -> Key {
+        Key { kind: self.load(at + 1), a: self.load(at + 2), b: self.load(at + 3) }
+    }
+
+    fn slot(&self, key: Key) -> Option<usize> {
+        self.slots().find(|at| self.load(*at) != 0 && self.key(*at) == key)
+    }
+
+    /// Writes a root down: its key first, and then the word that makes it one.
+    fn publish(&self, key: Key, root: u64) -> Result<usize, Full> {
+        let used = self.slots().count();
+        let at = match self.slots().find(|at| self.load(*at) == 0) {
+            Some(at) => at,
+            None if used == SLOTS => return Err(self.full()),
+            None => {
+                let at = DIRECTORY + used * SLOT;
+                self.put(at, 0);
+                self.put(AT_SLOTS, used as u64 + 1);
+                at
+            }
+        };
+        for (word, value) in [key.kind, key.a, key.b].into_iter().enumerate() {
+            self.put(at + 1 + word, value);
+        }
+        self.put(at, root);
+        Ok(at)
+    }
+
+    /// Claims whatever the roots reach, and judges it.
+    fn walk(&self) -> Result<(), OpenError> {
+        let used = self.load(AT_SLOTS);
+        if used > SLOTS as u64 {
+            return Err(OpenError::Damaged { slot: SLOTS, found: used });
+        }
+        let (mut blocks, mut keys) = (self.blocks(), BTreeSet::new());
+        for (slot, at) in self.slots().enumerate() {
+            let root = self.load(at);
+            if root == 0 {
+                continue;
+            }
+            let damaged = |found: u64| OpenError::Damaged { slot, found };
+            if !keys.insert(self.key(at)) {
+                return Err(damaged(root));
+            }
+            if let Some((height, entry)) = as_tree(root) {
+                self.claim(&mut blocks, entry, height).map_err(|entry| damaged(entry.into()))?;
+            } else {
+                let (first, count) = as_table(root).ok_or(damaged(root))?;
+                let claimed = |block: u32| block.checked_mul(LEAVES).is_some_and(|unit| blocks.claim(unit));
+                if !(first..first.saturating_add(count)).all(claimed) {
+                    return Err(damaged(root));
+                }
+            }
+        }
+        blocks.claimed();
+        Ok(())
+    }
+
+    /// Claims what `entry`, at `height`, reaches; the entry that is wrong, where one is.
+    fn claim(&self, blocks: &mut Blocks, entry: u32, height: u32) -> Result<(), u32> {
+        if entry < UNIFORM {
+            return Ok(());
+        }
+        let possible = if height == 0 { blocks.claim_leaf(entry) } else { blocks.claim(entry) };
+        if !possible {
+            return Err(entry);
+        }
+        if height > 0 {
+            for below in self.entries(entry) {
+                self.claim(blocks, below, height - 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Blocks that `words` have room for; none where that is not even the header.
+fn limit(words: &Words) -> Option<u32> {
+    // Units are numbered in 32 bits.
+    let limit = u32::try_from(words.len() / BLOCK_WORDS).unwrap_or(u32::MAX).min(u32::MAX / LEAVES);
+    (limit >= HEADER).then_some(limit)
+}
+
+fn of_tree(height: u32, entry: u32) -> u64 {
+    TREE << 56 | u64::from(height) << 32 | u64::from(entry)
+}
+
+/// Height and entry, where `root` is a tree's.
+fn as_tree(root: u64) -> Option<(u32, u32)> {
+    let height = (root >> 32) as u32 & 0xff_ffff;
+    (root >> 56 == TREE && (1..=LEVELS).contains(&height)).then_some((height, root as u32))
+}
+
+/// First block and number of blocks, where `root` is a table's.
+fn as_table(root: u64) -> Option<(u32, u32)> {
+    let count = (root >> 32) as u32 & 0xff_ffff;
+    (root >> 56 == TABLE && count > 0).then_some((root as u32, count))
+}

@@ -1,0 +1,146 @@
+use super::*;
+use passgate_bindings::words::Words;
+
+const KEY: Key = Key { kind: 1, a: 2, b: 3 };
+/// Pages of a node's entry at height 1: 1 GiB.
+const GIANT: u64 = span(1);
+
+fn store(bytes: u64) -> Store {
+    Store::new(Words::anonymous(bytes).unwrap()).unwrap()
+}
+
+fn chance(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed;
+    move |n| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) % n
+    }
+}
+
+/// Everything that a tree can be asked, against a plain vector, over borders of words, leaves and nodes.
+#[test]
+fn agrees_with_a_vector() {
+    let pages = GIANT + 3 * leaf::PAGES;
+    let mut plain = vec![0u8; pages as usize];
+    let store = store(1 << 24);
+    // The same numbers beyond the first node of the second level, so that the tree must grow for them.
+    let mut trees =
+        [(Tree::new(&store, KEY).unwrap(), 0), (Tree::new(&store, Key { a: 9, ..KEY }).unwrap(), 1 << 40)];
+    let mut random = chance(7);
+    for round in 0..4000 {
+        let longest = [1, 3, 64, leaf::PAGES, 2 * leaf::PAGES, pages][random(6) as usize];
+        let len = 1 + random(longest);
+        let start = random(pages - len + 1);
+        let value = random(4) as u8;
+        plain[start as usize..(start + len) as usize].fill(value);
+        let (from, probe) = (random(pages), random(pages));
+        let end = from + 1 + random((pages - from).min(2000));
+        let asked = &plain[from as usize..end as usize];
+        for (tree, base) in &mut trees {
+            let base = *base;
+            tree.set(base + start..base + start + len, value).unwrap();
+            assert_eq!(tree.get(base + probe), plain[probe as usize]);
+            let within = base + from..base + end;
+            let count = asked.iter().filter(|v| **v == value).count() as u64;
+            assert_eq!(tree.count(within.clone(), value), count);
+            let next = asked.iter().position(|v| *v != value).map(|at| base + from + at as u64);
+            assert_eq!(tree.next_not(within.clone(), value), next);
+            let last = asked.iter().rposition(|v| *v != value).map(|at| base + from + at as u64);
+            assert_eq!(tree.last_not(within.clone(), value), last);
+            let spans: Vec<_> = tree.spans(within.clone()).collect();
+            check(&spans, asked, base + from);
+            assert_eq!(
+                spans,
+                tree.spans(within).fold(Vec::new(), |mut all, span| {
+                    all.push(span);
+                    all
+                })
+            );
+            if round % 50 == 0 {
+                check(&tree.spans(base..base + pages).collect::<Vec<_>>(), &plain, base);
+            }
+        }
+    }
+}
+
+/// The spans make up `plain`, which starts at page `base`, and are the longest.
+fn check(spans: &[(Range<u64>, u8)], plain: &[u8], base: u64) {
+    let mut at = 0;
+    for (span, value) in spans {
+        assert_eq!(span.start - base, at as u64);
+        let end = (span.end - base) as usize;
+        assert!(plain[at..end].iter().all(|v| v == value));
+        assert!(plain.get(end).is_none_or(|v| v != value), "spans are the longest");
+        at = end;
+    }
+    assert_eq!(at, plain.len());
+}
+
+#[test]
+fn folds_back_to_nothing_and_gives_everything_back() {
+    let store = store(1 << 26);
+    let room = store.room();
+    let mut tree = Tree::new(&store, KEY).unwrap();
+    tree.set(0..4 * GIANT, 3).unwrap();
+    let rest = store.room();
+    assert!(room - rest <= 4096, "a few KiB at rest");
+    for page in (0..2 * GIANT).step_by(1000) {
+        tree.set(page..page + 1, 2).unwrap();
+    }
+    assert!(store.room() < rest);
+    for page in (0..2 * GIANT).step_by(1000) {
+        tree.set(page..page + 1, 3).unwrap();
+    }
+    assert_eq!(store.room(), rest);
+    tree.set(0..4 * GIANT, 0).unwrap();
+    assert_eq!(store.room(), room);
+    tree.set(5..PAGES, 1).unwrap();
+    assert_eq!((tree.get(4), tree.get(5), tree.get(PAGES - 1), tree.get(PAGES)), (0, 1, 1, 0));
+    tree.discard();
+    assert_eq!((store.room(), store.keys()), (room, vec![]));
+}
+
+/// A terabyte in which every other page is shared, and that after every order of filling it.
+#[test]
+fn never_takes_more_than_its_worst() {
+    let pages = 1 << 22;
+    let store = store(Tree::worst(0..pages) + (32 << 10));
+    let mut tree = Tree::new(&store, KEY).unwrap();
+    let mut random = chance(3);
+    // Fill and empty at random first, so that what is free lies everywhere.
+    for _ in 0..200_000 {
+        let page = random(pages);
+        tree.set(page..page + 1, random(2) as u8).unwrap();
+    }
+    for page in (0..pages).step_by(2) {
+        tree.set(page..page + 1, 2).unwrap();
+        tree.set(page + 1..page + 2, 1).unwrap();
+    }
+    assert_eq!(tree.count(0..pages, 2), pages / 2);
+    assert_eq!(Tree::worst(0..1 << 28), (66 << 20) + 5 * 2048, "of a terabyte");
+}
+
+#[test]
+fn a_full_store_is_an_error_or_coarser_never_wrong() {
+    let store = store((32 << 10) + 8 * 2048);
+    let mut tree = Tree::new(&store, KEY).unwrap();
+    tree.set(0..GIANT, 3).unwrap();
+    let (mut page, room) = (0, store.room());
+    let full = loop {
+        match tree.set(page..page + 1, 2) {
+            Ok(()) => page += leaf::PAGES,
+            Err(full) => break full,
+        }
+    };
+    assert_eq!(full.bytes, (32 << 10) + 8 * 2048);
+    assert_eq!(page / leaf::PAGES, 16 * (room - 2048) / 2048);
+    assert_eq!((tree.get(page), tree.count(0..GIANT, 2)), (3, page / leaf::PAGES));
+    tree.force(page + 7..page + 8, 2, 0);
+    assert_eq!(tree.count(0..GIANT, 0), leaf::PAGES, "told from nobody, so nobody's is known");
+    assert_eq!(tree.count(0..GIANT, 2), page / leaf::PAGES);
+    tree.set(2 * GIANT..2 * GIANT + 1, 1).unwrap_err();
+    tree.force(GIANT + 1..GIANT + 2, 2, 0);
+    assert_eq!(tree.get(GIANT + 1), 0);
+    tree.set(0..GIANT, 3).unwrap();
+    assert_eq!(store.room(), room);
+}
