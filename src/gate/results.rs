@@ -124,6 +124,7 @@ impl Gate {
                 self.came_back(invalidation, runs.iter().map(|run| run.objects).sum(), false);
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
+            Some(Job::Settle { domain, iova }) => self.settled_left(job, domain, iova, result, effects),
             _ => {}
         }
     }

@@ -64,6 +64,12 @@ impl DeviceEntry {
         matches!(self.busy, Some(Busy::Fence(step)) if step <= most) || self.next.is_some()
     }
 
+    /// Whether it plainly runs, and nothing is asked of it.
+    pub(super) fn runs(&self) -> bool {
+        let stopped = self.fenced.is_some() || self.detached || self.drained || self.shaken || self.lost;
+        !stopped && self.busy.is_none()
+    }
+
     /// Whether it has to be brought back.
     fn is_stopped(&self) -> bool {
         (self.fenced.is_some() || self.shaken) && !self.lost
@@ -242,6 +248,13 @@ impl Gate {
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
+        }
+    }
+
+    /// What an earlier gate did to a device is not known for certain: it is brought back as one that was stopped.
+    pub(super) fn shake(&mut self, device: DeviceId) {
+        if let Some(entry) = self.devices.get_mut(&device) {
+            entry.shaken = true;
         }
     }
 

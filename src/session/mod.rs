@@ -9,6 +9,7 @@ pub mod fdstore;
 mod files;
 pub mod guardian;
 mod held;
+pub mod lasting;
 mod pool;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -20,8 +21,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Able, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
-    Nature, Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
+    Able, Answer, Caller, ClientId, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId,
+    JobId, Nature, Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -237,7 +238,10 @@ impl Session {
                     Verdict::Unknown { .. } => self.totals.unknown += 1,
                 }
             }
-            Answer::RegionRemoved { .. } | Answer::Ended { .. } | Answer::Released { .. } => {}
+            Answer::RegionRemoved { .. }
+            | Answer::Ended { .. }
+            | Answer::Released { .. }
+            | Answer::Adopted { .. } => {}
         }
     }
 
@@ -295,6 +299,16 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Whether memory of an earlier daemon's clients waits for somebody to come back for it.
+    pub fn has_orphans(&self) -> bool {
+        self.gate.has_orphans()
+    }
+
+    /// Whether this client may say what pages are that a conversion left in quarantine ([`Gate::may_settle`]).
+    pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
+        self.gate.may_settle(client, invalidation)
     }
 
     /// What is known now.

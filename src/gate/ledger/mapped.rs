@@ -105,7 +105,7 @@ impl Mapped {
 
     /// Whether nothing of `range` is live or in a run.
     pub fn is_clear(&self, range: PageRange<Iova>) -> bool {
-        self.runs(range).next().is_none() && self.live_over(range).next().is_none()
+        self.runs(range).next().is_none() && self.mappings(range).next().is_none()
     }
 
     /// The runs that share a page with `range`, whole, in order.
@@ -119,7 +119,7 @@ impl Mapped {
 
     /// The longest stretches of live pages in `range`, cut to it, in order.
     pub fn live(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
-        let mut mappings = self.live_over(range).peekable();
+        let mut mappings = self.mappings(range).peekable();
         std::iter::from_fn(move || {
             let first = mappings.next()?;
             let mut end = first.end();
@@ -139,16 +139,16 @@ impl Mapped {
 
     /// From the first live page in `range` to the last.
     pub fn extent(&self, range: PageRange<Iova>) -> Option<PageRange<Iova>> {
-        let first = self.live_over(range).next()?.start().max(range.start());
+        let first = self.mappings(range).next()?.start().max(range.start());
         let (_, end) = self.live.range(..range.end()).next_back()?;
         PageRange::between(first, (*end).min(range.end()))
     }
 
     /// `range`, widened at either end to where no live mapping sticks out of it.
     pub fn whole(&self, range: PageRange<Iova>) -> PageRange<Iova> {
-        let first = self.live_over(range).next().map_or(range.start(), |m| m.start().min(range.start()));
+        let first = self.mappings(range).next().map_or(range.start(), |m| m.start().min(range.start()));
         let last = Iova::from_raw(range.end().raw() - PAGE);
-        let last = PageRange::between(last, range.end()).and_then(|page| self.live_over(page).next());
+        let last = PageRange::between(last, range.end()).and_then(|page| self.mappings(page).next());
         let end = last.map_or(range.end(), |m| m.end().max(range.end()));
         PageRange::between(first, end).unwrap_or(range)
     }
@@ -165,6 +165,14 @@ impl Mapped {
         self.bytes += run.bytes;
         self.unsettled += usize::from(run.state.unsettled());
         self.runs.insert(run.range.start(), run);
+    }
+
+    /// A kernel mapping that an earlier process made, where nothing is.
+    pub fn again(&mut self, mapping: PageRange<Iova>) {
+        debug_assert!(self.is_clear(mapping));
+        self.objects += 1;
+        self.bytes += mapping.len();
+        self.live.insert(mapping.start(), mapping.end());
     }
 
     /// The run at `start` was being mapped, and is live now.
@@ -186,7 +194,7 @@ impl Mapped {
     /// are cut.
     pub fn take(&mut self, range: PageRange<Iova>, state: RunState) -> Run {
         debug_assert!(self.runs(range).next().is_none());
-        let over: Vec<_> = self.live_over(range).collect();
+        let over: Vec<_> = self.mappings(range).collect();
         let (mut bytes, mut objects) = (0, 0);
         for mapping in over {
             self.live.remove(&mapping.start());
@@ -236,7 +244,7 @@ impl Mapped {
     }
 
     /// The live mappings that share a page with `range`, whole, in order.
-    fn live_over(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
+    pub fn mappings(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
         let before = self.live.range(..range.start()).next_back();
         before
             .filter(|(_, end)| **end > range.start())
