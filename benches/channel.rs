@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use passgate::client::{AddMemory, Answer, Client, Outcome, PageState};
 use passgate::serve::{Options, Server};
-use passgate_backends::Unmap;
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
+use passgate_backends::{Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
@@ -72,7 +72,8 @@ fn at(samples: &[u64], share: f64) -> f64 {
 fn main() -> ExitCode {
     let asked = asked();
     let Assignment { domain, devices } =
-        assign(asked.kind, &asked.devices, Accept { unstoppable: true, scratch: true }).unwrap();
+        assign(asked.kind, &asked.devices, Accept { unstoppable: true, scratch: true }, Tables::default())
+            .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let options = Options::at(dir.path().join("socket"));
     let server = Server::bind(options, Arc::clone(&domain), devices).unwrap().spawn().unwrap();

@@ -86,6 +86,16 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What is to outlive this process cannot be kept.
+    #[error(
+        "`{name}` cannot be kept by the service manager ({why}): serve with --restart stop, or see its log"
+    )]
+    Keep {
+        /// What.
+        name: String,
+        /// Why.
+        why: String,
+    },
     /// What the service manager says it hands over is not there.
     #[error(
         "what the service manager handed over cannot be taken ({source}): LISTEN_FDS and what this process inherits \

@@ -82,5 +82,7 @@ mod scenes;
 mod told;
 #[path = "promises/truth.rs"]
 mod truth;
+#[path = "promises/window.rs"]
+mod window;
 #[path = "promises/world.rs"]
 mod world;

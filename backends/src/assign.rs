@@ -12,7 +12,7 @@ use crate::device::nvme;
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
 use crate::device::virtio::{gpu, net};
-use crate::iommu::iommufd::IommufdDomain;
+use crate::iommu::iommufd::{IommufdDomain, Tables};
 use crate::iommu::soft::SoftDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Device, Domain, Error, Result};
@@ -49,8 +49,9 @@ pub struct Accept {
     pub scratch: bool,
 }
 
-/// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`.
-pub fn assign(kind: Kind, devices: &[String], accept: Accept) -> Result<Assignment> {
+/// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`. `tables` is
+/// for iommufd alone; no other backend has the choice.
+pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) -> Result<Assignment> {
     match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
         Choice::Soft(names) => {
             let domain = SoftDomain::open()?;
@@ -61,7 +62,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept) -> Result<Assignme
             Ok(Assignment { domain, devices })
         }
         Choice::Iommufd(names) => {
-            let domain = IommufdDomain::open()?;
+            let domain = IommufdDomain::open(tables)?;
             let together: Vec<PciAddress> = names.iter().filter_map(|name| name.parse().ok()).collect();
             let devices = names
                 .iter()
@@ -271,14 +272,15 @@ mod tests {
 
     #[test]
     fn software_devices_are_opened_by_their_names() {
-        let soft = match assign(Kind::Auto, &names(&["soft:0", "soft:7"]), Accept::default()) {
-            Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
-            other => other.unwrap(),
-        };
+        let soft =
+            match assign(Kind::Auto, &names(&["soft:0", "soft:7"]), Accept::default(), Tables::default()) {
+                Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
+                other => other.unwrap(),
+            };
         assert_eq!(soft.domain.name(), "soft");
         let found: Vec<_> = soft.devices.iter().map(|device| device.name()).collect();
         assert_eq!(found, ["soft:0", "soft:7"]);
-        assert_eq!(assign(Kind::Soft, &[], Accept::default()).unwrap().devices.len(), 0);
+        assert_eq!(assign(Kind::Soft, &[], Accept::default(), Tables::default()).unwrap().devices.len(), 0);
     }
 
     #[test]
@@ -305,14 +307,16 @@ mod tests {
 
     #[test]
     fn a_type1_domain_without_a_device_is_refused() {
-        let error = assign(Kind::Type1, &[], Accept::default()).unwrap_err().to_string();
+        let error = assign(Kind::Type1, &[], Accept::default(), Tables::default()).unwrap_err().to_string();
         assert!(error.contains("needs a device"), "{error}");
     }
 
     #[test]
     fn a_device_that_is_not_there_is_refused_whatever_the_kind() {
         for kind in [Kind::Auto, Kind::Type1] {
-            let error = assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default()).unwrap_err().to_string();
+            let error = assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default(), Tables::default())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("ffff:ff:1f.7: there is no such PCI device"), "{error}");
         }
     }

@@ -15,4 +15,5 @@ pub mod resume;
 pub use assign::{Accept, Assignment, Kind, assign};
 pub use device::{Device, FenceStep, Nature, StopClass};
 pub use error::{Error, Result};
+pub use iommu::iommufd::Tables;
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

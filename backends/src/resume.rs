@@ -31,15 +31,18 @@ pub enum Ids {
         ioas: u32,
         /// Whether files are mapped by file, as probed when it was made.
         by_file: bool,
-        /// Whether the VFIO-compatible unmap works on it, as probed then.
+        /// Whether the VFIO-compatible unmap works on it, as probed then,
         tells: bool,
+        /// and cuts.
+        cuts: bool,
     },
     /// A VFIO container.
     Type1 {
         /// Mappings that it can hold.
         entries: u64,
     },
-    /// Nothing of it outlives its process: an io_uring cannot be passed on.
+    /// Nothing of it outlives its process: an io_uring cannot be passed on, and of two page tables nobody else knows which
+    /// one devices are in.
     Nothing,
 }
 
@@ -48,8 +51,10 @@ impl Ids {
     pub fn words(self) -> [u64; 2] {
         match self {
             Self::Nothing => [0, 0],
-            Self::Iommufd { ioas, by_file, tells } => {
-                [1 | u64::from(by_file) << 8 | u64::from(tells) << 9, ioas.into()]
+            Self::Iommufd { ioas, by_file, tells, cuts } => {
+                let bits =
+                    [by_file, tells, cuts].into_iter().rev().fold(0, |bits, bit| bits << 1 | u64::from(bit));
+                [1 | bits << 8, ioas.into()]
             }
             Self::Type1 { entries } => [2, entries],
         }
@@ -59,8 +64,9 @@ impl Ids {
     pub fn from_words([kind, value]: [u64; 2]) -> Option<Self> {
         match (kind & 0xff, u32::try_from(value)) {
             (0, Ok(0)) if kind == 0 => Some(Self::Nothing),
-            (1, Ok(ioas)) if kind >> 10 == 0 => {
-                Some(Self::Iommufd { ioas, by_file: kind >> 8 & 1 == 1, tells: kind >> 9 & 1 == 1 })
+            (1, Ok(ioas)) if kind >> 11 == 0 => {
+                let bit = |bit: u32| kind >> bit & 1 == 1;
+                Some(Self::Iommufd { ioas, by_file: bit(8), tells: bit(9), cuts: bit(10) })
             }
             (2, _) if kind == 2 => Some(Self::Type1 { entries: value }),
             _ => None,
@@ -79,9 +85,12 @@ pub struct Left {
     pub devices: Vec<(String, OwnedFd)>,
 }
 
-/// Copies of all that [`resume`] needs, while domain and devices go on.
+/// Copies of all that [`resume`] needs, while domain and devices go on; nothing where nothing outlives this process.
 pub fn leave(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> io::Result<(Left, Ids)> {
     let (mut left, ids) = domain.leave()?;
+    if ids == Ids::Nothing {
+        return Ok((left, ids));
+    }
     for device in devices {
         let fd = match device.guard() {
             Guard::None => continue,
@@ -157,13 +166,14 @@ mod tests {
     #[test]
     fn ids_come_back_as_they_went_and_others_are_none() {
         let mut all = vec![Ids::Nothing, Ids::Type1 { entries: u64::MAX }, Ids::Type1 { entries: 0 }];
-        for (by_file, tells) in [(false, false), (true, false), (false, true), (true, true)] {
-            all.push(Ids::Iommufd { ioas: u32::MAX, by_file, tells });
+        for bits in 0..8 {
+            let [by_file, tells, cuts] = [1, 2, 4].map(|bit| bits & bit != 0);
+            all.push(Ids::Iommufd { ioas: u32::MAX, by_file, tells, cuts });
         }
         for ids in all {
             assert_eq!(Ids::from_words(ids.words()), Some(ids));
         }
-        for words in [[0, 1], [1, 1 << 32], [1 << 10 | 1, 1], [2 | 1 << 8, 1], [3, 0], [u64::MAX; 2]] {
+        for words in [[0, 1], [1, 1 << 32], [1 << 11 | 1, 1], [2 | 1 << 8, 1], [3, 0], [u64::MAX; 2]] {
             assert_eq!(Ids::from_words(words), None, "{words:?}");
         }
     }

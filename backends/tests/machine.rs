@@ -24,7 +24,7 @@ mod machine {
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
 use machine::{calls, domains, fences, groups, igb, interrupts, nvme, refusals, virtio};
-use passgate_backends::Kind;
+use passgate_backends::{Kind, Tables};
 
 type Test = fn(&Bench) -> Result<(), Failed>;
 
@@ -122,6 +122,13 @@ const IOMMUFD: &[(&str, Test)] = &[
     ("interrupts_features_and_registers", calls::interrupts_features_and_registers),
 ];
 
+/// A domain with two page tables.
+const STANDBY: &[(&str, Test)] = &[
+    ("a_detach_is_offered_for_the_whole_group_only", groups::a_detach_is_offered_for_the_whole_group_only),
+    ("detach_stops_dma_and_attach_brings_it_back", fences::detach_stops_dma_and_attach_brings_it_back),
+    ("a_window_stays_open_for_the_next_attach", fences::a_window_stays_open_for_the_next_attach),
+];
+
 const TYPE1: &[(&str, Test)] = &[
     (
         "what_cannot_be_stopped_is_refused_unless_accepted",
@@ -137,7 +144,11 @@ fn main() {
     arguments.test_threads = Some(1); // they share the devices
     let rig = std::env::var("PASSGATE_RIG").ok();
     let mut trials = Vec::new();
-    for (kind, name, own) in [(Kind::Iommufd, "iommufd", IOMMUFD), (Kind::Type1, "type1", TYPE1)] {
+    for (kind, tables, name, own) in [
+        (Kind::Iommufd, Tables::Small, "iommufd", IOMMUFD),
+        (Kind::Iommufd, Tables::Standby, "standby", STANDBY),
+        (Kind::Type1, Tables::default(), "type1", TYPE1),
+    ] {
         let Some(has) = &rig else {
             eprintln!("{name}: PASSGATE_RIG is unset: this is not one of the machines of tests/vm");
             continue;
@@ -147,7 +158,8 @@ fn main() {
             eprintln!("{name}: skipped, this kernel has no iommufd");
         }
         trials.extend(EVERY_DOMAIN.iter().chain(own).map(|(test, run)| {
-            Trial::test(format!("{name}::{test}"), move || run(&Bench::new(kind)?)).with_ignored_flag(missing)
+            Trial::test(format!("{name}::{test}"), move || run(&Bench::new(kind, tables)?))
+                .with_ignored_flag(missing)
         }));
     }
     libtest_mimic::run(&arguments, trials).exit();

@@ -69,6 +69,27 @@ impl GuestFile {
         Ok(Self::new(fd, FileKind::Memfd, len, true))
     }
 
+    /// A new memfd of `len` bytes on hugetlbfs, of pages of `page` bytes (2 MiB or 1 GiB; the kernel calls other
+    /// sizes `EINVAL`, and those it does not offer `ENODEV`), sealed against shrinking. `len` is a multiple of
+    /// `page`. The pages are reserved by the window, at the first call that needs it: `ENOMEM` then where
+    /// /proc/sys/vm/nr_hugepages (or hugepages-1048576kB/nr_hugepages in /sys/kernel/mm/hugepages) has too few.
+    pub fn memfd_huge(name: &str, len: u64, page: u64) -> Result<Self, Failed> {
+        const CALL: &str = "memfd_create(MFD_HUGETLB)";
+        let size = match page {
+            0x20_0000 => MemfdFlags::HUGE_2MB,
+            0x4000_0000 => MemfdFlags::HUGE_1GB,
+            _ => return Err(Failed::new(CALL, Errno::INVAL)),
+        };
+        if len == 0 || !len.is_multiple_of(page) {
+            return Err(Failed::new(CALL, Errno::INVAL));
+        }
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | size;
+        let fd = rustix::fs::memfd_create(name, flags).map_err(|e| Failed::new(CALL, e))?;
+        rustix::fs::ftruncate(&fd, len).map_err(|e| Failed::new("ftruncate", e))?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|e| Failed::new("F_ADD_SEALS", e))?;
+        Ok(Self::new(fd, FileKind::Hugetlb(page), len, true))
+    }
+
     /// What the file is.
     pub fn kind(&self) -> FileKind {
         self.kind
@@ -138,7 +159,17 @@ impl GuestFile {
 
     /// Gives the pages of `offset..offset+len` back to the file system; the next touch finds zeroes.
     /// `fallocate(2)` with PUNCH_HOLE and KEEP_SIZE. It succeeds whatever pins exist.
+    ///
+    /// `EINVAL` for a part of a page of hugetlbfs, and the kernel is not asked: it frees whole pages only, writes
+    /// zeroes into the rest, which keeps its memory, and returns 0 (`hugetlbfs_punch_hole` in fs/hugetlbfs/inode.c).
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), Failed> {
+        if let FileKind::Hugetlb(page) = self.kind
+            && !(offset.is_multiple_of(page) && len.is_multiple_of(page))
+        {
+            let call = "fallocate(PUNCH_HOLE) of part of a hugetlbfs page, which would be zeroed and not freed \
+                        (punch whole pages of the file)";
+            return Err(Failed::new(call, Errno::INVAL));
+        }
         rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
             .map_err(|e| Failed::new("fallocate(PUNCH_HOLE)", e))
     }
@@ -173,5 +204,36 @@ impl GuestFile {
 impl AsFd for GuestFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HUGE: u64 = 2 << 20;
+
+    #[test]
+    fn a_part_of_a_huge_page_is_not_punched() {
+        let file = match GuestFile::memfd_huge("huge", 2 * HUGE, HUGE) {
+            // This kernel has no hugetlbfs: there is nothing to punch.
+            Err(failed) if matches!(failed.errno, Errno::NODEV | Errno::NOSYS) => return,
+            file => file.unwrap(),
+        };
+        assert_eq!((file.kind(), file.size()), (FileKind::Hugetlb(HUGE), 2 * HUGE));
+        for (offset, len) in [(0, 4096), (4096, HUGE), (HUGE, HUGE + 4096)] {
+            let failed = file.punch(offset, len).unwrap_err();
+            assert_eq!(failed.errno, Errno::INVAL);
+            assert!(failed.to_string().contains("zeroed and not freed"), "{failed}");
+        }
+        file.punch(HUGE, HUGE).unwrap();
+    }
+
+    #[test]
+    fn a_huge_memfd_is_made_of_whole_pages_of_a_size_that_there_is() {
+        for (len, page) in [(0, HUGE), (HUGE + 4096, HUGE), (HUGE, 4096), (1 << 30, 16 << 20)] {
+            let failed = GuestFile::memfd_huge("huge", len, page).unwrap_err();
+            assert_eq!(failed, Failed::new("memfd_create(MFD_HUGETLB)", Errno::INVAL));
+        }
     }
 }

@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize};
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
-use super::event::{DomainId, InvalidationId, RegionSpec};
+use super::event::{DomainId, InvalidationId, RegionId, RegionSpec};
 use super::fence::Step;
+use super::invalidation::Invalidation;
 use super::ledger::mapped::objects;
 use super::region::within_budget;
 use super::stop::DeviceEntry;
@@ -116,6 +117,36 @@ impl Gate {
         let all = objects(target, piece.copied().unwrap_or(PAGE));
         let splits = domain.mapped.whole(target) != target;
         (all + 2 * u64::from(splits)).saturating_sub(domain.mapped.starts(target))
+    }
+
+    /// Keeps room for a region that is being added, and for what of it must wait for the end of an invalidation.
+    pub(super) fn promise(&mut self, id: RegionId) {
+        let Some(region) = self.regions.get_mut(&id) else { return };
+        let iova = region.iova();
+        region.promised = region.pieces.iter().map(|piece| objects(iova, *piece)).collect();
+        for (domain, kept) in self.domains.iter_mut().zip(&region.promised) {
+            domain.reserved += kept;
+        }
+        let Some(region) = self.regions.get(&id) else { return };
+        let least = region.pieces.iter().copied().min().unwrap_or(PAGE);
+        let pages = region.pages_at(iova);
+        let over = |inv: &Invalidation| -> u64 {
+            let parts = inv.pages.iter().filter(|part| part.file == pages.file);
+            parts.filter_map(|part| region.iova_of(part.range)).map(|iova| objects(iova, least)).sum()
+        };
+        let wait: Vec<_> = self.invalidations.iter().map(|(id, inv)| (*id, over(inv))).collect();
+        wait.into_iter().filter(|(_, more)| *more > 0).for_each(|(id, more)| self.reserve(id, more));
+    }
+
+    /// So many mappings of a region are being made: if room was kept for them, it is used now.
+    pub(super) fn kept(&mut self, domain: DomainId, region: RegionId, objects: u64) {
+        let Some(index) = self.domains.iter().position(|entry| entry.id == domain) else { return };
+        let promised = self.regions.get_mut(&region).and_then(|region| region.promised.get_mut(index));
+        if let Some(promised) = promised {
+            let used = objects.min(*promised);
+            *promised -= used;
+            self.domains[index].reserved -= used;
+        }
     }
 
     /// Keeps room for `objects` more mappings until the invalidation is over.

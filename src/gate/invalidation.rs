@@ -59,8 +59,10 @@ pub(super) struct Invalidation {
     pub(super) retry: bool,
     /// Whether devices are being stopped first.
     pub(super) stopping: bool,
-    /// Whether devices are being paused first, because mappings are split.
+    /// Whether devices were asked to pause, because mappings are split.
     pub(super) pausing: bool,
+    /// Whether a part of its time is over: it waits for no pause any more.
+    pub(super) hurried: bool,
     /// Unmaps of it that have not come back: while there are any, a look would tell nothing.
     pub(super) under_way: u32,
     /// Kernel mappings that are kept free for its end, in each domain.
@@ -188,6 +190,7 @@ impl Gate {
             retry: true,
             stopping: false,
             pausing: false,
+            hurried: false,
             under_way: 0,
             reserved: 0,
             deadline_ns,
@@ -202,7 +205,6 @@ impl Gate {
         let at = effects.len();
         self.arm(id, Step::Unmap, effects);
         self.detach_caches(id, effects);
-        self.pause_for(id, effects);
         self.advance(id, effects);
         if self.invalidations.get(&id).is_none_or(|inv| inv.phase == Phase::Granted) && at < effects.len() {
             effects.remove(at);
@@ -282,6 +284,9 @@ impl Gate {
             // A conversion can be refused with nothing changed; a region that goes is at least unmapped.
             if inv.is_conversion() && self.copies_over(&inv.targets) {
                 self.fail(id, effects);
+                return;
+            }
+            if self.pauses(id, effects) {
                 return;
             }
             let Some(inv) = self.invalidations.get_mut(&id) else { return };

@@ -59,7 +59,7 @@ impl Gate {
         // Nothing of a conversion is unmapped before its devices are out; there is nothing to climb for.
         let waits = inv.stopping && inv.is_conversion();
         inv.stopping = waits;
-        inv.pausing = false;
+        inv.hurried = true;
         inv.under_way = 0;
         if inv.phase == Phase::Converting {
             match over.above() {

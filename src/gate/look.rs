@@ -4,7 +4,7 @@ use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::effect::{Effect, Effects};
-use super::event::{DomainId, InvalidationId};
+use super::event::{DomainId, InvalidationId, JobId};
 use super::ledger::holds::gaps;
 use super::ledger::{Run, RunState};
 use super::{DomainEntry, Gate, Job};
@@ -45,15 +45,15 @@ impl Gate {
             }
             let (domain, able) = (self.domains[index].id, self.domains[index].able);
             sight.waiting |= !due.spans.is_empty();
-            if able.replace && due.partial >= REPLACE_FROM {
+            if able.replace && !able.cut && due.partial >= REPLACE_FROM {
                 self.replace(id, domain, due.spans, effects);
                 continue;
             }
             for span in due.spans {
                 let mapped = &self.domains[index].mapped;
-                let span = if able.cut { span } else { mapped.whole(span) };
                 // What an earlier span took along needs no call of its own.
-                if mapped.extent(span).is_some() {
+                if let Some(extent) = mapped.extent(span) {
+                    let span = if able.cut { extent } else { mapped.whole(extent) };
                     self.unmap(id, domain, span, effects);
                 }
             }
@@ -139,9 +139,37 @@ impl Gate {
         let job = self.next_job(Job::Replace { domain, invalidation });
         spans.iter().for_each(|span| self.fray(domain, *span));
         let Some(mapped) = self.mapped_in(domain) else { return };
-        let bytes = spans.iter().map(|span| mapped.take(*span, RunState::Removing(job)).bytes).sum();
+        let bytes = spans.iter().flat_map(|span| mapped.live(*span)).map(PageRange::len).sum();
+        // If it fails, nobody knows of the whole mappings how they are.
+        let mut last: Option<PageRange<Iova>> = None;
+        for span in &spans {
+            let Some(rest) =
+                last.map_or(Some(*span), |last| PageRange::between(last.end().max(span.start()), span.end()))
+            else {
+                continue;
+            };
+            let Some(extent) = mapped.extent(rest) else { continue };
+            last = Some(mapped.take(mapped.whole(extent), RunState::Removing(job)).range);
+        }
+        self.replacing.insert(job, spans.clone());
         self.waits(invalidation);
         effects.push(Effect::Replace { job, domain, gone: spans, bytes });
+    }
+
+    /// A replace has done what it was to: what it left of the mappings is live again.
+    pub(super) fn replaced(&mut self, domain: DomainId, runs: &[Run], gone: &[PageRange<Iova>]) {
+        let copies = self.keeps_copies(domain).is_some();
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        for run in runs {
+            mapped.remove(run.range.start());
+            for range in gone.iter().filter(|_| copies).filter_map(|range| range.intersection(run.range)) {
+                mapped.insert(Run { range, bytes: range.len(), objects: 1, state: RunState::Cached });
+            }
+            for left in gaps(run.range, gone.iter().copied().filter(|range| range.overlaps(run.range))) {
+                mapped.insert(Run::filling(left, 1 << 63, JobId(0)));
+                mapped.made(left.start());
+            }
+        }
     }
 
     /// One more call whose result an invalidation waits for.

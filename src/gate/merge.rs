@@ -10,15 +10,12 @@ use std::collections::BTreeMap;
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
+use super::Gate;
 use super::effect::Effects;
 use super::event::{Caller, ClientId, DomainId, Door};
-use super::fence::Step;
-use super::hitless::{Hitless, pause};
-use super::invalidation::{After, Invalidation};
+use super::invalidation::After;
 use super::ledger::PageState;
 use super::ledger::mapped::objects;
-use super::stop::DeviceEntry;
-use super::{Gate, InvalidationId};
 
 /// Moments ([`super::Event::Quiet`]) without a change after which a place is quiet: more than one, for the first is cut short.
 const QUIET: u32 = 2;
@@ -176,49 +173,5 @@ impl Gate {
     fn region_from(&self, at: Iova) -> Option<&super::region::Region> {
         let (_, id) = self.layout.range(Gpa(at.raw())..).next()?;
         self.regions.get(id)
-    }
-
-    /// Before a mapping is split under the DMA of its neighbours: has the devices paused that would miss it.
-    pub(super) fn pause_for(&mut self, id: InvalidationId, effects: &mut Effects) {
-        if self.policy.hitless != Hitless::Prefer {
-            return;
-        }
-        let Some(inv) = self.invalidations.get(&id) else { return };
-        let is_merge = matches!(inv.after, After::Merged);
-        let splits = |entry: &super::DomainEntry| {
-            let breaks = |target: &PageRange<Iova>| {
-                let extent = entry.mapped.extent(*target);
-                extent.is_some_and(|span| is_merge || entry.mapped.whole(span) != span)
-            };
-            (is_merge || !entry.able.cut) && inv.targets.iter().any(breaks)
-        };
-        let split: Vec<DomainId> = self.domains.iter().filter(|d| splits(d)).map(|d| d.id).collect();
-        for domain in split {
-            let runs_on = |d: &DeviceEntry| d.domain == domain && !d.nature.tolerant && !d.is_paused();
-            let devices: Vec<_> = self
-                .devices
-                .iter()
-                .filter(|(_, d)| runs_on(d))
-                .filter_map(|(device, d)| Some((*device, pause(d)?)))
-                .collect();
-            for (device, step) in devices {
-                self.fence_one(device, step, id, effects);
-            }
-            if let Some(inv) = self.invalidations.get_mut(&id) {
-                inv.pausing = true;
-            }
-        }
-    }
-
-    /// Whether devices that are to be paused before anything is unmapped run yet. A pause that fails is not waited for: no
-    /// loss is preferred, not required.
-    pub(super) fn waits_for_pause(&self, inv: &Invalidation) -> bool {
-        inv.pausing
-            && self.devices.values().any(|d| {
-                let here = self.domain(d.domain).is_some_and(|entry| {
-                    inv.targets.iter().any(|target| entry.mapped.extent(*target).is_some())
-                });
-                here && d.pausing(Step::Stop)
-            })
     }
 }

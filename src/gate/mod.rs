@@ -20,6 +20,7 @@ mod ladder;
 pub mod ledger;
 mod look;
 mod merge;
+mod pause;
 mod person;
 mod plan;
 mod ranges;
@@ -154,6 +155,8 @@ pub struct Gate {
     /// Those of them that wait for proof.
     clearing: Vec<InvalidationId>,
     jobs: BTreeMap<JobId, Job>,
+    /// What the replaces under way take out.
+    replacing: BTreeMap<JobId, Vec<PageRange<Iova>>>,
     /// Conversions of passgate's own that were given up and have not returned.
     hanging: BTreeSet<InvalidationId>,
     open_by_client: BTreeMap<ClientId, u32>,
@@ -183,6 +186,7 @@ impl Gate {
             invalidations: BTreeMap::new(),
             clearing: Vec::new(),
             jobs: BTreeMap::new(),
+            replacing: BTreeMap::new(),
             hanging: BTreeSet::new(),
             open_by_client: BTreeMap::new(),
             leaving: Vec::new(),

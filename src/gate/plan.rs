@@ -137,6 +137,7 @@ impl Gate {
             return;
         }
         entry.mapped.insert(run);
+        self.kept(domain, region, run.objects);
         let Some(region) = self.regions.get_mut(&region) else { return };
         region.filling += 1;
         let pages = region.pages_at(iova);

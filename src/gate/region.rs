@@ -21,6 +21,8 @@ pub(super) struct Region {
     pub(super) spec: RegionSpec,
     /// Bytes per kernel mapping, in each domain.
     pub(super) pieces: Vec<u64>,
+    /// Kernel mappings that are kept free for it in each domain, while it is being added.
+    pub(super) promised: Vec<u64>,
     /// Whether it is on its way out: nothing of it is mapped any more.
     pub(super) closing: bool,
     /// Map effects under way.
@@ -66,6 +68,7 @@ impl Gate {
         let region = Region {
             owner: caller.client,
             spec,
+            promised: Vec::new(),
             pieces,
             closing: false,
             filling: 0,
@@ -84,6 +87,7 @@ impl Gate {
         if let Some(file) = self.files.get_mut(&pages.file) {
             file.regions.push(id);
         }
+        self.promise(id);
         self.hope();
         for index in 0..self.domains.len() {
             self.fill(self.domains[index].id, id, iova, effects);
@@ -153,10 +157,14 @@ impl Gate {
             return;
         }
         let Some(caller) = region.adding.take() else { return };
-        match region.failed {
+        let (failed, promised, mapped) = (region.failed, std::mem::take(&mut region.promised), region.mapped);
+        for (domain, kept) in self.domains.iter_mut().zip(promised) {
+            domain.reserved -= kept;
+        }
+        match failed {
             Some(refusal) => self.close(id, false, After::AddFailed(caller, refusal), effects),
             None => {
-                let answer = Answer::RegionAdded { region: id, mapped: region.mapped };
+                let answer = Answer::RegionAdded { region: id, mapped };
                 effects.push(Effect::Answer { caller, answer });
             }
         }
@@ -228,9 +236,13 @@ impl Gate {
     pub(super) fn client_gone(&mut self, client: ClientId, effects: &mut Effects) {
         let mut owned = Vec::new();
         for (id, region) in self.regions.iter_mut().filter(|(_, region)| region.owner == client) {
-            region.adding = None;
             owned.push(*id);
             region.closing = true;
+            if region.adding.take().is_some() {
+                for (domain, kept) in self.domains.iter_mut().zip(std::mem::take(&mut region.promised)) {
+                    domain.reserved -= kept;
+                }
+            }
         }
         let begun: Vec<InvalidationId> = self
             .invalidations

@@ -8,11 +8,17 @@ use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
 use super::fence::Step;
 use super::invalidation::After;
+use super::ledger::holds::gaps;
 use super::ledger::{HeldBy, Run, RunState};
 use super::receipt::Evidence;
 use super::region::Region;
 use super::verdict::{Cause, Reason, Refusal};
 use super::{Gate, Job};
+
+/// Bytes of `range` that none of `gone` has.
+fn left(range: PageRange<Iova>, gone: &[PageRange<Iova>]) -> u64 {
+    gaps(range, gone.iter().copied().filter(|gone| gone.overlaps(range))).map(PageRange::len).sum()
+}
 
 /// `EPROTO`: a domain reported more bytes gone than were mapped.
 const PROTOCOL_ERROR: i32 = 71;
@@ -105,23 +111,27 @@ impl Gate {
             }
             Some(Job::Replace { domain, invalidation }) => {
                 self.jobs.remove(&job);
+                let gone = self.replacing.remove(&job).unwrap_or_default();
                 let Some(entry) = self.domain(domain) else { return };
                 let runs = entry.mapped.in_state(RunState::Removing(job));
-                let asked: u64 = runs.iter().map(|run| run.bytes).sum();
-                let all = result == UnmapResult::Gone { bytes: asked };
-                for run in &runs {
+                let (whole, objects) =
+                    runs.iter().fold((0, 0), |sum, run| (sum.0 + run.bytes, sum.1 + run.objects));
+                let left: u64 = runs.iter().map(|run| left(run.range, &gone)).sum();
+                let asked = whole - left;
+                if result == (UnmapResult::Gone { bytes: asked }) {
+                    self.replaced(domain, &runs, &gone);
+                } else {
                     // All or nothing: which of them went is not told.
-                    let bytes = if all { run.bytes } else { 0 };
                     let each = match result {
-                        UnmapResult::Gone { .. } | UnmapResult::InFlight { .. } => {
-                            UnmapResult::Gone { bytes }
-                        }
                         UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
+                        UnmapResult::Gone { .. } | UnmapResult::InFlight { .. } => {
+                            UnmapResult::Gone { bytes: 0 }
+                        }
                     };
-                    self.went(job, domain, *run, 0, each);
+                    runs.iter().for_each(|run| _ = self.went(job, domain, *run, 0, each));
                 }
                 self.record(invalidation, domain, (None, asked), result, took_ns);
-                self.came_back(invalidation, runs.iter().map(|run| run.objects).sum(), false);
+                self.came_back(invalidation, objects, false);
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
             Some(Job::Settle { domain, iova }) => self.settled_left(job, domain, iova, result, effects),

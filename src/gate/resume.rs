@@ -110,6 +110,7 @@ impl Gate {
             mapped: 0,
             adding: None,
             failed: None,
+            promised: Vec::new(),
         };
         self.file(spec.backing.file).regions.push(id);
         self.layout.insert(spec.gpa.start(), id);

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use passgate_backends::Tables;
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
@@ -22,7 +23,7 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 /// Assigns the devices; one that is taken is tried again for as long as `patience`.
 pub fn take(kind: Kind, devices: &[String], accept: Accept, patience: Duration) -> Result<Assignment> {
-    persist(patience, &mut ThisHost, || assign(kind, devices, accept))
+    persist(patience, &mut ThisHost, || assign(kind, devices, accept, Tables::default()))
 }
 
 /// What persisting needs to know and to do.

@@ -153,6 +153,7 @@ enum Ask {
     Put { name: Name, fd: OwnedFd, done: Sender<io::Result<()>> },
     Remove { name: Name },
     Say { state: NotifyState<'static> },
+    Settle { done: Sender<()> },
 }
 
 /// The service manager, as far as it keeps descriptors and wants to know how we are.
@@ -162,15 +163,19 @@ pub struct FdStore {
 }
 
 impl FdStore {
-    /// The store of the service manager that started this process; none where none did (no `NOTIFY_SOCKET`).
-    pub fn open() -> Result<Option<Self>> {
+    /// The store of the service manager that started this process; none where none did (no `NOTIFY_SOCKET`). `prepare`
+    /// is the first thing that its thread does, where a thread must give up what this one has.
+    pub fn open(prepare: impl FnOnce() -> Result<()> + Send + 'static) -> Result<Option<Self>> {
         if env::var_os("NOTIFY_SOCKET").is_none() {
             return Ok(None);
         }
         let (ask, asked) = channel();
         std::thread::Builder::new()
             .name("fd store".into())
-            .spawn(move || serve(&asked))
+            .spawn(move || match prepare() {
+                Ok(()) => serve(&asked),
+                Err(error) => log::error!("{error}"),
+            })
             .map_err(Error::Thread)?;
         Ok(Some(Self { ask }))
     }
@@ -193,6 +198,14 @@ impl FdStore {
     /// Has what is kept under this name closed there, after everything that was asked before.
     pub fn remove(&self, name: Name) {
         self.tell(Ask::Remove { name });
+    }
+
+    /// Waits until the manager has read everything that was asked before.
+    pub fn settle(&self) {
+        let (done, told) = channel();
+        self.tell(Ask::Settle { done });
+        // It ends without a word only where the thread has panicked, which has been said.
+        let _ = told.recv();
     }
 
     /// The service is ready.
@@ -222,6 +235,11 @@ fn serve(asked: &Receiver<Ask>) {
                 notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name.to_string())])
             }
             Ask::Say { state } => notify(&[state]),
+            Ask::Settle { done } => {
+                let settled = barrier();
+                let _ = done.send(());
+                settled
+            }
         };
         if let Err(error) = said {
             log::warn!("the service manager cannot be told: {error}");

@@ -17,6 +17,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use passgate_backends::resume::Ids;
 use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
@@ -29,9 +30,11 @@ use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
+use fdstore::{FdStore, Kept, Name};
 pub use files::BorderError;
 use files::Files;
 use held::HeldAnswers;
+use lasting::{Lasting, Left};
 pub use pool::{Pool, Task};
 
 /// Receipts that are remembered, for `explain`.
@@ -80,6 +83,19 @@ pub struct Session {
     meter: Meter,
     pool: Pool,
     records: Option<Records>,
+    lasting: Option<Lasting>,
+    store: Option<FdStore>,
+}
+
+/// By what a session outlives its process.
+#[derive(Debug)]
+pub struct Hold {
+    /// Where its files are kept.
+    pub store: FdStore,
+    /// Where what it knows is kept.
+    pub lasting: Lasting,
+    /// What an earlier process left there, and the files that were kept for it.
+    pub left: Option<(Left, Kept)>,
 }
 
 impl Session {
@@ -92,10 +108,17 @@ impl Session {
         tolerant: &[String],
         pool: Pool,
         mut records: Option<Records>,
+        hold: Option<Hold>,
     ) -> Self {
-        let left = records.as_mut().map(Records::take_left).unwrap_or_default();
         let mut start = start(&*domain, &devices, tolerant);
-        start.extend(left);
+        let (lasting, store, left) = match hold {
+            Some(Hold { store, lasting, left }) => (Some(lasting), Some(store), left),
+            None => (None, None, None),
+        };
+        // What the ledger has of an earlier daemon's quarantine is the same, and more.
+        if left.is_none() {
+            start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
+        }
         let mut session = Self {
             gate: Gate::new(policy),
             effects: Effects::new(),
@@ -114,9 +137,50 @@ impl Session {
             totals: Totals::default(),
             pool,
             records,
+            lasting,
+            store,
         };
+        if let Some(lasting) = &session.lasting {
+            session.gate.keep_in(lasting.store().clone());
+        }
         start.into_iter().for_each(|event| session.handle(event));
+        if let Some((left, kept)) = left {
+            session.go_on(left, kept);
+        }
         session
+    }
+
+    /// Goes on from where another process ended.
+    fn go_on(&mut self, left: Left, mut kept: Kept) {
+        let Left { mut past, asides, .. } = left;
+        for region in &mut past.regions {
+            let aside = asides.iter().find(|(id, _)| *id == region.region).map(|(_, aside)| *aside);
+            if let Err(error) = self.files.again(region, aside, &mut kept) {
+                log::error!("the memory at {} was not kept ({error}): it is closed", region.spec.gpa);
+                region.closing = true;
+            }
+        }
+        for (file, ..) in &past.holds {
+            self.files.hold_again(*file, &mut kept);
+        }
+        self.gate.resume(past, &mut self.effects);
+        if let Some(lasting) = &mut self.lasting {
+            lasting.resumed(&self.gate, &self.effects);
+        }
+        for name in kept.names() {
+            if let (Name::Memory(_) | Name::Private(_), Some(store)) = (&name, &self.store) {
+                store.remove(name);
+            }
+        }
+    }
+
+    /// The ids are such, and all files of domain and devices are kept.
+    pub fn complete(&self, ids: Ids) {
+        if let Some(lasting) = &self.lasting {
+            let names: Vec<_> = self.devices.iter().map(|device| device.name().to_owned()).collect();
+            // Of software devices nothing outlives the process.
+            lasting.complete(ids, if ids == Ids::Nothing { &[] } else { &names });
+        }
     }
 
     /// Takes one event. Ask for [`Session::next_step`] until it is idle.
@@ -131,7 +195,11 @@ impl Session {
         if let Some(records) = &mut self.records {
             records.before(&event);
         }
+        let touched = self.lasting.as_mut().map(|lasting| lasting.touched(&event));
         self.gate.handle(event, &mut self.effects);
+        if let (Some(lasting), Some(touched)) = (&mut self.lasting, touched) {
+            lasting.follow(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
+        }
         self.meter.begun(begun, &self.effects[from..]);
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
@@ -161,16 +229,44 @@ impl Session {
                     self.handle(Event::Released { job });
                 }
             }
-            Returned::Examined { caller, memory, files } => match self.files.admit(caller, &memory, files) {
-                Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
-                Err(error) => self.border.push_back(Next::Refused(caller, error)),
-            },
+            Returned::Examined { caller, memory, files } => {
+                let kept: Vec<_> = if self.store.is_some() {
+                    files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect()
+                } else {
+                    Vec::new()
+                };
+                match self.files.admit(caller, &memory, files) {
+                    Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
+                    Err(error) => {
+                        kept.into_iter().for_each(|name| self.let_go(&name));
+                        self.border.push_back(Next::Refused(caller, error));
+                    }
+                }
+            }
         }
     }
 
     /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
     pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
-        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds }));
+        let store = self.store.clone();
+        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, store }));
+    }
+
+    /// Has a file that is not needed kept no longer.
+    fn let_go(&self, name: &Name) {
+        let needed = match name {
+            Name::Memory(file) => self.files.get(*file).is_some(),
+            Name::Private(file) => self.files.has_private(*file),
+            _ => true,
+        };
+        if let Some(store) = self.store.as_ref().filter(|_| !needed) {
+            store.remove(name.clone());
+        }
+    }
+
+    fn forget(&mut self, file: FileId) {
+        self.files.forget(file);
+        self.let_go(&Name::Memory(file));
     }
 
     /// Whether passgate may convert this range itself.
@@ -197,13 +293,15 @@ impl Session {
                     return Next::Answer(caller, answer);
                 }
                 Effect::Notice(notice) => {
-                    if let Notice::RegionClosed { region } = notice {
-                        self.files.close_region(region);
+                    if let Notice::RegionClosed { region } = notice
+                        && let Some(private) = self.files.close_region(region)
+                    {
+                        self.let_go(&Name::Private(private));
                     }
                     return Next::Notice(notice);
                 }
                 Effect::Receipt(receipt) => self.remember(*receipt),
-                Effect::ForgetFile { file } => self.files.forget(file),
+                Effect::ForgetFile { file } => self.forget(file),
                 effect => {
                     let Some(call) = Call::of(effect, self) else { continue };
                     if call.is_small() {
@@ -220,13 +318,18 @@ impl Session {
 
     fn note(&mut self, caller: Caller, answer: &Answer) {
         match answer {
-            Answer::RegionAdded { region, .. } => self.files.added(caller, *region),
+            Answer::RegionAdded { region, .. } => {
+                let aside = self.files.added(caller, *region);
+                if let (Some(lasting), Some(aside)) = (&mut self.lasting, aside) {
+                    lasting.add_aside(*region, aside);
+                }
+            }
             Answer::Refused(_) => {
                 self.meter.wrong();
                 if let Some(file) = self.files.refused(caller)
                     && !self.gate.knows(file)
                 {
-                    self.files.forget(file);
+                    self.forget(file);
                 }
             }
             Answer::Verdict { invalidation, verdict } => {

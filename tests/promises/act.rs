@@ -1,13 +1,14 @@
 //! What each [`Action`] is, done to a world.
 
 use passgate::gate::{
-    Backing, ClientId, Event, FileId, InvalidationId, Outcome, PageState, Performer, RegionId, RegionSpec,
+    Backing, ClientId, Event, FileId, InvalidationId, Outcome, PageState, Performer, Ranges, RegionId,
+    RegionSpec,
 };
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::{MARK, World};
-use crate::action::{Action, CLIENTS, FILE_PAGES, FILES};
+use crate::action::{AUTO, Action, CLIENTS, FILE_PAGES, FILES};
 use crate::truth::{Kept, Open, Phase, Region, Stage, broken};
 
 impl World {
@@ -22,7 +23,8 @@ impl World {
                 let file = files[file as usize % FILES];
                 let gpa = PageRange::new(u64::from(gpa) * PAGE, pages * PAGE).expect("small numbers");
                 let backing = Backing { file, offset: Offset(offset * PAGE) };
-                let spec = RegionSpec { gpa, backing, writable, piece: PAGE << (piece % 10), initial };
+                let piece = if piece == AUTO { 0 } else { PAGE << (piece % 10) };
+                let spec = RegionSpec { gpa, backing, writable, piece, page: PAGE, initial };
                 let caller = self.caller(self.client(client));
                 self.feed(Event::AddRegion { caller, spec })
             }
@@ -35,7 +37,7 @@ impl World {
                 let caller = self.caller(if stranger || !alive { other } else { owner });
                 self.feed(Event::RemoveRegion { caller, region: id })
             }
-            Action::Begin { client, region, page, pages, to, passgate, deadline_ns } => {
+            Action::Begin { client, region, page, pages, to, passgate, deadline_ns, batch } => {
                 // Mostly of a region that stays; where there is none, of whatever is left.
                 let stays = |r: &&Region| r.stage != Stage::Closing || region % 8 == 0;
                 let regions: Vec<&Region> = self.model.truth.regions.iter().filter(stays).collect();
@@ -43,13 +45,17 @@ impl World {
                 let start = region.map_or(u64::from(page), |region| {
                     region.spec.gpa.start().0 / PAGE + u64::from(page) % region.spec.gpa.pages()
                 });
-                let Ok(range) = PageRange::new(start * PAGE, u64::from(pages.max(1)) * PAGE) else {
+                let pages = u64::from(pages.max(1));
+                let range = |n: u64| PageRange::new((start + n * (pages + 1)) * PAGE, pages * PAGE).ok();
+                let ranges: Option<Vec<_>> = (0..=u64::from(batch)).map(range).collect();
+                let Some(ranges) = ranges.and_then(|ranges| Ranges::try_from(ranges).ok()) else {
                     return Ok(());
                 };
                 let performer = if passgate { Performer::Passgate } else { Performer::Client };
                 let caller = self.caller(self.client(client));
-                self.feed(Event::Begin { caller, range, to, performer, deadline_ns })
+                self.feed(Event::Begin { caller, ranges, to, performer, deadline_ns })
             }
+            Action::Quiet => self.feed(Event::Quiet),
             Action::Touch { granted } => match self.granted(granted) {
                 Some(open) => self.touch(&open),
                 None => Ok(()),
@@ -100,7 +106,8 @@ impl World {
                     return Ok(());
                 };
                 let backing = Backing { file: files[file as usize % FILES], offset: pages.start() };
-                let spec = RegionSpec { gpa, backing, writable: true, piece, initial: PageState::Shared };
+                let (initial, page) = (PageState::Shared, PAGE);
+                let spec = RegionSpec { gpa, backing, writable: true, piece, page, initial };
                 let caller = self.caller(self.client(client));
                 self.feed(Event::AddRegion { caller, spec })
             }
@@ -108,7 +115,8 @@ impl World {
                 let Ok(range) = PageRange::new(gpa, len) else { return Ok(()) };
                 let caller = self.caller(self.client(client));
                 let (to, performer) = (PageState::Private, Performer::Client);
-                self.feed(Event::Begin { caller, range, to, performer, deadline_ns })
+                let ranges = range.into();
+                self.feed(Event::Begin { caller, ranges, to, performer, deadline_ns })
             }
             Action::Guess { client, id, outcome } => {
                 let caller = self.caller(self.client(client));

@@ -11,6 +11,8 @@ use crate::rng::Rng;
 pub const GPA_PAGES: u64 = 4096;
 /// Pages of each file.
 pub const FILE_PAGES: u64 = 1024;
+/// Leaves it to the gate how large mappings are.
+pub const AUTO: u8 = 10;
 /// Clients alive at any time.
 pub const CLIENTS: usize = 3;
 /// Files there are.
@@ -18,7 +20,7 @@ pub const FILES: usize = 3;
 
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// A client adds memory; `piece` is the power of two of pages.
+    /// A client adds memory; `piece` is the power of two of pages, or [`AUTO`].
     Add {
         client: u8,
         gpa: u16,
@@ -31,8 +33,18 @@ pub enum Action {
     },
     /// A client takes a region away; with `stranger`, one that is not its own.
     Remove { region: u16, stranger: bool },
-    /// A client begins `pages` from a page of a region on.
-    Begin { client: u8, region: u16, page: u16, pages: u16, to: PageState, passgate: bool, deadline_ns: u64 },
+    /// A client begins `pages` from a page of a region on;
+    /// with `batch`, so many times more, a page apart.
+    Begin {
+        client: u8,
+        region: u16,
+        page: u16,
+        pages: u16,
+        to: PageState,
+        passgate: bool,
+        deadline_ns: u64,
+        batch: u8,
+    },
     /// The owner changes memory that it was granted: the pages get other frames.
     Touch { granted: u16 },
     /// The owner ends what it was granted; with `stranger`, somebody else tries to.
@@ -49,6 +61,8 @@ pub enum Action {
     Flush { domain: u8, stuck: bool },
     /// Time passes.
     Advance { ns: u64 },
+    /// A moment passes.
+    Quiet,
     /// All calls return, all flushes come; then everybody must have an answer.
     Settle,
     /// A device does DMA.
@@ -124,7 +138,8 @@ impl Action {
             }
             830..860 => Action::Flush { domain: rng.next() as u8, stuck: rng.odds(1, 8) },
             860..895 => Action::Advance { ns: 1 << rng.below(14) },
-            895..897 => Action::Settle,
+            895..896 => Action::Settle,
+            896..897 => Action::Quiet,
             897..900 => {
                 let (client, held) = (rng.next() as u8, rng.next() as u16);
                 Action::Release { client, held, to: rng.pick(&PageState::ALL) }
@@ -143,14 +158,14 @@ impl Action {
             1 | 2 => 1 + rng.below(256),
             _ => 1 + rng.below(24),
         };
-        let piece = if pages > 64 { rng.pick(&[3, 6, 9, 9]) } else { rng.pick(&[0, 0, 1, 2, 4, 9]) };
+        let piece = if pages > 64 { rng.pick(&[3, 6, 9, 10]) } else { rng.pick(&[0, 0, 1, 2, 4, 10]) };
         let initial = match rng.below(10) {
             0 => PageState::Private,
             1 => PageState::Hole,
             _ => PageState::Shared,
         };
         // Aligned to the piece, as real memory is; now and then it is not.
-        let grain = if rng.odds(1, 4) { 1 } else { 1u64 << piece };
+        let grain = if rng.odds(1, 4) || piece == AUTO { 1 } else { 1u64 << piece };
         let room = FILE_PAGES.saturating_sub(pages) + 1;
         Action::Add {
             client: rng.next() as u8,
@@ -179,6 +194,7 @@ impl Action {
             to,
             passgate: rng.odds(1, 5),
             deadline_ns: if rng.odds(1, 30) { rng.pick(&[0, 1, u64::MAX]) } else { 1 << rng.below(18) },
+            batch: if rng.odds(1, 8) { rng.below(16) as u8 } else { 0 },
         }
     }
 

@@ -3,8 +3,8 @@
 //! `PASSGATE_CASES=100000`, others with `PASSGATE_SEED=n`.
 
 use passgate::gate::{
-    DeviceId, DomainId, Event, JobId, MapResult, OnStuckDma, Outcome, PageState, Platform, Policy, Step,
-    UnmapResult,
+    Able, DeviceId, DomainId, Event, Hitless, JobId, MapResult, OnStuckDma, Outcome, PageState, Platform,
+    Policy, Step, UnmapResult,
 };
 use passgate_backends::iommu::sim::Fault;
 use passgate_backends::{Nature, StopClass};
@@ -17,7 +17,7 @@ use crate::action::{Action, CLIENTS, FAULTS, FILE_PAGES};
 use crate::bulk::number;
 use crate::saboteur::Plant;
 use crate::truth::Kept;
-use crate::world::{Setup, World};
+use crate::world::{Setup, World, able};
 
 fn state() -> impl Strategy<Value = PageState> {
     proptest::sample::select(&PageState::ALL)
@@ -99,7 +99,7 @@ fn raw() -> impl Strategy<Value = Event> {
             invalidation: passgate::gate::InvalidationId(id),
             outcome
         }),
-        Just(Event::DomainAdded { domain: DomainId(0), max_mappings: u64::MAX, max_piece: u64::MAX }),
+        Just(Event::DomainAdded { domain: DomainId(0), able: able(u64::MAX, u64::MAX) }),
         Just(Event::DeviceAdded {
             device: DeviceId(0),
             domain: DomainId(0),
@@ -118,8 +118,8 @@ fn action() -> impl Strategy<Value = Action> {
                 let offset = offset % 64;
                 Action::Add { client, gpa, pages, file: file % 2, offset, piece, initial, writable }
             });
-    let begin = (client(), any::<u16>(), 0..64u16, 1..40u16, state(), any::<bool>(), deadline()).prop_map(
-        |(client, region, page, pages, to, passgate, deadline_ns)| Action::Begin {
+    let begin = (client(), any::<u16>(), 0..64u16, 1..40u16, state(), any::<bool>(), deadline(), 0..12u8)
+        .prop_map(|(client, region, page, pages, to, passgate, deadline_ns, batch)| Action::Begin {
             client,
             region,
             page,
@@ -127,8 +127,8 @@ fn action() -> impl Strategy<Value = Action> {
             to,
             passgate,
             deadline_ns,
-        },
-    );
+            batch,
+        });
     let wild = (client(), edge(), edge(), any::<u8>(), edge(), edge()).prop_map(
         |(client, gpa, len, file, offset, piece)| Action::AddWild { client, gpa, len, file, offset, piece },
     );
@@ -147,6 +147,7 @@ fn action() -> impl Strategy<Value = Action> {
         2 => (any::<u8>(), any::<bool>()).prop_map(|(domain, stuck)| Action::Flush { domain, stuck }),
         3 => deadline().prop_map(|ns| Action::Advance { ns }),
         1 => Just(Action::Settle),
+        1 => Just(Action::Quiet),
         2 => (any::<u8>(), any::<u8>(), 0..200u16)
             .prop_map(|(domain, device, gpa)| Action::Dma { domain, device, gpa }),
         1 => wild,
@@ -162,6 +163,10 @@ fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
+fn hitless() -> impl Strategy<Value = Hitless> {
+    proptest::sample::select(&[Hitless::Require, Hitless::Prefer, Hitless::Off][..])
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
     let policy = (
         proptest::sample::select(&[OnStuckDma::Refuse, OnStuckDma::Fence, OnStuckDma::Reset][..]),
@@ -170,26 +175,33 @@ fn setup() -> impl Strategy<Value = Setup> {
         edge(),
         any::<bool>(),
         any::<bool>(),
+        hitless(),
     )
-        .prop_map(|(on_stuck_dma, max_regions, max_open, close_deadline_ns, strict, end_tdi)| Policy {
-            on_stuck_dma,
-            platform: if strict { Platform::Strict } else { Platform::Contained },
-            end_tdi,
-            max_regions,
-            max_open,
-            max_memory: 1 << 44,
-            close_deadline_ns,
-        });
+        .prop_map(
+            |(on_stuck_dma, max_regions, max_open, close_deadline_ns, strict, end_tdi, hitless)| Policy {
+                hitless,
+                on_stuck_dma,
+                platform: if strict { Platform::Strict } else { Platform::Contained },
+                end_tdi,
+                max_regions,
+                max_open,
+                max_memory: 1 << 44,
+                close_deadline_ns,
+            },
+        );
     let device = (0..32u8, any::<bool>(), any::<bool>())
         .prop_map(|(bits, ats, tdi)| (StopClass::from_bits_truncate(bits), Nature { ats, tdi }));
-    let domain = (1..200u64, 0..20u32, proptest::collection::vec(device, 0..3))
-        .prop_map(|(max_mappings, bits, devices)| (max_mappings, PAGE << bits, devices));
+    let domain = (1..200u64, 0..20u32, any::<bool>(), any::<bool>(), proptest::collection::vec(device, 0..3))
+        .prop_map(|(max_mappings, bits, cut, replace, devices)| {
+            (Able { max_mappings, max_piece: PAGE << bits, cut, replace }, devices)
+        });
     // Where small regions show them.
     let seed = (0..2u8, 0..100u16, 1..20u16, 1..4u64);
     let seeds = proptest::collection::vec(seed, 0..3);
     let domains = proptest::collection::vec(domain, 1..3);
-    (policy, domains, seeds).prop_map(|(policy, domains, seeds)| Setup {
+    (policy, domains, seeds, any::<bool>()).prop_map(|(policy, domains, seeds, tolerant)| Setup {
         policy,
+        tolerant,
         domains,
         seeds,
         clean: false,

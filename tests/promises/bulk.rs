@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use passgate::gate::{OnStuckDma, Platform, Policy};
+use passgate::gate::{Able, Hitless, OnStuckDma, Platform, Policy};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 
@@ -35,20 +35,35 @@ impl Setup {
             close_deadline_ns: 1 << rng.below(18),
             platform: rng.pick(&[Platform::Contained, Platform::Contained, Platform::Strict]),
             end_tdi: rng.odds(1, 2),
+            hitless: rng.pick(&[Hitless::Require, Hitless::Prefer, Hitless::Off]),
         };
         let domains = (0..1 + rng.below(3))
             .map(|_| {
                 let count = rng.below(3);
                 let devices = (0..count).map(|_| device(rng)).collect();
-                let max_mappings = if tight { 40 } else { 65_535 };
-                (max_mappings, PAGE << rng.pick(&[0, 3, 9, 18]), devices)
+                let able = Able {
+                    max_mappings: if tight { 40 } else { 65_535 },
+                    max_piece: PAGE << rng.pick(&[0, 3, 9, 18]),
+                    cut: rng.odds(1, 3),
+                    replace: rng.odds(1, 3),
+                };
+                (able, devices)
             })
             .collect();
         let seeds = if rng.odds(1, 3) { rng.below(4) } else { 0 };
         let seeds = (0..seeds)
             .map(|_| (rng.next() as u8, rng.next() as u16, 1 + rng.below(64) as u16, 1 + rng.below(6)))
             .collect();
-        (Self { policy, domains, seeds, clean: mix.faults == 0 && mix.hangs == 0 }, mix)
+        (
+            Self {
+                policy,
+                domains,
+                seeds,
+                tolerant: rng.odds(1, 3),
+                clean: mix.faults == 0 && mix.hangs == 0,
+            },
+            mix,
+        )
     }
 }
 

@@ -9,6 +9,9 @@ use crate::truth::{Held, Kept, Open, Phase, Region, Stage, broken};
 impl Model {
     pub fn effect(&mut self, effect: &Effect) -> Kept {
         let leaving = !self.deaths.is_empty();
+        if let Effect::Unmap { domain, iova, .. } = effect {
+            self.no_window(*domain, *iova)?;
+        }
         self.told.effect(effect, &self.policy, leaving)?;
         match effect {
             Effect::Map { iova, file, offset, .. } => {
@@ -31,6 +34,12 @@ impl Model {
                 }
             }
             Effect::Unmap { iova, .. } => self.stopped_before(*iova)?,
+            Effect::Replace { domain, gone, .. } => {
+                for iova in gone {
+                    self.stopped_before(*iova)?;
+                }
+                self.may_break(*domain, effect)?;
+            }
             Effect::Fence { job, .. } => {
                 if self.dying
                     && let Some(death) = self.deaths.last_mut()
@@ -89,6 +98,7 @@ impl Model {
             }
             Effect::Attach { device, .. } => {
                 self.truth.dirty = true;
+                self.neighbours_are_back(*device)?;
                 self.dead_are_unmapped(*device)?;
             }
         }
@@ -172,7 +182,7 @@ impl Model {
         }
         match (&ask, answer) {
             (Ask::Add { region, spec }, Answer::RegionAdded { region: id, .. }) => {
-                if *region != Some(*id) || !spec.piece.is_power_of_two() {
+                if *region != Some(*id) || !(spec.piece == 0 || spec.piece.is_power_of_two()) {
                     broken!(7, "{spec:?} was added as {id:?}, not {region:?}");
                 }
                 if self.truth.regions.len() > self.policy.max_regions as usize {
@@ -208,15 +218,15 @@ impl Model {
             }
             (Ask::Remove { .. }, Answer::Refused(refusal)) => self.refusal(caller, &ask, *refusal),
             (Ask::Begin { .. }, Answer::Refused(refusal)) => self.refusal(caller, &ask, *refusal),
-            (Ask::Begin { range, id, .. }, Answer::Verdict { invalidation, verdict }) => {
+            (Ask::Begin { ranges, id, .. }, Answer::Verdict { invalidation, verdict }) => {
                 if *id != Some(*invalidation) {
                     broken!(4, "{answer:?} to {ask:?}");
                 }
                 if let Verdict::Refused { range: failed, .. } | Verdict::Unknown { range: failed, .. } =
                     verdict
-                    && !range.covers(*failed)
+                    && !ranges.iter().any(|range| range.covers(*failed))
                 {
-                    broken!(6, "{verdict:?} names a range outside {range:?}");
+                    broken!(6, "{verdict:?} names a range outside {ranges:?}");
                 }
                 self.said.insert(*invalidation, *verdict);
                 self.verdict(*invalidation, *verdict)
@@ -340,6 +350,10 @@ impl Model {
                 self.owed.released.swap_remove(index);
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
                 file.quarantine.retain(|held| held.range != range);
+            }
+            // A person releases whatever the room.
+            Notice::MapFailed { errno: 28, .. } if self.clean && !self.released => {
+                broken!(7, "{notice:?}: refused too late")
             }
             Notice::MapFailed { .. } => self.map_failed = true,
             Notice::RegionClosed { region } => {

@@ -1,7 +1,7 @@
 //! The ladder, rung by rung: what each fence ends, who shares it, when a device comes back, and what is proof on a
 //! strict platform or with a TDI.
 
-use passgate::gate::{OnStuckDma, PageState, Platform, Policy, Step};
+use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy, Step};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Iova, PAGE};
@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::saboteur::Plant;
-use crate::world::{Setup, World};
+use crate::world::{Setup, World, able};
 
 const ATS: Nature = Nature { ats: true, tdi: false };
 const TDI: Nature = Nature { ats: false, tdi: true };
@@ -18,8 +18,8 @@ const PLAIN: Nature = Nature { ats: false, tdi: false };
 const PART: u64 = 100;
 
 fn world(policy: Policy, domains: &[&[(StopClass, Nature)]]) -> World {
-    let domains = domains.iter().map(|devices| (256, 1 << 30, devices.to_vec())).collect();
-    let setup = Setup { policy, domains, seeds: Vec::new(), clean: false };
+    let domains = domains.iter().map(|devices| (able(256, 1 << 30), devices.to_vec())).collect();
+    let setup = Setup { policy, domains, seeds: Vec::new(), tolerant: false, clean: false };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     world.trace = Some(Default::default());
     play(&mut world, &[add(0), Action::Settle]);
@@ -27,11 +27,11 @@ fn world(policy: Policy, domains: &[&[(StopClass, Nature)]]) -> World {
 }
 
 fn far(on_stuck_dma: OnStuckDma) -> Policy {
-    Policy { on_stuck_dma, ..Policy::default() }
+    Policy { on_stuck_dma, hitless: Hitless::Off, ..Policy::default() }
 }
 
 fn strict() -> Policy {
-    Policy { platform: Platform::Strict, ..Policy::default() }
+    Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() }
 }
 
 /// Eight pages, one mapping each.
@@ -42,7 +42,7 @@ fn add(gpa: u16) -> Action {
 
 fn begin(page: u16) -> Action {
     let (client, region, pages, to, passgate) = (0, 0, 1, PageState::Private, false);
-    Action::Begin { client, region, page, pages, to, passgate, deadline_ns: 7 * PART }
+    Action::Begin { client, region, page, pages, to, passgate, deadline_ns: 7 * PART, batch: 0 }
 }
 
 const REMOVE: Action = Action::Remove { region: 0, stranger: false };
@@ -300,7 +300,10 @@ fn strictly_a_region_that_goes_waits_in_quarantine_for_a_detach() {
     let Action::Begin { client, page, pages, to, passgate, deadline_ns, .. } = begin(1) else {
         unreachable!()
     };
-    play(&mut world, &[Action::Begin { client, region: 1, page, pages, to, passgate, deadline_ns }]);
+    play(
+        &mut world,
+        &[Action::Begin { client, region: 1, page, pages, to, passgate, deadline_ns, batch: 0 }],
+    );
     play(&mut world, &[Action::Settle]);
     assert_eq!(world.verdicts, [1, 1, 0]);
     assert_eq!((causes(&world).len(), world.gate.snapshot().regions.len()), (0, 1));
@@ -336,7 +339,10 @@ fn strictly_a_device_that_is_reset_is_detached_all_the_same() {
         let Action::Begin { client, page, pages, to, passgate, deadline_ns, .. } = begin(1) else {
             unreachable!()
         };
-        play(&mut world, &[Action::Begin { client, region: 1, page, pages, to, passgate, deadline_ns }]);
+        play(
+            &mut world,
+            &[Action::Begin { client, region: 1, page, pages, to, passgate, deadline_ns, batch: 0 }],
+        );
         play(&mut world, &[Action::Settle]);
         assert_eq!(world.fences[2..], [Step::Reset, Step::Detach], "under way: {under_way}");
         assert_eq!(world.verdicts[0], 1, "under way: {under_way}");

@@ -67,7 +67,7 @@ impl Hands {
     /// Takes an effect to be executed; says no to what is none.
     pub fn take(&mut self, effect: Effect) {
         match effect {
-            Effect::Unmap { job, .. } => {
+            Effect::Unmap { job, .. } | Effect::Replace { job, .. } => {
                 self.unsaid.insert(job);
             }
             Effect::Map { .. } | Effect::Fence { .. } | Effect::Attach { .. } | Effect::Convert { .. } => {}
@@ -126,10 +126,22 @@ impl Hands {
                 };
                 Event::Mapped { job, result }
             }
-            Effect::Unmap { job, iova, .. } if self.pretends => {
-                Event::Unmapped { job, result: UnmapResult::Gone { bytes: iova.len() }, took_ns: 1000 }
+            Effect::Unmap { job, bytes, .. } | Effect::Replace { job, bytes, .. } if self.pretends => {
+                Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1000 }
             }
-            Effect::Unmap { job, domain, iova } => {
+            Effect::Replace { job, domain, gone, .. } => {
+                let bus = &mut self.buses[domain.0 as usize];
+                arm(&bus.sim, Call::Replace, fault);
+                let result = match bus.sim.replace(&gone) {
+                    Unmap::Gone { bytes } => UnmapResult::Gone { bytes },
+                    Unmap::InFlight { bytes, .. } => UnmapResult::InFlight { bytes },
+                    Unmap::Failed { errno, bytes } => {
+                        UnmapResult::Failed { errno: errno.raw_os_error(), bytes }
+                    }
+                };
+                Event::Unmapped { job, result, took_ns: 1000 }
+            }
+            Effect::Unmap { job, domain, iova, .. } => {
                 let bus = &mut self.buses[domain.0 as usize];
                 arm(&bus.sim, Call::Unmap, fault);
                 let result = match bus.sim.unmap(iova) {
@@ -181,11 +193,11 @@ impl Hands {
     /// A domain that reports more gone than there was.
     pub fn boast(&mut self, index: usize) {
         let task = &mut self.tasks[index];
-        if let (Some(Effect::Unmap { iova, .. }), Some(Event::Unmapped { result, .. })) =
+        if let (Some(Effect::Unmap { bytes, .. }), Some(Event::Unmapped { result, .. })) =
             (&task.effect, &mut task.result)
-            && *result == (UnmapResult::Gone { bytes: iova.len() })
+            && *result == (UnmapResult::Gone { bytes: *bytes })
         {
-            *result = UnmapResult::Gone { bytes: iova.len() + PAGE };
+            *result = UnmapResult::Gone { bytes: *bytes + PAGE };
         }
     }
 

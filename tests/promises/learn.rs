@@ -35,7 +35,7 @@ impl Model {
                     region.stage = Stage::Closing;
                 }
             }
-            Event::Begin { caller, range, to, performer, .. } => {
+            Event::Begin { caller, ref ranges, to, performer, .. } => {
                 let fresh = effects.iter().find_map(|effect| match effect {
                     Effect::Arm { invalidation, .. }
                     | Effect::Convert { invalidation, .. }
@@ -55,10 +55,16 @@ impl Model {
                     }
                     return Ok(());
                 };
-                let Ok(pages) = self.truth.resolve(range) else {
-                    broken!(1, "{event:?} touches addresses that no region covers, and was taken")
+                let mut pages = Vec::new();
+                for range in ranges.iter() {
+                    let Ok(part) = self.truth.resolve(range) else {
+                        broken!(1, "{event:?} touches addresses that no region covers, and was taken")
+                    };
+                    pages.extend(part);
+                }
+                let going = |r: &&Region| {
+                    r.stage == Stage::Closing && ranges.iter().any(|range| r.spec.gpa.overlaps(range))
                 };
-                let going = |r: &&Region| r.stage == Stage::Closing && r.spec.gpa.overlaps(range);
                 if let Some(region) = self.truth.regions.iter().find(going) {
                     broken!(8, "{event:?} is taken, but {region:?} is on its way out");
                 }

@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
     Caller, Cause, ClientId, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Policy,
-    Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    Ranges, Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
 };
+use passgate_bindings::PageRange;
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, PageRange};
 
 use crate::told::Told;
 use crate::truth::{Held, Kept, Phase, Stage, Truth, broken};
@@ -23,7 +23,7 @@ const SHORTEST: u64 = 6;
 pub enum Ask {
     Add { spec: RegionSpec, region: Option<RegionId> },
     Remove { region: RegionId },
-    Begin { range: PageRange<Gpa>, id: Option<InvalidationId> },
+    Begin { ranges: Ranges, id: Option<InvalidationId> },
     End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
     Release { bytes: u64, hangs: bool },
 }
@@ -78,12 +78,16 @@ pub struct Model {
     pub known: HashSet<InvalidationId>,
     pub said: BTreeMap<InvalidationId, Verdict>,
     pub receipts: HashSet<InvalidationId>,
+    /// Invalidations of whose time a part was over.
+    pub hurried: HashSet<InvalidationId>,
     /// What passgate's own conversion came to, while its answer is awaited.
     pub converted: BTreeMap<InvalidationId, Outcome>,
     /// Its calls that have not returned, also after they were given up.
     pub converting: BTreeSet<InvalidationId>,
     /// Why an expected mapping may be missing.
     pub map_failed: bool,
+    /// Whether a person has released anything.
+    pub released: bool,
     /// Nothing fails in this world: then nothing may be refused without a good reason.
     pub clean: bool,
     /// The highest invalidation that an earlier daemon's quarantine dates from.
@@ -105,9 +109,11 @@ impl Model {
             known: HashSet::new(),
             said: BTreeMap::new(),
             receipts: HashSet::new(),
+            hurried: HashSet::new(),
             converted: BTreeMap::new(),
             converting: BTreeSet::new(),
             map_failed: false,
+            released: false,
             clean,
             earlier: 0,
         }
@@ -133,8 +139,9 @@ impl Model {
                 let due = self.policy.close_deadline_ns.max(SHORTEST);
                 self.ask(caller, Ask::Remove { region }, due);
             }
-            Event::Begin { caller, range, deadline_ns, .. } => {
-                self.ask(caller, Ask::Begin { range, id: None }, deadline_ns.max(SHORTEST));
+            Event::Begin { caller, ref ranges, deadline_ns, .. } => {
+                let ranges = ranges.clone();
+                self.ask(caller, Ask::Begin { ranges, id: None }, deadline_ns.max(SHORTEST));
             }
             Event::End { caller, invalidation, outcome } => {
                 let counts = self
@@ -153,6 +160,7 @@ impl Model {
                 self.owner_did(invalidation, outcome);
             }
             Event::Expired { invalidation, rung } => {
+                self.hurried.insert(invalidation);
                 if let Some(open) = self.truth.open(invalidation) {
                     open.out_of_time |= rung == Step::Reset;
                 }
@@ -170,7 +178,10 @@ impl Model {
                 }
                 self.truth.become_state(&[(file, range)], PageState::Unknown);
             }
-            Event::Release { caller, invalidation, to } => self.vouch(caller, invalidation, to),
+            Event::Release { caller, invalidation, to } => {
+                self.released = true;
+                self.vouch(caller, invalidation, to);
+            }
             _ => {}
         }
     }
@@ -318,9 +329,9 @@ impl Model {
 
     /// The gate's own picture must be this one.
     pub fn compare(&self, snapshot: &Snapshot) -> Kept {
-        for (id, used, limit) in &snapshot.mappings {
-            if used > limit {
-                broken!(7, "{id:?} uses {used} mappings of {limit}");
+        for one in &snapshot.mappings {
+            if one.used > one.limit {
+                broken!(7, "more mappings than there may be: {one:?}");
             }
         }
         if snapshot.regions.len() > self.policy.max_regions as usize {

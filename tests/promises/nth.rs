@@ -1,7 +1,7 @@
 //! One scenario, and every fault at every call of it: the Nth call fails, falls short, flushes late, sticks or
 //! never returns, for each N, under each policy. The ledger never forgets, and no verdict is a false *done*.
 
-use passgate::gate::{OnStuckDma, Outcome, PageState, Policy};
+use passgate::gate::{Hitless, OnStuckDma, Outcome, PageState, Policy};
 use passgate_backends::iommu::sim::{Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::action::Action;
 use crate::saboteur::Plant;
 use crate::truth::Kept;
-use crate::world::{Setup, World};
+use crate::world::{Setup, World, able};
 
 const FAULTS: [Fault; 7] = [
     Fault::Errno(Errno::BUSY),
@@ -25,12 +25,13 @@ const FAULTS: [Fault; 7] = [
 const POLICIES: [OnStuckDma; 3] = [OnStuckDma::Refuse, OnStuckDma::Fence, OnStuckDma::Reset];
 
 fn setup(on_stuck_dma: OnStuckDma) -> Setup {
-    let policy = Policy { on_stuck_dma, close_deadline_ns: 500, ..Policy::default() };
+    let policy = Policy { on_stuck_dma, hitless: Hitless::Off, close_deadline_ns: 500, ..Policy::default() };
     let nature = Nature::default();
     let all = vec![(StopClass::all(), nature), (StopClass::DRAIN, nature)];
     Setup {
         policy,
-        domains: vec![(256, 8 * PAGE, all), (256, 1 << 30, vec![(StopClass::DETACH, nature)])],
+        domains: vec![(able(256, 8 * PAGE), all), (able(256, 1 << 30), vec![(StopClass::DETACH, nature)])],
+        tolerant: false,
         seeds: Vec::new(),
         clean: false,
     }
@@ -57,6 +58,7 @@ fn scenario() -> Vec<Action> {
         to,
         passgate,
         deadline_ns: 1000,
+        batch: 0,
     };
     let end = |outcome| Action::End { granted: 0, outcome, stranger: false };
     let (shared, private, hole) = (PageState::Shared, PageState::Private, PageState::Hole);

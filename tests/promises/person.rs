@@ -1,6 +1,6 @@
 //! What only a person ends: quarantine after an owner's *unknown*, quarantine of an earlier daemon, and a release.
 
-use passgate::gate::{OnStuckDma, Outcome, PageState, Policy};
+use passgate::gate::{Hitless, OnStuckDma, Outcome, PageState, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Iova, PAGE};
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::saboteur::Plant;
-use crate::world::{Setup, World};
+use crate::world::{Setup, World, able};
 
 /// The page of the file that nobody knows.
 const LOST: u16 = 2;
@@ -16,10 +16,19 @@ const UNKNOWN: Outcome = Outcome::Unknown { errno: 5, offset: 0 };
 const NOBODY: u16 = 0;
 
 fn world(seeds: &[(u8, u16, u16, u64)]) -> World {
-    let policy = Policy { on_stuck_dma: OnStuckDma::Refuse, close_deadline_ns: 700, ..Policy::default() };
+    let policy = Policy {
+        on_stuck_dma: OnStuckDma::Refuse,
+        close_deadline_ns: 700,
+        hitless: Hitless::Off,
+        ..Policy::default()
+    };
     let device = vec![(StopClass::DRAIN, Nature::default())];
-    let domains = vec![(256, 1 << 30, device.clone()), (256, 1 << 30, device)];
-    World::new(&Setup { policy, domains, seeds: seeds.to_vec(), clean: false }, Plant::Nothing).unwrap()
+    let domains = vec![(able(256, 1 << 30), device.clone()), (able(256, 1 << 30), device)];
+    World::new(
+        &Setup { policy, domains, seeds: seeds.to_vec(), tolerant: false, clean: false },
+        Plant::Nothing,
+    )
+    .unwrap()
 }
 
 /// Eight pages from the file's start.
@@ -30,7 +39,7 @@ fn add(client: u8, gpa: u16) -> Action {
 
 fn begin(region: u16, page: u16, passgate: bool) -> Action {
     let (client, pages, to, deadline_ns) = (0, 1, PageState::Private, 700);
-    Action::Begin { client, region, page, pages, to, passgate, deadline_ns }
+    Action::Begin { client, region, page, pages, to, passgate, deadline_ns, batch: 0 }
 }
 
 fn play(world: &mut World, actions: &[Action]) {

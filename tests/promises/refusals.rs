@@ -1,6 +1,6 @@
 //! A refusal must be true: what it says is in the way is in the way.
 
-use passgate::gate::{Caller, Refusal};
+use passgate::gate::{Caller, Hitless, Refusal};
 use passgate_bindings::{PAGE, PageRange};
 
 use crate::model::{Ask, Model};
@@ -11,24 +11,25 @@ impl Model {
     pub fn refusal(&mut self, caller: Caller, ask: &Ask, refusal: Refusal) -> Kept {
         let truth = &mut self.truth;
         let fits = match (ask, refusal) {
-            (Ask::Begin { range, .. }, Refusal::NoMemory { gpa }) => {
-                range.contains(gpa)
+            (Ask::Begin { ranges, .. }, Refusal::NoMemory { gpa }) => {
+                ranges.iter().any(|range| range.contains(gpa))
                     && !truth.regions.iter().any(|r| r.spec.gpa.contains(gpa) && r.stage == Stage::Live)
             }
-            (Ask::Begin { range, .. }, Refusal::Busy { invalidation, gpa }) => {
+            (Ask::Begin { ranges, .. }, Refusal::Busy { invalidation, gpa }) => {
                 let at = PageRange::new(gpa.0, PAGE).ok();
                 let pages = at.and_then(|at| truth.resolve(at).ok()).unwrap_or_default();
-                range.contains(gpa)
+                ranges.iter().any(|range| range.contains(gpa))
                     && pages.iter().any(|(f, r)| truth.open_over(*f, *r).any(|open| open.id == invalidation))
             }
-            (Ask::Begin { range, .. }, Refusal::Quarantined { gpa, cause }) => {
+            (Ask::Begin { ranges, .. }, Refusal::Quarantined { gpa, cause }) => {
                 let at = PageRange::new(gpa.0, PAGE).ok();
                 let pages = at.and_then(|at| truth.resolve(at).ok()).unwrap_or_default();
-                range.contains(gpa)
+                ranges.iter().any(|range| range.contains(gpa))
                     && pages
                         .iter()
                         .any(|(f, r)| truth.file(*f).and_then(|file| file.cause(*r)) == Some(cause))
             }
+            (Ask::Begin { .. }, Refusal::Budget { what: "mappings", needed, limit }) => needed > limit,
             (Ask::Begin { .. }, Refusal::Budget { .. }) => {
                 let open = truth.open.iter().filter(|open| open.caller.client == caller.client).count();
                 open >= self.policy.max_open as usize
@@ -37,8 +38,11 @@ impl Model {
                 spec.gpa.contains(gpa)
                     && truth.region(region).is_some_and(|other| other.spec.gpa.contains(gpa))
             }
+            (Ask::Add { spec, region: None }, Refusal::Window { piece }) => {
+                piece > PAGE && piece <= spec.piece && self.policy.hitless != Hitless::Off
+            }
             (Ask::Add { spec, region: None }, Refusal::BadPiece { piece }) => {
-                piece == spec.piece && !(piece.is_power_of_two() && piece >= PAGE)
+                piece == spec.piece && piece != 0 && !(piece.is_power_of_two() && piece >= PAGE)
             }
             (Ask::Add { region: None, .. }, Refusal::Budget { needed, limit, .. }) => needed > limit,
             (Ask::Add { region: None, .. }, Refusal::Closing) => {

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use passgate::gate::{
-    Answer, Caller, ClientId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, MapResult, Notice,
-    Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
+    Able, Answer, Caller, ClientId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, MapResult,
+    Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
 };
 
 /// A planted fault.
@@ -150,8 +150,9 @@ impl Saboteur {
                 Plant::UnknownIsCommitted,
                 Event::End { caller, invalidation, outcome: Outcome::Unknown { .. } },
             ) => Some(Event::End { caller, invalidation, outcome: Outcome::Committed }),
-            (Plant::GenerousBudget, Event::DomainAdded { domain, max_mappings, max_piece }) => {
-                Some(Event::DomainAdded { domain, max_mappings: max_mappings * 4, max_piece })
+            (Plant::GenerousBudget, Event::DomainAdded { domain, able }) => {
+                let able = Able { max_mappings: able.max_mappings * 4, ..able };
+                Some(Event::DomainAdded { domain, able })
             }
             (Plant::DeafToDeath, Event::ClientGone { .. }) => None,
             (Plant::EarlyForget, Event::ClientGone { client }) => {
@@ -182,9 +183,9 @@ impl Saboteur {
 
     fn outgoing(&mut self, effect: Effect, effects: &mut Effects) {
         match (self.plant, effect) {
-            (_, Effect::Unmap { job, domain, iova }) => {
-                self.unmaps.insert(job, iova.len());
-                effects.push(Effect::Unmap { job, domain, iova });
+            (_, Effect::Unmap { job, domain, iova, bytes }) => {
+                self.unmaps.insert(job, bytes);
+                effects.push(Effect::Unmap { job, domain, iova, bytes });
             }
             (
                 Plant::MapsBeforeEnd,

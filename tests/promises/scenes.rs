@@ -1,6 +1,6 @@
 //! What the promises leave open and the design states: how far a fence goes, and when none is asked for.
 
-use passgate::gate::{OnStuckDma, PageState, Platform, Policy};
+use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::saboteur::Plant;
-use crate::world::{KINDS, Setup, World};
+use crate::world::{KINDS, Setup, World, able};
 
 const ADD: Action = Action::Add {
     client: 0,
@@ -29,6 +29,7 @@ const BEGIN: Action = Action::Begin {
     to: PageState::Private,
     passgate: false,
     deadline_ns: 1000,
+    batch: 0,
 };
 
 /// Another region, in one piece of 2 MiB.
@@ -51,13 +52,17 @@ const BEGIN_OTHER: Action = Action::Begin {
     to: PageState::Private,
     passgate: false,
     deadline_ns: 1000,
+    batch: 0,
 };
 
 fn world(on_stuck_dma: OnStuckDma) -> World {
-    let policy = Policy { on_stuck_dma, ..Policy::default() };
-    let domains = vec![(256, 1 << 30, vec![(StopClass::all(), Nature::default())])];
-    let mut world =
-        World::new(&Setup { policy, domains, seeds: Vec::new(), clean: false }, Plant::Nothing).unwrap();
+    let policy = Policy { on_stuck_dma, hitless: Hitless::Off, ..Policy::default() };
+    let domains = vec![(able(256, 1 << 30), vec![(StopClass::all(), Nature::default())])];
+    let mut world = World::new(
+        &Setup { policy, domains, seeds: Vec::new(), tolerant: false, clean: false },
+        Plant::Nothing,
+    )
+    .unwrap();
     play(&mut world, &[ADD, Action::Settle]);
     world
 }
@@ -153,17 +158,17 @@ fn neighbours_in_the_same_piece_come_back_at_once() {
 
 #[test]
 fn a_fence_that_waits_its_turn_outlives_who_asked_for_it_first() {
-    let policy = Policy { platform: Platform::Strict, ..Policy::default() };
+    let policy = Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() };
     let device = (StopClass::DETACH, Nature { ats: true, tdi: false });
-    let domains = vec![(256, 1 << 30, vec![device])];
-    let setup = Setup { policy, domains, seeds: Vec::new(), clean: false };
+    let domains = vec![(able(256, 1 << 30), vec![device])];
+    let setup = Setup { policy, domains, seeds: Vec::new(), tolerant: false, clean: false };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     let next = Action::Work { task: 0, deliver: true, fault: None };
     // Detached, unmapped, granted; on its way back when two more need it detached, one in a hurry.
     play(&mut world, &[ADD, Action::Settle, BEGIN, next.clone(), next]);
     let begin = |page, deadline_ns| {
         let (client, region, pages, to, passgate) = (0, 0, 1, PageState::Private, false);
-        Action::Begin { client, region, page, pages, to, passgate, deadline_ns }
+        Action::Begin { client, region, page, pages, to, passgate, deadline_ns, batch: 0 }
     };
     play(&mut world, &[begin(4, 7), begin(6, 7000), Action::Advance { ns: 7 }]);
     assert_eq!(world.verdicts, [1, 1, 0]);

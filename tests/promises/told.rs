@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use passgate::gate::{
-    DeviceId, DomainId, Effect, Event, JobId, MapResult, Nature, Notice, Platform, Policy, Step, Steps,
-    UnmapResult,
+    DeviceId, DomainId, Effect, Event, Hitless, JobId, MapResult, Nature, Notice, Platform, Policy, Step,
+    Steps, UnmapResult,
 };
 use passgate_bindings::{Iova, PageRange};
 use rangemap::RangeSet;
@@ -28,11 +28,13 @@ enum Job {
 pub struct Domain {
     pub maybe: RangeSet<u64>,
     pub doubt: RangeSet<u64>,
+    /// The same with the gaps between, which nobody may use before the call is settled either.
+    wide: RangeSet<u64>,
     /// Reported gone, but a device may have kept a copy.
     copies: RangeSet<u64>,
     /// Bytes reported gone, of ranges not yet proved gone whole.
     credits: Vec<(Range<u64>, u64)>,
-    filling: BTreeMap<JobId, Range<u64>>,
+    pub filling: BTreeMap<JobId, Range<u64>>,
     flying: BTreeMap<JobId, Range<u64>>,
 }
 
@@ -45,6 +47,8 @@ pub struct Device {
     pub fenced: Option<Step>,
     /// Whether it is out of its domain.
     pub detached: bool,
+    /// Whether its driver issues nothing.
+    pub drained: bool,
     /// Whether a fence failed that may have stopped it.
     pub shaken: bool,
     /// Whether it is on its way back.
@@ -63,6 +67,7 @@ pub struct Told {
     ending: Option<(DeviceId, Step)>,
     strict: bool,
     jobs: HashMap<JobId, Job>,
+    replaces: HashMap<JobId, (DomainId, Vec<PageRange<Iova>>)>,
 }
 
 pub fn span(range: PageRange<Iova>) -> Range<u64> {
@@ -86,11 +91,19 @@ impl Domain {
     /// Whether every call over `over` came back and said plainly how it is.
     pub fn settled(&self, over: &Range<u64>) -> bool {
         let under_way = self.filling.values().chain(self.flying.values()).any(|range| meet(range, over));
-        !self.doubt.overlaps(over) && !under_way
+        !self.wide.overlaps(over) && !under_way
     }
 
     pub fn settled_everywhere(&self) -> bool {
         self.doubt.is_empty() && self.flying.is_empty()
+    }
+
+    /// What of `over` may be mapped is in doubt from now on; of gaps in it there is none.
+    fn doubts(&mut self, over: Range<u64>) {
+        self.wide.insert(over.clone());
+        let clip = |part: &Range<u64>| part.start.max(over.start)..part.end.min(over.end);
+        let parts: Vec<_> = self.maybe.overlapping(&over).map(clip).collect();
+        self.doubt.extend(parts);
     }
 
     /// The parts of `over` that are in doubt, in flight or under way.
@@ -114,7 +127,8 @@ impl Domain {
                 return;
             }
             self.maybe.remove(over.clone());
-            self.doubt.remove(over);
+            self.doubt.remove(over.clone());
+            self.wide.remove(over);
         } else {
             // Who boasts of more than there was has not said more than that it is gone.
             let left = bytes(&self.maybe, &over).saturating_sub(credit);
@@ -157,7 +171,8 @@ impl Told {
         }
         let strict = self.strict && entry.nature.ats && step == Step::Detach;
         let leaving = leaving && step != Step::Reset;
-        if !leaving && !strict && !policy.on_stuck_dma.allows().has(step) {
+        let pause = policy.hitless == Hitless::Prefer && matches!(step, Step::Drain | Step::Stop);
+        if !leaving && !strict && !pause && !policy.on_stuck_dma.allows().has(step) {
             broken!(4, "{effect:?} goes beyond the policy {:?}", policy.on_stuck_dma);
         }
         let ends_tdi = entry.nature.tdi && matches!(step, Step::Master | Step::Reset);
@@ -186,9 +201,14 @@ impl Told {
                 entry.filling.insert(job, span(iova));
                 self.jobs.insert(job, Job::Map { domain, iova });
             }
-            Effect::Unmap { job, domain, iova } => {
+            Effect::Replace { job, domain, ref gone, .. } => {
                 let entry = self.domains.entry(domain).or_default();
-                entry.doubt.insert(span(iova));
+                gone.iter().for_each(|iova| entry.doubts(span(*iova)));
+                self.replaces.insert(job, (domain, gone.clone()));
+            }
+            Effect::Unmap { job, domain, iova, .. } => {
+                let entry = self.domains.entry(domain).or_default();
+                entry.doubts(span(iova));
                 self.jobs.insert(job, Job::Unmap { domain, iova });
             }
             Effect::Fence { job, device, step } => {
@@ -226,6 +246,7 @@ impl Told {
                     nature,
                     fenced: None,
                     detached: false,
+                    drained: false,
                     shaken: false,
                     returning: false,
                     busy: 0,
@@ -240,10 +261,20 @@ impl Told {
                 match result {
                     MapResult::Mapped => {}
                     MapResult::Refused { .. } => entry.maybe.remove(span(iova)),
-                    MapResult::Unknown { .. } => entry.doubt.insert(span(iova)),
+                    MapResult::Unknown { .. } => entry.doubts(span(iova)),
                 }
             }
             Event::Unmapped { job, result, .. } => {
+                if let Some((domain, gone)) = self.replaces.remove(&job) {
+                    let copies = self.keeps_copies(domain);
+                    let entry = self.domains.entry(domain).or_default();
+                    let all = gone.iter().map(|iova| bytes(&entry.maybe, &span(*iova))).sum();
+                    for iova in gone.into_iter().filter(|_| result == UnmapResult::Gone { bytes: all }) {
+                        let bytes = bytes(&entry.maybe, &span(iova));
+                        entry.unmapped(span(iova), bytes, UnmapResult::Gone { bytes }, job, copies);
+                    }
+                    return;
+                }
                 let Some(Job::Unmap { domain, iova }) = self.jobs.get(&job).copied() else { return };
                 self.jobs.remove(&job);
                 let (UnmapResult::Gone { bytes }
@@ -266,6 +297,7 @@ impl Told {
                     entry.fenced = entry.fenced.max(Some(step));
                     entry.detached |= step == Step::Detach;
                 }
+                entry.drained |= errno == 0 && step == Step::Drain;
                 entry.shaken |= errno != 0 && step > Step::Drain;
                 let domain = entry.domain;
                 if !self.keeps_copies(domain)
@@ -273,7 +305,8 @@ impl Told {
                 {
                     for range in std::mem::take(&mut entry.copies) {
                         entry.maybe.remove(range.clone());
-                        entry.doubt.remove(range);
+                        entry.doubt.remove(range.clone());
+                        entry.wide.remove(range);
                     }
                 }
             }
@@ -286,6 +319,7 @@ impl Told {
                     entry.returning = false;
                     if errno == 0 {
                         (entry.fenced, entry.detached, entry.shaken) = (None, false, false);
+                        entry.drained = false;
                     }
                 }
             }

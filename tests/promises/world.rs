@@ -8,7 +8,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use passgate::gate::{
-    Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
+    Able, Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
     InvalidationId, Platform, Policy, Reason, Step, Steps, Verdict,
 };
 use passgate_backends::iommu::sim::{Fault, FileKey, Memory, Sim};
@@ -30,8 +30,10 @@ pub type Kind = (StopClass, Nature);
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub policy: Policy,
-    /// Per domain: mappings at most, longest mapping, its devices.
-    pub domains: Vec<(u64, u64, Vec<Kind>)>,
+    /// Per domain: what it can do, and its devices.
+    pub domains: Vec<(Able, Vec<Kind>)>,
+    /// Whether its devices bear faults.
+    pub tolerant: bool,
     /// What an earlier daemon left in quarantine: file, first page, pages, since when.
     pub seeds: Vec<(u8, u16, u16, u64)>,
     /// Nothing will fail.
@@ -41,10 +43,15 @@ pub struct Setup {
 impl Setup {
     /// Whether every device can be detached whose cache must be emptied for proof.
     fn is_detachable(&self) -> bool {
-        let caches = self.domains.iter().flat_map(|(.., devices)| devices).filter(|(_, nature)| nature.ats);
+        let caches = self.domains.iter().flat_map(|(_, devices)| devices).filter(|(_, nature)| nature.ats);
         self.policy.platform == Platform::Contained
             || caches.into_iter().all(|(class, _)| class.contains(StopClass::DETACH))
     }
+}
+
+/// A domain that can hold so many mappings of so many bytes, and nothing else.
+pub const fn able(max_mappings: u64, max_piece: u64) -> Able {
+    Able { max_mappings, max_piece, cut: false, replace: false }
 }
 
 /// What devices write.
@@ -84,7 +91,7 @@ pub struct World {
 }
 
 /// The kinds of events, as they are counted.
-pub const KINDS: [&str; 16] = [
+pub const KINDS: [&str; 17] = [
     "domain",
     "device",
     "add",
@@ -101,6 +108,7 @@ pub const KINDS: [&str; 16] = [
     "gone",
     "quarantine",
     "release",
+    "quiet",
 ];
 
 fn kind(event: &Event) -> usize {
@@ -121,6 +129,7 @@ fn kind(event: &Event) -> usize {
         Event::ClientGone { .. } => 13,
         Event::Quarantine { .. } => 14,
         Event::Release { .. } => 15,
+        Event::Quiet => 16,
     }
 }
 
@@ -163,15 +172,17 @@ impl World {
             world.hands.files.insert(id, (key, file));
             world.model.truth.files.push(File::new(id, key));
         }
-        for (index, (max_mappings, max_piece, devices)) in setup.domains.iter().enumerate() {
+        for (index, (able, devices)) in setup.domains.iter().enumerate() {
             let domain = DomainId(index as u16);
             let capabilities = Capabilities {
-                max_mappings: *max_mappings,
-                max_mapping_len: *max_piece,
+                max_mappings: able.max_mappings,
+                max_mapping_len: able.max_piece,
+                cut: able.cut,
+                replace: able.replace,
                 ..Sim::CAPABILITIES
             };
             world.hands.add_bus(domain, Sim::new(capabilities, memory.clone()).expect("an eventfd"));
-            world.feed(Event::DomainAdded { domain, max_mappings: *max_mappings, max_piece: *max_piece })?;
+            world.feed(Event::DomainAdded { domain, able: *able })?;
             for (n, (class, nature)) in devices.iter().enumerate() {
                 let device = DeviceId((index * 8 + n) as u16);
                 world.hands.add_device(index, device, *class, *nature);
@@ -179,7 +190,11 @@ impl World {
                     device,
                     domain,
                     steps: steps(*class),
-                    nature: passgate::gate::Nature { ats: nature.ats, tdi: nature.tdi },
+                    nature: passgate::gate::Nature {
+                        ats: nature.ats,
+                        tdi: nature.tdi,
+                        tolerant: setup.tolerant,
+                    },
                 })?;
             }
         }

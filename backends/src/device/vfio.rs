@@ -41,7 +41,7 @@ pub struct VfioDevice {
 /// An iommufd that closed first would leave the device's DMA running in its address space.
 #[derive(Debug)]
 enum Seat {
-    Cdev { cdev: Cdev, domain: Arc<IommufdDomain> },
+    Cdev { cdev: Arc<Cdev>, domain: Arc<IommufdDomain> },
     Group { file: DeviceFile, _group: Arc<Group>, domain: Arc<Type1Domain> },
 }
 
@@ -106,7 +106,8 @@ impl VfioDevice {
     ) -> Result<Self> {
         let device = candidate.pci.address().to_string();
         let failed = |source, mend| Error::Device { device: device.clone(), source, mend };
-        cdev.bind(domain.iommufd()).map_err(|source| {
+        let cdev = Arc::new(cdev);
+        domain.bind(&cdev).map_err(|source| {
             let mend = match source.errno {
                 Errno::INVAL => "; another process has this device: stop it first",
                 Errno::BUSY => {
@@ -120,7 +121,7 @@ impl VfioDevice {
             };
             failed(source, mend)
         })?;
-        cdev.attach(domain.ioas()).map_err(|source| failed(source, ""))?;
+        domain.attach(&cdev).map_err(|source| failed(source, ""))?;
         let stop = if let Some(other) = candidate.stays(together) {
             log::warn!(
                 "{device} shares IOMMU group {} with {other}: detaching it alone stops no DMA, so it is not offered \
@@ -239,7 +240,9 @@ impl Device for VfioDevice {
             _ if !self.stop.has(step) => Err(self.unsupported(step)),
             (FenceStep::Stop, _) => self.migration_stop(),
             (FenceStep::Master, _) => self.master_off(),
-            (FenceStep::Detach, Seat::Cdev { cdev, .. }) => cdev.detach().map_err(|f| self.failed(f)),
+            (FenceStep::Detach, Seat::Cdev { cdev, domain }) => {
+                domain.detach(cdev).map_err(|f| self.failed(f))
+            }
             (FenceStep::Reset, seat) => {
                 seat.file().reset().map_err(|failed| self.failed(failed))?;
                 self.set_master(false)
@@ -252,8 +255,8 @@ impl Device for VfioDevice {
     /// only both together bring it back.
     fn attach(&self) -> Result<()> {
         if let Seat::Cdev { cdev, domain } = &self.seat {
-            cdev.detach().map_err(|failed| self.failed(failed))?;
-            cdev.attach(domain.ioas()).map_err(|failed| self.failed(failed))?;
+            domain.detach(cdev).map_err(|failed| self.failed(failed))?;
+            domain.attach(cdev).map_err(|failed| self.failed(failed))?;
         }
         if self.stop.has(FenceStep::Stop) {
             self.migration_run()?;
@@ -275,7 +278,7 @@ impl Drop for VfioDevice {
     /// Closing the file does all this, unless somebody else keeps the file open too.
     fn drop(&mut self) {
         let stopped = match &self.seat {
-            Seat::Cdev { cdev, .. } => cdev.detach().map_err(|failed| self.failed(failed)),
+            Seat::Cdev { cdev, domain } => domain.detach(cdev).map_err(|failed| self.failed(failed)),
             Seat::Group { .. } => self.set_master(false),
         };
         if let Err(error) = stopped {

@@ -1,11 +1,9 @@
-//! The iommufd domain: one IOAS, for devices by their cdev. Linux 6.6 and later.
+//! The iommufd domain: for devices by their cdev. Linux 6.6 and later.
 //!
 //! Memfd and hugetlbfs are mapped by file where the kernel can; guest_memfd, which it cannot, by address. An
 //! unmap uses the VFIO-compatible call where probed, because that one alone tells "nothing was there" from "this
-//! would cut a mapping", and says what it had removed when it fails half-way. The seam for cutting mappings in
-//! place is the same call: it needs small IOMMU pages, which this domain does not ask for.
-
-mod resume;
+//! would cut a mapping", says what it had removed when it fails half-way, and, where the IOMMU pages are small,
+//! cuts. How parts of mappings are taken out is chosen when the domain is made: [`Tables`].
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,28 +12,65 @@ use std::sync::Arc;
 use passgate_bindings::iommufd::{IoasId, Iommufd};
 use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::{LIMIT, Offset};
-use passgate_bindings::{Failed, Iova, PAGE, PageRange};
+use passgate_bindings::vfio::Cdev;
+use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
 use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
-/// An IOAS and the iommufd that owns it.
+mod areas;
+mod probe;
+mod resume;
+mod seats;
+mod side;
+mod standby;
+
+use standby::Standby;
+
+/// Which page tables an iommufd domain keeps, and so how it takes parts of mappings out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tables {
+    /// IOMMU pages of 4 KiB (`IOMMU_OPTION_HUGE_PAGES` off): mappings are cut in place, which no device notices.
+    /// They cost 8 bytes of page table for each 4 KiB mapped, the time to write them, and more misses in the IOTLB.
+    /// Where the kernel turns out not to cut, this is [`Tables::Large`].
+    #[default]
+    Small,
+    /// IOMMU pages as large as the memory allows; mappings go whole.
+    Large,
+    /// As [`Tables::Large`], and everything in two IOASes, each with page tables of its own that stay filled:
+    /// [`Domain::replace`] takes ranges out of one while the devices are in the other, and moves them. Linux 6.7.
+    Standby,
+}
+
+/// One or two IOASes and the iommufd that owns them.
 ///
-/// Devices hold this domain, so they detach and close before it goes; then the IOAS is destroyed, and the
+/// Devices hold this domain, so they detach and close before it goes; then the IOASes are destroyed, and the
 /// iommufd closes last.
 #[derive(Debug)]
 pub struct IommufdDomain {
-    ioas: IoasId,
+    kept: Kept,
     by_file: bool,
-    tells: bool,
     iommufd: Iommufd,
+}
+
+/// What a domain maps in.
+#[derive(Debug)]
+enum Kept {
+    One {
+        ioas: IoasId,
+        /// Whether the VFIO-compatible unmap works on it,
+        tells: bool,
+        /// and cuts.
+        cuts: bool,
+    },
+    Two(Standby),
 }
 
 impl IommufdDomain {
     /// Opens `/dev/iommu` and makes a domain there.
-    pub fn open() -> Result<Arc<Self>> {
+    pub fn open(tables: Tables) -> Result<Arc<Self>> {
         let iommufd = Iommufd::open().map_err(|failed| Error::Host {
             what: failed.to_string(),
             mend: match failed.errno {
@@ -48,24 +83,26 @@ impl IommufdDomain {
                 _ => "see dmesg",
             },
         })?;
-        Self::new(iommufd)
+        Self::new(iommufd, tables)
     }
 
     /// Makes a domain in an iommufd that somebody with the right to open one has passed.
-    pub fn from_fd(fd: OwnedFd) -> Result<Arc<Self>> {
-        Self::new(Iommufd::from_fd(fd))
+    pub fn from_fd(fd: OwnedFd, tables: Tables) -> Result<Arc<Self>> {
+        Self::new(Iommufd::from_fd(fd), tables)
     }
 
-    fn new(iommufd: Iommufd) -> Result<Arc<Self>> {
-        let ioas = iommufd.ioas_alloc().map_err(|failed| Error::Host {
-            what: failed.to_string(),
-            mend: match failed.errno {
-                Errno::NOTTY => "the file passed is not an iommufd: pass an open /dev/iommu",
-                _ => "see dmesg",
-            },
-        })?;
-        let (by_file, tells) = (maps_files(&iommufd, ioas), tells(&iommufd, ioas));
-        Ok(Arc::new(Self { ioas, by_file, tells, iommufd }))
+    fn new(iommufd: Iommufd, tables: Tables) -> Result<Arc<Self>> {
+        let ioas = alloc(&iommufd)?;
+        let by_file = probe::maps_files(&iommufd, ioas);
+        let kept = match tables {
+            Tables::Standby => Kept::Two(Standby::new([ioas, alloc(&iommufd)?])),
+            Tables::Small | Tables::Large => {
+                let tells = probe::tells(&iommufd, ioas);
+                let cuts = tells && tables == Tables::Small && small(&iommufd, ioas);
+                Kept::One { ioas, tells, cuts }
+            }
+        };
+        Ok(Arc::new(Self { kept, by_file, iommufd }))
     }
 
     /// The iommufd, for devices to be bound to.
@@ -73,9 +110,37 @@ impl IommufdDomain {
         &self.iommufd
     }
 
-    /// The IOAS, for devices to be attached to.
-    pub fn ioas(&self) -> IoasId {
-        self.ioas
+    /// The IOASes, the one that devices are attached to now first.
+    pub fn ioases(&self) -> Vec<IoasId> {
+        match &self.kept {
+            Kept::One { ioas, .. } => vec![*ioas],
+            Kept::Two(standby) => standby.ioases().to_vec(),
+        }
+    }
+
+    /// Binds a device to the iommufd. Its DMA is blocked until it is attached.
+    pub(crate) fn bind(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
+        let id = cdev.bind(&self.iommufd)?;
+        if let Kept::Two(standby) = &self.kept {
+            standby.add(cdev, id);
+        }
+        Ok(())
+    }
+
+    /// Attaches a device that was bound here.
+    pub(crate) fn attach(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
+        match &self.kept {
+            Kept::One { ioas, .. } => cdev.attach(*ioas),
+            Kept::Two(standby) => standby.attach(&self.iommufd, cdev),
+        }
+    }
+
+    /// Detaches it: it is in no IOAS until it is attached again.
+    pub(crate) fn detach(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
+        match &self.kept {
+            Kept::One { .. } => cdev.detach(),
+            Kept::Two(standby) => standby.detach(cdev),
+        }
     }
 }
 
@@ -91,8 +156,8 @@ impl Domain for IommufdDomain {
             max_mapping_len: LIMIT,
             by_file: self.by_file,
             tickets: false,
-            cut: false,
-            replace: false,
+            cut: matches!(self.kept, Kept::One { cuts: true, .. }),
+            replace: matches!(self.kept, Kept::Two(_)),
         }
     }
 
@@ -105,20 +170,29 @@ impl Domain for IommufdDomain {
         writable: bool,
     ) -> Result<()> {
         let by_file = self.by_file && file.kind() != FileKind::GuestMemfd;
-        let one = |iova, offset| {
+        let one = |ioas, iova, offset| {
             if by_file {
-                self.iommufd.map_file(self.ioas, iova, file, offset, writable)
+                self.iommufd.map_file(ioas, iova, file, offset, writable)
             } else {
-                self.iommufd.map(self.ioas, iova, file, offset, writable)
+                self.iommufd.map(ioas, iova, file, offset, writable)
             }
         };
-        pieces::map(iova, piece, offset, one, |made| self.unmap(made))
+        match &self.kept {
+            Kept::One { ioas, .. } => {
+                pieces::map(iova, piece, offset, |iova, from| one(*ioas, iova, from), |made| self.unmap(made))
+            }
+            Kept::Two(standby) => standby.map(&self.iommufd, (iova, piece), offset, writable, one),
+        }
     }
 
     /// On a kernel where the VFIO-compatible call was not found, a range without any mapping is
     /// [`Unmap::Failed`] with `ENOENT`: the kernel does not tell it from a cut.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
-        let went = if self.tells { self.iommufd.cut(iova) } else { self.iommufd.unmap(self.ioas, iova) };
+        let went = match &self.kept {
+            Kept::One { tells: true, .. } => self.iommufd.cut(iova),
+            Kept::One { ioas, .. } => self.iommufd.unmap(*ioas, iova),
+            Kept::Two(standby) => return standby.unmap(&self.iommufd, iova),
+        };
         match went {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
@@ -128,35 +202,58 @@ impl Domain for IommufdDomain {
     fn leave(&self) -> io::Result<(Left, Ids)> {
         self.last()
     }
-}
 
-impl Drop for IommufdDomain {
-    fn drop(&mut self) {
-        if let Err(failed) = self.iommufd.ioas_destroy(self.ioas) {
-            log::warn!("IOAS {}: {failed}; its mappings stay until the iommufd closes", self.ioas.0);
+    /// A device that does not move, and a copy that is not made, is [`Unmap::Failed`]: `gone` may then be mapped
+    /// as before, or only its pages pinned. A later unmap or replace of it works on what is left.
+    fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
+        match &self.kept {
+            Kept::One { .. } => Unmap::Failed { errno: Errno::NOSYS, bytes: 0 },
+            Kept::Two(standby) => standby.replace(&self.iommufd, gone),
         }
     }
 }
 
-/// Whether the kernel maps by file (Linux 6.14): by mapping a page of a memfd where no device is attached, which
-/// pins nothing.
-fn maps_files(iommufd: &Iommufd, ioas: IoasId) -> bool {
-    let Ok(page) = PageRange::new(0, PAGE) else { return false };
-    let Ok(file) = GuestFile::memfd("passgate-probe", PAGE) else { return false };
-    iommufd.map_file(ioas, page, &file, Offset(0), false).is_ok() && iommufd.unmap(ioas, page) == Ok(PAGE)
+impl Drop for IommufdDomain {
+    fn drop(&mut self) {
+        match &self.kept {
+            Kept::One { ioas, .. } => destroy(&self.iommufd, *ioas),
+            Kept::Two(standby) => standby.close(&self.iommufd),
+        }
+    }
 }
 
-/// Whether the VFIO-compatible unmap works on this IOAS and answers 0 where nothing is mapped. An iommufd whose
-/// compatibility IOAS is somebody else's is left alone.
-fn tells(iommufd: &Iommufd, ioas: IoasId) -> bool {
-    let unset = iommufd.compat_ioas().is_err_and(|failed| failed.errno == Errno::NODEV);
-    let Ok(page) = PageRange::new(0, PAGE) else { return false };
-    unset && iommufd.set_compat_ioas(ioas).is_ok() && iommufd.cut(page) == Ok(0)
+fn alloc(iommufd: &Iommufd) -> Result<IoasId> {
+    iommufd.ioas_alloc().map_err(|failed| Error::Host {
+        what: failed.to_string(),
+        mend: match failed.errno {
+            Errno::NOTTY => "the file passed is not an iommufd: pass an open /dev/iommu",
+            _ => "see dmesg",
+        },
+    })
+}
+
+fn destroy(iommufd: &Iommufd, ioas: IoasId) {
+    if let Err(failed) = iommufd.ioas_destroy(ioas) {
+        log::warn!("IOAS {}: {failed}; its mappings stay until the iommufd closes", ioas.0);
+    }
+}
+
+/// Gives an empty IOAS small IOMMU pages, and keeps them if it can be cut then.
+fn small(iommufd: &Iommufd, ioas: IoasId) -> bool {
+    let cuts = iommufd.set_huge_pages(ioas, false).is_ok() && probe::cuts(iommufd, ioas);
+    if !cuts {
+        log::info!("IOAS {}: this kernel does not cut mappings; its IOMMU pages are large", ioas.0);
+        // Refused only where switching it off was: then they are large anyway.
+        let _ = iommufd.set_huge_pages(ioas, true);
+    }
+    cuts
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+
+    use passgate_bindings::PAGE;
 
     use super::*;
 
@@ -165,7 +262,7 @@ mod tests {
         if std::path::Path::new("/dev/iommu").exists() {
             return; // machine.rs covers such a host
         }
-        let error = IommufdDomain::open().unwrap_err().to_string();
+        let error = IommufdDomain::open(Tables::default()).unwrap_err().to_string();
         assert!(error.starts_with("open /dev/iommu: No such file"), "{error}");
         assert!(error.contains("use --iommu type1") && !error.contains('\n'), "{error}");
     }
@@ -173,8 +270,9 @@ mod tests {
     #[test]
     fn a_passed_file_that_is_no_iommufd_is_refused() {
         let memfd = GuestFile::memfd("not-iommu", PAGE).unwrap();
-        let error =
-            IommufdDomain::from_fd(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap_err().to_string();
+        let error = IommufdDomain::from_fd(memfd.as_fd().try_clone_to_owned().unwrap(), Tables::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("not an iommufd: pass an open /dev/iommu"), "{error}");
     }
 }

@@ -8,7 +8,7 @@ use passgate_backends::device::refusal::candidate;
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
 use passgate_backends::iommu::type1::Type1Domain;
-use passgate_backends::{Accept, Assignment, Device, Domain, Kind, Unmap, assign};
+use passgate_backends::{Accept, Assignment, Device, Domain, Kind, Tables, Unmap, assign};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::PciAddress;
@@ -21,6 +21,7 @@ pub const BASE: u64 = 0x4000_0000;
 /// The machine, for one kind of domain.
 pub struct Bench {
     pub kind: Kind,
+    pub tables: Tables,
     pub edu: Vec<String>,
     pub nvme: String,
     pub igb: String,
@@ -33,7 +34,7 @@ pub struct Engine {
 }
 
 impl Bench {
-    pub fn new(kind: Kind) -> Result<Self, Failed> {
+    pub fn new(kind: Kind, tables: Tables) -> Result<Self, Failed> {
         let devices = |variable: &str| -> Result<Vec<String>, Failed> {
             let names = std::env::var(variable).map_err(|_| format!("{variable} is not set"))?;
             Ok(names.split_whitespace().map(str::to_owned).collect())
@@ -41,6 +42,7 @@ impl Bench {
         let only = |variable| devices(variable)?.pop().ok_or(Failed::from(format!("{variable} is empty")));
         Ok(Self {
             kind,
+            tables,
             edu: devices("PASSGATE_EDU")?,
             nvme: only("PASSGATE_NVME")?,
             igb: only("PASSGATE_IGB")?,
@@ -50,17 +52,23 @@ impl Bench {
     /// A fresh domain with these devices, even where nothing stops them for certain.
     pub fn assign(&self, devices: &[&String]) -> Result<Assignment, Failed> {
         let names: Vec<String> = devices.iter().map(|&name| name.clone()).collect();
-        Ok(assign(self.kind, &names, Accept { unstoppable: true, scratch: true })?)
+        Ok(assign(self.kind, &names, Accept { unstoppable: true, scratch: true }, self.tables)?)
     }
 
     /// The device itself, without a driver of its kind, in a fresh domain where `together` will be too.
     pub fn raw(&self, name: &str, together: &[PciAddress]) -> Result<VfioDevice, Failed> {
         if self.kind == Kind::Iommufd {
-            return Ok(VfioDevice::open_cdev(name, &IommufdDomain::open()?, together)?);
+            return Ok(VfioDevice::open_cdev(name, &IommufdDomain::open(self.tables)?, together)?);
         }
         let found = candidate(Path::new(SYSFS), name)?;
         let domain = Type1Domain::open(found.pci.address(), &found.group)?;
         Ok(VfioDevice::open_group(name, &domain)?)
+    }
+
+    /// A fresh domain with the first engine, which cuts no mapping.
+    pub fn whole(&self) -> Result<Engine, Failed> {
+        let tables = if self.tables == Tables::Small { Tables::Large } else { self.tables };
+        Self::new(self.kind, tables)?.engine()
     }
 
     /// A fresh domain with the first engine.

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use libtest_mimic::Failed;
 use passgate_backends::device::edu::POISON;
-use passgate_backends::{Error, Kind, Unmap};
-use passgate_bindings::memory::{FileKind, GuestFile};
+use passgate_backends::{Error, Kind, Tables, Unmap};
+use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
-use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
@@ -27,10 +26,7 @@ pub fn dma_moves_the_right_bytes_of_a_guest_memfd(bench: &Bench) -> Outcome {
 
 pub fn dma_moves_the_right_bytes_of_huge_pages(bench: &Bench) -> Outcome {
     const HUGE: u64 = 2 << 20;
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-    let fd = rustix::fs::memfd_create("huge", flags)?;
-    rustix::fs::ftruncate(&fd, 2 * HUGE)?;
-    dma_moves_the_right_bytes(bench, &Arc::new(GuestFile::new(fd, FileKind::Hugetlb(HUGE), 2 * HUGE, true)))
+    dma_moves_the_right_bytes(bench, &Arc::new(GuestFile::memfd_huge("huge", 2 * HUGE, HUGE)?))
 }
 
 /// Three pages from the second of four, in pieces of two: offsets, pieces and page borders all have to be right.
@@ -81,7 +77,7 @@ pub fn unmap_counts_bytes_and_leaves_holes_alone(bench: &Bench) -> Outcome {
 }
 
 pub fn an_unmap_that_would_cut_changes_nothing(bench: &Bench) -> Outcome {
-    let (engine, file) = (bench.engine()?, memfd(4)?);
+    let (engine, file) = (bench.whole()?, memfd(4)?);
     engine.map(0, 4, &file)?;
     let refused = if bench.kind == Kind::Type1 { Errno::INVAL } else { Errno::NOENT };
     for (page, pages) in [(0, 1), (1, 2), (3, 1)] {
@@ -92,13 +88,15 @@ pub fn an_unmap_that_would_cut_changes_nothing(bench: &Bench) -> Outcome {
     same("the whole", engine.unmap(0, 4), Unmap::Gone { bytes: 4 * PAGE })
 }
 
-/// type1 looks at both ends first; iommufd goes along until it meets the cut, and says how far it came.
+/// type1 looks at both ends first, and so does a standby domain in its book; iommufd goes along until it meets the
+/// cut, and says how far it came.
 pub fn an_unmap_that_fails_half_way_says_what_it_removed(bench: &Bench) -> Outcome {
-    let (engine, file) = (bench.engine()?, memfd(4)?);
+    let (engine, file) = (bench.whole()?, memfd(4)?);
     engine.map(0, 2, &file)?;
     engine.map(4, 4, &file)?;
     let (failed, left) = match bench.kind {
         Kind::Type1 => (Unmap::Failed { errno: Errno::INVAL, bytes: 0 }, 6 * PAGE),
+        _ if bench.tables == Tables::Standby => (Unmap::Failed { errno: Errno::NOENT, bytes: 0 }, 6 * PAGE),
         _ => (Unmap::Failed { errno: Errno::NOENT, bytes: 2 * PAGE }, 4 * PAGE),
     };
     same("an unmap that cuts at its end", engine.unmap(0, 6), failed)?;
@@ -133,6 +131,9 @@ pub fn an_alias_is_a_mapping_of_its_own(bench: &Bench) -> Outcome {
 pub fn capabilities_are_probed(bench: &Bench) -> Outcome {
     let can = bench.engine()?.domain.capabilities();
     check("no tickets", !can.tickets)?;
+    let iommufd = bench.kind == Kind::Iommufd;
+    same("it cuts", can.cut, iommufd && bench.tables == Tables::Small)?;
+    same("it replaces", can.replace, iommufd && bench.tables == Tables::Standby)?;
     match bench.kind {
         Kind::Type1 => {
             check("type1 maps by address", !can.by_file)?;

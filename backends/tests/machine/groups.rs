@@ -46,17 +46,17 @@ pub fn a_detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
         !passgate_backends::Device::stop_class(&alone).has(FenceStep::Detach),
     )?;
     drop(alone);
-    let error = refusal(assign(bench.kind, &[PAIR[0].to_owned()], Accept::default()))?;
+    let error = refusal(assign(bench.kind, &[PAIR[0].to_owned()], Accept::default(), bench.tables))?;
     says(&error, "0000:00:1f.2 cannot be stopped for certain")?;
     says(
         &error,
         "0000:00:1f.3 shares its IOMMU group, so that detaching it proves nothing: serve 0000:00:1f.3 with",
     )?;
 
-    let error = refusal(assign(bench.kind, &PAIR.map(str::to_owned), Accept::default()))?;
+    let error = refusal(assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables))?;
     says(&error, "0000:00:1f.3 is bound to no driver")?;
     let _second = Bound::new(PAIR[1])?;
-    let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default())?;
+    let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables)?;
     for _ in 0..2 {
         for device in &both.devices {
             check("both are", device.stop_class().has(FenceStep::Detach))?;

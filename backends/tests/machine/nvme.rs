@@ -71,7 +71,7 @@ fn some(touches: &AtomicU64) {
 /// Not asked to overwrite its blocks, it moves no bytes of others' choosing, and still shows that it does DMA.
 pub fn without_scratch_blocks_it_only_says_what_it_is(bench: &Bench) -> Outcome {
     let Assignment { domain, mut devices } =
-        assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default())?;
+        assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
     let engine = Engine { device: devices.remove(0), domain };
     let file = memfd(1)?;
     engine.map(0, 1, &file)?;
@@ -111,7 +111,7 @@ const OWN_LEN: u64 = 0x20_0000;
 
 /// Completions come by interrupt, one or more for every two commands that a DMA takes.
 pub fn completions_come_by_interrupt(bench: &Bench) -> Outcome {
-    let domain = IommufdDomain::open()?;
+    let domain = IommufdDomain::open(bench.tables)?;
     let together = [bench.nvme.parse().map_err(|_| Failed::from("no PCI address"))?];
     let vfio = VfioDevice::open_cdev(&bench.nvme, &domain, &together)?;
     let domain: Arc<dyn Domain> = domain;

@@ -28,28 +28,28 @@ pub fn says(error: &str, what: &str) -> Outcome {
 
 pub fn a_busy_device_is_refused(bench: &Bench) -> Outcome {
     let _first = bench.engine()?;
-    let error = refusal(assign(bench.kind, &bench.edu[..1], ANY))?;
+    let error = refusal(assign(bench.kind, &bench.edu[..1], ANY, bench.tables))?;
     says(&error, &bench.edu[0])?;
     says(&error, "another process has")
 }
 
 /// The machine's SMBus controller belongs to the host, or to nobody; the root port in front of igb is a bridge.
 pub fn an_unbound_device_is_refused(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ANY))?;
+    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ANY, bench.tables))?;
     says(&error, "not to vfio-pci; bind it:")?;
-    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ANY))?;
+    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ANY, bench.tables))?;
     says(&error, "0000:00:07.0 is a bridge")
 }
 
 /// The engine has no reset, and on type1 nothing is detached.
 pub fn what_cannot_be_stopped_is_refused_unless_accepted(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &bench.edu[..1], Accept::default()))?;
+    let error = refusal(assign(bench.kind, &bench.edu[..1], Accept::default(), bench.tables))?;
     says(&error, "cannot be stopped for certain")?;
     says(&error, "type1 detaches nothing: use --iommu iommufd")?;
     says(&error, "--allow-unstoppable")?;
-    let taken = assign(bench.kind, &bench.edu[..1], ANY)?;
+    let taken = assign(bench.kind, &bench.edu[..1], ANY, bench.tables)?;
     check("nothing stops it", taken.devices[0].stop_class().is_empty())?;
-    assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default())?;
+    assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
     Ok(())
 }
 
@@ -60,7 +60,7 @@ pub fn a_passed_cdev_must_be_the_device_named(bench: &Bench) -> Outcome {
         Ok(std::fs::File::options().read(true).write(true).open(format!("/dev/vfio/devices/{cdev}"))?.into())
     };
     let iommu: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/iommu")?.into();
-    let domain = IommufdDomain::from_fd(iommu)?;
+    let domain = IommufdDomain::from_fd(iommu, bench.tables)?;
     let error = refusal(VfioDevice::from_cdev(&bench.edu[0], open(&bench.edu[1])?, &domain))?;
     says(&error, "not its character device")?;
     let device = VfioDevice::from_cdev(&bench.edu[0], open(&bench.edu[0])?, &domain)?;
@@ -68,6 +68,6 @@ pub fn a_passed_cdev_must_be_the_device_named(bench: &Bench) -> Outcome {
 }
 
 pub fn auto_is_iommufd(bench: &Bench) -> Outcome {
-    let set = assign(Kind::Auto, &bench.edu, Accept::default())?;
+    let set = assign(Kind::Auto, &bench.edu, Accept::default(), bench.tables)?;
     same("the domain", set.domain.name(), "iommufd")
 }

@@ -27,14 +27,18 @@ fn whatever_is_mapped_and_unmapped_the_device_sees_exactly_that() {
             let page = next(&mut state) % (PLACES - len + 1);
             let occupied = model[places.clone()].iter().any(Option::is_some);
             let firsts: HashSet<_> = model.iter().flatten().map(|(first, _)| first).collect();
-            let full = firsts.len() as u64 + len.div_ceil(piece) > SLOTS;
+            // Of a place: the first of its mapping, on the grid of absolute IOVAs.
+            let first = |place: u64| {
+                let page = BASE / PAGE + place;
+                (page - page % piece).max(BASE / PAGE + start) - BASE / PAGE
+            };
+            let new: HashSet<_> = (start..start + len).map(first).collect();
+            let full = (firsts.len() + new.len()) as u64 > SLOTS;
             let offset = Offset(page * PAGE);
             match bench.domain.map(iova(start, len), piece * PAGE, &bench.memory, offset, true) {
                 Ok(()) => {
                     assert!(!occupied && !full);
-                    (0..len).for_each(|i| {
-                        model[(start + i) as usize] = Some((start + i / piece * piece, page + i))
-                    });
+                    (0..len).for_each(|i| model[(start + i) as usize] = Some((first(start + i), page + i)));
                     made += 1;
                 }
                 Err(error) if occupied => assert_eq!(error.errno(), Some(Errno::EXIST)),

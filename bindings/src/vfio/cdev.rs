@@ -11,7 +11,7 @@ use super::device::DeviceFile;
 use super::number;
 use super::pci::PciDevice;
 use crate::Failed;
-use crate::iommufd::{IoasId, Iommufd};
+use crate::iommufd::{DeviceId, Iommufd, PageTable};
 
 /// A VFIO character device. Until it is bound the kernel refuses every other call with `EINVAL`.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl Cdev {
     /// (`VFIO_DEVICE_BIND_IOMMUFD`). Its DMA is blocked until it is attached. `EINVAL` where it is open already,
     /// through this file or another, in any process; `EBUSY` where its group is open, or a driver of the host uses
     /// it. A KVM that is to know the device must be told before.
-    pub fn bind(&self, iommufd: &Iommufd) -> Result<u32, Failed> {
+    pub fn bind(&self, iommufd: &Iommufd) -> Result<DeviceId, Failed> {
         let mut arg = uapi::vfio_device_bind_iommufd {
             argsz: argsz::<uapi::vfio_device_bind_iommufd>(),
             iommufd: iommufd.as_fd().as_raw_fd(),
@@ -54,16 +54,16 @@ impl Cdev {
         if unsafe { ioctl_with_mut_ref(&self.as_fd(), number::DEVICE_BIND_IOMMUFD(), &mut arg) } < 0 {
             return Err(Failed::last("VFIO_DEVICE_BIND_IOMMUFD"));
         }
-        Ok(arg.out_devid)
+        Ok(DeviceId(arg.out_devid))
     }
 
-    /// Attaches the device to an IOAS, or moves it there from another one
+    /// Attaches the device to a page table or an IOAS, or moves it there from another one
     /// (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). A move is not hitless, and one that fails may leave the device detached
     /// in hardware although a later attach returns 0: only detach, then attach, brings it back.
-    pub fn attach(&self, ioas: IoasId) -> Result<(), Failed> {
+    pub fn attach(&self, to: impl Into<PageTable>) -> Result<(), Failed> {
         let mut arg = uapi::vfio_device_attach_iommufd_pt {
             argsz: argsz::<uapi::vfio_device_attach_iommufd_pt>(),
-            pt_id: ioas.0,
+            pt_id: to.into().id(),
             ..Default::default()
         };
         // SAFETY: the call's own structure, without pointers.

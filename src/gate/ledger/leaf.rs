@@ -86,6 +86,22 @@ impl Leaf<'_> {
         count.sum()
     }
 
+    /// Adds up how many of the pages are 0, 1, 2 and 3.
+    pub(super) fn counts(self, pages: Range<u64>, counts: &mut [u64; 4]) {
+        let mut rest = pages.end - pages.start;
+        for index in pages.start / PER_WORD..=(pages.end - 1) / PER_WORD {
+            let base = index * PER_WORD;
+            let mask = mask(pages.start.saturating_sub(base)..(pages.end - base).min(PER_WORD));
+            let word = self.word(index) & mask;
+            let (low, high) = (word & LOW, word >> 1 & LOW);
+            for (value, pages) in (1..).zip([low & !high, high & !low, low & high]) {
+                counts[value] += u64::from(pages.count_ones());
+                rest -= u64::from(pages.count_ones());
+            }
+        }
+        counts[0] += rest;
+    }
+
     /// The first of the pages that is not `value`.
     pub(super) fn next_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
         let mut from = pages.start % PER_WORD;

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::leaf::{self, Leaf, PER_WORD};
-use super::tree::{Tree, Values};
+use super::tree::{Values, Walk};
 
 /// The longest spans of equal value that make up a range of pages; see [`Tree::spans`].
 pub struct Spans<'a> {
-    tree: &'a Tree,
+    walk: Walk<'a>,
     /// The span that is being followed: where it starts, and its value.
     start: u64,
     value: u8,
@@ -23,10 +23,21 @@ pub struct Spans<'a> {
 }
 
 impl<'a> Spans<'a> {
-    pub(super) fn new(tree: &'a Tree, pages: Range<u64>) -> Self {
+    pub(super) fn new(walk: Walk<'a>, pages: Range<u64>) -> Self {
         let (start, end) = (pages.start, pages.end);
-        let value = if start < end { tree.get(start) } else { 0 };
-        Self { tree, start, value, next: start, end, leaf: None, word: 0, first: 0, changes: 0 }
+        let mut spans =
+            Self { walk, start, value: 0, next: start, end, leaf: None, word: 0, first: 0, changes: 0 };
+        if start < end {
+            let found = spans.walk.find(start);
+            match found.values {
+                Values::All(value) => (spans.value, spans.next) = (value, found.pages.end),
+                Values::Each(leaf) => {
+                    spans.value = leaf.get(start % leaf::PAGES);
+                    spans.leaf = Some((leaf, found.pages.start));
+                }
+            }
+        }
+        spans
     }
 
     /// Reads on: one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
@@ -35,7 +46,7 @@ impl<'a> Spans<'a> {
         let (leaf, first) = match self.leaf {
             Some((leaf, first)) if page < first + leaf::PAGES => (leaf, first),
             _ => {
-                let found = self.tree.find(page);
+                let found = self.walk.find(page);
                 match found.values {
                     Values::Each(leaf) => (leaf, found.pages.start),
                     Values::All(value) => {

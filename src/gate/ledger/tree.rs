@@ -6,20 +6,18 @@
 
 use std::ops::Range;
 
-use super::blocks::{BLOCK_BYTES, LEAF_WORDS, LEAVES};
-use super::leaf::{self, Leaf};
+mod set;
+mod walk;
+
+use super::blocks::{BLOCK_BYTES, LEAVES};
+use super::leaf;
 use super::spans::Spans;
 use super::store::{Full, Key, LEVELS, Store, UNIFORM};
+use set::{Place, Setting, move_pages};
+pub(super) use walk::{Values, Walk, span};
 
-/// Bits of a page number that one level tells apart.
-const BITS: u32 = 9;
 /// Page numbers end here; a [`passgate_bindings::PageRange`] has none beyond.
-pub const PAGES: u64 = 1 << (BITS * (LEVELS + 1));
-
-/// Pages below one entry at `height`: 0 is a leaf's.
-const fn span(height: u32) -> u64 {
-    1 << (BITS * (height + 1))
-}
+pub const PAGES: u64 = span(LEVELS);
 
 /// The values of all pages under one key of a store. There is one of these per key at a time.
 #[derive(Debug)]
@@ -28,28 +26,16 @@ pub struct Tree {
     key: Key,
     /// Where in the store its root is.
     root: usize,
-}
-
-/// The pages around one that were found together.
-pub(super) struct Found<'a> {
-    /// Which.
-    pub(super) pages: Range<u64>,
-    /// What they are.
-    pub(super) values: Values<'a>,
-}
-
-/// What pages found together are.
-pub(super) enum Values<'a> {
-    /// All the same.
-    All(u8),
-    /// Told apart.
-    Each(Leaf<'a>),
+    /// How many pages are 1, 2 and 3; those that are 0 are not counted.
+    totals: [u64; 4],
 }
 
 impl Tree {
     /// The tree under `key`; where the store has none yet, a new one.
     pub fn new(store: &Store, key: Key) -> Result<Self, Full> {
-        Ok(Self { root: store.tree(key)?, store: store.clone(), key })
+        let mut tree = Self { root: store.tree(key)?, store: store.clone(), key, totals: [0; 4] };
+        tree.totals = tree.tally(0..span(store.root(tree.root).0));
+        Ok(tree)
     }
 
     /// Forgets it: its memory is free, and the store has nothing under its key.
@@ -71,7 +57,7 @@ impl Tree {
 
     /// The value of `page`.
     pub fn get(&self, page: u64) -> u8 {
-        match self.find(page).values {
+        match self.walk().find(page).values {
             Values::All(value) => value,
             Values::Each(leaf) => leaf.get(page % leaf::PAGES),
         }
@@ -97,10 +83,17 @@ impl Tree {
         // One page beside others that are told apart: by far the most common, and nothing but its word changes.
         if pages.end - pages.start == 1 {
             let page = pages.start % leaf::PAGES;
-            match self.find(pages.start).values {
-                Values::Each(leaf) if !leaf.set(page..page + 1, value) => return Ok(()),
+            match self.walk().find(pages.start).values {
+                Values::Each(leaf) => {
+                    let old = leaf.get(page);
+                    let even = old != value && leaf.set(page..page + 1, value);
+                    move_pages(&mut self.totals, old, value, 1);
+                    if !even {
+                        return Ok(());
+                    }
+                }
                 Values::All(old) if old == value => return Ok(()),
-                _ => {}
+                Values::All(_) => {}
             }
         }
         let (mut height, mut entry) = self.store.root(self.root);
@@ -117,7 +110,7 @@ impl Tree {
             return Ok(());
         }
         let at = Place { entry, height, first: 0, parent: 0 };
-        let new = self.set_in(at, pages, Setting { value, coarse })?;
+        let new = Setting { store: &self.store, totals: &mut self.totals, value, coarse }.set(at, pages)?;
         if new != entry {
             self.store.set_root(self.root, height, new);
             if new < UNIFORM {
@@ -137,79 +130,16 @@ impl Tree {
         Ok(node)
     }
 
-    /// Sets `pages`, which lie below `at`; what its entry is to be then.
-    fn set_in(&self, at: Place, pages: Range<u64>, to: Setting) -> Result<u32, Full> {
-        let same = u32::from(to.value);
-        if at.entry == same || pages == at.pages() {
-            return Ok(same);
-        }
-        let made = at.entry < UNIFORM;
-        let unit = match (made, at.height) {
-            (false, _) => Ok(at.entry),
-            (true, 0) => self.store.take_leaf(at.parent, leaf::spread(at.entry as u8)),
-            (true, _) => self.store.take_node(at.entry),
-        };
-        let unit = match (unit, to.coarse) {
-            (Ok(unit), _) => unit,
-            (Err(_), Some(coarse)) => return Ok(coarse.into()),
-            (Err(full), None) => return Err(full),
-        };
-        if at.height == 0 {
-            let Some(leaf) = self.leaf(unit) else { return Ok(unit) };
-            leaf.set(pages.start - at.first..pages.end - at.first, to.value);
-            return Ok(if leaf.is_all(to.value) { same } else { unit });
-        }
-        let folded = match self.set_below(Place { entry: unit, ..at }, pages, to) {
-            Ok(folded) => folded,
-            Err(full) => {
-                if made {
-                    self.store.free(unit, at.height, 0);
-                }
-                return Err(full);
-            }
-        };
-        match folded {
-            Some(value) if self.store.entries(unit).all(|entry| entry == value) => {
-                // A node that nothing leads to yet is nobody else's to give back.
-                if made {
-                    self.store.free(unit, at.height, 0);
-                }
-                Ok(value)
-            }
-            _ => Ok(unit),
-        }
-    }
-
-    /// Sets `pages` below the node `at`; the last value that an entry of it was folded into.
-    fn set_below(&self, at: Place, pages: Range<u64>, to: Setting) -> Result<Option<u32>, Full> {
-        let (span, mut folded) = (span(at.height - 1), None);
-        for index in (pages.start - at.first) / span..=(pages.end - 1 - at.first) / span {
-            let old = self.store.entry(at.entry, index);
-            let first = at.first + index * span;
-            let within = pages.start.max(first)..pages.end.min(first + span);
-            let below = Place { entry: old, height: at.height - 1, first, parent: at.entry };
-            let new = self.set_in(below, within, to)?;
-            if new != old {
-                self.store.set_entry(at.entry, index, new);
-            }
-            if new < UNIFORM {
-                self.store.free(old, at.height - 1, at.entry);
-                folded = Some(new);
-            }
-        }
-        Ok(folded)
-    }
-
     /// The longest spans of equal value that make up `pages`, in order.
     pub fn spans(&self, pages: Range<u64>) -> Spans<'_> {
-        Spans::new(self, pages)
+        Spans::new(self.walk(), pages)
     }
 
     /// The first page of `pages` that is not `value`.
     pub fn next_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         let mut at = pages.start;
         while at < pages.end {
-            let found = self.find(at);
+            let found = self.walk().find(at);
             let first = found.pages.start;
             match found.values {
                 Values::All(other) if other != value => return Some(at),
@@ -230,7 +160,7 @@ impl Tree {
     pub fn last_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         let mut end = pages.end;
         while pages.start < end {
-            let found = self.find(end - 1);
+            let found = self.walk().find(end - 1);
             let first = found.pages.start;
             let page = match found.values {
                 Values::All(other) => (other != value).then_some(end - 1),
@@ -246,9 +176,9 @@ impl Tree {
 
     /// How many of `pages` are `value`.
     pub fn count(&self, pages: Range<u64>, value: u8) -> u64 {
-        let (mut at, mut count) = (pages.start, 0);
+        let (mut at, mut count, mut walk) = (pages.start, 0, self.walk());
         while at < pages.end {
-            let found = self.find(at);
+            let found = walk.find(at);
             let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
             count += match found.values {
                 Values::All(other) => {
@@ -265,56 +195,36 @@ impl Tree {
         count
     }
 
-    /// What is known of `page` and those around it.
-    pub(super) fn find(&self, page: u64) -> Found<'_> {
-        let (mut height, mut entry) = self.store.root(self.root);
-        if page >= span(height) {
-            return Found { pages: span(height)..u64::MAX, values: Values::All(0) };
+    /// How many of `pages` are 0, 1, 2 and 3. At once where all other pages are 0, as when a file is asked for whole.
+    pub fn counts(&self, pages: Range<u64>) -> [u64; 4] {
+        let ends = span(self.store.root(self.root).0);
+        if self.next_not(0..pages.start.min(ends), 0).is_none()
+            && self.next_not(pages.end.min(ends)..ends, 0).is_none()
+        {
+            let [_, one, two, three] = self.totals;
+            return [pages.end - pages.start - one - two - three, one, two, three];
         }
-        while entry >= UNIFORM && height > 0 {
-            height -= 1;
-            entry = self.store.entry(entry, page >> (BITS * (height + 1)) & 511);
+        self.tally(pages)
+    }
+
+    fn tally(&self, pages: Range<u64>) -> [u64; 4] {
+        let (mut at, mut counts, mut walk) = (pages.start, [0; 4], self.walk());
+        while at < pages.end {
+            let found = walk.find(at);
+            let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
+            match found.values {
+                Values::All(value) => counts[usize::from(value & 3)] += end - at,
+                Values::Each(leaf) => leaf.counts(at - first..end - first, &mut counts),
+            }
+            at = end;
         }
-        self.at(entry, page & !(span(height) - 1), height)
+        counts
     }
 
-    fn at(&self, entry: u32, first: u64, height: u32) -> Found<'_> {
-        let pages = first..first + span(height);
-        let values = match self.leaf(entry) {
-            Some(leaf) if entry >= UNIFORM => Values::Each(leaf),
-            // A unit that leads nowhere is none of ours: its pages are as if never set.
-            _ => Values::All(if entry < UNIFORM { entry as u8 } else { 0 }),
-        };
-        Found { pages, values }
+    /// A look from page to page.
+    pub(super) fn walk(&self) -> Walk<'_> {
+        Walk::new(&self.store, self.root)
     }
-
-    fn leaf(&self, unit: u32) -> Option<Leaf<'_>> {
-        self.store.words_at(unit, LEAF_WORDS).try_into().ok().map(Leaf)
-    }
-}
-
-/// An entry, and what it stands for.
-#[derive(Clone, Copy)]
-struct Place {
-    entry: u32,
-    height: u32,
-    /// Its first page.
-    first: u64,
-    /// The node that it is in.
-    parent: u32,
-}
-
-impl Place {
-    fn pages(self) -> Range<u64> {
-        self.first..self.first + span(self.height)
-    }
-}
-
-/// What pages are set to, and what where that would need room that is not there.
-#[derive(Clone, Copy)]
-struct Setting {
-    value: u8,
-    coarse: Option<u8>,
 }
 
 #[cfg(test)]

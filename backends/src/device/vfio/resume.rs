@@ -26,7 +26,7 @@ impl VfioDevice {
         let candidate = candidate(Path::new(SYSFS), name)?;
         is_cdev_of(&candidate, &fd)?;
         let stop = if candidate.stays(together).is_some() { StopClass::empty() } else { StopClass::DETACH };
-        let seat = Seat::Cdev { cdev: Cdev::from_fd(fd), domain: Arc::clone(domain) };
+        let seat = Seat::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
         Self::opened(candidate.pci, seat, stop).map_err(not_bound)
     }
 

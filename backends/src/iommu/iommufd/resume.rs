@@ -7,7 +7,7 @@ use std::sync::Arc;
 use passgate_bindings::iommufd::{IoasId, Iommufd};
 use rustix::io::Errno;
 
-use super::IommufdDomain;
+use super::{IommufdDomain, Kept};
 use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
@@ -17,7 +17,7 @@ impl IommufdDomain {
     /// Takes over the domain that an earlier process had in this iommufd, by its id there, which the kernel cannot
     /// list. Nothing is mapped, unmapped, attached or probed: what was probed then is in `ids`.
     pub fn resume(iommufd: OwnedFd, ids: Ids) -> Result<Arc<Self>> {
-        let Ids::Iommufd { ioas, by_file, tells } = ids else {
+        let Ids::Iommufd { ioas, by_file, tells, cuts } = ids else {
             return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), mend: MEND });
         };
         let (iommufd, ioas) = (Iommufd::from_fd(iommufd), IoasId(ioas));
@@ -42,12 +42,14 @@ impl IommufdDomain {
                  address, which the kernel cannot move; or it is older than Linux 6.14)"
             );
         }
-        Ok(Arc::new(Self { ioas, by_file, tells, iommufd }))
+        Ok(Arc::new(Self { kept: Kept::One { ioas, tells, cuts }, by_file, iommufd }))
     }
 
-    /// What [`IommufdDomain::resume`] needs.
+    /// What [`IommufdDomain::resume`] needs; nothing where there are two page tables, for which of them devices are in
+    /// changes all the time.
     pub(super) fn last(&self) -> io::Result<(Left, Ids)> {
-        let ids = Ids::Iommufd { ioas: self.ioas.0, by_file: self.by_file, tells: self.tells };
+        let Kept::One { ioas, tells, cuts } = &self.kept else { return Ok((Left::default(), Ids::Nothing)) };
+        let ids = Ids::Iommufd { ioas: ioas.0, by_file: self.by_file, tells: *tells, cuts: *cuts };
         let domain = Some(self.iommufd.as_fd().try_clone_to_owned()?);
         Ok((Left { domain, ..Left::default() }, ids))
     }
@@ -63,7 +65,7 @@ mod tests {
     #[test]
     fn what_is_no_iommufd_or_of_another_domain_is_refused_in_one_line() {
         let file = || GuestFile::memfd("not-iommu", PAGE).unwrap().as_fd().try_clone_to_owned().unwrap();
-        let ids = Ids::Iommufd { ioas: 1, by_file: true, tells: true };
+        let ids = Ids::Iommufd { ioas: 1, by_file: true, tells: true, cuts: true };
         for (ids, says) in
             [(ids, "kept as the iommufd is none"), (Ids::Type1 { entries: 1 }, "not of an iommufd")]
         {

@@ -10,9 +10,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Failed, Iova, PAGE, PageRange};
+use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::event::EventfdFlags;
-use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Ticket, Unmap};
 use crate::device::{Nature, StopClass};

@@ -1,3 +1,6 @@
+use passgate_bindings::PAGE;
+use rustix::io::Errno;
+
 use super::*;
 use crate::{Device, FenceStep};
 
@@ -9,8 +12,17 @@ struct Rig {
 }
 
 fn rig() -> Rig {
+    rig_that(Sim::CAPABILITIES)
+}
+
+/// A domain that cuts and replaces.
+fn able() -> Rig {
+    rig_that(Capabilities { cut: true, replace: true, ..Sim::CAPABILITIES })
+}
+
+fn rig_that(can: Capabilities) -> Rig {
     let memory = Memory::new();
-    let sim = Sim::new(Capabilities { max_mappings: 16, ..Sim::CAPABILITIES }, memory.clone()).unwrap();
+    let sim = Sim::new(Capabilities { max_mappings: 16, ..can }, memory.clone()).unwrap();
     let device = sim.device("sim:0", StopClass::all(), Nature { ats: true, tdi: false });
     let file = Arc::new(GuestFile::memfd("sim", 64 * PAGE).unwrap());
     Rig { memory, sim, device, file }
@@ -23,6 +35,16 @@ impl Rig {
 
     fn sees(&self, page: u64) -> Option<u64> {
         self.device.dma(Iova(page * PAGE)).map(|seen| seen.offset.0 / PAGE)
+    }
+
+    /// Where the mappings begin, and how many pages they have.
+    fn table(&self) -> Vec<(u64, u64)> {
+        self.sim.mappings().iter().map(|m| (m.iova.start().0 / PAGE, m.iova.pages())).collect()
+    }
+
+    /// The pages of 0 to 16 that the device reaches.
+    fn reach(&self) -> Vec<u64> {
+        (0..16).filter(|page| self.sees(*page).is_some()).collect()
     }
 
     fn ended(&self) -> usize {
@@ -52,6 +74,94 @@ fn maps_in_pieces_and_unmaps_whole_ones_only() {
     assert_eq!(rig.sim.unmap(iova(4, 40)), Unmap::Gone { bytes: 6 * PAGE });
     assert_eq!(rig.sim.unmap(iova(4, 40)), Unmap::Gone { bytes: 0 });
     assert_eq!((rig.sees(3), rig.sees(4)), (Some(23), None));
+}
+
+#[test]
+fn mappings_lie_on_the_grid_of_their_piece() {
+    let rig = rig();
+    rig.map(3, 10, 4, 20).unwrap();
+    assert_eq!(rig.table(), [(3, 1), (4, 4), (8, 4), (12, 1)]);
+    assert_eq!((rig.sees(3), rig.sees(4), rig.sees(12)), (Some(20), Some(21), Some(29)));
+    assert_eq!(rig.sim.unmap(iova(4, 4)), Unmap::Gone { bytes: 4 * PAGE });
+}
+
+#[test]
+fn a_cut_leaves_what_sticks_out_with_the_frames_that_it_pinned() {
+    let rig = able();
+    rig.map(0, 8, 8, 20).unwrap();
+    let file = FileKey::of(&rig.file).unwrap();
+    rig.memory.replace(file, PageRange::new(21 * PAGE, PAGE).unwrap(), 9);
+    assert_eq!(rig.sim.unmap(iova(2, 3)), Unmap::Gone { bytes: 3 * PAGE });
+    assert_eq!(rig.table(), [(0, 2), (5, 3)]);
+    assert_eq!((rig.sees(1), rig.sees(2), rig.sees(4), rig.sees(5)), (Some(21), None, None, Some(25)));
+    let born: Vec<_> = rig.sim.mappings().iter().map(|mapping| mapping.since).collect();
+    assert!(born.iter().all(|since| *since < rig.memory.now()), "neither part pinned anything anew");
+    // Across both parts, from the middle of one into the middle of the other.
+    assert_eq!(rig.sim.unmap(iova(1, 5)), Unmap::Gone { bytes: 2 * PAGE });
+    assert_eq!(rig.table(), [(0, 1), (6, 2)]);
+    rig.map(1, 5, 8, 40).unwrap();
+    assert_eq!(rig.reach(), [0, 1, 2, 3, 4, 5, 6, 7]);
+}
+
+#[test]
+fn a_replace_takes_exactly_its_ranges_out() {
+    let rig = able();
+    rig.map(0, 8, 8, 20).unwrap();
+    rig.map(8, 4, 2, 40).unwrap();
+    let gone = [iova(1, 1), iova(3, 2), iova(7, 2), iova(12, 2)];
+    assert_eq!(rig.sim.replace(&gone), Unmap::Gone { bytes: 5 * PAGE });
+    assert_eq!(rig.table(), [(0, 1), (2, 1), (5, 2), (9, 1), (10, 2)]);
+    assert_eq!((rig.sees(2), rig.sees(6), rig.sees(9)), (Some(22), Some(26), Some(41)));
+    assert_eq!((rig.sim.calls(Call::Replace), rig.sim.calls(Call::Unmap)), (1, 0));
+    assert_eq!(rig.sim.replace(&[]), Unmap::Gone { bytes: 0 });
+    for wrong in [[iova(2, 1), iova(0, 1)], [iova(0, 2), iova(1, 1)]] {
+        assert_eq!(rig.sim.replace(&wrong), Unmap::Failed { errno: Errno::INVAL, bytes: 0 });
+    }
+    assert_eq!(rig.table().len(), 5);
+}
+
+#[test]
+fn a_domain_that_does_not_replace_says_so_and_changes_nothing() {
+    let rig = rig();
+    rig.map(0, 4, 4, 0).unwrap();
+    assert_eq!(rig.sim.replace(&[iova(0, 4)]), Unmap::Failed { errno: Errno::NOSYS, bytes: 0 });
+    assert_eq!(rig.reach(), [0, 1, 2, 3]);
+}
+
+#[test]
+fn whatever_befalls_an_unmap_befalls_a_cut_and_a_replace() {
+    let cut = |rig: &Rig| rig.sim.unmap(iova(1, 6));
+    let replace = |rig: &Rig| rig.sim.replace(&[iova(1, 2), iova(5, 2)]);
+    let calls: [(Call, fn(&Rig) -> Unmap); 2] = [(Call::Unmap, cut), (Call::Replace, replace)];
+    for (call, take) in calls {
+        let after = |fault| {
+            let rig = able();
+            rig.map(0, 4, 4, 20).unwrap();
+            rig.map(4, 4, 4, 30).unwrap();
+            rig.sim.fail_next(call, fault);
+            let went = take(&rig);
+            (rig, went)
+        };
+        let both: u64 = if call == Call::Unmap { 6 } else { 4 };
+        let (rig, went) = after(Fault::Errno(Errno::BUSY));
+        assert_eq!((went, rig.reach().len()), (Unmap::Failed { errno: Errno::BUSY, bytes: 0 }, 8));
+        let (rig, went) = after(Fault::HalfUnmapped(Errno::IO));
+        assert_eq!(went, Unmap::Failed { errno: Errno::IO, bytes: 0 });
+        assert_eq!((rig.sees(0), rig.sees(1), rig.sees(5)), (Some(20), None, Some(31)));
+        let (rig, went) = after(Fault::Short);
+        assert_eq!((went, rig.sees(5)), (Unmap::Gone { bytes: both / 2 * PAGE }, Some(31)));
+        for late in [Fault::Late, Fault::Stuck] {
+            let (rig, went) = after(late);
+            assert!(matches!(went, Unmap::InFlight { bytes, .. } if bytes == both * PAGE), "{went:?}");
+            assert_eq!((rig.reach().len(), rig.table()[0]), (8, (0, 1)), "the old translation is used");
+            rig.sim.unstick();
+            assert_eq!((rig.ended(), rig.reach().len() as u64), (1, 8 - both));
+        }
+        let (rig, went) = after(Fault::Cached);
+        assert_eq!((went, rig.reach().len()), (Unmap::Gone { bytes: both * PAGE }, 8));
+        rig.device.fence(FenceStep::Reset).unwrap();
+        assert_eq!(rig.reach().len() as u64, 8 - both);
+    }
 }
 
 #[test]

@@ -43,6 +43,10 @@ fn agrees_with_a_vector() {
             let within = base + from..base + end;
             let count = asked.iter().filter(|v| **v == value).count() as u64;
             assert_eq!(tree.count(within.clone(), value), count);
+            let counts = [0, 1, 2, 3].map(|value| asked.iter().filter(|v| **v == value).count() as u64);
+            assert_eq!(tree.counts(within.clone()), counts);
+            let whole = [0, 1, 2, 3].map(|value| tree.count(base..base + pages, value));
+            assert_eq!(tree.counts(base..base + pages), whole, "as counted page by page");
             let next = asked.iter().position(|v| *v != value).map(|at| base + from + at as u64);
             assert_eq!(tree.next_not(within.clone(), value), next);
             let last = asked.iter().rposition(|v| *v != value).map(|at| base + from + at as u64);
@@ -141,6 +145,8 @@ fn a_full_store_is_an_error_or_coarser_never_wrong() {
     tree.set(2 * GIANT..2 * GIANT + 1, 1).unwrap_err();
     tree.force(GIANT + 1..GIANT + 2, 2, 0);
     assert_eq!(tree.get(GIANT + 1), 0);
+    let counted = [0, 1, 2, 3].map(|value| tree.count(0..PAGES, value));
+    assert_eq!(tree.counts(0..PAGES), counted, "also after what failed half-way");
     tree.set(0..GIANT, 3).unwrap();
     assert_eq!(store.room(), room);
 }

@@ -1,0 +1,202 @@
+//! The ledger's page states against what else one would take: `rangemap`, `roaring` (a bitmap per bit of the state) and
+//! a flat bitmap of two bits a page. One tebibyte. Two measurements:
+//!
+//! 1. *single calls*: a million random flips of 4 KiB pages, then queries for the runs of equal state in a range;
+//! 2. *the mixed trace*: what a ledger sees of a confidential guest that boots and lives ([`trace`] states the mix).
+//!
+//! `cargo bench --bench ledger`. Prints nanoseconds, bytes and ratios; all of them must give the same answers.
+
+mod rivals;
+mod trace;
+
+use std::time::{Duration, Instant};
+
+use passgate::gate::PageState;
+use passgate::gate::ledger::PageMap;
+use rangemap::RangeMap;
+
+use rivals::{Flat, Ledger, PAGES, Roaring};
+use trace::Call;
+
+const FLIPS: usize = 1_000_000;
+const QUERIES: usize = 20_000;
+/// Operations measured together.
+const BATCH: usize = 1000;
+/// How often the trace is played to each.
+const ROUNDS: usize = 5;
+
+/// Chance that can be repeated (SplitMix64).
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// What one ledger came to: nanoseconds per flip, per query of 2 MiB, of 1 GiB, of 1 TiB at rest; bytes; answers.
+struct Score {
+    name: &'static str,
+    ns: [f64; 4],
+    bytes: [usize; 2],
+    answers: (u64, u64),
+}
+
+/// The median nanoseconds of one of `count` operations, and what they answered together.
+fn time(count: usize, batch: usize, mut operation: impl FnMut() -> (u64, u64)) -> (f64, (u64, u64)) {
+    let (mut times, mut sum) = (Vec::new(), (0u64, 0u64));
+    for _ in 0..count / batch {
+        let started = Instant::now();
+        for _ in 0..batch {
+            let (runs, shared) = operation();
+            sum = (sum.0.wrapping_add(runs), sum.1.wrapping_add(shared));
+        }
+        times.push(started.elapsed().as_nanos() as f64 / batch as f64);
+    }
+    times.sort_by(f64::total_cmp);
+    (times[times.len() / 2], sum)
+}
+
+fn score<L: Ledger>() -> Score {
+    let mut ledger = L::new();
+    let rest = ledger.bytes();
+    let mut rng = Rng(1);
+    let (whole, first) = time(11, 1, || ledger.query(0, PAGES));
+    let (flip, _) = time(FLIPS, BATCH, || {
+        let at = rng.next();
+        // One in three is set to what it is already.
+        let state = if at.is_multiple_of(3) { PageState::Private } else { PageState::Shared };
+        ledger.set((at >> 8) % PAGES, 1, state);
+        (0, 0)
+    });
+    let mut queries = |pages: u64, count: usize, batch: usize| {
+        time(count, batch, || ledger.query(rng.below(PAGES / pages) * pages, pages))
+    };
+    let (small, second) = queries(512, QUERIES, BATCH);
+    let (large, third) = queries(1 << 18, QUERIES / 20, 10);
+    let answers = (first.0 ^ second.0 ^ third.0, first.1 ^ second.1 ^ third.1);
+    Score { name: L::NAME, ns: [flip, small, large, whole], bytes: [rest, ledger.bytes()], answers }
+}
+
+/// What the trace took one ledger: all of it, and of it the bursts, the runs of 1 GiB, the status.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Took {
+    all: Duration,
+    parts: [Duration; 3],
+}
+
+/// One ledger's way through the trace: how long it took, what it answered, what it weighs then.
+fn play<L: Ledger>(calls: &[Call]) -> (Took, (u64, u64), usize) {
+    let (mut took, mut answers) = (Took::default(), (0u64, 0u64));
+    let started = Instant::now();
+    // The region is added within the time that counts.
+    let mut ledger = L::new();
+    for call in calls {
+        let mut rare = |part: usize, call: &mut dyn FnMut()| {
+            let started = Instant::now();
+            call();
+            took.parts[part] += started.elapsed();
+        };
+        match *call {
+            Call::Set(page, 1, state) => ledger.set(page.into(), 1, state),
+            Call::Set(page, pages, state) => rare(0, &mut || ledger.set(page.into(), pages.into(), state)),
+            Call::Runs(page, 512) => {
+                let (runs, shared) = ledger.query(page.into(), 512);
+                answers = (answers.0 + runs, answers.1 ^ shared);
+            }
+            Call::Runs(page, pages) => rare(1, &mut || {
+                let (runs, shared) = ledger.query(page.into(), pages.into());
+                answers = (answers.0 + runs, answers.1 ^ shared);
+            }),
+            Call::Status => rare(2, &mut || {
+                let [shared, private, hole] = ledger.status();
+                answers = (answers.0 + private, answers.1 ^ shared ^ hole);
+            }),
+        }
+    }
+    took.all = started.elapsed();
+    (took, answers, ledger.bytes())
+}
+
+/// Bytes when every second page of the tebibyte is another than its neighbours.
+fn worst<L: Ledger>() -> usize {
+    let mut ledger = L::new();
+    for page in (0..PAGES).step_by(2) {
+        ledger.set(page, 1, PageState::Shared);
+    }
+    ledger.bytes()
+}
+
+fn main() {
+    singles();
+    mixed();
+    println!("\nworst case, every second page shared: bytes");
+    for (name, bytes) in [(PageMap::NAME, worst::<PageMap>()), (Roaring::NAME, worst::<Roaring>())] {
+        println!("{name:12} {bytes:>12} ({:.1} MiB)", bytes as f64 / f64::from(1 << 20));
+    }
+}
+
+fn singles() {
+    let ours = score::<PageMap>();
+    let others = [score::<RangeMap<u64, PageState>>(), score::<Flat>(), score::<Roaring>()];
+    println!("single calls: 1 TiB, {FLIPS} random flips of 4 KiB; medians");
+    println!(
+        "{:12} {:>10} {:>12} {:>12} {:>14} {:>12} {:>12}",
+        "", "flip", "2 MiB runs", "1 GiB runs", "1 TiB at rest", "bytes first", "bytes after"
+    );
+    for one in std::iter::once(&ours).chain(&others) {
+        let [flip, small, large, whole] = one.ns;
+        let [first, after] = one.bytes;
+        println!(
+            "{:12} {flip:>7.0} ns {small:>9.0} ns {large:>9.0} ns {whole:>11.0} ns {first:>12} {after:>12}",
+            one.name
+        );
+        assert_eq!(one.answers, ours.answers, "{} answers otherwise", one.name);
+    }
+}
+
+fn mixed() {
+    let calls = trace::make();
+    let mut took = [const { Vec::new() }; 4];
+    let mut bytes = [0; 4];
+    for _ in 0..ROUNDS {
+        let played = [
+            play::<PageMap>(&calls),
+            play::<RangeMap<u64, PageState>>(&calls),
+            play::<Flat>(&calls),
+            play::<Roaring>(&calls),
+        ];
+        for (index, (one, answers, weighs)) in played.into_iter().enumerate() {
+            assert_eq!(answers, played[0].1, "ledger {index} answers otherwise");
+            took[index].push(one);
+            bytes[index] = weighs;
+        }
+    }
+    println!("\nmixed trace: {} calls, {} flips of 4 KiB; median of {ROUNDS}", calls.len(), trace::FLIPS);
+    println!(
+        "{:12} {:>10} {:>16} {:>10} {:>10} {:>10} {:>8} {:>12}",
+        "", "all", "flip + its runs", "bursts", "1 GiB", "status", "ratio", "bytes after"
+    );
+    let names = [PageMap::NAME, RangeMap::<u64, PageState>::NAME, Flat::NAME, Roaring::NAME];
+    let medians = took.map(|mut times: Vec<Took>| {
+        times.sort();
+        times[ROUNDS / 2]
+    });
+    for ((name, median), bytes) in names.iter().zip(&medians).zip(bytes) {
+        let ms = |part: Duration| part.as_secs_f64() * 1e3;
+        let [bursts, large, status] = median.parts.map(ms);
+        let flip = (ms(median.all) - bursts - large - status) * 1e6 / trace::FLIPS as f64;
+        let ratio = ms(median.all) / ms(medians[0].all);
+        println!(
+            "{name:12} {:>7.0} ms {flip:>13.0} ns {bursts:>7.1} ms {large:>7.1} ms {status:>7.1} ms {ratio:>8.2} {bytes:>12}",
+            ms(median.all)
+        );
+    }
+}

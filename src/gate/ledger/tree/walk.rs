@@ -1,0 +1,88 @@
+//! Finding pages in a tree.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::gate::ledger::blocks::{BLOCK_WORDS, LEAF_WORDS};
+use crate::gate::ledger::leaf::Leaf;
+use crate::gate::ledger::store::{Store, UNIFORM};
+
+/// Bits of a page number that one level tells apart.
+const BITS: u32 = 9;
+
+/// Pages below one entry at `height`: 0 is a leaf's.
+pub(in crate::gate::ledger) const fn span(height: u32) -> u64 {
+    1 << (BITS * (height + 1))
+}
+
+/// The pages around one that were found together.
+pub(in crate::gate::ledger) struct Found<'a> {
+    /// Which.
+    pub(in crate::gate::ledger) pages: Range<u64>,
+    /// What they are.
+    pub(in crate::gate::ledger) values: Values<'a>,
+}
+
+/// What pages found together are.
+pub(in crate::gate::ledger) enum Values<'a> {
+    /// All the same.
+    All(u8),
+    /// Told apart.
+    Each(Leaf<'a>),
+}
+
+/// A look from page to page: what lies in the same node as the last one is found without coming from the root.
+pub(in crate::gate::ledger) struct Walk<'a> {
+    store: &'a Store,
+    root: usize,
+    /// The last node above leaves, and its first page.
+    node: Option<(&'a [AtomicU64; BLOCK_WORDS], u64)>,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(store: &'a Store, root: usize) -> Self {
+        Self { store, root, node: None }
+    }
+
+    /// What is known of `page` and those around it. A unit that leads nowhere is none of ours: its pages are 0.
+    pub(in crate::gate::ledger) fn find(&mut self, page: u64) -> Found<'a> {
+        match self.node {
+            Some((node, first)) if page & !(span(1) - 1) == first => self.below(node, page),
+            _ => self.from_root(page),
+        }
+    }
+
+    fn from_root(&mut self, page: u64) -> Found<'a> {
+        let (mut height, mut entry) = self.store.root(self.root);
+        if page >= span(height) {
+            return Found { pages: span(height)..u64::MAX, values: Values::All(0) };
+        }
+        while entry >= UNIFORM && height > 1 {
+            height -= 1;
+            entry = self.store.entry(entry, page >> (BITS * (height + 1)) & 511);
+        }
+        let first = page & !(span(height) - 1);
+        if entry < UNIFORM {
+            return Found { pages: first..first + span(height), values: Values::All(entry as u8) };
+        }
+        match self.store.words_at(entry, BLOCK_WORDS).try_into() {
+            Ok(node) => {
+                self.node = Some((node, first));
+                self.below(node, page)
+            }
+            Err(_) => Found { pages: first..first + span(height), values: Values::All(0) },
+        }
+    }
+
+    fn below(&self, node: &[AtomicU64; BLOCK_WORDS], page: u64) -> Found<'a> {
+        let index = page >> BITS & 511;
+        let entry = (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32;
+        let first = page & !(span(0) - 1);
+        let values = match self.store.words_at(entry, LEAF_WORDS).try_into() {
+            Ok(words) if entry >= UNIFORM => Values::Each(Leaf(words)),
+            _ => Values::All(if entry < UNIFORM { entry as u8 } else { 0 }),
+        };
+        Found { pages: first..first + span(0), values }
+    }
+}
