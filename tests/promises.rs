@@ -60,6 +60,8 @@ mod effects;
 mod fences;
 #[path = "promises/hands.rs"]
 mod hands;
+#[path = "promises/large.rs"]
+mod large;
 #[path = "promises/learn.rs"]
 mod learn;
 #[path = "promises/model.rs"]

@@ -10,6 +10,7 @@
 mod machine {
     pub mod bench;
     pub mod calls;
+    pub mod cut;
     pub mod domains;
     pub mod fences;
     pub mod groups;
@@ -17,13 +18,14 @@ mod machine {
     pub mod interrupts;
     pub mod nvme;
     pub mod refusals;
+    pub mod replace;
     pub mod traffic;
     pub mod virtio;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, domains, fences, groups, igb, interrupts, nvme, refusals, virtio};
+use machine::{calls, cut, domains, fences, groups, igb, interrupts, nvme, refusals, replace, virtio};
 use passgate_backends::{Kind, Tables};
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -127,6 +129,24 @@ const STANDBY: &[(&str, Test)] = &[
     ("a_detach_is_offered_for_the_whole_group_only", groups::a_detach_is_offered_for_the_whole_group_only),
     ("detach_stops_dma_and_attach_brings_it_back", fences::detach_stops_dma_and_attach_brings_it_back),
     ("a_window_stays_open_for_the_next_attach", fences::a_window_stays_open_for_the_next_attach),
+    (
+        "a_replace_takes_its_ranges_out_and_leaves_the_rest",
+        replace::a_replace_takes_its_ranges_out_and_leaves_the_rest,
+    ),
+    ("a_detached_device_stays_detached", replace::a_detached_device_stays_detached),
+    ("a_device_that_does_not_move_fails_the_replace", replace::a_device_that_does_not_move_fails_the_replace),
+];
+
+/// Where mappings are cut in place.
+const CUT: &[(&str, Test)] = &[
+    ("a_cut_is_not_noticed_by_dma_to_both_neighbours", cut::a_cut_is_not_noticed_by_dma_to_both_neighbours),
+    ("a_cut_takes_exactly_its_range", cut::a_cut_takes_exactly_its_range),
+];
+
+/// What needs a page of hugetlbfs of this many KiB.
+const HUGE: &[(u32, &str, Test)] = &[
+    (2048, "a_page_out_of_a_huge_page_and_back", cut::a_page_out_of_a_huge_page_and_back),
+    (1 << 20, "a_page_out_of_a_gigantic_page_and_back", cut::a_page_out_of_a_gigantic_page_and_back),
 ];
 
 const TYPE1: &[(&str, Test)] = &[
@@ -157,10 +177,34 @@ fn main() {
         if missing {
             eprintln!("{name}: skipped, this kernel has no iommufd");
         }
-        trials.extend(EVERY_DOMAIN.iter().chain(own).map(|(test, run)| {
-            Trial::test(format!("{name}::{test}"), move || run(&Bench::new(kind, tables)?))
-                .with_ignored_flag(missing)
-        }));
+        let mut offer = |test: &'static str, run: Test, why_not: Option<&str>| {
+            if let (Some(why), false) = (why_not, missing) {
+                eprintln!("{name}::{test}: skipped, {why}");
+            }
+            let run = move || run(&Bench::new(kind, tables)?);
+            let trial = Trial::test(format!("{name}::{test}"), run);
+            trials.push(trial.with_ignored_flag(missing || why_not.is_some()));
+        };
+        EVERY_DOMAIN.iter().chain(own).for_each(|(test, run)| offer(test, *run, None));
+        if tables == Tables::Small {
+            let cuts = (kind == Kind::Type1).then_some("type1 cuts no mapping");
+            CUT.iter().for_each(|(test, run)| offer(test, *run, cuts));
+        }
+        for (kib, test, run) in HUGE {
+            let none = format!("this machine has no free page of {kib} KiB");
+            offer(test, *run, (!has_huge(*kib)).then_some(&none));
+        }
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Whether a page of hugetlbfs of this size can be had: it is reserved if none is.
+fn has_huge(kib: u32) -> bool {
+    let dir = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB");
+    let count = |of| std::fs::read_to_string(format!("{dir}/{of}")).ok()?.trim().parse::<u64>().ok();
+    if count("nr_hugepages") == Some(0) {
+        // What comes of it is looked at next.
+        let _ = std::fs::write(format!("{dir}/nr_hugepages"), "1");
+    }
+    count("free_hugepages").is_some_and(|free| free > 0)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
-use passgate_backends::{Device, FenceStep};
+use passgate_backends::{Device, FenceStep, Tables};
 use passgate_bindings::vfio::PciAddress;
 
 use crate::error::{Error, Result};
@@ -49,6 +49,10 @@ pub(super) struct Serve {
     /// A device to which a DMA fault does no harm, so that it need not be paused; may be given again
     #[arg(long, value_name = "BDF")]
     tolerant: Vec<String>,
+    /// Keep a second page table filled, so that many pages leave large mappings at once by one switch of the devices
+    /// (iommufd; twice the page-table memory)
+    #[arg(long)]
+    standby: bool,
     /// How long to try again for devices that another process still has
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     wait: u32,
@@ -182,6 +186,15 @@ impl From<Iommu> for Kind {
 }
 
 impl Serve {
+    /// What page tables are made for: pages that are cut out of mappings, unless DMA beside them may miss a moment.
+    fn tables(&self) -> Tables {
+        match self.hitless {
+            _ if self.standby => Tables::Standby,
+            Window::Off => Tables::Large,
+            Window::Require | Window::Prefer => Tables::Small,
+        }
+    }
+
     /// What counts as proof: as asked, else strict where a stale write could meet memory of a TDX guest.
     fn platform(&self) -> Platform {
         let tdx = || std::fs::read_to_string(TDX).is_ok_and(|on| on.trim() == "Y");
@@ -237,7 +250,7 @@ impl Serve {
         let accept = Accept { unstoppable: self.allow_unstoppable, scratch: self.scratch };
         let patience = Duration::from_secs(self.wait.into());
         let manager = FdStore::open(privilege::give_up)?;
-        let assign = || take(self.iommu.into(), &self.devices, accept, patience);
+        let assign = || take(self.iommu.into(), &self.devices, accept, self.tables(), patience);
         let (Assignment { domain, devices }, hold) = self.hold(manager.clone(), kept, accept, assign)?;
         if self.platform() == Platform::Strict && !self.allow_unstoppable {
             devices.iter().try_for_each(|device| certain(&**device))?;

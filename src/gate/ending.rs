@@ -60,7 +60,7 @@ impl Gate {
                 Some(Answer::Refused(Refusal::HalfMapped { errno }))
             }
             After::AddFailed(_, refusal) => Some(Answer::Refused(refusal)),
-            After::Gone | After::Merged => None,
+            After::Gone | After::Merged(_) => None,
             _ => Some(Answer::Verdict { invalidation: id, verdict }),
         };
         effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));

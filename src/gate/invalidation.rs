@@ -9,7 +9,7 @@ use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages};
-use super::event::{Caller, ClientId, InvalidationId, Performer, RegionId};
+use super::event::{Caller, ClientId, DomainId, InvalidationId, Performer, RegionId};
 use super::fence::Step;
 use super::ledger::{HeldBy, PageState, RunState};
 use super::ranges::Ranges;
@@ -38,8 +38,8 @@ pub(super) enum After {
     AddFailed(Caller, Refusal),
     /// The region goes because its owner has gone.
     Gone,
-    /// Nothing: it is mapped again, in larger pieces.
-    Merged,
+    /// Nothing: it is mapped again in this domain, in larger pieces.
+    Merged(DomainId),
 }
 
 /// One invalidation.
@@ -63,6 +63,8 @@ pub(super) struct Invalidation {
     pub(super) pausing: bool,
     /// Whether a part of its time is over: it waits for no pause any more.
     pub(super) hurried: bool,
+    /// Whether it has looked for what is plainly mapped.
+    pub(super) swept: bool,
     /// Unmaps of it that have not come back: while there are any, a look would tell nothing.
     pub(super) under_way: u32,
     /// Kernel mappings that are kept free for its end, in each domain.
@@ -79,6 +81,15 @@ impl Invalidation {
     /// Whether it waits for something over `iova`.
     pub(super) fn targets(&self, iova: PageRange<Iova>) -> bool {
         self.targets.iter().any(|target| target.overlaps(iova))
+    }
+
+    /// What it takes out of a domain that is plainly mapped there. A merge does so once, in one domain: what is mapped
+    /// after that is its own doing.
+    pub(super) fn sweeps(&self, domain: DomainId) -> bool {
+        match self.after {
+            After::Merged(only) => domain == only && !self.swept,
+            _ => true,
+        }
     }
 
     /// Whether `iova` lies wholly in what it holds, as far as one look tells.
@@ -191,6 +202,7 @@ impl Gate {
             stopping: false,
             pausing: false,
             hurried: false,
+            swept: false,
             under_way: 0,
             reserved: 0,
             deadline_ns,
@@ -340,7 +352,7 @@ impl Gate {
                 let (pages, to) = (inv.pages.clone(), inv.receipt.to);
                 effects.push(Effect::Convert { invalidation: id, pages, to });
             }
-            After::Removed(_) | After::AddFailed(..) | After::Gone | After::Merged => {
+            After::Removed(_) | After::AddFailed(..) | After::Gone | After::Merged(_) => {
                 let (region, after) = (inv.region, inv.after);
                 self.finish(id, effects);
                 if let Some(region) = region {

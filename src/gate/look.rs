@@ -40,8 +40,10 @@ impl Gate {
         let mut sight = Sight::default();
         for index in 0..self.domains.len() {
             let mut due = Due::default();
+            let domain = &self.domains[index];
+            let sweeps = self.invalidations.get(&id).is_some_and(|inv| inv.sweeps(domain.id));
             for target in targets {
-                self.look_at(&self.domains[index], *target, &mut sight, &mut due);
+                self.look_at(domain, *target, sweeps, &mut sight, &mut due);
             }
             let (domain, able) = (self.domains[index].id, self.domains[index].able);
             sight.waiting |= !due.spans.is_empty();
@@ -58,11 +60,21 @@ impl Gate {
                 }
             }
         }
+        if let Some(inv) = self.invalidations.get_mut(&id) {
+            inv.swept = true;
+        }
         sight
     }
 
     /// What of one target is live, failed or under way in a domain.
-    fn look_at(&self, domain: &DomainEntry, target: PageRange<Iova>, sight: &mut Sight, due: &mut Due) {
+    fn look_at(
+        &self,
+        domain: &DomainEntry,
+        target: PageRange<Iova>,
+        sweeps: bool,
+        sight: &mut Sight,
+        due: &mut Due,
+    ) {
         let mapped = &domain.mapped;
         for run in mapped.runs(target) {
             match run.state {
@@ -75,7 +87,8 @@ impl Gate {
                 _ => sight.waiting = true,
             }
         }
-        for free in gaps(target, mapped.runs(target).map(|run| run.range)) {
+        let taken = mapped.runs(target).map(|run| run.range);
+        for free in gaps(target, taken).filter(|_| sweeps) {
             let Some(span) = mapped.extent(free) else { continue };
             due.partial += usize::from(mapped.whole(span) != span);
             match due.spans.last_mut() {

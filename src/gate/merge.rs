@@ -160,7 +160,8 @@ impl Gate {
         let caller = Caller { client: ClientId(0), door: Door::Control, cookie: 0 };
         let gpa = range.rebase(Iova(0), Gpa(0));
         let deadline = self.policy.close_deadline_ns;
-        let id = self.start(caller, gpa.into(), PageState::Shared, After::Merged, vec![range], deadline);
+        let id =
+            self.start(caller, gpa.into(), PageState::Shared, After::Merged(domain), vec![range], deadline);
         self.clear(id, effects);
     }
 

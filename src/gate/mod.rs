@@ -204,7 +204,8 @@ impl Gate {
         match event {
             Event::DomainAdded { domain, able } => {
                 if self.domain(domain).is_none() {
-                    let (mapped, frayed) = Default::default();
+                    let kept = self.store.as_ref().and_then(|store| Mapped::in_store(store, domain).ok());
+                    let (mapped, frayed) = (kept.unwrap_or_default(), Frayed::default());
                     self.domains.push(DomainEntry { id: domain, able, mapped, reserved: 0, frayed });
                 }
             }

@@ -54,8 +54,8 @@ impl Gate {
 
 /// Whether the invalidation takes away more than its own pages in a domain, or maps what it takes away again.
 fn splits(domain: &DomainEntry, inv: &Invalidation) -> bool {
-    let is_merge = matches!(inv.after, After::Merged);
-    if domain.able.cut && !is_merge {
+    let is_merge = matches!(inv.after, After::Merged(_));
+    if !inv.sweeps(domain.id) || (domain.able.cut && !is_merge) {
         return false;
     }
     inv.targets

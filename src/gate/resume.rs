@@ -4,8 +4,8 @@
 //! says that it succeeded, nothing is left there, whatever was. Conversions that were open end as their client's
 //! going does: nobody here knows what the pages are.
 
-use passgate_bindings::units::{Address, Offset};
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::adopt::ORPHANS;
 use super::effect::{Effect, Effects, FilePages};
@@ -35,17 +35,13 @@ pub struct Written {
     pub closing: bool,
 }
 
-/// What an earlier gate knew. Its page states lie in the store ([`Gate::keep_in`]).
+/// What an earlier gate knew. Its page states and mappings lie in the store ([`Gate::keep_in`]).
 #[derive(Debug, Default)]
 pub struct Past {
     /// Its regions; none overlaps another.
     pub regions: Vec<Written>,
     /// What was held, and by what.
     pub holds: Vec<(FileId, PageRange<Offset>, HeldBy)>,
-    /// Kernel mappings that were plainly there, each with its borders; none outlives a domain that ends with its process.
-    pub live: Vec<PageRange<Iova>>,
-    /// What was under way or had failed.
-    pub doubt: Vec<PageRange<Iova>>,
     /// Whether the mappings are gone with the process that had them.
     pub unmapped: bool,
     /// Devices that were stopped, or about to be.
@@ -57,7 +53,7 @@ pub struct Past {
 }
 
 impl Gate {
-    /// Keeps page states in `store`, where they outlive this gate. Before any memory.
+    /// Keeps page states and mappings in `store`, where they outlive this gate. Before its domains.
     pub fn keep_in(&mut self, store: Store) {
         self.store = Some(store);
     }
@@ -79,11 +75,12 @@ impl Gate {
         for (file, range, by) in past.holds {
             self.hold_again(file, range, by, effects);
         }
-        if let Some(mapped) = self.mapped_in(domain) {
-            past.live.into_iter().for_each(|mapping| mapped.again(mapping));
-        }
-        for iova in past.doubt {
-            self.settle_left(domain, iova, effects);
+        let everywhere = past.regions.iter().map(|region| region.spec.gpa.rebase(Gpa(0), Iova(0)));
+        let mapped = self.domain(domain).map(|entry| &entry.mapped);
+        let doubt: Vec<Run> =
+            mapped.map_or_else(Vec::new, |mapped| everywhere.flat_map(|all| mapped.runs(all)).collect());
+        for run in doubt {
+            self.settle_left(domain, run.range, effects);
         }
         if past.regions.iter().any(|region| region.closing) {
             self.leaving.push(LEFT);
@@ -138,9 +135,8 @@ impl Gate {
     /// Takes away whatever an earlier process may have left at `iova`. Nothing is mapped there until it is gone.
     fn settle_left(&mut self, domain: DomainId, iova: PageRange<Iova>, effects: &mut Effects) {
         let job = self.next_job(Job::Settle { domain, iova });
-        let run = Run { range: iova, bytes: iova.len(), objects: 1, state: RunState::Removing(job) };
         if let Some(mapped) = self.mapped_in(domain) {
-            mapped.insert(run);
+            mapped.mark(iova.start(), RunState::Removing(job));
         }
         effects.push(Effect::Unmap { job, domain, iova, bytes: iova.len() });
     }
@@ -202,16 +198,6 @@ impl Gate {
     /// What holds pages of this range of a file; each whole.
     pub fn holds_over(&self, file: FileId, range: PageRange<Offset>) -> Vec<(PageRange<Offset>, HeldBy)> {
         self.files.get(&file).map(|entry| entry.holds.overlapping(range).collect()).unwrap_or_default()
-    }
-
-    /// What of `range` is in kernel mappings, with their borders, and what is under way or in doubt; in order.
-    pub fn mapped_over(&self, domain: DomainId, range: PageRange<Iova>) -> Vec<(PageRange<Iova>, bool)> {
-        let Some(entry) = self.domain(domain) else { return Vec::new() };
-        let mappings = entry.mapped.mappings(range).map(|mapping| (mapping, true));
-        let mut over: Vec<_> =
-            mappings.chain(entry.mapped.runs(range).map(|run| (run.range, false))).collect();
-        over.sort_unstable_by_key(|(range, _)| range.start().raw());
-        over
     }
 
     /// The devices that do not plainly run.

@@ -22,8 +22,14 @@ const FIRST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// Assigns the devices; one that is taken is tried again for as long as `patience`.
-pub fn take(kind: Kind, devices: &[String], accept: Accept, patience: Duration) -> Result<Assignment> {
-    persist(patience, &mut ThisHost, || assign(kind, devices, accept, Tables::default()))
+pub fn take(
+    kind: Kind,
+    devices: &[String],
+    accept: Accept,
+    tables: Tables,
+    patience: Duration,
+) -> Result<Assignment> {
+    persist(patience, &mut ThisHost, || assign(kind, devices, accept, tables))
 }
 
 /// What persisting needs to know and to do.

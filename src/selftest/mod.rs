@@ -12,7 +12,7 @@ mod pump;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use passgate_backends::{Accept, Assignment, Kind};
+use passgate_backends::{Accept, Assignment, Kind, Tables};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -152,7 +152,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
         // What cannot be stopped is what the test is to find out.
         let accept = Accept { unstoppable: true, scratch: options.scratch };
         let Assignment { domain, devices } =
-            take(options.iommu, std::slice::from_ref(&options.device), accept, PATIENCE)?;
+            take(options.iommu, std::slice::from_ref(&options.device), accept, Tables::default(), PATIENCE)?;
         let Some(device) = devices.into_iter().next() else {
             return Err(Error::Usage(format!("`{}` names no device", options.device)));
         };

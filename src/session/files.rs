@@ -8,7 +8,7 @@ use passgate_bindings::guest_memfd::Support;
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, PAGE, PageRange, RangeError};
+use passgate_bindings::{Gpa, Iova, PAGE, PageRange, RangeError};
 
 use super::call::Examined;
 use super::fdstore::{Kept, Name};
@@ -53,6 +53,14 @@ pub enum BorderError {
         /// The first such address.
         gpa: Gpa,
     },
+    /// A driver of this daemon's has its own memory there.
+    #[error(
+        "{gpa} is where a driver of a device has memory of its own: no machine should have guest memory there"
+    )]
+    Reserved {
+        /// The first such address.
+        gpa: Gpa,
+    },
     /// The file gives up whole pages of its own only.
     #[error(
         "the file at {gpa} has pages of {page} bytes and gives up nothing smaller: convert multiples of that, or \
@@ -71,6 +79,7 @@ impl BorderError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::NotSole { .. } => 1,     // EPERM
+            Self::Reserved { .. } => 16,   // EBUSY
             Self::SmallPunch { .. } => 95, // EOPNOTSUPP
             Self::File(FileError::ReadOnly | FileError::WriteSealed | FileError::Unreadable) => 13, // EACCES
             _ => 22,                       // EINVAL
@@ -106,6 +115,7 @@ impl Files {
         caller: Caller,
         memory: &AddMemory,
         files: Vec<Examined>,
+        reserved: &[PageRange<Iova>],
     ) -> Result<RegionSpec, BorderError> {
         let (given, wanted) = (files.len(), 1 + usize::from(memory.private));
         let mut files = files.into_iter();
@@ -114,6 +124,10 @@ impl Files {
             return Err(BorderError::Fds { given, wanted });
         };
         let gpa = PageRange::new(memory.gpa, memory.length)?;
+        let taken = reserved.iter().find_map(|range| range.rebase(Iova(0), Gpa(0)).intersection(gpa));
+        if let Some(taken) = taken {
+            return Err(BorderError::Reserved { gpa: taken.start() });
+        }
         let file = file?;
         identity::check(&file, memory.offset, memory.length, memory.writable)?;
         if let FileKind::Hugetlb(page) = file.kind {

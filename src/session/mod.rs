@@ -195,7 +195,7 @@ impl Session {
         if let Some(records) = &mut self.records {
             records.before(&event);
         }
-        let touched = self.lasting.as_mut().map(|lasting| lasting.touched(&event));
+        let touched = self.lasting.is_some().then(|| Lasting::touched(&event));
         self.gate.handle(event, &mut self.effects);
         if let (Some(lasting), Some(touched)) = (&mut self.lasting, touched) {
             lasting.follow(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
@@ -230,12 +230,13 @@ impl Session {
                 }
             }
             Returned::Examined { caller, memory, files } => {
+                let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
                 let kept: Vec<_> = if self.store.is_some() {
                     files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect()
                 } else {
                     Vec::new()
                 };
-                match self.files.admit(caller, &memory, files) {
+                match self.files.admit(caller, &memory, files, &reserved) {
                     Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
                     Err(error) => {
                         kept.into_iter().for_each(|name| self.let_go(&name));

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::path::Path;
 
 use passgate::gate::{
-    Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
-    InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, RegionSpec, Step, Steps,
-    UnmapResult, Verdict,
+    Able, Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
+    Hitless, InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, Ranges,
+    RegionSpec, Step, Steps, UnmapResult, Verdict,
 };
 use passgate::observe::audit::{Log, LogOptions};
 use passgate_bindings::units::{Address, Offset};
@@ -54,7 +54,7 @@ pub fn options() -> LogOptions {
     LogOptions {
         segment: 64 << 20,
         keep: 1000,
-        policy: Policy { on_stuck_dma: OnStuckDma::Fence, ..Policy::default() },
+        policy: Policy { on_stuck_dma: OnStuckDma::Fence, hitless: Hitless::Off, ..Policy::default() },
         boot: "this one".into(),
         iommu: "sim".into(),
         devices: vec!["sim:0".into()],
@@ -84,7 +84,10 @@ impl Play {
             verdicts: [0; 2],
         };
         for domain in [DomainId(0), DomainId(1)] {
-            play.tell(Event::DomainAdded { domain, max_mappings: 65_535, max_piece: 1 << 30 });
+            // One cuts pages out of large mappings, one takes them out of a second page table or splits.
+            let (cut, replace) = (domain.0 == 0, domain.0 == 1);
+            let able = Able { max_mappings: 65_535, max_piece: 1 << 30, cut, replace };
+            play.tell(Event::DomainAdded { domain, able });
             let steps = Steps::of(&[Step::Drain, Step::Detach, Step::Reset]);
             let (device, nature) = (DeviceId(domain.0), Default::default());
             play.tell(Event::DeviceAdded { device, domain, steps, nature });
@@ -103,7 +106,8 @@ impl Play {
                 gpa: range(self.base() + at, PAGES),
                 backing: Backing { file: FILE, offset: Offset(0) },
                 writable: true,
-                piece: PAGE,
+                piece: 0,
+                page: PAGE,
                 initial: PageState::Shared,
             };
             let caller = self.caller();
@@ -156,7 +160,7 @@ impl Play {
                 };
                 self.results.push_back(Event::Mapped { job: *job, result });
             }
-            Effect::Unmap { job, iova, .. } => self.unmap(*job, iova.len()),
+            Effect::Unmap { job, bytes, .. } | Effect::Replace { job, bytes, .. } => self.unmap(*job, *bytes),
             Effect::Fence { job, .. } => {
                 let errno = if self.goes_wrong() { 5 } else { 0 };
                 self.results.push_back(Event::Fenced { job: *job, errno, took_ns: 900 });
@@ -224,10 +228,18 @@ impl Play {
         to: PageState,
         performer: Performer,
     ) -> Option<InvalidationId> {
+        self.begin_ranges(range(self.base() + page, pages).into(), to, performer)
+    }
+
+    fn begin_ranges(
+        &mut self,
+        ranges: Ranges,
+        to: PageState,
+        performer: Performer,
+    ) -> Option<InvalidationId> {
         let caller = self.caller();
         self.alarms.clear();
-        let range = range(self.base() + page, pages);
-        self.tell(Event::Begin { caller, range, to, performer, deadline_ns: DEADLINE_NS });
+        self.tell(Event::Begin { caller, ranges, to, performer, deadline_ns: DEADLINE_NS });
         self.work();
         let armed = self.alarms.first().copied();
         for rung in Step::LADDER {
@@ -261,7 +273,11 @@ impl Play {
             _ => PageState::Shared,
         };
         let performer = if self.draw(10) == 0 { Performer::Passgate } else { Performer::Client };
-        if let Some(id) = self.begin(page, pages, to, performer) {
+        // Now and then a batch; beyond the memory's end there is none, and it is refused as a whole.
+        let more = if self.draw(8) == 0 { self.draw(12) } else { 0 };
+        let ranges: Vec<_> = (0..=more).map(|n| range(self.base() + page + n * (pages + 1), pages)).collect();
+        let Ok(ranges) = Ranges::try_from(ranges) else { return };
+        if let Some(id) = self.begin_ranges(ranges, to, performer) {
             let unknown = self.goes_wrong();
             if unknown && self.draw(4) == 0 {
                 self.leave();
@@ -274,6 +290,8 @@ impl Play {
             self.end(id, outcome);
         }
         if self.draw(16) == 0 {
+            self.settle();
+            self.tell(Event::Quiet);
             self.settle();
             // A person looks after what is in quarantine, or there would soon be nothing left.
             while let Some(invalidation) = self.failed.pop() {

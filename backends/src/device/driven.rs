@@ -1,21 +1,21 @@
 //! A device with a driver of ours: what every such driver shares, so that the rules about fences are kept once.
 //!
 //! An [`Engine`] knows registers and rings. [`Driven`] makes a [`Device`] of it: one transfer at a time, none while a
-//! fence holds, a device brought up anew after a transfer that did not end, and a drain with a deadline. A fence
-//! stronger than a drain never waits for the engine: it goes to VFIO at once, and a transfer under way then ends by
-//! its own deadline.
+//! fence holds, a device brought up anew after a transfer that did not end, and a drain with a deadline. A drain is a
+//! pause: what is asked for meanwhile waits for the attach ([`super::pause`]). A fence stronger than a drain never
+//! waits for the engine: it goes to VFIO at once, and a transfer under way then ends by its own deadline.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use passgate_bindings::{Failed, Iova};
+use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::load::Load;
-use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load};
+use super::pause::{self, Pause};
+use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load, own};
 use crate::{Error, Result};
 
 /// How long a fence or an attach waits for the transfer under way: longer than any transfer's own deadline and the
@@ -63,7 +63,7 @@ pub struct Driven<E: Engine>(pub(super) Arc<Shared<E>>);
 pub(super) struct Shared<E: Engine> {
     engine: Mutex<E>,
     /// Whether it may begin transfers: not from a fence on until it is attached again.
-    up: AtomicBool,
+    pause: Pause,
     device: Arc<dyn Device>,
 }
 
@@ -72,7 +72,7 @@ impl<E: Engine> Driven<E> {
     pub(super) fn new(device: Arc<dyn Device>, mut engine: E) -> Result<Self> {
         engine.reset()?;
         engine.start()?;
-        Ok(Self(Arc::new(Shared { engine: Mutex::new(engine), up: AtomicBool::new(true), device })))
+        Ok(Self(Arc::new(Shared { engine: Mutex::new(engine), pause: Pause::default(), device })))
     }
 }
 
@@ -99,18 +99,23 @@ impl<E: Engine> Shared<E> {
 
     /// One transfer. After one that failed the device is brought up anew, because nobody knows what it still holds.
     fn transfer<T>(&self, run: impl FnOnce(&mut E) -> Result<T>) -> Result<T> {
-        let mut engine = self.engine();
-        if !self.up.load(Ordering::Acquire) {
-            return Err(self.stopped());
-        }
+        let deadline = Instant::now() + pause::PATIENCE;
+        let mut engine = loop {
+            // Waited for without the engine, which drain and attach need.
+            if !self.pause.admits(deadline) {
+                return Err(self.stopped());
+            }
+            let engine = self.engine();
+            if self.pause.is_up() {
+                break engine;
+            }
+        };
         let done = run(&mut engine);
-        if matches!(&done, Err(error) if !matches!(error, Error::Unsupported { .. }))
-            && self.up.load(Ordering::Acquire)
-        {
+        if matches!(&done, Err(error) if !matches!(error, Error::Unsupported { .. })) && self.pause.is_up() {
             // A fence that came meanwhile, and this: neither gives the device anything to do.
             if let Err(error) = engine.reset().and_then(|()| engine.start()) {
                 log::warn!("{}: not brought up after a transfer that failed: {error}", self.device.name());
-                self.up.store(false, Ordering::Release);
+                self.pause.stop();
             }
         }
         done
@@ -159,16 +164,18 @@ impl<E: Engine> Device for Driven<E> {
         self.0.device.nature()
     }
 
-    /// From any fence on, done or failed, no transfer begins until [`Device::attach`].
+    /// From any fence on, done or failed, no transfer begins until [`Device::attach`]: after a drain it waits for
+    /// that, after anything stronger it fails.
     fn fence(&self, step: FenceStep) -> Result<()> {
         if !self.stop_class().has(step) {
             return self.0.device.fence(step); // which says so
         }
-        self.0.up.store(false, Ordering::Release);
-        match step {
-            FenceStep::Drain => self.0.patiently("drain")?.stop(),
-            _ => self.0.device.fence(step),
+        if step == FenceStep::Drain {
+            self.0.pause.drain();
+            return self.0.patiently("drain")?.stop();
         }
+        self.0.pause.stop();
+        self.0.device.fence(step)
     }
 
     /// The queues go before the device comes back: what was in them may be nobody's any more.
@@ -177,12 +184,16 @@ impl<E: Engine> Device for Driven<E> {
         engine.reset()?;
         self.0.device.attach()?;
         engine.start()?;
-        self.0.up.store(true, Ordering::Release);
+        self.0.pause.lift();
         Ok(())
     }
 
     fn guard(&self) -> Guard<'_> {
         self.0.device.guard()
+    }
+
+    fn reserved(&self) -> Option<PageRange<Iova>> {
+        own::window()
     }
 
     fn touch(&self, iova: Iova) -> Result<Vec<u8>> {

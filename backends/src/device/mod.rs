@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::BorrowedFd;
 
-use passgate_bindings::Iova;
+use passgate_bindings::{Iova, PageRange};
 
 use crate::{Error, Result};
 
@@ -14,6 +14,7 @@ pub mod igb;
 pub mod load;
 pub mod nvme;
 pub(crate) mod own;
+mod pause;
 pub mod refusal;
 pub mod sim;
 pub mod soft;
@@ -24,7 +25,8 @@ pub mod virtio;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FenceStep {
     /// End what is in flight and issue no more, where the device can be told so (io_uring cancel, a driver's
-    /// own drain). Ended only when the tickets come back.
+    /// own drain). Ended only when the tickets come back. Where the driver is ours, a transfer that is asked for
+    /// after it waits, for 5 s at most, until the device is attached again; behind any stronger fence it fails.
     Drain,
     /// The migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
     Stop,
@@ -101,6 +103,11 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Puts a fenced device back into its domain.
     fn attach(&self) -> Result<()>;
 
+    /// IOVAs of its domain that are its driver's own: no memory of a client may be there.
+    fn reserved(&self) -> Option<PageRange<Iova>> {
+        None
+    }
+
     /// What a guardian must hold to stop this device when the worker dies; empty where the kernel does it.
     fn guard(&self) -> Guard<'_>;
 
@@ -128,7 +135,8 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Starts DMA over `pages`, each a page of guest memory, without a break: the device writes a page, reads it
     /// back, and goes on to the next, several at a time. What is mapped there may come and go: a transfer that
-    /// faults is counted, and the load goes on. The fences act on it as on any DMA; [`Device::attach`] lets it go on.
+    /// faults is counted, and the load goes on. The fences act on it as on any DMA; [`Device::attach`] lets it go on,
+    /// after a drain without a transfer lost.
     fn start(&self, pages: &[Iova]) -> Result<Box<dyn load::Load>> {
         let _ = pages;
         Err(Error::Unsupported { device: self.name().to_owned(), what: "DMA without a break" })

@@ -17,6 +17,11 @@ use crate::{Error, Result};
 const START: u64 = 0xfec0_0000;
 const PAGES: usize = 512;
 
+/// Where no memory of a client may be, in a domain of a device with memory of its driver's own.
+pub(super) fn window() -> Option<PageRange<Iova>> {
+    PageRange::new(START, PAGES as u64 * PAGE).ok()
+}
+
 /// The pages that are in use, in whatever domain of this process.
 static TAKEN: Mutex<[bool; PAGES]> = Mutex::new([false; PAGES]);
 

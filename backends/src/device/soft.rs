@@ -10,14 +10,14 @@
 //! machine without an IOMMU.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use passgate_bindings::{Failed, Iova};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use crate::device::pause::{self, Pause};
 use crate::device::{Device, FenceStep, Guard, StopClass};
 use crate::iommu::soft::reaper::Flight;
 use crate::iommu::soft::{Dma, Refusal, SoftDomain, lock};
@@ -37,8 +37,8 @@ pub struct SoftDevice {
     name: String,
     domain: Arc<SoftDomain>,
     line: Mutex<Line>,
-    /// Whether it may start DMA: not between a reset and the next attach.
-    attached: AtomicBool,
+    /// Whether it may start DMA: between a drain and the next attach it waits, after a reset it fails.
+    pause: Pause,
     held: Mutex<Vec<Arc<Holding>>>,
 }
 
@@ -68,7 +68,7 @@ impl SoftDevice {
             name: name.to_owned(),
             domain,
             line: Mutex::new(line),
-            attached: AtomicBool::new(true),
+            pause: Pause::default(),
             held: Mutex::default(),
         }))
     }
@@ -76,7 +76,7 @@ impl SoftDevice {
     /// The device reads guest memory from `iova` on into `bytes`. Without allocation; a few microseconds a page.
     /// On [`Error::Fault`] the bytes before the faulting address have been read.
     pub fn read_into(&self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
-        let line = self.line()?;
+        let line = self.begin(&self.line)?;
         let _at_work = self.domain.at_work();
         let mut done = 0;
         while done < bytes.len() {
@@ -91,7 +91,7 @@ impl SoftDevice {
 
     /// The device writes `bytes` to guest memory from `iova` on. As [`SoftDevice::read_into`].
     pub fn write_from(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
-        let mut line = self.line()?;
+        let mut line = self.begin(&self.line)?;
         let _at_work = self.domain.at_work();
         let mut at = iova;
         for chunk in bytes.chunks(line.room) {
@@ -139,9 +139,8 @@ impl SoftDevice {
     }
 
     fn hold(&self, dma: Dma<'_>, iova: Iova, len: usize, holding: Holding) -> Result<Held> {
-        // Held together with `attached`, so that a reset sees every operation that was begun before it.
-        let mut held = lock(&self.held);
-        self.check_attached()?;
+        // Held together with `pause`, so that a fence sees every operation that was begun before it.
+        let mut held = self.begin(&self.held)?;
         held.retain(|other| other.flight.outcome().is_none());
         let holding = Arc::new(holding);
         self.domain.reaper().expect(&holding.flight);
@@ -157,20 +156,19 @@ impl SoftDevice {
         Ok(Held::new(Arc::clone(&self.domain), holding))
     }
 
-    fn line(&self) -> Result<std::sync::MutexGuard<'_, Line>> {
-        let line = lock(&self.line);
-        self.check_attached()?;
-        Ok(line)
-    }
-
-    fn check_attached(&self) -> Result<()> {
-        if self.attached.load(Ordering::Acquire) {
-            return Ok(());
+    /// What a DMA needs held, once it may begin.
+    fn begin<'a, T>(&self, needs: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
+        let deadline = Instant::now() + pause::PATIENCE;
+        while self.pause.admits(deadline) {
+            let held = lock(needs);
+            if self.pause.is_up() {
+                return Ok(held);
+            }
         }
         Err(Error::Device {
             device: self.name.clone(),
             source: Failed::new("DMA", Errno::SHUTDOWN),
-            mend: "; the device has been reset: attach it again",
+            mend: "; a fence has stopped the device: attach it again",
         })
     }
 
@@ -221,7 +219,7 @@ impl SoftDevice {
         failure(&self.name, Failed::new(call, errno))
     }
 
-    /// Ends what the kernel can end; the rest is not touched. The device may start more.
+    /// Ends what the kernel can end; the rest is not touched.
     fn cancel(&self, held: &[Arc<Holding>]) -> Result<()> {
         for holding in held.iter().filter(|holding| holding.flight.outcome().is_none()) {
             self.domain.ring().cancel(holding.flight.id()).map_err(|failed| failure(&self.name, failed))?;
@@ -231,8 +229,8 @@ impl SoftDevice {
 
     /// Lets no DMA start any more, waits for the engine, cancels, and cuts every connection.
     fn reset(&self) -> Result<()> {
+        self.pause.stop();
         let mut held = lock(&self.held);
-        self.attached.store(false, Ordering::Release);
         drop(lock(&self.line));
         let cancelled = self.cancel(&held);
         let mut cut = Ok(());
@@ -259,7 +257,9 @@ impl Device for SoftDevice {
     fn fence(&self, step: FenceStep) -> Result<()> {
         match step {
             FenceStep::Drain => {
+                self.pause.drain();
                 let held = lock(&self.held).clone();
+                drop(lock(&self.line));
                 self.cancel(&held)
             }
             FenceStep::Reset => self.reset(),
@@ -268,7 +268,7 @@ impl Device for SoftDevice {
     }
 
     fn attach(&self) -> Result<()> {
-        self.attached.store(true, Ordering::Release);
+        self.pause.lift();
         Ok(())
     }
 

@@ -110,8 +110,7 @@ pub fn a_fence_under_dma_stops_it_until_the_attach(engine: &Engine) -> Outcome {
                 std::thread::yield_now();
             }
             engine.device.fence(step)?;
-            holds(engine, &file)?;
-            engine.device.attach()?;
+            comes_back(engine, &file, step)?;
             check("what was cut off is not taken for what comes after", engine.reaches(1, &other)?)
         });
         done.store(true, Ordering::Release);
@@ -125,6 +124,29 @@ fn fences(engine: &Engine) -> Vec<FenceStep> {
     let class = engine.device.stop_class();
     let all = [FenceStep::Drain, FenceStep::Stop, FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
     all.into_iter().filter(|step| class.has(*step)).collect()
+}
+
+/// A fenced device holds until it is attached.
+fn comes_back(engine: &Engine, file: &GuestFile, step: FenceStep) -> Outcome {
+    if step == FenceStep::Drain {
+        return pauses(engine, file);
+    }
+    holds(engine, file)?;
+    Ok(engine.device.attach()?)
+}
+
+/// A drained device changes nothing, and what is asked of it is done once it is attached.
+fn pauses(engine: &Engine, file: &GuestFile) -> Outcome {
+    let (kept, sent) = (fresh(128), fresh(64));
+    file.write(0, &kept)?;
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| engine.device.dma_write(Iova(at(0).0 + 64), &sent));
+        let seen = bytes(file, 0, 128);
+        engine.device.attach()?;
+        asked.join().expect("no panic")?;
+        same("nothing was written", seen?, kept)
+    })?;
+    same("it is written at last", bytes(file, 64, 64)?, sent)
 }
 
 /// A fenced device changes nothing, and says why it does not do as it is told.
@@ -149,8 +171,7 @@ pub fn every_fence_is_undone_by_an_attach(bench: &Bench, engine: &Engine) -> Out
     for _ in 0..10 {
         for step in fences(engine) {
             engine.device.fence(step)?;
-            holds(engine, &file)?;
-            engine.device.attach()?;
+            comes_back(engine, &file, step)?;
             check(&format!("DMA goes again after {step:?}"), engine.reaches(0, &file)?)?;
         }
     }

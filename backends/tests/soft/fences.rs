@@ -21,10 +21,34 @@ fn what_an_unmap_finds_in_flight_is_said_and_ends_by_cancelling() {
     assert_eq!(held.outcome(), Some(Err(Errno::CANCELED)));
     assert_eq!(bench.load(0), 1);
     assert!(!readable(bench.domain.wake().unwrap(), Duration::ZERO), "said once");
-    // Cancelling ends what is in flight and no more.
+    // The attach lets it go on.
     bench.map(0, 1);
+    bench.device.attach().unwrap();
     bench.dma_store(0, 2).unwrap();
     assert_eq!(bench.unmap(0, 1), gone(1));
+}
+
+#[test]
+fn what_is_asked_of_a_drained_device_waits_for_the_attach() {
+    let bench = Bench::new(1);
+    bench.map(0, 1);
+    bench.store(0, 1);
+    bench.device.fence(FenceStep::Drain).unwrap();
+    assert_eq!(bench.unmap(0, 1), gone(1), "nothing is in flight behind a drain");
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| bench.dma_store(0, 2));
+        assert!(!readable(bench.domain.wake().unwrap(), SHORT), "a window over a page that stays shared");
+        assert_eq!(bench.load(0), 1);
+        bench.map(0, 1);
+        bench.device.attach().unwrap();
+        asked.join().unwrap().unwrap();
+    });
+    assert_eq!(bench.load(0), 2, "not failed, not lost");
+    bench.device.fence(FenceStep::Drain).unwrap();
+    bench.device.fence(FenceStep::Reset).unwrap();
+    assert!(bench.dma_store(0, 3).is_err(), "behind a reset it fails at once");
+    bench.device.attach().unwrap();
+    bench.dma_store(0, 3).unwrap();
 }
 
 #[test]

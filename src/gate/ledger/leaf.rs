@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use super::blocks::LEAF_WORDS;
+use super::fill::Fill;
 
 /// Pages of a leaf.
 pub(super) const PAGES: u64 = 512;
@@ -21,8 +22,8 @@ const LOW: u64 = u64::MAX / 3;
 pub(super) struct Leaf<'a>(pub(super) &'a [AtomicU64; LEAF_WORDS]);
 
 /// A word in which every page is `value`.
-pub(super) fn spread(value: u8) -> u64 {
-    u64::from(value) * LOW
+pub(super) const fn spread(value: u8) -> u64 {
+    value as u64 * LOW
 }
 
 /// The lower bit of each page whose two bits are not both 0.
@@ -33,6 +34,12 @@ fn any(word: u64) -> u64 {
 /// The lower bit of each page of `word` that differs from the page before it; `before` is the one before the word.
 pub(super) fn changes(word: u64, before: u8) -> u64 {
     any(word ^ (word << 2 | u64::from(before)))
+}
+
+/// The word in which pages that are 2 are 1 instead.
+pub(super) fn merged(word: u64) -> u64 {
+    let (low, high) = (word & LOW, word >> 1 & LOW);
+    low | high | (low & high) << 1
 }
 
 /// The pages `pages` (within the word) as a mask of both their bits.
@@ -51,28 +58,42 @@ impl Leaf<'_> {
         (self.word(page / PER_WORD) >> (2 * (page % PER_WORD)) & 3) as u8
     }
 
-    /// Sets the pages; whether a word that changed is now `value` all over.
-    pub(super) fn set(self, pages: Range<u64>, value: u8) -> bool {
+    /// Sets the pages of this leaf, whose first page is `base`; whether a word that changed is now filled.
+    pub(super) fn set(self, base: u64, pages: Range<u64>, fill: Fill) -> bool {
         let (first, last) = (pages.start / PER_WORD, (pages.end - 1) / PER_WORD);
         let mut even = false;
         for index in first..=last {
-            let base = index * PER_WORD;
-            let within = pages.start.saturating_sub(base)..(pages.end - base).min(PER_WORD);
-            let mask = mask(within);
+            let from = index * PER_WORD;
+            let mask = mask(pages.start.saturating_sub(from)..(pages.end - from).min(PER_WORD));
+            let filled = fill.word(base + from);
             let Some(word) = self.0.get(index as usize) else { continue };
             let old = word.load(Relaxed);
-            let new = old & !mask | spread(value) & mask;
+            let new = old & !mask | filled & mask;
             if new != old {
                 word.store(new, Release);
-                even |= new == spread(value);
+                even |= new == filled;
             }
         }
         even
     }
 
-    /// Whether every page is `value`.
-    pub(super) fn is_all(self, value: u8) -> bool {
-        self.0.iter().all(|word| word.load(Relaxed) == spread(value))
+    /// What all of it is, where one fill says it.
+    pub(super) fn fill(self) -> Option<Fill> {
+        Fill::of_leaf(self.0.iter().map(|word| word.load(Relaxed)))
+    }
+
+    /// The first of the pages that is `value`.
+    pub(super) fn next_is(self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let mut from = pages.start % PER_WORD;
+        for index in pages.start / PER_WORD..pages.end.div_ceil(PER_WORD) {
+            let is = (!any(self.word(index) ^ spread(value)) & LOW) >> (2 * from) << (2 * from);
+            if is != 0 {
+                let page = index * PER_WORD + u64::from(is.trailing_zeros()) / 2;
+                return (page < pages.end).then_some(page);
+            }
+            from = 0;
+        }
+        None
     }
 
     /// How many of the pages are `value`.

@@ -4,93 +4,88 @@
 //! unmapped, failed: in one piece, with its state), or nothing is there. A run may hold pages of which nothing was
 //! mapped: an unmap takes neighbours of one range away by one call, with the gaps between them. A page leaves this table only
 //! through [`Mapped::remove`], which the gate calls on proof and nowhere else.
+//!
+//! A page is two bits in a tree: nothing, inside a live mapping, the first of one, in a run. So a terabyte of mappings of
+//! equal size costs next to nothing, and one in 4 KiB pages in the worst order 66 MiB. Only what a run is lies beside it;
+//! after a crash that is lost, and what was in one is in doubt.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
-use crate::gate::event::JobId;
+use super::fill::Fill;
+use super::holds::gaps;
+use super::run::{Run, RunState};
+use super::store::{Full, Key, Store};
+use super::tree::{PAGES, Tree};
+use crate::gate::event::DomainId;
 
-/// How sure we are of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunState {
-    /// A map call is under way.
-    Filling {
-        /// Which.
-        job: JobId,
-        /// Bytes per kernel mapping; their borders are multiples of it.
-        piece: u64,
-    },
-    /// An unmap call is under way.
-    Removing(JobId),
-    /// Out of the translation, but operations issued before are in flight.
-    Leaking(JobId),
-    /// Out of the translation, but a device that caches translations may have kept a copy of it.
-    Cached,
-    /// A call failed half-way or came up short: may be mapped, in part or whole. `gone` bytes of it were
-    /// reported removed.
-    Suspect {
-        /// Bytes reported removed so far.
-        gone: u64,
-        /// The kernel's last answer.
-        errno: i32,
-    },
-}
+pub use super::run::objects;
 
-impl RunState {
-    /// Whether it is on its way out or in doubt, and not about to be mapped.
-    pub fn unsettled(self) -> bool {
-        !matches!(self, Self::Filling { .. })
-    }
-}
+/// What kind of root this is, in a store.
+const KIND: u64 = 2;
 
-/// Pages that are not plainly mapped, in one piece.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// Where.
-    pub range: PageRange<Iova>,
-    /// Bytes of it that are mapped, or were before the call.
-    pub bytes: u64,
-    /// Kernel mappings in it.
-    pub objects: u64,
-    /// How sure we are.
-    pub state: RunState,
-}
+/// `ENOSPC`: the store was full.
+const NO_SPACE: i32 = 28;
 
-impl Run {
-    /// A run of mappings that are being made: with borders at the multiples of `piece`, a power of two.
-    pub fn filling(range: PageRange<Iova>, piece: u64, job: JobId) -> Self {
-        let objects = objects(range, piece);
-        Self { range, bytes: range.len(), objects, state: RunState::Filling { job, piece } }
-    }
-}
-
-/// Kernel mappings that cover `range` where their borders are at the multiples of `piece`.
-pub fn objects(range: PageRange<Iova>, piece: u64) -> u64 {
-    (range.end().raw() - 1) / piece - range.start().raw() / piece + 1
-}
+/// What a page can be, in the tree.
+const NOTHING: u8 = 0;
+const INSIDE: u8 = 1;
+const BEGINS: u8 = 2;
+const IN_RUN: u8 = 3;
 
 /// What is mapped in one domain.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Mapped {
-    /// Every kernel mapping that is live: start to end.
-    live: BTreeMap<Iova, Iova>,
+    tree: Tree,
     runs: BTreeMap<Iova, Run>,
+    /// Of the runs.
     objects: u64,
     bytes: u64,
     unsettled: usize,
 }
 
+impl Default for Mapped {
+    /// Nothing, in memory of its own that ends with the process.
+    fn default() -> Self {
+        Self::over(Tree::own())
+    }
+}
+
 impl Mapped {
+    /// What is mapped in `domain` as `store` knows it; nothing where it does not know the domain yet. One at a time
+    /// per domain. What was in a run when the process that wrote it ended comes back as [`RunState::Suspect`].
+    pub fn in_store(store: &Store, domain: DomainId) -> Result<Self, Full> {
+        let tree = Tree::new(store, Key { kind: KIND, a: domain.0.into(), b: 0 })?;
+        let mut mapped = Self::over(tree);
+        mapped.adopt(0..PAGES, 0);
+        Ok(mapped)
+    }
+
+    /// Forgets the domain: the store knows nothing of it any more.
+    pub fn discard(self) {
+        self.tree.discard();
+    }
+
+    /// Bytes of the store that it takes at most if only `range` is ever mapped.
+    pub fn worst(range: PageRange<Iova>) -> u64 {
+        Tree::worst(pages(range))
+    }
+
+    fn over(tree: Tree) -> Self {
+        Self { tree, runs: BTreeMap::new(), objects: 0, bytes: 0, unsettled: 0 }
+    }
+
     /// Kernel mappings in use, or about to be.
     pub fn objects(&self) -> u64 {
-        self.objects
+        self.tree.total(BEGINS) + self.objects
     }
 
     /// Bytes that are mapped, or may be.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        (self.tree.total(INSIDE) + self.tree.total(BEGINS)) * PAGE + self.bytes
     }
 
     /// Runs on their way out or in doubt.
@@ -105,7 +100,8 @@ impl Mapped {
 
     /// Whether nothing of `range` is live or in a run.
     pub fn is_clear(&self, range: PageRange<Iova>) -> bool {
-        self.runs(range).next().is_none() && self.mappings(range).next().is_none()
+        // A full store may not know of a run.
+        self.tree.next_not(pages(range), NOTHING).is_none() && self.runs(range).next().is_none()
     }
 
     /// The runs that share a page with `range`, whole, in order.
@@ -119,74 +115,81 @@ impl Mapped {
 
     /// The longest stretches of live pages in `range`, cut to it, in order.
     pub fn live(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
-        let mut mappings = self.mappings(range).peekable();
-        std::iter::from_fn(move || {
-            let first = mappings.next()?;
-            let mut end = first.end();
-            while let Some(next) = mappings.next_if(|next| next.start() == end) {
-                end = next.end();
-            }
-            PageRange::between(first.start().max(range.start()), end.min(range.end()))
-        })
+        let spans = self.tree.merged_spans(pages(range));
+        spans.filter(|(_, value)| *value == INSIDE).filter_map(|(span, _)| bytes(span))
     }
 
     /// What of `range` is live or in a run, in order, cut to it or whole.
     pub fn taken(&self, range: PageRange<Iova>) -> Vec<PageRange<Iova>> {
-        let mut taken: Vec<_> = self.live(range).chain(self.runs(range).map(|run| run.range)).collect();
-        taken.sort_unstable();
+        let mut taken: Vec<_> = self.live(range).collect();
+        let live = taken.len();
+        taken.extend(self.runs(range).map(|run| run.range));
+        if taken.len() > live {
+            taken.sort_unstable();
+        }
         taken
     }
 
     /// From the first live page in `range` to the last.
     pub fn extent(&self, range: PageRange<Iova>) -> Option<PageRange<Iova>> {
-        let first = self.mappings(range).next()?.start().max(range.start());
-        let (_, end) = self.live.range(..range.end()).next_back()?;
-        PageRange::between(first, (*end).min(range.end()))
+        let first = self.live(range).next()?.start();
+        let mut rest = pages(range);
+        loop {
+            let last = self.tree.last_not(rest.clone(), NOTHING)?;
+            if self.tree.get(last) != IN_RUN {
+                return PageRange::between(first, Iova((last + 1) * PAGE));
+            }
+            rest.end = self.runs(bytes(last..last + 1)?).next()?.range.start().raw() / PAGE;
+        }
     }
 
     /// `range`, widened at either end to where no live mapping sticks out of it.
     pub fn whole(&self, range: PageRange<Iova>) -> PageRange<Iova> {
-        let first = self.mappings(range).next().map_or(range.start(), |m| m.start().min(range.start()));
-        let last = Iova::from_raw(range.end().raw() - PAGE);
-        let last = PageRange::between(last, range.end()).and_then(|page| self.mappings(page).next());
-        let end = last.map_or(range.end(), |m| m.end().max(range.end()));
-        PageRange::between(first, end).unwrap_or(range)
+        let mut whole = pages(range);
+        if self.tree.get(whole.start) == INSIDE {
+            whole.start = self.tree.last_not(0..whole.start, INSIDE).unwrap_or(whole.start);
+        }
+        if self.sticks_out(whole.end) {
+            whole.end = self.tree.next_not(whole.end..PAGES, INSIDE).unwrap_or(whole.end);
+        }
+        bytes(whole).unwrap_or(range)
+    }
+
+    /// Whether a live mapping goes on over the border before `page`.
+    fn sticks_out(&self, page: u64) -> bool {
+        self.tree.get(page) == INSIDE
     }
 
     /// Live kernel mappings that begin in `range`.
     pub fn starts(&self, range: PageRange<Iova>) -> u64 {
-        self.live.range(range.start()..range.end()).count() as u64
+        self.tree.count(pages(range), BEGINS)
     }
 
     /// Puts a run where nothing is.
     pub fn insert(&mut self, run: Run) {
         debug_assert!(self.is_clear(run.range));
-        self.objects += run.objects;
-        self.bytes += run.bytes;
-        self.unsettled += usize::from(run.state.unsettled());
-        self.runs.insert(run.range.start(), run);
+        self.put(run);
     }
 
-    /// A kernel mapping that an earlier process made, where nothing is.
-    pub fn again(&mut self, mapping: PageRange<Iova>) {
-        debug_assert!(self.is_clear(mapping));
-        self.objects += 1;
-        self.bytes += mapping.len();
-        self.live.insert(mapping.start(), mapping.end());
+    fn put(&mut self, run: Run) {
+        self.record(run);
+        self.change(pages(run.range), Fill::all(IN_RUN));
     }
 
     /// The run at `start` was being mapped, and is live now.
     pub fn made(&mut self, start: Iova) {
-        let Some(Run { range, state: RunState::Filling { piece, .. }, .. }) = self.remove(start) else {
+        let Some(Run { range, state: RunState::Filling { piece, .. }, .. }) = self.runs.get(&start).copied()
+        else {
             return;
         };
-        self.objects += objects(range, piece);
-        self.bytes += range.len();
-        let mut at = range.start();
-        while at < range.end() {
-            let next = Iova((at.raw() / piece + 1) * piece).min(range.end());
-            self.live.insert(at, next);
-            at = next;
+        self.unrecord(start);
+        let Range { start, end } = pages(range);
+        let width = Fill::grid((piece / PAGE).trailing_zeros());
+        // Its beginning first: it must never be taken for a part of the mapping before it.
+        let fits = self.change(start..start + 1, Fill::all(BEGINS));
+        if !(fits && (start + 1 == end || self.change(start + 1..end, width))) {
+            let taken = self.taken(range);
+            gaps(range, taken.into_iter()).for_each(|range| self.doubt(range, NO_SPACE));
         }
     }
 
@@ -194,42 +197,30 @@ impl Mapped {
     /// are cut.
     pub fn take(&mut self, range: PageRange<Iova>, state: RunState) -> Run {
         debug_assert!(self.runs(range).next().is_none());
-        let over: Vec<_> = self.mappings(range).collect();
-        let (mut bytes, mut objects) = (0, 0);
-        for mapping in over {
-            self.live.remove(&mapping.start());
-            self.objects -= 1;
-            let [left, right] = mapping.without(range);
-            for rest in [left, right].into_iter().flatten() {
-                self.live.insert(rest.start(), rest.end());
-                self.objects += 1;
-            }
-            bytes += mapping.intersection(range).map_or(0, PageRange::len);
-            objects += 1;
+        let within = pages(range);
+        let [_, inside, begins, _] = self.tree.counts(within.clone());
+        let objects = begins + u64::from(self.sticks_out(within.start));
+        let run = Run { range, bytes: (inside + begins) * PAGE, objects, state };
+        let rest = self.sticks_out(within.end);
+        self.put(run);
+        // What is left behind it is a mapping of its own. Who is killed before this finds it out by the run.
+        if rest {
+            self.change(within.end..within.end + 1, Fill::all(BEGINS));
         }
-        self.bytes -= bytes;
-        let run = Run { range, bytes, objects, state };
-        self.insert(run);
         run
     }
 
     /// Changes the state of the run at `start`; not to [`RunState::Filling`].
     pub fn mark(&mut self, start: Iova, state: RunState) {
-        if let Some(run) = self.runs.get_mut(&start) {
-            self.unsettled -= usize::from(run.state.unsettled());
-            self.unsettled += usize::from(state.unsettled());
-            self.bytes -= run.left();
-            run.state = state;
-            self.bytes += run.left();
+        if let Some(run) = self.unrecord(start) {
+            self.record(Run { state, ..run });
         }
     }
 
     /// Takes the run at `start` out of the ledger: the caller has proof that it is gone.
     pub fn remove(&mut self, start: Iova) -> Option<Run> {
-        let run = self.runs.remove(&start)?;
-        self.objects -= run.objects;
-        self.bytes -= run.left();
-        self.unsettled -= usize::from(run.state.unsettled());
+        let run = self.unrecord(start)?;
+        self.change(pages(run.range), Fill::all(NOTHING));
         Some(run)
     }
 
@@ -243,78 +234,64 @@ impl Mapped {
         self.runs.get(&start).copied()
     }
 
-    /// The live mappings that share a page with `range`, whole, in order.
-    pub fn mappings(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
-        let before = self.live.range(..range.start()).next_back();
-        before
-            .filter(|(_, end)| **end > range.start())
-            .into_iter()
-            .chain(self.live.range(range.start()..range.end()))
-            .filter_map(|(start, end)| PageRange::between(*start, *end))
+    fn record(&mut self, run: Run) {
+        self.objects += run.objects;
+        self.bytes += run.left();
+        self.unsettled += usize::from(run.state.unsettled());
+        self.runs.insert(run.range.start(), run);
+    }
+
+    fn unrecord(&mut self, start: Iova) -> Option<Run> {
+        let run = self.runs.remove(&start)?;
+        self.objects -= run.objects;
+        self.bytes -= run.left();
+        self.unsettled -= usize::from(run.state.unsettled());
+        Some(run)
+    }
+
+    /// Changes the pages of `range`; whether there was room for it. In a full store their neighbours become part of a
+    /// run as well: nothing is known of them then but that they may be mapped.
+    fn change(&mut self, pages: Range<u64>, fill: Fill) -> bool {
+        let fits = self.tree.force_fill(pages.clone(), fill, IN_RUN);
+        if !fits {
+            let start = self.tree.last_not(0..pages.start, IN_RUN).map_or(0, |page| page + 1);
+            let end = self.tree.next_not(pages.end..PAGES, IN_RUN).unwrap_or(PAGES);
+            self.adopt(start..end, NO_SPACE);
+        }
+        fits
+    }
+
+    /// All that is known of `range` is that it may be mapped.
+    fn doubt(&mut self, range: PageRange<Iova>, errno: i32) {
+        let state = RunState::Suspect { gone: 0, errno };
+        self.record(Run { range, bytes: range.len(), objects: 1, state });
+    }
+
+    /// Makes runs in doubt of the pages that are in a run of which nothing is known.
+    fn adopt(&mut self, within: Range<u64>, errno: i32) {
+        let mut at = within.start;
+        while self.tree.total(IN_RUN) > 0
+            && let Some(first) = self.tree.next(at..within.end, IN_RUN)
+        {
+            at = self.tree.next_not(first..within.end, IN_RUN).unwrap_or(within.end);
+            let Some(span) = bytes(first..at) else { return };
+            let known: Vec<_> = self.runs(span).map(|run| run.range).collect();
+            gaps(span, known.into_iter()).for_each(|range| self.doubt(range, errno));
+            // What was cut off by it is a mapping of its own.
+            if self.sticks_out(at) {
+                self.change(at..at + 1, Fill::all(BEGINS));
+            }
+        }
     }
 }
 
-impl Run {
-    /// Bytes of it that may be mapped.
-    fn left(&self) -> u64 {
-        match self.state {
-            RunState::Suspect { gone, .. } => self.bytes.saturating_sub(gone),
-            _ => self.bytes,
-        }
-    }
+fn pages(range: PageRange<Iova>) -> Range<u64> {
+    range.start().raw() / PAGE..range.end().raw() / PAGE
+}
+
+fn bytes(pages: Range<u64>) -> Option<PageRange<Iova>> {
+    PageRange::between(Iova(pages.start * PAGE), Iova(pages.end * PAGE))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn range(page: u64, pages: u64) -> PageRange<Iova> {
-        PageRange::new(page * PAGE, pages * PAGE).unwrap()
-    }
-
-    fn mapped(parts: &[(u64, u64, u64)]) -> Mapped {
-        let mut mapped = Mapped::default();
-        for (page, pages, piece) in parts {
-            mapped.insert(Run::filling(range(*page, *pages), piece * PAGE, JobId(1)));
-            mapped.made(Iova(page * PAGE));
-        }
-        mapped
-    }
-
-    fn live(mapped: &Mapped) -> Vec<PageRange<Iova>> {
-        mapped.live(range(0, 1 << 20)).collect()
-    }
-
-    #[test]
-    fn borders_lie_on_the_grid_and_stay_where_they_are() {
-        let mut mapped = mapped(&[(3, 30, 8)]);
-        assert_eq!((mapped.objects(), mapped.bytes()), (5, 30 * PAGE));
-        assert_eq!(mapped.whole(range(9, 1)), range(8, 8));
-        assert_eq!(mapped.whole(range(0, 5)), range(0, 8));
-        assert_eq!(mapped.whole(range(15, 2)), range(8, 16));
-        assert_eq!(mapped.whole(range(32, 8)), range(32, 8));
-        assert_eq!(mapped.whole(range(40, 8)), range(40, 8));
-        let run = mapped.take(range(8, 8), RunState::Removing(JobId(2)));
-        assert_eq!((run.bytes, run.objects, mapped.objects()), (8 * PAGE, 1, 5));
-        assert!(!mapped.is_clear(range(9, 1)) && mapped.unsettled() == 1);
-        mapped.remove(Iova(8 * PAGE));
-        assert_eq!((mapped.objects(), mapped.bytes()), (4, 22 * PAGE));
-        assert_eq!(live(&mapped), [range(3, 5), range(16, 17)]);
-    }
-
-    #[test]
-    fn a_cut_leaves_two_and_a_gap_comes_along() {
-        let mut mapped = mapped(&[(0, 16, 16), (20, 4, 16)]);
-        let run = mapped.take(range(5, 2), RunState::Removing(JobId(2)));
-        assert_eq!((run.bytes, run.objects), (2 * PAGE, 1));
-        assert_eq!(mapped.objects(), 4, "left, the run, right, and the other");
-        mapped.remove(run.range.start());
-        assert_eq!((mapped.objects(), live(&mapped)), (3, vec![range(0, 5), range(7, 9), range(20, 4)]));
-        assert_eq!(mapped.whole(range(10, 1)), range(7, 9));
-        let run = mapped.take(range(8, 14), RunState::Removing(JobId(3)));
-        assert_eq!((run.bytes, run.objects), (10 * PAGE, 2));
-        mapped.mark(run.range.start(), RunState::Suspect { gone: PAGE, errno: 5 });
-        assert_eq!(mapped.bytes(), (5 + 1 + 9 + 2) * PAGE);
-        assert!(!mapped.is_clear(range(17, 1)), "what the call covers may not be mapped meanwhile");
-    }
-}
+mod tests;

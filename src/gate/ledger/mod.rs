@@ -4,10 +4,12 @@
 //! mappings are kept by domain and IOVA, as the kernel keeps them.
 
 mod blocks;
+mod fill;
 pub mod holds;
 mod leaf;
 pub mod mapped;
 pub mod pages;
+pub mod run;
 pub mod spans;
 pub mod store;
 pub mod table;
@@ -16,8 +18,9 @@ pub mod tree;
 use serde::{Deserialize, Serialize};
 
 pub use holds::{HeldBy, Holds};
-pub use mapped::{Mapped, Run, RunState};
+pub use mapped::Mapped;
 pub use pages::PageMap;
+pub use run::{Run, RunState};
 pub use store::{Full, Key, Store};
 pub use table::Table;
 pub use tree::Tree;

@@ -3,7 +3,6 @@
 //! Pages that were never set are [`PageState::Unknown`].
 
 use passgate_bindings::units::{Address, Offset};
-use passgate_bindings::words::Words;
 use passgate_bindings::{PAGE, PageRange};
 
 use super::store::{Full, Key, Store};
@@ -13,26 +12,14 @@ use crate::gate::event::FileId;
 
 /// What kind of root this is, in a store.
 const KIND: u64 = 1;
-/// Bytes of address space for a map of its own: 31 TiB of guest memory. None of it is taken before it is needed.
-const PRIVATE: u64 = 2 << 30;
-
 /// The state of every page of one file.
 #[derive(Debug)]
 pub struct PageMap(Tree);
 
 impl PageMap {
     /// A map in memory of its own, in which every page is [`PageState::Unknown`]; it ends with the process.
-    ///
-    /// # Panics
-    /// Where the machine has not even the address space for an empty one, as any allocation does.
     pub fn new() -> Self {
-        // As much of it as a limit on this process's address space allows.
-        let sizes = (16..=PRIVATE.ilog2()).rev().map(|bits| 1 << bits);
-        let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
-            let store = Store::new(words).ok()?;
-            Self::in_store(&store, FileId { device: 0, inode: 0 }).ok()
-        });
-        made.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<[u64; 1 << 13]>()))
+        Self(Tree::own())
     }
 
     /// The map of `file` in `store`: the one that is there, or a new one. One at a time per file.
@@ -97,10 +84,12 @@ pub struct Runs<'a>(spans::Spans<'a>);
 impl Iterator for Runs<'_> {
     type Item = (PageRange<Offset>, PageState);
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         self.0.next().and_then(run)
     }
 
+    #[inline]
     fn fold<B, F: FnMut(B, Self::Item) -> B>(self, init: B, mut tell: F) -> B {
         self.0.fold(init, |told, span| match run(span) {
             Some(run) => tell(told, run),
@@ -109,10 +98,12 @@ impl Iterator for Runs<'_> {
     }
 }
 
+#[inline]
 fn run((span, value): (std::ops::Range<u64>, u8)) -> Option<(PageRange<Offset>, PageState)> {
     PageRange::between(Offset(span.start * PAGE), Offset(span.end * PAGE)).map(|range| (range, state(value)))
 }
 
+#[inline]
 fn pages(range: PageRange<Offset>) -> std::ops::Range<u64> {
     range.start().raw() / PAGE..range.end().raw() / PAGE
 }
@@ -126,6 +117,7 @@ fn value(state: PageState) -> u8 {
     state as u8 ^ PageState::Unknown as u8
 }
 
+#[inline]
 fn state(value: u8) -> PageState {
     PageState::ALL[usize::from(value & 3 ^ PageState::Unknown as u8)]
 }
@@ -133,6 +125,7 @@ fn state(value: u8) -> PageState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use passgate_bindings::words::Words;
 
     fn range(page: u64, pages: u64) -> PageRange<Offset> {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()

@@ -8,6 +8,8 @@ use super::tree::{Values, Walk};
 /// The longest spans of equal value that make up a range of pages; see [`Tree::spans`].
 pub struct Spans<'a> {
     walk: Walk<'a>,
+    /// Whether 2 is told as 1.
+    merged: bool,
     /// The span that is being followed: where it starts, and its value.
     start: u64,
     value: u8,
@@ -23,45 +25,61 @@ pub struct Spans<'a> {
 }
 
 impl<'a> Spans<'a> {
-    pub(super) fn new(walk: Walk<'a>, pages: Range<u64>) -> Self {
+    pub(super) fn new(walk: Walk<'a>, pages: Range<u64>, merged: bool) -> Self {
         let (start, end) = (pages.start, pages.end);
-        let mut spans =
-            Self { walk, start, value: 0, next: start, end, leaf: None, word: 0, first: 0, changes: 0 };
+        let mut spans = Self {
+            walk,
+            merged,
+            start,
+            value: 0,
+            next: start,
+            end,
+            leaf: None,
+            word: 0,
+            first: 0,
+            changes: 0,
+        };
         if start < end {
             let found = spans.walk.find(start);
-            match found.values {
-                Values::All(value) => (spans.value, spans.next) = (value, found.pages.end),
+            let value = match found.values {
+                Values::All(fill) => fill.value(start),
                 Values::Each(leaf) => {
-                    spans.value = leaf.get(start % leaf::PAGES);
                     spans.leaf = Some((leaf, found.pages.start));
+                    leaf.get(start % leaf::PAGES)
                 }
-            }
+            };
+            spans.value = if merged && value == 2 { 1 } else { value };
         }
         spans
     }
 
     /// Reads on: one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
+    #[inline]
     fn look(&mut self) {
         let page = self.next;
-        let (leaf, first) = match self.leaf {
-            Some((leaf, first)) if page < first + leaf::PAGES => (leaf, first),
+        let word = match self.leaf {
+            Some((leaf, first)) if page < first + leaf::PAGES => leaf.word((page - first) / PER_WORD),
             _ => {
                 let found = self.walk.find(page);
                 match found.values {
-                    Values::Each(leaf) => (leaf, found.pages.start),
-                    Values::All(value) => {
+                    Values::Each(leaf) => {
+                        self.leaf = Some((leaf, found.pages.start));
+                        leaf.word((page - found.pages.start) / PER_WORD)
+                    }
+                    Values::All(fill) if fill.bits().is_none() || self.merged => {
+                        let value = fill.value(page);
                         self.leaf = None;
                         self.next = found.pages.end;
                         self.first = page;
-                        self.word = value.into();
-                        self.changes = u64::from(value != self.value);
+                        self.word = if self.merged && value == 2 { 1 } else { value.into() };
+                        self.changes = u64::from(self.word != u64::from(self.value));
                         return;
                     }
+                    Values::All(fill) => fill.word(page - page % PER_WORD),
                 }
             }
         };
-        self.leaf = Some((leaf, first));
-        self.word = leaf.word((page - first) / PER_WORD);
+        self.word = if self.merged { leaf::merged(word) } else { word };
         self.first = page - page % PER_WORD;
         self.next = self.first + PER_WORD;
         self.changes = leaf::changes(self.word, self.value);
@@ -75,6 +93,7 @@ impl<'a> Spans<'a> {
     }
 
     /// The span before the next change in the word last read.
+    #[inline]
     fn change(&mut self) -> (Range<u64>, u8) {
         let bit = self.changes.trailing_zeros();
         self.changes &= self.changes - 1;
@@ -84,6 +103,7 @@ impl<'a> Spans<'a> {
         span
     }
 
+    #[inline]
     fn rest(&mut self) -> Option<(Range<u64>, u8)> {
         let last = (self.start..self.end, self.value);
         self.start = self.end;
@@ -94,6 +114,7 @@ impl<'a> Spans<'a> {
 impl Iterator for Spans<'_> {
     type Item = (Range<u64>, u8);
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if self.changes != 0 {
@@ -107,15 +128,24 @@ impl Iterator for Spans<'_> {
     }
 
     /// As `next` again and again, without coming back here for each: `for_each`, `sum` and their kin run on it.
+    #[inline]
     fn fold<B, F: FnMut(B, Self::Item) -> B>(mut self, init: B, mut tell: F) -> B {
         let mut told = init;
         loop {
-            while self.changes != 0 {
-                told = tell(told, self.change());
+            // In registers while a word lasts.
+            let (word, first, mut changes) = (self.word, self.first, self.changes);
+            let (mut start, mut value) = (self.start, self.value);
+            while changes != 0 {
+                let bit = changes.trailing_zeros();
+                let at = first + u64::from(bit) / 2;
+                told = tell(told, (start..at, value));
+                (start, value) = (at, (word >> bit & 3) as u8);
+                changes &= changes - 1;
             }
+            (self.start, self.value, self.changes) = (start, value, 0);
             if self.next >= self.end {
                 return match self.rest() {
-                    Some(last) => tell(told, last),
+                    Some(rest) => tell(told, rest),
                     None => told,
                 };
             }

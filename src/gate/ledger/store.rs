@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use passgate_bindings::words::Words;
 
 use super::blocks::{BLOCK_BYTES, BLOCK_WORDS, Blocks, LEAF_WORDS, LEAVES};
+use super::fill::{Fill, UNIFORM};
 use super::table::Table;
 
 /// "passgate", as a little-endian word.
@@ -34,8 +35,6 @@ const HEADER: u32 = 16;
 /// Slots of the directory.
 const SLOTS: usize = (HEADER as usize * BLOCK_WORDS - DIRECTORY) / SLOT;
 
-/// Entries below this are the value of every page below; the others are units.
-pub(super) const UNIFORM: u32 = 4;
 /// Levels of nodes at most: 2^54 pages.
 pub(super) const LEVELS: u32 = 5;
 
@@ -212,19 +211,23 @@ impl Store {
         self.put(at, of_tree(height, entry));
     }
 
-    /// A new node, every entry `entry`; nothing leads to it yet.
-    pub(super) fn take_node(&self, entry: u32) -> Result<u32, Full> {
+    /// A new node for entries of 2^`span` pages from page `first` on, filled; nothing leads to it yet.
+    pub(super) fn take_node(&self, fill: Fill, first: u64, span: u32) -> Result<u32, Full> {
         let unit = self.blocks().take().ok_or_else(|| self.full())?;
-        let pair = u64::from(entry) << 32 | u64::from(entry);
-        self.words_at(unit, BLOCK_WORDS).iter().for_each(|word| word.store(pair, Relaxed));
+        let entry = |index: u64| u64::from(fill.below(first + (index << span), span).entry());
+        for (index, word) in (0..).step_by(2).zip(self.words_at(unit, BLOCK_WORDS)) {
+            word.store(entry(index + 1) << 32 | entry(index), Relaxed);
+        }
         Ok(unit)
     }
 
-    /// A new leaf below the node `parent`, every word `word`; nothing leads to it yet.
-    pub(super) fn take_leaf(&self, parent: u32, word: u64) -> Result<u32, Full> {
+    /// A new leaf below the node `parent`, from page `first` on, filled; nothing leads to it yet.
+    pub(super) fn take_leaf(&self, parent: u32, fill: Fill, first: u64) -> Result<u32, Full> {
         let siblings = self.entries(parent).filter(|unit| *unit >= UNIFORM);
         let unit = self.blocks().take_leaf(parent, siblings).ok_or_else(|| self.full())?;
-        self.words_at(unit, LEAF_WORDS).iter().for_each(|at| at.store(word, Relaxed));
+        for (page, word) in (first..).step_by(32).zip(self.words_at(unit, LEAF_WORDS)) {
+            word.store(fill.word(page), Relaxed);
+        }
         Ok(unit)
     }
 
@@ -235,7 +238,7 @@ impl Store {
     }
 
     /// All entries of the node at `unit`.
-    pub(super) fn entries(&self, unit: u32) -> impl Iterator<Item = u32> + '_ {
+    pub(super) fn entries(&self, unit: u32) -> impl Iterator<Item = u32> + Clone + '_ {
         let pairs = self.words_at(unit, BLOCK_WORDS).iter().map(|pair| pair.load(Relaxed));
         pairs.flat_map(|pair| [pair as u32, (pair >> 32) as u32])
     }
@@ -399,3 +402,6 @@ fn as_table(root: u64) -> Option<(u32, u32)> {
     let count = (root >> 32) as u32 & 0xff_ffff;
     (root >> 56 == TABLE && count > 0).then_some((root as u32, count))
 }
+
+#[cfg(test)]
+mod tests;

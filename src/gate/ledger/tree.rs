@@ -4,20 +4,28 @@
 //! equal is folded back into one entry at once. The root has as many levels as its highest page needs. Pages that were
 //! never set are 0.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::ops::Range;
+
+use passgate_bindings::words::Words;
 
 mod set;
 mod walk;
 
 use super::blocks::{BLOCK_BYTES, LEAVES};
+use super::fill::{Fill, UNIFORM};
 use super::leaf;
 use super::spans::Spans;
-use super::store::{Full, Key, LEVELS, Store, UNIFORM};
+use super::store::{Full, Key, LEVELS, Store};
 use set::{Place, Setting, move_pages};
+use walk::bits;
 pub(super) use walk::{Values, Walk, span};
 
 /// Page numbers end here; a [`passgate_bindings::PageRange`] has none beyond.
 pub const PAGES: u64 = span(LEVELS);
+
+/// Bytes of address space for a tree of its own: 31 TiB of pages. None of it is taken before it is needed.
+const OWN: u64 = 2 << 30;
 
 /// The values of all pages under one key of a store. There is one of these per key at a time.
 #[derive(Debug)]
@@ -36,6 +44,18 @@ impl Tree {
         let mut tree = Self { root: store.tree(key)?, store: store.clone(), key, totals: [0; 4] };
         tree.totals = tree.tally(0..span(store.root(tree.root).0));
         Ok(tree)
+    }
+
+    /// One in memory of its own, which ends with the process.
+    pub fn own() -> Self {
+        let (key, sizes) = (Key { kind: 0, a: 0, b: 0 }, (16..=OWN.ilog2()).rev().map(|bits| 1 << bits));
+        // As much address space as a limit on this process's allows.
+        let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
+            let store = Store::new(words).ok()?;
+            Self::new(&store, key).ok()
+        });
+        // The machine has not even room for an empty one.
+        made.unwrap_or_else(|| handle_alloc_error(Layout::new::<[u64; 1 << 13]>()))
     }
 
     /// Forgets it: its memory is free, and the store has nothing under its key.
@@ -58,7 +78,7 @@ impl Tree {
     /// The value of `page`.
     pub fn get(&self, page: u64) -> u8 {
         match self.walk().find(page).values {
-            Values::All(value) => value,
+            Values::All(fill) => fill.value(page),
             Values::Each(leaf) => leaf.get(page % leaf::PAGES),
         }
     }
@@ -66,43 +86,50 @@ impl Tree {
     /// Sets every page of `pages` to `value` (0 to 3). Each page has its old value or the new one at any time. On
     /// `Full` some are set and others are not.
     pub fn set(&mut self, pages: Range<u64>, value: u8) -> Result<(), Full> {
-        self.set_or(pages, value, None)
+        self.set_or(pages, Fill::all(value), None)
     }
 
     /// Sets every page of `pages` to `value`, and where there is no room to tell them from their neighbours, these too
-    /// to `coarse`: a fold needs no memory. Where the tree cannot grow, pages beyond its end stay 0.
-    pub fn force(&mut self, pages: Range<u64>, value: u8, coarse: u8) {
-        let _ = self.set_or(pages, value, Some(coarse));
+    /// to `coarse`: a fold needs no memory. Where the tree cannot grow, pages beyond its end stay 0. Whether there was
+    /// room.
+    pub fn force(&mut self, pages: Range<u64>, value: u8, coarse: u8) -> bool {
+        self.force_fill(pages, Fill::all(value), coarse)
     }
 
-    fn set_or(&mut self, pages: Range<u64>, value: u8, coarse: Option<u8>) -> Result<(), Full> {
-        let (value, mut pages) = (value & 3, pages.start..pages.end.min(PAGES));
+    /// As [`Tree::force`], to what a fill says.
+    pub(super) fn force_fill(&mut self, pages: Range<u64>, to: Fill, coarse: u8) -> bool {
+        self.set_or(pages, to, Some(coarse)).is_ok()
+    }
+
+    fn set_or(&mut self, pages: Range<u64>, to: Fill, coarse: Option<u8>) -> Result<(), Full> {
+        let mut pages = pages.start..pages.end.min(PAGES);
         if pages.is_empty() {
             return Ok(());
         }
         // One page beside others that are told apart: by far the most common, and nothing but its word changes.
         if pages.end - pages.start == 1 {
             let page = pages.start % leaf::PAGES;
+            let value = to.value(pages.start);
             match self.walk().find(pages.start).values {
                 Values::Each(leaf) => {
                     let old = leaf.get(page);
-                    let even = old != value && leaf.set(page..page + 1, value);
+                    let even = old != value && leaf.set(pages.start - page, page..page + 1, to);
                     move_pages(&mut self.totals, old, value, 1);
                     if !even {
                         return Ok(());
                     }
                 }
-                Values::All(old) if old == value => return Ok(()),
+                Values::All(old) if old.value(pages.start) == value => return Ok(()),
                 Values::All(_) => {}
             }
         }
         let (mut height, mut entry) = self.store.root(self.root);
         while pages.end > span(height) {
-            if value == 0 {
+            if to == Fill::all(0) {
                 pages.end = span(height);
                 break;
             }
-            entry = self.raise(entry)?;
+            entry = self.raise(entry, height)?;
             height += 1;
             self.store.set_root(self.root, height, entry);
         }
@@ -110,60 +137,89 @@ impl Tree {
             return Ok(());
         }
         let at = Place { entry, height, first: 0, parent: 0 };
-        let new = Setting { store: &self.store, totals: &mut self.totals, value, coarse }.set(at, pages)?;
+        let mut setting = Setting { store: &self.store, totals: &mut self.totals, to, coarse, short: None };
+        let new = setting.set(at, pages)?;
+        let short = setting.short;
         if new != entry {
             self.store.set_root(self.root, height, new);
             if new < UNIFORM {
                 self.store.free(entry, height, 0);
             }
         }
-        Ok(())
+        short.map_or(Ok(()), Err)
     }
 
-    /// A root one level higher than `entry`.
-    fn raise(&self, entry: u32) -> Result<u32, Full> {
+    /// A root one level higher than `entry` at `height`.
+    fn raise(&self, entry: u32, height: u32) -> Result<u32, Full> {
         if entry == 0 {
             return Ok(0);
         }
-        let node = self.store.take_node(0)?;
+        let node = self.store.take_node(Fill::all(0), 0, bits(height))?;
         self.store.set_entry(node, 0, entry);
         Ok(node)
     }
 
     /// The longest spans of equal value that make up `pages`, in order.
     pub fn spans(&self, pages: Range<u64>) -> Spans<'_> {
-        Spans::new(self.walk(), pages)
+        Spans::new(self.walk(), pages, false)
+    }
+
+    /// As [`Tree::spans`], with pages that are 2 told as if they were 1.
+    pub fn merged_spans(&self, pages: Range<u64>) -> Spans<'_> {
+        Spans::new(self.walk(), pages, true)
     }
 
     /// The first page of `pages` that is not `value`.
     pub fn next_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
-        let mut at = pages.start;
-        while at < pages.end {
-            let found = self.walk().find(at);
-            let first = found.pages.start;
-            match found.values {
-                Values::All(other) if other != value => return Some(at),
-                Values::All(_) => {}
-                Values::Each(leaf) => {
-                    let end = pages.end.min(found.pages.end);
-                    if let Some(page) = leaf.next_not(at - first..end - first, value) {
-                        return Some(first + page);
-                    }
-                }
+        self.search(pages, |values, pages, first| match values {
+            Values::All(fill) => fill.next_not(pages, value),
+            Values::Each(leaf) => {
+                leaf.next_not(pages.start - first..pages.end - first, value).map(|page| first + page)
             }
-            at = found.pages.end;
+        })
+    }
+
+    /// The first page of `pages` that is `value`.
+    pub fn next(&self, pages: Range<u64>, value: u8) -> Option<u64> {
+        self.search(pages, |values, pages, first| match values {
+            Values::All(fill) if fill.value(pages.start) == value => Some(pages.start),
+            // Of two values on a grid one is the other's opposite.
+            Values::All(fill) if fill.bits().is_some() && (1..=2).contains(&value) => {
+                fill.next_not(pages, 3 - value)
+            }
+            Values::All(_) => None,
+            Values::Each(leaf) => {
+                leaf.next_is(pages.start - first..pages.end - first, value).map(|page| first + page)
+            }
+        })
+    }
+
+    /// The first page that `look` finds, which is given pages found together and the first page of their leaf.
+    fn search(
+        &self,
+        pages: Range<u64>,
+        look: impl Fn(Values<'_>, Range<u64>, u64) -> Option<u64>,
+    ) -> Option<u64> {
+        let (mut at, mut walk) = (pages.start, self.walk());
+        while at < pages.end {
+            let found = walk.find(at);
+            let end = found.pages.end.min(pages.end);
+            if let Some(page) = look(found.values, at..end, found.pages.start) {
+                return Some(page);
+            }
+            at = end;
         }
         None
     }
 
     /// The last page of `pages` that is not `value`.
     pub fn last_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
-        let mut end = pages.end;
+        let (mut end, mut walk) = (pages.end, self.walk());
         while pages.start < end {
-            let found = self.walk().find(end - 1);
+            let found = walk.find(end - 1);
             let first = found.pages.start;
             let page = match found.values {
-                Values::All(other) => (other != value).then_some(end - 1),
+                Values::All(fill) => fill.last_not(first.max(pages.start)..end, value),
                 Values::Each(leaf) => leaf.last_not(end - first, value).map(|page| first + page),
             };
             if let Some(page) = page {
@@ -181,18 +237,17 @@ impl Tree {
             let found = walk.find(at);
             let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
             count += match found.values {
-                Values::All(other) => {
-                    if other == value {
-                        end - at
-                    } else {
-                        0
-                    }
-                }
+                Values::All(fill) => fill.count(at..end, value),
                 Values::Each(leaf) => leaf.count(at - first..end - first, value),
             };
             at = end;
         }
         count
+    }
+
+    /// How many pages of the whole tree are 1, 2 and 3; of no use for 0.
+    pub fn total(&self, value: u8) -> u64 {
+        self.totals[usize::from(value & 3)]
     }
 
     /// How many of `pages` are 0, 1, 2 and 3. At once where all other pages are 0, as when a file is asked for whole.
@@ -202,7 +257,9 @@ impl Tree {
             && self.next_not(pages.end.min(ends)..ends, 0).is_none()
         {
             let [_, one, two, three] = self.totals;
-            return [pages.end - pages.start - one - two - three, one, two, three];
+            let rest =
+                (pages.end - pages.start).saturating_sub(one.saturating_add(two).saturating_add(three));
+            return [rest, one, two, three];
         }
         self.tally(pages)
     }
@@ -213,7 +270,9 @@ impl Tree {
             let found = walk.find(at);
             let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
             match found.values {
-                Values::All(value) => counts[usize::from(value & 3)] += end - at,
+                Values::All(fill) => {
+                    (0..).zip(&mut counts).for_each(|(value, count)| *count += fill.count(at..end, value));
+                }
                 Values::Each(leaf) => leaf.counts(at - first..end - first, &mut counts),
             }
             at = end;

@@ -239,7 +239,8 @@ impl Checker {
         let asked = self.asked(domain, &ranges);
         let key = (domain, ranges);
         let Some(partly) = self.partly.get_mut(&key) else { return };
-        if *partly == asked {
+        // What was mapped before the log begins goes too, and was not seen.
+        if *partly == asked || (!self.whole && *partly > asked) {
             self.partly.remove(&key);
             key.1.into_iter().for_each(|iova| self.mapped.remove(domain, iova));
         } else {

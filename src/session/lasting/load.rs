@@ -4,19 +4,15 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
 use passgate_backends::resume::Ids;
-use passgate_bindings::units::Address;
+use passgate_bindings::Failed;
 use passgate_bindings::words::Words;
-use passgate_bindings::{Failed, Iova, PAGE, PageRange};
 
 use super::line::{self, Aside};
 use super::slots::{Line, Slot};
-use super::{
-    BEGINS, COUNTERS, DEVICES, DOUBT, GOES_ON, IDS, INVALIDATION, LOST, Lasting, MAPPED, NAMES, REGION,
-    STOPPED,
-};
+use super::{COUNTERS, DEVICES, DOMAIN, IDS, INVALIDATION, LOST, Lasting, NAMES, REGION, STOPPED};
 use crate::gate::ledger::store::OpenError;
-use crate::gate::ledger::{Full, Key, PageMap, Store, Tree};
-use crate::gate::{DeviceId, HeldBy, Past, RegionId, Written};
+use crate::gate::ledger::{Full, Mapped, PageMap, Store};
+use crate::gate::{DeviceId, HeldBy, Past, RegionId};
 
 /// Why there is nothing to go on with. The text is a part of a message.
 #[derive(Debug, thiserror::Error)]
@@ -72,12 +68,8 @@ impl Lasting {
         let asides = lasting.asides_again(records.asides);
         lasting.forget_files(&past);
         if past.unmapped {
-            lasting.store.remove(Key { kind: MAPPED, a: 0, b: 0 });
-            lasting.mapped = Tree::new(&lasting.store, Key { kind: MAPPED, a: 0, b: 0 })?;
-        } else {
-            past.regions
-                .iter()
-                .try_for_each(|region| lasting.mapped_again(region, &mut past.live, &mut past.doubt))?;
+            Mapped::in_store(&lasting.store, DOMAIN)?.discard();
+            Mapped::in_store(&lasting.store, DOMAIN)?;
         }
         Ok((lasting, Left { past, ids, devices, asides }))
     }
@@ -180,51 +172,4 @@ impl Lasting {
             }
         }
     }
-
-    /// What is mapped of a region. A page that goes on what did not begin is in doubt.
-    fn mapped_again(
-        &self,
-        region: &Written,
-        live: &mut Vec<PageRange<Iova>>,
-        doubt: &mut Vec<PageRange<Iova>>,
-    ) -> Result<(), LoadError> {
-        let damaged = |_| LoadError::Damaged("a mapping");
-        let gpa = region.spec.gpa;
-        let mut open: Option<u64> = None;
-        let mut close = |open: &mut Option<u64>, at: u64| match open.take() {
-            Some(first) => {
-                live.push(PageRange::new(first * PAGE, (at - first) * PAGE).map_err(damaged)?);
-                Ok(())
-            }
-            None => Ok(()),
-        };
-        let mut suspect: Option<std::ops::Range<u64>> = None;
-        for (span, value) in self.mapped.spans(gpa.start().raw() / PAGE..gpa.end().raw() / PAGE) {
-            let doubted = value == DOUBT || (value == GOES_ON && open.is_none());
-            match value {
-                BEGINS => {
-                    for page in span.clone() {
-                        close(&mut open, page)?;
-                        open = Some(page);
-                    }
-                }
-                GOES_ON if open.is_some() => {}
-                _ => close(&mut open, span.start)?,
-            }
-            match &mut suspect {
-                Some(before) if doubted && before.end == span.start => before.end = span.end,
-                _ if doubted => {
-                    let before = suspect.replace(span);
-                    doubt.extend(before.and_then(of_pages));
-                }
-                _ => {}
-            }
-        }
-        doubt.extend(suspect.and_then(of_pages));
-        close(&mut open, gpa.end().raw() / PAGE)
-    }
-}
-
-fn of_pages(span: std::ops::Range<u64>) -> Option<PageRange<Iova>> {
-    PageRange::new(span.start * PAGE, (span.end - span.start) * PAGE).ok()
 }

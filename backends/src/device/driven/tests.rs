@@ -99,6 +99,12 @@ impl Scene {
     fn since(&self) -> Vec<&'static str> {
         std::mem::take(&mut self.log.lock().unwrap())
     }
+    /// Returns once a transfer waits for the device.
+    fn waits_for_one(&self) {
+        while self.device.0.pause.waiting() == 0 {
+            thread::yield_now();
+        }
+    }
     fn moves(&self) -> bool {
         self.goes.send(true).unwrap();
         let moved = self.device.dma_write(Iova(0), &[1]);
@@ -150,18 +156,64 @@ fn a_device_that_does_not_come_up_waits_for_its_attach() {
 #[test]
 fn from_a_fence_to_the_attach_nothing_moves() {
     let scene = Scene::new();
-    for (step, works, asked) in [
-        (FenceStep::Drain, true, "stop"),
-        (FenceStep::Detach, true, "fence"),
-        (FenceStep::Reset, false, "fence"), // who knows how far it came
+    for (step, works) in [
+        (FenceStep::Detach, true),
+        (FenceStep::Reset, false), // who knows how far it came
     ] {
         assert_eq!(scene.device.fence(step).is_ok(), works);
-        assert_eq!(scene.since(), [asked]);
+        assert_eq!(scene.since(), ["fence"]);
         assert!(!scene.moves());
         scene.device.attach().unwrap();
         assert_eq!(scene.since(), ["reset", "attach", "start"], "old transfers go before it can do any");
         assert!(scene.moves());
     }
+}
+
+#[test]
+fn what_is_asked_of_a_drained_device_waits_for_the_attach_and_is_made() {
+    let scene = Scene::new();
+    for _ in 0..3 {
+        scene.device.fence(FenceStep::Drain).unwrap();
+        assert_eq!(scene.since(), ["stop"]);
+        scene.goes.send(true).unwrap();
+        thread::scope(|scope| {
+            let asked = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
+            scene.waits_for_one();
+            assert!(scene.begun.try_recv().is_err(), "nothing moves");
+            scene.device.attach().unwrap();
+            asked.join().unwrap().unwrap();
+        });
+        assert_eq!(scene.begun.recv(), Ok(1));
+        assert_eq!(scene.since(), ["reset", "attach", "start"], "not failed, not brought up anew");
+    }
+}
+
+#[test]
+fn a_stronger_fence_refuses_what_waits_for_a_drained_device() {
+    let scene = Scene::new();
+    scene.device.fence(FenceStep::Drain).unwrap();
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
+        scene.waits_for_one();
+        let begun = Instant::now();
+        scene.device.fence(FenceStep::Detach).unwrap();
+        assert_eq!(asked.join().unwrap().unwrap_err().errno(), Some(Errno::SHUTDOWN));
+        assert!(begun.elapsed() < pause::PATIENCE / 2, "at once");
+    });
+    // A drain after it does not turn that back into waiting.
+    scene.device.fence(FenceStep::Drain).unwrap();
+    let begun = Instant::now();
+    assert!(!scene.moves());
+    assert!(begun.elapsed() < pause::PATIENCE / 2, "at once");
+}
+
+#[test]
+fn a_drained_device_that_nobody_attaches_refuses_in_its_time() {
+    let scene = Scene::new();
+    scene.device.fence(FenceStep::Drain).unwrap();
+    let begun = Instant::now();
+    assert!(!scene.moves());
+    assert!(begun.elapsed() >= pause::PATIENCE);
 }
 
 #[test]

@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
-use super::walk::span;
+use super::walk::{bits, span};
 use crate::gate::ledger::blocks::LEAF_WORDS;
+use crate::gate::ledger::fill::{Fill, UNIFORM};
 use crate::gate::ledger::leaf::{self, Leaf};
-use crate::gate::ledger::store::{Full, Store, UNIFORM};
+use crate::gate::ledger::store::{Full, Store};
 
 /// An entry, and what it stands for.
 #[derive(Clone, Copy)]
@@ -24,9 +25,11 @@ pub(super) struct Setting<'a> {
     pub(super) store: &'a Store,
     /// The tree's pages by value.
     pub(super) totals: &'a mut [u64; 4],
-    pub(super) value: u8,
+    pub(super) to: Fill,
     /// What they and their neighbours become where there is no room to tell them apart.
     pub(super) coarse: Option<u8>,
+    /// Whether that happened.
+    pub(super) short: Option<Full>,
 }
 
 /// `count` pages were `old` and are `new`.
@@ -39,49 +42,47 @@ pub(super) fn move_pages(totals: &mut [u64; 4], old: u8, new: u8, count: u64) {
 impl Setting<'_> {
     /// Sets `pages`, which lie below `at`; what its entry is to be then.
     pub(super) fn set(&mut self, at: Place, pages: Range<u64>) -> Result<u32, Full> {
-        let same = u32::from(self.value);
-        if at.entry == same {
-            return Ok(same);
+        let same = self.to.below(at.first, bits(at.height));
+        if at.entry == same.entry() {
+            return Ok(at.entry);
         }
         if pages.end - pages.start == span(at.height) {
-            return Ok(self.fold(at, self.value));
+            return Ok(self.fold(at, same));
         }
-        let made = at.entry < UNIFORM;
+        let made = Fill::of(at.entry);
         let unit = match (made, at.height) {
-            (false, _) => Ok(at.entry),
-            (true, 0) => self.store.take_leaf(at.parent, leaf::spread(at.entry as u8)),
-            (true, _) => self.store.take_node(at.entry),
+            (None, _) => Ok(at.entry),
+            (Some(fill), 0) => self.store.take_leaf(at.parent, fill, at.first),
+            (Some(fill), height) => self.store.take_node(fill, at.first, bits(height - 1)),
         };
         let unit = match (unit, self.coarse) {
             (Ok(unit), _) => unit,
-            (Err(_), Some(coarse)) => return Ok(self.fold(at, coarse)),
+            (Err(full), Some(coarse)) => {
+                self.short = Some(full);
+                return Ok(self.fold(at, Fill::all(coarse)));
+            }
             (Err(full), None) => return Err(full),
         };
         if at.height == 0 {
-            let even = self.set_leaf(unit, pages.start - at.first..pages.end - at.first);
-            return Ok(if even { same } else { unit });
+            return Ok(self.set_leaf(unit, at.first, pages).map_or(unit, Fill::entry));
         }
         let before = *self.totals;
         let folded = self.set_below(Place { entry: unit, ..at }, pages);
-        if made && folded.is_err() {
+        if made.is_some() && folded.is_err() {
             // Nothing led to the new node yet: nothing of it has happened.
             self.store.free(unit, at.height, 0);
             *self.totals = before;
         }
-        match folded? {
-            Some(value) if self.store.entries(unit).all(|entry| entry == value) => {
-                if made {
-                    self.store.free(unit, at.height, 0);
-                }
-                Ok(value)
-            }
-            _ => Ok(unit),
+        let fill = folded?.then(|| Fill::of_node(self.store.entries(unit), bits(at.height - 1))).flatten();
+        if made.is_some() && fill.is_some() {
+            self.store.free(unit, at.height, 0);
         }
+        Ok(fill.map_or(unit, Fill::entry))
     }
 
-    /// Sets `pages` below the node `at`; the last value that an entry of it was folded into.
-    fn set_below(&mut self, at: Place, pages: Range<u64>) -> Result<Option<u32>, Full> {
-        let (span, mut folded) = (span(at.height - 1), None);
+    /// Sets `pages` below the node `at`; whether an entry of it says now what all pages below it are.
+    fn set_below(&mut self, at: Place, pages: Range<u64>) -> Result<bool, Full> {
+        let (span, mut folded) = (span(at.height - 1), false);
         for index in (pages.start - at.first) / span..=(pages.end - 1 - at.first) / span {
             let old = self.store.entry(at.entry, index);
             let first = at.first + index * span;
@@ -93,43 +94,50 @@ impl Setting<'_> {
             }
             if new < UNIFORM {
                 self.store.free(old, at.height - 1, at.entry);
-                folded = Some(new);
+                folded = true;
             }
         }
         Ok(folded)
     }
 
-    /// Sets `pages` (0 to 511) of a leaf; whether all of it is the same now.
-    fn set_leaf(&mut self, unit: u32, pages: Range<u64>) -> bool {
-        let Ok(words) = self.store.words_at(unit, LEAF_WORDS).try_into() else { return false };
+    /// Sets `pages` of a leaf whose first page is `first`; what all of it is now, where one fill says it.
+    fn set_leaf(&mut self, unit: u32, first: u64, pages: Range<u64>) -> Option<Fill> {
+        let leaf = Leaf(self.store.words_at(unit, LEAF_WORDS).try_into().ok()?);
+        let within = pages.start - first..pages.end - first;
         let mut old = [0; 4];
-        Leaf(words).counts(pages.clone(), &mut old);
-        self.move_all(old, self.value);
-        Leaf(words).set(pages, self.value);
-        Leaf(words).is_all(self.value)
+        leaf.counts(within.clone(), &mut old);
+        self.count(old, self.to, pages);
+        leaf.set(first, within, self.to);
+        leaf.fill()
     }
 
-    /// All pages below `at` become `value`; its entry then.
-    fn fold(&mut self, at: Place, value: u8) -> u32 {
+    /// All pages below `at` become `fill`; its entry then.
+    fn fold(&mut self, at: Place, fill: Fill) -> u32 {
         let mut old = [0; 4];
-        self.tally(at.entry, at.height, &mut old);
-        self.move_all(old, value);
-        value.into()
+        self.tally(at, &mut old);
+        self.count(old, fill, at.first..at.first + span(at.height));
+        fill.entry()
     }
 
-    fn move_all(&mut self, old: [u64; 4], new: u8) {
-        for (was, count) in (0..).zip(old) {
-            move_pages(self.totals, was, new, count);
+    /// `pages` were as many of each value as `old` says, and are filled now.
+    fn count(&mut self, old: [u64; 4], fill: Fill, pages: Range<u64>) {
+        for (value, (total, old)) in (0..).zip(self.totals.iter_mut().zip(old)) {
+            *total = total.wrapping_sub(old).wrapping_add(fill.count(pages.clone(), value));
         }
     }
 
-    /// Adds up the pages by value below `entry`.
-    fn tally(&self, entry: u32, height: u32, counts: &mut [u64; 4]) {
-        if entry < UNIFORM {
-            counts[entry as usize] += span(height);
-        } else if height > 0 {
-            self.store.entries(entry).for_each(|entry| self.tally(entry, height - 1, counts));
-        } else if let Ok(words) = self.store.words_at(entry, LEAF_WORDS).try_into() {
+    /// Adds up the pages by value below `at`.
+    fn tally(&self, at: Place, counts: &mut [u64; 4]) {
+        if let Some(fill) = Fill::of(at.entry) {
+            for (value, count) in (0..).zip(counts) {
+                *count += fill.count(at.first..at.first + span(at.height), value);
+            }
+        } else if at.height > 0 {
+            let (height, span) = (at.height - 1, span(at.height - 1));
+            for (first, entry) in (at.first..).step_by(span as usize).zip(self.store.entries(at.entry)) {
+                self.tally(Place { entry, height, first, parent: at.entry }, counts);
+            }
+        } else if let Ok(words) = self.store.words_at(at.entry, LEAF_WORDS).try_into() {
             Leaf(words).counts(0..leaf::PAGES, counts);
         }
     }

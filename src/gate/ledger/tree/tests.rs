@@ -32,13 +32,20 @@ fn agrees_with_a_vector() {
         let len = 1 + random(longest);
         let start = random(pages - len + 1);
         let value = random(4) as u8;
-        plain[start as usize..(start + len) as usize].fill(value);
+        // Now and then a grid: its pages at multiples of its width are 2, the others 1.
+        let grid = random(3).eq(&0).then(|| random(21) as u32);
+        for page in start..start + len {
+            plain[page as usize] = grid.map_or(value, |bits| 1 + u8::from(page % (1 << bits) == 0));
+        }
         let (from, probe) = (random(pages), random(pages));
         let end = from + 1 + random((pages - from).min(2000));
         let asked = &plain[from as usize..end as usize];
         for (tree, base) in &mut trees {
             let base = *base;
-            tree.set(base + start..base + start + len, value).unwrap();
+            match grid {
+                None => tree.set(base + start..base + start + len, value).unwrap(),
+                Some(bits) => assert!(tree.force_fill(base + start..base + start + len, Fill::grid(bits), 0)),
+            }
             assert_eq!(tree.get(base + probe), plain[probe as usize]);
             let within = base + from..base + end;
             let count = asked.iter().filter(|v| **v == value).count() as u64;
@@ -49,6 +56,10 @@ fn agrees_with_a_vector() {
             assert_eq!(tree.counts(base..base + pages), whole, "as counted page by page");
             let next = asked.iter().position(|v| *v != value).map(|at| base + from + at as u64);
             assert_eq!(tree.next_not(within.clone(), value), next);
+            let is = asked.iter().position(|v| *v == value).map(|at| base + from + at as u64);
+            assert_eq!(tree.next(within.clone(), value), is);
+            let merged: Vec<_> = asked.iter().map(|value| if *value == 2 { 1 } else { *value }).collect();
+            check(&tree.merged_spans(within.clone()).collect::<Vec<_>>(), &merged, base + from);
             let last = asked.iter().rposition(|v| *v != value).map(|at| base + from + at as u64);
             assert_eq!(tree.last_not(within.clone(), value), last);
             let spans: Vec<_> = tree.spans(within.clone()).collect();
@@ -139,11 +150,11 @@ fn a_full_store_is_an_error_or_coarser_never_wrong() {
     assert_eq!(full.bytes, (32 << 10) + 8 * 2048);
     assert_eq!(page / leaf::PAGES, 16 * (room - 2048) / 2048);
     assert_eq!((tree.get(page), tree.count(0..GIANT, 2)), (3, page / leaf::PAGES));
-    tree.force(page + 7..page + 8, 2, 0);
+    assert!(!tree.force(page + 7..page + 8, 2, 0));
     assert_eq!(tree.count(0..GIANT, 0), leaf::PAGES, "told from nobody, so nobody's is known");
     assert_eq!(tree.count(0..GIANT, 2), page / leaf::PAGES);
     tree.set(2 * GIANT..2 * GIANT + 1, 1).unwrap_err();
-    tree.force(GIANT + 1..GIANT + 2, 2, 0);
+    assert!(!tree.force(GIANT + 1..GIANT + 2, 2, 0));
     assert_eq!(tree.get(GIANT + 1), 0);
     let counted = [0, 1, 2, 3].map(|value| tree.count(0..PAGES, value));
     assert_eq!(tree.counts(0..PAGES), counted, "also after what failed half-way");

@@ -5,15 +5,18 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::gate::ledger::blocks::{BLOCK_WORDS, LEAF_WORDS};
+use crate::gate::ledger::fill::Fill;
 use crate::gate::ledger::leaf::Leaf;
-use crate::gate::ledger::store::{Store, UNIFORM};
+use crate::gate::ledger::store::Store;
 
-/// Bits of a page number that one level tells apart.
-const BITS: u32 = 9;
+/// Pages below one entry at `height`, as a power of two: 0 is a leaf's.
+pub(in crate::gate::ledger) const fn bits(height: u32) -> u32 {
+    9 * (height + 1)
+}
 
-/// Pages below one entry at `height`: 0 is a leaf's.
+/// Pages below one entry at `height`.
 pub(in crate::gate::ledger) const fn span(height: u32) -> u64 {
-    1 << (BITS * (height + 1))
+    1 << bits(height)
 }
 
 /// The pages around one that were found together.
@@ -26,8 +29,8 @@ pub(in crate::gate::ledger) struct Found<'a> {
 
 /// What pages found together are.
 pub(in crate::gate::ledger) enum Values<'a> {
-    /// All the same.
-    All(u8),
+    /// One fill says it.
+    All(Fill),
     /// Told apart.
     Each(Leaf<'a>),
 }
@@ -46,6 +49,7 @@ impl<'a> Walk<'a> {
     }
 
     /// What is known of `page` and those around it. A unit that leads nowhere is none of ours: its pages are 0.
+    #[inline]
     pub(in crate::gate::ledger) fn find(&mut self, page: u64) -> Found<'a> {
         match self.node {
             Some((node, first)) if page & !(span(1) - 1) == first => self.below(node, page),
@@ -56,32 +60,37 @@ impl<'a> Walk<'a> {
     fn from_root(&mut self, page: u64) -> Found<'a> {
         let (mut height, mut entry) = self.store.root(self.root);
         if page >= span(height) {
-            return Found { pages: span(height)..u64::MAX, values: Values::All(0) };
+            return Found { pages: span(height)..u64::MAX, values: Values::All(Fill::all(0)) };
         }
-        while entry >= UNIFORM && height > 1 {
+        let mut fill = Fill::of(entry);
+        while fill.is_none() && height > 1 {
             height -= 1;
-            entry = self.store.entry(entry, page >> (BITS * (height + 1)) & 511);
+            entry = self.store.entry(entry, page >> bits(height) & 511);
+            fill = Fill::of(entry);
         }
         let first = page & !(span(height) - 1);
-        if entry < UNIFORM {
-            return Found { pages: first..first + span(height), values: Values::All(entry as u8) };
-        }
-        match self.store.words_at(entry, BLOCK_WORDS).try_into() {
-            Ok(node) => {
+        let node = self.store.words_at(entry, BLOCK_WORDS).try_into();
+        match (fill, node) {
+            (None, Ok(node)) => {
                 self.node = Some((node, first));
                 self.below(node, page)
             }
-            Err(_) => Found { pages: first..first + span(height), values: Values::All(0) },
+            (fill, _) => {
+                let values = Values::All(fill.unwrap_or(Fill::all(0)));
+                Found { pages: first..first + span(height), values }
+            }
         }
     }
 
+    #[inline]
     fn below(&self, node: &[AtomicU64; BLOCK_WORDS], page: u64) -> Found<'a> {
-        let index = page >> BITS & 511;
+        let index = page >> bits(0) & 511;
         let entry = (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32;
         let first = page & !(span(0) - 1);
-        let values = match self.store.words_at(entry, LEAF_WORDS).try_into() {
-            Ok(words) if entry >= UNIFORM => Values::Each(Leaf(words)),
-            _ => Values::All(if entry < UNIFORM { entry as u8 } else { 0 }),
+        let values = match (Fill::of(entry), self.store.words_at(entry, LEAF_WORDS).try_into()) {
+            (Some(fill), _) => Values::All(fill),
+            (None, Ok(words)) => Values::Each(Leaf(words)),
+            (None, Err(_)) => Values::All(Fill::all(0)),
         };
         Found { pages: first..first + span(0), values }
     }

@@ -1,0 +1,210 @@
+//! What one entry says of all pages below it: that they have the same value, or that they lie on a *grid*.
+//!
+//! On a grid of 2^n pages the pages at its multiples are 2 and the others 1. So a terabyte of kernel mappings of equal
+//! size, each beginning where the one before it ends, is one entry, too.
+
+use std::ops::Range;
+
+use super::leaf::spread;
+
+/// Entries below this say what all pages below them are; the others are units.
+pub(super) const UNIFORM: u32 = 64;
+/// Entries from this on are grids: of two pages, of four, and so on.
+const GRIDS: u32 = 4;
+
+/// What all pages below an entry are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fill(u32);
+
+impl Fill {
+    /// All of them `value`.
+    pub(super) const fn all(value: u8) -> Self {
+        Self(value as u32 & 3)
+    }
+
+    /// A grid of 2^`bits` pages (`bits` below 60).
+    pub(super) const fn grid(bits: u32) -> Self {
+        if bits == 0 { Self::all(2) } else { Self(GRIDS + bits - 1) }
+    }
+
+    /// What `entry` says, where it is no unit.
+    pub(super) const fn of(entry: u32) -> Option<Self> {
+        if entry < UNIFORM { Some(Self(entry)) } else { None }
+    }
+
+    /// As an entry.
+    pub(super) const fn entry(self) -> u32 {
+        self.0
+    }
+
+    /// How many pages apart the grid's lines are, as a power of two; none where all pages are the same.
+    pub(super) const fn bits(self) -> Option<u32> {
+        if self.0 >= GRIDS { Some(self.0 - GRIDS + 1) } else { None }
+    }
+
+    /// The value of `page`.
+    pub(super) fn value(self, page: u64) -> u8 {
+        match self.bits() {
+            None => self.0 as u8,
+            Some(bits) => 1 + u8::from(page.trailing_zeros() >= bits),
+        }
+    }
+
+    /// The word of a leaf whose first page is `first`, a multiple of 32.
+    pub(super) fn word(self, first: u64) -> u64 {
+        match self.bits() {
+            None => spread(self.0 as u8),
+            Some(bits @ 1..=4) => spread(1) + u64::MAX / ((1 << (2 << bits)) - 1),
+            Some(_) => spread(1) + u64::from(self.value(first) - 1),
+        }
+    }
+
+    /// What an entry for 2^`span` pages says that lies below this one and begins at page `first`.
+    pub(super) fn below(self, first: u64, span: u32) -> Self {
+        match self.bits() {
+            Some(bits) if bits > span && self.value(first) == 2 => Self::grid(span),
+            Some(bits) if bits > span => Self::all(1),
+            _ => self,
+        }
+    }
+
+    /// How many of `pages` are `value`.
+    pub(super) fn count(self, pages: Range<u64>, value: u8) -> u64 {
+        let len = pages.end - pages.start;
+        match self.bits() {
+            None => {
+                if self.0 == u32::from(value) {
+                    len
+                } else {
+                    0
+                }
+            }
+            Some(bits) => {
+                let lines = pages.end.div_ceil(1 << bits) - pages.start.div_ceil(1 << bits);
+                [0, len - lines, lines, 0][usize::from(value & 3)]
+            }
+        }
+    }
+
+    /// The first of `pages` that is not `value`.
+    pub(super) fn next_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let next = match (self.bits(), self.value(pages.start) == value) {
+            (_, false) => pages.start,
+            (None, true) => return None,
+            // A grid's other pages, and its next line.
+            (Some(_), true) if value == 2 => pages.start + 1,
+            (Some(bits), true) => (pages.start >> bits) + 1 << bits,
+        };
+        (next < pages.end).then_some(next)
+    }
+
+    /// The last of `pages` that is not `value`.
+    pub(super) fn last_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
+        let last = pages.end - 1;
+        let last = match (self.bits(), self.value(last) == value) {
+            (_, false) => last,
+            (None, true) => return None,
+            (Some(_), true) if value == 2 => last.checked_sub(1)?,
+            (Some(bits), true) => last >> bits << bits,
+        };
+        (last >= pages.start).then_some(last)
+    }
+
+    /// The fill of a node of entries for 2^`span` pages each, where one says the same.
+    pub(super) fn of_node(mut entries: impl Iterator<Item = u32> + Clone, span: u32) -> Option<Self> {
+        let first = Self::of(entries.clone().next()?)?;
+        let fill = if first.bits() == Some(span) {
+            // One begins with the first entry; where the next begins, so does every further one, or none.
+            let inside = |entry: &u32| *entry == Self::all(1).entry();
+            let apart = 1 + entries.clone().skip(1).take_while(inside).count() as u64;
+            Self::grid(span + apart.is_power_of_two().then(|| apart.trailing_zeros())?)
+        } else {
+            first
+        };
+        let mut at = 0;
+        let fits = entries.all(|entry| {
+            at += 1;
+            entry == fill.below((at - 1) << span, span).entry()
+        });
+        fits.then_some(fill)
+    }
+
+    /// The fill of a leaf's words, where one says the same.
+    pub(super) fn of_leaf(mut words: impl Iterator<Item = u64> + Clone) -> Option<Self> {
+        let first = words.clone().next()?;
+        let fill = if first & 3 == 2 && first != spread(2) {
+            let inside = words.clone().enumerate().find_map(|(index, word)| {
+                let other = word ^ spread(1);
+                let other = (other | other >> 1) & spread(1) & if index == 0 { !3 } else { u64::MAX };
+                (other != 0).then(|| index as u64 * 32 + u64::from(other.trailing_zeros()) / 2)
+            });
+            let apart = inside.unwrap_or(512);
+            Self::grid(apart.is_power_of_two().then(|| apart.trailing_zeros())?)
+        } else {
+            Self::all((first & 3) as u8)
+        };
+        let mut at = 0;
+        let fits = words.all(|word| {
+            at += 32;
+            word == fill.word(at - 32)
+        });
+        fits.then_some(fill)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fills() -> impl Iterator<Item = Fill> {
+        (0..4).map(Fill::all).chain((0..30).map(Fill::grid))
+    }
+
+    #[test]
+    fn words_counts_and_searches_say_what_the_pages_are() {
+        for fill in fills() {
+            for first in [0, 32, 64, 512, 1 << 20, 3 << 9] {
+                let word = fill.word(first);
+                for page in 0..32 {
+                    assert_eq!((word >> (2 * page) & 3) as u8, fill.value(first + page), "{fill:?} {first}");
+                }
+            }
+            for pages in [0..1, 5..900, 511..513, 32..64, 1023..4097] {
+                for value in 0..4 {
+                    let is = |page: &u64| fill.value(*page) == value;
+                    assert_eq!(fill.count(pages.clone(), value), pages.clone().filter(is).count() as u64);
+                    assert_eq!(fill.next_not(pages.clone(), value), pages.clone().find(|page| !is(page)));
+                    assert_eq!(
+                        fill.last_not(pages.clone(), value),
+                        pages.clone().rev().find(|page| !is(page))
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_taken_apart_is_put_together_again() {
+        for fill in fills() {
+            let words: Vec<_> = (0..16).map(|index| fill.word(index * 32)).collect();
+            let leaf = Fill::of_leaf(words.iter().copied()).unwrap();
+            assert_eq!(leaf, fill.below(0, 9));
+            let entries: Vec<_> = (0..512).map(|index| fill.below(index << 9, 9).entry()).collect();
+            assert_eq!(Fill::of_node(entries.iter().copied(), 9), Some(fill.below(0, 18)));
+            let mut torn = entries.clone();
+            torn[300] ^= 1;
+            assert_eq!(Fill::of_node(torn.iter().copied(), 9), None);
+            let mut torn = words.clone();
+            torn[7] ^= 1 << 9;
+            assert_eq!(Fill::of_leaf(torn.iter().copied()), None);
+        }
+        let begins = |at: &[usize]| {
+            let entry = |index| if at.contains(&index) { Fill::grid(9) } else { Fill::all(1) };
+            (0..512).map(|index| entry(index).entry()).collect::<Vec<_>>()
+        };
+        assert_eq!(Fill::of_node(begins(&[0]).into_iter(), 9), Some(Fill::grid(18)));
+        assert_eq!(Fill::of_node(begins(&[0, 256]).into_iter(), 9), Some(Fill::grid(17)));
+        assert_eq!(Fill::of_node(begins(&[0, 255]).into_iter(), 9), None);
+        assert_eq!(Fill::of_node(begins(&[256]).into_iter(), 9), None);
+    }
+}
