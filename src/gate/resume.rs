@@ -4,8 +4,8 @@
 //! says that it succeeded, nothing is left there, whatever was. Conversions that were open end as their client's
 //! going does: nobody here knows what the pages are.
 
-use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, Iova, PageRange};
+use passgate_bindings::units::{LIMIT, Offset};
+use passgate_bindings::{Iova, PageRange};
 
 use super::adopt::ORPHANS;
 use super::effect::{Effect, Effects, FilePages};
@@ -14,7 +14,8 @@ use super::event::{
 };
 use super::fence::Step;
 use super::invalidation::After;
-use super::ledger::{HeldBy, PageState, Run, RunState, Store};
+use super::ledger::holds::gaps;
+use super::ledger::{HeldBy, PageState, RunState, Store};
 use super::region::Region;
 use super::verdict::{Cause, Reason};
 use super::{Gate, Job};
@@ -75,13 +76,7 @@ impl Gate {
         for (file, range, by) in past.holds {
             self.hold_again(file, range, by, effects);
         }
-        let everywhere = past.regions.iter().map(|region| region.spec.gpa.rebase(Gpa(0), Iova(0)));
-        let mapped = self.domain(domain).map(|entry| &entry.mapped);
-        let doubt: Vec<Run> =
-            mapped.map_or_else(Vec::new, |mapped| everywhere.flat_map(|all| mapped.runs(all)).collect());
-        for run in doubt {
-            self.settle_left(domain, run.range, effects);
-        }
+        self.settle_all(domain, effects);
         if past.regions.iter().any(|region| region.closing) {
             self.leaving.push(LEFT);
         }
@@ -129,6 +124,22 @@ impl Gate {
                 let reason = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
                 self.quarantine(id, file, range, reason, effects);
             }
+        }
+    }
+
+    /// Takes away what was under way, and what no region is of.
+    fn settle_all(&mut self, domain: DomainId, effects: &mut Effects) {
+        let Ok(everywhere) = PageRange::<Iova>::new(0, LIMIT) else { return };
+        let regions: Vec<_> =
+            self.layout.values().filter_map(|id| Some(self.regions.get(id)?.iova())).collect();
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        for between in gaps(everywhere, regions.into_iter()) {
+            for live in mapped.live(between).collect::<Vec<_>>() {
+                mapped.take(live, RunState::Suspect { gone: 0, errno: 0 });
+            }
+        }
+        for run in mapped.runs(everywhere).collect::<Vec<_>>() {
+            self.settle_left(domain, run.range, effects);
         }
     }
 

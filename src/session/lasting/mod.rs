@@ -23,8 +23,8 @@ use passgate_bindings::words::Words;
 
 use crate::gate::ledger::{Full, Key, Mapped, Store, Table};
 use crate::gate::{
-    DomainId, Effect, Event, FileId, FilePages, Gate, HeldBy, InvalidationId, MapResult, Notice,
-    RegionId, Written,
+    DomainId, Effect, Event, FileId, FilePages, Gate, HeldBy, InvalidationId, MapResult, Notice, RegionId,
+    Written,
 };
 
 pub(super) use line::Aside;
