@@ -56,8 +56,8 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("what_a_user_has_no_right_to_is_named", refusals::without_rights),
     ("every_device_is_listed_with_its_stop_class_and_owner", list::every_device),
     ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
-    ("a_daemon_is_followed_by_another_under_dma", restart::goes_on),
-    ("what_is_held_is_stopped_when_the_manager_lets_go", restart::let_go),
+    ("a_restart_goes_on_under_dma", restart::goes_on),
+    ("a_restart_that_never_comes_stops_the_devices", restart::let_go),
     ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
 ];
 

@@ -81,6 +81,7 @@ impl Vm {
         hold: Option<Hold>,
     ) -> Result<Self> {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
+        let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
         let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
         let failed = |e| socket_error(&options.socket_path, e, "");
         let workers = Arc::clone(&core);
@@ -89,7 +90,7 @@ impl Vm {
         let records = options
             .state
             .as_ref()
-            .map(|state| Records::open(state, options.policy, domain.name(), names()))
+            .map(|state| Records::open(state, options.policy, domain.name(), names(), resumed))
             .transpose()?;
         let hold = hold.map(|hold| hold.session);
         let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records, hold);

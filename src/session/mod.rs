@@ -11,31 +11,32 @@ pub mod guardian;
 mod held;
 pub mod lasting;
 mod pool;
+mod resume;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use passgate_backends::resume::Ids;
 use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Able, Answer, Caller, ClientId, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId,
-    JobId, Nature, Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
+    Able, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
+    Nature, Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
-use fdstore::{FdStore, Kept, Name};
+use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
 use held::HeldAnswers;
-use lasting::{Lasting, Left};
+use lasting::Lasting;
 pub use pool::{Pool, Task};
+pub use resume::Hold;
 
 /// Receipts that are remembered, for `explain`.
 const RECEIPTS: usize = 4096;
@@ -85,17 +86,6 @@ pub struct Session {
     records: Option<Records>,
     lasting: Option<Lasting>,
     store: Option<FdStore>,
-}
-
-/// By what a session outlives its process.
-#[derive(Debug)]
-pub struct Hold {
-    /// Where its files are kept.
-    pub store: FdStore,
-    /// Where what it knows is kept.
-    pub lasting: Lasting,
-    /// What an earlier process left there, and the files that were kept for it.
-    pub left: Option<(Left, Kept)>,
 }
 
 impl Session {
@@ -148,39 +138,6 @@ impl Session {
             session.go_on(left, kept);
         }
         session
-    }
-
-    /// Goes on from where another process ended.
-    fn go_on(&mut self, left: Left, mut kept: Kept) {
-        let Left { mut past, asides, .. } = left;
-        for region in &mut past.regions {
-            let aside = asides.iter().find(|(id, _)| *id == region.region).map(|(_, aside)| *aside);
-            if let Err(error) = self.files.again(region, aside, &mut kept) {
-                log::error!("the memory at {} was not kept ({error}): it is closed", region.spec.gpa);
-                region.closing = true;
-            }
-        }
-        for (file, ..) in &past.holds {
-            self.files.hold_again(*file, &mut kept);
-        }
-        self.gate.resume(past, &mut self.effects);
-        if let Some(lasting) = &mut self.lasting {
-            lasting.resumed(&self.gate, &self.effects);
-        }
-        for name in kept.names() {
-            if let (Name::Memory(_) | Name::Private(_), Some(store)) = (&name, &self.store) {
-                store.remove(name);
-            }
-        }
-    }
-
-    /// The ids are such, and all files of domain and devices are kept.
-    pub fn complete(&self, ids: Ids) {
-        if let Some(lasting) = &self.lasting {
-            let names: Vec<_> = self.devices.iter().map(|device| device.name().to_owned()).collect();
-            // Of software devices nothing outlives the process.
-            lasting.complete(ids, if ids == Ids::Nothing { &[] } else { &names });
-        }
     }
 
     /// Takes one event. Ask for [`Session::next_step`] until it is idle.
@@ -251,23 +208,6 @@ impl Session {
     pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
         let store = self.store.clone();
         self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, store }));
-    }
-
-    /// Has a file that is not needed kept no longer.
-    fn let_go(&self, name: &Name) {
-        let needed = match name {
-            Name::Memory(file) => self.files.get(*file).is_some(),
-            Name::Private(file) => self.files.has_private(*file),
-            _ => true,
-        };
-        if let Some(store) = self.store.as_ref().filter(|_| !needed) {
-            store.remove(name.clone());
-        }
-    }
-
-    fn forget(&mut self, file: FileId) {
-        self.files.forget(file);
-        self.let_go(&Name::Memory(file));
     }
 
     /// Whether passgate may convert this range itself.
@@ -403,16 +343,6 @@ impl Session {
                 }
             }
         }
-    }
-
-    /// Whether memory of an earlier daemon's clients waits for somebody to come back for it.
-    pub fn has_orphans(&self) -> bool {
-        self.gate.has_orphans()
-    }
-
-    /// Whether this client may say what pages are that a conversion left in quarantine ([`Gate::may_settle`]).
-    pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
-        self.gate.may_settle(client, invalidation)
     }
 
     /// What is known now.

@@ -32,6 +32,10 @@ pub struct Head {
     pub iommu: String,
     /// The devices' names, in the order of their numbers.
     pub devices: Vec<String>,
+    /// Whether it goes on from what an earlier daemon had (`serve --restart hold`): then its beginning is in that
+    /// daemon's run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resumed: bool,
 }
 
 /// Every other line.
