@@ -1,11 +1,13 @@
 //! The ledger's page states against what else one would take: `rangemap`, `roaring` (a bitmap per bit of the state) and
-//! a flat bitmap of two bits a page. One tebibyte. Two measurements:
+//! a flat bitmap of two bits a page. One tebibyte. Measured are:
 //!
 //! 1. *single calls*: a million random flips of 4 KiB pages, then queries for the runs of equal state in a range;
-//! 2. *the mixed trace*: what a ledger sees of a confidential guest that boots and lives ([`trace`] states the mix).
+//! 2. *the mixed trace*: what a ledger sees of a confidential guest that boots and lives ([`trace`] states the mix);
+//! 3. *the worst case* in bytes; 4. *mappings*: what the gate asks of the ledger of mappings.
 //!
-//! `cargo bench --bench ledger`. Prints processor time, bytes and ratios; all of them must give the same answers.
+//! `cargo bench --bench ledger [-- singles mixed worst mapped]`. Prints processor time, bytes and ratios; all of them must give the same answers.
 
+mod mapped;
 mod rivals;
 mod trace;
 
@@ -108,7 +110,7 @@ fn play<L: Ledger>(calls: &[Call]) -> (Took, (u64, u64), usize) {
         let mut rare = |part: usize, call: &mut dyn FnMut()| {
             let started = now();
             call();
-            took.parts[part] += (now() - started);
+            took.parts[part] += now() - started;
         };
         match *call {
             Call::Set(page, 1, state) => ledger.set(page.into(), 1, state),
@@ -127,7 +129,7 @@ fn play<L: Ledger>(calls: &[Call]) -> (Took, (u64, u64), usize) {
             }),
         }
     }
-    took.all = (now() - started);
+    took.all = now() - started;
     (took, answers, ledger.bytes())
 }
 
@@ -141,8 +143,17 @@ fn worst<L: Ledger>() -> usize {
 }
 
 fn main() {
-    singles();
-    mixed();
+    let named: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let parts: [(&str, fn()); 4] =
+        [("singles", singles), ("mixed", mixed), ("worst", worst_case), ("mapped", mapped::measure)];
+    for (name, part) in parts {
+        if named.is_empty() || named.iter().any(|asked| asked == name) {
+            part();
+        }
+    }
+}
+
+fn worst_case() {
     println!("\nworst case, every second page shared: bytes");
     for (name, bytes) in [(PageMap::NAME, worst::<PageMap>()), (Roaring::NAME, worst::<Roaring>())] {
         println!("{name:12} {bytes:>12} ({:.1} MiB)", bytes as f64 / f64::from(1 << 20));

@@ -4,7 +4,6 @@
 
 use super::effect::Effects;
 use super::event::InvalidationId;
-use super::fence::Step;
 use super::hitless::{Hitless, pause};
 use super::invalidation::{After, Invalidation};
 use super::stop::DeviceEntry;
@@ -47,7 +46,7 @@ impl Gate {
 
     fn awaits_pause(&self, inv: &Invalidation) -> bool {
         let pausing =
-            |d: &DeviceEntry| d.pausing(Step::Stop) && self.domain(d.domain).is_some_and(|e| splits(e, inv));
+            |d: &DeviceEntry| d.is_stopping() && self.domain(d.domain).is_some_and(|e| splits(e, inv));
         self.devices.values().any(pausing)
     }
 }

@@ -59,9 +59,9 @@ impl DeviceEntry {
         (self.drained || self.fenced.is_some()) && self.busy != Some(Busy::Attach)
     }
 
-    /// Whether a fence that pauses it, `most` at the strongest, is under way or asked for.
-    pub(super) fn pausing(&self, most: Step) -> bool {
-        matches!(self.busy, Some(Busy::Fence(step)) if step <= most) || self.next.is_some()
+    /// Whether a fence is under way or asked for: any of them pauses it.
+    pub(super) fn is_stopping(&self) -> bool {
+        matches!(self.busy, Some(Busy::Fence(_))) || self.next.is_some()
     }
 
     /// Whether it plainly runs, and nothing is asked of it.

@@ -49,7 +49,8 @@ impl World {
         for file in &self.model.truth.files {
             for held in file.quarantine.iter().filter(|held| !held.lasts) {
                 let mut aliases = self.model.truth.aliases(file.id, held.range);
-                let doubt = aliases.any(|(_, iova)| self.model.told.unsettled(iova).is_some());
+                let told = &self.model.told;
+                let doubt = aliases.any(|(_, iova)| told.unsettled(iova).is_some() || told.shaken(iova));
                 if !doubt {
                     broken!(6, "{held:?} of {:?} is in no doubt, and still in quarantine", file.id);
                 }

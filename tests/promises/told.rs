@@ -30,6 +30,8 @@ pub struct Domain {
     pub doubt: RangeSet<u64>,
     /// The same with the gaps between, which nobody may use before the call is settled either.
     wide: RangeSet<u64>,
+    /// Around what a replace that failed was to take out: nobody knows of the whole mappings how they are.
+    shaken: RangeSet<u64>,
     /// Reported gone, but a device may have kept a copy.
     copies: RangeSet<u64>,
     /// Bytes reported gone, of ranges not yet proved gone whole.
@@ -269,7 +271,14 @@ impl Told {
                     let copies = self.keeps_copies(domain);
                     let entry = self.domains.entry(domain).or_default();
                     let all = gone.iter().map(|iova| bytes(&entry.maybe, &span(*iova))).sum();
-                    for iova in gone.into_iter().filter(|_| result == UnmapResult::Gone { bytes: all }) {
+                    if result != (UnmapResult::Gone { bytes: all }) {
+                        let around =
+                            |iova: &PageRange<Iova>| entry.maybe.overlapping(&span(*iova)).cloned().collect();
+                        let around: Vec<Vec<_>> = gone.iter().map(around).collect();
+                        entry.shaken.extend(around.into_iter().flatten());
+                        return;
+                    }
+                    for iova in gone {
                         let bytes = bytes(&entry.maybe, &span(iova));
                         entry.unmapped(span(iova), bytes, UnmapResult::Gone { bytes }, job, copies);
                     }
@@ -343,6 +352,11 @@ impl Told {
     /// Whether any domain may still map `iova`, or has operations over it in flight.
     pub fn unproved(&self, iova: PageRange<Iova>) -> Option<DomainId> {
         self.domains.iter().find(|(_, domain)| !domain.proved(&span(iova))).map(|(id, _)| *id)
+    }
+
+    /// Whether a replace that failed may have left `iova` in doubt somewhere.
+    pub fn shaken(&self, iova: PageRange<Iova>) -> bool {
+        self.domains.values().any(|domain| domain.shaken.overlaps(&span(iova)))
     }
 
     /// A domain in which `iova` is in doubt.

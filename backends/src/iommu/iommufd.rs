@@ -21,6 +21,7 @@ use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
 mod areas;
+mod kernel;
 mod probe;
 mod resume;
 mod seats;
@@ -204,7 +205,8 @@ impl Domain for IommufdDomain {
     }
 
     /// A device that does not move, and a copy that is not made, is [`Unmap::Failed`]: `gone` may then be mapped
-    /// as before, or only its pages pinned. A later unmap or replace of it works on what is left.
+    /// as before, or only its pages pinned. A replace of the same ranges, or an unmap of the whole mappings that
+    /// held them, takes away what is left, and answers for all of it.
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
         match &self.kept {
             Kept::One { .. } => Unmap::Failed { errno: Errno::NOSYS, bytes: 0 },
@@ -217,7 +219,10 @@ impl Drop for IommufdDomain {
     fn drop(&mut self) {
         match &self.kept {
             Kept::One { ioas, .. } => destroy(&self.iommufd, *ioas),
-            Kept::Two(standby) => standby.close(&self.iommufd),
+            Kept::Two(standby) => {
+                standby.close(&self.iommufd);
+                standby.ioases().iter().for_each(|ioas| destroy(&self.iommufd, *ioas));
+            }
         }
     }
 }

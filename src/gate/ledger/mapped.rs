@@ -121,6 +121,9 @@ impl Mapped {
 
     /// What of `range` is live or in a run, in order, cut to it or whole.
     pub fn taken(&self, range: PageRange<Iova>) -> Vec<PageRange<Iova>> {
+        if self.is_clear(range) {
+            return Vec::new();
+        }
         let mut taken: Vec<_> = self.live(range).collect();
         let live = taken.len();
         taken.extend(self.runs(range).map(|run| run.range));
@@ -132,6 +135,10 @@ impl Mapped {
 
     /// From the first live page in `range` to the last.
     pub fn extent(&self, range: PageRange<Iova>) -> Option<PageRange<Iova>> {
+        if range.pages() == 1 {
+            let value = self.tree.get(pages(range).start);
+            return matches!(value, INSIDE | BEGINS).then_some(range);
+        }
         let first = self.live(range).next()?.start();
         let mut rest = pages(range);
         loop {
@@ -198,7 +205,7 @@ impl Mapped {
     pub fn take(&mut self, range: PageRange<Iova>, state: RunState) -> Run {
         debug_assert!(self.runs(range).next().is_none());
         let within = pages(range);
-        let [_, inside, begins, _] = self.tree.counts(within.clone());
+        let [_, inside, begins, _] = self.tree.tally(within.clone());
         let objects = begins + u64::from(self.sticks_out(within.start));
         let run = Run { range, bytes: (inside + begins) * PAGE, objects, state };
         let rest = self.sticks_out(within.end);

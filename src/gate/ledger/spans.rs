@@ -60,7 +60,7 @@ impl<'a> Spans<'a> {
         let word = match self.leaf {
             Some((leaf, first)) if page < first + leaf::PAGES => leaf.word((page - first) / PER_WORD),
             _ => {
-                let found = self.walk.find(page);
+                let found = self.walk.find_on(page);
                 match found.values {
                     Values::Each(leaf) => {
                         self.leaf = Some((leaf, found.pages.start));

@@ -202,7 +202,7 @@ impl Tree {
     ) -> Option<u64> {
         let (mut at, mut walk) = (pages.start, self.walk());
         while at < pages.end {
-            let found = walk.find(at);
+            let found = walk.find_on(at);
             let end = found.pages.end.min(pages.end);
             if let Some(page) = look(found.values, at..end, found.pages.start) {
                 return Some(page);
@@ -216,7 +216,7 @@ impl Tree {
     pub fn last_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         let (mut end, mut walk) = (pages.end, self.walk());
         while pages.start < end {
-            let found = walk.find(end - 1);
+            let found = walk.find_back(end - 1);
             let first = found.pages.start;
             let page = match found.values {
                 Values::All(fill) => fill.last_not(first.max(pages.start)..end, value),
@@ -234,7 +234,7 @@ impl Tree {
     pub fn count(&self, pages: Range<u64>, value: u8) -> u64 {
         let (mut at, mut count, mut walk) = (pages.start, 0, self.walk());
         while at < pages.end {
-            let found = walk.find(at);
+            let found = walk.find_on(at);
             let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
             count += match found.values {
                 Values::All(fill) => fill.count(at..end, value),
@@ -264,10 +264,11 @@ impl Tree {
         self.tally(pages)
     }
 
-    fn tally(&self, pages: Range<u64>) -> [u64; 4] {
+    /// As [`Tree::counts`], by looking: better for few pages.
+    pub(super) fn tally(&self, pages: Range<u64>) -> [u64; 4] {
         let (mut at, mut counts, mut walk) = (pages.start, [0; 4], self.walk());
         while at < pages.end {
-            let found = walk.find(at);
+            let found = walk.find_on(at);
             let (first, end) = (found.pages.start, found.pages.end.min(pages.end));
             match found.values {
                 Values::All(fill) => {

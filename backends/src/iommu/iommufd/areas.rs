@@ -26,6 +26,16 @@ impl Areas {
         self.0.remove(&area.iova.start());
     }
 
+    /// Nothing of `iova` is in the book any more.
+    pub(super) fn strike(&mut self, iova: PageRange<Iova>) {
+        for area in self.overlapping(iova) {
+            self.remove(&area);
+            for rest in area.iova.without(iova).into_iter().flatten() {
+                self.0.insert(rest.start(), Area { iova: rest, ..area });
+            }
+        }
+    }
+
     /// All of `iova` is in doubt.
     pub(super) fn doubt(&mut self, iova: PageRange<Iova>) {
         for area in self.overlapping(iova) {
@@ -65,21 +75,18 @@ pub(super) fn remainders(
     left
 }
 
-/// Bytes of `iova` that one or the other book has.
-pub(super) fn bytes_in(books: [&Areas; 2], iova: PageRange<Iova>) -> u64 {
-    let mut parts: Vec<_> = books
-        .iter()
-        .flat_map(|book| book.overlapping(iova))
-        .filter_map(|area| area.iova.intersection(iova))
-        .collect();
+/// The parts of `iova` that any of the books has, in order and apart.
+pub(super) fn parts_in(books: &[&Areas], iova: PageRange<Iova>) -> Vec<PageRange<Iova>> {
+    let over = books.iter().flat_map(|book| book.overlapping(iova));
+    let mut parts: Vec<_> = over.filter_map(|area| area.iova.intersection(iova)).collect();
     parts.sort_unstable();
     let mut counted = iova.start();
-    let mut bytes = 0;
+    let mut apart = Vec::new();
     for part in parts {
-        bytes += PageRange::between(part.start().max(counted), part.end()).map_or(0, PageRange::len);
+        apart.extend(PageRange::between(part.start().max(counted), part.end()));
         counted = counted.max(part.end());
     }
-    bytes
+    apart
 }
 
 #[cfg(test)]
@@ -99,12 +106,24 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_both_books_have_count_once() {
+    fn what_both_books_have_counts_once() {
         let (one, other) = (book(&[(0, 4), (8, 2)]), book(&[(1, 1), (3, 3), (9, 4)]));
-        assert_eq!(bytes_in([&one, &other], range(0, 100)), 11 * PAGE);
-        assert_eq!(bytes_in([&one, &other], range(2, 8)), 6 * PAGE);
-        assert_eq!(bytes_in([&one, &one], range(1, 1)), PAGE);
-        assert_eq!(bytes_in([&one, &other], range(6, 2)), 0);
+        let pages = |books: &[&Areas], page, pages| -> u64 {
+            parts_in(books, range(page, pages)).into_iter().map(PageRange::pages).sum()
+        };
+        assert_eq!(pages(&[&one, &other], 0, 100), 11);
+        assert_eq!(pages(&[&one, &other], 2, 8), 6);
+        assert_eq!(pages(&[&one, &one], 1, 1), 1);
+        assert_eq!(pages(&[&one, &other], 6, 2), 0);
+        assert_eq!(parts_in(&[&one, &other], range(0, 9)), [range(0, 4), range(4, 2), range(8, 1)]);
+    }
+
+    #[test]
+    fn what_is_struck_out_leaves_what_sticks_out() {
+        let mut book = book(&[(0, 4), (6, 4)]);
+        book.strike(range(1, 6));
+        let left: Vec<_> = book.all().iter().map(|area| area.iova).collect();
+        assert_eq!(left, [range(0, 1), range(7, 3)]);
     }
 
     #[test]

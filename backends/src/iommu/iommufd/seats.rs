@@ -7,33 +7,38 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use passgate_bindings::Failed;
-use passgate_bindings::iommufd::{DeviceId, HwptId, IoasId, Iommufd};
-use passgate_bindings::vfio::Cdev;
+use passgate_bindings::iommufd::{DeviceId, HwptId, IoasId};
 use rustix::io::Errno;
+
+use super::kernel::{Kernel, Movable};
 
 /// The devices, and the pairs of page tables that they can have. The lock is held for calls that attach and
 /// detach, never while a table is filled: a fence does not wait for that.
-#[derive(Debug, Default)]
-pub(super) struct Seats(Mutex<Inner>);
+#[derive(Debug)]
+pub(super) struct Seats<D>(Mutex<Inner<D>>);
 
-#[derive(Debug, Default)]
-struct Inner {
-    seats: Vec<Seat>,
+#[derive(Debug)]
+struct Inner<D> {
+    seats: Vec<Seat<D>>,
     pairs: Vec<[HwptId; 2]>,
 }
 
 #[derive(Debug)]
-struct Seat {
-    cdev: Weak<Cdev>,
+struct Seat<D> {
+    cdev: Weak<D>,
     id: DeviceId,
     /// Which of the pairs its IOMMU takes, once known.
     pair: Option<[HwptId; 2]>,
     attached: bool,
 }
 
-impl Seats {
+impl<D: Movable> Seats<D> {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Inner { seats: Vec::new(), pairs: Vec::new() }))
+    }
+
     /// A device that was bound to the iommufd as `id`, and is not attached yet.
-    pub(super) fn add(&self, cdev: &Arc<Cdev>, id: DeviceId) {
+    pub(super) fn add(&self, cdev: &Arc<D>, id: DeviceId) {
         let mut inner = self.lock();
         inner.seats.retain(|seat| seat.cdev.strong_count() > 0);
         inner.seats.push(Seat { cdev: Arc::downgrade(cdev), id, pair: None, attached: false });
@@ -43,8 +48,8 @@ impl Seats {
     /// is suits its IOMMU.
     pub(super) fn attach(
         &self,
-        iommufd: &Iommufd,
-        cdev: &Arc<Cdev>,
+        kernel: &impl Kernel,
+        cdev: &Arc<D>,
         ioases: [IoasId; 2],
         active: usize,
     ) -> Result<(), Failed> {
@@ -67,8 +72,8 @@ impl Seats {
         }
         let id = inner.seats[at].id;
         drop(inner);
-        let first = iommufd.hwpt_alloc(id, ioases[0])?;
-        let second = iommufd.hwpt_alloc(id, ioases[1]).inspect_err(|_| destroy(iommufd, first))?;
+        let first = kernel.hwpt_alloc(id, ioases[0])?;
+        let second = kernel.hwpt_alloc(id, ioases[1]).inspect_err(|_| destroy(kernel, first))?;
         let pair = [first, second];
         let mut inner = self.lock();
         inner.pairs.push(pair);
@@ -79,7 +84,7 @@ impl Seats {
     }
 
     /// Detaches a device; it stays so when the tables swap.
-    pub(super) fn detach(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
+    pub(super) fn detach(&self, cdev: &Arc<D>) -> Result<(), Failed> {
         let mut inner = self.lock();
         cdev.detach()?;
         if let Some(at) = inner.place(cdev) {
@@ -103,19 +108,19 @@ impl Seats {
     }
 
     /// Destroys the tables. No device is attached any more.
-    pub(super) fn close(&self, iommufd: &Iommufd) {
+    pub(super) fn close(&self, kernel: &impl Kernel) {
         for hwpt in self.lock().pairs.drain(..).flatten() {
-            destroy(iommufd, hwpt);
+            destroy(kernel, hwpt);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner<D>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Inner {
-    fn place(&self, cdev: &Arc<Cdev>) -> Option<usize> {
+impl<D> Inner<D> {
+    fn place(&self, cdev: &Arc<D>) -> Option<usize> {
         self.seats.iter().position(|seat| std::ptr::eq(seat.cdev.as_ptr(), Arc::as_ptr(cdev)))
     }
 
@@ -124,9 +129,9 @@ impl Inner {
     }
 }
 
-impl Seat {
+impl<D: Movable> Seat<D> {
     /// The device and its tables, if it is attached.
-    fn taken(&self) -> Option<(Arc<Cdev>, [HwptId; 2])> {
+    fn taken(&self) -> Option<(Arc<D>, [HwptId; 2])> {
         Some((self.cdev.upgrade()?, self.pair?)).filter(|_| self.attached)
     }
 
@@ -147,8 +152,8 @@ impl Seat {
     }
 }
 
-fn destroy(iommufd: &Iommufd, hwpt: HwptId) {
-    if let Err(failed) = iommufd.hwpt_destroy(hwpt) {
+fn destroy(kernel: &impl Kernel, hwpt: HwptId) {
+    if let Err(failed) = kernel.hwpt_destroy(hwpt) {
         log::warn!("HWPT {}: {failed}; it stays until the iommufd closes", hwpt.0);
     }
 }

@@ -2,11 +2,12 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use passgate_bindings::iommufd::{IoasId, Iommufd};
+use passgate_bindings::iommufd::IoasId;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::areas::{Area, Areas, remainders};
+use super::kernel::Kernel;
 
 /// An IOAS and its book. The lock is never held for a kernel call.
 #[derive(Debug)]
@@ -28,12 +29,12 @@ impl Side {
     /// Maps here, as one mapping, what `from` maps at `iova`.
     pub(super) fn copy(
         &self,
-        iommufd: &Iommufd,
+        kernel: &impl Kernel,
         from: &Side,
         iova: PageRange<Iova>,
         writable: bool,
     ) -> Result<(), Failed> {
-        iommufd.copy((from.ioas, iova), (self.ioas, iova.start()), writable)?;
+        kernel.copy(from.ioas, self.ioas, iova, writable)?;
         self.areas().insert(iova, writable);
         Ok(())
     }
@@ -44,16 +45,16 @@ impl Side {
     }
 
     /// Unmaps what lies in `iova`; nothing sticks out of it. `Ok` says that all of it is gone.
-    pub(super) fn unmap(&self, iommufd: &Iommufd, iova: PageRange<Iova>) -> Result<(), Errno> {
+    pub(super) fn unmap(&self, kernel: &impl Kernel, iova: PageRange<Iova>) -> Result<(), Errno> {
         let areas = self.areas().overlapping(iova);
         if areas.is_empty() {
             return Ok(());
         }
         if areas.iter().any(|area| area.doubt) {
-            return areas.iter().try_for_each(|area| self.unmap_one(iommufd, area));
+            return areas.iter().try_for_each(|area| self.unmap_one(kernel, area));
         }
         let expected: u64 = areas.iter().map(|area| area.iova.len()).sum();
-        match iommufd.unmap(self.ioas, iova) {
+        match kernel.unmap(self.ioas, iova) {
             Ok(bytes) if bytes == expected => {
                 let mut book = self.areas();
                 areas.iter().for_each(|area| book.remove(area));
@@ -61,17 +62,17 @@ impl Side {
             }
             // The kernel and the book do not agree: nothing that the book says is certain here any more.
             Ok(_) => Err(self.doubt(iova, Errno::IO)),
-            Err(failed) => Err(self.doubt(iova, failed.errno)),
+            Err(errno) => Err(self.doubt(iova, errno)),
         }
     }
 
     /// Unmaps one mapping, which may be gone already: asked for exactly its range the kernel finds all or nothing.
-    fn unmap_one(&self, iommufd: &Iommufd, area: &Area) -> Result<(), Errno> {
-        match iommufd.unmap(self.ioas, area.iova) {
+    fn unmap_one(&self, kernel: &impl Kernel, area: &Area) -> Result<(), Errno> {
+        match kernel.unmap(self.ioas, area.iova) {
             Ok(bytes) if bytes == area.iova.len() => {}
             Ok(_) => return Err(self.doubt(area.iova, Errno::IO)),
-            Err(failed) if failed.errno == Errno::NOENT && area.doubt => {}
-            Err(failed) => return Err(self.doubt(area.iova, failed.errno)),
+            Err(Errno::NOENT) if area.doubt => {}
+            Err(errno) => return Err(self.doubt(area.iova, errno)),
         }
         self.areas().remove(area);
         Ok(())
@@ -81,18 +82,19 @@ impl Side {
     /// `from`, which has that mapped.
     pub(super) fn take_out(
         &self,
-        iommufd: &Iommufd,
+        kernel: &impl Kernel,
         gone: &[PageRange<Iova>],
         from: &Side,
     ) -> Result<(), Errno> {
         let mut gone = gone;
         while let Some(first) = gone.first() {
-            for area in self.areas().overlapping(*first) {
+            let areas = self.areas().overlapping(*first);
+            for area in areas {
                 let over = gone.iter().copied().take_while(|range| range.start() < area.iova.end());
                 let left = remainders(area.iova, over.filter(|range| range.overlaps(area.iova)));
-                self.unmap_one(iommufd, &area)?;
+                self.unmap_one(kernel, &area)?;
                 for rest in left {
-                    self.copy(iommufd, from, rest, area.writable).map_err(|failed| failed.errno)?;
+                    self.copy(kernel, from, rest, area.writable).map_err(|failed| failed.errno)?;
                 }
             }
             gone = &gone[1..];
@@ -101,16 +103,16 @@ impl Side {
     }
 
     /// Makes this side map what `from` maps, no more and no less.
-    pub(super) fn like(&self, iommufd: &Iommufd, from: &Side) -> Result<(), Errno> {
+    pub(super) fn like(&self, kernel: &impl Kernel, from: &Side) -> Result<(), Errno> {
         let (here, there) = (self.areas().all(), from.areas().all());
         for area in &here {
             if !from.areas().has(area) || area.doubt {
-                self.unmap_one(iommufd, area)?;
+                self.unmap_one(kernel, area)?;
             }
         }
         for area in &there {
             if !self.areas().has(area) {
-                self.copy(iommufd, from, area.iova, area.writable).map_err(|failed| failed.errno)?;
+                self.copy(kernel, from, area.iova, area.writable).map_err(|failed| failed.errno)?;
             }
         }
         Ok(())

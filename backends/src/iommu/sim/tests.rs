@@ -130,10 +130,11 @@ fn a_domain_that_does_not_replace_says_so_and_changes_nothing() {
 
 #[test]
 fn whatever_befalls_an_unmap_befalls_a_cut_and_a_replace() {
-    let cut = |rig: &Rig| rig.sim.unmap(iova(1, 6));
-    let replace = |rig: &Rig| rig.sim.replace(&[iova(1, 2), iova(5, 2)]);
-    let calls: [(Call, fn(&Rig) -> Unmap); 2] = [(Call::Unmap, cut), (Call::Replace, replace)];
-    for (call, take) in calls {
+    for call in [Call::Unmap, Call::Replace] {
+        let take = |rig: &Rig| match call {
+            Call::Unmap => rig.sim.unmap(iova(1, 6)),
+            _ => rig.sim.replace(&[iova(1, 2), iova(5, 2)]),
+        };
         let after = |fault| {
             let rig = able();
             rig.map(0, 4, 4, 20).unwrap();

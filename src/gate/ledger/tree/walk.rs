@@ -57,6 +57,48 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// As [`Walk::find`], and on over those behind that are the same.
+    #[inline]
+    pub(in crate::gate::ledger) fn find_on(&mut self, page: u64) -> Found<'a> {
+        let mut found = self.find(page);
+        if let Some((node, entry)) = self.same(&found) {
+            let mut index = (found.pages.start >> bits(0) & 511) + 1;
+            while index < 512 && Self::entry(node, index) == entry {
+                index += 1;
+            }
+            found.pages.end = (page & !(span(1) - 1)) + index * span(0);
+        }
+        found
+    }
+
+    /// As [`Walk::find`], and back over those before that are the same.
+    pub(in crate::gate::ledger) fn find_back(&mut self, page: u64) -> Found<'a> {
+        let mut found = self.find(page);
+        if let Some((node, entry)) = self.same(&found) {
+            let mut index = found.pages.start >> bits(0) & 511;
+            while index > 0 && Self::entry(node, index - 1) == entry {
+                index -= 1;
+            }
+            found.pages.start = (page & !(span(1) - 1)) + index * span(0);
+        }
+        found
+    }
+
+    /// The node that `found` is an entry of, and the entry, where others beside it may say the same.
+    fn same(&self, found: &Found<'a>) -> Option<(&'a [AtomicU64; BLOCK_WORDS], u32)> {
+        match found.values {
+            Values::All(fill) if found.pages.end - found.pages.start == span(0) => {
+                self.node.map(|(node, _)| (node, fill.entry()))
+            }
+            _ => None,
+        }
+    }
+
+    #[inline]
+    fn entry(node: &[AtomicU64; BLOCK_WORDS], index: u64) -> u32 {
+        (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32
+    }
+
     fn from_root(&mut self, page: u64) -> Found<'a> {
         let (mut height, mut entry) = self.store.root(self.root);
         if page >= span(height) {
@@ -85,7 +127,7 @@ impl<'a> Walk<'a> {
     #[inline]
     fn below(&self, node: &[AtomicU64; BLOCK_WORDS], page: u64) -> Found<'a> {
         let index = page >> bits(0) & 511;
-        let entry = (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32;
+        let entry = Self::entry(node, index);
         let first = page & !(span(0) - 1);
         let values = match (Fill::of(entry), self.store.words_at(entry, LEAF_WORDS).try_into()) {
             (Some(fill), _) => Values::All(fill),
