@@ -196,6 +196,7 @@ fn main() -> Result {
         boot: String::new(),
         iommu: "none".to_owned(),
         devices: Vec::new(),
+        resumed: false,
     };
     let mut without = Pure::new(None)?;
     let mut with = Pure::new(Some(Log::open(&state, options)?))?;

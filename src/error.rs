@@ -86,6 +86,25 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What is to outlive this process cannot be kept.
+    #[error(
+        "`{name}` cannot be kept by the service manager ({why}): serve with --restart stop, or see its log"
+    )]
+    Keep {
+        /// What.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// What the service manager says it hands over is not there.
+    #[error(
+        "what the service manager handed over cannot be taken ({source}): LISTEN_FDS and what this process inherits \
+         do not fit; start it by the manager, or without LISTEN_FDS"
+    )]
+    Handed {
+        /// Why.
+        source: Failed,
+    },
     /// A device that is to be tested is used by somebody.
     #[error("{device} is in use: {by}")]
     InUse {

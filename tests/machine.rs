@@ -9,6 +9,8 @@
 #![allow(unreachable_pub)] // its modules are one program
 
 mod daemon;
+#[path = "common/keeper.rs"]
+mod keeper;
 mod machine {
     pub mod conversion;
     pub mod death;
@@ -17,6 +19,7 @@ mod machine {
     pub mod programs;
     pub mod recovery;
     pub mod refusals;
+    pub mod restart;
     pub mod rig;
     pub mod selftest;
     pub mod strict;
@@ -25,7 +28,9 @@ mod machine {
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
-use machine::{conversion, death, list, owner, programs, recovery, refusals, selftest, strict, together};
+use machine::{
+    conversion, death, list, owner, programs, recovery, refusals, restart, selftest, strict, together,
+};
 
 type Run = fn(&Rig);
 
@@ -51,6 +56,8 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("what_a_user_has_no_right_to_is_named", refusals::without_rights),
     ("every_device_is_listed_with_its_stop_class_and_owner", list::every_device),
     ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
+    ("a_restart_goes_on_under_dma", restart::goes_on),
+    ("a_restart_that_never_comes_stops_the_devices", restart::let_go),
     ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
 ];
 

@@ -128,18 +128,40 @@ pub fn shares_its_group(other: PciAddress) -> String {
     format!("{other} shares its IOMMU group, so that detaching it proves nothing: serve {other} with it")
 }
 
-/// Gives the device the driver for its kind, if there is one.
-fn drive(device: VfioDevice, domain: Arc<dyn Domain>, accept: Accept) -> Result<Arc<dyn Device>> {
+/// A driver of ours.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Driver {
+    Nvme,
+    Edu,
+    Igb,
+    Net,
+    Gpu,
+}
+
+/// The driver for the device's kind, if there is one.
+pub(crate) fn driver_of(device: &VfioDevice) -> Result<Option<Driver>> {
     if device.class()? == nvme::CLASS {
-        return Ok(Arc::new(nvme::open(device, &domain, accept.scratch)?));
+        return Ok(Some(Driver::Nvme));
     }
-    match device.ids()? {
-        edu::IDS => Ok(Arc::new(Edu::new(device, domain)?)),
-        igb::IDS => Ok(Arc::new(igb::open(device, &domain)?)),
-        net::IDS => Ok(Arc::new(net::open(device, &domain)?)),
-        gpu::IDS => Ok(Arc::new(gpu::open(device, &domain)?)),
-        _ => Ok(Arc::new(device)),
-    }
+    Ok(match device.ids()? {
+        edu::IDS => Some(Driver::Edu),
+        igb::IDS => Some(Driver::Igb),
+        net::IDS => Some(Driver::Net),
+        gpu::IDS => Some(Driver::Gpu),
+        _ => None,
+    })
+}
+
+/// Gives the device the driver for its kind, if there is one.
+pub(crate) fn drive(device: VfioDevice, domain: Arc<dyn Domain>, accept: Accept) -> Result<Arc<dyn Device>> {
+    Ok(match driver_of(&device)? {
+        Some(Driver::Nvme) => Arc::new(nvme::open(device, &domain, accept.scratch)?),
+        Some(Driver::Edu) => Arc::new(Edu::new(device, domain)?),
+        Some(Driver::Igb) => Arc::new(igb::open(device, &domain)?),
+        Some(Driver::Net) => Arc::new(net::open(device, &domain)?),
+        Some(Driver::Gpu) => Arc::new(gpu::open(device, &domain)?),
+        None => Arc::new(device),
+    })
 }
 
 /// A backend and the full names of its devices.

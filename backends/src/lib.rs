@@ -10,6 +10,7 @@ pub mod assign;
 pub mod device;
 pub mod error;
 pub mod iommu;
+pub mod resume;
 
 pub use assign::{Accept, Assignment, Kind, assign};
 pub use device::{Device, FenceStep, Nature, StopClass};

@@ -7,6 +7,7 @@
 
 pub mod errno;
 pub mod guest_memfd;
+pub mod handed;
 pub mod identity;
 pub mod iommufd;
 pub mod kvm;

@@ -7,12 +7,14 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
 use passgate_backends::{Device, FenceStep, Tables};
+use passgate_bindings::vfio::PciAddress;
 
 use crate::error::{Error, Result};
 use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
-use crate::serve::{Options, Server, privilege};
+use crate::serve::{Hold, Options, Server, privilege};
+use crate::session::fdstore::{FdStore, Kept};
 use crate::session::guardian::{self, Ended};
 
 /// Runs one VM's daemon.
@@ -77,6 +79,27 @@ pub(super) struct Serve {
     max_regions: u32,
     #[command(flatten)]
     state: State,
+    #[command(flatten)]
+    restart: Restart,
+}
+
+/// What outlives the daemon.
+#[derive(Debug, Args)]
+struct Restart {
+    /// What becomes of devices and mappings when this daemon ends, however it does
+    #[arg(long, value_enum, default_value_t = OnEnd::Stop)]
+    restart: OnEnd,
+    /// With --restart hold: how long memory of an earlier daemon's clients waits for one who comes back for it
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    adopt_within: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnEnd {
+    /// Devices are stopped, memory is closed
+    Stop,
+    /// The service manager keeps them for the next daemon; DMA goes on (docs/guide/restart.md)
+    Hold,
 }
 
 /// What is written down, and where.
@@ -178,7 +201,47 @@ impl Serve {
         if self.strict || !self.contained && tdx() { Platform::Strict } else { Platform::Contained }
     }
 
+    /// Domain and devices, and what outlives this process, where anything is to.
+    fn hold(
+        &self,
+        manager: Option<FdStore>,
+        kept: Kept,
+        accept: Accept,
+        assign: impl Fn() -> Result<Assignment>,
+    ) -> Result<(Assignment, Option<Hold>)> {
+        let within = Duration::from_secs(self.restart.adopt_within.into());
+        match (self.restart.restart, manager) {
+            (OnEnd::Hold, Some(store)) => {
+                let full = |name: &String| {
+                    name.parse().map_or(name.clone(), |address: PciAddress| address.to_string())
+                };
+                let devices: Vec<_> = self.devices.iter().map(full).collect();
+                let (assignment, hold) = Hold::open(store, kept, &devices, accept, within, assign)?;
+                Ok((assignment, Some(hold)))
+            }
+            (restart, store) => {
+                if restart == OnEnd::Hold {
+                    log::warn!(
+                        "--restart hold: no service manager keeps anything for this process (no NOTIFY_SOCKET); when it \
+                         ends, devices are stopped and memory is closed"
+                    );
+                }
+                if let (false, Some(store)) = (kept.is_empty(), store) {
+                    log::warn!(
+                        "what the service manager kept for --restart hold is let go, and its devices are stopped"
+                    );
+                    kept.names().into_iter().for_each(|name| store.remove(name));
+                    drop(kept);
+                    store.settle();
+                }
+                Ok((assign()?, None))
+            }
+        }
+    }
+
     pub(super) fn run(self) -> Result<ExitCode> {
+        // Before anything is opened here.
+        let kept = Kept::take()?;
         let on_stuck_dma = match self.on_stuck_dma {
             Stuck::Refuse => OnStuckDma::Refuse,
             Stuck::Fence => OnStuckDma::Fence,
@@ -186,8 +249,9 @@ impl Serve {
         };
         let accept = Accept { unstoppable: self.allow_unstoppable, scratch: self.scratch };
         let patience = Duration::from_secs(self.wait.into());
-        let Assignment { domain, devices } =
-            take(self.iommu.into(), &self.devices, accept, self.tables(), patience)?;
+        let manager = FdStore::open(privilege::give_up)?;
+        let assign = || take(self.iommu.into(), &self.devices, accept, self.tables(), patience);
+        let (Assignment { domain, devices }, hold) = self.hold(manager.clone(), kept, accept, assign)?;
         if self.platform() == Platform::Strict && !self.allow_unstoppable {
             devices.iter().try_for_each(|device| certain(&**device))?;
         }
@@ -209,11 +273,12 @@ impl Serve {
             guardian,
             tolerant: self.tolerant,
             state: self.state.options(),
+            manager,
             stop_signals: vec![signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT],
             ..Options::at(self.socket_path)
         };
         log::info!("{} with {} devices", domain.name(), devices.len());
-        Server::bind(options, domain, devices)?.run()?;
+        Server::holding(options, domain, devices, hold)?.run()?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -50,7 +50,9 @@ use crate::protocol::verbs::{
 };
 
 pub use crate::gate::{Outcome, PageState};
-pub use crate::protocol::verbs::{AddMemory, Convert, Converted, MemoryAdded, State, Status};
+pub use crate::protocol::verbs::{
+    AddMemory, Adopted, AdoptedRegion, Convert, Converted, MemoryAdded, State, Status, Unended,
+};
 pub use channel::{Answer, Channel, Failure, Ticket};
 pub use events::{Event, Events};
 
@@ -103,6 +105,12 @@ impl Client {
     /// Has passgate change a range itself; only in memory added with `sole_mapper`.
     pub fn convert(&mut self, convert: &Convert) -> Result<Converted> {
         self.call("Convert", convert, &[])
+    }
+
+    /// Takes over the memory that this client, or another, had with an earlier daemon, which a restart has kept
+    /// (`serve --restart hold`). It is closed if nobody does so in time (`--adopt-within`).
+    pub fn adopt(&mut self) -> Result<Adopted> {
+        self.call("Adopt", &json!({}), &[])
     }
 
     /// What the daemon knows now.

@@ -150,6 +150,13 @@ pub enum Answer {
         /// Bytes that were in it.
         bytes: u64,
     },
+    /// These regions are the client's now.
+    Adopted {
+        /// Which, and what of them is known.
+        regions: Vec<super::snapshot::RegionStatus>,
+        /// Conversions in them of which only their owner knows how they ended.
+        unended: Vec<super::adopt::Unended>,
+    },
     /// The request itself was wrong; nothing changed.
     Refused(Refusal),
 }

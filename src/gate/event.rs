@@ -290,6 +290,11 @@ pub enum Event {
         /// Why.
         reason: Reason,
     },
+    /// A client takes over the memory that an earlier daemon's clients had ([`super::adopt`]).
+    Adopt {
+        /// Whom to answer; also the new owner.
+        caller: Caller,
+    },
     /// A person takes what an invalidation left in quarantine out of it, and says what it is now.
     Release {
         /// Whom to answer.

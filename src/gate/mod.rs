@@ -8,6 +8,7 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
+pub mod adopt;
 mod cached;
 pub mod effect;
 mod ending;
@@ -26,6 +27,7 @@ mod ranges;
 pub mod receipt;
 mod region;
 mod results;
+pub mod resume;
 mod snapshot;
 mod stop;
 pub mod verdict;
@@ -37,6 +39,7 @@ use serde::{Deserialize, Serialize};
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
+pub use adopt::{ORPHANS, Unended};
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
     Backing, Caller, ClientId, DeviceId, DomainId, Door, Event, FileId, InvalidationId, JobId, MapResult,
@@ -44,14 +47,16 @@ pub use event::{
 };
 pub use fence::{Nature, OnStuckDma, Platform, Step, Steps};
 pub use hitless::{Able, Hitless};
+pub use ledger::HeldBy;
 pub use ledger::PageState;
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
+pub use resume::{Past, Written};
 pub use snapshot::{DeviceStatus, MappingStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
 
 use invalidation::Invalidation;
-use ledger::{Holds, Mapped, PageMap, Run};
+use ledger::{Holds, Mapped, PageMap, Run, Store};
 use merge::Frayed;
 use region::Region;
 use stop::DeviceEntry;
@@ -93,11 +98,19 @@ impl Default for Policy {
 }
 
 /// What is known of one file: the state of its pages, what may not be mapped, and where it shows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct FileEntry {
     pages: PageMap,
     holds: Holds,
     regions: Vec<RegionId>,
+}
+
+impl FileEntry {
+    /// Of a file of which nothing is known but what `store` has. Where it has no room, its states end with this process.
+    fn of(store: Option<&Store>, file: FileId) -> Self {
+        let kept = store.and_then(|store| PageMap::in_store(store, file).ok());
+        Self { pages: kept.unwrap_or_default(), holds: Holds::default(), regions: Vec::new() }
+    }
 }
 
 /// One IOVA domain.
@@ -120,6 +133,8 @@ enum Job {
     Unmap { domain: DomainId, iova: PageRange<Iova>, already: u64, invalidation: InvalidationId },
     /// One call over every run that is [`ledger::RunState::Removing`] by it; `invalidation` asked for it.
     Replace { domain: DomainId, invalidation: InvalidationId },
+    /// An unmap of whatever an earlier process left at `iova`.
+    Settle { domain: DomainId, iova: PageRange<Iova> },
     /// A fence on `device`; `invalidation` asked for it first.
     Fence { device: DeviceId, domain: DomainId, step: Step, invalidation: InvalidationId },
     /// `device` on its way back.
@@ -151,7 +166,11 @@ pub struct Gate {
     last_invalidation: u64,
     /// The highest invalidation from which an earlier daemon's quarantine dates.
     last_of_earlier: u64,
+    /// The highest invalidation that an earlier daemon may not have seen the end of.
+    last_unended: u64,
     last_job: u64,
+    /// Where page states outlive this gate; none where they need not.
+    store: Option<Store>,
 }
 
 impl Gate {
@@ -174,7 +193,9 @@ impl Gate {
             last_region: 0,
             last_invalidation: 0,
             last_of_earlier: 0,
+            last_unended: 0,
             last_job: 0,
+            store: None,
         }
     }
 
@@ -183,7 +204,8 @@ impl Gate {
         match event {
             Event::DomainAdded { domain, able } => {
                 if self.domain(domain).is_none() {
-                    let (mapped, frayed) = Default::default();
+                    let kept = self.store.as_ref().and_then(|store| Mapped::in_store(store, domain).ok());
+                    let (mapped, frayed) = (kept.unwrap_or_default(), Frayed::default());
                     self.domains.push(DomainEntry { id: domain, able, mapped, reserved: 0, frayed });
                 }
             }
@@ -211,6 +233,7 @@ impl Gate {
             Event::Release { caller, invalidation, to } => {
                 self.let_go(caller, invalidation, to, effects);
             }
+            Event::Adopt { caller } => self.adopt(caller, effects),
         }
         self.bring_back(effects);
     }

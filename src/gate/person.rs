@@ -23,7 +23,7 @@ impl Gate {
         let invalidation = InvalidationId(invalidation.0.min(u64::MAX / 2));
         self.last_invalidation = self.last_invalidation.max(invalidation.0);
         self.last_of_earlier = self.last_of_earlier.max(invalidation.0);
-        let entry = self.files.entry(file).or_default();
+        let entry = self.file(file);
         entry.pages.set(range, PageState::Unknown);
         entry.holds.hold(range, HeldBy::Quarantine(invalidation, reason));
     }

@@ -120,15 +120,15 @@ impl Gate {
 
     /// Takes down the state of pages that no other region of the file has told before.
     fn learn(&mut self, pages: FilePages, initial: PageState) {
-        let entry = self.files.entry(pages.file).or_default();
-        let mut told: Vec<_> = entry
-            .regions
+        let known = self.files.get(&pages.file).map_or(&[][..], |entry| &entry.regions);
+        let mut told: Vec<_> = known
             .iter()
             .filter_map(|id| self.regions.get(id))
             .map(|region| region.pages_at(region.iova()).range)
             .filter(|range| range.overlaps(pages.range))
             .collect();
         told.sort_unstable();
+        let entry = self.file(pages.file);
         for new in gaps(pages.range, told.into_iter()) {
             // Also what is held: once it may be mapped, its state must be what its owner says now.
             entry.pages.set(new, initial);
@@ -225,7 +225,9 @@ impl Gate {
     pub(super) fn forget_file(&mut self, file: FileId, effects: &mut Effects) {
         let idle = |entry: &super::FileEntry| entry.regions.is_empty() && entry.holds.is_empty();
         if self.files.get(&file).is_some_and(idle) {
-            self.files.remove(&file);
+            if let Some(entry) = self.files.remove(&file) {
+                entry.pages.discard();
+            }
             effects.push(Effect::ForgetFile { file });
         }
     }

@@ -134,6 +134,7 @@ impl Gate {
                 self.came_back(invalidation, objects, false);
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
+            Some(Job::Settle { domain, iova }) => self.settled_left(job, domain, iova, result, effects),
             _ => {}
         }
     }

@@ -64,6 +64,12 @@ impl DeviceEntry {
         matches!(self.busy, Some(Busy::Fence(_))) || self.next.is_some()
     }
 
+    /// Whether it plainly runs, and nothing is asked of it.
+    pub(super) fn runs(&self) -> bool {
+        let stopped = self.fenced.is_some() || self.detached || self.drained.is_some() || self.shaken || self.lost;
+        !stopped && self.busy.is_none()
+    }
+
     /// Whether it has to be brought back.
     fn is_stopped(&self) -> bool {
         (self.fenced.is_some() || self.shaken || self.drained.is_some()) && !self.lost
@@ -248,6 +254,13 @@ impl Gate {
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
+        }
+    }
+
+    /// What an earlier gate did to a device is not known for certain: it is brought back as one that was stopped.
+    pub(super) fn shake(&mut self, device: DeviceId) {
+        if let Some(entry) = self.devices.get_mut(&device) {
+            entry.shaken = true;
         }
     }
 

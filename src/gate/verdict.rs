@@ -196,6 +196,11 @@ pub enum Refusal {
         /// Bytes per kernel mapping.
         piece: u64,
     },
+    /// No memory is without an owner.
+    #[error(
+        "there is no memory to adopt: none outlived an earlier daemon, or another connection has it, or time is up"
+    )]
+    NoOrphans,
     /// The client is going away.
     #[error("this connection is being closed")]
     Closing,
@@ -220,7 +225,9 @@ impl Refusal {
             Self::Overlaps { .. } => 17,                            // EEXIST
             Self::Busy { .. } | Self::StillConverting { .. } => 16, // EBUSY
             Self::Quarantined { .. } => 5,                          // EIO
-            Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } => 2, // ENOENT
+            Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } | Self::NoOrphans => {
+                2
+            } // ENOENT
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC
             Self::BadPiece { .. } => 22, // EINVAL

@@ -45,8 +45,14 @@ pub struct Records {
 
 impl Records {
     /// Takes the directory, reads what the last daemon left there, and begins a log for a session with this policy
-    /// over `iommu` and these devices. `EAGAIN` where another daemon has the directory.
-    pub fn open(options: &StateOptions, policy: Policy, iommu: &str, devices: Vec<String>) -> Result<Self> {
+    /// over `iommu` and these devices, which goes on from an earlier daemon's where it is `resumed`. `EAGAIN` where another daemon has the directory.
+    pub fn open(
+        options: &StateOptions,
+        policy: Policy,
+        iommu: &str,
+        devices: Vec<String>,
+        resumed: bool,
+    ) -> Result<Self> {
         let failed = |mend| move |source: io::Error| Error::State { path: options.dir.clone(), source, mend };
         let writable = ": it must be a directory that is writable, or its parent must be";
         DirBuilder::new().recursive(true).mode(0o700).create(&options.dir).map_err(failed(writable))?;
@@ -73,6 +79,7 @@ impl Records {
             boot,
             iommu: iommu.to_owned(),
             devices,
+            resumed,
         };
         let log = Log::open(&options.dir, log).map_err(failed(writable))?;
         Ok(Self { log, keep, left, _lock: lock })
@@ -81,6 +88,12 @@ impl Records {
     /// What the last daemon left in quarantine, for a gate without regions.
     pub fn take_left(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.left)
+    }
+
+    /// This is in quarantine, as an earlier daemon's ledger had it.
+    pub fn go_on(&mut self, quarantine: &[QuarantineStatus]) {
+        self.left.clear();
+        self.keep.save(quarantine);
     }
 
     /// Takes down an event that the gate is about to be told.

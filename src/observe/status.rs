@@ -1,10 +1,10 @@
 //! What `Status` answers.
 
 use crate::gate::{
-    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step,
+    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step, Unended,
 };
 use crate::observe::metrics;
-use crate::protocol::verbs::{Device, Quarantined, Region, Status};
+use crate::protocol::verbs::{self, Device, Quarantined, Region, Status};
 use crate::session::Session;
 
 /// Ranges in quarantine that a status names; of the rest it says the bytes.
@@ -58,6 +58,38 @@ fn hitless(policy: Hitless) -> &'static str {
         Hitless::Require => "require",
         Hitless::Prefer => "prefer",
         Hitless::Off => "off",
+    }
+}
+
+/// Conversions without an end that one answer lists at most.
+const UNENDED: usize = 4096;
+
+/// What a client has adopted, as it is told.
+pub fn adopted(regions: &[RegionStatus], unended: &[Unended]) -> verbs::Adopted {
+    let region = |status: &RegionStatus| {
+        let [shared, private, hole, unknown] = status.bytes;
+        verbs::AdoptedRegion {
+            region: status.region.0,
+            gpa: status.spec.gpa.start().0,
+            length: status.spec.gpa.len(),
+            offset: status.spec.backing.offset.0,
+            piece: status.pieces.first().copied().unwrap_or(status.spec.piece),
+            writable: status.spec.writable,
+            shared,
+            private,
+            hole,
+            unknown,
+        }
+    };
+    let one = |one: &Unended| verbs::Unended {
+        invalidation: one.invalidation.0,
+        gpa: one.range.start().0,
+        length: one.range.len(),
+    };
+    verbs::Adopted {
+        regions: regions.iter().map(region).collect(),
+        unended: unended.iter().take(UNENDED).map(one).collect(),
+        more_unended: unended.len().saturating_sub(UNENDED) as u64,
     }
 }
 

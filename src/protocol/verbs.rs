@@ -3,7 +3,11 @@
 //! The interface is described in varlink's own language in `io.passgate.Control.varlink` beside this file, which
 //! is what `GetInterfaceDescription` answers; a test holds the two together.
 
+mod adopt;
+
 use serde::{Deserialize, Serialize};
+
+pub use adopt::{Adopt, Adopted, AdoptedRegion, Unended};
 
 /// The name of passgate's interface.
 pub const INTERFACE: &str = "io.passgate.Control";

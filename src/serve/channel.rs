@@ -97,7 +97,10 @@ impl Vm {
                 Record { errno, gpa, ..Record::new(Kind::Wrong, caller.cookie) }
             }
             // Memory comes and goes by the control socket only, and so does a release.
-            Answer::RegionAdded { .. } | Answer::RegionRemoved { .. } | Answer::Released { .. } => return,
+            Answer::RegionAdded { .. }
+            | Answer::RegionRemoved { .. }
+            | Answer::Released { .. }
+            | Answer::Adopted { .. } => return,
         };
         self.send(caller.client, record);
     }

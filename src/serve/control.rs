@@ -13,7 +13,7 @@ use super::event_loop::Done;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
-use crate::observe::events;
+use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::protocol::{hex, record};
@@ -130,7 +130,7 @@ impl Vm {
         if name != Some("AddMemory") && !fds.is_empty() {
             return Said::wrong(format!("{} file descriptors came along, 0 belong to this call", fds.len()));
         }
-        if matches!(name, Some("AddMemory" | "OpenChannel"))
+        if matches!(name, Some("AddMemory" | "OpenChannel" | "Adopt"))
             && let Some(connection) = self.connections.get_mut(&caller.client)
         {
             connection.speaks_for_vm = true;
@@ -161,6 +161,7 @@ impl Vm {
                     ),
                 }
             }),
+            Some("Adopt") => with(parameters, |verbs::Adopt {}| self.adopt(caller)),
             Some("Dma") => with(parameters, |dma| self.dma(caller, dma)),
             _ => varlink(call),
         }
@@ -252,6 +253,7 @@ impl Vm {
         let parameters = match answer {
             Answer::RegionAdded { region, mapped } => json!(MemoryAdded { region: region.0, mapped }),
             Answer::Released { bytes } => json!({ "bytes": bytes }),
+            Answer::Adopted { regions, unended } => json!(status::adopted(&regions, &unended)),
             Answer::RegionRemoved { .. } | Answer::Ended { .. } => json!({}),
             Answer::Verdict { invalidation, verdict } => {
                 let (word, failure) = events::verdict(verdict, &self.session);

@@ -9,6 +9,7 @@ mod channel;
 mod connection;
 mod control;
 mod event_loop;
+mod hold;
 mod listen;
 mod poller;
 pub mod privilege;
@@ -30,9 +31,12 @@ use passgate_backends::{Device, Domain};
 use crate::error::{Error, Result};
 use crate::gate::Policy;
 use crate::observe::records::StateOptions;
+use crate::session::fdstore::FdStore;
 use crate::session::guardian::Watch;
 use event_loop::Core;
-use vm::Vm;
+use vm::{Sockets, Vm};
+
+pub use hold::Hold;
 
 /// What a server is told once.
 #[derive(Debug, Clone)]
@@ -59,6 +63,8 @@ pub struct Options {
     pub state: Option<StateOptions>,
     /// Signals that stop it.
     pub stop_signals: Vec<i32>,
+    /// The service manager that is told when it is ready and when it stops; none for nobody.
+    pub manager: Option<FdStore>,
 }
 
 impl Options {
@@ -76,6 +82,7 @@ impl Options {
             tolerant: Vec::new(),
             state: None,
             stop_signals: Vec::new(),
+            manager: None,
         }
     }
 }
@@ -90,6 +97,8 @@ pub struct Server {
     file: SocketFile,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
+    /// Whether what it has is the next daemon's when it ends.
+    holds: bool,
 }
 
 /// Removes the socket's file when the server is over.
@@ -105,6 +114,16 @@ impl Drop for SocketFile {
 impl Server {
     /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
+        Self::holding(options, domain, devices, None)
+    }
+
+    /// The same, where what it has outlives it, and it goes on from what another had.
+    pub fn holding(
+        options: Options,
+        domain: Arc<dyn Domain>,
+        devices: Vec<Arc<dyn Device>>,
+        mut hold: Option<Hold>,
+    ) -> Result<Self> {
         let path = options.socket_path.clone();
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         // Before anybody can find the socket: who finds it may send a signal.
@@ -112,22 +131,47 @@ impl Server {
             let stop = stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&path, e, ""))?;
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
-        let listener = listen(&path, &CONTROL)?;
+        let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
+        let listen_here = || listen(&path, &CONTROL);
+        let listener = match &mut hold {
+            Some(hold) => hold.listener(&path, listen_here)?,
+            None => listen_here()?,
+        };
         let file = SocketFile(path.clone());
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
-            Some(program) => Watch::start(program.clone(), devices.clone())?,
+            Some(program) => {
+                let (store, left) = match (&mut hold, ids) {
+                    (Some(hold), Some(ids)) => hold.guard(ids),
+                    _ => (None, None),
+                };
+                Watch::holding(program.clone(), devices.clone(), store, left)?
+            }
             None => None,
         };
         let (core, turn) = Core::new()?;
-        let vm = Vm::new(options, listener, metrics, stopped, Arc::clone(&core), domain, devices)?;
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian })
+        let holds = hold.is_some();
+        let sockets = Sockets { listener, metrics, stopped };
+        let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, hold)?;
+        if let Some(ids) = ids {
+            vm.session.complete(ids);
+        }
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
     }
 
     /// Serves until stopped.
     pub fn run(self) -> Result<()> {
-        let _files = (self.file, self.metrics_file);
+        let (file, _metrics_file) = (self.file, self.metrics_file);
+        if let Some(manager) = &self.vm.options.manager {
+            manager.ready();
+        }
+        if self.holds {
+            // The socket goes on listening: the next daemon has it.
+            std::mem::forget(file);
+            return event_loop::run(self.core, self.turn, self.vm);
+        }
+        let _file = file;
         // Where the loop fails the guardian hears no farewell, and stops the devices.
         event_loop::run(self.core, self.turn, self.vm)?;
         if let Some(guardian) = self.guardian {

@@ -14,7 +14,7 @@ use super::connection::Connection;
 use super::event_loop::{Core, Done};
 use super::poller::{Interest, Poller};
 use super::scrape::{Scrape, VISITORS};
-use super::{Options, socket_error};
+use super::{Hold, Options, socket_error};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
 use crate::observe::records::Records;
@@ -59,18 +59,33 @@ pub(super) struct Vm {
     starved: Option<Instant>,
     alarm: Option<Instant>,
     farewell: Option<Instant>,
+    /// Until when somebody may come back for memory of an earlier daemon's clients.
+    adopt_by: Option<Instant>,
+    /// Whether what it has is the next daemon's.
+    holds: bool,
+}
+
+/// What a VM listens to, besides its clients.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pub(super) listener: UnixListener,
+    pub(super) metrics: Option<UnixListener>,
+    /// Readable when it is to stop.
+    pub(super) stopped: UnixStream,
 }
 
 impl Vm {
     pub(super) fn new(
         options: Options,
-        listener: UnixListener,
-        scrape: Option<UnixListener>,
-        stopped: UnixStream,
+        sockets: Sockets,
         core: Arc<Core>,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
+        hold: Option<Hold>,
     ) -> Result<Self> {
+        let Sockets { listener, metrics: scrape, stopped } = sockets;
+        let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
+        let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
         let failed = |e| socket_error(&options.socket_path, e, "");
         let workers = Arc::clone(&core);
         let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
@@ -78,9 +93,11 @@ impl Vm {
         let records = options
             .state
             .as_ref()
-            .map(|state| Records::open(state, options.policy, domain.name(), names()))
+            .map(|state| Records::open(state, options.policy, domain.name(), names(), resumed))
             .transpose()?;
-        let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records);
+        let hold = hold.map(|hold| hold.session);
+        let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records, hold);
+        let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
         let poller = Poller::new().map_err(failed)?;
         poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
@@ -106,6 +123,8 @@ impl Vm {
             starved: None,
             alarm: None,
             farewell: None,
+            adopt_by,
+            holds,
         })
     }
 
@@ -226,7 +245,12 @@ impl Vm {
             }
         }
         self.alarm = None;
-        self.session.expire(Instant::now());
+        let now = Instant::now();
+        self.session.expire(now);
+        if self.adopt_by.is_some_and(|by| by <= now) {
+            self.adopt_by = None;
+            self.give_up_orphans();
+        }
         false
     }
 
@@ -242,7 +266,7 @@ impl Vm {
     /// an alarm is set by then. A late deadline waits for the alarm that is set: to set it anew each time would put
     /// it off for ever.
     pub(super) fn rearm(&mut self, patience: Option<Duration>) {
-        let deadline = self.session.next_deadline();
+        let deadline = self.session.next_deadline().into_iter().chain(self.adopt_by).min();
         if deadline.is_none() && patience.is_none() {
             return;
         }
@@ -259,6 +283,14 @@ impl Vm {
     /// Closes every connection; the loop goes on until what they had is closed.
     fn say_goodbye(&mut self) {
         let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
+        if let Some(manager) = &self.options.manager {
+            manager.stopping();
+        }
+        if self.holds {
+            // Regions stay as they are, and so do the ledger's records of them.
+            self.farewell = Some(Instant::now());
+            return;
+        }
         if self.farewell.is_none() {
             self.farewell = Some(Instant::now() + self.options.farewell);
             let clients: Vec<ClientId> = self.connections.keys().copied().collect();
@@ -271,6 +303,9 @@ impl Vm {
     /// How the loop ends, where it is to.
     pub(super) fn is_over(&self) -> Option<Result<()>> {
         let farewell = self.farewell?;
+        if self.holds {
+            return Some(Ok(()));
+        }
         let regions = self.session.snapshot().regions.len();
         if regions == 0 {
             return Some(Ok(()));

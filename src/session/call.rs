@@ -2,7 +2,7 @@
 //!
 //! A call owns what it works on, so that it can run on any thread and outlive the session that asked for it.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,8 +15,10 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Session;
+use super::fdstore::{FdStore, Name};
 use crate::gate::{
-    Caller, DomainId, Effect, Event, InvalidationId, JobId, MapResult, Outcome, PageState, Step, UnmapResult,
+    Caller, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Step,
+    UnmapResult,
 };
 use crate::protocol::verbs::AddMemory;
 
@@ -100,6 +102,8 @@ pub enum Call {
         memory: AddMemory,
         /// As they came.
         fds: Vec<OwnedFd>,
+        /// Where they are to be kept.
+        store: Option<FdStore>,
     },
 }
 
@@ -110,6 +114,15 @@ pub struct Examined {
     pub(super) fd: OwnedFd,
     /// What it is, or why it will not do.
     pub(super) file: Result<Identity, FileError>,
+}
+
+impl Examined {
+    /// Under which name it is kept; none where it will not do. The first is guest memory, the second its private side.
+    pub(super) fn kept_as(&self, nth: usize) -> Option<Name> {
+        let Identity { device, inode, .. } = *self.file.as_ref().ok()?;
+        let file = FileId { device, inode };
+        Some(if nth == 0 { Name::Memory(file) } else { Name::Private(file) })
+    }
 }
 
 /// What came of a call.
@@ -225,9 +238,18 @@ impl Call {
                 plain(Event::Fenced { job, errno, took_ns: took() })
             }
             Self::Attach { job, device } => plain(Event::Attached { job, errno: told(device.attach()) }),
-            Self::Examine { caller, memory, fds } => {
+            Self::Examine { caller, memory, fds, store } => {
                 let files = fds.into_iter().map(|fd| Examined { file: identity::identify(&fd), fd });
-                Returned::Examined { caller, memory, files: files.collect() }
+                let files: Vec<_> = files.collect();
+                // Kept before the memory is added: whatever happens then, the next process has it.
+                for (nth, file) in files.iter().enumerate() {
+                    if let (Some(store), Some(name)) = (&store, file.kept_as(nth))
+                        && let Err(error) = store.put(name, file.fd.as_fd())
+                    {
+                        log::error!("guest memory is not kept ({error}): a restart will close it");
+                    }
+                }
+                Returned::Examined { caller, memory, files }
             }
             Self::Convert { invalidation, pages, to } => {
                 plain(Event::Converted { invalidation, outcome: convert(&pages, to) })

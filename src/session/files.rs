@@ -11,7 +11,9 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, RangeError};
 
 use super::call::Examined;
-use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec};
+use super::fdstore::{Kept, Name};
+use super::lasting::Aside;
+use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec, Written};
 use crate::protocol::verbs::AddMemory;
 
 /// Why memory is not taken, or not converted. The text is the message that the client reads.
@@ -25,6 +27,9 @@ pub enum BorderError {
         /// How many belong.
         wanted: usize,
     },
+    /// The service manager did not hand it over.
+    #[error("its file did not come back")]
+    NotKept,
     /// Not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -90,7 +95,7 @@ pub(super) struct Extra {
     /// Bytes of the file's own pages.
     page: u64,
     /// The private side: held while the region is, touched never.
-    _private: Option<OwnedFd>,
+    private: Option<(FileId, OwnedFd)>,
 }
 
 /// The files that regions are of.
@@ -137,7 +142,7 @@ impl Files {
             FileKind::Hugetlb(page) => page,
             FileKind::Memfd | FileKind::GuestMemfd => PAGE,
         };
-        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, page, _private: private };
+        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, page, private };
         self.adding.push((caller, id, extra));
         Ok(RegionSpec {
             gpa,
@@ -179,11 +184,57 @@ impl Files {
     }
 
     /// The gate has admitted what this caller passed.
-    pub(super) fn added(&mut self, caller: Caller, region: RegionId) {
-        if let Some(index) = self.adding.iter().position(|(adding, ..)| *adding == caller) {
-            let (_, _, extra) = self.adding.swap_remove(index);
-            self.regions.insert(region, extra);
+    pub(super) fn added(&mut self, caller: Caller, region: RegionId) -> Option<Aside> {
+        let index = self.adding.iter().position(|(adding, ..)| *adding == caller)?;
+        let (_, _, extra) = self.adding.swap_remove(index);
+        let private = extra.private.as_ref().map(|(file, _)| *file);
+        let aside = Aside { sole_mapper: extra.sole_mapper, private };
+        self.regions.insert(region, extra);
+        Some(aside)
+    }
+
+    /// Takes a region's files as they were kept for an earlier process, checked as a client's are.
+    pub(super) fn again(
+        &mut self,
+        region: &Written,
+        aside: Option<Aside>,
+        kept: &mut Kept,
+    ) -> Result<(), BorderError> {
+        let RegionSpec { gpa, backing, writable, page, .. } = region.spec;
+        self.hold_again(backing.file, kept);
+        let file =
+            self.held.get(&backing.file).map(|(file, _)| Arc::clone(file)).ok_or(BorderError::NotKept)?;
+        identity::check(&identity::identify(&*file)?, backing.offset.0, gpa.len(), writable)?;
+        let aside = aside.unwrap_or(Aside { sole_mapper: false, private: None });
+        let private = aside.private.and_then(|id| Some((id, self.private_again(id, kept)?)));
+        self.regions.insert(region.region, Extra { gpa, sole_mapper: aside.sole_mapper, page, private });
+        Ok(())
+    }
+
+    /// Takes a file as it was kept for an earlier process: the widest descriptor of it.
+    pub(super) fn hold_again(&mut self, id: FileId, kept: &mut Kept) {
+        for fd in kept.all(&Name::Memory(id)) {
+            match identity::identify(&fd) {
+                Ok(file) if (file.device, file.inode) == (id.device, id.inode) => self.hold(id, fd, &file),
+                Ok(_) => log::warn!("what was kept as {} is another file", Name::Memory(id)),
+                Err(error) => log::warn!("what was kept as {}: {error}", Name::Memory(id)),
+            }
         }
+    }
+
+    fn private_again(&self, id: FileId, kept: &mut Kept) -> Option<OwnedFd> {
+        let held = self.regions.values().filter_map(|extra| extra.private.as_ref());
+        if let Some((_, fd)) = held.into_iter().find(|(held, _)| *held == id) {
+            return fd.try_clone().ok();
+        }
+        kept.one(&Name::Private(id))
+    }
+
+    /// Whether some region's private side is this file.
+    pub(super) fn has_private(&self, id: FileId) -> bool {
+        let adding = self.adding.iter().map(|(.., extra)| extra);
+        let mut all = self.regions.values().chain(adding).filter_map(|extra| extra.private.as_ref());
+        all.any(|(file, _)| *file == id)
     }
 
     /// The gate has not: the file that came for nothing, where no other region is of it.
@@ -197,9 +248,9 @@ impl Files {
         self.adding.retain(|(caller, ..)| caller.client != client);
     }
 
-    /// The region is gone.
-    pub(super) fn close_region(&mut self, region: RegionId) {
-        self.regions.remove(&region);
+    /// The region is gone; its private side, where it had one.
+    pub(super) fn close_region(&mut self, region: RegionId) -> Option<FileId> {
+        self.regions.remove(&region)?.private.map(|(file, _)| file)
     }
 
     /// Nothing needs the file any more.
@@ -223,11 +274,11 @@ impl Files {
     }
 }
 
-fn check_private(private: Examined, memory: &AddMemory) -> Result<OwnedFd, BorderError> {
+fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, OwnedFd), BorderError> {
     let file = private.file?;
     if file.kind != FileKind::GuestMemfd {
         return Err(BorderError::NotPrivate(file.kind));
     }
     identity::check(&file, memory.offset, memory.length, false)?;
-    Ok(private.fd)
+    Ok((FileId { device: file.device, inode: file.inode }, private.fd))
 }

@@ -7,6 +7,8 @@
 //! Its own session and deaf ears to SIGTERM keep it alive where a whole process group or terminal is killed. Should
 //! it die all the same, the worker's [`Watch`] starts another.
 
+mod held;
+
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,12 +22,13 @@ use std::time::Duration;
 
 use passgate_backends::Device;
 use passgate_backends::device::Guard;
-use passgate_bindings::Failed;
-use passgate_bindings::vfio::{Cdev, Container, DeviceFile};
+use passgate_bindings::handed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send};
 
+use self::held::Held;
+use super::fdstore::{FdStore, Name};
 use crate::error::{Error, Result};
 use crate::protocol::frame::{self, Frames};
 
@@ -57,9 +60,26 @@ pub struct Watch {
 impl Watch {
     /// Starts a guardian as [`Guardian::start`] does, and watches it.
     pub fn start(program: PathBuf, devices: Vec<Arc<dyn Device>>) -> Result<Option<Self>> {
-        let Some(guardian) = Guardian::start(&program, &devices)? else { return Ok(None) };
+        Self::holding(program, devices, None, None)
+    }
+
+    /// The same, where `store` keeps our end of each guardian's socket: then a guardian hears nothing of our death
+    /// until the store closes it. `left` is what it kept: where that guardian lives, it goes on and has the devices.
+    pub fn holding(
+        program: PathBuf,
+        devices: Vec<Arc<dyn Device>>,
+        store: Option<FdStore>,
+        left: Option<OwnedFd>,
+    ) -> Result<Option<Self>> {
+        let guardian = match left.filter(is_open) {
+            Some(socket) => Guardian { socket, child: None },
+            None => match Guardian::start(&program, &devices)? {
+                Some(guardian) => guardian.kept(store.as_ref()),
+                None => return Ok(None),
+            },
+        };
         let (stop, stopped) = UnixStream::pair().map_err(|source| Error::Guardian { source })?;
-        let watch = move || watch(&program, devices, guardian, &stopped);
+        let watch = move || watch(&program, devices, guardian, &stopped, store.as_ref());
         let thread = std::thread::Builder::new().name("guardian".into()).spawn(watch);
         Ok(Some(Self { stop, thread: thread.map_err(Error::Thread)? }))
     }
@@ -75,7 +95,13 @@ impl Watch {
     }
 }
 
-fn watch(program: &Path, devices: Vec<Arc<dyn Device>>, guardian: Guardian, stopped: &UnixStream) {
+fn watch(
+    program: &Path,
+    devices: Vec<Arc<dyn Device>>,
+    guardian: Guardian,
+    stopped: &UnixStream,
+    store: Option<&FdStore>,
+) {
     let mut guardian = Some(guardian);
     loop {
         let (died, told) = wait(guardian.as_ref(), stopped);
@@ -87,19 +113,29 @@ fn watch(program: &Path, devices: Vec<Arc<dyn Device>>, guardian: Guardian, stop
             }
             return;
         }
-        if died && let Some(Guardian { mut child, .. }) = guardian.take() {
-            match child.wait() {
-                Ok(status) => log::error!("the guardian died ({status}): another is started"),
-                Err(error) => log::error!("the guardian died ({error}): another is started"),
+        if died && let Some(Guardian { child, .. }) = guardian.take() {
+            match child.map(|mut child| child.wait()) {
+                Some(Ok(status)) => log::error!("the guardian died ({status}): another is started"),
+                Some(Err(error)) => log::error!("the guardian died ({error}): another is started"),
+                None => log::error!("the guardian of an earlier daemon died: another is started"),
             }
         }
         if guardian.is_none() {
-            guardian = Guardian::start(program, &devices).unwrap_or_else(|error| {
+            let new = Guardian::start(program, &devices).unwrap_or_else(|error| {
                 log::error!("{error}; until it is there, nobody stops the devices if this process dies");
                 None
             });
+            guardian = new.map(|new| new.kept(store));
         }
     }
+}
+
+/// Whether somebody has the other end. Nothing but answers ever comes from there, and none is due.
+fn is_open(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let quiet = poll(&mut fds, Some(&now)) == Ok(0);
+    quiet && rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
 }
 
 /// Waits until the guardian has died or the worker has something to say: which of the two.
@@ -120,7 +156,8 @@ fn wait(guardian: Option<&Guardian>, stopped: &UnixStream) -> (bool, bool) {
 #[derive(Debug)]
 pub struct Guardian {
     socket: OwnedFd,
-    child: Child,
+    /// None for one that an earlier daemon started.
+    child: Option<Child>,
 }
 
 impl Guardian {
@@ -136,21 +173,40 @@ impl Guardian {
         command
             .arg0("passgate")
             .arg(SUBCOMMAND)
+            .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null());
+        for variable in handed::VARIABLES {
+            command.env_remove(variable);
+        }
         let child = command.spawn().map_err(failed)?;
         // The command holds the guardian's end as well, and would hide that it has died.
         drop(command);
-        let mut guardian = Self { socket: ours.into(), child };
+        let mut guardian = Self { socket: ours.into(), child: Some(child) };
         match devices.iter().try_for_each(|device| guardian.hand(&**device)) {
             Ok(()) => Ok(Some(guardian)),
             Err(source) => {
                 // Not by closing the socket: it would stop the devices of a worker that lives.
-                let _ = guardian.child.kill();
-                let _ = guardian.child.wait();
+                if let Some(child) = &mut guardian.child {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
                 Err(failed(source))
             }
         }
+    }
+
+    /// Has our end kept, in place of that of the guardian before.
+    fn kept(self, store: Option<&FdStore>) -> Self {
+        if let Some(store) = store {
+            store.remove(Name::Guardian);
+            if let Err(error) = store.put(Name::Guardian, self.socket.as_fd()) {
+                log::error!(
+                    "the guardian's socket is not kept ({error}): it stops the devices if this process ends"
+                );
+            }
+        }
+        self
     }
 
     fn hand(&self, device: &dyn Device) -> std::io::Result<()> {
@@ -167,9 +223,15 @@ impl Guardian {
     /// that somebody else can open them.
     pub fn bye(mut self) {
         let said = self.tell(FAREWELL, &[]);
-        let ended = self.child.wait();
+        let ended = match &mut self.child {
+            Some(child) => child.wait().map(|status| status.success()),
+            // Its end closes when it ends.
+            None => recv(&self.socket, &mut [0], RecvFlags::empty())
+                .map(|(_, got)| got == 0)
+                .map_err(std::io::Error::from),
+        };
         match (said, ended) {
-            (Ok(()), Ok(status)) if status.success() => {}
+            (Ok(()), Ok(true)) => {}
             (said, ended) => log::warn!("the guardian did not end well: {said:?}, {ended:?}"),
         }
     }
@@ -180,50 +242,6 @@ impl Guardian {
         match recv(&self.socket, &mut answer, RecvFlags::WAITALL)? {
             (_, 1) if answer == [HELD] => Ok(()),
             _ => Err(std::io::Error::other("it does not answer")),
-        }
-    }
-}
-
-/// One device, as the guardian holds it. The order of the fields is the order of closing.
-#[derive(Debug)]
-enum Held {
-    Cdev { name: String, cdev: Cdev },
-    Type1 { name: String, device: DeviceFile, container: Container },
-}
-
-impl Held {
-    fn take(message: &str, fds: Vec<OwnedFd>) -> Option<Self> {
-        let (kind, name) = message.split_once(' ')?;
-        let (name, mut fds) = (name.to_owned(), fds.into_iter());
-        match (kind, fds.next(), fds.next(), fds.next()) {
-            ("cdev", Some(fd), None, None) => Some(Self::Cdev { name, cdev: Cdev::from_fd(fd) }),
-            ("type1", Some(container), Some(device), None) => Some(Self::Type1 {
-                name,
-                device: DeviceFile::from_fd(device),
-                container: Container::from_fd(container),
-            }),
-            _ => None,
-        }
-    }
-
-    fn name(&self) -> &str {
-        match self {
-            Self::Cdev { name, .. } | Self::Type1 { name, .. } => name,
-        }
-    }
-
-    /// Takes its translations away: every DMA faults from here on.
-    fn block(&self) -> Result<(), Failed> {
-        match self {
-            Self::Cdev { cdev, .. } => cdev.detach(),
-            Self::Type1 { container, .. } => container.unmap_all().map(drop).map_err(Failed::without_partial),
-        }
-    }
-
-    fn reset(&self) -> Result<(), Failed> {
-        match self {
-            Self::Cdev { cdev, .. } => cdev.device().reset(),
-            Self::Type1 { device, .. } => device.reset(),
         }
     }
 }

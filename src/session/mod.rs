@@ -5,10 +5,13 @@
 //! can always answer in time.
 
 mod call;
+pub mod fdstore;
 mod files;
 pub mod guardian;
 mod held;
+pub mod lasting;
 mod pool;
+mod resume;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,10 +30,13 @@ use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
+use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
 use held::HeldAnswers;
+use lasting::Lasting;
 pub use pool::{Pool, Task};
+pub use resume::Hold;
 
 /// Receipts that are remembered, for `explain`.
 const RECEIPTS: usize = 4096;
@@ -78,6 +84,8 @@ pub struct Session {
     meter: Meter,
     pool: Pool,
     records: Option<Records>,
+    lasting: Option<Lasting>,
+    store: Option<FdStore>,
 }
 
 impl Session {
@@ -90,10 +98,17 @@ impl Session {
         tolerant: &[String],
         pool: Pool,
         mut records: Option<Records>,
+        hold: Option<Hold>,
     ) -> Self {
-        let left = records.as_mut().map(Records::take_left).unwrap_or_default();
         let mut start = start(&*domain, &devices, tolerant);
-        start.extend(left);
+        let (lasting, store, left) = match hold {
+            Some(Hold { store, lasting, left }) => (Some(lasting), Some(store), left),
+            None => (None, None, None),
+        };
+        // What the ledger has of an earlier daemon's quarantine is the same, and more.
+        if left.is_none() {
+            start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
+        }
         let mut session = Self {
             gate: Gate::new(policy),
             effects: Effects::new(),
@@ -112,8 +127,16 @@ impl Session {
             totals: Totals::default(),
             pool,
             records,
+            lasting,
+            store,
         };
+        if let Some(lasting) = &session.lasting {
+            session.gate.keep_in(lasting.store().clone());
+        }
         start.into_iter().for_each(|event| session.handle(event));
+        if let Some((left, kept)) = left {
+            session.go_on(left, kept);
+        }
         session
     }
 
@@ -129,7 +152,11 @@ impl Session {
         if let Some(records) = &mut self.records {
             records.before(&event);
         }
+        let touched = self.lasting.is_some().then(|| Lasting::touched(&event));
         self.gate.handle(event, &mut self.effects);
+        if let (Some(lasting), Some(touched)) = (&mut self.lasting, touched) {
+            lasting.follow(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
+        }
         self.meter.begun(begun, &self.effects[from..]);
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
@@ -161,9 +188,17 @@ impl Session {
             }
             Returned::Examined { caller, memory, files } => {
                 let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
+                let kept: Vec<_> = if self.store.is_some() {
+                    files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect()
+                } else {
+                    Vec::new()
+                };
                 match self.files.admit(caller, &memory, files, &reserved) {
                     Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
-                    Err(error) => self.border.push_back(Next::Refused(caller, error)),
+                    Err(error) => {
+                        kept.into_iter().for_each(|name| self.let_go(&name));
+                        self.border.push_back(Next::Refused(caller, error));
+                    }
                 }
             }
         }
@@ -171,7 +206,8 @@ impl Session {
 
     /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
     pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
-        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds }));
+        let store = self.store.clone();
+        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, store }));
     }
 
     /// Whether passgate may convert this range itself.
@@ -198,13 +234,15 @@ impl Session {
                     return Next::Answer(caller, answer);
                 }
                 Effect::Notice(notice) => {
-                    if let Notice::RegionClosed { region } = notice {
-                        self.files.close_region(region);
+                    if let Notice::RegionClosed { region } = notice
+                        && let Some(private) = self.files.close_region(region)
+                    {
+                        self.let_go(&Name::Private(private));
                     }
                     return Next::Notice(notice);
                 }
                 Effect::Receipt(receipt) => self.remember(*receipt),
-                Effect::ForgetFile { file } => self.files.forget(file),
+                Effect::ForgetFile { file } => self.forget(file),
                 effect => {
                     let Some(call) = Call::of(effect, self) else { continue };
                     if call.is_small() {
@@ -221,13 +259,18 @@ impl Session {
 
     fn note(&mut self, caller: Caller, answer: &Answer) {
         match answer {
-            Answer::RegionAdded { region, .. } => self.files.added(caller, *region),
+            Answer::RegionAdded { region, .. } => {
+                let aside = self.files.added(caller, *region);
+                if let (Some(lasting), Some(aside)) = (&mut self.lasting, aside) {
+                    lasting.add_aside(*region, aside);
+                }
+            }
             Answer::Refused(_) => {
                 self.meter.wrong();
                 if let Some(file) = self.files.refused(caller)
                     && !self.gate.knows(file)
                 {
-                    self.files.forget(file);
+                    self.forget(file);
                 }
             }
             Answer::Verdict { invalidation, verdict } => {
@@ -239,7 +282,10 @@ impl Session {
                     Verdict::Unknown { .. } => self.totals.unknown += 1,
                 }
             }
-            Answer::RegionRemoved { .. } | Answer::Ended { .. } | Answer::Released { .. } => {}
+            Answer::RegionRemoved { .. }
+            | Answer::Ended { .. }
+            | Answer::Released { .. }
+            | Answer::Adopted { .. } => {}
         }
     }
 

@@ -58,6 +58,7 @@ pub fn options() -> LogOptions {
         boot: "this one".into(),
         iommu: "sim".into(),
         devices: vec!["sim:0".into()],
+        resumed: false,
     }
 }
 

@@ -23,7 +23,7 @@ pub const VICTIM: &str = "PASSGATE_RIG_VICTIM";
 
 /// The engine's registers and buffer, by a copy of the daemon's own descriptor of the device: what a VMM with the
 /// device in its hands has. With it DMA can be asked for when the daemon is dead.
-struct Registers {
+pub(super) struct Registers {
     device: DeviceFile,
     bar: passgate_bindings::vfio::device::Region,
 }
@@ -40,13 +40,16 @@ impl Registers {
             is_device.then(|| entry.file_name().to_str()?.parse().ok()).flatten()
         });
         let fd: OwnedFd = pidfd_getfd(&pidfd, number.unwrap(), PidfdGetfdFlags::empty()).unwrap();
-        let device = DeviceFile::from_fd(fd);
+        Self::by(DeviceFile::from_fd(fd))
+    }
+
+    pub(super) fn by(device: DeviceFile) -> Self {
         let bar = device.region(0).unwrap();
         Self { device, bar }
     }
 
     /// Has the engine write what is in its buffer to a page: what it wrote last.
-    fn write(&self, page: u64) {
+    pub(super) fn write(&self, page: u64) {
         let set = |register: u64, value: u32| {
             self.device.write(self.bar, register, &value.to_le_bytes()).unwrap();
         };

@@ -144,7 +144,11 @@ pub struct Engine {
 
 impl Engine {
     pub fn of(daemon: &Daemon, device: &str) -> Self {
-        Self { client: daemon.client(), device: device.to_owned() }
+        Self::by(daemon.client(), device)
+    }
+
+    pub fn by(client: Client, device: &str) -> Self {
+        Self { client, device: device.to_owned() }
     }
 
     /// What it reads from the start of a page.

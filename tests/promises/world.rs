@@ -91,7 +91,7 @@ pub struct World {
 }
 
 /// The kinds of events, as they are counted.
-pub const KINDS: [&str; 17] = [
+pub const KINDS: [&str; 18] = [
     "domain",
     "device",
     "add",
@@ -109,6 +109,7 @@ pub const KINDS: [&str; 17] = [
     "quarantine",
     "release",
     "quiet",
+    "adopt",
 ];
 
 fn kind(event: &Event) -> usize {
@@ -130,6 +131,7 @@ fn kind(event: &Event) -> usize {
         Event::Quarantine { .. } => 14,
         Event::Release { .. } => 15,
         Event::Quiet => 16,
+        Event::Adopt { .. } => 17,
     }
 }
 

@@ -93,14 +93,7 @@ impl Edu {
 
     /// Waits until the engine is at rest.
     fn wait(&self) -> Result<()> {
-        let begun = Instant::now();
-        while self.word(RUN)? & GO != 0 {
-            if begun.elapsed() > DEADLINE {
-                return Err(self.error("edu DMA", Errno::TIMEDOUT));
-            }
-            thread::sleep(LOOK_EVERY);
-        }
-        Ok(())
+        at_rest(&self.device, self.registers)
     }
 
     /// Sets an address register. One access of 4 bytes sets all 64 bits; for an address beyond that it takes one
@@ -125,13 +118,25 @@ impl Edu {
         self.device.write_u32(self.registers, register, value)
     }
 
-    fn word(&self, register: u64) -> Result<u32> {
-        self.device.read_u32(self.registers, register)
-    }
-
     fn error(&self, call: &'static str, errno: Errno) -> Error {
         self.device.failed(Failed::new(call, errno))
     }
+}
+
+/// Waits until the engine of a device that nobody drives is at rest.
+pub(super) fn rest(device: &VfioDevice) -> Result<()> {
+    at_rest(device, device.region(0)?)
+}
+
+fn at_rest(device: &VfioDevice, registers: Region) -> Result<()> {
+    let begun = Instant::now();
+    while device.read_u32(registers, RUN)? & GO != 0 {
+        if begun.elapsed() > DEADLINE {
+            return Err(device.failed(Failed::new("edu DMA", Errno::TIMEDOUT)));
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
 }
 
 impl Device for Edu {

@@ -13,7 +13,7 @@ pub mod edu;
 pub mod igb;
 pub mod load;
 pub mod nvme;
-mod own;
+pub(crate) mod own;
 mod pause;
 pub mod refusal;
 pub mod sim;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use rustix::io::Errno;
 
 use crate::iommu::{Domain, Unmap};
 use crate::{Error, Result};
@@ -58,6 +59,24 @@ impl OwnMemory {
     /// The driver's side: copies, and single aligned words with acquire and release order.
     pub(super) fn file(&self) -> &GuestFile {
         &self.file
+    }
+}
+
+/// Takes out of the domain what drivers of an earlier process had there: their devices are quiet.
+pub(crate) fn clear(domain: &dyn Domain) -> Result<()> {
+    let Ok(window) = PageRange::new(START, PAGES as u64 * PAGE) else { return Ok(()) };
+    match domain.unmap(window) {
+        // ENOENT: nothing was there, said by an iommufd that tells it no other way.
+        Unmap::Gone { .. } | Unmap::Failed { errno: Errno::NOENT, .. } => Ok(()),
+        Unmap::InFlight { .. } => Err(stays(Errno::INPROGRESS)),
+        Unmap::Failed { errno, .. } => Err(stays(errno)),
+    }
+}
+
+fn stays(errno: Errno) -> Error {
+    Error::Host {
+        what: format!("the memory of an earlier process's drivers stays mapped: {errno}"),
+        mend: "stop the service for good, then start it",
     }
 }
 

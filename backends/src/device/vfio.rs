@@ -3,6 +3,7 @@
 //! No BAR is mapped, here or for anybody: a mapped BAR keeps the device open past this process, and lets whoever
 //! has it start the device again past any gate.
 
+mod resume;
 mod still;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -76,14 +77,7 @@ impl VfioDevice {
     /// to `domain`.
     pub fn from_cdev(name: &str, fd: OwnedFd, domain: &Arc<IommufdDomain>) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
-        let number = rustix::fs::fstat(&fd)
-            .map(|stat| (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)));
-        if candidate.pci.cdev().map(|cdev| cdev.number) != number.ok() {
-            return Err(Error::Host {
-                what: format!("{}: the file passed is not its character device", candidate.pci.address()),
-                mend: "pass the open /dev/vfio/devices/vfioN that the device's vfio-dev directory names",
-            });
-        }
+        resume::is_cdev_of(&candidate, &fd)?;
         Self::seat_cdev(candidate, Cdev::from_fd(fd), domain, &[])
     }
 
@@ -142,6 +136,13 @@ impl VfioDevice {
     }
 
     fn new(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
+        let device = Self::opened(pci, seat, stop)?;
+        device.set_master(true)?;
+        Ok(device)
+    }
+
+    /// The device as it is, with nothing changed.
+    fn opened(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
         let name = pci.address().to_string();
         let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
         let info = seat.file().info().map_err(fail)?;
@@ -153,7 +154,6 @@ impl VfioDevice {
         device.stop.set(StopClass::RESET, info.resets());
         device.stop.set(StopClass::STOP, migrates);
         device.stop.set(StopClass::MASTER, device.capabilities.express.is_some());
-        device.set_master(true)?;
         Ok(device)
     }
 

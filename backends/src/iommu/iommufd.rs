@@ -5,6 +5,7 @@
 //! would cut a mapping", says what it had removed when it fails half-way, and, where the IOMMU pages are small,
 //! cuts. How parts of mappings are taken out is chosen when the domain is made: [`Tables`].
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -16,11 +17,13 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
+use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
 mod areas;
 mod kernel;
 mod probe;
+mod resume;
 mod seats;
 mod side;
 mod standby;
@@ -195,6 +198,10 @@ impl Domain for IommufdDomain {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
+    }
+
+    fn leave(&self) -> io::Result<(Left, Ids)> {
+        self.last()
     }
 
     /// A device that does not move, and a copy that is not made, is [`Unmap::Failed`]: `gone` may then be mapped

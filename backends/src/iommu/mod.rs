@@ -4,6 +4,7 @@
 //! kernel call, and may be called from several threads at once. What it can do is probed when it is opened.
 
 use std::fmt;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use crate::Result;
+use crate::resume::{Ids, Left};
 
 pub mod iommufd;
 mod pieces;
@@ -93,6 +95,11 @@ pub trait Domain: Send + Sync + fmt::Debug {
     /// [cut](Capabilities::cut), what sticks out of `iova` stays as mappings of its own; where it cannot, a
     /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
+
+    /// Copies of the files by which another process can go on with it ([`crate::resume`]), and its ids.
+    fn leave(&self) -> io::Result<(Left, Ids)> {
+        Ok((Left::default(), Ids::Nothing))
+    }
 
     /// Takes exactly the ranges `gone` out at once, by filling a second page table without them and moving every
     /// device to it. They are sorted and do not overlap; each may begin and end inside mappings, and what sticks

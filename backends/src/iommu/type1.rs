@@ -5,7 +5,10 @@
 //! there is no blocking domain to move a device to. An unmap checks both ends of the range before it changes
 //! anything, so a failed one has changed nothing.
 
+mod resume;
+
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +20,7 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
+use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
 /// Where the kernel states how many mappings a container may hold.
@@ -86,6 +90,12 @@ impl Type1Domain {
         &self.container
     }
 
+    /// The group of this number, if it is in the container.
+    pub(crate) fn group_left(&self, id: u32) -> Option<Arc<Group>> {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.iter().find(|group| group.id() == id).map(Arc::clone)
+    }
+
     /// The group of the device at `address`, put into the container if it is not there yet.
     pub fn group(&self, address: PciAddress, group: &IommuGroup) -> Result<Arc<Group>> {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,6 +143,10 @@ impl Domain for Type1Domain {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
+    }
+
+    fn leave(&self) -> io::Result<(Left, Ids)> {
+        self.last()
     }
 }
 

@@ -32,6 +32,10 @@ pub struct Head {
     pub iommu: String,
     /// The devices' names, in the order of their numbers.
     pub devices: Vec<String>,
+    /// Whether it goes on from what an earlier daemon had (`serve --restart hold`): then its beginning is in that
+    /// daemon's run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resumed: bool,
 }
 
 /// Every other line.
@@ -150,6 +154,13 @@ pub enum Said<'a> {
         /// What.
         invalidation: InvalidationId,
     },
+    /// [`Answer::Adopted`].
+    Adopted {
+        /// Whom.
+        to: Caller,
+        /// Which.
+        regions: Vec<RegionId>,
+    },
     /// [`Answer::Released`].
     Released {
         /// Whom.
@@ -247,6 +258,9 @@ impl Said<'_> {
             }
             Answer::Ended { invalidation } => Self::Ended { to, invalidation: *invalidation },
             Answer::Released { bytes } => Self::Released { to, bytes: *bytes },
+            Answer::Adopted { regions, unended: _ } => {
+                Self::Adopted { to, regions: regions.iter().map(|status| status.region).collect() }
+            }
             Answer::Refused(refusal) => {
                 Self::Wrong { to, errno: refusal.errno(), why: refusal.to_string().into() }
             }
@@ -281,6 +295,7 @@ impl Said<'_> {
             | Self::Verdict { to, .. }
             | Self::Ended { to, .. }
             | Self::Released { to, .. }
+            | Self::Adopted { to, .. }
             | Self::Wrong { to, .. } => Some(*to),
             _ => None,
         }

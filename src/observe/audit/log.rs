@@ -32,6 +32,8 @@ pub struct LogOptions {
     pub iommu: String,
     /// The devices' names, in the order of their numbers.
     pub devices: Vec<String>,
+    /// Whether the run goes on from what an earlier daemon had.
+    pub resumed: bool,
 }
 
 /// The log of one run of one session.
@@ -67,6 +69,7 @@ impl Log {
             policy: options.policy,
             iommu: options.iommu,
             devices: options.devices,
+            resumed: options.resumed,
         };
         let mut log = Self {
             dir: dir.to_owned(),

@@ -100,9 +100,9 @@ impl Run {
         Ok(runs)
     }
 
-    /// Whether its beginning is there.
+    /// Whether its beginning is there, and it began with nothing.
     pub fn is_whole(&self) -> bool {
-        self.head.segment == 0
+        self.head.segment == 0 && !self.head.resumed
     }
 
     /// Its lines.

@@ -74,7 +74,8 @@ fn asked(event: &Event) -> Option<Caller> {
         | Event::RemoveRegion { caller, .. }
         | Event::Begin { caller, .. }
         | Event::End { caller, .. }
-        | Event::Release { caller, .. } => Some(*caller),
+        | Event::Release { caller, .. }
+        | Event::Adopt { caller } => Some(*caller),
         _ => None,
     }
 }

@@ -117,6 +117,11 @@ pub fn explain(paths: &[PathBuf], id: InvalidationId) -> Result<Option<(Receipt,
     Ok(found)
 }
 
+/// Why a run is not whole.
+fn why(head: &Head) -> &'static str {
+    if head.resumed { "it goes on from an earlier daemon's run" } else { "its beginning was rotated away" }
+}
+
 /// What was in quarantine when the last run ended.
 #[derive(Debug, Default)]
 struct Kept {
@@ -143,8 +148,7 @@ impl Replay {
         let head = &run.head;
         let mut notes = Vec::new();
         if !whole {
-            notes
-                .push("its beginning was rotated away: checked as far as it goes, without a gate".to_owned());
+            notes.push(format!("{}: checked as far as it goes, without a gate", why(&run.head)));
         }
         if head.passgate != env!("CARGO_PKG_VERSION") {
             notes.push(format!("written by passgate {}, whose gate may differ from this one", head.passgate));

@@ -1,0 +1,218 @@
+//! A gate that goes on where another process's ended, from what that one wrote down before each of its effects.
+//!
+//! What was mapped is mapped; what was under way is in doubt, and is settled by an unmap of its own: where the kernel
+//! says that it succeeded, nothing is left there, whatever was. Conversions that were open end as their client's
+//! going does: nobody here knows what the pages are.
+
+use passgate_bindings::units::{LIMIT, Offset};
+use passgate_bindings::{Iova, PageRange};
+
+use super::adopt::ORPHANS;
+use super::effect::{Effect, Effects, FilePages};
+use super::event::{
+    ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId, RegionSpec, UnmapResult,
+};
+use super::fence::Step;
+use super::invalidation::After;
+use super::ledger::holds::gaps;
+use super::ledger::{HeldBy, PageState, RunState, Store};
+use super::region::Region;
+use super::verdict::{Cause, Reason};
+use super::{Gate, Job};
+
+/// Whose regions are that were on their way out already.
+const LEFT: ClientId = ClientId(u32::MAX);
+
+/// A region as it is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Its name.
+    pub region: RegionId,
+    /// As it was described.
+    pub spec: RegionSpec,
+    /// Bytes per kernel mapping.
+    pub piece: u64,
+    /// Whether it is on its way out.
+    pub closing: bool,
+}
+
+/// What an earlier gate knew. Its page states and mappings lie in the store ([`Gate::keep_in`]).
+#[derive(Debug, Default)]
+pub struct Past {
+    /// Its regions; none overlaps another.
+    pub regions: Vec<Written>,
+    /// What was held, and by what.
+    pub holds: Vec<(FileId, PageRange<Offset>, HeldBy)>,
+    /// Whether the mappings are gone with the process that had them.
+    pub unmapped: bool,
+    /// Devices that were stopped, or about to be.
+    pub stopped: Vec<DeviceId>,
+    /// The highest number that a region had.
+    pub last_region: u32,
+    /// The highest number that an invalidation had.
+    pub last_invalidation: u64,
+}
+
+impl Gate {
+    /// Keeps page states and mappings in `store`, where they outlive this gate. Before its domains.
+    pub fn keep_in(&mut self, store: Store) {
+        self.store = Some(store);
+    }
+
+    /// Goes on from where another gate ended. On a gate with its domain and devices, without memory.
+    pub fn resume(&mut self, past: Past, effects: &mut Effects) {
+        self.last_region = past.last_region;
+        self.last_invalidation = past.last_invalidation;
+        self.last_unended = past.last_invalidation;
+        if past.unmapped {
+            // Of what was in flight this ledger proves nothing.
+            self.last_of_earlier = past.last_invalidation;
+        }
+        for device in &past.stopped {
+            self.shake(*device);
+        }
+        let Some(domain) = self.domains.first().map(|entry| entry.id) else { return };
+        past.regions.iter().for_each(|region| self.again(region));
+        for (file, range, by) in past.holds {
+            self.hold_again(file, range, by, effects);
+        }
+        self.settle_all(domain, effects);
+        if past.regions.iter().any(|region| region.closing) {
+            self.leaving.push(LEFT);
+        }
+        for Written { region, closing, .. } in past.regions {
+            if closing {
+                self.close(region, true, After::Gone, effects);
+            } else if let Some(iova) = self.regions.get(&region).map(Region::iova) {
+                self.fill(domain, region, iova, effects);
+            }
+        }
+        self.bring_back(effects);
+    }
+
+    fn again(&mut self, written: &Written) {
+        let Written { region: id, spec, piece, closing } = *written;
+        let owner = if closing { LEFT } else { ORPHANS };
+        let region = Region {
+            owner,
+            spec,
+            pieces: vec![piece; self.domains.len()],
+            closing,
+            filling: 0,
+            mapped: 0,
+            adding: None,
+            failed: None,
+            promised: Vec::new(),
+        };
+        self.file(spec.backing.file).regions.push(id);
+        self.layout.insert(spec.gpa.start(), id);
+        self.regions.insert(id, region);
+    }
+
+    fn hold_again(&mut self, file: FileId, range: PageRange<Offset>, by: HeldBy, effects: &mut Effects) {
+        match by {
+            HeldBy::Quarantine(since, reason) => {
+                let lasts = self.lasts(since, reason);
+                let entry = self.file(file);
+                entry.holds.hold(range, by);
+                if lasts {
+                    entry.pages.set(range, PageState::Unknown);
+                }
+            }
+            HeldBy::Open(id) => {
+                self.file(file).pages.set(range, PageState::Unknown);
+                let reason = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+                self.quarantine(id, file, range, reason, effects);
+            }
+        }
+    }
+
+    /// Takes away what was under way, and what no region is of.
+    fn settle_all(&mut self, domain: DomainId, effects: &mut Effects) {
+        let Ok(everywhere) = PageRange::<Iova>::new(0, LIMIT) else { return };
+        let regions: Vec<_> =
+            self.layout.values().filter_map(|id| Some(self.regions.get(id)?.iova())).collect();
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        for between in gaps(everywhere, regions.into_iter()) {
+            for live in mapped.live(between).collect::<Vec<_>>() {
+                mapped.take(live, RunState::Suspect { gone: 0, errno: 0 });
+            }
+        }
+        for run in mapped.runs(everywhere).collect::<Vec<_>>() {
+            self.settle_left(domain, run.range, effects);
+        }
+    }
+
+    /// Takes away whatever an earlier process may have left at `iova`. Nothing is mapped there until it is gone.
+    fn settle_left(&mut self, domain: DomainId, iova: PageRange<Iova>, effects: &mut Effects) {
+        let job = self.next_job(Job::Settle { domain, iova });
+        if let Some(mapped) = self.mapped_in(domain) {
+            mapped.mark(iova.start(), RunState::Removing(job));
+        }
+        effects.push(Effect::Unmap { job, domain, iova, bytes: iova.len() });
+    }
+
+    /// It is gone, or was before; or it is in doubt for good.
+    pub(super) fn settled_left(
+        &mut self,
+        job: JobId,
+        domain: DomainId,
+        iova: PageRange<Iova>,
+        result: UnmapResult,
+        effects: &mut Effects,
+    ) {
+        self.jobs.remove(&job);
+        let copies = self.keeps_copies(domain).is_some();
+        let Some(mapped) = self.mapped_in(domain) else { return };
+        let start = iova.start();
+        match result {
+            // Success says that nothing is left, however much of it there was.
+            UnmapResult::Gone { bytes } if bytes <= iova.len() && copies => {
+                mapped.mark(start, RunState::Cached)
+            }
+            UnmapResult::Gone { bytes } if bytes <= iova.len() => _ = mapped.remove(start),
+            UnmapResult::Failed { errno, .. } => mapped.mark(start, RunState::Suspect { gone: 0, errno }),
+            _ => mapped.mark(start, RunState::Suspect { gone: 0, errno: 0 }),
+        }
+        self.last_invalidation += 1;
+        let (id, pages) = (InvalidationId(self.last_invalidation), self.files_at(iova));
+        self.advance_over(iova, effects);
+        self.look_again(iova, pages, id, effects);
+    }
+
+    /// What is known of a file; nothing yet, where it is new.
+    pub(super) fn file(&mut self, file: FileId) -> &mut super::FileEntry {
+        let store = &self.store;
+        self.files.entry(file).or_insert_with(|| super::FileEntry::of(store.as_ref(), file))
+    }
+
+    /// The regions as they are to be written down.
+    pub fn written(&self) -> impl Iterator<Item = Written> + '_ {
+        self.regions.iter().map(|(id, region)| Written {
+            region: *id,
+            spec: region.spec,
+            piece: region.pieces.first().copied().unwrap_or(passgate_bindings::PAGE),
+            closing: region.closing,
+        })
+    }
+
+    /// The highest numbers so far: of a region, of an invalidation.
+    pub fn last(&self) -> (u32, u64) {
+        (self.last_region, self.last_invalidation)
+    }
+
+    /// The pages that an open conversion holds.
+    pub fn held_by(&self, id: InvalidationId) -> &[FilePages] {
+        self.invalidations.get(&id).filter(|inv| inv.is_conversion()).map_or(&[], |inv| &inv.pages)
+    }
+
+    /// What holds pages of this range of a file; each whole.
+    pub fn holds_over(&self, file: FileId, range: PageRange<Offset>) -> Vec<(PageRange<Offset>, HeldBy)> {
+        self.files.get(&file).map(|entry| entry.holds.overlapping(range).collect()).unwrap_or_default()
+    }
+
+    /// The devices that do not plainly run.
+    pub fn stopped(&self) -> impl Iterator<Item = DeviceId> + '_ {
+        self.devices.iter().filter(|(_, device)| !device.runs()).map(|(id, _)| *id)
+    }
+}

@@ -1,0 +1,175 @@
+//! What an earlier process wrote down, read and judged: nothing in it is believed for its shape.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
+
+use passgate_backends::resume::Ids;
+use passgate_bindings::Failed;
+use passgate_bindings::words::Words;
+
+use super::line::{self, Aside};
+use super::slots::{Line, Slot};
+use super::{COUNTERS, DEVICES, DOMAIN, IDS, INVALIDATION, LOST, Lasting, NAMES, REGION, STOPPED};
+use crate::gate::ledger::store::OpenError;
+use crate::gate::ledger::{Full, Mapped, PageMap, Store};
+use crate::gate::{DeviceId, HeldBy, Past, RegionId};
+
+/// Why there is nothing to go on with. The text is a part of a message.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// What was kept as the ledger is no such memory.
+    #[error("the ledger that was kept cannot be opened: {0}")]
+    Memory(#[from] Failed),
+    /// There is no ledger in it.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// It has no room.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// Something in it cannot be.
+    #[error("the ledger that was kept is damaged: {0}")]
+    Damaged(&'static str),
+    /// The process that made it ended before everything was kept.
+    #[error("the earlier daemon ended before everything was kept")]
+    Incomplete,
+    /// The process that made it could not write everything down.
+    #[error("the earlier daemon's ledger was full, and is not complete")]
+    Lost,
+}
+
+/// What an earlier process left in its ledger.
+#[derive(Debug)]
+pub struct Left {
+    /// For the gate.
+    pub past: Past,
+    /// Its domain.
+    pub ids: Ids,
+    /// Its devices, in the order of their numbers.
+    pub devices: Vec<String>,
+    pub(in crate::session) asides: Vec<(RegionId, Aside)>,
+}
+
+/// The records that are there.
+pub(super) struct Records {
+    pub(super) regions: Vec<(Slot, Line)>,
+    pub(super) holds: Vec<(Slot, Line)>,
+    pub(super) asides: Vec<(Slot, Line)>,
+}
+
+impl Lasting {
+    /// What another process left in this memfd, and the ledger to go on with.
+    pub fn open(fd: OwnedFd) -> Result<(Self, Left), LoadError> {
+        let (mut lasting, records) = Self::over(Store::open(Words::from_fd(fd)?)?)?;
+        let (ids, devices) = lasting.made_of()?;
+        let mut past = Past { unmapped: ids == Ids::Nothing, ..Past::default() };
+        lasting.counters(&mut past)?;
+        lasting.regions_again(records.regions, &mut past)?;
+        lasting.holds_again(records.holds, &mut past)?;
+        let asides = lasting.asides_again(records.asides);
+        lasting.forget_files(&past);
+        if past.unmapped {
+            Mapped::in_store(&lasting.store, DOMAIN)?.discard();
+            Mapped::in_store(&lasting.store, DOMAIN)?;
+        }
+        Ok((lasting, Left { past, ids, devices, asides }))
+    }
+
+    fn made_of(&self) -> Result<(Ids, Vec<String>), LoadError> {
+        let read = |at: usize| -> Option<Line> {
+            let words = self.meta.line(at)?;
+            Some(std::array::from_fn(|nth| words[nth].load(Relaxed)))
+        };
+        let made = read(IDS).filter(|words| words[0] != 0).ok_or(LoadError::Incomplete)?;
+        let (ids, count) = line::ids(&made).ok_or(LoadError::Damaged("the ids of its domain"))?;
+        let name =
+            |nth: usize| line::name(&read(NAMES + nth)?).filter(|(at, _)| *at == nth).map(|(_, name)| name);
+        let names: Option<Vec<String>> = (0..count.min(DEVICES + 1)).map(name).collect();
+        Ok((ids, names.ok_or(LoadError::Damaged("the names of its devices"))?))
+    }
+
+    fn counters(&mut self, past: &mut Past) -> Result<(), LoadError> {
+        let counters = self.meta.line(COUNTERS).ok_or(LoadError::Damaged("its counters"))?;
+        let read = |word: usize| counters[word].load(Relaxed);
+        if read(LOST) != 0 {
+            return Err(LoadError::Lost);
+        }
+        past.last_region = u32::try_from(read(REGION)).map_err(|_| LoadError::Damaged("its counters"))?;
+        past.last_invalidation = read(INVALIDATION);
+        if past.last_invalidation > u64::MAX / 2 || past.last_region > u32::MAX / 2 {
+            return Err(LoadError::Damaged("its counters"));
+        }
+        self.last = past.last_invalidation;
+        let stopped = read(STOPPED);
+        past.stopped = (0..DEVICES as u16).filter(|bit| stopped >> bit & 1 == 1).map(DeviceId).collect();
+        Ok(())
+    }
+
+    fn regions_again(&mut self, records: Vec<(Slot, Line)>, past: &mut Past) -> Result<(), LoadError> {
+        for (slot, words) in records {
+            let written = line::region(&words).ok_or(LoadError::Damaged("a region"))?;
+            if written.region.0 > past.last_region {
+                return Err(LoadError::Damaged("a region that was never added"));
+            }
+            // Twice where it was being written anew: once it is on its way out, it stays so.
+            match self.known.get(&written.region).copied() {
+                Some((_, known)) if known.closing || !written.closing => self.regions.clear(slot),
+                Some((old, _)) => {
+                    self.regions.clear(old);
+                    self.known.insert(written.region, (slot, written));
+                }
+                None => _ = self.known.insert(written.region, (slot, written)),
+            }
+        }
+        past.regions = self.known.values().map(|(_, written)| *written).collect();
+        let mut places: Vec<_> = past.regions.iter().map(|region| region.spec.gpa).collect();
+        places.sort_unstable();
+        if places.windows(2).any(|pair| pair[0].overlaps(pair[1])) {
+            return Err(LoadError::Damaged("two regions at one address"));
+        }
+        Ok(())
+    }
+
+    fn holds_again(&mut self, records: Vec<(Slot, Line)>, past: &mut Past) -> Result<(), LoadError> {
+        for (slot, words) in records {
+            let (file, range, by) = line::hold(&words).ok_or(LoadError::Damaged("a hold"))?;
+            let (HeldBy::Open(id) | HeldBy::Quarantine(id, _)) = by;
+            if id.0 > past.last_invalidation {
+                return Err(LoadError::Damaged("a hold of what was never begun"));
+            }
+            past.holds.push((file, range, by));
+            // The gate holds all of it anew, and that is written down before these are gone.
+            self.stale.push(slot);
+        }
+        // Of two that overlap the gate takes the first: let it be the one that only a person lifts.
+        past.holds.sort_by_key(|(.., by)| matches!(by, HeldBy::Quarantine(..)));
+        Ok(())
+    }
+
+    fn asides_again(&mut self, records: Vec<(Slot, Line)>) -> Vec<(RegionId, Aside)> {
+        let mut asides = Vec::new();
+        for (slot, words) in records {
+            match line::aside(&words).filter(|(region, _)| self.known.contains_key(region)) {
+                Some((region, aside)) if !self.beside.contains_key(&region) => {
+                    self.beside.insert(region, slot);
+                    asides.push((region, aside));
+                }
+                _ => self.asides.clear(slot),
+            }
+        }
+        asides
+    }
+
+    /// Page states of files that nothing is known of any more.
+    fn forget_files(&self, past: &Past) {
+        for file in PageMap::files(&self.store) {
+            let of_region = past.regions.iter().any(|region| region.spec.backing.file == file);
+            let of_hold = past.holds.iter().any(|(held, ..)| *held == file);
+            if !of_region
+                && !of_hold
+                && let Ok(map) = PageMap::in_store(&self.store, file)
+            {
+                map.discard();
+            }
+        }
+    }
+}
