@@ -32,11 +32,12 @@ pub(super) struct Setting<'a> {
     pub(super) short: Option<Full>,
 }
 
-/// `count` pages were `old` and are `new`.
-pub(super) fn move_pages(totals: &mut [u64; 4], old: u8, new: u8, count: u64) {
+/// A page was `old` and is `new`.
+#[inline]
+pub(super) fn move_page(totals: &mut [u64; 4], old: u8, new: u8) {
     let [old, new] = [old, new].map(|value| usize::from(value & 3));
-    totals[old] = totals[old].wrapping_sub(count);
-    totals[new] = totals[new].wrapping_add(count);
+    totals[old] = totals[old].wrapping_sub(1);
+    totals[new] = totals[new].wrapping_add(1);
 }
 
 impl Setting<'_> {
