@@ -13,10 +13,11 @@ mod set;
 mod walk;
 
 use super::blocks::{BLOCK_BYTES, LEAVES};
+use super::fault::Full;
 use super::fill::{Fill, UNIFORM};
 use super::leaf;
 use super::spans::Spans;
-use super::store::{Full, Key, LEVELS, Store};
+use super::store::{Key, LEVELS, Store};
 use set::{Place, Setting, move_page};
 use walk::bits;
 pub(super) use walk::{Values, Walk, span};

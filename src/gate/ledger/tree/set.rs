@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use super::walk::{bits, span};
 use crate::gate::ledger::blocks::LEAF_WORDS;
+use crate::gate::ledger::fault::Full;
 use crate::gate::ledger::fill::{Fill, UNIFORM};
 use crate::gate::ledger::leaf::{self, Leaf};
-use crate::gate::ledger::store::{Full, Store};
+use crate::gate::ledger::store::Store;
 
 /// An entry, and what it stands for.
 #[derive(Clone, Copy)]
