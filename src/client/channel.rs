@@ -14,6 +14,7 @@ use zerocopy::little_endian::{I32, U32, U64};
 
 use crate::error::{Error, Result};
 use crate::gate::{Cause, Outcome, PageState};
+use crate::protocol::batch;
 use crate::protocol::record::{DEFAULT_DEADLINE_MS, Kind, RECORD_LEN, Record, RecordError, verdict};
 
 /// How long after its deadline an answer may still be on its way, before the channel counts as broken.
@@ -57,6 +58,10 @@ impl Failure {
     }
 }
 
+/// Names a request that was submitted, and its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
 /// A notification channel. Closing it closes nothing else; what was begun on it and not ended stays open until the
 /// connection that opened it goes.
 #[derive(Debug)]
@@ -92,6 +97,48 @@ impl Channel {
         deadline_ms: Option<u32>,
     ) -> Result<Answer> {
         self.ask(Kind::Convert, range, to, deadline_ms)
+    }
+
+    /// As [`Channel::begin`], for up to [`batch::MAX_RANGES`] ranges (ascending, none overlapping another) at once: one answer, and
+    /// one [`Channel::end`], for all of them. Where it is refused nothing of them may be converted; those that did not fail
+    /// may be begun anew.
+    pub fn begin_many(
+        &mut self,
+        ranges: &[PageRange<Gpa>],
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        self.ask_many(Kind::BeginMany, ranges, to, deadline_ms)
+    }
+
+    /// As [`Channel::convert`], for many ranges at once.
+    pub fn convert_many(
+        &mut self,
+        ranges: &[PageRange<Gpa>],
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        self.ask_many(Kind::ConvertMany, ranges, to, deadline_ms)
+    }
+
+    /// Asks as [`Channel::begin`] does, and does not wait: many requests may be in flight. What this returns names the
+    /// answer that [`Channel::completed`] brings. A request that finds the socket full waits until the daemon has read some;
+    /// who asks for more than a few hundred at a time collects answers in between.
+    pub fn submit(
+        &mut self,
+        range: PageRange<Gpa>,
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Ticket> {
+        let record = asking(Kind::Begin, self.cookie(), to, deadline_ms);
+        self.send(&Record { gpa: U64::new(range.start().0), length: U64::new(range.len()), ..record })?;
+        Ok(Ticket(record.cookie.get()))
+    }
+
+    /// The next answer to what was submitted, in the order in which they come.
+    pub fn completed(&mut self) -> Result<(Ticket, Result<Answer>)> {
+        let reply = self.recv()?;
+        Ok((Ticket(reply.cookie.get()), wrong(reply).and_then(|reply| answer(&reply))))
     }
 
     /// Says how a conversion that was granted went.
@@ -155,27 +202,38 @@ impl Channel {
         to: PageState,
         deadline_ms: Option<u32>,
     ) -> Result<Answer> {
-        let mut record = Record::new(kind, self.cookie());
-        record.to = U32::new(to as u32);
-        record.gpa = U64::new(range.start().0);
-        record.length = U64::new(range.len());
-        let deadline_ms = deadline_ms.unwrap_or(0);
-        record.deadline_or_device = U32::new(deadline_ms);
-        let within = if deadline_ms == 0 { DEFAULT_DEADLINE_MS } else { deadline_ms };
-        let reply = self.round(&record, within)?;
+        let record = asking(kind, self.cookie(), to, deadline_ms);
+        let record = Record { gpa: U64::new(range.start().0), length: U64::new(range.len()), ..record };
+        answer(&self.round(&record, within(deadline_ms))?)
+    }
+
+    fn ask_many(
+        &mut self,
+        kind: Kind,
+        ranges: &[PageRange<Gpa>],
+        to: PageState,
+        deadline_ms: Option<u32>,
+    ) -> Result<Answer> {
+        let record = asking(kind, self.cookie(), to, deadline_ms);
+        let reply =
+            self.round_bytes(&batch::datagram(&record, ranges), record.cookie, within(deadline_ms))?;
         answer(&reply)
     }
 
     fn round(&mut self, request: &Record, within_ms: u32) -> Result<Record> {
+        self.round_bytes(request.as_bytes(), request.cookie, within_ms)
+    }
+
+    fn round_bytes(&mut self, request: &[u8], cookie: U64, within_ms: u32) -> Result<Record> {
         let patience = Duration::from_millis(within_ms.into()) + GRACE;
         if self.patience.is_none_or(|now| now < patience) {
             set_socket_timeout(&self.socket, Timeout::Recv, Some(patience))?;
             self.patience = Some(patience);
         }
-        self.send(request)?;
+        self.send_bytes(request)?;
         loop {
             match self.receive()? {
-                Some(reply) if reply.cookie != request.cookie => self.early.push_back(reply),
+                Some(reply) if reply.cookie != cookie => self.early.push_back(reply),
                 Some(reply) => return wrong(reply),
                 None => {
                     // A grant that came now would never be ended: let it not come.
@@ -205,6 +263,17 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// A request about ranges, without them.
+fn asking(kind: Kind, cookie: u64, to: PageState, deadline_ms: Option<u32>) -> Record {
+    let deadline_or_device = U32::new(deadline_ms.unwrap_or(0));
+    Record { to: U32::new(to as u32), deadline_or_device, ..Record::new(kind, cookie) }
+}
+
+/// Within how many milliseconds the daemon answers.
+fn within(deadline_ms: Option<u32>) -> u32 {
+    deadline_ms.filter(|asked| *asked != 0).unwrap_or(DEFAULT_DEADLINE_MS)
 }
 
 /// The reply, unless it says that the request was wrong.

@@ -53,7 +53,7 @@ pub use crate::gate::{Outcome, PageState};
 pub use crate::protocol::verbs::{
     AddMemory, Adopted, AdoptedRegion, Convert, Converted, MemoryAdded, State, Status, Unended,
 };
-pub use channel::{Answer, Channel, Failure};
+pub use channel::{Answer, Channel, Failure, Ticket};
 pub use events::{Event, Events};
 
 /// A connection to one VM's daemon. What it added goes when it is closed.

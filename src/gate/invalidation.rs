@@ -9,7 +9,7 @@ use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages};
-use super::event::{Caller, ClientId, DomainId, InvalidationId, Performer, RegionId};
+use super::event::{Caller, ClientId, DeviceId, DomainId, InvalidationId, Performer, RegionId};
 use super::fence::Step;
 use super::ledger::{HeldBy, PageState, RunState};
 use super::ranges::Ranges;
@@ -59,8 +59,8 @@ pub(super) struct Invalidation {
     pub(super) retry: bool,
     /// Whether devices are being stopped first.
     pub(super) stopping: bool,
-    /// Whether devices were asked to pause, because mappings are split.
-    pub(super) pausing: bool,
+    /// Devices that were asked to pause, because mappings are split.
+    pub(super) pausing: Vec<DeviceId>,
     /// Whether a part of its time is over: it waits for no pause any more.
     pub(super) hurried: bool,
     /// Whether it has looked for what is plainly mapped.
@@ -200,7 +200,7 @@ impl Gate {
             rung: Step::Unmap,
             retry: true,
             stopping: false,
-            pausing: false,
+            pausing: Vec::new(),
             hurried: false,
             swept: false,
             under_way: 0,
@@ -290,7 +290,7 @@ impl Gate {
     pub(super) fn advance(&mut self, id: InvalidationId, effects: &mut Effects) {
         loop {
             let Some(inv) = self.invalidations.get(&id) else { return };
-            if inv.phase != Phase::Clearing || self.waits_for_fences(inv) || self.waits_for_pause(inv) {
+            if inv.phase != Phase::Clearing || self.waits_for_fences(inv) {
                 return;
             }
             // A conversion can be refused with nothing changed; a region that goes is at least unmapped.

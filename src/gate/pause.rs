@@ -10,44 +10,29 @@ use super::stop::DeviceEntry;
 use super::{DomainEntry, Gate};
 
 impl Gate {
-    /// Before mappings are split: has the devices paused that would miss them. Whether it asked one just now.
+    /// Before mappings are split: has the devices paused that would miss them. Whether one of them runs yet. A pause that
+    /// fails, or takes longer than its part of the deadline, is not waited for: no loss is preferred, not required.
     pub(super) fn pauses(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
         let Some(inv) = self.invalidations.get(&id) else { return false };
-        if self.policy.hitless != Hitless::Prefer || inv.pausing || inv.hurried {
+        if self.policy.hitless != Hitless::Prefer || inv.hurried {
             return false;
         }
-        let splitting = |domain: &DomainEntry| splits(domain, inv);
-        let runs = |d: &DeviceEntry| {
-            let here = self.domain(d.domain).is_some_and(splitting);
-            here && !d.nature.tolerant && !d.is_paused()
-        };
-        let devices: Vec<_> =
-            self.devices.iter().filter(|(_, d)| runs(d)).map(|(id, d)| (*id, pause(d))).collect();
-        let before = effects.len();
-        for (device, step) in devices {
-            if let Some(step) = step {
-                self.fence_one(device, step, id, effects);
+        let concerned = |d: &DeviceEntry| self.domain(d.domain).is_some_and(|domain| splits(domain, inv));
+        let running =
+            self.devices.iter().filter(|(_, d)| !d.nature.tolerant && !d.is_paused() && concerned(d));
+        // Each is asked once.
+        let (asked, fresh): (Vec<_>, Vec<_>) = running.partition(|(device, _)| inv.pausing.contains(device));
+        let mut waits = asked.iter().any(|(_, device)| device.is_stopping());
+        let fresh: Vec<_> =
+            fresh.into_iter().filter_map(|(id, device)| Some((*id, pause(device)?))).collect();
+        for (device, step) in fresh {
+            self.fence_one(device, step, id, effects);
+            if let Some(inv) = self.invalidations.get_mut(&id) {
+                inv.pausing.push(device);
             }
-        }
-        let Some(inv) = self.invalidations.get(&id) else { return false };
-        // What is under way already may be an attach, or a fence of somebody else: it is waited for just as well.
-        let waits = effects.len() > before || self.awaits_pause(inv);
-        if let Some(inv) = self.invalidations.get_mut(&id) {
-            inv.pausing |= waits;
+            waits = true;
         }
         waits
-    }
-
-    /// Whether devices that were asked to pause run yet. A pause that fails is not waited for: no loss is preferred, not
-    /// required.
-    pub(super) fn waits_for_pause(&self, inv: &Invalidation) -> bool {
-        inv.pausing && !inv.hurried && self.awaits_pause(inv)
-    }
-
-    fn awaits_pause(&self, inv: &Invalidation) -> bool {
-        let pausing =
-            |d: &DeviceEntry| d.is_stopping() && self.domain(d.domain).is_some_and(|e| splits(e, inv));
-        self.devices.values().any(pausing)
     }
 }
 

@@ -21,8 +21,8 @@ pub(super) struct DeviceEntry {
     pub(super) fenced: Option<Step>,
     /// Whether it is out of its domain. A reset is stronger and leaves it in.
     detached: bool,
-    /// Whether its driver was told to issue nothing more.
-    drained: bool,
+    /// Whether its driver was told to issue nothing more, and has done so.
+    drained: Option<bool>,
     /// A fence that failed may have stopped it all the same: it must be brought back too.
     shaken: bool,
     /// What is under way.
@@ -56,7 +56,7 @@ impl DeviceEntry {
 
     /// Whether it issues nothing, and is not on its way back.
     pub(super) fn is_paused(&self) -> bool {
-        (self.drained || self.fenced.is_some()) && self.busy != Some(Busy::Attach)
+        (self.drained == Some(true) || self.fenced.is_some()) && self.busy != Some(Busy::Attach)
     }
 
     /// Whether a fence is under way or asked for: any of them pauses it.
@@ -66,13 +66,18 @@ impl DeviceEntry {
 
     /// Whether it plainly runs, and nothing is asked of it.
     pub(super) fn runs(&self) -> bool {
-        let stopped = self.fenced.is_some() || self.detached || self.drained || self.shaken || self.lost;
+        let stopped = self.fenced.is_some() || self.detached || self.drained.is_some() || self.shaken || self.lost;
         !stopped && self.busy.is_none()
     }
 
     /// Whether it has to be brought back.
     fn is_stopped(&self) -> bool {
-        (self.fenced.is_some() || self.shaken) && !self.lost
+        (self.fenced.is_some() || self.shaken || self.drained.is_some()) && !self.lost
+    }
+
+    /// Whether it was told to issue nothing for a while, and nothing stronger.
+    fn is_only_drained(&self) -> bool {
+        self.fenced.is_none() && !self.shaken
     }
 }
 
@@ -84,7 +89,7 @@ impl Gate {
             nature,
             fenced: None,
             detached: false,
-            drained: false,
+            drained: None,
             shaken: false,
             busy: None,
             next: None,
@@ -189,13 +194,14 @@ impl Gate {
         };
         self.jobs.remove(&job);
         if let Some(entry) = self.devices.get_mut(&device) {
-            // What a drain stopped begins again only when it is told to; what it did not stop is drained again.
-            if errno == 0 && step > Step::Drain {
-                entry.fenced = entry.fenced.max(Some(step));
-                entry.detached |= step == Step::Detach;
-            } else {
-                entry.shaken = true;
-                entry.drained |= errno == 0;
+            match errno {
+                // What a drain stopped begins again only when it is told to; what it did not stop is drained again.
+                _ if step == Step::Drain => entry.drained = Some(errno == 0),
+                0 => {
+                    entry.fenced = entry.fenced.max(Some(step));
+                    entry.detached |= step == Step::Detach;
+                }
+                _ => entry.shaken = true,
             }
         }
         effects.push(Effect::Notice(Notice::DeviceFenced { device, step, errno }));
@@ -225,7 +231,7 @@ impl Gate {
             if errno == 0 {
                 entry.fenced = None;
                 entry.detached = false;
-                entry.drained = false;
+                entry.drained = None;
                 entry.shaken = false;
             }
         }
@@ -244,7 +250,7 @@ impl Gate {
         let needs = |id: &InvalidationId| {
             let Some(inv) = self.invalidations.get(id) else { return false };
             let may = self.may(entry, step, self.allowed(inv.after));
-            *id == asker || (may && (inv.stopping || inv.pausing || inv.rung >= step))
+            *id == asker || (may && (inv.stopping || inv.pausing.contains(&device) || inv.rung >= step))
         };
         if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
             self.fence_one(device, step, invalidation, effects);
@@ -273,7 +279,9 @@ impl Gate {
         let ready: Vec<DeviceId> = self
             .devices
             .iter()
-            .filter(|(_, d)| d.is_stopped() && !self.busy(d.domain) && self.is_calm(d.domain))
+            .filter(|(_, d)| {
+                d.is_stopped() && !self.busy(d.domain) && self.is_calm(d.domain, d.is_only_drained())
+            })
             .map(|(id, _)| *id)
             .collect();
         for device in ready {
@@ -285,8 +293,9 @@ impl Gate {
         }
     }
 
-    /// Whether nothing of a domain is in doubt, awaited, or left of a client that is gone.
-    fn is_calm(&self, domain: DomainId) -> bool {
+    /// Whether nothing of a domain is in doubt, awaited, being mapped, or left of a client that is gone. A drain proves
+    /// nothing, so what is in doubt and no longer waited for is no reason to keep it up (`drained`).
+    fn is_calm(&self, domain: DomainId, drained: bool) -> bool {
         let Some(entry) = self.domain(domain) else { return false };
         let awaited = self
             .clearing
@@ -297,6 +306,6 @@ impl Gate {
             .regions
             .values()
             .any(|region| self.leaving.contains(&region.owner) && !entry.mapped.is_clear(region.iova()));
-        entry.mapped.unsettled() + entry.mapped.filling() == 0 && !awaited && !left
+        (drained || entry.mapped.unsettled() == 0) && entry.mapped.filling() == 0 && !awaited && !left
     }
 }

@@ -1,8 +1,10 @@
 //! What a client and a session say to each other; docs/protocol.md says it byte by byte.
 //!
 //! Two sockets: the *control socket* (varlink: NUL-ended JSON, file descriptors by SCM_RIGHTS), and the
-//! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records) for the hot path.
+//! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records, or one with many ranges
+//! behind it) for the hot path.
 
+pub mod batch;
 pub mod frame;
 pub mod hex;
 pub mod record;

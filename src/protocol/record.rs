@@ -2,11 +2,12 @@
 //!
 //! One layout serves requests and replies, so that a C program needs one struct. What a kind does not use is zero.
 
-use passgate_bindings::units::{Gpa, PageRange, RangeError};
+use passgate_bindings::units::{PageRange, RangeError};
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::gate::{Outcome, PageState};
+use super::batch;
+use crate::gate::{Outcome, PageState, Ranges, RangesError};
 
 /// Bytes of a record.
 pub const RECORD_LEN: usize = 64;
@@ -44,6 +45,10 @@ pub enum Kind {
     End = 3,
     /// Request: passgate changes the range itself.
     Convert = 4,
+    /// Request: the ranges behind it are about to change, together ([`super::batch`]).
+    BeginMany = 5,
+    /// Request: passgate changes the ranges behind it itself.
+    ConvertMany = 6,
     /// Reply to an echo.
     Echoed = 0x8001,
     /// Reply to a begin or a convert.
@@ -57,7 +62,7 @@ pub enum Kind {
 impl Kind {
     fn from_raw(raw: u16) -> Option<Self> {
         use Kind::*;
-        [Echo, Begin, End, Convert, Echoed, Verdict, Ended, Wrong]
+        [Echo, Begin, End, Convert, BeginMany, ConvertMany, Echoed, Verdict, Ended, Wrong]
             .into_iter()
             .find(|kind| *kind as u16 == raw)
     }
@@ -89,7 +94,7 @@ pub struct Record {
     pub cookie: U64,
     /// First guest-physical address; in a refusal the first that failed.
     pub gpa: U64,
-    /// Length in bytes; in a refusal of what failed.
+    /// Length in bytes; in a refusal of what failed; of a batch the number of its ranges.
     pub length: U64,
     /// Names the invalidation: in the verdict, and in the end that belongs to it.
     pub invalidation: U64,
@@ -101,20 +106,20 @@ pub struct Record {
     pub errno: I32,
     /// Begin, convert: deadline in milliseconds, 0 for the default. Verdict: number of the device to blame + 1.
     pub deadline_or_device: U32,
-    /// End: how many bytes into the range the owner got. Else 0.
+    /// End: how many bytes into the range (or the ranges, in order) the owner got. Else 0.
     pub offset: U64,
 }
 
 /// What a record asks for, checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
     /// Say it back.
     Echo,
-    /// A range is about to change, by the client or (`convert`) by passgate.
+    /// Ranges are about to change, by the client or (`convert`) by passgate.
     Begin {
-        /// The range.
-        range: PageRange<Gpa>,
-        /// What it will be.
+        /// The ranges; one, but for a batch.
+        ranges: Ranges,
+        /// What they will be.
         to: PageState,
         /// Within how many milliseconds to answer.
         deadline_ms: u32,
@@ -151,15 +156,25 @@ pub enum RecordError {
     /// Not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
+    /// Too few or too many ranges.
+    #[error("a batch has 1 to {max} ranges, this one has {0}", max = super::batch::MAX_RANGES)]
+    Count(u64),
+    /// Not a page range, in a batch.
+    #[error("range {0} of the batch: {1}")]
+    InBatch(usize, RangeError),
+    /// Ranges that are no batch.
+    #[error(transparent)]
+    Ranges(#[from] RangesError),
 }
 
 impl RecordError {
     /// As a number, for [`Kind::Wrong`].
     pub fn errno(self) -> i32 {
         match self {
-            Self::Version(_) | Self::Kind(_) => 71,                 // EPROTO
-            Self::Length(_) => 90,                                  // EMSGSIZE
-            Self::Field(..) | Self::NotZero | Self::Range(_) => 22, // EINVAL
+            Self::Version(_) | Self::Kind(_) => 71, // EPROTO
+            Self::Length(_) => 90,                  // EMSGSIZE
+            Self::Count(_) => 7,                    // E2BIG
+            Self::Field(..) | Self::NotZero | Self::Range(_) | Self::InBatch(..) | Self::Ranges(_) => 22, // EINVAL
         }
     }
 }
@@ -180,8 +195,9 @@ impl Record {
         Kind::from_raw(self.kind.get())
     }
 
-    /// What it asks for: this is the border, nothing behind it checks again.
-    pub fn request(&self) -> Result<Request, RecordError> {
+    /// What it asks for, with what [`super::batch::split`] found behind it: this is the border, nothing behind it checks
+    /// again.
+    pub fn request(&self, behind: &[u8]) -> Result<Request, RecordError> {
         if self.version != VERSION {
             return Err(RecordError::Version(self.version));
         }
@@ -190,13 +206,18 @@ impl Record {
         let mut take = |field: fn(&mut Self)| field(&mut rest);
         let request = match self.kind() {
             Some(Kind::Echo) => Request::Echo,
-            Some(kind @ (Kind::Begin | Kind::Convert)) => {
-                take(|r| (r.to, r.deadline_or_device) = Default::default());
-                take(|r| (r.gpa, r.length) = Default::default());
-                let range = PageRange::new(self.gpa.get(), self.length.get())?;
+            Some(kind @ (Kind::Begin | Kind::Convert | Kind::BeginMany | Kind::ConvertMany)) => {
+                take(|r| (r.to, r.deadline_or_device, r.length) = Default::default());
+                let ranges = if matches!(kind, Kind::Begin | Kind::Convert) {
+                    take(|r| r.gpa = Default::default());
+                    PageRange::new(self.gpa.get(), self.length.get())?.into()
+                } else {
+                    batch::ranges(self.length.get(), behind)?
+                };
                 let deadline_ms = deadline_ms(self.deadline_or_device.get())?;
                 let to = state(self.to.get())?;
-                Request::Begin { range, to, deadline_ms, convert: kind == Kind::Convert }
+                let convert = matches!(kind, Kind::Convert | Kind::ConvertMany);
+                Request::Begin { ranges, to, deadline_ms, convert }
             }
             Some(Kind::End) => {
                 take(|r| (r.invalidation, r.offset) = Default::default());
@@ -253,7 +274,7 @@ mod tests {
             let mut record = Record::new(Kind::Begin, 0);
             record.length = U64::new(0x1000);
             change(&mut record);
-            record.request()
+            record.request(&[])
         };
         assert!(begin(|_| {}).is_ok());
         assert_eq!(begin(|r| r.version = 2), Err(RecordError::Version(2)));

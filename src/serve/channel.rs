@@ -1,4 +1,4 @@
-//! The notification channel: records in, records out.
+//! The notification channel: records in (and batches of ranges behind one), records out.
 
 use passgate_bindings::{Gpa, PageRange};
 use rustix::io::Errno;
@@ -9,8 +9,9 @@ use super::connection::Channel;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, Reason, Verdict};
-use crate::protocol::record::{Request, verdict};
-use crate::protocol::{Kind, RECORD_LEN, Record};
+use crate::protocol::batch::{self, MAX_DATAGRAM};
+use crate::protocol::record::{RecordError, Request, verdict};
+use crate::protocol::{Kind, Record};
 
 impl Vm {
     /// Reads one record and does what it asks for; whether there may be more.
@@ -32,8 +33,7 @@ impl Vm {
         let Some(channel) = self.connections.get_mut(&client).and_then(|c| c.channel.as_mut()) else {
             return false;
         };
-        let mut bytes = [0; RECORD_LEN + 1];
-        match recv(&channel.socket, &mut bytes, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
+        match recv(&channel.socket, &mut self.datagram[..], RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
             Err(Errno::INTR) => true,
             Err(Errno::AGAIN) => false,
             Ok((_, 0)) | Err(_) => {
@@ -42,9 +42,17 @@ impl Vm {
             }
             Ok((got, length)) => {
                 // A datagram that is longer than the buffer says its true length.
-                let datagram = if length > RECORD_LEN { &bytes[..] } else { &bytes[..got.min(length)] };
-                match Record::parse(datagram) {
-                    Ok(record) => self.record(client, record),
+                if length > MAX_DATAGRAM {
+                    let error = RecordError::Length(length);
+                    self.wrong(client, 0, error.errno(), &error);
+                    return true;
+                }
+                let datagram = &self.datagram[..got.min(length)];
+                match batch::split(datagram)
+                    .map(|(record, behind)| (record.cookie.get(), record.request(behind)))
+                {
+                    Ok((cookie, Ok(request))) => self.request(client, cookie, request),
+                    Ok((cookie, Err(error))) => self.wrong(client, cookie, error.errno(), &error),
                     Err(error) => self.wrong(client, 0, error.errno(), &error),
                 }
                 !self
@@ -55,29 +63,22 @@ impl Vm {
         }
     }
 
-    fn record(&mut self, client: ClientId, record: Record) {
-        let cookie = record.cookie.get();
+    fn request(&mut self, client: ClientId, cookie: u64, request: Request) {
         let caller = Caller { client, door: Door::Channel, cookie };
-        match record.request() {
-            Err(error) => self.wrong(client, cookie, error.errno(), &error),
-            Ok(Request::Echo) => self.send(client, Record::new(Kind::Echoed, cookie)),
-            Ok(Request::End { invalidation, outcome }) => {
+        match request {
+            Request::Echo => self.send(client, Record::new(Kind::Echoed, cookie)),
+            Request::End { invalidation, outcome } => {
                 let invalidation = InvalidationId(invalidation);
                 self.session.handle(Event::End { caller, invalidation, outcome });
             }
-            Ok(Request::Begin { range, to, deadline_ms, convert }) => {
-                if convert && let Err(error) = self.session.may_convert(range) {
+            Request::Begin { ranges, to, deadline_ms, convert } => {
+                let may = || ranges.iter().try_for_each(|range| self.session.may_convert(range));
+                if convert && let Err(error) = may() {
                     return self.wrong(client, cookie, error.errno(), &error);
                 }
                 let performer = if convert { Performer::Passgate } else { Performer::Client };
                 let deadline_ns = u64::from(deadline_ms) * 1_000_000;
-                self.session.handle(Event::Begin {
-                    caller,
-                    ranges: range.into(),
-                    to,
-                    performer,
-                    deadline_ns,
-                });
+                self.session.handle(Event::Begin { caller, ranges, to, performer, deadline_ns });
             }
         }
     }

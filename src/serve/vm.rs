@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
 use crate::observe::records::Records;
 use crate::observe::status;
+use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
 use crate::session::{Pool, Returned, Session};
 
@@ -47,6 +48,8 @@ pub(super) struct Vm {
     pub(super) core: Arc<Core>,
     pub(super) poller: Poller,
     pub(super) connections: BTreeMap<ClientId, Connection>,
+    /// Where a datagram is read into, whoever sends it.
+    pub(super) datagram: Box<[u8]>,
     listener: UnixListener,
     stopped: UnixStream,
     last_client: u32,
@@ -111,6 +114,7 @@ impl Vm {
             core,
             poller,
             connections: BTreeMap::new(),
+            datagram: vec![0; MAX_DATAGRAM].into(),
             listener,
             stopped,
             last_client: 0,

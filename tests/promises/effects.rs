@@ -331,6 +331,7 @@ impl Model {
                 file.quarantine.push(Held { range, reason, since: invalidation, lasts });
             }
             Notice::Freed { file: id, range, .. } => {
+                self.freed = true;
                 for (region, iova) in self.truth.aliases(id, range) {
                     if let Some(domain) = self.told.unsettled(iova) {
                         broken!(2, "{notice:?} while {iova:?} of {region:?} is in doubt in {domain:?}");
@@ -351,8 +352,8 @@ impl Model {
                 let Some(file) = self.truth.file(id) else { return Ok(()) };
                 file.quarantine.retain(|held| held.range != range);
             }
-            // A person releases whatever the room.
-            Notice::MapFailed { errno: 28, .. } if self.clean && !self.released => {
+            // What comes out of quarantine does so whatever the room.
+            Notice::MapFailed { errno: 28, .. } if self.clean && !self.freed => {
                 broken!(7, "{notice:?}: refused too late")
             }
             Notice::MapFailed { .. } => self.map_failed = true,

@@ -86,8 +86,8 @@ pub struct Model {
     pub converting: BTreeSet<InvalidationId>,
     /// Why an expected mapping may be missing.
     pub map_failed: bool,
-    /// Whether a person has released anything.
-    pub released: bool,
+    /// Whether anything came out of quarantine.
+    pub freed: bool,
     /// Nothing fails in this world: then nothing may be refused without a good reason.
     pub clean: bool,
     /// The highest invalidation that an earlier daemon's quarantine dates from.
@@ -113,7 +113,7 @@ impl Model {
             converted: BTreeMap::new(),
             converting: BTreeSet::new(),
             map_failed: false,
-            released: false,
+            freed: false,
             clean,
             earlier: 0,
         }
@@ -179,7 +179,7 @@ impl Model {
                 self.truth.become_state(&[(file, range)], PageState::Unknown);
             }
             Event::Release { caller, invalidation, to } => {
-                self.released = true;
+                self.freed = true;
                 self.vouch(caller, invalidation, to);
             }
             _ => {}

@@ -222,7 +222,8 @@ impl Told {
                     broken!(2, "{effect:?} of a device that does not exist")
                 };
                 let domain = self.domains.entry(entry.domain).or_default();
-                if !domain.settled_everywhere() {
+                let only_drained = entry.fenced.is_none() && !entry.shaken;
+                if !only_drained && !domain.settled_everywhere() {
                     broken!(2, "{effect:?} while mappings of its domain are in doubt: {:?}", domain.doubt);
                 }
                 entry.busy += 1;

@@ -11,6 +11,7 @@ mod common;
 #[path = "../daemon/mod.rs"]
 mod daemon;
 
+mod batch;
 mod budgets;
 mod control;
 mod events;

@@ -40,7 +40,9 @@ fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
         ((|r| r.version = 0) as fn(&mut Record), PROTO),
         (|r| r.version = 2, PROTO),
         (|r| r.kind = U16::new(0), PROTO),
-        (|r| r.kind = U16::new(5), PROTO),
+        (|r| r.kind = U16::new(7), PROTO),
+        // A batch without its ranges.
+        (|r| r.kind = U16::new(5), MSGSIZE),
         (|r| r.kind = U16::new(Kind::Verdict as u16), PROTO),
         (|r| r.kind = U16::new(0xffff), PROTO),
         (|r| r.flags = 1, INVAL),

@@ -1,0 +1,128 @@
+//! Batches over the notification channel: many ranges in one record, and many records in flight.
+
+use std::collections::BTreeMap;
+
+use passgate::client::{Answer, Outcome, PageState};
+use passgate::protocol::batch::{MAX_DATAGRAM, MAX_RANGES, datagram};
+use passgate::protocol::record::{Kind, Record};
+use passgate_backends::Device;
+use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+
+use crate::common::{Setup, assert_refused, granted, open_files, pages, substance};
+
+const TOO_BIG: i32 = 7;
+const FAULT: i32 = 14;
+const BUSY: i32 = 16;
+const INVAL: i32 = 22;
+const MSGSIZE: i32 = 90;
+
+/// Every `step`th page from the first.
+fn every(step: u64, count: u64) -> Vec<PageRange<Gpa>> {
+    (0..count).map(|n| pages(n * step, 1)).collect()
+}
+
+#[test]
+fn a_batch_is_granted_and_ended_as_one() {
+    let setup = Setup::new();
+    let (mut client, mut channel, file) = setup.client(8192);
+    let ranges = every(2, MAX_RANGES as u64);
+    let sees = |page: u64| setup.device.dma_read(Iova(page * PAGE), 8).is_ok();
+    assert!(sees(0) && sees(1));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, None));
+    assert!(!sees(0) && sees(1) && !sees(8190) && sees(8191));
+    for range in &ranges {
+        file.punch(range.start().0, PAGE).unwrap();
+    }
+    channel.end(invalidation, Outcome::Committed).unwrap();
+    let status = client.status().unwrap();
+    assert_eq!((status.regions[0].private, status.regions[0].shared), (4096 * PAGE, 4096 * PAGE));
+    assert_eq!((status.totals.done, status.open), (1, 0));
+    let receipt = client.explain(invalidation).unwrap();
+    assert_eq!((&receipt["ranges"], &receipt["length"]), (&4096.into(), &(4096 * PAGE).into()));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Shared, None));
+    channel.end(invalidation, Outcome::Committed).unwrap();
+    assert!(sees(0) && sees(8190));
+}
+
+#[test]
+fn one_bad_range_refuses_the_batch_and_changes_nothing() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(64);
+    let held = granted(channel.begin(pages(20, 1), PageState::Private, None));
+    let known = substance(&mut client);
+    let mut ranges = every(2, 32);
+    assert_refused(channel.begin_many(&ranges, PageState::Private, None), BUSY, "0x14000");
+    ranges.push(pages(64, 1));
+    ranges.remove(10);
+    assert_refused(channel.begin_many(&ranges, PageState::Private, None), FAULT, "0x40000");
+    assert_eq!(substance(&mut client), known);
+    channel.end(held, Outcome::NotCommitted).unwrap();
+    ranges.pop();
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, None));
+    channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 3 * PAGE }).unwrap();
+    assert_eq!(client.status().unwrap().quarantined, 31 * PAGE, "of all of them it is not known");
+}
+
+#[test]
+fn datagrams_that_are_no_batches_are_answered_and_change_nothing() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(64);
+    let (before, known) = (open_files(), substance(&mut client));
+    let good = datagram(&Record::new(Kind::BeginMany, 9), &every(2, 8));
+    let with = |at: usize, value: u64| {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        bytes
+    };
+    let many = |n: u64| datagram(&Record::new(Kind::BeginMany, 9), &every(2, n));
+    for (bytes, errno) in [
+        (good[..good.len() - 1].to_vec(), MSGSIZE),
+        (good[..64].to_vec(), MSGSIZE),
+        ([&good[..], &[0; 16]].concat(), MSGSIZE),
+        (many(0), TOO_BIG),
+        (with(24, u64::MAX), TOO_BIG),
+        (with(24, 7), MSGSIZE),
+        (many(MAX_RANGES as u64 + 1), MSGSIZE),
+        (vec![5; MAX_DATAGRAM + 4096], MSGSIZE),
+        (with(16, PAGE), INVAL),
+        (with(64 + 16, 1), INVAL),
+        (with(64 + 24, 0), INVAL),
+        (with(64 + 24, u64::MAX), INVAL),
+        (with(64 + 32, 0), INVAL),
+        (with(64 + 24, 4 * PAGE), INVAL),
+    ] {
+        channel.send_bytes(&bytes).unwrap();
+        let reply = channel.recv().unwrap();
+        assert_eq!((reply.kind(), reply.errno.get()), (Some(Kind::Wrong), errno), "{} bytes", bytes.len());
+    }
+    assert_eq!((open_files(), substance(&mut client)), (before, known));
+    granted(channel.begin_many(&every(2, 8), PageState::Private, None));
+}
+
+#[test]
+fn many_records_in_flight_are_each_answered_by_name() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(512);
+    let mut asked = BTreeMap::new();
+    let mut granted = Vec::new();
+    for round in 0..8 {
+        for page in round * 64..(round + 1) * 64 {
+            asked.insert(channel.submit(pages(page, 1), PageState::Private, None).unwrap(), page);
+        }
+        for _ in 0..64 {
+            let (ticket, answer) = channel.completed().unwrap();
+            asked.remove(&ticket).expect("answered once, and asked before");
+            let Ok(Answer::Granted { invalidation }) = answer else { panic!("{answer:?}") };
+            granted.push(invalidation);
+        }
+    }
+    assert!(asked.is_empty());
+    let ticket = channel.submit(pages(3, 1), PageState::Private, None).unwrap();
+    let (other, answer) = channel.completed().unwrap();
+    assert_eq!(ticket, other);
+    assert_refused(answer, BUSY, "0x3000");
+    for invalidation in granted {
+        channel.end(invalidation, Outcome::Committed).unwrap();
+    }
+    assert_eq!(client.status().unwrap().regions[0].private, 512 * PAGE);
+}
