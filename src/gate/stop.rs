@@ -66,7 +66,8 @@ impl DeviceEntry {
 
     /// Whether it plainly runs, and nothing is asked of it.
     pub(super) fn runs(&self) -> bool {
-        let stopped = self.fenced.is_some() || self.detached || self.drained.is_some() || self.shaken || self.lost;
+        let stopped =
+            self.fenced.is_some() || self.detached || self.drained.is_some() || self.shaken || self.lost;
         !stopped && self.busy.is_none()
     }
 
