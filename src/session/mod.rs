@@ -13,6 +13,7 @@ mod joined;
 pub mod lasting;
 mod pool;
 mod resume;
+mod start;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -23,8 +24,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Able, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Nature,
-    Notice, Policy, Receipt, Snapshot, Step, Steps, Verdict,
+    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice, Policy,
+    Receipt, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -38,6 +39,7 @@ use held::HeldAnswers;
 use lasting::Lasting;
 pub use pool::{Pool, Task};
 pub use resume::Hold;
+use start::{can, start};
 
 /// Receipts that are remembered, for `explain`.
 const RECEIPTS: usize = 4096;
@@ -404,31 +406,4 @@ impl Session {
     pub fn pool(&self) -> &Pool {
         &self.pool
     }
-}
-
-/// What a gate is told first: its domain and its devices.
-fn start(domain: &dyn Domain, devices: &[Arc<dyn Device>], tolerant: &[String]) -> Vec<Event> {
-    let (id, able) = (DomainId(0), domain.capabilities());
-    let mut events = vec![Event::DomainAdded {
-        domain: id,
-        able: Able {
-            max_mappings: able.max_mappings,
-            max_piece: able.max_mapping_len,
-            cut: able.cut,
-            replace: able.replace,
-        },
-    }];
-    for (index, device) in devices.iter().enumerate() {
-        let able = Step::LADDER.into_iter().filter(|step| can(&**device, *step));
-        let steps = able.fold(Steps::default(), |steps, step| steps.or(Steps::of(&[step])));
-        let passgate_backends::Nature { ats, tdi } = device.nature();
-        let nature = Nature { ats, tdi, tolerant: tolerant.iter().any(|name| name == device.name()) };
-        let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
-        events.push(Event::DeviceAdded { device, domain: id, steps, nature });
-    }
-    events
-}
-
-fn can(device: &dyn Device, step: Step) -> bool {
-    call::fence_step(step).is_none_or(|fence| device.stop_class().has(fence))
 }

@@ -24,7 +24,8 @@ pub(super) fn of_region(written: &Written) -> Line {
     let Written { region, spec, piece, closing } = *written;
     let RegionSpec { gpa, backing, writable, piece: asked, page, initial } = spec;
     let log2 = |size: u64| u64::from(size.checked_ilog2().unwrap_or(0));
-    let flags = u64::from(writable) * WRITABLE | u64::from(closing) * CLOSING;
+    let flag = |set: bool, bit: u64| if set { bit } else { 0 };
+    let flags = flag(writable, WRITABLE) | flag(closing, CLOSING);
     let sizes = log2(piece) << 8 | log2(page) << 16 | log2(asked) << 24;
     let first = REGION | sizes | flags | (initial as u64) << 40;
     let file = backing.file;

@@ -218,9 +218,13 @@ impl Lasting {
                 Err(Full { .. }) => self.lose(),
             }
         }
-        gone.extend(self.known.extract_if(.., |id, _| !now.contains_key(id)).map(|(_, (slot, _))| slot));
-        let closed: Vec<_> = self.beside.extract_if(.., |id, _| !now.contains_key(id)).collect();
-        closed.into_iter().for_each(|(_, slot)| self.asides.clear(slot));
+        let closed: Vec<_> = self.known.keys().filter(|id| !now.contains_key(id)).copied().collect();
+        for id in closed {
+            gone.extend(self.known.remove(&id).map(|(slot, _)| slot));
+            if let Some(slot) = self.beside.remove(&id) {
+                self.asides.clear(slot);
+            }
+        }
     }
 
     fn follow_holds(&mut self, gate: &Gate, file: FileId, range: PageRange<Offset>, free: &mut Vec<Slot>) {
@@ -241,8 +245,13 @@ impl Lasting {
             first.filter(|((of, _), (_, held, _))| *of == file && held.overlaps(range)).map(|(key, _)| *key);
         let first = first.unwrap_or((file, range.start()));
         let stays = |start: Offset| now.iter().any(|(held, _)| held.start() == start);
-        let over = self.held.extract_if(first..(file, range.end()), |(_, start), _| !stays(*start));
-        free.extend(over.map(|(_, (slot, ..))| slot));
+        let over: Vec<_> = self
+            .held
+            .range(first..(file, range.end()))
+            .map(|(key, _)| *key)
+            .filter(|(_, at)| !stays(*at))
+            .collect();
+        free.extend(over.into_iter().filter_map(|key| Some(self.held.remove(&key)?.0)));
     }
 
     /// Keeps what the session must know of a region that the gate need not.
