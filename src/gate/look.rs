@@ -161,8 +161,11 @@ impl Gate {
             else {
                 continue;
             };
-            let Some(extent) = mapped.extent(rest) else { continue };
-            last = Some(mapped.take(mapped.whole(extent), RunState::Removing(job)).range);
+            // With the gaps in it: nothing may be mapped there while the call is under way.
+            let whole = mapped.extent(rest).map_or(rest, |extent| mapped.whole(extent));
+            let start = rest.start().min(whole.start());
+            let Some(range) = PageRange::between(start, rest.end().max(whole.end())) else { continue };
+            last = Some(mapped.take(range, RunState::Removing(job)).range);
         }
         self.replacing.insert(job, spans.clone());
         self.waits(invalidation);

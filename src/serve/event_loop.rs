@@ -211,11 +211,14 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
             return Some(Err(error));
         }
         for token in &tokens {
-            // One token may hold many requests; each is settled before the next is read. Who never pauses gives
-            // way: what is left is found ready again, unless it lies read already.
+            // One token may hold many requests. The first is settled before the next is read, and so is every other,
+            // but for records that lie behind the first: neighbours among them share a call. Who never pauses gives way:
+            // what is left is found ready again, unless it lies read already.
             let mut requests = 0;
             while vm.ready(*token) && (requests < BURST || vm.has_read(*token)) {
-                vm = settle(core, turn, vm)?;
+                if requests == 0 || !Vm::is_channel(*token) {
+                    vm = settle(core, turn, vm)?;
+                }
                 requests += 1;
             }
             vm = settle(core, turn, vm)?;

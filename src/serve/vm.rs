@@ -177,6 +177,11 @@ impl Vm {
             }
     }
 
+    /// Whether a token is a notification channel's.
+    pub(super) fn is_channel(token: u64) -> bool {
+        token >= CLIENTS && Self::client_of(token).1 == Door::Channel
+    }
+
     fn client_of(token: u64) -> (ClientId, Door) {
         let token = token - CLIENTS;
         (ClientId((token >> 1) as u32), if token & 1 == 0 { Door::Control } else { Door::Channel })

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use super::Session;
 use super::fdstore::{FdStore, Name};
+use super::joined::{self, Share};
 use crate::gate::{
     Caller, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Step,
     UnmapResult,
@@ -48,6 +49,8 @@ pub enum Call {
         offset: Offset,
         /// Whether devices may write.
         writable: bool,
+        /// What else is made by this call, neighbours of it ([`super::joined`]).
+        others: Vec<JobId>,
     },
     /// Take mappings away.
     Unmap {
@@ -59,6 +62,8 @@ pub enum Call {
         domain: Arc<dyn Domain>,
         /// The whole range.
         iova: PageRange<Iova>,
+        /// All that this call is for, where it is more than one.
+        shares: Vec<Share>,
     },
     /// Take just these ranges away, by another page table.
     Replace {
@@ -135,6 +140,13 @@ pub enum Returned {
         /// Where operations are in flight: what names them.
         ticket: Option<(DomainId, Ticket, JobId)>,
     },
+    /// Facts for the gate, of one call for several.
+    Facts {
+        /// The facts, in order.
+        events: Vec<Event>,
+        /// Where operations are in flight: what names them, for all of these.
+        ticket: Option<(DomainId, Ticket, Vec<JobId>)>,
+    },
     /// What a client's descriptors are.
     Examined {
         /// Who passed them.
@@ -163,13 +175,6 @@ impl Call {
     pub(super) fn of(effect: Effect, session: &Session) -> Option<Self> {
         let domain = |id: DomainId| session.domains.get(usize::from(id.0)).cloned();
         match effect {
-            Effect::Map { job, domain: id, iova, piece, file, offset, writable } => {
-                let file = session.files.get(file)?;
-                Some(Self::Map { job, domain: domain(id)?, iova, piece, file, offset, writable })
-            }
-            Effect::Unmap { job, domain: id, iova, bytes: _ } => {
-                Some(Self::Unmap { job, id, domain: domain(id)?, iova })
-            }
             Effect::Replace { job, domain: id, gone, bytes: _ } => {
                 Some(Self::Replace { job, domain: domain(id)?, gone })
             }
@@ -210,7 +215,7 @@ impl Call {
         let took = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let plain = |event| Returned::Fact { event, ticket: None };
         match self {
-            Self::Map { job, domain, iova, piece, file, offset, writable } => {
+            Self::Map { job, domain, iova, piece, file, offset, writable, others } => {
                 let result = match domain.map(iova, piece, &file, offset, writable) {
                     Ok(()) => MapResult::Mapped,
                     Err(error) => {
@@ -222,14 +227,22 @@ impl Call {
                         }
                     }
                 };
-                plain(Event::Mapped { job, result })
+                if others.is_empty() {
+                    return plain(Event::Mapped { job, result });
+                }
+                let jobs = std::iter::once(job).chain(others);
+                let events = jobs.map(|job| Event::Mapped { job, result }).collect();
+                Returned::Facts { events, ticket: None }
             }
             Self::Replace { job, domain, gone } => {
                 let (result, _) = answered(domain.replace(&gone));
                 plain(Event::Unmapped { job, result, took_ns: took() })
             }
-            Self::Unmap { job, id, domain, iova } => {
+            Self::Unmap { job, id, domain, iova, shares } => {
                 let (result, ticket) = answered(domain.unmap(iova));
+                if !shares.is_empty() {
+                    return joined::shared(result, ticket.map(|ticket| (id, ticket)), shares, took());
+                }
                 let event = Event::Unmapped { job, result, took_ns: took() };
                 Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }

@@ -9,6 +9,7 @@ pub mod fdstore;
 mod files;
 pub mod guardian;
 mod held;
+mod joined;
 pub mod lasting;
 mod pool;
 mod resume;
@@ -23,8 +24,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, PageRange};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, Notice,
-    Policy, Receipt, Snapshot, Step, Verdict,
+    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice, Policy,
+    Receipt, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -78,7 +79,7 @@ pub struct Session {
     border: VecDeque<Next>,
     /// When to wake the gate, and for what.
     timers: BTreeMap<InvalidationId, (Instant, Step)>,
-    tickets: HashMap<(DomainId, Ticket), JobId>,
+    tickets: HashMap<(DomainId, Ticket), Vec<JobId>>,
     /// Tickets that ended before their unmap had returned to us.
     early: HashSet<(DomainId, Ticket)>,
     receipts: VecDeque<Receipt>,
@@ -179,15 +180,9 @@ impl Session {
         match returned {
             Returned::Fact { event, ticket: None } => self.handle(event),
             Returned::Fact { event, ticket: Some((domain, ticket, job)) } => {
-                let over = self.early.remove(&(domain, ticket));
-                if !over {
-                    self.tickets.insert((domain, ticket), job);
-                }
-                self.handle(event);
-                if over {
-                    self.handle(Event::Released { job });
-                }
+                self.facts(vec![event], Some((domain, ticket, vec![job])));
             }
+            Returned::Facts { events, ticket } => self.facts(events, ticket),
             Returned::Examined { caller, memory, files } => {
                 let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
                 let kept: Vec<_> = if self.store.is_some() {
@@ -204,6 +199,25 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Facts of one call; of operations in flight `ticket` says when they are over.
+    fn facts(&mut self, events: Vec<Event>, ticket: Option<(DomainId, Ticket, Vec<JobId>)>) {
+        let mut over = Vec::new();
+        if let Some((domain, ticket, jobs)) = ticket {
+            if self.early.remove(&(domain, ticket)) {
+                over = jobs;
+            } else {
+                self.tickets.insert((domain, ticket), jobs);
+            }
+        }
+        events.into_iter().for_each(|event| self.handle(event));
+        over.into_iter().for_each(|job| self.handle(Event::Released { job }));
+    }
+
+    fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
+        let when = Instant::now() + Duration::from_nanos(after_ns);
+        self.timers.insert(invalidation, (when, rung));
     }
 
     /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
@@ -225,12 +239,8 @@ impl Session {
         while let Some(effect) = self.effects.get_mut(self.done) {
             self.done += 1;
             // An executed effect is never looked at again; the cheapest one takes its place.
-            let nothing = Effect::ForgetFile { file: FileId { device: 0, inode: 0 } };
-            match std::mem::replace(effect, nothing) {
-                Effect::Arm { invalidation, rung, after_ns } => {
-                    let when = Instant::now() + Duration::from_nanos(after_ns);
-                    self.timers.insert(invalidation, (when, rung));
-                }
+            match std::mem::replace(effect, joined::NOTHING) {
+                Effect::Arm { invalidation, rung, after_ns } => self.arm(invalidation, rung, after_ns),
                 Effect::Answer { caller, answer } => {
                     self.note(caller, &answer);
                     return Next::Answer(caller, answer);
@@ -246,7 +256,7 @@ impl Session {
                 Effect::Receipt(receipt) => self.remember(*receipt),
                 Effect::ForgetFile { file } => self.forget(file),
                 effect => {
-                    let Some(call) = Call::of(effect, self) else { continue };
+                    let Some(call) = self.join(effect) else { continue };
                     if call.is_small() {
                         return Next::Call(call);
                     }
@@ -340,7 +350,7 @@ impl Session {
             let domain = DomainId(index as u16);
             for ticket in ended.drain(..) {
                 match self.tickets.remove(&(domain, ticket)) {
-                    Some(job) => self.handle(Event::Released { job }),
+                    Some(jobs) => jobs.into_iter().for_each(|job| self.handle(Event::Released { job })),
                     None => _ = self.early.insert((domain, ticket)),
                 }
             }

@@ -37,7 +37,8 @@ pub struct Domain {
     /// Bytes reported gone, of ranges not yet proved gone whole.
     credits: Vec<(Range<u64>, u64)>,
     pub filling: BTreeMap<JobId, Range<u64>>,
-    flying: BTreeMap<JobId, Range<u64>>,
+    /// Of an unmap with gaps, what was mapped.
+    flying: BTreeMap<JobId, RangeSet<u64>>,
 }
 
 #[derive(Debug)]
@@ -80,6 +81,10 @@ fn bytes(set: &RangeSet<u64>, over: &Range<u64>) -> u64 {
     set.overlapping(over).map(|part| part.end.min(over.end) - part.start.max(over.start)).sum()
 }
 
+fn clip(part: &Range<u64>, over: &Range<u64>) -> Range<u64> {
+    part.start.max(over.start)..part.end.min(over.end)
+}
+
 fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
@@ -87,12 +92,13 @@ fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
 impl Domain {
     /// Whether `over` is proved free of mappings and of operations in flight.
     pub fn proved(&self, over: &Range<u64>) -> bool {
-        !self.maybe.overlaps(over) && !self.flying.values().any(|flying| meet(flying, over))
+        !self.maybe.overlaps(over) && !self.flying.values().any(|flying| flying.overlaps(over))
     }
 
     /// Whether every call over `over` came back and said plainly how it is.
     pub fn settled(&self, over: &Range<u64>) -> bool {
-        let under_way = self.filling.values().chain(self.flying.values()).any(|range| meet(range, over));
+        let under_way = self.filling.values().any(|range| meet(range, over))
+            || self.flying.values().any(|flying| flying.overlaps(over));
         !self.wide.overlaps(over) && !under_way
     }
 
@@ -103,21 +109,21 @@ impl Domain {
     /// What of `over` may be mapped is in doubt from now on; of gaps in it there is none.
     fn doubts(&mut self, over: Range<u64>) {
         self.wide.insert(over.clone());
-        let clip = |part: &Range<u64>| part.start.max(over.start)..part.end.min(over.end);
-        let parts: Vec<_> = self.maybe.overlapping(&over).map(clip).collect();
+        let parts: Vec<_> = self.maybe.overlapping(&over).map(|part| clip(part, &over)).collect();
         self.doubt.extend(parts);
     }
 
     /// The parts of `over` that are in doubt, in flight or under way.
     pub fn doubtful(&self, over: &Range<u64>) -> Vec<Range<u64>> {
-        let clip = |part: &Range<u64>| part.start.max(over.start)..part.end.min(over.end);
-        let under_way = self.filling.values().chain(self.flying.values()).filter(|part| meet(part, over));
-        self.doubt.overlapping(over).chain(under_way).map(clip).collect()
+        let filling = self.filling.values().filter(|part| meet(part, over));
+        let flying = self.flying.values().flat_map(|flying| flying.overlapping(over));
+        self.doubt.overlapping(over).chain(filling).chain(flying).map(|part| clip(part, over)).collect()
     }
 
     fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId, copies: bool) {
         if let UnmapResult::InFlight { .. } = result {
-            self.flying.insert(job, over.clone());
+            let parts = self.maybe.overlapping(&over).map(|part| clip(part, &over)).collect();
+            self.flying.insert(job, parts);
         }
         let inside = |range: &Range<u64>| over.start <= range.start && range.end <= over.end;
         let credit: u64 = self.credits.iter().filter(|(range, _)| inside(range)).map(|(_, b)| b).sum();

@@ -2,7 +2,7 @@
 //!
 //! An [`Engine`] knows registers and rings. [`Driven`] makes a [`Device`] of it: one transfer at a time, none while a
 //! fence holds, a device brought up anew after a transfer that did not end, and a drain with a deadline. A drain is a
-//! pause: what is asked for meanwhile waits for the attach ([`super::pause`]). A fence stronger than a drain never
+//! pause: what is asked for meanwhile waits for the attach (`pause.rs`). A fence stronger than a drain never
 //! waits for the engine: it goes to VFIO at once, and a transfer under way then ends by its own deadline.
 
 use std::fmt;

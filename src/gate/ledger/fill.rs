@@ -93,7 +93,7 @@ impl Fill {
             (None, true) => return None,
             // A grid's other pages, and its next line.
             (Some(_), true) if value == 2 => pages.start + 1,
-            (Some(bits), true) => (pages.start >> bits) + 1 << bits,
+            (Some(bits), true) => ((pages.start >> bits) + 1) << bits,
         };
         (next < pages.end).then_some(next)
     }

@@ -58,6 +58,19 @@ impl Leaf<'_> {
         (self.word(page / PER_WORD) >> (2 * (page % PER_WORD)) & 3) as u8
     }
 
+    /// Sets one page; its value before, and whether its word is `value` all over since.
+    #[inline]
+    pub(super) fn put(self, page: u64, value: u8) -> (u8, bool) {
+        let shift = 2 * (page % PER_WORD);
+        let Some(word) = self.0.get((page / PER_WORD) as usize) else { return (value, false) };
+        let old = word.load(Relaxed);
+        let new = old & !(3 << shift) | u64::from(value) << shift;
+        if new != old {
+            word.store(new, Release);
+        }
+        ((old >> shift & 3) as u8, new == spread(value))
+    }
+
     /// Sets the pages of this leaf, whose first page is `base`; whether a word that changed is now filled.
     pub(super) fn set(self, base: u64, pages: Range<u64>, fill: Fill) -> bool {
         let (first, last) = (pages.start / PER_WORD, (pages.end - 1) / PER_WORD);

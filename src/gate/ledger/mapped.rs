@@ -15,10 +15,11 @@ use std::ops::Range;
 use passgate_bindings::units::Address;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
+use super::fault::Full;
 use super::fill::Fill;
 use super::holds::gaps;
 use super::run::{Run, RunState};
-use super::store::{Full, Key, Store};
+use super::store::{Key, Store};
 use super::tree::{PAGES, Tree};
 use crate::gate::event::DomainId;
 

@@ -4,6 +4,7 @@
 //! mappings are kept by domain and IOVA, as the kernel keeps them.
 
 mod blocks;
+mod fault;
 mod fill;
 pub mod holds;
 mod leaf;
@@ -17,11 +18,12 @@ pub mod tree;
 
 use serde::{Deserialize, Serialize};
 
+pub use fault::{Full, OpenError};
 pub use holds::{HeldBy, Holds};
 pub use mapped::Mapped;
 pub use pages::PageMap;
 pub use run::{Run, RunState};
-pub use store::{Full, Key, Store};
+pub use store::{Key, Store};
 pub use table::Table;
 pub use tree::Tree;
 

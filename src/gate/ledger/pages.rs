@@ -5,7 +5,8 @@
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{PAGE, PageRange};
 
-use super::store::{Full, Key, Store};
+use super::fault::Full;
+use super::store::{Key, Store};
 use super::tree::Tree;
 use super::{PageState, spans};
 use crate::gate::event::FileId;

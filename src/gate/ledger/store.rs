@@ -14,13 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use passgate_bindings::words::Words;
 
 use super::blocks::{BLOCK_BYTES, BLOCK_WORDS, Blocks, LEAF_WORDS, LEAVES};
+use super::fault::{Full, OpenError};
 use super::fill::{Fill, UNIFORM};
 use super::table::Table;
 
 /// "passgate", as a little-endian word.
 const MAGIC: u64 = u64::from_le_bytes(*b"passgate");
 /// The layout that this file describes.
-const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 1;
 /// Header: magic, version, length in bytes, slots of the directory ever used.
 const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 1;
@@ -51,50 +52,6 @@ pub struct Key {
     pub a: u64,
     /// Whose, further.
     pub b: u64,
-}
-
-/// There is no room left, for nodes or for roots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the ledger's memory of {bytes} bytes is full: start passgate with a larger one, or with less guest memory"
-)]
-pub struct Full {
-    /// How large it is.
-    pub bytes: u64,
-}
-
-/// Why memory cannot be opened as a store. None of it is used then; what it held is unknown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum OpenError {
-    /// Something else, or nothing, lies there.
-    #[error(
-        "the memory passed is no ledger: pass the descriptor that passgate gave out, or none to start afresh"
-    )]
-    Foreign,
-    /// Of another passgate.
-    #[error(
-        "the ledger is of layout {found}, this passgate reads {VERSION}: restart with the one that wrote it, or afresh"
-    )]
-    Version {
-        /// What it says.
-        found: u64,
-    },
-    /// Its length is not what its header says.
-    #[error("the ledger says that it has {says} bytes, its memory has {has}: start afresh")]
-    Length {
-        /// What the header says.
-        says: u64,
-        /// What there is.
-        has: u64,
-    },
-    /// A root, or what it leads to, cannot be.
-    #[error("the ledger's root {slot} leads to {found:#x}, which cannot be: it is damaged; start afresh")]
-    Damaged {
-        /// Which slot of the directory.
-        slot: usize,
-        /// The word, or the entry, that is wrong.
-        found: u64,
-    },
 }
 
 /// A handle to the memory; clones share it.

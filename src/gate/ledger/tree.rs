@@ -13,11 +13,12 @@ mod set;
 mod walk;
 
 use super::blocks::{BLOCK_BYTES, LEAVES};
+use super::fault::Full;
 use super::fill::{Fill, UNIFORM};
 use super::leaf;
 use super::spans::Spans;
-use super::store::{Full, Key, LEVELS, Store};
-use set::{Place, Setting, move_pages};
+use super::store::{Key, LEVELS, Store};
+use set::{Place, Setting, move_page};
 use walk::bits;
 pub(super) use walk::{Values, Walk, span};
 
@@ -108,13 +109,11 @@ impl Tree {
         }
         // One page beside others that are told apart: by far the most common, and nothing but its word changes.
         if pages.end - pages.start == 1 {
-            let page = pages.start % leaf::PAGES;
             let value = to.value(pages.start);
             match self.walk().find(pages.start).values {
                 Values::Each(leaf) => {
-                    let old = leaf.get(page);
-                    let even = old != value && leaf.set(pages.start - page, page..page + 1, to);
-                    move_pages(&mut self.totals, old, value, 1);
+                    let (old, even) = leaf.put(pages.start % leaf::PAGES, value);
+                    move_page(&mut self.totals, old, value);
                     if !even {
                         return Ok(());
                     }

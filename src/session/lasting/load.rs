@@ -10,7 +10,7 @@ use passgate_bindings::words::Words;
 use super::line::{self, Aside};
 use super::slots::{Line, Slot};
 use super::{COUNTERS, DEVICES, DOMAIN, IDS, INVALIDATION, LOST, Lasting, NAMES, REGION, STOPPED};
-use crate::gate::ledger::store::OpenError;
+use crate::gate::ledger::OpenError;
 use crate::gate::ledger::{Full, Mapped, PageMap, Store};
 use crate::gate::{DeviceId, HeldBy, Past, RegionId};
 

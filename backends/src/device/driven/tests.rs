@@ -101,7 +101,9 @@ impl Scene {
     }
     /// Returns once a transfer waits for the device.
     fn waits_for_one(&self) {
+        let begun = Instant::now();
         while self.device.0.pause.waiting() == 0 {
+            assert!(begun.elapsed() < pause::PATIENCE, "nothing waits");
             thread::yield_now();
         }
     }

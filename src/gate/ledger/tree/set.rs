@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use super::walk::{bits, span};
 use crate::gate::ledger::blocks::LEAF_WORDS;
+use crate::gate::ledger::fault::Full;
 use crate::gate::ledger::fill::{Fill, UNIFORM};
 use crate::gate::ledger::leaf::{self, Leaf};
-use crate::gate::ledger::store::{Full, Store};
+use crate::gate::ledger::store::Store;
 
 /// An entry, and what it stands for.
 #[derive(Clone, Copy)]
@@ -32,11 +33,12 @@ pub(super) struct Setting<'a> {
     pub(super) short: Option<Full>,
 }
 
-/// `count` pages were `old` and are `new`.
-pub(super) fn move_pages(totals: &mut [u64; 4], old: u8, new: u8, count: u64) {
+/// A page was `old` and is `new`.
+#[inline]
+pub(super) fn move_page(totals: &mut [u64; 4], old: u8, new: u8) {
     let [old, new] = [old, new].map(|value| usize::from(value & 3));
-    totals[old] = totals[old].wrapping_sub(count);
-    totals[new] = totals[new].wrapping_add(count);
+    totals[old] = totals[old].wrapping_sub(1);
+    totals[new] = totals[new].wrapping_add(1);
 }
 
 impl Setting<'_> {

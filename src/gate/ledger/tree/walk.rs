@@ -53,7 +53,7 @@ impl<'a> Walk<'a> {
     pub(in crate::gate::ledger) fn find(&mut self, page: u64) -> Found<'a> {
         match self.node {
             Some((node, first)) if page & !(span(1) - 1) == first => self.below(node, page),
-            _ => self.from_root(page),
+            _ => self.descend(page),
         }
     }
 
@@ -99,7 +99,7 @@ impl<'a> Walk<'a> {
         (node[(index / 2) as usize].load(Relaxed) >> (index % 2 * 32)) as u32
     }
 
-    fn from_root(&mut self, page: u64) -> Found<'a> {
+    fn descend(&mut self, page: u64) -> Found<'a> {
         let (mut height, mut entry) = self.store.root(self.root);
         if page >= span(height) {
             return Found { pages: span(height)..u64::MAX, values: Values::All(Fill::all(0)) };

@@ -1,0 +1,173 @@
+//! Neighbouring calls made as one: a burst of conversions of single pages asks for many unmaps (and later maps) side by
+//! side, and the kernel does them in one call.
+//!
+//! The gate knows nothing of it: it asks for each by itself and has an answer for each. An answer is believed to the byte
+//! and no further: where one call for all of them did not take away exactly what each of them was to, none of them is told
+//! as gone, and the gate tries each again.
+
+use passgate_backends::Ticket;
+use passgate_bindings::{Iova, PageRange};
+
+use super::Session;
+use super::call::{Call, Returned};
+use crate::gate::{DomainId, Effect, Event, FileId, JobId, UnmapResult};
+
+/// Calls that are made as one at most.
+const MOST: usize = 4096;
+
+/// `EIO`: one call for several did not take away what they were to.
+const SHORT: i32 = 5;
+
+/// An unmap that shares its call with others: its name, and the bytes that have to go.
+pub(super) type Share = (JobId, u64);
+
+impl Session {
+    /// Takes the effects that may be done by one call with `first`, the one just taken out.
+    pub(super) fn join(&mut self, first: Effect) -> Option<Call> {
+        match first {
+            Effect::Unmap { job, domain, mut iova, bytes } => {
+                let mut shares = Vec::new();
+                while let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: more }) =
+                    self.effects.get(self.done)
+                    && *at == domain
+                    && let Some(both) = touching(iova, *next)
+                    && shares.len() < MOST
+                {
+                    if shares.is_empty() {
+                        shares.push((job, bytes));
+                    }
+                    shares.push((*other, *more));
+                    iova = both;
+                    self.take_joined();
+                }
+                let domain_of = self.domains.get(usize::from(domain.0))?.clone();
+                Some(Call::Unmap { job, id: domain, domain: domain_of, iova, shares })
+            }
+            Effect::Map { job, domain, mut iova, piece, file, offset, writable } => {
+                let mut jobs = Vec::new();
+                while let Some(Effect::Map {
+                    job: other,
+                    domain: at,
+                    iova: next,
+                    piece: its,
+                    file: of,
+                    offset: from,
+                    writable: way,
+                }) = self.effects.get(self.done)
+                    && (*at, *its, *of, *way) == (domain, piece, file, writable)
+                    && from.0 == offset.0 + iova.len()
+                    && iova.end() == next.start()
+                    // A mapping over the seam would be one more than the gate knows of.
+                    && iova.end().0.is_multiple_of(piece)
+                    && let Some(both) = touching(iova, *next)
+                    && jobs.len() < MOST
+                {
+                    jobs.push(*other);
+                    iova = both;
+                    self.take_joined();
+                }
+                let file = self.files.get(file)?;
+                let domain = self.domains.get(usize::from(domain.0))?.clone();
+                Some(Call::Map { job, domain, iova, piece, file, offset, writable, others: jobs })
+            }
+            other => Call::of(other, self),
+        }
+    }
+
+    /// The effect that `done` points at is part of another call now; and what needs no call, up to the next that does.
+    fn take_joined(&mut self) {
+        loop {
+            if let Some(effect) = self.effects.get_mut(self.done) {
+                self.done += 1;
+                *effect = NOTHING;
+            }
+            match self.effects.get_mut(self.done) {
+                Some(Effect::Arm { invalidation, rung, after_ns }) => {
+                    let (invalidation, rung, after_ns) = (*invalidation, *rung, *after_ns);
+                    self.arm(invalidation, rung, after_ns);
+                }
+                Some(effect @ Effect::Receipt(_)) => {
+                    if let Effect::Receipt(receipt) = std::mem::replace(effect, NOTHING) {
+                        self.remember(*receipt);
+                    }
+                }
+                _ => return,
+            }
+        }
+    }
+}
+
+/// What takes the place of an effect that is done: the cheapest one.
+pub(super) const NOTHING: Effect = Effect::ForgetFile { file: FileId { device: 0, inode: 0 } };
+
+/// Both together, where they lie side by side.
+fn touching(one: PageRange<Iova>, other: PageRange<Iova>) -> Option<PageRange<Iova>> {
+    let beside = one.end() == other.start() || other.end() == one.start();
+    let start = one.start().min(other.start());
+    beside.then(|| PageRange::between(start, one.end().max(other.end()))).flatten()
+}
+
+/// What one unmap says to each that shared it.
+pub(super) fn shared(
+    result: UnmapResult,
+    ticket: Option<(DomainId, Ticket)>,
+    shares: Vec<Share>,
+    took_ns: u64,
+) -> Returned {
+    let asked: u64 = shares.iter().map(|(_, bytes)| bytes).sum();
+    let each = |bytes: u64| match result {
+        UnmapResult::Gone { bytes: gone } if gone == asked => UnmapResult::Gone { bytes },
+        UnmapResult::InFlight { bytes: gone } if gone == asked => UnmapResult::InFlight { bytes },
+        // What is in flight ends before anything is told as over; how much of whose it is nobody knows.
+        UnmapResult::InFlight { .. } => UnmapResult::InFlight { bytes: 0 },
+        UnmapResult::Gone { .. } => UnmapResult::Failed { errno: SHORT, bytes: 0 },
+        UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
+    };
+    let event = |(job, bytes): &Share| Event::Unmapped { job: *job, result: each(*bytes), took_ns };
+    let events = shares.iter().map(event).collect();
+    let jobs = shares.into_iter().map(|(job, _)| job).collect();
+    Returned::Facts { events, ticket: ticket.map(|(domain, ticket)| (domain, ticket, jobs)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use passgate_bindings::PAGE;
+
+    fn shares() -> Vec<Share> {
+        vec![(JobId(1), PAGE), (JobId(2), 2 * PAGE), (JobId(3), PAGE)]
+    }
+
+    fn told(result: UnmapResult, ticket: Option<(DomainId, Ticket)>) -> (Vec<UnmapResult>, usize) {
+        let Returned::Facts { events, ticket } = shared(result, ticket, shares(), 7) else { unreachable!() };
+        let results = events.into_iter().map(|event| match event {
+            Event::Unmapped { result, took_ns: 7, .. } => result,
+            other => panic!("{other:?}"),
+        });
+        (results.collect(), ticket.map_or(0, |(.., jobs)| jobs.len()))
+    }
+
+    #[test]
+    fn one_answer_is_believed_to_the_byte_and_no_further() {
+        let gone = |bytes| UnmapResult::Gone { bytes };
+        assert_eq!(told(gone(4 * PAGE), None), (vec![gone(PAGE), gone(2 * PAGE), gone(PAGE)], 0));
+        for wrong in [0, PAGE, 3 * PAGE, 5 * PAGE] {
+            let (each, _) = told(gone(wrong), None);
+            assert_eq!(each, vec![UnmapResult::Failed { errno: SHORT, bytes: 0 }; 3], "{wrong} bytes");
+        }
+        let failed = UnmapResult::Failed { errno: 16, bytes: 2 * PAGE };
+        assert_eq!(told(failed, None).0, vec![UnmapResult::Failed { errno: 16, bytes: 0 }; 3]);
+        let ticket = Some((DomainId(0), Ticket(9)));
+        let flying = |bytes| UnmapResult::InFlight { bytes };
+        assert_eq!(told(flying(4 * PAGE), ticket), (vec![flying(PAGE), flying(2 * PAGE), flying(PAGE)], 3));
+        assert_eq!(told(flying(PAGE), ticket), (vec![flying(0); 3], 3));
+    }
+
+    #[test]
+    fn only_neighbours_are_joined() {
+        let range = |page, pages| PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        assert_eq!(touching(range(4, 2), range(6, 1)), Some(range(4, 3)));
+        assert_eq!(touching(range(4, 2), range(3, 1)), Some(range(3, 3)));
+        assert_eq!(touching(range(4, 2), range(7, 1)), None);
+    }
+}

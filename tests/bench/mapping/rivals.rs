@@ -1,0 +1,111 @@
+//! One mapping for each 4 KiB page, as VMMs do it today, because a mapping cannot be cut.
+
+use std::sync::Arc;
+
+use passgate::gate::PageState;
+use passgate_backends::{Domain, Unmap};
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Iova, PAGE, PageRange};
+
+use super::trace::Step;
+
+/// What came of a trace.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Score {
+    pub(crate) calls: u64,
+    pub(crate) now: u64,
+    pub(crate) most: u64,
+}
+
+pub(crate) trait Rival {
+    fn convert(&mut self, step: &Step);
+    fn score(&self) -> Score;
+}
+
+/// Page by page, and an unmap by range: QEMU's listener, which maps at the granularity of conversions and unmaps sections.
+pub(crate) struct Paged {
+    domain: Arc<dyn Domain>,
+    file: Arc<GuestFile>,
+    mapped: Vec<bool>,
+    score: Score,
+}
+
+impl Paged {
+    pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, pages: u64) -> Self {
+        Self { domain, file, mapped: vec![false; pages as usize], score: Score::default() }
+    }
+
+    fn map(&mut self, page: u64) {
+        let iova = PageRange::new(page * PAGE, PAGE).unwrap();
+        self.domain.map(iova, PAGE, &self.file, Offset(page * PAGE), true).unwrap_or_else(|e| panic!("{e}"));
+        self.mapped[page as usize] = true;
+        self.score.calls += 1;
+        self.score.now += 1;
+        self.score.most = self.score.most.max(self.score.now);
+    }
+
+    fn unmap(&mut self, iova: PageRange<Iova>) {
+        let Unmap::Gone { bytes } = self.domain.unmap(iova) else { panic!("an unmap failed") };
+        self.score.calls += 1;
+        self.score.now -= bytes / PAGE;
+        let first = (iova.start().0 / PAGE) as usize;
+        self.mapped[first..first + iova.pages() as usize].fill(false);
+    }
+}
+
+fn iova(range: PageRange<passgate_bindings::Gpa>) -> PageRange<Iova> {
+    PageRange::new(range.start().0, range.len()).unwrap()
+}
+
+impl Rival for Paged {
+    fn convert(&mut self, step: &Step) {
+        for range in &step.ranges {
+            match step.to {
+                PageState::Shared => {
+                    let first = range.start().0 / PAGE;
+                    for page in first..first + range.pages() {
+                        if !self.mapped[page as usize] {
+                            self.map(page);
+                        }
+                    }
+                }
+                _ => self.unmap(iova(*range)),
+            }
+        }
+    }
+
+    fn score(&self) -> Score {
+        self.score
+    }
+}
+
+/// Page by page both ways, behind a tracker that knows which pages are mapped, so that nothing is mapped or unmapped twice:
+/// Cloud Hypervisor's.
+pub(crate) struct Tracker(Paged);
+
+impl Tracker {
+    pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, pages: u64) -> Self {
+        Self(Paged::new(domain, file, pages))
+    }
+}
+
+impl Rival for Tracker {
+    fn convert(&mut self, step: &Step) {
+        for range in &step.ranges {
+            let first = range.start().0 / PAGE;
+            for page in first..first + range.pages() {
+                match (step.to, self.0.mapped[page as usize]) {
+                    (PageState::Shared, false) => self.0.map(page),
+                    (PageState::Shared, true) => {}
+                    (_, true) => self.0.unmap(PageRange::new(page * PAGE, PAGE).unwrap()),
+                    (_, false) => {}
+                }
+            }
+        }
+    }
+
+    fn score(&self) -> Score {
+        self.0.score()
+    }
+}
