@@ -14,7 +14,12 @@ use super::fence::Step;
 use super::ledger::{HeldBy, PageState, RunState};
 use super::ranges::Ranges;
 use super::receipt::Receipt;
+use super::region::within_budget;
 use super::verdict::{Refusal, Verdict};
+
+/// Ranges that may be held at once, by open invalidations of all clients and in quarantine: with them the ledger of a
+/// tebibyte stays within 144 MiB at worst.
+const MOST_HELD: u64 = 65_536;
 
 /// Where an invalidation stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,7 +235,10 @@ impl Gate {
             let (needed, limit) = (u64::from(open) + 1, self.policy.max_open.into());
             return Err(Refusal::Budget { what: "open invalidations", needed, limit });
         }
-        let mut pages = Vec::with_capacity(ranges.as_slice().len());
+        let held: usize = self.files.values().map(|file| file.holds.len()).sum();
+        let asked = ranges.as_slice().len();
+        within_budget("held ranges", (held + asked) as u64, MOST_HELD)?;
+        let mut pages = Vec::with_capacity(asked);
         for range in ranges.iter() {
             let mut at = range.start();
             while at < range.end() {

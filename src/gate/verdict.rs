@@ -212,6 +212,7 @@ fn mend(what: &str) -> &'static str {
             ": use larger mappings (leave `piece` out; --hitless off), convert larger ranges, or raise \
              vfio_iommu_type1.dma_entry_limit"
         }
+        "held ranges" => ": end conversions that are open, or release what is in quarantine",
         _ => "",
     }
 }

@@ -74,6 +74,20 @@ impl Session {
         }
     }
 
+    /// Facts of one call; of operations in flight `ticket` says when they are over.
+    pub(super) fn facts(&mut self, events: Vec<Event>, ticket: Option<(DomainId, Ticket, Vec<JobId>)>) {
+        let mut over = Vec::new();
+        if let Some((domain, ticket, jobs)) = ticket {
+            if self.early.remove(&(domain, ticket)) {
+                over = jobs;
+            } else {
+                self.tickets.insert((domain, ticket), jobs);
+            }
+        }
+        events.into_iter().for_each(|event| self.handle(event));
+        over.into_iter().for_each(|job| self.handle(Event::Released { job }));
+    }
+
     /// The effect that `done` points at is part of another call now; and what needs no call, up to the next that does.
     fn take_joined(&mut self) {
         loop {

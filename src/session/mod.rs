@@ -201,20 +201,6 @@ impl Session {
         }
     }
 
-    /// Facts of one call; of operations in flight `ticket` says when they are over.
-    fn facts(&mut self, events: Vec<Event>, ticket: Option<(DomainId, Ticket, Vec<JobId>)>) {
-        let mut over = Vec::new();
-        if let Some((domain, ticket, jobs)) = ticket {
-            if self.early.remove(&(domain, ticket)) {
-                over = jobs;
-            } else {
-                self.tickets.insert((domain, ticket), jobs);
-            }
-        }
-        events.into_iter().for_each(|event| self.handle(event));
-        over.into_iter().for_each(|job| self.handle(Event::Released { job }));
-    }
-
     fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
         let when = Instant::now() + Duration::from_nanos(after_ns);
         self.timers.insert(invalidation, (when, rung));

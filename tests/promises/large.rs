@@ -1,9 +1,13 @@
 //! Large mappings: how pages leave them, in each way, and how they become large again.
 
-use passgate::gate::{Able, Hitless, OnStuckDma, Outcome, PageState, Policy, Step};
+use passgate::gate::{
+    Able, Answer, Backing, Caller, ClientId, Door, Effect, Event, FileId, Hitless, OnStuckDma, Outcome,
+    PageState, Performer, Policy, Ranges, RegionSpec, Step,
+};
 use passgate_backends::iommu::sim::{Call, Fault};
 use passgate_backends::{Nature, StopClass};
-use passgate_bindings::{Iova, PAGE};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Iova, PAGE, PageRange};
 use rustix::io::Errno;
 
 use crate::action::{AUTO, Action};
@@ -281,4 +285,44 @@ fn a_batch_is_one_invalidation_whose_neighbours_go_by_one_call() {
     convert(&mut world, 1, PageState::Private, 14);
     assert_eq!((world.verdicts, calls(&world)), ([2, 0, 0], [1, 17, 0]));
     assert!((0..30).all(|page| !sees(&world, page)) && sees(&world, 31));
+}
+
+#[test]
+fn as_many_ranges_are_held_as_there_is_room_for_in_the_ledger() {
+    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 40, 1 << 30) }, StopClass::DRAIN);
+    world.model.clean = false;
+    let tell = |world: &mut World, event| {
+        let mut effects = Vec::new();
+        world.gate.handle(event, &mut effects);
+        effects
+    };
+    let caller = |cookie| Caller { client: ClientId(1), door: Door::Channel, cookie };
+    let range = |page, pages| PageRange::new(page * PAGE, pages * PAGE).unwrap();
+    let spec = RegionSpec {
+        gpa: range(0, 1 << 20),
+        backing: Backing { file: FileId { device: 7, inode: 7 }, offset: Offset(0) },
+        writable: true,
+        piece: 0,
+        page: PAGE,
+        initial: PageState::Private,
+    };
+    tell(&mut world, Event::AddRegion { caller: caller(0), spec });
+    let begin = |world: &mut World, nth: u64, count: u64| {
+        let ranges: Vec<_> = (0..count).map(|n| range((nth * 4096 + n) * 2, 1)).collect();
+        let (to, performer) = (PageState::Private, Performer::Client);
+        let ranges = Ranges::try_from(ranges).unwrap();
+        tell(world, Event::Begin { caller: caller(nth), ranges, to, performer, deadline_ns: 1000 })
+    };
+    for nth in 0..16 {
+        let granted = begin(&mut world, nth, 4096);
+        assert!(matches!(granted[..], [Effect::Answer { answer: Answer::Verdict { .. }, .. }]), "{nth}");
+    }
+    let refused = begin(&mut world, 17, 1);
+    let [Effect::Answer { answer: Answer::Refused(refusal), .. }] = &refused[..] else {
+        panic!("{refused:?}")
+    };
+    assert!(
+        refusal.to_string().contains("65537 held ranges, the limit is 65536: end conversions"),
+        "{refusal}"
+    );
 }

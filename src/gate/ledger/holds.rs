@@ -32,6 +32,11 @@ impl Holds {
         self.holds.is_empty()
     }
 
+    /// How many ranges are held.
+    pub fn len(&self) -> usize {
+        self.holds.len()
+    }
+
     /// Whether anything is in quarantine.
     pub fn quarantined(&self) -> bool {
         self.quarantined > 0
