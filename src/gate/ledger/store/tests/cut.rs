@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use super::killed::{BASES, SPAN, apply, operation};
 use super::*;
 
-const OPERATIONS: u64 = 60;
+const OPERATIONS: u64 = 80;
 
 thread_local! {
     /// How many words may yet be published before this thread is cut off.
@@ -29,11 +29,13 @@ fn cut(store: &Store, number: u64, left: u64) -> Option<Store> {
     copy.iter().zip(store.words().iter()).for_each(|(to, from)| to.store(from.load(Relaxed), Relaxed));
     let copy = Store::open(copy).unwrap();
     let (at, pages, value) = operation(number);
-    let mut tree = Tree::new(&copy, key(at as u64)).unwrap();
     LEFT.set(Some(left));
-    let cut_off = catch_unwind(AssertUnwindSafe(|| match pages {
-        Some(pages) => tree.set(BASES[at] + pages.start..BASES[at] + pages.end, value).unwrap(),
-        None => tree.discard(),
+    let cut_off = catch_unwind(AssertUnwindSafe(|| {
+        let mut tree = Tree::new(&copy, key(at as u64)).unwrap();
+        match pages {
+            Some(pages) => tree.set(BASES[at] + pages.start..BASES[at] + pages.end, value).unwrap(),
+            None => tree.discard(),
+        }
     }));
     LEFT.set(None);
     cut_off.err().map(|_| again(&copy).unwrap())
@@ -42,7 +44,7 @@ fn cut(store: &Store, number: u64, left: u64) -> Option<Store> {
 #[test]
 fn cut_off_after_any_store_every_page_is_as_before_or_as_after() {
     let store = memfd(1 << 18);
-    let mut trees = [0, 1].map(|at| Some(Tree::new(&store, key(at)).unwrap()));
+    let mut trees = [None, None];
     let mut after = [vec![0u8; SPAN as usize], vec![0u8; SPAN as usize]];
     let mut cuts = 0;
     for number in 0..OPERATIONS {
@@ -51,6 +53,7 @@ fn cut_off_after_any_store_every_page_is_as_before_or_as_after() {
         let (at, pages, value) = operation(number);
         let mut left = 0;
         while let Some(found) = cut(&store, number, left) {
+            assert!(found.keys().iter().all(|found| [key(0), key(1)].contains(found)), "{:?}", found.keys());
             let tree = Tree::new(&found, key(at as u64)).unwrap();
             for (span, value) in tree.spans(BASES[at]..BASES[at] + SPAN) {
                 let span = (span.start - BASES[at]) as usize..(span.end - BASES[at]) as usize;

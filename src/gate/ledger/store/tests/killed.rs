@@ -25,9 +25,13 @@ pub(super) fn operation(number: u64) -> (usize, Option<Range<u64>>, u8) {
     if random(100) == 0 {
         return (tree, None, 0);
     }
-    let longest = [1, 3, 64, 600, 5000, SPAN][random(6) as usize];
+    // Half of them within a few leaves, so that these are changed again and again.
+    let (most, longest) = match random(2) {
+        0 => (3 * 512, [1, 3, 64, 600][random(4) as usize]),
+        _ => (SPAN, [1, 3, 64, 600, 5000, SPAN][random(6) as usize]),
+    };
     let len = 1 + random(longest);
-    let start = random(SPAN - len + 1);
+    let start = random(most - len + 1);
     (tree, Some(start..start + len), random(4) as u8)
 }
 
