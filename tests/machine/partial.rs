@@ -237,7 +237,11 @@ pub fn cut(rig: &Rig) {
 pub fn split(rig: &Rig) {
     let arguments = &["--hitless", "off"];
     let way = Way { name: "split", arguments, piece: PIECE, engines: true, batch: 1, conversions: 200 };
-    assert!(run(rig, &way) > 0, "no DMA was lost, though mappings went as a whole beneath it");
+    // Some ten are lost in a run; by chance there may be none.
+    assert!(
+        (0..3).any(|_| run(rig, &way) > 0),
+        "no DMA was lost, though mappings went as a whole beneath it"
+    );
 }
 
 /// The same, but a device that can be drained is: its transfers wait for the window to close.
