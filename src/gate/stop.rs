@@ -27,8 +27,8 @@ pub(super) struct DeviceEntry {
     shaken: bool,
     /// What is under way.
     busy: Option<Busy>,
-    /// The strongest fence that somebody needs after that.
-    next: Option<(Step, InvalidationId)>,
+    /// The fences that somebody needs after that, weakest first: the strongest, and a detach, which a reset does not include.
+    next: Vec<(Step, InvalidationId)>,
     /// Whether it could not be brought back: tried again when memory is added.
     lost: bool,
 }
@@ -61,7 +61,7 @@ impl DeviceEntry {
 
     /// Whether a fence is under way or asked for: any of them pauses it.
     pub(super) fn is_stopping(&self) -> bool {
-        matches!(self.busy, Some(Busy::Fence(_))) || self.next.is_some()
+        matches!(self.busy, Some(Busy::Fence(_))) || !self.next.is_empty()
     }
 
     /// Whether it plainly runs, and nothing is asked of it.
@@ -93,7 +93,7 @@ impl Gate {
             drained: None,
             shaken: false,
             busy: None,
-            next: None,
+            next: Vec::new(),
             lost: false,
         });
     }
@@ -158,8 +158,12 @@ impl Gate {
             // A reset under way does not detach.
             Some(Busy::Fence(other)) if other == step || (other > step && step != Step::Detach) => return,
             Some(_) => {
-                if entry.next.is_none_or(|(other, _)| other < step) {
-                    entry.next = Some((step, invalidation));
+                let includes =
+                    |this: Step, other: Step| this == other || (this > other && other != Step::Detach);
+                if !entry.next.iter().any(|(other, _)| includes(*other, step)) {
+                    entry.next.retain(|(other, _)| !includes(step, *other));
+                    entry.next.push((step, invalidation));
+                    entry.next.sort_unstable();
                 }
                 return;
             }
@@ -245,16 +249,22 @@ impl Gate {
     fn idle(&mut self, device: DeviceId, effects: &mut Effects) {
         let Some(entry) = self.devices.get_mut(&device) else { return };
         entry.busy = None;
-        let Some((step, asker)) = entry.next.take() else { return };
-        let Some(entry) = self.devices.get(&device) else { return };
-        // Whoever asked may have given up meanwhile, and another need it as much.
-        let needs = |id: &InvalidationId| {
-            let Some(inv) = self.invalidations.get(id) else { return false };
-            let may = self.may(entry, step, self.allowed(inv.after));
-            *id == asker || (may && (inv.stopping || inv.pausing.contains(&device) || inv.rung >= step))
-        };
-        if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
-            self.fence_one(device, step, invalidation, effects);
+        let mut next = std::mem::take(&mut entry.next).into_iter();
+        for (step, asker) in next.by_ref() {
+            let Some(entry) = self.devices.get(&device) else { return };
+            // Whoever asked may have given up meanwhile, and another need it as much.
+            let needs = |id: &InvalidationId| {
+                let Some(inv) = self.invalidations.get(id) else { return false };
+                let may = self.may(entry, step, self.allowed(inv.after));
+                *id == asker || (may && (inv.stopping || inv.pausing.contains(&device) || inv.rung >= step))
+            };
+            if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
+                self.fence_one(device, step, invalidation, effects);
+                break;
+            }
+        }
+        if let Some(entry) = self.devices.get_mut(&device) {
+            entry.next.extend(next);
         }
     }
 

@@ -130,10 +130,10 @@ impl Files {
         }
         let file = file?;
         identity::check(&file, memory.offset, memory.length, memory.writable)?;
-        if let FileKind::Hugetlb(page) = file.kind {
-            if [memory.gpa, memory.length, memory.offset].iter().any(|n| !n.is_multiple_of(page)) {
-                return Err(BorderError::Misplaced { page });
-            }
+        if let FileKind::Hugetlb(page) = file.kind
+            && [memory.gpa, memory.length, memory.offset].iter().any(|n| !n.is_multiple_of(page))
+        {
+            return Err(BorderError::Misplaced { page });
         }
         let private = private.map(|private| check_private(private, memory)).transpose()?;
         let id = FileId { device: file.device, inode: file.inode };

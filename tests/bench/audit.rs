@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use passgate::client::{AddMemory, Answer as Told, Channel, Client, Outcome as Went, PageState as To};
 use passgate::gate::{
-    Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, InvalidationId,
-    MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
+    Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
+    InvalidationId, MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
 };
 use passgate::observe::audit::{Log, LogOptions};
 use passgate::observe::records::StateOptions;
@@ -83,12 +83,14 @@ struct Pure {
 impl Pure {
     fn new(log: Option<Log>) -> Result<Self> {
         let mut pure = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
-        pure.tell(Event::DomainAdded { domain: DomainId(0), max_mappings: 65_535, max_piece: 1 << 30 });
+        let able = Able { max_mappings: 65_535, max_piece: 1 << 30, cut: false, replace: false };
+        pure.tell(Event::DomainAdded { domain: DomainId(0), able });
         let spec = RegionSpec {
             gpa: PageRange::new(0, PAGES * PAGE)?,
             backing: Backing { file: FileId { device: 1, inode: 1_234_567 }, offset: Offset(0) },
             writable: true,
             piece: PAGE,
+            page: PAGE,
             initial: PageState::Shared,
         };
         let caller = pure.caller();
@@ -141,7 +143,7 @@ impl Pure {
         for page in 0..TURN {
             let (caller, range) = (self.caller(), range(page % PAGES)?);
             let (to, performer, deadline_ns) = (PageState::Shared, Performer::Client, 1_000_000_000);
-            let begun = self.tell(Event::Begin { caller, range, to, performer, deadline_ns });
+            let begun = self.tell(Event::Begin { caller, ranges: range.into(), to, performer, deadline_ns });
             let invalidation = begun.ok_or("not granted")?;
             let caller = self.caller();
             self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });

@@ -5,6 +5,9 @@
 //!
 //! `cargo bench --bench channel [-- --iommu soft|type1|iommufd] [--device BDF]… [--rounds N] [--check]`
 //!
+//! Then bursts of 4 096 single pages to private: as one batch of every other page, as one batch of neighbours, and as single
+//! records of which 64 are in flight; each per page, against a begin of its own.
+//!
 //! `--check` exits with 1 where median(begin) is more than 1.25 × (median(echo) + median(raw unmap)).
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on stops
 
@@ -12,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate::client::{AddMemory, Answer, Client, Outcome, PageState};
+use passgate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 use passgate::serve::{Options, Server};
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
 use passgate_backends::{Tables, Unmap};
@@ -24,6 +27,12 @@ use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 const PAGES: u64 = 64;
 /// Where the raw unmap happens, out of the session's way.
 const RAW: u64 = 1 << 30;
+/// Where the memory of the bursts is, and how long a burst is.
+const BURSTS: u64 = 2 << 30;
+const BURST: u64 = 4096;
+/// Records in flight.
+const FLIGHT: u64 = 64;
+const ROUNDS: usize = 15;
 /// What passgate may add.
 const LIMIT: f64 = 1.25;
 
@@ -69,6 +78,47 @@ fn at(samples: &[u64], share: f64) -> f64 {
     samples[((samples.len() - 1) as f64 * share) as usize] as f64 / 1000.0
 }
 
+/// Microseconds a page of each kind of burst, medians.
+fn bursts(client: &mut Client, channel: &mut Channel, cut: bool) -> [(&'static str, f64); 3] {
+    let file = GuestFile::memfd("bursts", 2 * BURST * PAGE).unwrap();
+    let piece = if cut { 0 } else { PAGE };
+    let memory = AddMemory { piece, ..AddMemory::shared(BURSTS, 2 * BURST * PAGE) };
+    client.add_memory(&memory, &[&file]).unwrap();
+    let page = |n: u64| PageRange::<Gpa>::new(BURSTS + n * PAGE, PAGE).unwrap();
+    let mut samples: [Vec<u64>; 3] = Default::default();
+    for _ in 0..ROUNDS {
+        for (kind, step) in [(0, 2), (1, 1)] {
+            let ranges: Vec<_> = (0..BURST).map(|n| page(n * step)).collect();
+            let answer = timed(&mut samples[kind], || channel.begin_many(&ranges, PageState::Private, None));
+            let Ok(Answer::Granted { invalidation }) = answer else { panic!("{answer:?}") };
+            channel.end(invalidation, Outcome::NotCommitted).unwrap();
+        }
+        let mut granted = Vec::with_capacity(BURST as usize);
+        timed(&mut samples[2], || {
+            for first in (0..BURST).step_by(FLIGHT as usize) {
+                for n in first..first + FLIGHT {
+                    channel.submit(page(n), PageState::Private, None).unwrap();
+                }
+                for _ in 0..FLIGHT {
+                    let (_, answer) = channel.completed().unwrap();
+                    let Ok(Answer::Granted { invalidation }) = answer else { panic!("{answer:?}") };
+                    granted.push(invalidation);
+                }
+            }
+        });
+        for invalidation in granted {
+            channel.end(invalidation, Outcome::NotCommitted).unwrap();
+        }
+    }
+    let names = ["batch of every other page", "batch of neighbours", "64 records in flight"];
+    let mut samples = samples.into_iter();
+    names.map(|name| {
+        let mut samples = samples.next().unwrap_or_default();
+        samples.sort_unstable();
+        (name, at(&samples, 0.5) / BURST as f64)
+    })
+}
+
 fn main() -> ExitCode {
     let asked = asked();
     let Assignment { domain, devices } =
@@ -98,6 +148,7 @@ fn main() -> ExitCode {
         let gone = timed(unmaps, || domain.unmap(raw));
         assert!(matches!(gone, Unmap::Gone { bytes: PAGE }), "{gone:?}");
     }
+    let bursts = bursts(&mut client, &mut channel, domain.capabilities().cut);
     drop((client, channel));
     server.stop().unwrap();
 
@@ -105,6 +156,10 @@ fn main() -> ExitCode {
     println!("{} rounds over {} (µs)            median      p99", asked.rounds, domain.name());
     for (name, samples) in ["echo", "begin", "end", "raw unmap"].iter().zip(&samples) {
         println!("{name:>28}  {:>10.2} {:>8.2}", at(samples, 0.5), at(samples, 0.99));
+    }
+    let alone = at(&samples[1], 0.5);
+    for (name, us) in bursts {
+        println!("{name:>28}  {us:>10.2} a page, {:.3} of a begin", us / alone);
     }
     let [echo, begin, _, unmap] = &samples;
     let ratio = at(begin, 0.5) / (at(echo, 0.5) + at(unmap, 0.5));

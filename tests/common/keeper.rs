@@ -23,6 +23,10 @@ const LONG: Duration = Duration::from_secs(20);
 
 type Kept = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 
+/// One at a time: a child that another thread has just forked has copies of everything until it executes its program,
+/// also of a socket that is to be closed.
+static ONE: Mutex<()> = Mutex::new(());
+
 /// A service, its manager, and what the manager keeps for it.
 pub struct Keeper {
     program: PathBuf,
@@ -35,10 +39,12 @@ pub struct Keeper {
     child: Option<Child>,
     log: Arc<Mutex<Vec<String>>>,
     place: TempDir,
+    _one: MutexGuard<'static, ()>,
 }
 
 impl Keeper {
     pub fn new(program: &Path, arguments: &[&str]) -> Self {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let place = tempfile::tempdir().unwrap();
         let socket = UnixDatagram::bind(place.path().join("notify")).unwrap();
         let (kept, (tell, told)) = (Kept::default(), channel());
@@ -59,6 +65,7 @@ impl Keeper {
             child: None,
             log: Arc::default(),
             place,
+            _one: one,
         }
     }
 

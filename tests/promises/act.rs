@@ -139,7 +139,11 @@ impl World {
         let truth = &self.model.truth;
         let doubt = truth.files.iter().any(|file| {
             let mut mine = file.quarantine.iter().filter(|held| held.since == since);
-            mine.any(|held| !self.model.doubtful(file.id, held.range).is_empty())
+            // Also beside a replace that has not come back.
+            let seen = |held: PageRange<Offset>| {
+                truth.aliases(file.id, held).any(|(_, iova)| self.model.told.unproved(iova).is_some())
+            };
+            mine.any(|held| !self.model.doubtful(file.id, held.range).is_empty() || seen(held.range))
         });
         let to = if doubt { PageState::Shared } else { to };
         let caller = self.caller(self.client(client));

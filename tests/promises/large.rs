@@ -123,7 +123,7 @@ fn where_no_dma_may_be_lost_the_device_is_paused_until_the_rest_is_back() {
     play(&mut world, &[begin(100, PageState::Private, 0)]);
     assert_eq!((world.fences.clone(), calls(&world)), (vec![Step::Drain], [1, 0, 0]), "first the pause");
     let next = Action::Work { task: 0, deliver: true, fault: None };
-    play(&mut world, &[next.clone()]);
+    play(&mut world, std::slice::from_ref(&next));
     assert_eq!(world.verdicts, [0; 3], "then the unmap");
     play(&mut world, &[next]);
     assert_eq!((world.verdicts, calls(&world)), ([1, 0, 0], [1, 1, 0]));

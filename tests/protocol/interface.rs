@@ -65,6 +65,19 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
     let subscribe = Subscribe { after: Some(1), instance: Some(String::new()) };
     let quarantined =
         Quarantined { gpa: Some(1), offset: 0, length: 1, cause: String::new(), invalidation: 1 };
+    let region_adopted = AdoptedRegion {
+        region: 1,
+        gpa: 0,
+        length: 1,
+        offset: 0,
+        piece: 1,
+        writable: true,
+        shared: 0,
+        private: 0,
+        hole: 0,
+        unknown: 0,
+    };
+    let unended = Unended { invalidation: 1, gpa: 0, length: 1 };
     let status = Status {
         version: String::new(),
         iommu: String::new(),
@@ -99,6 +112,8 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
         ("type Quarantined", spoken(&quarantined)),
         ("type Refused", spoken(&refused)),
         ("type Totals", spoken(&Totals::default())),
+        ("type AdoptedRegion", spoken(&region_adopted)),
+        ("type Unended", spoken(&unended)),
         ("method AddMemory", spoken(&AddMemory::shared(0, 1))),
         ("method RemoveMemory", spoken(&RemoveMemory { region: 1 })),
         ("method Convert", spoken(&convert)),
@@ -116,6 +131,7 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
         ("method Status", spoken(&status)),
         ("method Subscribe", spoken(&json!({"sequence": 1, "event": "", "details": {}}))),
         ("method Release", spoken(&Released { bytes: 1 })),
+        ("method Adopt", spoken(&Adopted { regions: vec![], unended: vec![], more_unended: 0 })),
         ("method Metrics", spoken(&Metrics { text: String::new() })),
         ("method Dma", spoken(&DmaDone { read: Some(String::new()) })),
     ] {

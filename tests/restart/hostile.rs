@@ -8,7 +8,7 @@ use passgate_bindings::PAGE;
 use rustix::fs::MemfdFlags;
 
 use super::keeper::Keeper;
-use super::{Dice, GPA, PAGES, begin, convert, join, memory, reaches, service};
+use super::{Dice, GPA, PAGES, begin, convert, join, memory, reaches, service, settled};
 
 /// Whatever comes in place of what was kept: a clean start that says why, or a clear error; never another state.
 #[test]
@@ -100,6 +100,7 @@ fn what_was_kept_is_not_believed_for_its_shape() {
             // It serves as one that has just begun.
             client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
         }
+        settled(&mut client, PAGES);
         assert!(reaches(&mut client, 1), "{what}");
     }
 }

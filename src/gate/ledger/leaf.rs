@@ -42,6 +42,14 @@ pub(super) fn merged(word: u64) -> u64 {
     low | high | (low & high) << 1
 }
 
+/// Writes a word that others may be led by: what was written before is there for whoever sees it.
+#[inline]
+pub(super) fn publish(word: &AtomicU64, value: u64) {
+    word.store(value, Release);
+    #[cfg(test)]
+    super::store::tests::cut::published();
+}
+
 /// The pages `pages` (within the word) as a mask of both their bits.
 fn mask(pages: Range<u64>) -> u64 {
     u64::MAX >> (64 - 2 * (pages.end - pages.start)) << (2 * pages.start)
@@ -66,7 +74,7 @@ impl Leaf<'_> {
         let old = word.load(Relaxed);
         let new = old & !(3 << shift) | u64::from(value) << shift;
         if new != old {
-            word.store(new, Release);
+            publish(word, new);
         }
         ((old >> shift & 3) as u8, new == spread(value))
     }
@@ -83,7 +91,7 @@ impl Leaf<'_> {
             let old = word.load(Relaxed);
             let new = old & !mask | filled & mask;
             if new != old {
-                word.store(new, Release);
+                publish(word, new);
                 even |= new == filled;
             }
         }

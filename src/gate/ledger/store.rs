@@ -16,6 +16,7 @@ use passgate_bindings::words::Words;
 use super::blocks::{BLOCK_BYTES, BLOCK_WORDS, Blocks, LEAF_WORDS, LEAVES};
 use super::fault::{Full, OpenError};
 use super::fill::{Fill, UNIFORM};
+use super::leaf::publish;
 use super::table::Table;
 
 /// "passgate", as a little-endian word.
@@ -236,7 +237,7 @@ impl Store {
 
     fn put(&self, at: usize, value: u64) {
         if let Some(word) = self.0.words.get(at) {
-            word.store(value, Release);
+            publish(word, value);
         }
     }
 
@@ -361,4 +362,4 @@ fn as_table(root: u64) -> Option<(u32, u32)> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -220,6 +220,7 @@ fn in_a_full_store_what_cannot_be_told_apart_is_in_doubt() {
     while mapped.runs(range(0, 1 << 18)).all(|run| run.state == RunState::Cached) {
         mapped.take(range(taken * 512 + 7, 1), RunState::Cached);
         taken += 1;
+        assert!(taken < 512, "there was room for all");
     }
     let last = taken - 1;
     let runs: Vec<_> = mapped.runs(range(last * 512, 512)).collect();

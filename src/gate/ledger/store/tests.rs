@@ -1,6 +1,7 @@
 //! What a store's memory may hold, and what it may lose: nothing.
 
 mod corrupt;
+pub(in crate::gate::ledger) mod cut;
 mod killed;
 
 use super::*;

@@ -7,13 +7,13 @@ use std::process::{Child, Command, Stdio};
 use super::*;
 
 /// Pages told apart in each of the trees: over borders of leaves and of the first node.
-const SPAN: u64 = span(1) + 3 * 512;
+pub(super) const SPAN: u64 = span(1) + 3 * 512;
 /// Where the trees' pages start. The second has to grow for them.
-const BASES: [u64; 2] = [0, 1 << 30];
+pub(super) const BASES: [u64; 2] = [0, 1 << 30];
 const KILLS: u64 = 250;
 
 /// What operation `number` does: to a tree, its pages, a value; no pages: the tree is forgotten.
-fn operation(number: u64) -> (usize, Option<Range<u64>>, u8) {
+pub(super) fn operation(number: u64) -> (usize, Option<Range<u64>>, u8) {
     let mut state = number;
     let mut random = |n: u64| {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -63,7 +63,7 @@ fn start(store: &Store) -> Child {
         .unwrap()
 }
 
-fn apply(model: &mut [Vec<u8>; 2], number: u64) {
+pub(super) fn apply(model: &mut [Vec<u8>; 2], number: u64) {
     let (tree, pages, value) = operation(number);
     let pages = pages.unwrap_or(0..SPAN);
     model[tree][pages.start as usize..pages.end as usize].fill(value);
