@@ -16,6 +16,7 @@ mod machine {
     pub mod death;
     pub mod list;
     pub mod owner;
+    pub mod partial;
     pub mod programs;
     pub mod recovery;
     pub mod refusals;
@@ -29,7 +30,8 @@ mod machine {
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
 use machine::{
-    conversion, death, list, owner, programs, recovery, refusals, restart, selftest, strict, together,
+    conversion, death, list, owner, partial, programs, recovery, refusals, restart, selftest, strict,
+    together,
 };
 
 type Run = fn(&Rig);
@@ -58,11 +60,19 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
     ("a_restart_goes_on_under_dma", restart::goes_on),
     ("a_restart_that_never_comes_stops_the_devices", restart::let_go),
+    ("a_split_loses_dma_and_the_judge_sees_it", partial::split),
+    ("a_split_under_a_drained_drive_loses_nothing", partial::drained),
     ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
 ];
 
 /// What type1 alone cannot do.
 const TYPE1: &[(&str, Run)] = &[("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable)];
+
+/// What type1 cannot do at all.
+const IOMMUFD: &[(&str, Run)] = &[
+    ("a_cut_loses_no_dma_beside_it", partial::cut),
+    ("a_replace_takes_away_what_it_must", partial::replace),
+];
 
 /// Why a trial cannot run here, where it cannot.
 type Excuse = fn() -> Option<&'static str>;
@@ -88,7 +98,7 @@ fn main() {
         Ok(has) => {
             for iommu in ["iommufd", "type1"] {
                 let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
-                let own = if iommu == "type1" { TYPE1 } else { &[] };
+                let own = if iommu == "type1" { TYPE1 } else { IOMMUFD };
                 trials
                     .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);

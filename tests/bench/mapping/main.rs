@@ -2,15 +2,17 @@
 //!
 //! - *share*: all of the memory mapped, as passgate does and page by page, with small and with large IOMMU pages: calls,
 //!   time, slab, page tables, and how fast a device reads it then.
+//! - *cut*: one page out of a large mapping, through the gate and by the bare call, where the domain can.
 //! - *boot*: a trace as a confidential guest makes it when it boots (`trace.rs` says how), played by passgate's gate, and by
 //!   one mapping for each 4 KiB page, by range (as QEMU's listener does) and behind a tracker of what is mapped (as Cloud
 //!   Hypervisor does).
 //!
 //! `cargo bench --bench mapping [-- --mib N]` plays *boot* over the soft domain;
-//! `tests/vm/run --bench mapping --iommu iommufd --device 0000:00:05.0 --mib 256` both in the machine, or with `--iommu type1`.
+//! `tests/vm/run --bench mapping --iommu iommufd --device 0000:00:05.0 --mib 256` all in the machine, or with `--iommu type1`.
 //! One run, one table; the machine is emulated and shared, so compare within a run only.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on stops
 
+mod cut;
 mod engine;
 mod rivals;
 mod trace;
@@ -243,6 +245,7 @@ fn main() {
     }
     if asked.kind != Kind::Soft {
         share(&asked, &file);
+        cut::cut(&asked, &file);
     }
     boot(&asked, &file);
 }
