@@ -37,7 +37,7 @@ impl Gate {
 }
 
 /// Whether the invalidation takes away more than its own pages in a domain, or maps what it takes away again.
-fn splits(domain: &DomainEntry, inv: &Invalidation) -> bool {
+pub(super) fn splits(domain: &DomainEntry, inv: &Invalidation) -> bool {
     let is_merge = matches!(inv.after, After::Merged(_));
     if !inv.sweeps(domain.id) || (domain.able.cut && !is_merge) {
         return false;

@@ -7,7 +7,9 @@
 use super::effect::{Effect, Effects, Notice};
 use super::event::{DeviceId, DomainId, InvalidationId, JobId};
 use super::fence::{Nature, Platform, Step, Steps};
-use super::invalidation::After;
+use super::hitless::pause;
+use super::invalidation::{After, Invalidation};
+use super::pause::splits;
 use super::receipt::Evidence;
 use super::{Gate, Job};
 
@@ -256,15 +258,29 @@ impl Gate {
             let needs = |id: &InvalidationId| {
                 let Some(inv) = self.invalidations.get(id) else { return false };
                 let may = self.may(entry, step, self.allowed(inv.after));
-                *id == asker || (may && (inv.stopping || inv.pausing.contains(&device) || inv.rung >= step))
+                *id == asker || (may && (inv.stopping || inv.rung >= step))
             };
             if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
                 self.fence_one(device, step, invalidation, effects);
                 break;
             }
         }
-        if let Some(entry) = self.devices.get_mut(&device) {
-            entry.next.extend(next);
+        let Some(entry) = self.devices.get_mut(&device) else { return };
+        entry.next.extend(next);
+        let domain = entry.domain;
+        let Some(entry) = self.devices.get(&device) else { return };
+        // A pause that was asked for behind something stronger, which nobody needs any more, is still one.
+        let waits = |id: &InvalidationId| {
+            let asked = |inv: &&Invalidation| inv.pausing.contains(&device) && !inv.hurried;
+            let inv = self.invalidations.get(id).filter(asked);
+            inv.is_some_and(|inv| self.domain(domain).is_some_and(|domain| splits(domain, inv)))
+        };
+        if entry.busy.is_none()
+            && !entry.is_paused()
+            && let Some(step) = pause(entry)
+            && let Some(invalidation) = self.clearing.iter().copied().find(waits)
+        {
+            self.fence_one(device, step, invalidation, effects);
         }
     }
 
