@@ -23,7 +23,7 @@ use std::time::Instant;
 
 use passgate::gate::{Hitless, PageState};
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
-use passgate_backends::{Device, Domain, Tables, Unmap};
+use passgate_backends::{Device, Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
