@@ -39,9 +39,9 @@ pub(crate) fn cut(asked: &Asked, file: &Arc<GuestFile>) {
         let page = round * (pages / rounds);
         let step = |to| Step { ranges: vec![PageRange::new((page + 1) * PAGE, PAGE).unwrap()], to };
         let ours = |engine: &mut Engine| {
-            let began = Instant::now();
+            let before = engine.spent();
             engine.convert(&step(PageState::Private));
-            began.elapsed()
+            engine.spent() - before
         };
         let raw = PageRange::new((page + 4) * PAGE, PAGE).unwrap();
         let by_hand = || {

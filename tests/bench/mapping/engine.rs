@@ -1,6 +1,7 @@
 //! passgate's gate on a real domain, without a daemon: each effect is executed as it comes.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use passgate::gate::{
     Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, Hitless,
@@ -21,12 +22,13 @@ pub(crate) struct Engine {
     calls: u64,
     most: u64,
     cookie: u64,
+    spent: Duration,
 }
 
 impl Engine {
     pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, hitless: Hitless) -> Self {
         let gate = Gate::new(Policy { hitless, ..Policy::default() });
-        let mut engine = Self { gate, domain, file, calls: 0, most: 0, cookie: 0 };
+        let mut engine = Self { gate, domain, file, calls: 0, most: 0, cookie: 0, spent: Duration::ZERO };
         let can = engine.domain.capabilities();
         let able = Able {
             max_mappings: can.max_mappings,
@@ -56,17 +58,24 @@ impl Engine {
     /// One step of a trace: begin, verdict, end.
     pub(crate) fn convert(&mut self, step: &Step) {
         let ranges = Ranges::try_from(step.ranges.clone()).unwrap();
+        let began = Instant::now();
         let (caller, to, performer) = (self.caller(), step.to, Performer::Client);
         let granted = self.tell(Event::Begin { caller, ranges, to, performer, deadline_ns: u64::MAX });
         let invalidation = granted.expect("every conversion of the trace is granted");
         let caller = self.caller();
         self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+        self.spent += began.elapsed();
         self.most = self.most.max(self.mappings());
     }
 
     /// Calls on the domain that make or take away mappings, as the kernel counts them: one for each mapping that is made.
     pub(crate) fn calls(&self) -> u64 {
         self.calls
+    }
+
+    /// The time of all conversions, without that of looking at the gate.
+    pub(crate) fn spent(&self) -> Duration {
+        self.spent
     }
 
     pub(crate) fn most(&self) -> u64 {
