@@ -103,6 +103,9 @@ fn main() {
                     .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
                 let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
+                let (name, run) =
+                    ("a_page_leaves_a_huge_page_and_comes_back", conversion::a_page_of_a_huge_page as Run);
+                trials.push(on(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
                 let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
             }

@@ -278,7 +278,8 @@ impl Gate {
 
     /// Whether somebody waits for something over `iova`.
     pub(super) fn awaited(&self, iova: PageRange<Iova>) -> bool {
-        self.clearing.iter().any(|id| self.invalidations.get(id).is_some_and(|inv| inv.targets(iova)))
+        let waits = |inv: &Invalidation| inv.encloses(iova) || inv.targets(iova);
+        self.clearing.iter().any(|id| self.invalidations.get(id).is_some_and(waits))
     }
 
     /// Whoever waits for something over `iova` looks again.

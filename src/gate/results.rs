@@ -234,11 +234,11 @@ impl Gate {
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
         // The common case: nothing came along with the range, and nothing else is in doubt.
         let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
-        let plain = enclosed && !self.unsettled();
+        let plain = enclosed && self.is_alone(invalidation);
         // Taken down now: the region may be gone when it is settled.
         let pages = if plain { Vec::new() } else { self.files_at(iova) };
         self.advance_over(iova, effects);
-        if plain && !self.unsettled() {
+        if plain && self.is_alone(invalidation) {
             return;
         }
         self.look_again(iova, pages, invalidation, effects);
@@ -261,6 +261,15 @@ impl Gate {
             self.reconcile(part.file, part.range, effects);
         }
         self.settle(iova, pages, effects);
+    }
+
+    /// Whether nothing is in quarantine, on its way out, or in doubt but what this invalidation itself waits for.
+    fn is_alone(&self, invalidation: InvalidationId) -> bool {
+        let own = self.invalidations.get(&invalidation).map_or(0, |inv| inv.under_way as usize);
+        let unsettled: usize = self.domains.iter().map(|domain| domain.mapped.unsettled()).sum();
+        unsettled <= own
+            && !self.files.values().any(|file| file.holds.quarantined())
+            && !self.regions.values().any(|region| region.closing)
     }
 
     /// Whether anything is in quarantine, on its way out, or neither plainly mapped nor about to be.

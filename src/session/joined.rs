@@ -24,6 +24,7 @@ pub(super) type Share = (JobId, u64);
 impl Session {
     /// Takes the effects that may be done by one call with `first`, the one just taken out.
     pub(super) fn join(&mut self, first: Effect) -> Option<Call> {
+        self.pass_over();
         match first {
             Effect::Unmap { job, domain, mut iova, bytes } => {
                 let mut shares = Vec::new();
@@ -88,25 +89,31 @@ impl Session {
         over.into_iter().for_each(|job| self.handle(Event::Released { job }));
     }
 
-    /// The effect that `done` points at is part of another call now; and what needs no call, up to the next that does.
+    /// The effect that `done` points at is part of another call now.
     fn take_joined(&mut self) {
-        loop {
-            if let Some(effect) = self.effects.get_mut(self.done) {
-                self.done += 1;
-                *effect = NOTHING;
-            }
-            match self.effects.get_mut(self.done) {
-                Some(Effect::Arm { invalidation, rung, after_ns }) => {
+        if let Some(effect) = self.effects.get_mut(self.done) {
+            self.done += 1;
+            *effect = NOTHING;
+        }
+        self.pass_over();
+    }
+
+    /// Does what needs no call, up to the next effect that does.
+    fn pass_over(&mut self) {
+        while let Some(effect) = self.effects.get_mut(self.done) {
+            match effect {
+                Effect::Arm { invalidation, rung, after_ns } => {
                     let (invalidation, rung, after_ns) = (*invalidation, *rung, *after_ns);
                     self.arm(invalidation, rung, after_ns);
                 }
-                Some(effect @ Effect::Receipt(_)) => {
+                Effect::Receipt(_) => {
                     if let Effect::Receipt(receipt) = std::mem::replace(effect, NOTHING) {
                         self.remember(*receipt);
                     }
                 }
                 _ => return,
             }
+            self.done += 1;
         }
     }
 }
@@ -145,7 +152,12 @@ pub(super) fn shared(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
+    use crate::session::{Next, Pool};
+    use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_bindings::PAGE;
 
     fn shares() -> Vec<Share> {
@@ -183,5 +195,52 @@ mod tests {
         assert_eq!(touching(range(4, 2), range(6, 1)), Some(range(4, 3)));
         assert_eq!(touching(range(4, 2), range(3, 1)), Some(range(3, 3)));
         assert_eq!(touching(range(4, 2), range(7, 1)), None);
+    }
+
+    fn session() -> Session {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        Session::new(Policy::default(), Arc::new(sim), Vec::new(), &[], Pool::new(|_| {}), None, None)
+    }
+
+    fn unmap(job: u64, page: u64) -> Effect {
+        let iova = PageRange::new(page * PAGE, PAGE).unwrap();
+        Effect::Unmap { job: JobId(job), domain: DomainId(0), iova, bytes: PAGE }
+    }
+
+    /// The jobs of the next call, and how many pages it is over.
+    fn next(session: &mut Session) -> (Vec<u64>, u64) {
+        let Next::Call(Call::Unmap { job, iova, shares, .. }) = session.next_step() else {
+            panic!("no unmap")
+        };
+        let jobs = if shares.is_empty() { vec![job] } else { shares.iter().map(|(job, _)| *job).collect() };
+        (jobs.into_iter().map(|job| job.0).collect(), iova.pages())
+    }
+
+    #[test]
+    fn what_lies_between_neighbours_is_done_and_what_must_stay_in_order_parts_them() {
+        let mut session = session();
+        let arm = |id| Effect::Arm { invalidation: InvalidationId(id), rung: Step::Unmap, after_ns: 1 << 40 };
+        let caller = Caller { client: ClientId(1), door: Door::Channel, cookie: 7 };
+        let ended = Effect::Answer { caller, answer: Answer::Ended { invalidation: InvalidationId(1) } };
+        session.effects =
+            vec![arm(1), unmap(1, 4), arm(2), unmap(2, 5), unmap(3, 3), unmap(4, 9), ended, unmap(5, 10)];
+        assert_eq!(next(&mut session), (vec![1, 2, 3], 3));
+        assert_eq!(session.timers.len(), 2, "the second alarm is set although its effect was passed over");
+        assert_eq!(next(&mut session), (vec![4], 1));
+        assert!(matches!(session.next_step(), Next::Answer(..)));
+        assert_eq!(next(&mut session), (vec![5], 1));
+        assert!(matches!(session.next_step(), Next::Idle));
+    }
+
+    #[test]
+    fn a_ticket_that_ends_before_its_call_has_returned_releases_all_that_shared_it() {
+        let mut session = session();
+        session.early.insert((DomainId(0), Ticket(3)));
+        let flying = UnmapResult::InFlight { bytes: 4 * PAGE };
+        let returned = shared(flying, Some((DomainId(0), Ticket(3))), shares(), 1);
+        session.returned(returned);
+        assert!(session.early.is_empty() && session.tickets.is_empty());
+        session.returned(shared(flying, Some((DomainId(0), Ticket(4))), shares(), 1));
+        assert_eq!(session.tickets.values().map(Vec::len).collect::<Vec<_>>(), [3]);
     }
 }

@@ -1,12 +1,14 @@
 //! Conversions under DMA: what the owner sees and what the device sees.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use passgate::client::{Outcome, PageState};
+use passgate::client::{AddMemory, Convert, Outcome, PageState, State};
 use passgate_bindings::PAGE;
+use passgate_bindings::memory::GuestFile;
 
-use super::rig::{BLOCKED, Engine, LEN, Rig, bytes, fresh, guest, memfd};
+use super::rig::{BLOCKED, Engine, GPA, LEN, Rig, Vmm, bytes, fresh, guest, memfd};
 use crate::daemon::{LONG, until};
 
 /// The canonical bug, which is why passgate exists: an owner that punches without a word.
@@ -83,7 +85,9 @@ pub fn neighbours_keep_their_dma(rig: &Rig) {
 
 pub fn the_rest_of_a_piece_is_mapped_again(rig: &Rig) {
     const PAGES: u64 = 16;
-    let daemon = rig.serve();
+    // type1 splits the piece, and nothing pauses the engine for it.
+    let window: &[&str] = if rig.iommu == "type1" { &["--hitless", "off"] } else { &[] };
+    let daemon = rig.serve_with(window);
     let mut vmm = rig.join(&daemon, memfd(PAGES), PAGES * PAGE);
     assert_eq!(vmm.client.status().unwrap().mappings, 1);
     let invalidation = vmm.begin(5, PageState::Private);
@@ -97,6 +101,49 @@ pub fn the_rest_of_a_piece_is_mapped_again(rig: &Rig) {
     vmm.give_back(5);
     assert!(until(LONG, || vmm.client.status().unwrap().mappings == 3));
     assert!(vmm.reaches(5));
+}
+
+/// Why there is no memory of huge pages here, where there is none.
+pub fn no_huge_pages() -> Option<&'static str> {
+    const DIR: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    let _ = std::fs::write(format!("{DIR}/nr_hugepages"), "1");
+    let free = std::fs::read_to_string(format!("{DIR}/free_hugepages"));
+    let has = free.is_ok_and(|free| free.trim() != "0");
+    (!has).then_some("this machine gives no page of 2 MiB")
+}
+
+/// One page leaves a mapping of a huge page, and comes back; after a quiet while it is one mapping again.
+pub fn a_page_of_a_huge_page(rig: &Rig) {
+    const HUGE: u64 = 2 << 20;
+    let daemon = rig.serve_with(&["--hitless", "off"]);
+    let memory = Arc::new(GuestFile::memfd_huge("huge", HUGE, HUGE).unwrap());
+    let mut client = daemon.client();
+    let region = AddMemory { sole_mapper: true, ..AddMemory::shared(GPA, HUGE) };
+    assert_eq!(client.add_memory(&region, &[&*memory]).unwrap().mapped, HUGE);
+    let channel = client.open_channel().unwrap();
+    let mut vmm = Vmm { client, channel, memory, engine: Engine::of(&daemon, &rig.edu) };
+    assert_eq!(vmm.client.status().unwrap().mappings, 1);
+
+    let invalidation = vmm.begin(5, PageState::Private);
+    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 2), "both remainders");
+    for page in [0, 4, 6, 511] {
+        assert!(vmm.reaches(page), "DMA to page {page}");
+    }
+    vmm.is_out_of_reach(5);
+    vmm.end(invalidation);
+    vmm.give_back(5);
+    assert!(vmm.reaches(5));
+    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 1), "one mapping again");
+    assert!(vmm.reaches(5) && vmm.reaches(6));
+
+    // The file itself gives up nothing smaller, and is not asked to.
+    let part = Convert { gpa: GPA + 5 * PAGE, length: PAGE, to: State::Private, deadline_ms: 0 };
+    let refused = vmm.client.convert(&part).unwrap_err().to_string();
+    assert!(refused.contains("has pages of 2097152 bytes and gives up nothing smaller"), "{refused}");
+    assert!(vmm.reaches(5), "nothing has changed");
+    let whole = Convert { gpa: GPA, length: HUGE, ..part };
+    assert_eq!(vmm.client.convert(&whole).unwrap().verdict, "done");
+    assert_eq!(vmm.engine.read(5), BLOCKED);
 }
 
 pub fn not_committed(rig: &Rig) {
