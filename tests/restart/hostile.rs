@@ -8,7 +8,7 @@ use passgate_bindings::PAGE;
 use rustix::fs::MemfdFlags;
 
 use super::keeper::Keeper;
-use super::{Dice, GPA, PAGES, begin, convert, join, memory, reaches, service, settled};
+use super::{Dice, GPA, PAGES, begin, comes_to_reach, convert, join, memory, service, settled};
 
 /// Whatever comes in place of what was kept: a clean start that says why, or a clear error; never another state.
 #[test]
@@ -101,7 +101,7 @@ fn what_was_kept_is_not_believed_for_its_shape() {
             client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
         }
         settled(&mut client, PAGES);
-        assert!(reaches(&mut client, 1), "{what}");
+        assert!(comes_to_reach(&mut client, 1), "{what}");
     }
 }
 

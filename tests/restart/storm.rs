@@ -81,7 +81,10 @@ fn killed_at_any_moment_it_knows_or_says_that_it_does_not() {
         settled_if(&mut client, shared.count() as u64, &known);
         for (at, knows) in known.iter_mut() {
             let lost = unended.contains_key(at);
-            let reached = reaches(&mut client, *at);
+            let reached = match *knows {
+                Knows::Is(PageState::Shared) => crate::comes_to_reach(&mut client, *at),
+                _ => reaches(&mut client, *at),
+            };
             match *knows {
                 Knows::Is(state) => {
                     assert!(!lost, "kill {kill}: page {at} was {state:?}, now nobody knows");
