@@ -2,7 +2,7 @@
 //!
 //! Where pages leave a mapping, its place on the grid is *frayed*: it takes more kernel mappings than it need. Once it has
 //! been quiet for a while and all of it is shared again, it is unmapped as a whole and mapped as one. That is a window, so
-//! it is done only where windows are allowed ([`super::Hitless`]), and never while anything is under way.
+//! it is done only where windows are allowed ([`Hitless`]), and never while anything is under way.
 //! A place that keeps being split is mapped page by page meanwhile, so that it need not be split again.
 
 use std::collections::BTreeMap;
@@ -13,6 +13,7 @@ use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 use super::Gate;
 use super::effect::Effects;
 use super::event::{Caller, ClientId, DomainId, Door};
+use super::hitless::Hitless;
 use super::invalidation::After;
 use super::ledger::PageState;
 use super::ledger::mapped::objects;
@@ -92,7 +93,7 @@ impl Gate {
     /// Pages of `range` come or go: takes down where its ends lie inside a place on the grid.
     pub(super) fn fray(&mut self, domain: DomainId, range: PageRange<Iova>) {
         let Some((index, piece)) = self.grid(domain, range.start()) else { return };
-        if piece == PAGE || !self.windows(domain) {
+        if piece == PAGE || !self.merges(domain) {
             return;
         }
         let entry = &mut self.domains[index];
@@ -103,6 +104,13 @@ impl Gate {
                 entry.frayed.touch(place(edge, piece), split);
             }
         }
+    }
+
+    /// Whether what frayed in a domain is merged. Where pages are cut it costs a window to gain little (IOMMU pages are small
+    /// either way, and mappings not counted), so only where windows are no matter.
+    fn merges(&self, domain: DomainId) -> bool {
+        let cuts = self.domain(domain).is_some_and(|entry| entry.able.cut);
+        self.windows(domain) && (!cuts || self.policy.hitless == Hitless::Off)
     }
 
     /// The domain's index, and the bytes per kernel mapping at `at`, while a region is there.
@@ -130,7 +138,7 @@ impl Gate {
             if !ready {
                 continue;
             }
-            let may = self.windows(domain) && self.keeps_copies(domain).is_none();
+            let may = self.merges(domain) && self.keeps_copies(domain).is_none();
             let ripe = self.domains[index].frayed.quiet();
             for start in ripe.into_iter().filter(|_| may) {
                 self.merge(domain, start, effects);
