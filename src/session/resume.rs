@@ -77,7 +77,7 @@ impl Session {
         self.gate.has_orphans()
     }
 
-    /// Whether this client may say what pages are that a conversion left in quarantine ([`Gate::may_settle`]).
+    /// Whether this client may say what pages are that a conversion left in quarantine ([`crate::gate::Gate::may_settle`]).
     pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
         self.gate.may_settle(client, invalidation)
     }

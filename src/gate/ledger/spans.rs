@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::leaf::{self, Leaf, PER_WORD};
 use super::tree::{Values, Walk};
 
-/// The longest spans of equal value that make up a range of pages; see [`Tree::spans`].
+/// The longest spans of equal value that make up a range of pages; see [`super::Tree::spans`].
 pub struct Spans<'a> {
     walk: Walk<'a>,
     /// Whether 2 is told as 1.
