@@ -41,9 +41,9 @@
 //!
 //! `backends/tests/window_loom.rs` tries all interleavings of this, with the reorderings that the memory model allows.
 
-use std::sync::{Arc, PoisonError, Weak};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use std::{os::fd::OwnedFd, sync::Mutex};
 
 use passgate_bindings::{Iova, PageRange};
 
@@ -277,5 +277,6 @@ fn runs(segments: &[Segment]) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests;
