@@ -14,7 +14,7 @@
 //! other's (Dekker's pattern, also that of hazard pointers):
 //!
 //! ```text
-//! I/O thread, enter                       gate, close
+//! I/O thread, enter                       gate, close and then a look
 //!   a. slot := the memory of the request    c. bit of the page := closed
 //!      fence(SeqCst)                           fence(SeqCst)
 //!   b. reads the bit of the page            d. reads the slots
@@ -37,7 +37,9 @@
 //! looks at every slot in turn and never twice at one that was clear.
 //!
 //! A pause is the same with one word for all pages. [`Window::void`] is for when something stronger than waiting has
-//! proved that no DMA runs: what was entered before counts no more, for its era is over.
+//! proved that no DMA runs: what was entered before counts no more, for its era is over. Who took the number of an era
+//! that ended before he was in (he slept through the whole pause) finds another number after his fence, and
+//! publishes again.
 //!
 //! `backends/tests/window_loom.rs` tries all interleavings of this, with the reorderings that the memory model allows.
 
@@ -124,7 +126,8 @@ impl Window {
             let era = self.era.load(Ordering::Relaxed);
             self.slots.publish(slot, era, runs(segments));
             fence(Ordering::SeqCst);
-            if self.paused.load(Ordering::Relaxed) {
+            // Acquire: whoever sees that a pause has ended sees the era that it left.
+            if self.paused.load(Ordering::Acquire) {
                 self.slots.clear(slot);
                 return Entered::Paused;
             }
@@ -155,7 +158,6 @@ impl Window {
     /// From now on no request enters that touches these pages; some may be in flight.
     pub fn close(&self, range: PageRange<Iova>) {
         self.pages.close(range.start().0, range.end().0.min(REACH));
-        fence(Ordering::SeqCst);
     }
 
     /// Whether something is in flight over these pages. After [`Window::close`] a `false` is final.
@@ -173,7 +175,6 @@ impl Window {
     /// From now on nothing enters at all; some may be in flight.
     pub fn pause(&self) {
         self.paused.store(true, Ordering::Release);
-        fence(Ordering::SeqCst);
     }
 
     /// Ends the pause.
@@ -191,8 +192,7 @@ impl Window {
     /// mastering off, detached, reset). Whoever calls this sees to it that each such request is entered again before
     /// the device is told of it again.
     pub fn void(&self) {
-        self.era.fetch_add(1, Ordering::AcqRel);
-        fence(Ordering::SeqCst);
+        self.era.fetch_add(1, Ordering::Release);
     }
 
     /// Waits until nothing is in flight over these closed pages, and says whether that came in time.
@@ -228,7 +228,7 @@ impl Window {
         }
     }
 
-    /// The era that counts, before a look at the slots.
+    /// The era that counts, and the fence between what was closed and the look at the slots that comes now.
     fn look(&self) -> u64 {
         let era = self.era.load(Ordering::Acquire);
         fence(Ordering::SeqCst);

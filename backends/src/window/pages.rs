@@ -27,7 +27,7 @@ impl Pages {
         }
     }
 
-    /// Closes them. The caller's fence comes after it.
+    /// Closes them. A fence comes between this and any look at the slots.
     pub(super) fn close(&self, start: u64, end: u64) {
         let mut masks = masks(start, end);
         while let Some((index, mask)) = masks.next() {
