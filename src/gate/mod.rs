@@ -8,6 +8,7 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
+mod admits;
 pub mod adopt;
 mod cached;
 pub mod effect;
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
+pub use admits::Admits;
 pub use adopt::{ORPHANS, Unended};
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
