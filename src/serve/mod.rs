@@ -1,4 +1,5 @@
-//! The ways a VMM reaches a session: here the control socket and its notification channel.
+//! The ways a VMM reaches a session: here the control socket and its notification channel, and what other threads of
+//! this process ask of it ([`Inside`]).
 //!
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
@@ -10,6 +11,7 @@ mod connection;
 mod control;
 mod event_loop;
 mod hold;
+mod inside;
 mod listen;
 mod poller;
 pub mod privilege;
@@ -37,12 +39,13 @@ use event_loop::Core;
 use vm::{Sockets, Vm};
 
 pub use hold::Hold;
+pub use inside::Inside;
 
 /// What a server is told once.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where its socket is made.
-    pub socket_path: PathBuf,
+    /// Where its socket is made; none for no such socket, where all clients are of this process ([`Inside::connect`]).
+    pub socket_path: Option<PathBuf>,
     /// The gate's policy.
     pub policy: Policy,
     /// Whether clients may have devices do DMA (`Dma`).
@@ -70,8 +73,13 @@ pub struct Options {
 impl Options {
     /// The defaults, at `socket_path`.
     pub fn at(socket_path: impl Into<PathBuf>) -> Self {
+        Self { socket_path: Some(socket_path.into()), ..Self::nowhere() }
+    }
+
+    /// The defaults, without a socket.
+    pub fn nowhere() -> Self {
         Self {
-            socket_path: socket_path.into(),
+            socket_path: None,
             policy: Policy::default(),
             allow_dma: false,
             allow_release: true,
@@ -94,7 +102,7 @@ pub struct Server {
     core: Arc<Core>,
     turn: baton::Turn,
     stop: UnixStream,
-    file: SocketFile,
+    file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
     /// Whether what it has is the next daemon's when it ends.
@@ -112,7 +120,7 @@ impl Drop for SocketFile {
 }
 
 impl Server {
-    /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
+    /// Makes the socket, if any (mode 0600; a left-over one is replaced, one in use is an error), and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         Self::holding(options, domain, devices, None)
     }
@@ -124,20 +132,20 @@ impl Server {
         devices: Vec<Arc<dyn Device>>,
         mut hold: Option<Hold>,
     ) -> Result<Self> {
-        let path = options.socket_path.clone();
-        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
+        let (stop, stopped) = UnixStream::pair().map_err(Error::Poll)?;
         // Before anybody can find the socket: who finds it may send a signal.
         for signal in &options.stop_signals {
-            let stop = stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&path, e, ""))?;
+            let stop = stop.as_fd().try_clone_to_owned().map_err(Error::Poll)?;
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
         let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
-        let listen_here = || listen(&path, &CONTROL);
-        let listener = match &mut hold {
-            Some(hold) => hold.listener(&path, listen_here)?,
-            None => listen_here()?,
+        let path = options.socket_path.clone();
+        let listener = match (&mut hold, &path) {
+            (Some(hold), Some(path)) => Some(hold.listener(path, || listen(path, &CONTROL))?),
+            (None, Some(path)) => Some(listen(path, &CONTROL)?),
+            (_, None) => None,
         };
-        let file = SocketFile(path.clone());
+        let file = path.map(SocketFile);
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
@@ -158,6 +166,11 @@ impl Server {
             vm.session.complete(ids);
         }
         Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
+    }
+
+    /// Its loop, for other threads of this process: before it runs, while it does, and after.
+    pub fn inside(&self) -> Inside {
+        Inside::of(&self.core)
     }
 
     /// Serves until stopped.
@@ -182,8 +195,8 @@ impl Server {
 
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
-        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.file.0, e, ""))?;
-        let path = self.file.0.clone();
+        let stop = self.stop.try_clone().map_err(Error::Poll)?;
+        let path = self.file.as_ref().map(|file| file.0.clone()).unwrap_or_default();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
     }
@@ -198,7 +211,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Where its socket is.
+    /// Where its socket is; empty where it has none.
     pub fn path(&self) -> &Path {
         &self.path
     }
