@@ -289,4 +289,3 @@ fn certain(device: &dyn Device) -> Result<()> {
     }
     Err(Error::Uncertain { device: device.name().to_owned() })
 }
-
