@@ -9,6 +9,7 @@
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
 pub mod adopt;
+mod admits;
 mod cached;
 pub mod effect;
 mod ending;
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
+pub use admits::Admits;
 pub use adopt::{ORPHANS, Unended};
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{

@@ -34,6 +34,8 @@ const BURST: usize = 32;
 pub(super) enum Done {
     /// A call of the gate's has returned.
     Call(Returned),
+    /// A client inside this process.
+    Connected(OwnedFd),
     /// A device has done, or not done, its DMA.
     Dma { client: ClientId, cookie: u64, result: Result<DmaDone, passgate_backends::Error> },
 }
@@ -78,7 +80,12 @@ impl Core {
 
     /// Hands something in.
     pub(super) fn deliver(&self, done: Done) {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push_back(done);
+        let mut all = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        // Behind the lock: after the end nobody takes it, and who waits for an answer must see that it is gone.
+        if self.over().is_none() {
+            all.push_back(done);
+        }
+        drop(all);
         self.kick();
     }
 
@@ -118,6 +125,7 @@ impl Core {
 
     fn end(&self, result: Result<()>) {
         *self.over() = Some(result);
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.ended.notify_all();
         // The supervisor finds nothing more to do.
         let now = Instant::now();

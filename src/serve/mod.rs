@@ -10,11 +10,13 @@ mod connection;
 mod control;
 mod event_loop;
 mod hold;
+mod inside;
 mod listen;
 mod poller;
 pub mod privilege;
 mod release;
 mod scrape;
+pub mod vhost_blk;
 mod vm;
 
 use std::io::ErrorKind;
@@ -37,12 +39,13 @@ use event_loop::Core;
 use vm::{Sockets, Vm};
 
 pub use hold::Hold;
+pub use inside::Inside;
 
 /// What a server is told once.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where its socket is made.
-    pub socket_path: PathBuf,
+    /// Where its control socket is made; none for none.
+    pub socket_path: Option<PathBuf>,
     /// The gate's policy.
     pub policy: Policy,
     /// Whether clients may have devices do DMA (`Dma`).
@@ -70,8 +73,13 @@ pub struct Options {
 impl Options {
     /// The defaults, at `socket_path`.
     pub fn at(socket_path: impl Into<PathBuf>) -> Self {
+        Self { socket_path: Some(socket_path.into()), ..Self::nowhere() }
+    }
+
+    /// The defaults, without a control socket: clients are inside this process ([`Inside::connect`]).
+    pub fn nowhere() -> Self {
         Self {
-            socket_path: socket_path.into(),
+            socket_path: None,
             policy: Policy::default(),
             allow_dma: false,
             allow_release: true,
@@ -85,6 +93,11 @@ impl Options {
             manager: None,
         }
     }
+
+    /// What names it in messages.
+    fn place(&self) -> &Path {
+        self.socket_path.as_deref().unwrap_or(Path::new("the session"))
+    }
 }
 
 /// A server, ready to run.
@@ -94,7 +107,9 @@ pub struct Server {
     core: Arc<Core>,
     turn: baton::Turn,
     stop: UnixStream,
-    file: SocketFile,
+    /// What names it in messages.
+    path: PathBuf,
+    file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
     /// Whether what it has is the next daemon's when it ends.
@@ -124,7 +139,7 @@ impl Server {
         devices: Vec<Arc<dyn Device>>,
         mut hold: Option<Hold>,
     ) -> Result<Self> {
-        let path = options.socket_path.clone();
+        let path = options.place().to_owned();
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
         // Before anybody can find the socket: who finds it may send a signal.
         for signal in &options.stop_signals {
@@ -132,12 +147,13 @@ impl Server {
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
         let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
-        let listen_here = || listen(&path, &CONTROL);
-        let listener = match &mut hold {
-            Some(hold) => hold.listener(&path, listen_here)?,
-            None => listen_here()?,
+        let listen_here = |path: &Path| listen(path, &CONTROL);
+        let listener = match (&options.socket_path, &mut hold) {
+            (None, _) => None,
+            (Some(path), Some(hold)) => Some(hold.listener(path, || listen_here(path))?),
+            (Some(path), None) => Some(listen_here(path)?),
         };
-        let file = SocketFile(path.clone());
+        let file = options.socket_path.clone().map(SocketFile);
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
@@ -157,7 +173,7 @@ impl Server {
         if let Some(ids) = ids {
             vm.session.complete(ids);
         }
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
+        Ok(Self { vm: Box::new(vm), core, turn, stop, path, file, metrics_file, guardian, holds })
     }
 
     /// Serves until stopped.
@@ -180,12 +196,33 @@ impl Server {
         Ok(())
     }
 
+    /// What stops it, for another thread.
+    pub fn stopper(&self) -> Result<Stopper> {
+        self.stop.try_clone().map(Stopper).map_err(|e| socket_error(&self.path, e, ""))
+    }
+
+    /// A way to its session for other threads of this process.
+    pub fn inside(&self) -> Inside {
+        Inside::of(&self.core)
+    }
+
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
-        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.file.0, e, ""))?;
-        let path = self.file.0.clone();
+        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.path, e, ""))?;
+        let path = self.path.clone();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
+    }
+}
+
+/// Stops a server that runs.
+#[derive(Debug)]
+pub struct Stopper(UnixStream);
+
+impl Stopper {
+    /// As a stop signal does.
+    pub fn stop(&self) {
+        let _ = std::io::Write::write(&mut &self.0, &[0]);
     }
 }
 

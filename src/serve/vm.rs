@@ -1,6 +1,7 @@
 //! A VM as the loop has it: its session, its sockets, its connections.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,7 +51,7 @@ pub(super) struct Vm {
     pub(super) connections: BTreeMap<ClientId, Connection>,
     /// Where a datagram is read into, whoever sends it.
     pub(super) datagram: Box<[u8]>,
-    listener: UnixListener,
+    listener: Option<UnixListener>,
     stopped: UnixStream,
     last_client: u32,
     pub(super) backlog: Backlog,
@@ -68,7 +69,7 @@ pub(super) struct Vm {
 /// What a VM listens to, besides its clients.
 #[derive(Debug)]
 pub(super) struct Sockets {
-    pub(super) listener: UnixListener,
+    pub(super) listener: Option<UnixListener>,
     pub(super) metrics: Option<UnixListener>,
     /// Readable when it is to stop.
     pub(super) stopped: UnixStream,
@@ -86,7 +87,7 @@ impl Vm {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
         let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
         let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
-        let failed = |e| socket_error(&options.socket_path, e, "");
+        let failed = |e| socket_error(options.place(), e, "");
         let workers = Arc::clone(&core);
         let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
         let names = || devices.iter().map(|device| device.name().to_owned()).collect();
@@ -99,7 +100,9 @@ impl Vm {
         let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records, hold);
         let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
         let poller = Poller::new().map_err(failed)?;
-        poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
+        if let Some(listener) = &listener {
+            poller.add(listener, Interest::Read, LISTENER).map_err(failed)?;
+        }
         poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
         poller.add(&stopped, Interest::Read, STOP).map_err(failed)?;
         if let Some(listener) = &scrape {
@@ -138,7 +141,7 @@ impl Vm {
             (None, Some(_)) => STARVED.as_millis() as i32,
             (None, None) => -1,
         };
-        self.poller.wait(timeout, tokens).map_err(|e| socket_error(&self.options.socket_path, e, ""))
+        self.poller.wait(timeout, tokens).map_err(|e| socket_error(self.options.place(), e, ""))
     }
 
     /// Does one thing that a token stands for; whether there may be more of it.
@@ -193,16 +196,23 @@ impl Vm {
     }
 
     fn accept(&mut self) -> bool {
-        let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let Some(listener) = &self.listener else { return false };
+        let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(errno) => {
                 self.starved(errno);
                 return false;
             }
         };
+        self.welcome(socket);
+        true
+    }
+
+    /// A client is there.
+    fn welcome(&mut self, socket: OwnedFd) {
         if self.farewell.is_some() || self.connections.len() >= self.options.max_clients {
             log::warn!("a connection was refused: {} are open", self.connections.len());
-            return true;
+            return;
         }
         self.last_client += 1;
         let client = ClientId(self.last_client);
@@ -210,7 +220,6 @@ impl Vm {
             Ok(()) => _ = self.connections.insert(client, Connection::new(socket)),
             Err(error) => log::error!("epoll: {error}"),
         }
-        true
     }
 
     /// Where it is for want of descriptors or memory that nobody can be accepted, asking again at once is of no
@@ -235,7 +244,8 @@ impl Vm {
 
     fn watch_doors(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
-        for (listener, token) in [(&self.listener, LISTENER)].into_iter().chain(metrics) {
+        let control = self.listener.as_ref().map(|listener| (listener, LISTENER));
+        for (listener, token) in control.into_iter().chain(metrics) {
             if let Err(error) = self.poller.change(listener, interest, token) {
                 log::error!("epoll: {error}");
             }
@@ -246,6 +256,7 @@ impl Vm {
         for done in self.core.take_done() {
             match done {
                 Done::Call(returned) => self.returned(returned),
+                Done::Connected(socket) => self.welcome(socket),
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
             }
         }
