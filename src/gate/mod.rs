@@ -8,8 +8,8 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
-pub mod adopt;
 mod admits;
+pub mod adopt;
 mod cached;
 pub mod effect;
 mod ending;

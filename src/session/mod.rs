@@ -21,11 +21,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain, Ticket};
-use passgate_bindings::{Gpa, PageRange};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice, Policy,
-    Receipt, Snapshot, Step, Verdict,
+    Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice,
+    Policy, Receipt, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -215,6 +215,11 @@ impl Session {
     /// Whether passgate may convert this range itself.
     pub fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
         self.files.may_convert(range)
+    }
+
+    /// What a request of a device's may come to over this range ([`Gate::admits`]).
+    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
+        self.gate.admits(iova, writes)
     }
 
     /// What to do next.

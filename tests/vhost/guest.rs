@@ -177,9 +177,9 @@ impl Guest {
         self.frontend.set_vring_addr(ring, &config)?;
         self.frontend.set_vring_call(ring, &self.rings[ring].call)?;
         self.frontend.set_vring_kick(ring, &self.rings[ring].kick)?;
-        self.frontend.set_vring_enable(ring, true).map_err(|_| vhost::Error::VhostUserProtocol(
-            vhost::vhost_user::Error::BackendInternalError,
-        ))
+        self.frontend
+            .set_vring_enable(ring, true)
+            .map_err(|_| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError))
     }
 
     /// Writes descriptor `index` of a ring.

@@ -66,7 +66,8 @@ impl Inflight {
 
     /// Fresh memory, and a descriptor of it for the front-end.
     pub(super) fn new(queues: u16, len: u16) -> Result<(Self, OwnedFd), InflightError> {
-        let file = GuestFile::memfd("passgate-inflight", Self::size(queues, len).max(1).next_multiple_of(PAGE))?;
+        let file =
+            GuestFile::memfd("passgate-inflight", Self::size(queues, len).max(1).next_multiple_of(PAGE))?;
         let copy = file.as_fd().try_clone_to_owned();
         let copy = copy.map_err(|error| {
             let errno = rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO);
@@ -247,7 +248,8 @@ mod tests {
         try_it(size, 0, 2, 8).unwrap();
         for (size, offset, queues, len) in [
             (size - 1, 0, 2, 8),
-            (size, 8, 2, 8),
+            (size, 4096 - 8, 2, 8),
+            (size, 4, 2, 8),
             (size, u64::MAX, 2, 8),
             (size, 0, 3, 8),
             (size, 0, 0, 8),

@@ -179,13 +179,7 @@ impl Table {
             .map_err(|error| MemoryError::Window { gpa: self.regions[0].shape.gpa, why: error.to_string() })
     }
 
-    fn take(
-        &mut self,
-        shape: Shape,
-        user: u64,
-        file: File,
-        identity: (u64, u64),
-    ) -> Result<(), MemoryError> {
+    fn take(&mut self, shape: Shape, user: u64, file: File, identity: (u64, u64)) -> Result<(), MemoryError> {
         let Shape { gpa, len, offset } = shape;
         // The gate's border checks the file, its seals and its size first: mapping it here is safe after that.
         let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };

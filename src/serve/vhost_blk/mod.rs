@@ -195,8 +195,7 @@ fn serve_all(core: &Core, entrance: Entrance, rings: &Rings, inside: &Inside) {
         Entrance::Listening(listener) => listener,
     };
     loop {
-        let mut ready =
-            [PollFd::new(&core.stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
+        let mut ready = [PollFd::new(&core.stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
         if let Err(errno) = poll(&mut ready, None)
             && errno != rustix::io::Errno::INTR
         {
@@ -230,7 +229,9 @@ fn serve_one(core: &Core, stream: UnixStream, rings: &Rings, inside: &Inside) {
         }
     };
     match why {
-        VhostError::Disconnected | VhostError::PartialMessage => log::info!("vhost-user: the front-end has left"),
+        VhostError::Disconnected | VhostError::PartialMessage => {
+            log::info!("vhost-user: the front-end has left")
+        }
         error => log::warn!("vhost-user: the front-end is let go: {error}"),
     }
     drop(handler);

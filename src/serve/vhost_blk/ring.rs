@@ -288,11 +288,8 @@ impl Ring {
     /// Reads a request: it waits then, or is answered at once.
     fn take(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, desk: &Desk) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
-        let limits = Limits {
-            drive: &desk.geometry,
-            read_only: desk.read_only,
-            write_through: desk.write_through,
-        };
+        let limits =
+            Limits { drive: &desk.geometry, read_only: desk.read_only, write_through: desk.write_through };
         let table = GuestAddress(queue.desc_table());
         let read = self.chain.read(memory, table, queue.size(), head, limits, &mut slot.segments);
         let request = match read {

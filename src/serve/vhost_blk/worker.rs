@@ -190,7 +190,9 @@ impl Worker {
                 Order::Leave => return Err(()),
                 Order::Through(through) => self.desk.write_through = through,
                 Order::Look => {}
-                Order::Kick { ring, kick } => self.with(ring, |share, _, _, poller| share.watch(kick, poller)),
+                Order::Kick { ring, kick } => {
+                    self.with(ring, |share, _, _, poller| share.watch(kick, poller))
+                }
                 Order::Start { ring, inflight } => self.with(ring, |share, desk, memory, _| {
                     let mut locked = share.vring.get_mut();
                     share.ring.start(locked.get_queue_mut(), memory, inflight, desk);
@@ -207,11 +209,7 @@ impl Worker {
         }
     }
 
-    fn with(
-        &mut self,
-        ring: u16,
-        act: impl FnOnce(&mut Share, &Desk, &vm_memory::GuestMemoryMmap, &Poller),
-    ) {
+    fn with(&mut self, ring: u16, act: impl FnOnce(&mut Share, &Desk, &vm_memory::GuestMemoryMmap, &Poller)) {
         if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
             let memory = self.memory.memory();
             act(share, &self.desk, &memory, &self.poller);
