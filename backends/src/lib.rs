@@ -14,7 +14,7 @@ pub mod resume;
 pub mod window;
 
 pub use assign::{Accept, Assignment, Kind, assign};
-pub use device::{Device, FenceStep, Nature, StopClass};
+pub use device::{Device, FenceStep, Nature, StopClass, nvme};
 pub use error::{Error, Result};
 pub use iommu::iommufd::Tables;
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

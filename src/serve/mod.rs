@@ -17,6 +17,7 @@ mod poller;
 pub mod privilege;
 mod release;
 mod scrape;
+pub mod vhost_blk;
 mod vm;
 
 use std::io::ErrorKind;
@@ -168,6 +169,11 @@ impl Server {
         Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
     }
 
+    /// What stops it, for another thread.
+    pub fn stopper(&self) -> Result<Stopper> {
+        self.stop.try_clone().map(Stopper).map_err(Error::Poll)
+    }
+
     /// Its loop, for other threads of this process: before it runs, while it does, and after.
     pub fn inside(&self) -> Inside {
         Inside::of(&self.core)
@@ -199,6 +205,17 @@ impl Server {
         let path = self.file.as_ref().map(|file| file.0.clone()).unwrap_or_default();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
+    }
+}
+
+/// Stops a server that runs.
+#[derive(Debug)]
+pub struct Stopper(UnixStream);
+
+impl Stopper {
+    /// As a stop signal does.
+    pub fn stop(&self) {
+        let _ = std::io::Write::write(&mut &self.0, &[0]);
     }
 }
 

@@ -121,7 +121,7 @@ fn bursts(client: &mut Client, channel: &mut Channel, cut: bool) -> [(&'static s
 
 fn main() -> ExitCode {
     let asked = asked();
-    let Assignment { domain, devices } =
+    let Assignment { domain, devices, .. } =
         assign(asked.kind, &asked.devices, Accept { unstoppable: true, scratch: true }, Tables::default())
             .unwrap();
     let dir = tempfile::tempdir().unwrap();
