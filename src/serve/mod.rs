@@ -1,4 +1,5 @@
-//! The ways a VMM reaches a session: here the control socket and its notification channel.
+//! The ways a VMM reaches a session: here the control socket and its notification channel, and what other threads of
+//! this process ask of it ([`Inside`]).
 //!
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
@@ -44,7 +45,7 @@ pub use inside::Inside;
 /// What a server is told once.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where its control socket is made; none for none.
+    /// Where its socket is made; none for no such socket, where all clients are of this process ([`Inside::connect`]).
     pub socket_path: Option<PathBuf>,
     /// The gate's policy.
     pub policy: Policy,
@@ -78,7 +79,7 @@ impl Options {
         Self { socket_path: Some(socket_path.into()), ..Self::nowhere() }
     }
 
-    /// The defaults, without a control socket: clients are inside this process ([`Inside::connect`]).
+    /// The defaults, without a socket.
     pub fn nowhere() -> Self {
         Self {
             socket_path: None,
@@ -96,11 +97,6 @@ impl Options {
             manager: None,
         }
     }
-
-    /// What names it in messages.
-    fn place(&self) -> &Path {
-        self.socket_path.as_deref().unwrap_or(Path::new("the session"))
-    }
 }
 
 /// A server, ready to run.
@@ -110,8 +106,6 @@ pub struct Server {
     core: Arc<Core>,
     turn: baton::Turn,
     stop: UnixStream,
-    /// What names it in messages.
-    path: PathBuf,
     file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
@@ -130,7 +124,7 @@ impl Drop for SocketFile {
 }
 
 impl Server {
-    /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
+    /// Makes the socket, if any (mode 0600; a left-over one is replaced, one in use is an error), and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         Self::holding(options, domain, devices, None)
     }
@@ -142,21 +136,20 @@ impl Server {
         devices: Vec<Arc<dyn Device>>,
         mut hold: Option<Hold>,
     ) -> Result<Self> {
-        let path = options.place().to_owned();
-        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
+        let (stop, stopped) = UnixStream::pair().map_err(Error::Poll)?;
         // Before anybody can find the socket: who finds it may send a signal.
         for signal in &options.stop_signals {
-            let stop = stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&path, e, ""))?;
+            let stop = stop.as_fd().try_clone_to_owned().map_err(Error::Poll)?;
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
         let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
-        let listen_here = |path: &Path| listen(path, &CONTROL);
-        let listener = match (&options.socket_path, &mut hold) {
-            (None, _) => None,
-            (Some(path), Some(hold)) => Some(hold.listener(path, || listen_here(path))?),
-            (Some(path), None) => Some(listen_here(path)?),
+        let path = options.socket_path.clone();
+        let listener = match (&mut hold, &path) {
+            (Some(hold), Some(path)) => Some(hold.listener(path, || listen(path, &CONTROL))?),
+            (None, Some(path)) => Some(listen(path, &CONTROL)?),
+            (_, None) => None,
         };
-        let file = options.socket_path.clone().map(SocketFile);
+        let file = path.map(SocketFile);
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
@@ -176,7 +169,17 @@ impl Server {
         if let Some(ids) = ids {
             vm.session.complete(ids);
         }
-        Ok(Self { vm: Box::new(vm), core, turn, stop, path, file, metrics_file, guardian, holds })
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
+    }
+
+    /// What stops it, for another thread.
+    pub fn stopper(&self) -> Result<Stopper> {
+        self.stop.try_clone().map(Stopper).map_err(Error::Poll)
+    }
+
+    /// Its loop, for other threads of this process: before it runs, while it does, and after.
+    pub fn inside(&self) -> Inside {
+        Inside::of(&self.core)
     }
 
     /// Serves until stopped.
@@ -199,20 +202,10 @@ impl Server {
         Ok(())
     }
 
-    /// What stops it, for another thread.
-    pub fn stopper(&self) -> Result<Stopper> {
-        self.stop.try_clone().map(Stopper).map_err(|e| socket_error(&self.path, e, ""))
-    }
-
-    /// A way to its session for other threads of this process.
-    pub fn inside(&self) -> Inside {
-        Inside::of(&self.core)
-    }
-
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
-        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.path, e, ""))?;
-        let path = self.path.clone();
+        let stop = self.stop.try_clone().map_err(Error::Poll)?;
+        let path = self.file.as_ref().map(|file| file.0.clone()).unwrap_or_default();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
     }
@@ -238,7 +231,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Where its socket is.
+    /// Where its socket is; empty where it has none.
     pub fn path(&self) -> &Path {
         &self.path
     }

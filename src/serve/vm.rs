@@ -13,9 +13,10 @@ use rustix::net::{SocketFlags, accept_with};
 use super::backlog::Backlog;
 use super::connection::Connection;
 use super::event_loop::{Core, Done};
+use super::inside::Ask;
 use super::poller::{Interest, Poller};
 use super::scrape::{Scrape, VISITORS};
-use super::{Hold, Options, socket_error};
+use super::{Hold, Options};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
 use crate::observe::records::Records;
@@ -52,6 +53,8 @@ pub(super) struct Vm {
     /// Where a datagram is read into, whoever sends it.
     pub(super) datagram: Box<[u8]>,
     listener: Option<UnixListener>,
+    /// Questions of other threads that cannot be answered yet.
+    pub(super) asks: Vec<Ask>,
     stopped: UnixStream,
     last_client: u32,
     pub(super) backlog: Backlog,
@@ -64,6 +67,13 @@ pub(super) struct Vm {
     adopt_by: Option<Instant>,
     /// Whether what it has is the next daemon's.
     holds: bool,
+}
+
+/// Whatever ends it: who hands something in from now on hears that nobody takes it.
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.core.close();
+    }
 }
 
 /// What a VM listens to, besides its clients.
@@ -87,9 +97,8 @@ impl Vm {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
         let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
         let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
-        let failed = |e| socket_error(options.place(), e, "");
         let workers = Arc::clone(&core);
-        let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
+        let pool = Pool::new(move |returned| _ = workers.deliver(Done::Call(returned)));
         let names = || devices.iter().map(|device| device.name().to_owned()).collect();
         let records = options
             .state
@@ -100,17 +109,17 @@ impl Vm {
         let trust = Trust { tolerant: &options.tolerant, unsealed: options.unsealed };
         let session = Session::new(options.policy, domain, devices, trust, pool, records, hold);
         let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
-        let poller = Poller::new().map_err(failed)?;
+        let poller = Poller::new().map_err(Error::Poll)?;
         if let Some(listener) = &listener {
-            poller.add(listener, Interest::Read, LISTENER).map_err(failed)?;
+            poller.add(listener, Interest::Read, LISTENER).map_err(Error::Poll)?;
         }
-        poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
-        poller.add(&stopped, Interest::Read, STOP).map_err(failed)?;
+        poller.add(core.kicked(), Interest::Read, KICK).map_err(Error::Poll)?;
+        poller.add(&stopped, Interest::Read, STOP).map_err(Error::Poll)?;
         if let Some(listener) = &scrape {
-            poller.add(listener, Interest::Read, METRICS).map_err(failed)?;
+            poller.add(listener, Interest::Read, METRICS).map_err(Error::Poll)?;
         }
         for wake in session.wakes() {
-            poller.add(wake, Interest::Read, WAKE).map_err(failed)?;
+            poller.add(wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         }
         Ok(Self {
             session,
@@ -120,6 +129,7 @@ impl Vm {
             connections: BTreeMap::new(),
             datagram: vec![0; MAX_DATAGRAM].into(),
             listener,
+            asks: Vec::new(),
             stopped,
             last_client: 0,
             backlog: Backlog::new()?,
@@ -142,7 +152,7 @@ impl Vm {
             (None, Some(_)) => STARVED.as_millis() as i32,
             (None, None) => -1,
         };
-        self.poller.wait(timeout, tokens).map_err(|e| socket_error(self.options.place(), e, ""))
+        self.poller.wait(timeout, tokens).map_err(Error::Poll)
     }
 
     /// Does one thing that a token stands for; whether there may be more of it.
@@ -205,22 +215,29 @@ impl Vm {
                 return false;
             }
         };
+        if self.connections.len() >= self.options.max_clients {
+            log::warn!("a connection was refused: {} are open", self.connections.len());
+            return true;
+        }
         self.welcome(socket);
         true
     }
 
-    /// A client is there.
-    fn welcome(&mut self, socket: OwnedFd) {
-        if self.farewell.is_some() || self.connections.len() >= self.options.max_clients {
-            log::warn!("a connection was refused: {} are open", self.connections.len());
-            return;
+    /// Takes a connected socket that does not block; who it is from now on. None where the end has begun.
+    pub(super) fn welcome(&mut self, socket: OwnedFd) -> Option<ClientId> {
+        if self.farewell.is_some() {
+            return None;
         }
         self.last_client += 1;
         let client = ClientId(self.last_client);
         match self.poller.add(&socket, Interest::Read, Self::token(client, Door::Control)) {
             Ok(()) => _ = self.connections.insert(client, Connection::new(socket)),
-            Err(error) => log::error!("epoll: {error}"),
+            Err(error) => {
+                log::error!("epoll: {error}");
+                return None;
+            }
         }
+        Some(client)
     }
 
     /// Where it is for want of descriptors or memory that nobody can be accepted, asking again at once is of no
@@ -245,8 +262,7 @@ impl Vm {
 
     fn watch_doors(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
-        let control = self.listener.as_ref().map(|listener| (listener, LISTENER));
-        for (listener, token) in control.into_iter().chain(metrics) {
+        for (listener, token) in self.listener.iter().map(|listener| (listener, LISTENER)).chain(metrics) {
             if let Err(error) = self.poller.change(listener, interest, token) {
                 log::error!("epoll: {error}");
             }
@@ -257,8 +273,9 @@ impl Vm {
         for done in self.core.take_done() {
             match done {
                 Done::Call(returned) => self.returned(returned),
-                Done::Connected(socket) => self.welcome(socket),
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
+                Done::Ask(ask) => self.asked(ask),
+                Done::Connect(socket) => self.connected(socket),
             }
         }
         self.alarm = None;
