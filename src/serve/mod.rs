@@ -63,6 +63,8 @@ pub struct Options {
     pub guardian: Option<PathBuf>,
     /// The names of devices that a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
     pub tolerant: Vec<String>,
+    /// Whether memory is taken whose file can be shrunk ([`crate::session::Trust::unsealed`]).
+    pub unsealed: bool,
     /// Where the audit log and the quarantine are written down; none for nowhere.
     pub state: Option<StateOptions>,
     /// Signals that stop it.
@@ -89,6 +91,7 @@ impl Options {
             farewell: Duration::from_secs(10),
             guardian: None,
             tolerant: Vec::new(),
+            unsealed: false,
             state: None,
             stop_signals: Vec::new(),
             manager: None,

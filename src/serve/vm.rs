@@ -23,7 +23,7 @@ use crate::observe::records::Records;
 use crate::observe::status;
 use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
-use crate::session::{Pool, Returned, Session};
+use crate::session::{Pool, Returned, Session, Trust};
 
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
@@ -106,7 +106,8 @@ impl Vm {
             .map(|state| Records::open(state, options.policy, domain.name(), names(), resumed))
             .transpose()?;
         let hold = hold.map(|hold| hold.session);
-        let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records, hold);
+        let trust = Trust { tolerant: &options.tolerant, unsealed: options.unsealed };
+        let session = Session::new(options.policy, domain, devices, trust, pool, records, hold);
         let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
         let poller = Poller::new().map_err(Error::Poll)?;
         if let Some(listener) = &listener {

@@ -199,7 +199,15 @@ mod tests {
 
     fn session() -> Session {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        Session::new(Policy::default(), Arc::new(sim), Vec::new(), &[], Pool::new(|_| {}), None, None)
+        Session::new(
+            Policy::default(),
+            Arc::new(sim),
+            Vec::new(),
+            Trust::default(),
+            Pool::new(|_| {}),
+            None,
+            None,
+        )
     }
 
     fn unmap(job: u64, page: u64) -> Effect {

@@ -62,6 +62,15 @@ pub enum Next {
     Notice(Notice),
 }
 
+/// What somebody who knows better has accepted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Trust<'a> {
+    /// Devices that bear faults, by their names.
+    pub tolerant: &'a [String],
+    /// Files of memory that can be shrunk: who does that ends this process by SIGBUS where it touches the memory.
+    pub unsealed: bool,
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct Session {
@@ -98,12 +107,12 @@ impl Session {
         policy: Policy,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        tolerant: &[String],
+        trust: Trust<'_>,
         pool: Pool,
         mut records: Option<Records>,
         hold: Option<Hold>,
     ) -> Self {
-        let mut start = start(&*domain, &devices, tolerant);
+        let mut start = start(&*domain, &devices, trust.tolerant);
         let (lasting, store, left) = match hold {
             Some(Hold { store, lasting, left }) => (Some(lasting), Some(store), left),
             None => (None, None, None),
@@ -119,7 +128,7 @@ impl Session {
             done: 0,
             domains: vec![domain],
             devices,
-            files: Files::default(),
+            files: Files::new(trust.unsealed),
             held: HeldAnswers::default(),
             quiet: None,
             border: VecDeque::new(),

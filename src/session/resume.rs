@@ -109,7 +109,8 @@ mod tests {
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
     fn session(domain: Arc<dyn Domain>, lasting: Lasting) -> Session {
-        let mut session = Session::new(Policy::default(), domain, vec![], &[], Pool::new(|_| {}), None, None);
+        let mut session =
+            Session::new(Policy::default(), domain, vec![], Trust::default(), Pool::new(|_| {}), None, None);
         // As `Session::new` does with a hold, but without a service manager.
         session.gate = Gate::new(Policy::default());
         session.gate.keep_in(lasting.store().clone());

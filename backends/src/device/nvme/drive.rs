@@ -162,8 +162,9 @@ pub(super) struct Inner {
 }
 
 impl Drive {
-    /// Brings a drive up. `domain` is where its queues are mapped.
-    pub(super) fn open(
+    /// Brings a drive up, whatever its registers are those of: [`super::serve`] does it for a device behind VFIO.
+    /// `domain` is the one that the device is in; its queues are mapped there.
+    pub fn open(
         registers: Arc<dyn Registers>,
         domain: &Arc<dyn Domain>,
         options: DriveOptions,

@@ -21,6 +21,7 @@ mod geometry;
 mod pair;
 mod queue;
 mod registers;
+pub mod sim;
 
 pub use drive::{Drive, DriveOptions};
 pub use exerciser::Exerciser;
