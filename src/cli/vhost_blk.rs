@@ -91,7 +91,9 @@ impl VhostUserBlk {
         let drive = opened.assignment.drives.first().cloned();
         let drive = drive.ok_or_else(|| Error::Usage(format!("{device} is no NVMe drive")))?;
         let options = self.control_path.map_or_else(Options::nowhere, Options::at);
-        let options = self.engine.complete(&opened, options);
+        let mut options = self.engine.complete(&opened, options);
+        // The door is shut first: while there are rings, what they wait for is not failed because all ends.
+        let stop_signals = std::mem::take(&mut options.stop_signals);
         let Opened { assignment, hold, .. } = opened;
         let domain = Windowed::new(assignment.domain, Arc::clone(drive.window()));
         let domain = Arc::new(domain) as Arc<dyn Domain>;
@@ -102,6 +104,7 @@ impl VhostUserBlk {
             queues: self.num_queues,
             read_only: self.readonly,
             polling: self.poll.into(),
+            stop_signals,
         };
         let door = Door::open(options, &drive, server.inside(), move || stopper.stop())?;
         server.run()?;

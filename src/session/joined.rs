@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
-    use crate::session::{Next, Pool};
+    use crate::session::{Next, Pool, Trust};
     use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_bindings::PAGE;
 

@@ -104,7 +104,7 @@ mod tests {
     use crate::gate::{Answer, Caller, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::protocol::verbs::AddMemory;
     use crate::session::start::start;
-    use crate::session::{Next, Pool};
+    use crate::session::{Next, Pool, Trust};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 

@@ -19,20 +19,22 @@ mod request;
 mod ring;
 mod worker;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use passgate_backends::nvme::Drive;
 use passgate_bindings::Failed;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vhost_user_backend::VringT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::{Inside, Mends, SocketFile, listen};
+use super::{Inside, Mends, SocketFile, listen, socket_error};
 use crate::error::{Error, Result};
 use frontend::{Frontend, Rings};
 use memory::Table;
@@ -68,24 +70,22 @@ pub struct Options {
     pub read_only: bool,
     /// When workers look instead of sleeping.
     pub polling: Polling,
+    /// Signals that shut the door.
+    pub stop_signals: Vec<i32>,
 }
+
+/// How long nobody is accepted where descriptors have run out.
+const STARVED: Duration = Duration::from_millis(100);
+/// How long a front-end may take for the rest of a message that it has begun.
+const MESSAGE: Duration = Duration::from_secs(5);
 
 /// An open door.
 #[derive(Debug)]
 pub struct Door {
-    core: Arc<Core>,
+    stop: UnixStream,
     thread: Option<JoinHandle<()>>,
     workers: Vec<(Mailbox, JoinHandle<()>)>,
     _file: Option<SocketFile>,
-}
-
-/// What the door's thread and its owner share.
-#[derive(Debug)]
-struct Core {
-    /// Readable once the door is to shut.
-    stop: OwnedFd,
-    /// The connection of the front-end that is served.
-    current: Mutex<Option<UnixStream>>,
 }
 
 enum Entrance {
@@ -136,22 +136,21 @@ impl Door {
             rings: Arc::new(vrings.into_iter().enumerate().map(|(nth, vring)| (vring, of(nth))).collect()),
             workers: Arc::new(mailboxes.clone()),
         };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| Error::Call(Failed::new("eventfd", e)))?;
-        let core = Arc::new(Core { stop, current: Mutex::default() });
-        let serving = Arc::clone(&core);
+        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+        for signal in options.stop_signals {
+            let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+            signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
+        }
         let run = move || {
-            serve_all(&serving, entrance, &rings, &inside);
+            serve_all(&stopped, entrance, &rings, &inside);
             over();
         };
         let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run);
-        Ok(Self { core, thread: Some(thread.map_err(Error::Thread)?), workers, _file: file })
+        Ok(Self { stop, thread: Some(thread.map_err(Error::Thread)?), workers, _file: file })
     }
 
     fn shut(&mut self) {
-        let _ = rustix::io::write(&self.core.stop, &1u64.to_ne_bytes());
-        if let Some(current) = &*self.core.current.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _ = current.shutdown(std::net::Shutdown::Both);
-        }
+        let _ = std::io::Write::write(&mut &self.stop, &[0]);
         // The workers end what the connection had; only then they go.
         let join = |thread: JoinHandle<()>| {
             if thread.join().is_err() {
@@ -188,55 +187,66 @@ fn entrance(fd: OwnedFd) -> Result<Entrance> {
     })
 }
 
-/// Serves one front-end after the other.
-fn serve_all(core: &Core, entrance: Entrance, rings: &Rings, inside: &Inside) {
-    let listener = match entrance {
-        Entrance::Connected(stream) => return serve_one(core, stream, rings, inside),
-        Entrance::Listening(listener) => listener,
-    };
+/// Waits until `fd` is ready; false where the door is to be shut.
+fn await_ready(stopped: &UnixStream, fd: impl AsFd) -> bool {
     loop {
-        let mut ready = [PollFd::new(&core.stop, PollFlags::IN), PollFd::new(&listener, PollFlags::IN)];
-        if let Err(errno) = poll(&mut ready, None)
-            && errno != rustix::io::Errno::INTR
-        {
-            return log::error!("poll: {errno}");
-        }
-        if !ready[0].revents().is_empty() {
-            return;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => serve_one(core, stream, rings, inside),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(error) => log::warn!("vhost-user: no front-end can be accepted: {error}"),
+        let mut ready = [PollFd::new(stopped, PollFlags::IN), PollFd::new(&fd, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Err(Errno::INTR) => {}
+            Err(errno) => {
+                log::error!("poll: {errno}");
+                return false;
+            }
+            Ok(_) if !ready[0].revents().is_empty() => return false,
+            Ok(_) => return true,
         }
     }
 }
 
-/// Serves a front-end until it leaves.
-fn serve_one(core: &Core, stream: UnixStream, rings: &Rings, inside: &Inside) {
-    let (client, copy) = match (inside.connect(), stream.try_clone()) {
-        (Ok(client), Ok(copy)) => (client, copy),
-        (Err(error), _) => return log::error!("vhost-user: {error}"),
-        (_, Err(error)) => return log::error!("vhost-user: {error}"),
+/// Serves one front-end after the other.
+fn serve_all(stopped: &UnixStream, entrance: Entrance, rings: &Rings, inside: &Inside) {
+    let listener = match entrance {
+        Entrance::Connected(stream) => return serve_one(stopped, stream, rings, inside),
+        Entrance::Listening(listener) => listener,
     };
-    *core.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(copy);
+    while await_ready(stopped, &listener) {
+        match listener.accept() {
+            Ok((stream, _)) => serve_one(stopped, stream, rings, inside),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                log::warn!("vhost-user: no front-end can be accepted: {error}");
+                std::thread::sleep(STARVED);
+            }
+        }
+    }
+}
+
+/// Serves a front-end until it leaves, or the door is shut.
+fn serve_one(stopped: &UnixStream, stream: UnixStream, rings: &Rings, inside: &Inside) {
+    let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
+    let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
+        ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
+        ((Err(error), ..), _) => return log::error!("vhost-user: {error}"),
+        (_, _) => return log::error!("vhost-user: the front-end's socket will not do"),
+    };
     log::info!("vhost-user: a front-end has come");
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
-    let why = loop {
-        if let Err(error) = handler.handle_request() {
-            break error;
+    while await_ready(stopped, &copy) {
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(VhostError::Disconnected | VhostError::PartialMessage) => {
+                log::info!("vhost-user: the front-end has left");
+                break;
+            }
+            Err(error) => {
+                log::warn!("vhost-user: the front-end is let go: {error}");
+                break;
+            }
         }
-    };
-    match why {
-        VhostError::Disconnected | VhostError::PartialMessage => {
-            log::info!("vhost-user: the front-end has left")
-        }
-        error => log::warn!("vhost-user: the front-end is let go: {error}"),
     }
     drop(handler);
     if let Some(frontend) = Arc::into_inner(frontend) {
         frontend.into_inner().unwrap_or_else(PoisonError::into_inner).leave();
     }
-    *core.current.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }

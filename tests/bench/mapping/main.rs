@@ -103,7 +103,7 @@ fn rate(devices: &[Arc<dyn Device>], mib: u64) -> f64 {
 }
 
 fn open(asked: &Asked, tables: Tables) -> Assignment {
-    let accept = Accept { unstoppable: true, scratch: true };
+    let accept = Accept { unstoppable: true, scratch: true, drive: None };
     assign(asked.kind, &asked.devices, accept, tables).unwrap_or_else(|error| panic!("{error}"))
 }
 
