@@ -64,6 +64,7 @@ impl World {
     }
 
     pub fn with(setup: Setup) -> Self {
+        let _ = env_logger::builder().is_test(true).try_init();
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let capabilities = passgate_backends::Capabilities { cut: setup.cut, ..Sim::CAPABILITIES };
         let iommu = Arc::new(Sim::new(capabilities, Memory::new()).unwrap());
