@@ -150,6 +150,7 @@ impl Frontend {
             }
         }
         see(&self.rings, GuestMemoryMmap::new());
+        self.table.leave();
     }
 }
 

@@ -161,6 +161,16 @@ impl Table {
         self.let_go(&region)
     }
 
+    /// Gives everything back, each region with the proof that no device sees it; whoever comes next may have his memory at
+    /// the same addresses. What cannot be had so goes when the connection is closed, by whatever that takes.
+    pub(super) fn leave(mut self) {
+        for region in std::mem::take(&mut self.regions) {
+            if let Err(error) = self.let_go(&region) {
+                log::error!("vhost-user: {error}: it is left to the gate");
+            }
+        }
+    }
+
     /// The guest-physical address of one of the front-end's own, where it is in a region.
     pub(super) fn gpa(&self, user: u64) -> Option<u64> {
         let inside = |region: &&Region| user.checked_sub(region.user).is_some_and(|at| at < region.shape.len);
