@@ -190,6 +190,11 @@ impl Guest {
             .map_err(|_| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError))
     }
 
+    /// Where a ring begins.
+    pub fn ring_base(&self, ring: usize) -> u64 {
+        self.rings[ring].base
+    }
+
     /// Writes descriptor `index` of a ring.
     pub fn describe(&self, ring: usize, index: u16, desc: Desc) {
         self.describe_at(self.rings[ring].base, index, desc);

@@ -3,6 +3,8 @@
 
 mod messages;
 mod raw;
+mod rings;
+mod taken;
 
 use crate::guest::{DATA, Guest, IN, OK, OUT};
 use crate::world::World;
