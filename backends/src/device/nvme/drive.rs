@@ -40,8 +40,8 @@ const LONGEST: u16 = 128;
 const RANGES: usize = 128;
 /// Bytes of one command at most, whatever the controller takes: what a list of pages reaches.
 const MOST: u64 = 1 << 20;
-/// How long a drain waits for what is in flight: longer than a command that is given up takes.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long a drain waits for what is in flight: stronger fences come after it, and somebody waits for them.
+const DRAIN: Duration = Duration::from_millis(300);
 /// How long owners have to park.
 const PARKING: Duration = Duration::from_secs(2);
 /// How long an aborted command has to complete.
