@@ -136,15 +136,59 @@ fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
 }
 
 #[test]
+fn a_completion_that_comes_again_ends_no_later_command() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::Again);
+    start_writes(&bench, &mut owner, 1);
+    check_writes(&bench, &mut owner, 1);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(9));
+    assert!(bench.sim.await_held(2, LONG));
+    bench.sim.release_next();
+    while bench.sim.enabled() < 2 {
+        owner.wait();
+        assert_eq!(owner.results.get(&1), None, "it ended by a completion of another");
+    }
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(bench.seen(&page(9)), pattern(0, PAGE as usize));
+}
+
+#[test]
 fn a_fatal_error_is_answered_by_a_reset() {
     let bench = Bench::new(Options::default(), 2);
     let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
     bench.sim.fault(When::any().nth(5), Does::Fatal);
     start_writes(&bench, &mut owner, 8);
     other.start(1, read(0, 8), &page(20));
-    check_writes(&bench, &mut owner, 8);
-    assert_eq!(other.result(1), Ok(()));
+    std::thread::scope(|scope| {
+        // Each owner looks after his own queue.
+        let other = scope.spawn(move || other.result(1));
+        for tag in 0..8 {
+            assert_eq!(owner.result(tag), Ok(()));
+        }
+        assert_eq!(other.join().unwrap(), Ok(()));
+    });
+    let written = (0..8).flat_map(|tag| pattern(tag, PAGE as usize)).collect::<Vec<_>>();
+    assert!(bench.sim.medium().read(0, 64) == written);
     assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn an_owner_who_is_held_up_elsewhere_costs_nobody_the_drive() {
+    let bench = Bench::new(Options::default(), 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    assert_eq!(other.run(read(0, 8), &page(20)), Ok(()));
+    bench.sim.fail();
+    start_writes(&bench, &mut owner, 4);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(2500) {
+        owner.wait();
+    }
+    assert_eq!((owner.results.len(), bench.sim.enabled()), (0, 1), "the other queue may be in use");
+    other.look();
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!(other.run(read(0, 8), &page(20)), Ok(()));
 }
 
 #[test]
