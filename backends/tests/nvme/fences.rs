@@ -225,3 +225,33 @@ fn a_queue_that_is_given_back_with_something_in_it_keeps_the_pages_until_a_fence
     bench.sim.release();
     assert_eq!(bench.seen(&page(0)), vec![0; PAGE as usize]);
 }
+
+#[test]
+fn a_fence_in_the_middle_of_a_recovery_is_no_reason_to_give_the_drive_up() {
+    for step in STRONG {
+        let bench = Bench::new(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        bench.sim.fault(When::any(), Does::HoldData);
+        let expected = bench.fill(&page(0), 1);
+        owner.start(1, write(0, 8), &page(0));
+        assert!(bench.sim.await_held(1, LONG));
+        bench.sim.next_disable(Turn::After(SHORT));
+        bench.sim.fail();
+        // It is being reset once CC.EN is clear.
+        while bench.sim.registers().get(0x14).unwrap() & 1 != 0 {
+            owner.wait();
+        }
+        let begun = Instant::now();
+        bench.drive().fence(step).unwrap();
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+        assert!(begun.elapsed() < Duration::from_secs(1), "{step:?}");
+        bench.map(0, PAGES);
+        std::thread::scope(|scope| {
+            // It waits for the recovery to come to its end, which is soon.
+            let attached = scope.spawn(|| bench.drive().attach().map(|()| begun.elapsed()));
+            assert_eq!(owner.result(1), Ok(()), "{step:?}");
+            assert!(attached.join().unwrap().unwrap() < Duration::from_secs(2), "{step:?}");
+        });
+        assert_eq!(bench.sim.medium().read(0, 8), expected);
+    }
+}

@@ -428,8 +428,13 @@ impl Inner {
                 return;
             }
         }
-        match self.revive(&mut controller, || Ok(())) {
+        let fenced = || *self.mode() == Mode::Fenced;
+        let overtaken = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
+        let revived = self.revive(&mut controller, || if fenced() { Err(overtaken()) } else { Ok(()) });
+        match revived {
             Ok(()) => self.go_on(|mode| *mode != Mode::Fenced),
+            // It could not come up: that says nothing, and the attach brings it up anew.
+            Err(_) if fenced() && !controller.is_gone() => {}
             Err(error) => self.lose(&controller, &error),
         }
     }
