@@ -1,9 +1,15 @@
 //! The vhost-user door with real front-ends of the `vhost` crate, a real gate, and a simulated drive.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
-#![allow(dead_code, unreachable_pub)] // each test uses its part of the guest and the world
+#![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+mod conversion;
 mod guest;
 mod hostile;
+mod reconnect;
 mod requests;
 mod world;
+
+/// What the back-end says, where RUST_LOG asks for it.
+pub fn listen() {
+    let _ = env_logger::builder().is_test(true).try_init();
+}

@@ -161,14 +161,11 @@ impl Table {
         self.let_go(&region)
     }
 
-    /// Gives everything back, each region with the proof that no device sees it; whoever comes next may have his memory at
-    /// the same addresses. What cannot be had so goes when the connection is closed, by whatever that takes.
-    pub(super) fn leave(mut self) {
-        for region in std::mem::take(&mut self.regions) {
-            if let Err(error) = self.let_go(&region) {
-                log::error!("vhost-user: {error}: it is left to the gate");
-            }
-        }
+    /// Lets go of all regions; returns when no device sees them any more, or it is known that one may.
+    pub(super) fn clear(&mut self) -> Result<(), MemoryError> {
+        let regions = std::mem::take(&mut self.regions);
+        let gone: Vec<_> = regions.iter().map(|region| self.let_go(region)).collect();
+        gone.into_iter().collect()
     }
 
     /// The guest-physical address of one of the front-end's own, where it is in a region.
