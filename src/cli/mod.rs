@@ -5,6 +5,7 @@
 
 mod convert;
 mod demo;
+mod engine;
 mod events;
 mod explain;
 mod list;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::serve::Iommu;
+use super::engine::Iommu;
 use super::{Output, line};
 use crate::error::Result;
 use crate::selftest::{self, Options, Report, Row};
