@@ -51,7 +51,7 @@ impl Guest {
         std::fs::write(at("initrd"), archive.finish()).unwrap();
         let (from, len) = RESERVED;
         let kernel = format!(
-            "console=ttyS0 panic=-1 loglevel=4 memhp_default_state=online_movable memmap={}M${}M",
+            "console=ttyS0 panic=-1 loglevel=7 memhp_default_state=online_movable memmap={}M${}M",
             len >> 20,
             from >> 20
         );
@@ -176,9 +176,10 @@ impl Guest {
     }
 
     /// The last lines of its console, and QEMU's complaints.
-    fn about(&self) -> String {
+    fn about(&mut self) -> String {
+        let ended = self.qemu.try_wait();
         let file = |name: &str| tail(&self.place.path().join(name));
-        format!("its console:\n{}\nQEMU:\n{}", file("console"), file("complaints"))
+        format!("its console:\n{}\nQEMU ({ended:?}):\n{}", file("console"), file("complaints"))
     }
 }
 
