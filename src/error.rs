@@ -72,6 +72,12 @@ pub enum Error {
     /// A thread ended in a panic: a bug of passgate's.
     #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
     Panicked(&'static str),
+    /// Nothing can be waited for.
+    #[error("cannot wait for events: {0}; raise the limit of files (`LimitNOFILE=`)")]
+    Poll(io::Error),
+    /// The loop of a VM has ended.
+    #[error("the VM's session is over: nothing is done for it any more")]
+    Over,
     /// A signal handler cannot be set.
     #[error("cannot watch for signals: {0}")]
     Signal(io::Error),

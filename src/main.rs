@@ -2,14 +2,13 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use passgate::cli::{self, Cli};
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_target(false)
         .init();
-    match cli::run(Cli::parse()) {
+    match cli::run(Cli::of_process()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("passgate: {error}");

@@ -8,7 +8,7 @@ use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use crate::device::edu::{self, Edu};
 use crate::device::igb;
-use crate::device::nvme;
+use crate::device::nvme::{self, DriveOptions};
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
 use crate::device::virtio::{gpu, net};
@@ -38,6 +38,8 @@ pub struct Assignment {
     pub domain: Arc<dyn Domain>,
     /// The devices, in the order of their names.
     pub devices: Vec<Arc<dyn Device>>,
+    /// Those of them that are drives to be served ([`Accept::drive`]).
+    pub drives: Vec<Arc<nvme::Drive>>,
 }
 
 /// What somebody who knows better has accepted of the devices.
@@ -47,6 +49,8 @@ pub struct Accept {
     pub unstoppable: bool,
     /// That drivers overwrite the last blocks of a drive, for DMA of given bytes.
     pub scratch: bool,
+    /// That drives are driven as block devices, for a door that serves them, and do no DMA on demand.
+    pub drive: Option<DriveOptions>,
 }
 
 /// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`. `tables` is
@@ -59,20 +63,21 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
                 .iter()
                 .map(|name| Ok(domain.device(name)? as Arc<dyn Device>))
                 .collect::<Result<_>>()?;
-            Ok(Assignment { domain, devices })
+            Ok(Assignment { domain, devices, drives: Vec::new() })
         }
         Choice::Iommufd(names) => {
             let domain = IommufdDomain::open(tables)?;
             let together: Vec<PciAddress> = names.iter().filter_map(|name| name.parse().ok()).collect();
+            let mut drives = Vec::new();
             let devices = names
                 .iter()
                 .map(|name| {
                     let opened = VfioDevice::open_cdev(name, &domain, &together)?;
-                    let device = drive(opened, domain.clone(), accept)?;
+                    let device = drive(opened, domain.clone(), accept, &mut drives)?;
                     stoppable(device, accept, || why_not_detached(name, &together))
                 })
                 .collect::<Result<_>>()?;
-            Ok(Assignment { domain, devices })
+            Ok(Assignment { domain, devices, drives })
         }
         Choice::Type1(names) => {
             let first = names.first().ok_or_else(|| Error::Host {
@@ -81,14 +86,16 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
             })?;
             let candidate = candidate(Path::new(SYSFS), first)?;
             let domain = Type1Domain::open(candidate.pci.address(), &candidate.group)?;
+            let mut drives = Vec::new();
             let devices = names
                 .iter()
                 .map(|name| {
-                    let device = drive(VfioDevice::open_group(name, &domain)?, domain.clone(), accept)?;
+                    let opened = VfioDevice::open_group(name, &domain)?;
+                    let device = drive(opened, domain.clone(), accept, &mut drives)?;
                     stoppable(device, accept, || Ok(TYPE1_DETACHES_NOTHING.to_owned()))
                 })
                 .collect::<Result<_>>()?;
-            Ok(Assignment { domain, devices })
+            Ok(Assignment { domain, devices, drives })
         }
     }
 }
@@ -152,9 +159,20 @@ pub(crate) fn driver_of(device: &VfioDevice) -> Result<Option<Driver>> {
     })
 }
 
-/// Gives the device the driver for its kind, if there is one.
-pub(crate) fn drive(device: VfioDevice, domain: Arc<dyn Domain>, accept: Accept) -> Result<Arc<dyn Device>> {
-    Ok(match driver_of(&device)? {
+/// Gives the device the driver for its kind, if there is one. A drive that is to be served is put into `drives` as well.
+pub(crate) fn drive(
+    device: VfioDevice,
+    domain: Arc<dyn Domain>,
+    accept: Accept,
+    drives: &mut Vec<Arc<nvme::Drive>>,
+) -> Result<Arc<dyn Device>> {
+    let driver = driver_of(&device)?;
+    if let (Some(Driver::Nvme), Some(options)) = (driver, accept.drive) {
+        let drive = nvme::serve(device, &domain, options)?;
+        drives.push(Arc::clone(&drive));
+        return Ok(drive);
+    }
+    Ok(match driver {
         Some(Driver::Nvme) => Arc::new(nvme::open(device, &domain, accept.scratch)?),
         Some(Driver::Edu) => Arc::new(Edu::new(device, domain)?),
         Some(Driver::Igb) => Arc::new(igb::open(device, &domain)?),
@@ -297,7 +315,7 @@ mod tests {
         );
         assert!(!error.contains('\n'), "{error}");
         let unused = || -> Result<String> { panic!("nobody asks") };
-        assert!(stoppable(none, Accept { unstoppable: true, scratch: false }, unused).is_ok());
+        assert!(stoppable(none, Accept { unstoppable: true, ..Accept::default() }, unused).is_ok());
         for class in
             [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER, StopClass::DETACH, StopClass::RESET]
         {

@@ -11,9 +11,11 @@ pub mod device;
 pub mod error;
 pub mod iommu;
 pub mod resume;
+pub mod window;
 
 pub use assign::{Accept, Assignment, Kind, assign};
-pub use device::{Device, FenceStep, Nature, StopClass};
+pub use device::{Device, FenceStep, Nature, StopClass, nvme};
 pub use error::{Error, Result};
 pub use iommu::iommufd::Tables;
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};
+pub use window::{Entered, Segment, Window, Windowed};

@@ -147,16 +147,17 @@ fn go_on(
         }
     }
     own::clear(&*domain)?;
+    let mut drives = Vec::new();
     let devices = opened
         .into_iter()
         .map(|device| {
             if driver_of(&device)?.is_some() {
                 device.wake()?;
             }
-            drive(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept)
+            drive(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept, &mut drives)
         })
         .collect::<Result<_>>()?;
-    Ok(Assignment { domain, devices })
+    Ok(Assignment { domain, devices, drives })
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::env;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
@@ -58,4 +59,27 @@ pub fn take() -> Result<Vec<Handed>, Failed> {
         handed.push((name, fd));
     }
     Ok(handed)
+}
+
+/// Takes the descriptor with this number, which whoever started this process left open for it and named to it; once.
+/// Call it before this process opens anything else. `EBADF` where there is none, or it was opened here (what this process
+/// opens is close-on-exec), or it is one of the first three.
+pub fn by_number(number: RawFd) -> Result<OwnedFd, Failed> {
+    static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+    let failed = |errno| Failed::new("taking an inherited descriptor", errno);
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if number < FIRST || taken.contains(&number) {
+        return Err(failed(Errno::BADF));
+    }
+    // SAFETY: borrowed for the one call that asks whether it is open, which is no error where it is not.
+    let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) }).map_err(failed)?;
+    if flags.contains(FdFlags::CLOEXEC) {
+        return Err(failed(Errno::BADF));
+    }
+    taken.push(number);
+    // SAFETY: it is open and came through exec, since all that this process opens is close-on-exec; `TAKEN` lets nobody
+    // take it twice, so it is nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(failed)?;
+    Ok(fd)
 }

@@ -42,6 +42,10 @@ pub(super) struct Engine {
     /// A device to which a DMA fault does no harm, so that it need not be paused; may be given again
     #[arg(long, value_name = "BDF")]
     tolerant: Vec<String>,
+    /// Take memory whose file is not sealed against shrinking (F_SEAL_SHRINK), as Cloud Hypervisor's is not: a VMM that
+    /// shrinks it then ends its own daemon, and its devices are stopped
+    #[arg(long)]
+    allow_unsealed: bool,
     /// Keep a second page table filled, so that many pages leave large mappings at once by one switch of the devices
     /// (iommufd; twice the page-table memory)
     #[arg(long)]
@@ -271,6 +275,7 @@ impl Engine {
             metrics_path: self.metrics_path,
             guardian: (!self.no_guardian).then(|| PathBuf::from("/proc/self/exe")),
             tolerant: self.tolerant,
+            unsealed: self.allow_unsealed,
             state: self.state.options(),
             manager: opened.manager.clone(),
             stop_signals: vec![signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT],
@@ -289,4 +294,3 @@ fn certain(device: &dyn Device) -> Result<()> {
     }
     Err(Error::Uncertain { device: device.name().to_owned() })
 }
-

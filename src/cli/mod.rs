@@ -17,6 +17,7 @@ mod serve;
 mod shell;
 mod status;
 mod top;
+mod vhost_blk;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -41,6 +42,8 @@ enum Command {
     Demo(demo::Demo),
     /// Runs one VM's daemon
     Serve(serve::Serve),
+    /// Serves an NVMe drive to a VMM as a virtio block device (vhost-user-blk)
+    VhostUserBlk(vhost_blk::VhostUserBlk),
     /// Lists this host's PCI devices: who has them, how their DMA can be stopped, why one would not be taken
     List(list::List),
     /// Says what a daemon knows: regions, devices, quarantine, limits
@@ -133,11 +136,27 @@ fn line(text: &str) -> Result<()> {
     }
 }
 
+/// The name by which a management program starts a back-end, which it cannot tell a subcommand (docs/guide/vhost-user-blk.md).
+const BACKEND: &str = "passgate-vhost-user-blk";
+
+impl Cli {
+    /// The command line of this process.
+    pub fn of_process() -> Self {
+        let mut words: Vec<_> = std::env::args_os().collect();
+        let name = words.first().map(PathBuf::from);
+        if name.is_some_and(|name| name.file_name().is_some_and(|name| name == BACKEND)) {
+            words.insert(1, "vhost-user-blk".into());
+        }
+        Self::parse_from(words)
+    }
+}
+
 /// Runs the command.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Demo(demo) => demo.run(),
         Command::Serve(serve) => serve.run(),
+        Command::VhostUserBlk(door) => door.run(),
         Command::List(list) => list.run(),
         Command::Status(status) => status.run(),
         Command::Events(events) => events.run(),

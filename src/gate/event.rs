@@ -295,6 +295,11 @@ pub enum Event {
         /// Whom to answer; also the new owner.
         caller: Caller,
     },
+    /// This client cannot be told no: what it removes, or leaves behind, goes whatever that takes. Before anything else of it.
+    Insists {
+        /// Which.
+        client: ClientId,
+    },
     /// A person takes what an invalidation left in quarantine out of it, and says what it is now.
     Release {
         /// Whom to answer.

@@ -24,7 +24,7 @@ impl Gate {
     /// Goes up to the next rung that the policy allows and a device in question has; false at the top.
     pub(super) fn climb(&mut self, id: InvalidationId, effects: &mut Effects) -> bool {
         let Some(inv) = self.invalidations.get(&id) else { return false };
-        let allowed = self.allowed(inv.after);
+        let allowed = self.allowed(inv);
         // A map that takes its time is no reason to stop a device.
         let stands = |run: Run| run.state.unsettled();
         let stuck: Vec<DomainId> = self

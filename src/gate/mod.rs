@@ -8,6 +8,7 @@
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it.
 
+mod admits;
 pub mod adopt;
 mod cached;
 pub mod effect;
@@ -15,6 +16,7 @@ mod ending;
 pub mod event;
 pub mod fence;
 pub mod hitless;
+mod insists;
 mod invalidation;
 mod ladder;
 pub mod ledger;
@@ -39,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
+pub use admits::Admits;
 pub use adopt::{ORPHANS, Unended};
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
@@ -162,6 +165,8 @@ pub struct Gate {
     open_by_client: BTreeMap<ClientId, u32>,
     /// Clients that are gone and still have regions to close.
     leaving: Vec<ClientId>,
+    /// Clients that cannot be told no.
+    insisting: BTreeSet<ClientId>,
     last_region: u32,
     last_invalidation: u64,
     /// The highest invalidation from which an earlier daemon's quarantine dates.
@@ -190,6 +195,7 @@ impl Gate {
             hanging: BTreeSet::new(),
             open_by_client: BTreeMap::new(),
             leaving: Vec::new(),
+            insisting: BTreeSet::new(),
             last_region: 0,
             last_invalidation: 0,
             last_of_earlier: 0,
@@ -234,6 +240,7 @@ impl Gate {
                 self.let_go(caller, invalidation, to, effects);
             }
             Event::Adopt { caller } => self.adopt(caller, effects),
+            Event::Insists { client } => self.insist(client),
         }
         self.bring_back(effects);
     }

@@ -211,6 +211,7 @@ impl Gate {
         effects.push(Effect::Notice(Notice::RegionClosed { region: id }));
         if self.leaving.contains(&region.owner) && !self.regions.values().any(|r| r.owner == region.owner) {
             self.leaving.retain(|client| *client != region.owner);
+            self.insist_no_more(region.owner);
             effects.push(Effect::Notice(Notice::SessionClosed { client: region.owner }));
         }
     }
@@ -262,7 +263,9 @@ impl Gate {
                 Some(Phase::Converting) | None => {}
             }
         }
-        if !owned.is_empty() {
+        if owned.is_empty() {
+            self.insist_no_more(client);
+        } else {
             self.leaving.push(client);
         }
         for id in owned {

@@ -186,6 +186,12 @@ impl Gate {
         self.files.entry(file).or_insert_with(|| super::FileEntry::of(store.as_ref(), file))
     }
 
+    /// What is plainly mapped in a domain, in order, neighbours as one.
+    pub fn live(&self, domain: DomainId) -> Vec<PageRange<Iova>> {
+        let Ok(everywhere) = PageRange::<Iova>::new(0, LIMIT) else { return Vec::new() };
+        self.domain(domain).map(|entry| entry.mapped.live(everywhere).collect()).unwrap_or_default()
+    }
+
     /// The regions as they are to be written down.
     pub fn written(&self) -> impl Iterator<Item = Written> + '_ {
         self.regions.iter().map(|(id, region)| Written {

@@ -8,7 +8,7 @@ use super::effect::{Effect, Effects, Notice};
 use super::event::{DeviceId, DomainId, InvalidationId, JobId};
 use super::fence::{Nature, Platform, Step, Steps};
 use super::hitless::pause;
-use super::invalidation::{After, Invalidation};
+use super::invalidation::Invalidation;
 use super::pause::splits;
 use super::receipt::Evidence;
 use super::{Gate, Job};
@@ -108,12 +108,6 @@ impl Gate {
         device.steps.has(step) && (allowed.has(step) || strict) && !spared
     }
 
-    /// How far fences go for an invalidation of this kind.
-    pub(super) fn allowed(&self, after: After) -> Steps {
-        let policy = self.policy.on_stuck_dma.allows();
-        if matches!(after, After::Gone) { policy.or(Steps::ALL_BUT_RESET) } else { policy }
-    }
-
     /// Asks `step` of every device in `domain` that may be asked and is not under it or a stronger one.
     pub(super) fn fence(
         &mut self,
@@ -137,7 +131,8 @@ impl Gate {
     /// Stops every device as surely as it can be, whatever the policy: their client is gone.
     pub(super) fn stop_all(&mut self, invalidation: InvalidationId, effects: &mut Effects) {
         const ORDER: [Step; 5] = [Step::Detach, Step::Reset, Step::Stop, Step::Master, Step::Drain];
-        let allowed = self.allowed(After::Gone);
+        let Some(inv) = self.invalidations.get(&invalidation) else { return };
+        let allowed = self.allowed(inv);
         let steps: Vec<(DeviceId, Step)> = self
             .devices
             .iter()
@@ -257,7 +252,7 @@ impl Gate {
             // Whoever asked may have given up meanwhile, and another need it as much.
             let needs = |id: &InvalidationId| {
                 let Some(inv) = self.invalidations.get(id) else { return false };
-                let may = self.may(entry, step, self.allowed(inv.after));
+                let may = self.may(entry, step, self.allowed(inv));
                 *id == asker || (may && (inv.stopping || inv.rung >= step))
             };
             if let Some(invalidation) = self.clearing.iter().copied().find(needs) {

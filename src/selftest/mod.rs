@@ -150,8 +150,8 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
     let mut iommu = String::new();
     {
         // What cannot be stopped is what the test is to find out.
-        let accept = Accept { unstoppable: true, scratch: options.scratch };
-        let Assignment { domain, devices } =
+        let accept = Accept { unstoppable: true, scratch: options.scratch, drive: None };
+        let Assignment { domain, devices, .. } =
             take(options.iommu, std::slice::from_ref(&options.device), accept, Tables::default(), PATIENCE)?;
         let Some(device) = devices.into_iter().next() else {
             return Err(Error::Usage(format!("`{}` names no device", options.device)));

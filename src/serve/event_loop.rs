@@ -14,6 +14,7 @@ use rustix::time::{
 };
 
 use super::baton::{Baton, Found, Turn};
+use super::inside::Ask;
 use super::vm::Vm;
 use crate::error::{Error, Result};
 use crate::gate::ClientId;
@@ -36,19 +37,31 @@ pub(super) enum Done {
     Call(Returned),
     /// A device has done, or not done, its DMA.
     Dma { client: ClientId, cookie: u64, result: Result<DmaDone, passgate_backends::Error> },
+    /// Another thread wants to know what a page is.
+    Ask(Ask),
+    /// Another thread has a connection.
+    Connect(OwnedFd),
 }
 
 /// What the loop, its workers and its supervisor share.
 #[derive(Debug)]
 pub(super) struct Core {
     baton: Baton<Vm>,
-    done: Mutex<VecDeque<Done>>,
+    inbox: Mutex<Inbox>,
     kick: OwnedFd,
     alarm: OwnedFd,
     /// How the loop ended, once it has.
     over: Mutex<Option<Result<()>>>,
     ended: Condvar,
     threads: Mutex<Threads>,
+}
+
+/// What was handed in and not taken yet.
+#[derive(Debug, Default)]
+struct Inbox {
+    done: VecDeque<Done>,
+    /// Whether nobody takes anything any more.
+    closed: bool,
 }
 
 /// The threads that end with the VM. One that is in a call that does not return is not among them any more.
@@ -66,7 +79,7 @@ impl Core {
         let (baton, turn) = Baton::new();
         let core = Self {
             baton,
-            done: Mutex::default(),
+            inbox: Mutex::default(),
             kick,
             alarm: alarm.map_err(failed("timerfd_create"))?,
             over: Mutex::new(None),
@@ -76,16 +89,37 @@ impl Core {
         Ok((Arc::new(core), turn))
     }
 
-    /// Hands something in.
-    pub(super) fn deliver(&self, done: Done) {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push_back(done);
+    /// Hands something in; whether somebody may take it.
+    pub(super) fn deliver(&self, done: Done) -> bool {
+        let mut inbox = self.inbox();
+        if inbox.closed {
+            // What it is dropped for may be somebody else's code.
+            drop(inbox);
+            return false;
+        }
+        inbox.done.push_back(done);
+        drop(inbox);
         self.kick();
+        true
+    }
+
+    /// Nothing is taken any more: the VM is gone.
+    pub(super) fn close(&self) {
+        let mut inbox = self.inbox();
+        inbox.closed = true;
+        let left = std::mem::take(&mut inbox.done);
+        drop(inbox);
+        drop(left);
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes everything that was handed in.
     pub(super) fn take_done(&self) -> VecDeque<Done> {
         let _ = rustix::io::read(&self.kick, &mut [0; 8]);
-        std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.inbox().done)
     }
 
     /// Readable when the loop is wanted.
@@ -203,6 +237,7 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
     let mut tokens = Vec::new();
     vm = settle(core, turn, vm)?;
     loop {
+        vm.look_again();
         vm.rearm(None);
         if let Some(result) = vm.is_over() {
             return Some(result);

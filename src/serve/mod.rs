@@ -1,4 +1,5 @@
-//! The ways a VMM reaches a session: here the control socket and its notification channel.
+//! The ways a VMM reaches a session: here the control socket and its notification channel, and what other threads of
+//! this process ask of it ([`Inside`]).
 //!
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
@@ -10,11 +11,13 @@ mod connection;
 mod control;
 mod event_loop;
 mod hold;
+mod inside;
 mod listen;
 mod poller;
 pub mod privilege;
 mod release;
 mod scrape;
+pub mod vhost_blk;
 mod vm;
 
 use std::io::ErrorKind;
@@ -37,12 +40,13 @@ use event_loop::Core;
 use vm::{Sockets, Vm};
 
 pub use hold::Hold;
+pub use inside::Inside;
 
 /// What a server is told once.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where its socket is made.
-    pub socket_path: PathBuf,
+    /// Where its socket is made; none for no such socket, where all clients are of this process ([`Inside::connect`]).
+    pub socket_path: Option<PathBuf>,
     /// The gate's policy.
     pub policy: Policy,
     /// Whether clients may have devices do DMA (`Dma`).
@@ -59,6 +63,8 @@ pub struct Options {
     pub guardian: Option<PathBuf>,
     /// The names of devices that a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
     pub tolerant: Vec<String>,
+    /// Whether memory is taken whose file can be shrunk ([`crate::session::Trust::unsealed`]).
+    pub unsealed: bool,
     /// Where the audit log and the quarantine are written down; none for nowhere.
     pub state: Option<StateOptions>,
     /// Signals that stop it.
@@ -70,8 +76,13 @@ pub struct Options {
 impl Options {
     /// The defaults, at `socket_path`.
     pub fn at(socket_path: impl Into<PathBuf>) -> Self {
+        Self { socket_path: Some(socket_path.into()), ..Self::nowhere() }
+    }
+
+    /// The defaults, without a socket.
+    pub fn nowhere() -> Self {
         Self {
-            socket_path: socket_path.into(),
+            socket_path: None,
             policy: Policy::default(),
             allow_dma: false,
             allow_release: true,
@@ -80,6 +91,7 @@ impl Options {
             farewell: Duration::from_secs(10),
             guardian: None,
             tolerant: Vec::new(),
+            unsealed: false,
             state: None,
             stop_signals: Vec::new(),
             manager: None,
@@ -94,7 +106,7 @@ pub struct Server {
     core: Arc<Core>,
     turn: baton::Turn,
     stop: UnixStream,
-    file: SocketFile,
+    file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
     /// Whether what it has is the next daemon's when it ends.
@@ -112,7 +124,7 @@ impl Drop for SocketFile {
 }
 
 impl Server {
-    /// Makes the socket (mode 0600; a left-over one is replaced, one in use is an error) and the session.
+    /// Makes the socket, if any (mode 0600; a left-over one is replaced, one in use is an error), and the session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         Self::holding(options, domain, devices, None)
     }
@@ -124,20 +136,20 @@ impl Server {
         devices: Vec<Arc<dyn Device>>,
         mut hold: Option<Hold>,
     ) -> Result<Self> {
-        let path = options.socket_path.clone();
-        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(&path, e, ""))?;
+        let (stop, stopped) = UnixStream::pair().map_err(Error::Poll)?;
         // Before anybody can find the socket: who finds it may send a signal.
         for signal in &options.stop_signals {
-            let stop = stop.as_fd().try_clone_to_owned().map_err(|e| socket_error(&path, e, ""))?;
+            let stop = stop.as_fd().try_clone_to_owned().map_err(Error::Poll)?;
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
         let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
-        let listen_here = || listen(&path, &CONTROL);
-        let listener = match &mut hold {
-            Some(hold) => hold.listener(&path, listen_here)?,
-            None => listen_here()?,
+        let path = options.socket_path.clone();
+        let listener = match (&mut hold, &path) {
+            (Some(hold), Some(path)) => Some(hold.listener(path, || listen(path, &CONTROL))?),
+            (None, Some(path)) => Some(listen(path, &CONTROL)?),
+            (_, None) => None,
         };
-        let file = SocketFile(path.clone());
+        let file = path.map(SocketFile);
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile);
         let guardian = match &options.guardian {
@@ -158,6 +170,16 @@ impl Server {
             vm.session.complete(ids);
         }
         Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
+    }
+
+    /// What stops it, for another thread.
+    pub fn stopper(&self) -> Result<Stopper> {
+        self.stop.try_clone().map(Stopper).map_err(Error::Poll)
+    }
+
+    /// Its loop, for other threads of this process: before it runs, while it does, and after.
+    pub fn inside(&self) -> Inside {
+        Inside::of(&self.core)
     }
 
     /// Serves until stopped.
@@ -182,10 +204,21 @@ impl Server {
 
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
-        let stop = self.stop.try_clone().map_err(|e| socket_error(&self.file.0, e, ""))?;
-        let path = self.file.0.clone();
+        let stop = self.stop.try_clone().map_err(Error::Poll)?;
+        let path = self.file.as_ref().map(|file| file.0.clone()).unwrap_or_default();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
+    }
+}
+
+/// Stops a server that runs.
+#[derive(Debug)]
+pub struct Stopper(UnixStream);
+
+impl Stopper {
+    /// As a stop signal does.
+    pub fn stop(&self) {
+        let _ = std::io::Write::write(&mut &self.0, &[0]);
     }
 }
 
@@ -198,7 +231,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Where its socket is.
+    /// Where its socket is; empty where it has none.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -42,6 +42,10 @@ impl Poller {
         self.control(ControlOptions::EPOLL_CTL_MOD, fd, interest, token)
     }
 
+    pub(super) fn forget(&self, fd: impl AsFd) -> std::io::Result<()> {
+        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Nothing, 0)
+    }
+
     fn control(
         &self,
         option: ControlOptions,

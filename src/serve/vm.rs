@@ -1,6 +1,7 @@
 //! A VM as the loop has it: its session, its sockets, its connections.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,16 +13,17 @@ use rustix::net::{SocketFlags, accept_with};
 use super::backlog::Backlog;
 use super::connection::Connection;
 use super::event_loop::{Core, Done};
+use super::inside::Ask;
 use super::poller::{Interest, Poller};
 use super::scrape::{Scrape, VISITORS};
-use super::{Hold, Options, socket_error};
+use super::{Hold, Options};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
 use crate::observe::records::Records;
 use crate::observe::status;
 use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
-use crate::session::{Pool, Returned, Session};
+use crate::session::{Pool, Returned, Session, Trust};
 
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
@@ -50,7 +52,9 @@ pub(super) struct Vm {
     pub(super) connections: BTreeMap<ClientId, Connection>,
     /// Where a datagram is read into, whoever sends it.
     pub(super) datagram: Box<[u8]>,
-    listener: UnixListener,
+    listener: Option<UnixListener>,
+    /// Questions of other threads that cannot be answered yet.
+    pub(super) asks: Vec<Ask>,
     stopped: UnixStream,
     last_client: u32,
     pub(super) backlog: Backlog,
@@ -65,10 +69,17 @@ pub(super) struct Vm {
     holds: bool,
 }
 
+/// Whatever ends it: who hands something in from now on hears that nobody takes it.
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.core.close();
+    }
+}
+
 /// What a VM listens to, besides its clients.
 #[derive(Debug)]
 pub(super) struct Sockets {
-    pub(super) listener: UnixListener,
+    pub(super) listener: Option<UnixListener>,
     pub(super) metrics: Option<UnixListener>,
     /// Readable when it is to stop.
     pub(super) stopped: UnixStream,
@@ -86,9 +97,8 @@ impl Vm {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
         let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
         let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
-        let failed = |e| socket_error(&options.socket_path, e, "");
         let workers = Arc::clone(&core);
-        let pool = Pool::new(move |returned| workers.deliver(Done::Call(returned)));
+        let pool = Pool::new(move |returned| _ = workers.deliver(Done::Call(returned)));
         let names = || devices.iter().map(|device| device.name().to_owned()).collect();
         let records = options
             .state
@@ -96,17 +106,20 @@ impl Vm {
             .map(|state| Records::open(state, options.policy, domain.name(), names(), resumed))
             .transpose()?;
         let hold = hold.map(|hold| hold.session);
-        let session = Session::new(options.policy, domain, devices, &options.tolerant, pool, records, hold);
+        let trust = Trust { tolerant: &options.tolerant, unsealed: options.unsealed };
+        let session = Session::new(options.policy, domain, devices, trust, pool, records, hold);
         let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
-        let poller = Poller::new().map_err(failed)?;
-        poller.add(&listener, Interest::Read, LISTENER).map_err(failed)?;
-        poller.add(core.kicked(), Interest::Read, KICK).map_err(failed)?;
-        poller.add(&stopped, Interest::Read, STOP).map_err(failed)?;
+        let poller = Poller::new().map_err(Error::Poll)?;
+        if let Some(listener) = &listener {
+            poller.add(listener, Interest::Read, LISTENER).map_err(Error::Poll)?;
+        }
+        poller.add(core.kicked(), Interest::Read, KICK).map_err(Error::Poll)?;
+        poller.add(&stopped, Interest::Read, STOP).map_err(Error::Poll)?;
         if let Some(listener) = &scrape {
-            poller.add(listener, Interest::Read, METRICS).map_err(failed)?;
+            poller.add(listener, Interest::Read, METRICS).map_err(Error::Poll)?;
         }
         for wake in session.wakes() {
-            poller.add(wake, Interest::Read, WAKE).map_err(failed)?;
+            poller.add(wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         }
         Ok(Self {
             session,
@@ -116,6 +129,7 @@ impl Vm {
             connections: BTreeMap::new(),
             datagram: vec![0; MAX_DATAGRAM].into(),
             listener,
+            asks: Vec::new(),
             stopped,
             last_client: 0,
             backlog: Backlog::new()?,
@@ -138,7 +152,7 @@ impl Vm {
             (None, Some(_)) => STARVED.as_millis() as i32,
             (None, None) => -1,
         };
-        self.poller.wait(timeout, tokens).map_err(|e| socket_error(&self.options.socket_path, e, ""))
+        self.poller.wait(timeout, tokens).map_err(Error::Poll)
     }
 
     /// Does one thing that a token stands for; whether there may be more of it.
@@ -193,24 +207,37 @@ impl Vm {
     }
 
     fn accept(&mut self) -> bool {
-        let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let Some(listener) = &self.listener else { return false };
+        let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(errno) => {
                 self.starved(errno);
                 return false;
             }
         };
-        if self.farewell.is_some() || self.connections.len() >= self.options.max_clients {
+        if self.connections.len() >= self.options.max_clients {
             log::warn!("a connection was refused: {} are open", self.connections.len());
             return true;
+        }
+        self.welcome(socket);
+        true
+    }
+
+    /// Takes a connected socket that does not block; who it is from now on. None where the end has begun.
+    pub(super) fn welcome(&mut self, socket: OwnedFd) -> Option<ClientId> {
+        if self.farewell.is_some() {
+            return None;
         }
         self.last_client += 1;
         let client = ClientId(self.last_client);
         match self.poller.add(&socket, Interest::Read, Self::token(client, Door::Control)) {
             Ok(()) => _ = self.connections.insert(client, Connection::new(socket)),
-            Err(error) => log::error!("epoll: {error}"),
+            Err(error) => {
+                log::error!("epoll: {error}");
+                return None;
+            }
         }
-        true
+        Some(client)
     }
 
     /// Where it is for want of descriptors or memory that nobody can be accepted, asking again at once is of no
@@ -235,7 +262,7 @@ impl Vm {
 
     fn watch_doors(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
-        for (listener, token) in [(&self.listener, LISTENER)].into_iter().chain(metrics) {
+        for (listener, token) in self.listener.iter().map(|listener| (listener, LISTENER)).chain(metrics) {
             if let Err(error) = self.poller.change(listener, interest, token) {
                 log::error!("epoll: {error}");
             }
@@ -247,6 +274,8 @@ impl Vm {
             match done {
                 Done::Call(returned) => self.returned(returned),
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
+                Done::Ask(ask) => self.asked(ask),
+                Done::Connect(socket) => self.connected(socket),
             }
         }
         self.alarm = None;

@@ -200,7 +200,7 @@ impl Call {
     pub fn is_small(&self) -> bool {
         match self {
             Self::Map { iova, piece, .. } => iova.len() <= SMALL_MAP && iova.len().div_ceil(*piece) <= FEW,
-            Self::Unmap { iova, .. } => iova.len() <= SMALL,
+            Self::Unmap { domain, iova, .. } => iova.len() <= SMALL && !domain.may_wait(*iova),
             Self::Convert { pages, .. } => {
                 pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= SMALL
             }
@@ -319,4 +319,37 @@ fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -
         }
     }
     Outcome::Committed
+}
+
+#[cfg(test)]
+mod tests {
+    use passgate_backends::iommu::sim::{Memory, Sim};
+    use passgate_backends::{Entered, Segment, Window, Windowed};
+    use passgate_bindings::PAGE;
+
+    use super::*;
+
+    #[test]
+    fn an_unmap_that_would_wait_for_io_is_not_small() {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let window = Window::new(1, 1);
+        let domain: Arc<dyn Domain> = Arc::new(Windowed::new(Arc::new(sim), Arc::clone(&window)));
+        let range = |page, pages| PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        let file = Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap());
+        domain.map(range(0, 4), PAGE, &file, Offset(0), true).unwrap();
+        let unmap = |iova| Call::Unmap {
+            job: JobId(1),
+            id: DomainId(0),
+            domain: Arc::clone(&domain),
+            iova,
+            shares: Vec::new(),
+        };
+        assert!(unmap(range(0, 4)).is_small());
+        assert_eq!(window.enter(0, &[Segment { iova: Iova(PAGE), len: 1 }]), Entered::In);
+        assert!(!unmap(range(0, 4)).is_small() && !unmap(range(1, 1)).is_small());
+        assert!(unmap(range(2, 2)).is_small());
+        window.leave(0);
+        assert!(unmap(range(0, 4)).is_small());
+        assert!(!unmap(PageRange::new(0, SMALL + PAGE).unwrap()).is_small());
+    }
 }

@@ -127,6 +127,12 @@ impl Kept {
         Ok(kept)
     }
 
+    /// As if this had been handed over.
+    #[cfg(test)]
+    pub(super) fn of(kept: BTreeMap<Name, Vec<OwnedFd>>) -> Self {
+        Self { kept }
+    }
+
     /// Whether nothing came.
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()

@@ -101,6 +101,8 @@ pub(super) struct Extra {
 /// The files that regions are of.
 #[derive(Debug, Default)]
 pub(super) struct Files {
+    /// Whether a file will do that can be shrunk under the device.
+    unsealed: bool,
     held: BTreeMap<FileId, (Arc<GuestFile>, bool)>,
     adding: Vec<(Caller, FileId, Extra)>,
     regions: BTreeMap<RegionId, Extra>,
@@ -109,6 +111,19 @@ pub(super) struct Files {
 }
 
 impl Files {
+    /// None yet; `unsealed` takes files, too, that can be shrunk.
+    pub(super) fn new(unsealed: bool) -> Self {
+        Self { unsealed, ..Self::default() }
+    }
+
+    /// As [`identity::check`], with what was accepted.
+    fn check(&self, file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(), FileError> {
+        match identity::check(file, offset, len, writable) {
+            Err(FileError::Shrinkable) if self.unsealed => Ok(()),
+            checked => checked,
+        }
+    }
+
     /// Checks what a client passes, and holds it.
     pub(super) fn admit(
         &mut self,
@@ -129,7 +144,7 @@ impl Files {
             return Err(BorderError::Reserved { gpa: taken.start() });
         }
         let file = file?;
-        identity::check(&file, memory.offset, memory.length, memory.writable)?;
+        self.check(&file, memory.offset, memory.length, memory.writable)?;
         if let FileKind::Hugetlb(page) = file.kind
             && [memory.gpa, memory.length, memory.offset].iter().any(|n| !n.is_multiple_of(page))
         {
@@ -204,7 +219,7 @@ impl Files {
         self.hold_again(backing.file, kept);
         let file =
             self.held.get(&backing.file).map(|(file, _)| Arc::clone(file)).ok_or(BorderError::NotKept)?;
-        identity::check(&identity::identify(&*file)?, backing.offset.0, gpa.len(), writable)?;
+        self.check(&identity::identify(&*file)?, backing.offset.0, gpa.len(), writable)?;
         let aside = aside.unwrap_or(Aside { sole_mapper: false, private: None });
         let private = aside.private.and_then(|id| Some((id, self.private_again(id, kept)?)));
         self.regions.insert(region.region, Extra { gpa, sole_mapper: aside.sole_mapper, page, private });

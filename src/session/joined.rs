@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
-    use crate::session::{Next, Pool};
+    use crate::session::{Next, Pool, Trust};
     use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_bindings::PAGE;
 
@@ -199,7 +199,15 @@ mod tests {
 
     fn session() -> Session {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        Session::new(Policy::default(), Arc::new(sim), Vec::new(), &[], Pool::new(|_| {}), None, None)
+        Session::new(
+            Policy::default(),
+            Arc::new(sim),
+            Vec::new(),
+            Trust::default(),
+            Pool::new(|_| {}),
+            None,
+            None,
+        )
     }
 
     fn unmap(job: u64, page: u64) -> Effect {

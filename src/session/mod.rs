@@ -21,11 +21,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain, Ticket};
-use passgate_bindings::{Gpa, PageRange};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice, Policy,
-    Receipt, Snapshot, Step, Verdict,
+    Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice,
+    Policy, Receipt, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -60,6 +60,15 @@ pub enum Next {
     Refused(Caller, BorderError),
     /// Tell everybody who listens.
     Notice(Notice),
+}
+
+/// What somebody who knows better has accepted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Trust<'a> {
+    /// Devices that bear faults, by their names.
+    pub tolerant: &'a [String],
+    /// Files of memory that can be shrunk: who does that ends this process by SIGBUS where it touches the memory.
+    pub unsealed: bool,
 }
 
 /// One VM.
@@ -98,12 +107,12 @@ impl Session {
         policy: Policy,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        tolerant: &[String],
+        trust: Trust<'_>,
         pool: Pool,
         mut records: Option<Records>,
         hold: Option<Hold>,
     ) -> Self {
-        let mut start = start(&*domain, &devices, tolerant);
+        let mut start = start(&*domain, &devices, trust.tolerant);
         let (lasting, store, left) = match hold {
             Some(Hold { store, lasting, left }) => (Some(lasting), Some(store), left),
             None => (None, None, None),
@@ -119,7 +128,7 @@ impl Session {
             done: 0,
             domains: vec![domain],
             devices,
-            files: Files::default(),
+            files: Files::new(trust.unsealed),
             held: HeldAnswers::default(),
             quiet: None,
             border: VecDeque::new(),
@@ -215,6 +224,11 @@ impl Session {
     /// Whether passgate may convert this range itself.
     pub fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
         self.files.may_convert(range)
+    }
+
+    /// What a request of a device's may come to over this range ([`Gate::admits`]).
+    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
+        self.gate.admits(iova, writes)
     }
 
     /// What to do next.

@@ -5,7 +5,7 @@ use passgate_backends::resume::Ids;
 use super::Session;
 use super::fdstore::{FdStore, Kept, Name};
 use super::lasting::{Lasting, Left};
-use crate::gate::{ClientId, FileId, InvalidationId};
+use crate::gate::{ClientId, DomainId, FileId, InvalidationId};
 
 /// By what a session outlives its process.
 #[derive(Debug)]
@@ -33,6 +33,12 @@ impl Session {
             self.files.hold_again(*file, &mut kept);
         }
         self.gate.resume(past, &mut self.effects);
+        // Before any of the effects: what is doubtful is being taken away, and is none of this.
+        for (index, domain) in self.domains.iter().enumerate() {
+            for range in self.gate.live(DomainId(index as u16)) {
+                domain.resumed(range);
+            }
+        }
         if let Some(lasting) = &mut self.lasting {
             lasting.resumed(&self.gate, &self.effects);
         }
@@ -80,5 +86,107 @@ impl Session {
     /// Whether this client may say what pages are that a conversion left in quarantine ([`crate::gate::Gate::may_settle`]).
     pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
         self.gate.may_settle(client, invalidation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::Arc;
+
+    use passgate_backends::iommu::sim::{Memory, Sim};
+    use passgate_backends::{Domain, Entered, Segment, Window, Windowed};
+    use passgate_bindings::memory::GuestFile;
+    use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
+
+    use super::*;
+    use crate::gate::{Answer, Caller, Door, Event, Gate, Outcome, PageState, Performer, Policy};
+    use crate::protocol::verbs::AddMemory;
+    use crate::session::start::start;
+    use crate::session::{Next, Pool, Trust};
+
+    const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
+
+    fn session(domain: Arc<dyn Domain>, lasting: Lasting) -> Session {
+        let mut session =
+            Session::new(Policy::default(), domain, vec![], Trust::default(), Pool::new(|_| {}), None, None);
+        // As `Session::new` does with a hold, but without a service manager.
+        session.gate = Gate::new(Policy::default());
+        session.gate.keep_in(lasting.store().clone());
+        session.lasting = Some(lasting);
+        let start = start(&*session.domains[0], &[], &[]);
+        start.into_iter().for_each(|event| session.handle(event));
+        session
+    }
+
+    /// Does everything there is to do; the answers.
+    fn settle(session: &mut Session) -> Vec<Answer> {
+        let mut answers = Vec::new();
+        loop {
+            match session.next_step() {
+                Next::Idle => return answers,
+                Next::Call(call) => session.returned(call.run()),
+                Next::Answer(_, answer) => answers.push(answer),
+                Next::Refused(_, error) => panic!("{error}"),
+                Next::Notice(_) => {}
+            }
+        }
+    }
+
+    fn page(page: u64) -> PageRange<Gpa> {
+        PageRange::new(page * PAGE, PAGE).unwrap()
+    }
+
+    fn begin(session: &mut Session, at: u64, to: PageState) -> InvalidationId {
+        let (ranges, performer) = (page(at).into(), Performer::Client);
+        session.handle(Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 });
+        match settle(session)[..] {
+            [Answer::Verdict { invalidation, .. }] => invalidation,
+            ref other => panic!("{other:?}"),
+        }
+    }
+
+    fn end(session: &mut Session, invalidation: InvalidationId) {
+        session.handle(Event::End { caller: CALLER, invalidation, outcome: Outcome::Committed });
+        settle(session);
+    }
+
+    fn open(window: &Window) -> Vec<u64> {
+        let enters = |page: &u64| {
+            let entered = window.enter(0, &[Segment { iova: Iova(page * PAGE), len: 1 }]);
+            window.leave(0);
+            entered == Entered::In
+        };
+        (0..16).filter(enters).collect()
+    }
+
+    #[test]
+    fn a_domain_is_told_what_is_mapped_and_nothing_else() {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let file = GuestFile::memfd("resume", 8 * PAGE).unwrap();
+        let (fd, lasting) = (file.as_fd().try_clone_to_owned().unwrap(), Lasting::new().unwrap());
+        let ledger: OwnedFd = lasting.fd().unwrap().try_clone_to_owned().unwrap();
+        lasting.complete(Ids::Type1 { entries: 65_535 }, &[]);
+        let mut first = session(Arc::new(sim.clone()), lasting);
+        first.add_memory(CALLER, AddMemory::shared(0, 8 * PAGE), vec![fd.try_clone().unwrap()]);
+        settle(&mut first);
+        let private = begin(&mut first, 2, PageState::Private);
+        end(&mut first, private);
+        begin(&mut first, 5, PageState::Private); // and nobody ever ends it
+        assert_eq!(sim.mapping_count(), 6);
+        drop(first);
+
+        let window = Window::new(1, 1);
+        let domain = Arc::new(Windowed::new(Arc::new(sim.clone()), Arc::clone(&window)));
+        let (lasting, left) = Lasting::open(ledger).unwrap();
+        let mut second = session(domain, lasting);
+        let found = identity::identify(&fd).unwrap();
+        let name = Name::Memory(FileId { device: found.device, inode: found.inode });
+        assert!(open(&window).is_empty());
+        second.go_on(left, Kept::of(BTreeMap::from([(name, vec![fd])])));
+        assert_eq!(open(&window), [0, 1, 3, 4, 6, 7]);
+        settle(&mut second);
+        assert_eq!(open(&window), [0, 1, 3, 4, 6, 7]);
     }
 }

@@ -121,9 +121,13 @@ fn bursts(client: &mut Client, channel: &mut Channel, cut: bool) -> [(&'static s
 
 fn main() -> ExitCode {
     let asked = asked();
-    let Assignment { domain, devices } =
-        assign(asked.kind, &asked.devices, Accept { unstoppable: true, scratch: true }, Tables::default())
-            .unwrap();
+    let Assignment { domain, devices, .. } = assign(
+        asked.kind,
+        &asked.devices,
+        Accept { unstoppable: true, scratch: true, drive: None },
+        Tables::default(),
+    )
+    .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let options = Options::at(dir.path().join("socket"));
     let server = Server::bind(options, Arc::clone(&domain), devices).unwrap().spawn().unwrap();

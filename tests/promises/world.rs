@@ -91,7 +91,7 @@ pub struct World {
 }
 
 /// The kinds of events, as they are counted.
-pub const KINDS: [&str; 18] = [
+pub const KINDS: [&str; 19] = [
     "domain",
     "device",
     "add",
@@ -110,6 +110,7 @@ pub const KINDS: [&str; 18] = [
     "release",
     "quiet",
     "adopt",
+    "insists",
 ];
 
 fn kind(event: &Event) -> usize {
@@ -132,6 +133,7 @@ fn kind(event: &Event) -> usize {
         Event::Release { .. } => 15,
         Event::Quiet => 16,
         Event::Adopt { .. } => 17,
+        Event::Insists { .. } => 18,
     }
 }
 

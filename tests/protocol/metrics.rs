@@ -21,7 +21,7 @@ const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 fn setup() -> (Setup, PathBuf) {
     let mut at = PathBuf::new();
     let setup = Setup::with(|options| {
-        at = options.socket_path.with_file_name("metrics");
+        at = options.socket_path.as_ref().unwrap().with_file_name("metrics");
         options.metrics_path = Some(at.clone());
     });
     (setup, at)

@@ -41,11 +41,27 @@ impl SimDevice {
         self.domain.translate(self.port, iova).map(|(seen, _)| seen)
     }
 
+    /// Reads the naturally aligned word at `iova` in one access.
+    pub fn dma_load(&self, iova: Iova) -> Result<u64> {
+        let mut word = 0;
+        self.each_page(iova, size_of::<u64>(), false, |file, offset, _| {
+            word = file.load(offset)?;
+            Ok(())
+        })?;
+        Ok(word)
+    }
+
+    /// Writes the naturally aligned word at `iova` in one access.
+    pub fn dma_store(&self, iova: Iova, word: u64) -> Result<()> {
+        self.each_page(iova, size_of::<u64>(), true, |file, offset, _| file.store(offset, word))
+    }
+
     fn fail(&self, call: &'static str, errno: Errno) -> Error {
         Error::Device { device: self.name.clone(), source: Failed::new(call, errno), mend: "" }
     }
 
-    /// Does one DMA of `len` bytes page by page: `touch` gets the file, the offset in it and the bytes' place.
+    /// Does one DMA of `len` bytes page by page: `touch` gets the file, the offset in it and the bytes' place. No unmap and
+    /// no fence returns while it copies within a page that they take.
     fn each_page(
         &self,
         iova: Iova,
@@ -61,14 +77,14 @@ impl SimDevice {
         while done < len {
             let at = iova.0.checked_add(done as u64).ok_or_else(|| self.fail("DMA", Errno::FAULT))?;
             let within = at % PAGE;
-            let page = self.domain.translate(self.port, Iova(at - within));
-            let (seen, file) = page.ok_or_else(|| self.fail("DMA", Errno::FAULT))?;
-            if writes && !seen.writable {
-                return Err(self.fail("DMA", Errno::ACCESS));
-            }
             let step = (len - done).min((PAGE - within) as usize);
-            touch(&file, seen.offset.0 + within, done..done + step)
-                .map_err(|source| self.fail("DMA", source.errno))?;
+            let page = self.domain.with_page(self.port, Iova(at - within), |seen, file| {
+                if writes && !seen.writable {
+                    return Err(Errno::ACCESS);
+                }
+                touch(file, seen.offset.0 + within, done..done + step).map_err(|source| source.errno)
+            });
+            page.unwrap_or(Err(Errno::FAULT)).map_err(|errno| self.fail("DMA", errno))?;
             done += step;
         }
         Ok(())

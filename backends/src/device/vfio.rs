@@ -1,7 +1,7 @@
 //! A VFIO device, by its cdev in an iommufd or by its group in a type1 container, and the fences that it has.
 //!
-//! No BAR is mapped, here or for anybody: a mapped BAR keeps the device open past this process, and lets whoever
-//! has it start the device again past any gate.
+//! No BAR is mapped for anybody else: a mapped BAR keeps the device open past this process, and lets whoever has it
+//! start the device again past any gate. A driver of ours may map doorbells into this process, with which they go.
 
 mod resume;
 mod still;

@@ -101,6 +101,18 @@ pub trait Domain: Send + Sync + fmt::Debug {
         Ok((Left::default(), Ids::Nothing))
     }
 
+    /// These pages were mapped by an earlier process, with this domain's files, and still are. Told once per range
+    /// before any other call over it.
+    fn resumed(&self, iova: PageRange<Iova>) {
+        let _ = iova;
+    }
+
+    /// Whether an unmap of this range would wait for more than the kernel, as things are now.
+    fn may_wait(&self, iova: PageRange<Iova>) -> bool {
+        let _ = iova;
+        false
+    }
+
     /// Takes exactly the ranges `gone` out at once, by filling a second page table without them and moving every
     /// device to it. They are sorted and do not overlap; each may begin and end inside mappings, and what sticks
     /// out stays as mappings of its own. [`Unmap::Gone`] has the sum of what was mapped in them; on any error

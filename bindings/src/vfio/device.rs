@@ -1,7 +1,7 @@
 //! An open VFIO device, from a cdev or a group: regions, interrupts, reset, features.
 //!
-//! Nothing here maps a BAR: registers are read and written by pread and pwrite, so that closing this file is
-//! enough to let the device go.
+//! Registers are read and written by pread and pwrite, so that closing this file is enough to let the device go; what
+//! is mapped all the same is in [`super::mapped`].
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -39,6 +39,13 @@ pub struct Region {
     pub size: u64,
     /// Where it begins in the device's file.
     offset: u64,
+}
+
+impl Region {
+    /// Where the byte at `at` is in the device's file.
+    pub(super) fn place(self, at: u64) -> Option<u64> {
+        self.offset.checked_add(at)
+    }
 }
 
 /// An interrupt index of a device (`VFIO_DEVICE_GET_IRQ_INFO`).

@@ -11,6 +11,7 @@ pub mod config;
 pub mod container;
 pub mod device;
 pub mod group;
+pub mod mapped;
 pub mod migration;
 pub mod pci;
 

@@ -140,6 +140,7 @@ impl Lasting {
             | Event::Begin { .. }
             | Event::End { .. }
             | Event::Converted { .. }
+            | Event::Insists { .. }
             | Event::Quiet => Touched::default(),
             Event::Fenced { .. } | Event::Attached { .. } => Touched { regions: false, devices: true },
             _ => Touched { regions: true, devices: false },

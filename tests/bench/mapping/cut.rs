@@ -24,7 +24,7 @@ fn median(mut took: Vec<Duration>) -> f64 {
 
 /// Begin, cut, verdict and end against the cut alone. No page leaves twice, so that each is truly cut out.
 pub(crate) fn cut(asked: &Asked, file: &Arc<GuestFile>) {
-    let Assignment { domain, devices: _devices } = open(asked, Tables::Small);
+    let Assignment { domain, devices: _devices, .. } = open(asked, Tables::Small);
     if !domain.capabilities().cut {
         println!("\ncut: {} cannot", domain.name());
         return;

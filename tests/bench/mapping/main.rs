@@ -103,7 +103,7 @@ fn rate(devices: &[Arc<dyn Device>], mib: u64) -> f64 {
 }
 
 fn open(asked: &Asked, tables: Tables) -> Assignment {
-    let accept = Accept { unstoppable: true, scratch: true };
+    let accept = Accept { unstoppable: true, scratch: true, drive: None };
     assign(asked.kind, &asked.devices, accept, tables).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -121,7 +121,7 @@ fn share(asked: &Asked, file: &Arc<GuestFile>) {
         if asked.kind == Kind::Iommufd { &[Tables::Small, Tables::Large] } else { &[Tables::Small] };
     let mut ours = Vec::new();
     for tables in tables {
-        let Assignment { domain, devices } = open(asked, *tables);
+        let Assignment { domain, devices, .. } = open(asked, *tables);
         let hitless = if *tables == Tables::Large { Hitless::Off } else { Hitless::Prefer };
         let hitless = if asked.kind == Kind::Iommufd { hitless } else { Hitless::Off };
         let mut engine = Engine::new(Arc::clone(&domain), Arc::clone(file), hitless);
@@ -132,7 +132,7 @@ fn share(asked: &Asked, file: &Arc<GuestFile>) {
         line(&format!("passgate, {tables:?} IOMMU pages"), &cost);
         ours.push((*tables, cost));
     }
-    let Assignment { domain, devices } = open(asked, Tables::Large);
+    let Assignment { domain, devices, .. } = open(asked, Tables::Large);
     // type1 holds no more, and drivers have some of its mappings; what all of it would cost is more yet.
     let pages = (asked.mib * MIB / PAGE).min(domain.capabilities().max_mappings - 64);
     let paged = measure(&devices, pages * PAGE / MIB, || {
@@ -198,14 +198,14 @@ fn boot(asked: &Asked, file: &Arc<GuestFile>) {
         ]
     };
     for (name, tables, hitless) in ways {
-        let Assignment { domain, devices: _devices } = open(asked, *tables);
+        let Assignment { domain, devices: _devices, .. } = open(asked, *tables);
         let mut engine = Engine::new(domain, Arc::clone(file), *hitless);
         engine.add(pages, PageState::Private);
         trace.iter().for_each(|step| engine.convert(step));
         tell(name, engine.calls(), engine.spent().as_secs_f64(), engine.most(), engine.mappings());
     }
     for tracked in [false, true] {
-        let Assignment { domain, devices: _devices } = open(asked, Tables::Large);
+        let Assignment { domain, devices: _devices, .. } = open(asked, Tables::Large);
         let mut rival: Box<dyn Rival> = if tracked {
             Box::new(Tracker::new(domain, Arc::clone(file), pages))
         } else {

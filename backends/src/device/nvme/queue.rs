@@ -1,73 +1,511 @@
-//! A submission queue and its completion queue, in the driver's own memory.
+//! One I/O queue pair, for the one thread that owns it.
+//!
+//! [`Queue::submit`] and [`Queue::complete`] take no lock, make no system call but for doorbells that cannot be mapped,
+//! and allocate nothing once they have run for a while. A request is in the window from before its commands are written
+//! until the last of them has completed, so that nothing it touches is taken away meanwhile.
+//!
+//! A request may be several commands; its owner sees one completion. After the controller was brought up anew, every
+//! request that was in flight is entered again and submitted again: blocks are written with the same bytes twice, which
+//! nobody can tell, because its owner has not been told of the first time.
 
-use passgate_bindings::{Failed, Iova, PAGE};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
-use super::command::{Command, Completion};
-use crate::device::own::OwnMemory;
+use rustix::time::{ClockId, clock_gettime};
 
-/// Slots of each queue: a page of commands.
-pub(super) const SLOTS: u16 = 64;
+use super::command::{Command, Completion, range};
+use super::controller::Doorbell;
+use super::data::{Part, WORDS, plan, pointer};
+use super::drive::{Inner, Life, Trouble};
+use super::pair::Pair;
+use crate::window::{Entered, Segment};
 
-/// In a completion: whether it is of this round.
-const PHASE: u64 = 1 << 48;
+/// Bytes of a command's list.
+pub(super) const LIST: u64 = WORDS as u64 * 8;
+/// How often a request is submitted at most.
+const TRIES: u8 = 3;
+/// How long requests stay with a drive that a fence has stopped.
+const STOPPED: Duration = Duration::from_secs(5);
+/// How often overdue commands are looked for, in milliseconds.
+const LOOK_MS: u64 = 100;
 
-/// One pair, and where it is up to.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Pair {
-    /// Its number: 0 for the admin queues.
-    pub(super) id: u16,
-    /// Where its two pages are: commands, then completions.
-    offset: u64,
-    tail: u16,
-    head: u16,
-    /// The phase bit of this round.
-    phase: bool,
-    last: u16,
+/// What a drive is asked to do. Blocks are counted from the namespace's first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// Blocks to memory.
+    Read {
+        /// The first block.
+        first: u64,
+        /// How many.
+        blocks: u32,
+    },
+    /// Memory to blocks.
+    Write {
+        /// The first block.
+        first: u64,
+        /// How many.
+        blocks: u32,
+        /// Whether it completes only once they are on the medium.
+        fua: bool,
+    },
+    /// What was completed before is on the medium.
+    Flush,
+    /// Blocks read as zeroes from then on.
+    WriteZeroes {
+        /// The first block.
+        first: u64,
+        /// How many.
+        blocks: u32,
+        /// Whether the drive may give them up.
+        unmap: bool,
+    },
+    /// Nobody needs what is in these blocks.
+    Discard {
+        /// The first block.
+        first: u64,
+        /// How many.
+        blocks: u32,
+    },
 }
 
-impl Pair {
-    /// Pages of a pair.
-    pub(super) const PAGES: usize = 2;
+/// What became of a request that was submitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Submitted {
+    /// It is on its way; [`Queue::complete`] brings it back.
+    Started,
+    /// There is no room: complete something first.
+    Full,
+    /// A page of it is not open, or the drive is paused. Nothing was done: hold it and try again.
+    Closed,
+    /// The drive is gone, or was given up.
+    Lost,
+    /// No command can be made of it: its memory is not as long as its blocks, or in pieces that this controller does not
+    /// take.
+    Wrong,
+}
 
-    /// An empty pair at `offset`.
-    pub(super) fn empty(id: u16, offset: u64, memory: &OwnMemory) -> Result<Self, Failed> {
-        memory.file().write(offset, &[0; PAGE as usize * Self::PAGES])?;
-        Ok(Self { id, offset, tail: 0, head: 0, phase: true, last: 0 })
-    }
+/// Why a request has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The drive says so: status code and type (base specification 2.0, 3.3.3.2.1).
+    Status(u16),
+    /// It could not reach the memory: a page was taken away by force.
+    Memory,
+    /// It was under way when the drive was stopped, and its pages are not open now. It may be tried again.
+    Withheld,
+    /// It did not come to an end, however often it was tried.
+    TimedOut,
+    /// The drive is gone, or was given up.
+    Lost,
+}
 
-    /// Where the device finds the commands, and the completions.
-    pub(super) fn places(&self, memory: &OwnMemory) -> (Iova, Iova) {
-        (memory.iova(self.offset), memory.iova(self.offset + PAGE))
-    }
+/// A request that is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completed {
+    /// As it was submitted.
+    pub tag: u32,
+    /// How it went.
+    pub result: Result<(), Fault>,
+}
 
-    /// Appends a command. The device sees it once the tail, which is returned, is told; its identifier is
-    /// [`Pair::last`].
-    pub(super) fn put(&mut self, memory: &OwnMemory, command: Command) -> Result<u16, Failed> {
-        self.last = self.last.wrapping_add(1);
-        let mut words = command.0;
-        words[0] |= u64::from(self.last) << 16;
-        for (nth, word) in (0..).zip(words) {
-            memory.file().store(self.offset + u64::from(self.tail) * 64 + nth * 8, word)?;
+/// A request in flight.
+#[derive(Debug)]
+struct Request {
+    tag: u32,
+    op: Op,
+    segments: Vec<Segment>,
+    /// Commands that have not completed; none where the slot is free.
+    left: u16,
+    fault: Option<Fault>,
+    tries: u8,
+    /// When it was submitted, in milliseconds.
+    since: u64,
+    /// Whether somebody was told that it is overdue.
+    overdue: bool,
+}
+
+/// A queue pair, for one thread.
+#[derive(Debug)]
+pub struct Queue {
+    inner: Arc<Inner>,
+    nth: u16,
+    /// The life of the controller in which the pair was created.
+    life: Life,
+    pair: Pair,
+    requests: Vec<Request>,
+    free: Vec<u16>,
+    /// By their names: the request that they belong to.
+    commands: Vec<Option<u16>>,
+    names: Vec<u16>,
+    parts: Vec<Part>,
+    /// Whether the controller has not been told of the last commands.
+    unrung: bool,
+    /// What came to its end otherwise than by a completion.
+    ended: Vec<Completed>,
+    looked: u64,
+}
+
+impl Queue {
+    pub(super) fn new(inner: Arc<Inner>, nth: u16) -> Self {
+        let slots = inner.slots;
+        let names = slots - 1; // a full queue has one empty entry
+        let request = |_| Request {
+            tag: 0,
+            op: Op::Flush,
+            segments: Vec::new(),
+            left: 0,
+            fault: None,
+            tries: 0,
+            since: 0,
+            overdue: false,
+        };
+        Self {
+            life: Life::NONE,
+            pair: Pair::emptied(nth + 1, slots, inner.offset(nth)),
+            nth,
+            requests: (0..names).map(request).collect(),
+            free: (0..names).rev().collect(),
+            commands: vec![None; names.into()],
+            names: (0..names).rev().collect(),
+            parts: Vec::new(),
+            unrung: false,
+            ended: Vec::new(),
+            looked: 0,
+            inner,
         }
-        self.tail = (self.tail + 1) % SLOTS;
-        Ok(self.tail)
     }
 
-    /// The identifier of the last command.
-    pub(super) fn last(&self) -> u16 {
-        self.last
-    }
-
-    /// The next completion, if it has come, and the head to tell.
-    pub(super) fn take(&mut self, memory: &OwnMemory) -> Result<Option<(Completion, u16)>, Failed> {
-        let at = self.offset + PAGE + u64::from(self.head) * 16;
-        // One word holds all that is looked at, so nothing is read twice.
-        let word = memory.file().load(at + 8)?;
-        if (word & PHASE != 0) != self.phase {
-            return Ok(None);
+    /// Begins a request; `tag` names it in its completion. The drive sees it at the next [`Queue::ring`].
+    pub fn submit(&mut self, tag: u32, op: &Op, segments: &[Segment]) -> Submitted {
+        match self.settle() {
+            Settled::Up => {}
+            Settled::Halted => return Submitted::Closed,
+            Settled::Lost => return Submitted::Lost,
         }
-        self.head = (self.head + 1) % SLOTS;
-        self.phase ^= self.head == 0;
-        Ok(Some((Completion::of(word), self.head)))
+        let Some(&slot) = self.free.last() else { return Submitted::Full };
+        let Some(commands) = self.plan(op, segments) else { return Submitted::Wrong };
+        match commands {
+            0 => return Submitted::Wrong,
+            some if some > self.commands.len() => return Submitted::Wrong,
+            some if some > self.names.len() => return Submitted::Full,
+            _ => {}
+        }
+        if self.inner.window.enter(self.window_slot(slot), segments) != Entered::In {
+            return Submitted::Closed;
+        }
+        self.free.pop();
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return Submitted::Full };
+        (request.tag, request.op, request.tries) = (tag, *op, 0);
+        request.segments.clear();
+        request.segments.extend_from_slice(segments);
+        self.issue(slot);
+        Submitted::Started
     }
+
+    /// Tells the controller of everything that was submitted since the last time.
+    pub fn ring(&mut self) {
+        if std::mem::take(&mut self.unrung) {
+            self.doorbell(Doorbell::Submission, self.pair.tail());
+        }
+    }
+
+    /// Appends what is over.
+    pub fn complete(&mut self, done: &mut Vec<Completed>) {
+        if matches!(self.settle(), Settled::Up) {
+            self.take(done);
+            self.look();
+        }
+        done.append(&mut self.ended);
+    }
+
+    /// Readable when there may be something to complete.
+    pub fn interrupt(&self) -> BorrowedFd<'_> {
+        self.inner.seat(self.nth).interrupt.as_fd()
+    }
+
+    /// Requests under way.
+    pub fn in_flight(&self) -> usize {
+        self.requests.len() - self.free.len()
+    }
+
+    fn window_slot(&self, slot: u16) -> usize {
+        usize::from(self.nth) * usize::from(self.inner.slots) + usize::from(slot)
+    }
+
+    /// How many commands a request takes; none where it cannot be made.
+    fn plan(&mut self, op: &Op, segments: &[Segment]) -> Option<usize> {
+        let geometry = &self.inner.geometry;
+        match *op {
+            Op::Read { first, blocks } | Op::Write { first, blocks, .. } => {
+                let bytes: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
+                let end = first.checked_add(blocks.into())?;
+                if bytes != u64::from(blocks) * u64::from(geometry.block) || end > geometry.blocks {
+                    return None;
+                }
+                plan(self.inner.rules, segments, &mut self.parts).ok()?;
+                Some(self.parts.len())
+            }
+            Op::Flush => Some(1),
+            Op::WriteZeroes { first, blocks, .. } | Op::Discard { first, blocks } => {
+                let most = match op {
+                    Op::Discard { .. } => geometry.discard,
+                    _ => geometry.write_zeroes,
+                };
+                let end = first.checked_add(blocks.into())?;
+                (blocks > 0 && blocks <= most && end <= geometry.blocks).then_some(1)
+            }
+        }
+    }
+
+    /// Writes the commands of a request, which has been planned and is in the window.
+    fn issue(&mut self, slot: u16) {
+        let (inner, now) = (Arc::clone(&self.inner), now());
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
+        (request.left, request.fault, request.since, request.overdue) = (0, None, now, false);
+        let (namespace, block) = (inner.geometry.namespace, u64::from(inner.geometry.block));
+        let transfers = matches!(request.op, Op::Read { .. } | Op::Write { .. });
+        let mut before = 0;
+        for nth in 0..if transfers { self.parts.len() } else { 1 } {
+            let Some(name) = self.names.pop() else { break };
+            let at = inner.list(self.nth, name);
+            let store = |word: usize, value| inner.memory.file().store(at + word as u64 * 8, value);
+            let iova = inner.memory.iova(at);
+            let command = match (request.op, self.parts.get(nth)) {
+                (Op::Read { first, .. } | Op::Write { first, .. }, Some(part)) => {
+                    let blocks = (part.bytes / block) as u32;
+                    let from = first + before;
+                    before += u64::from(blocks);
+                    pointer(*part, &request.segments, iova, store).map(|data| match request.op {
+                        Op::Write { fua, .. } => Command::write(namespace, from, blocks, data, fua),
+                        _ => Command::read(namespace, from, blocks, data),
+                    })
+                }
+                (Op::WriteZeroes { first, blocks, unmap }, _) => {
+                    Ok(Command::write_zeroes(namespace, first, blocks, unmap))
+                }
+                (Op::Discard { first, blocks }, _) => {
+                    let words = range(first, blocks);
+                    let stored = words.into_iter().enumerate().try_for_each(|(nth, word)| store(nth, word));
+                    stored.map(|()| Command::discard(namespace, iova))
+                }
+                _ => Ok(Command::flush(namespace)),
+            };
+            let put = command.and_then(|command| self.pair.put(&inner.memory, command, name));
+            if let Err(failed) = put {
+                log::error!("{}: {failed}", inner.name);
+                self.names.push(name);
+                request.fault = Some(Fault::Lost);
+                break;
+            }
+            if let Some(command) = self.commands.get_mut(usize::from(name)) {
+                *command = Some(slot);
+            }
+            request.left += 1;
+            self.unrung = true;
+        }
+        if request.left == 0 {
+            self.end(slot, Err(Fault::Lost));
+        }
+    }
+
+    /// Takes completions off the queue.
+    fn take(&mut self, done: &mut Vec<Completed>) {
+        let mut head = None;
+        loop {
+            let (completion, next) = match self.pair.take(&self.inner.memory) {
+                Ok(Some(taken)) => taken,
+                Ok(None) => break,
+                Err(failed) => {
+                    log::error!("{}: {failed}", self.inner.name);
+                    break;
+                }
+            };
+            head = Some(next);
+            self.taken(completion);
+        }
+        if let Some(head) = head {
+            self.doorbell(Doorbell::Completion, head);
+        }
+        done.append(&mut self.ended);
+    }
+
+    fn taken(&mut self, completion: Completion) {
+        let Completion { id, status, .. } = completion;
+        let owner = self.commands.get_mut(usize::from(id)).and_then(Option::take);
+        let request = owner.and_then(|slot| Some((slot, self.requests.get_mut(usize::from(slot))?)));
+        let Some((slot, request)) = request else {
+            log::error!("{}: it completes command {id}, which it does not have", self.inner.name);
+            self.inner.trouble(Trouble::Nonsense { life: self.life });
+            return;
+        };
+        self.names.push(id);
+        request.left = request.left.saturating_sub(1);
+        match status {
+            0 => {}
+            Completion::TRANSFER_ERROR => request.fault = Some(Fault::Memory),
+            status => _ = request.fault.get_or_insert(Fault::Status(status)),
+        }
+        if request.left == 0 {
+            let result = request.fault.map_or(Ok(()), Err);
+            self.end(slot, result);
+        }
+    }
+
+    /// A request is over.
+    fn end(&mut self, slot: u16, result: Result<(), Fault>) {
+        let window = self.window_slot(slot);
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
+        request.left = 0;
+        if std::mem::take(&mut request.overdue) {
+            self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.ended.push(Completed { tag: request.tag, result });
+        self.inner.window.leave(window);
+        self.free.push(slot);
+    }
+
+    /// Looks for commands that take too long.
+    fn look(&mut self) {
+        if self.in_flight() == 0 {
+            return;
+        }
+        let now = now();
+        if now.saturating_sub(self.looked) < LOOK_MS {
+            return;
+        }
+        self.looked = now;
+        for (name, owner) in self.commands.iter().enumerate() {
+            let request = owner.and_then(|slot| self.requests.get_mut(usize::from(slot)));
+            let Some(request) = request else { continue };
+            if request.overdue || now.saturating_sub(request.since) < self.inner.deadline_ms {
+                continue;
+            }
+            request.overdue = true;
+            self.inner.seat(self.nth).overdue.fetch_add(1, Ordering::AcqRel);
+            let (life, queue) = (self.life, self.pair.id);
+            self.inner.trouble(Trouble::Overdue { life, queue, command: name as u16 });
+        }
+    }
+
+    fn doorbell(&self, which: Doorbell, value: u16) {
+        let at = self.inner.doorbell(self.pair.id, which);
+        if let Err(error) = self.inner.registers.ring(at, value.into()) {
+            log::warn!("{error}");
+            self.inner.trouble(Trouble::Nonsense { life: self.life });
+        }
+    }
+
+    /// Falls in with the controller's life: parks while it is halted, begins anew after it was brought up.
+    fn settle(&mut self) -> Settled {
+        let life = self.inner.life();
+        if life == self.life && life.is_up() {
+            return Settled::Up;
+        }
+        self.settle_anew()
+    }
+
+    #[cold]
+    fn settle_anew(&mut self) -> Settled {
+        let inner = Arc::clone(&self.inner);
+        let seat = inner.seat(self.nth);
+        loop {
+            let life = inner.life();
+            if !life.is_up() {
+                self.unrung = false;
+                seat.parked.store(true, Ordering::SeqCst);
+                if !life.is_lost() {
+                    // Whether and when the drive comes back nobody knows: their owner shall decide.
+                    if inner.is_stopped_for(STOPPED) {
+                        self.forget(|| Err(Fault::Withheld));
+                    }
+                    return Settled::Halted;
+                }
+                self.forget(|| Err(Fault::Lost));
+                return Settled::Lost;
+            }
+            // Who halts the controller now either sees this queue unparked, and waits for it, or is seen.
+            seat.parked.store(false, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            if inner.life() != life {
+                continue;
+            }
+            if life != self.life {
+                self.life = life;
+                self.pair = Pair::emptied(self.nth + 1, inner.slots, inner.offset(self.nth));
+                self.again();
+            }
+            return Settled::Up;
+        }
+    }
+
+    /// Ends everything that is in flight.
+    fn forget(&mut self, result: impl Fn() -> Result<(), Fault>) {
+        self.reset_names();
+        for slot in 0..self.requests.len() as u16 {
+            if !self.free.contains(&slot) {
+                self.end(slot, result());
+            }
+        }
+    }
+
+    /// Submits everything again that was in flight.
+    fn again(&mut self) {
+        self.reset_names();
+        for slot in 0..self.requests.len() as u16 {
+            if self.free.contains(&slot) {
+                continue;
+            }
+            let window = self.window_slot(slot);
+            let Some(request) = self.requests.get_mut(usize::from(slot)) else { continue };
+            request.tries += 1;
+            if std::mem::take(&mut request.overdue) {
+                self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
+            }
+            if request.tries >= TRIES {
+                self.end(slot, Err(Fault::TimedOut));
+                continue;
+            }
+            let (op, segments) = (request.op, std::mem::take(&mut request.segments));
+            self.inner.window.leave(window);
+            let entered = self.inner.window.enter(window, &segments);
+            let planned = self.plan(&op, &segments);
+            if let Some(request) = self.requests.get_mut(usize::from(slot)) {
+                request.segments = segments;
+            }
+            match (entered, planned) {
+                (Entered::In, Some(commands)) if commands <= self.names.len() => self.issue(slot),
+                (Entered::In, _) => self.end(slot, Err(Fault::Lost)),
+                (Entered::Paused | Entered::Closed, _) => self.end(slot, Err(Fault::Withheld)),
+            }
+        }
+        self.ring();
+    }
+
+    fn reset_names(&mut self) {
+        self.commands.fill(None);
+        self.names.clear();
+        self.names.extend((0..self.commands.len() as u16).rev());
+        self.unrung = false;
+    }
+}
+
+impl Drop for Queue {
+    /// What is in flight stays in the window until the controller is stopped.
+    fn drop(&mut self) {
+        self.inner.seat(self.nth).parked.store(true, Ordering::SeqCst);
+    }
+}
+
+enum Settled {
+    Up,
+    Halted,
+    Lost,
+}
+
+/// Milliseconds, by a clock that costs next to nothing.
+pub(super) fn now() -> u64 {
+    let time = clock_gettime(ClockId::MonotonicCoarse);
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }

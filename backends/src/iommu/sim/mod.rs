@@ -218,12 +218,22 @@ impl Shared {
 
     /// An old translation wins over a live one, as a hit in the device's IOTLB does.
     pub(crate) fn translate(&self, port: usize, iova: Iova) -> Option<(Seen, Arc<GuestFile>)> {
+        self.with_page(port, iova, |seen, file| (seen, Arc::clone(file)))
+    }
+
+    /// As [`Shared::translate`], with the domain as it is until `with` returns, which must not call it.
+    pub(crate) fn with_page<R>(
+        &self,
+        port: usize,
+        iova: Iova,
+        with: impl FnOnce(Seen, &Arc<GuestFile>) -> R,
+    ) -> Option<R> {
         let state = self.lock();
         let port = state.ports.get(port)?;
         let live = state.table.find(iova).filter(|_| port.reaches());
         let stale = port.used().map(|stale| &stale.mapping).find(|m| m.iova.contains(iova));
         let mapping = stale.or(live)?;
-        Some((mapping.at(iova)?, Arc::clone(&mapping.memory)))
+        Some(with(mapping.at(iova)?, &mapping.memory))
     }
 
     pub(crate) fn set_attached(&self, port: usize, attached: bool) {

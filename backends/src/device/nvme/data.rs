@@ -1,0 +1,305 @@
+//! How a request's memory becomes the data pointers of commands (NVM Express base specification 2.0, 4.1.1 and 4.1.2).
+//!
+//! Physical region pages (PRP): every piece but the first begins at a page's start, every piece but the last ends at a
+//! page's end. Scatter-gather lists (SGL) have no such rule, where the controller takes them. A request that fits neither
+//! is cut into several commands where its pieces meet; where that is inside a block it cannot be done.
+
+use passgate_bindings::{Iova, PAGE};
+
+use super::command::{Data, block};
+use crate::window::{REACH, Segment};
+
+/// Words of one command's list: so many page entries, or half as many descriptors.
+pub(super) const WORDS: usize = 256;
+
+/// What a controller's commands may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rules {
+    /// Bytes of a block.
+    pub(super) block: u64,
+    /// Bytes of one command at most: a multiple of the block.
+    pub(super) most: u64,
+    /// As [`super::geometry::Abilities::sgl`].
+    pub(super) sgl: u8,
+}
+
+/// One command's share of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The segment in which it begins, and how many bytes into it.
+    first: usize,
+    into: u64,
+    pub(super) bytes: u64,
+    sgl: bool,
+}
+
+/// No command can be made of this memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Inexpressible;
+
+/// Cuts the memory of a request into the shares of commands.
+pub(super) fn plan(rules: Rules, segments: &[Segment], parts: &mut Vec<Part>) -> Result<(), Inexpressible> {
+    parts.clear();
+    let sound =
+        |segment: &Segment| segment.iova.0.checked_add(segment.len.into()).is_some_and(|end| end <= REACH);
+    if !segments.iter().all(sound) {
+        return Err(Inexpressible);
+    }
+    let (mut first, mut into) = (0, 0);
+    while first < segments.len() {
+        let part = share(rules, segments, first, into).ok_or(Inexpressible)?;
+        parts.push(part);
+        let mut left = part.bytes;
+        while let Some(segment) = segments.get(first) {
+            let here = u64::from(segment.len) - into;
+            if left < here {
+                into += left;
+                break;
+            }
+            left -= here;
+            (first, into) = (first + 1, 0);
+            if left == 0 {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The longest share that begins there: by pages where that is long enough, else by descriptors.
+fn share(rules: Rules, segments: &[Segment], first: usize, into: u64) -> Option<Part> {
+    let whole = |bytes: u64| bytes / rules.block * rules.block;
+    let pages = whole(by_pages(rules, segments, first, into));
+    let rest: u64 = segments.iter().skip(first).map(|segment| u64::from(segment.len)).sum::<u64>() - into;
+    if pages == rest.min(rules.most) {
+        return (pages > 0).then_some(Part { first, into, bytes: pages, sgl: false });
+    }
+    let lists = whole(by_lists(rules, segments, first, into));
+    let (bytes, sgl) = if lists > pages { (lists, true) } else { (pages, false) };
+    (bytes > 0).then_some(Part { first, into, bytes, sgl })
+}
+
+/// Bytes that page entries can cover from there.
+fn by_pages(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 {
+    let (mut bytes, mut entries, mut skip) = (0, 0, into);
+    for (nth, segment) in segments.iter().enumerate().skip(first) {
+        let (start, end) = (segment.iova.0 + skip, segment.iova.0 + u64::from(segment.len));
+        skip = 0;
+        let begins = if nth == first { start.is_multiple_of(4) } else { start.is_multiple_of(PAGE) };
+        if !begins {
+            return bytes;
+        }
+        let pages = end.div_ceil(PAGE) - start / PAGE;
+        // The first entry is in the command itself.
+        let room = (WORDS as u64 + 1).saturating_sub(entries);
+        if pages > room {
+            let reach = (start / PAGE + room) * PAGE;
+            return (bytes + reach.saturating_sub(start)).min(rules.most);
+        }
+        entries += pages;
+        bytes += end - start;
+        if bytes >= rules.most {
+            return rules.most;
+        }
+        if !end.is_multiple_of(PAGE) {
+            return bytes;
+        }
+    }
+    bytes
+}
+
+/// Bytes that descriptors can cover from there.
+fn by_lists(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 {
+    let (mut bytes, mut skip) = (0, into);
+    for segment in segments.iter().skip(first).take(WORDS / 2) {
+        let fits = match rules.sgl {
+            1 => true,
+            2 => (segment.iova.0 + skip).is_multiple_of(4) && segment.len.is_multiple_of(4),
+            _ => false,
+        };
+        if !fits {
+            return bytes;
+        }
+        bytes += u64::from(segment.len) - skip;
+        skip = 0;
+        if bytes >= rules.most {
+            return rules.most;
+        }
+    }
+    bytes
+}
+
+/// The data pointer of a part; what does not fit into the command is stored by `list`, at its index among the words at
+/// `at`.
+pub(super) fn pointer<E>(
+    part: Part,
+    segments: &[Segment],
+    at: Iova,
+    mut list: impl FnMut(usize, u64) -> Result<(), E>,
+) -> Result<Data, E> {
+    let (mut left, mut skip, mut words, mut pages) = (part.bytes, part.into, 0, 0);
+    let (mut first, mut second) = ((0, 0), 0);
+    for segment in segments.iter().skip(part.first) {
+        let start = segment.iova.0 + skip;
+        let len = (u64::from(segment.len) - skip).min(left);
+        skip = 0;
+        left -= len;
+        if part.sgl {
+            if words == 0 {
+                first = (start, len);
+            }
+            for word in block(Iova(start), len) {
+                list(words, word)?;
+                words += 1;
+            }
+        } else {
+            let mut page = start;
+            while page < start + len {
+                match pages {
+                    0 => first.0 = page,
+                    1 => second = page,
+                    _ => {}
+                }
+                if pages > 0 {
+                    list(pages - 1, page)?;
+                }
+                pages += 1;
+                page = (page / PAGE + 1) * PAGE;
+            }
+        }
+        if left == 0 {
+            break;
+        }
+    }
+    let (start, len) = first;
+    Ok(match (part.sgl, words, pages) {
+        (true, 2, _) => Data::Block(Iova(start), len),
+        (true, words, _) => Data::List(at, words as u64 / 2),
+        (false, _, 0..=2) => Data::Pair(Iova(start), second),
+        (false, ..) => Data::Pair(Iova(start), at.0),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: Rules = Rules { block: 512, most: 1 << 20, sgl: 0 };
+
+    fn segments(of: &[(u64, u32)]) -> Vec<Segment> {
+        of.iter().map(|(at, len)| Segment { iova: Iova(*at), len: *len }).collect()
+    }
+
+    /// The bytes of memory that a data pointer reaches, in order, as a controller would read it.
+    fn reached(data: Data, bytes: u64, words: &[u64], at: Iova) -> Vec<(u64, u64)> {
+        let mut found: Vec<(u64, u64)> = Vec::new();
+        let mut left = bytes;
+        let mut push = |start: u64, len: u64| match found.last_mut() {
+            Some((last, had)) if *last + *had == start => *had += len,
+            _ => found.push((start, len)),
+        };
+        match data {
+            Data::Block(start, len) => push(start.0, len),
+            Data::List(list, count) => {
+                assert_eq!(list, at);
+                words.chunks(2).take(count as usize).for_each(|pair| push(pair[0], pair[1] & 0xffff_ffff));
+            }
+            Data::Pair(first, second) => {
+                let mut take = |page: u64| {
+                    let len = (PAGE - page % PAGE).min(left);
+                    left -= len;
+                    push(page, len);
+                    left
+                };
+                if take(first.0) > 0 {
+                    if left_pages(bytes, first.0) <= 2 {
+                        take(second);
+                    } else {
+                        assert_eq!(second, at.0);
+                        for page in words {
+                            if take(*page) == 0 {
+                                break;
+                            }
+                        }
+                    }
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+        found
+    }
+
+    fn left_pages(bytes: u64, start: u64) -> u64 {
+        (start % PAGE + bytes).div_ceil(PAGE)
+    }
+
+    fn joined(segments: &[Segment]) -> Vec<(u64, u64)> {
+        let mut all: Vec<(u64, u64)> = Vec::new();
+        for segment in segments {
+            match all.last_mut() {
+                Some((start, len)) if *start + *len == segment.iova.0 => *len += u64::from(segment.len),
+                _ => all.push((segment.iova.0, segment.len.into())),
+            }
+        }
+        all
+    }
+
+    fn check(rules: Rules, segments: &[Segment]) -> Result<usize, Inexpressible> {
+        let (mut parts, at) = (Vec::new(), Iova(0xffff_0000));
+        plan(rules, segments, &mut parts)?;
+        let mut all: Vec<(u64, u64)> = Vec::new();
+        for part in &parts {
+            let mut words = vec![0; WORDS];
+            let data = pointer(*part, segments, at, |nth, word| {
+                *words.get_mut(nth).expect("the list has room") = word;
+                Ok::<_, ()>(())
+            });
+            assert!(part.bytes <= rules.most && part.bytes.is_multiple_of(rules.block));
+            for (start, len) in reached(data.unwrap(), part.bytes, &words, at) {
+                match all.last_mut() {
+                    Some((last, had)) if *last + *had == start => *had += len,
+                    _ => all.push((start, len)),
+                }
+            }
+        }
+        assert_eq!(all, joined(segments));
+        Ok(parts.len())
+    }
+
+    #[test]
+    fn pages_are_enough_where_pieces_end_with_them() {
+        assert_eq!(check(RULES, &segments(&[(0x1000, 4096)])), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x1200, 4096)])), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x1e00, 512), (0x8000, 4096), (0x4000, 512)])), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x10_0000, 1 << 20)])), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x10_0200, 1 << 20)])), Ok(1));
+    }
+
+    #[test]
+    fn pieces_that_fit_no_page_list_are_commands_of_their_own_or_a_list() {
+        let odd = segments(&[(0x1200, 512), (0x3400, 1024), (0x8000, 4096)]);
+        assert_eq!(check(RULES, &odd), Ok(3));
+        assert_eq!(check(Rules { sgl: 1, ..RULES }, &odd), Ok(1));
+        let inside = segments(&[(0x1200, 256), (0x3400, 256)]);
+        assert_eq!(check(RULES, &inside), Err(Inexpressible));
+        assert_eq!(check(Rules { sgl: 1, ..RULES }, &inside), Ok(1));
+        assert_eq!(check(Rules { sgl: 2, ..RULES }, &segments(&[(0x1202, 512)])), Err(Inexpressible));
+    }
+
+    #[test]
+    fn one_page_may_be_there_twice() {
+        assert_eq!(check(RULES, &segments(&[(0x1000, 4096), (0x1000, 4096), (0x1000, 4096)])), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x1000, 4096), (0x1000, 512)])), Ok(1));
+    }
+
+    #[test]
+    fn no_command_is_longer_than_the_controller_takes() {
+        let rules = Rules { most: 16384, ..RULES };
+        assert_eq!(check(rules, &segments(&[(0x10_0200, 65536)])), Ok(4));
+        assert_eq!(
+            check(Rules { sgl: 1, ..rules }, &segments(&[(0x11_0200, 20000 / 512 * 512), (0x900, 512)])),
+            Ok(2)
+        );
+        assert_eq!(check(RULES, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
+    }
+}

@@ -1,0 +1,61 @@
+//! The simulated controller as a device: what fences do to it.
+
+use std::sync::Arc;
+
+use passgate_bindings::Iova;
+
+use super::Core;
+use crate::Result;
+use crate::device::{Device, FenceStep, Guard, Nature, StopClass};
+
+/// A PCI function with a controller in it.
+#[derive(Debug)]
+pub(super) struct Function {
+    core: Arc<Core>,
+}
+
+impl Function {
+    pub(super) fn new(core: Arc<Core>) -> Self {
+        Self { core }
+    }
+}
+
+impl Device for Function {
+    fn name(&self) -> &str {
+        &self.core.options.name
+    }
+
+    fn stop_class(&self) -> StopClass {
+        self.core.options.stop_class
+    }
+
+    fn nature(&self) -> Nature {
+        self.core.options.nature
+    }
+
+    /// What the domain makes of it; a reset clears the controller's registers too.
+    fn fence(&self, step: FenceStep) -> Result<()> {
+        self.core.port.fence(step)?;
+        if step == FenceStep::Reset {
+            self.core.lock().reset_function();
+            self.core.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn attach(&self) -> Result<()> {
+        self.core.port.attach()
+    }
+
+    fn guard(&self) -> Guard<'_> {
+        self.core.port.guard()
+    }
+
+    fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
+        self.core.port.dma_read(iova, len)
+    }
+
+    fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
+        self.core.port.dma_write(iova, bytes)
+    }
+}

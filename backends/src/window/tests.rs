@@ -1,0 +1,197 @@
+use std::sync::mpsc::channel;
+
+use passgate_bindings::PAGE;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::*;
+
+const SOON: Duration = Duration::from_secs(20);
+const GIB: u64 = 1 << 30;
+
+fn pages(page: u64, count: u64) -> PageRange<Iova> {
+    PageRange::new(page * PAGE, count * PAGE).unwrap()
+}
+
+fn segment(iova: u64, len: u32) -> Segment {
+    Segment { iova: Iova(iova), len }
+}
+
+/// A window of four slots with four ranges each, and these pages open.
+fn window(open: &[PageRange<Iova>]) -> Arc<Window> {
+    let window = Window::new(4, 4);
+    open.iter().for_each(|range| window.open(*range));
+    window
+}
+
+#[test]
+fn only_open_pages_are_entered() {
+    let window = window(&[]);
+    let four = [segment(PAGE, 4 * PAGE as u32)];
+    assert_eq!(window.enter(0, &four), Entered::Closed);
+    window.open(pages(1, 4));
+    assert_eq!(window.enter(0, &four), Entered::In);
+    assert!(window.overlapping(pages(4, 1)) && window.overlapping(pages(0, 2)));
+    assert!(!window.overlapping(pages(5, 1)) && !window.overlapping(pages(0, 1)));
+    window.leave(0);
+    assert!(window.idle() && !window.overlapping(pages(0, 8)));
+    for beyond in [segment(PAGE, 4 * PAGE as u32 + 1), segment(PAGE - 1, 2), segment(5 * PAGE, 1)] {
+        assert_eq!(window.enter(0, &[four[0], beyond]), Entered::Closed, "{beyond:?}");
+    }
+    assert!(window.idle(), "who was refused holds nothing");
+}
+
+#[test]
+fn a_closed_page_in_the_middle_closes_the_request() {
+    for hole in [0, 1, 63, 64, 65, 130, 199] {
+        let window = window(&[pages(0, 200)]);
+        let all = [segment(0, 200 * PAGE as u32)];
+        assert_eq!(window.enter(0, &all), Entered::In);
+        window.leave(0);
+        window.close(pages(hole, 1));
+        assert_eq!(window.enter(0, &all), Entered::Closed, "page {hole}");
+        for page in 0..200 {
+            let entered = window.enter(0, &[segment(page * PAGE + 8, 1)]);
+            assert_eq!(entered == Entered::In, page != hole, "page {page}, hole {hole}");
+            window.leave(0);
+        }
+    }
+}
+
+#[test]
+fn pages_open_and_close_across_leaves_and_branches() {
+    for border in [GIB, 512 * GIB, 1024 * GIB] {
+        let around = PageRange::new(border - 3 * PAGE, 6 * PAGE).unwrap();
+        let window = window(&[around]);
+        let over = [segment(border - 3 * PAGE, 6 * PAGE as u32)];
+        assert_eq!(window.enter(0, &over), Entered::In, "{border:#x}");
+        window.leave(0);
+        // All there is, most of which has no branch.
+        window.close(PageRange::new(0, passgate_bindings::units::LIMIT).unwrap());
+        assert_eq!(window.enter(0, &over), Entered::Closed);
+        assert_eq!(window.enter(0, &[segment(border, 1)]), Entered::Closed);
+    }
+}
+
+#[test]
+fn segments_that_cannot_be_are_closed() {
+    let end = REACH - PAGE;
+    let window = window(&[pages(0, 16), PageRange::new(end, PAGE).unwrap()]);
+    let wrong = [
+        segment(0, 0),
+        segment(u64::MAX, 1),
+        segment(u64::MAX - 10, 100),
+        segment(REACH, 1),
+        segment(end, PAGE as u32 + 1),
+        segment(1 << 62, 4096),
+    ];
+    for segment in wrong {
+        assert_eq!(window.enter(0, &[segment]), Entered::Closed, "{segment:?}");
+        assert_eq!(window.enter(0, &[super::Segment { iova: Iova(0), len: 1 }, segment]), Entered::Closed);
+    }
+    assert_eq!(window.enter(0, &[segment(end, PAGE as u32)]), Entered::In);
+    assert_eq!(window.enter(4, &[segment(0, 1)]), Entered::Closed, "there is no such slot");
+    window.leave(4);
+    // Nothing can be open up there.
+    window.open(PageRange::new(REACH, PAGE).unwrap());
+    assert_eq!(window.enter(0, &[segment(REACH, 1)]), Entered::Closed);
+}
+
+#[test]
+fn what_a_slot_cannot_hold_is_spanned() {
+    let window = window(&[pages(0, 256)]);
+    // Neighbours that touch are one.
+    let touching: Vec<_> = (0..32).map(|page| segment(page * PAGE, PAGE as u32)).collect();
+    assert_eq!(window.enter(0, &touching), Entered::In);
+    assert!(window.overlapping(pages(31, 1)) && !window.overlapping(pages(32, 1)));
+    window.leave(0);
+    // Four ranges in a slot and seven in the request, the last ones not in order.
+    let apart: Vec<_> = [10, 20, 30, 60, 50, 70, 40].map(|page| segment(page * PAGE, PAGE as u32)).into();
+    assert_eq!(window.enter(0, &apart), Entered::In);
+    for page in [10, 20, 30, 40, 50, 60, 70] {
+        assert!(window.overlapping(pages(page, 1)), "page {page}");
+    }
+    for page in [9, 11, 25, 39, 71] {
+        assert!(!window.overlapping(pages(page, 1)), "page {page}");
+    }
+    window.leave(0);
+    assert!(window.idle());
+    // What only lies in the span need not be open.
+    window.close(pages(45, 1));
+    assert_eq!(window.enter(0, &apart), Entered::In);
+}
+
+#[test]
+fn a_request_without_memory_counts_in_a_pause_only() {
+    let window = window(&[pages(0, 1)]);
+    assert_eq!(window.enter(1, &[]), Entered::In);
+    assert!(!window.idle() && !window.overlapping(pages(0, 1)));
+    window.pause();
+    assert_eq!(window.enter(2, &[]), Entered::Paused);
+    assert!(!window.await_idle(Duration::ZERO));
+    window.leave(1);
+    assert!(window.idle() && window.await_idle(SOON));
+    window.lift();
+    assert_eq!(window.enter(1, &[]), Entered::In);
+}
+
+#[test]
+fn a_void_ends_what_was_entered_before() {
+    let window = window(&[pages(0, 2)]);
+    let first = [segment(0, 1)];
+    assert_eq!(window.enter(0, &first), Entered::In);
+    assert_eq!(window.enter(1, &[segment(PAGE, 1)]), Entered::In);
+    window.pause();
+    assert!(window.is_paused() && !window.idle());
+    window.void();
+    assert!(window.idle() && !window.overlapping(pages(0, 2)));
+    window.lift();
+    assert!(!window.is_paused());
+    // One is entered again, in its slot, the other is given up.
+    assert_eq!(window.enter(0, &first), Entered::In);
+    window.leave(1);
+    assert!(window.overlapping(pages(0, 1)) && !window.overlapping(pages(1, 1)) && !window.idle());
+}
+
+#[test]
+fn waiting_ends_with_the_request_and_not_before() {
+    let window = window(&[pages(0, 2)]);
+    assert_eq!(window.enter(3, &[segment(0, 1)]), Entered::In);
+    window.close(pages(0, 1));
+    assert!(!window.await_clear(pages(0, 1), Duration::from_millis(1)));
+    assert!(window.await_clear(pages(1, 1), Duration::ZERO), "of another page nothing is in flight");
+    let (begun, wait_begun) = channel();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            begun.send(()).unwrap();
+            window.await_clear(pages(0, 1), SOON)
+        });
+        wait_begun.recv().unwrap();
+        window.leave(3);
+        assert!(waiting.join().unwrap());
+    });
+}
+
+#[test]
+fn who_watches_hears_of_what_may_have_changed() {
+    let window = window(&[]);
+    let bell = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
+    let rung = || {
+        let mut count = [0; 8];
+        rustix::io::read(&bell, &mut count).map(|_| u64::from_ne_bytes(count)).unwrap_or(0)
+    };
+    window.watch(&bell);
+    let before = window.generation();
+    window.open(pages(0, 1));
+    assert_eq!((window.generation(), rung()), (before + 1, 1));
+    window.pause();
+    window.close(pages(0, 1));
+    assert_eq!((window.generation(), rung()), (before + 1, 0), "nothing opened");
+    window.lift();
+    assert_eq!((window.generation(), rung()), (before + 2, 1));
+    // A bell that is gone is forgotten when the next one comes.
+    let other = Arc::new(bell.try_clone().unwrap());
+    window.watch(&other);
+    drop(other);
+    window.watch(&bell);
+    assert_eq!(window.bells.lock().unwrap().len(), 2);
+}

@@ -1,0 +1,288 @@
+//! What a device's request may come to: its pages can be touched now, after what is under way, or never.
+//!
+//! Asked by whoever holds a request back because a page of it is not mapped. It changes nothing and promises nothing: by
+//! the time the answer is heard the page may be gone again, and only the domain's own door ([`passgate_backends::Window`])
+//! lets anybody in.
+
+use passgate_bindings::units::Address;
+use passgate_bindings::{Gpa, Iova, PageRange};
+
+use super::Gate;
+use super::ledger::{HeldBy, PageState};
+use super::region::Region;
+
+/// What a request may come to. Of several pages the worst counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Admits {
+    /// Every page is mapped.
+    Open,
+    /// Something that will be over is in the way: an invalidation between begin and end, a map or an unmap under way.
+    Later,
+    /// Some page is private, a hole, in quarantine, in no region, or may not be written to: the request is wrong.
+    Never,
+}
+
+impl Gate {
+    /// What a request that touches these pages may come to; `writes` where the device would write to them.
+    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
+        let mut worst = Admits::Open;
+        let mut at = iova.start();
+        while let Some(left) = PageRange::between(at, iova.end()) {
+            let region = self.region_at(Gpa(at.raw())).filter(|region| !region.closing);
+            let Some(region) = region.filter(|region| region.spec.writable || !writes) else {
+                return Admits::Never;
+            };
+            let Some(part) = region.iova().intersection(left) else { return Admits::Never };
+            worst = worst.max(self.admits_in(region, part));
+            if worst == Admits::Never {
+                return worst;
+            }
+            at = part.end();
+        }
+        worst
+    }
+
+    /// The same, for pages of one region.
+    fn admits_in(&self, region: &Region, part: PageRange<Iova>) -> Admits {
+        let pages = region.pages_at(part);
+        let Some(file) = self.files.get(&pages.file) else { return Admits::Never };
+        if file.holds.overlapping(pages.range).any(|(_, by)| matches!(by, HeldBy::Quarantine(..))) {
+            return Admits::Never;
+        }
+        // What is between begin and end will be something else after it, whatever it is now.
+        let clear = file.holds.is_clear(pages.range);
+        let mut worst = if clear { Admits::Open } else { Admits::Later };
+        for free in file.holds.gaps(pages.range) {
+            if file.pages.runs(free).any(|(_, state)| state != PageState::Shared) {
+                return Admits::Never;
+            }
+            worst = worst.max(self.admits_shared(region, free.rebase(pages.range.start(), part.start())));
+        }
+        worst
+    }
+
+    /// The same, for shared pages that nothing holds: mapped, or about to be.
+    fn admits_shared(&self, region: &Region, part: PageRange<Iova>) -> Admits {
+        let missing = self
+            .domains
+            .iter()
+            .any(|domain| domain.mapped.live(part).map(PageRange::len).sum::<u64>() < part.len());
+        if !missing {
+            return Admits::Open;
+        }
+        // Where a map has failed nobody tries again by itself: who waited for that might wait for ever.
+        let comes = region.filling > 0
+            || self.awaited(part)
+            || self.domains.iter().any(|domain| domain.mapped.runs(part).next().is_some());
+        if comes { Admits::Later } else { Admits::Never }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use passgate_bindings::PAGE;
+    use passgate_bindings::units::Offset;
+
+    use super::super::*;
+    use super::Admits::{Later, Never, Open};
+
+    const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
+    const FILE: FileId = FileId { device: 1, inode: 1 };
+
+    fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
+        PageRange::new(page * PAGE, pages * PAGE).unwrap()
+    }
+
+    struct World {
+        gate: Gate,
+        effects: Effects,
+    }
+
+    impl World {
+        /// Sixteen pages at 16, of which nothing is mapped yet.
+        fn new(writable: bool) -> Self {
+            let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
+            let mut world = Self { gate: Gate::new(Policy::default()), effects: Vec::new() };
+            world.tell(Event::DomainAdded { domain: DomainId(0), able });
+            world.add(16, 0, writable);
+            world
+        }
+
+        fn tell(&mut self, event: Event) {
+            self.gate.handle(event, &mut self.effects);
+        }
+
+        fn add(&mut self, page: u64, offset: u64, writable: bool) {
+            let backing = Backing { file: FILE, offset: Offset(offset * PAGE) };
+            let gpa = range(page, 16);
+            let (piece, initial) = (PAGE, PageState::Shared);
+            let spec = RegionSpec { gpa, backing, writable, piece, page: PAGE, initial };
+            self.tell(Event::AddRegion { caller: CALLER, spec });
+        }
+
+        /// The calls that were asked for have this result.
+        fn go_on(&mut self, map: MapResult, unmap: Option<i32>) {
+            while let Some(at) =
+                self.effects.iter().position(|e| matches!(e, Effect::Map { .. } | Effect::Unmap { .. }))
+            {
+                match self.effects.remove(at) {
+                    Effect::Map { job, .. } => self.tell(Event::Mapped { job, result: map }),
+                    Effect::Unmap { job, bytes, .. } => {
+                        let result = match unmap {
+                            None => UnmapResult::Gone { bytes },
+                            Some(errno) => UnmapResult::Failed { errno, bytes: 0 },
+                        };
+                        self.tell(Event::Unmapped { job, result, took_ns: 1 });
+                    }
+                    _ => unreachable!(),
+                }
+            }
+        }
+
+        fn all_goes_well(&mut self) {
+            self.go_on(MapResult::Mapped, None);
+        }
+
+        fn begin(&mut self, page: u64, pages: u64, to: PageState) -> InvalidationId {
+            let (ranges, performer) = (range(page, pages).into(), Performer::Client);
+            self.tell(Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 });
+            InvalidationId(self.gate.last().1)
+        }
+
+        fn end(&mut self, invalidation: InvalidationId, outcome: Outcome) {
+            self.tell(Event::End { caller: CALLER, invalidation, outcome });
+        }
+
+        /// Of one page.
+        fn says(&self, page: u64) -> Admits {
+            assert_eq!(self.gate.admits(range(page, 1), false), self.gate.admits(range(page, 1), true));
+            self.gate.admits(range(page, 1), true)
+        }
+    }
+
+    #[test]
+    fn a_region_opens_as_it_is_mapped_and_nothing_is_beside_it() {
+        let mut world = World::new(true);
+        assert_eq!(world.says(20), Later, "it is being mapped");
+        world.all_goes_well();
+        assert_eq!(world.gate.admits(range(16, 16), true), Open);
+        for (page, pages) in [(15, 1), (15, 2), (32, 1), (31, 2), (0, 100)] {
+            assert_eq!(world.gate.admits(range(page, pages), false), Never, "{page}+{pages}");
+        }
+    }
+
+    #[test]
+    fn what_may_not_be_written_can_be_read() {
+        let mut world = World::new(false);
+        assert_eq!(world.gate.admits(range(20, 1), false), Later);
+        assert_eq!(world.gate.admits(range(20, 1), true), Never);
+        world.all_goes_well();
+        assert_eq!(world.gate.admits(range(16, 16), false), Open);
+        assert_eq!(world.gate.admits(range(20, 1), true), Never);
+    }
+
+    #[test]
+    fn a_range_over_regions_is_as_good_as_its_worst_page() {
+        let mut world = World::new(true);
+        world.add(32, 16, false);
+        world.all_goes_well();
+        assert_eq!(world.gate.admits(range(30, 4), false), Open);
+        assert_eq!(world.gate.admits(range(30, 4), true), Never);
+        let id = world.begin(33, 1, PageState::Private);
+        assert_eq!(world.gate.admits(range(30, 4), false), Later);
+        world.all_goes_well();
+        world.end(id, Outcome::Committed);
+        assert_eq!(world.gate.admits(range(30, 4), false), Never);
+        assert_eq!(world.gate.admits(range(30, 3), false), Open);
+    }
+
+    #[test]
+    fn a_conversion_is_waited_for_and_then_it_is_what_it_became() {
+        for (to, after) in [(PageState::Private, Never), (PageState::Hole, Never), (PageState::Shared, Later)]
+        {
+            let mut world = World::new(true);
+            world.all_goes_well();
+            let id = world.begin(20, 2, to);
+            assert_eq!((world.says(20), world.says(19), world.says(22)), (Later, Open, Open), "unmapping");
+            world.all_goes_well();
+            assert_eq!((world.says(21), world.says(19)), (Later, Open), "granted");
+            world.end(id, Outcome::Committed);
+            assert_eq!(world.says(20), after, "{to:?}");
+            world.all_goes_well();
+            assert_eq!(world.says(20), if after == Never { Never } else { Open }, "{to:?}");
+            assert_eq!(world.says(19), Open);
+        }
+    }
+
+    #[test]
+    fn a_page_comes_back_from_private() {
+        let mut world = World::new(true);
+        world.all_goes_well();
+        let id = world.begin(20, 1, PageState::Private);
+        world.all_goes_well();
+        world.end(id, Outcome::Committed);
+        let id = world.begin(20, 1, PageState::Shared);
+        assert_eq!(world.says(20), Later, "it may be shared after the end");
+        world.end(id, Outcome::Committed);
+        world.all_goes_well();
+        assert_eq!(world.says(20), Open);
+    }
+
+    #[test]
+    fn what_did_not_change_is_mapped_again() {
+        let mut world = World::new(true);
+        world.all_goes_well();
+        let id = world.begin(20, 1, PageState::Private);
+        world.all_goes_well();
+        world.end(id, Outcome::NotCommitted);
+        assert_eq!(world.says(20), Later, "its map is under way");
+        world.all_goes_well();
+        assert_eq!(world.says(20), Open);
+    }
+
+    #[test]
+    fn quarantine_is_for_good() {
+        let mut world = World::new(true);
+        world.all_goes_well();
+        let id = world.begin(20, 1, PageState::Private);
+        world.all_goes_well();
+        world.end(id, Outcome::Unknown { errno: 5, offset: 0 });
+        assert_eq!(world.says(20), Never);
+        // An unmap that fails, of a device that nothing stops.
+        world.begin(24, 1, PageState::Private);
+        world.go_on(MapResult::Mapped, Some(5));
+        assert_eq!((world.says(24), world.says(25)), (Never, Open));
+        world.tell(Event::Release { caller: CALLER, invalidation: id, to: PageState::Shared });
+        assert_eq!(world.says(20), Later);
+        world.all_goes_well();
+        assert_eq!(world.says(20), Open);
+    }
+
+    #[test]
+    fn a_map_that_failed_is_not_waited_for() {
+        for (result, after) in [
+            (MapResult::Refused { errno: 12 }, Never),
+            (MapResult::Unknown { errno: 12 }, Never),
+            (MapResult::Mapped, Open),
+        ] {
+            let mut world = World::new(true);
+            world.all_goes_well();
+            let id = world.begin(20, 1, PageState::Private);
+            world.all_goes_well();
+            world.end(id, Outcome::NotCommitted);
+            assert_eq!(world.says(20), Later);
+            world.go_on(result, None);
+            assert_eq!(world.says(20), after, "{result:?}");
+        }
+    }
+
+    #[test]
+    fn a_region_that_goes_is_gone() {
+        let mut world = World::new(true);
+        world.all_goes_well();
+        world.tell(Event::RemoveRegion { caller: CALLER, region: RegionId(1) });
+        assert_eq!(world.says(20), Never, "its unmap is under way");
+        world.all_goes_well();
+        assert_eq!(world.says(20), Never);
+    }
+}

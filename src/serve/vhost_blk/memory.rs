@@ -1,0 +1,214 @@
+//! The front-end's memory table: regions of the gate, and this process's own view of them.
+//!
+//! A region that goes is an invalidation, from a client that hears no "no": first no worker looks at it any more, then
+//! it is taken out of every domain with proof, and only then the front-end is answered. A region that comes is mapped
+//! for the drive before any worker sees it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use passgate_bindings::identity::{self, FileError};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::client::{AddMemory, Client};
+
+/// Why the table is not as the front-end would have it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MemoryError {
+    /// Not a file for guest memory.
+    #[error("memory at {gpa:#x}: {source}")]
+    File {
+        /// Where.
+        gpa: u64,
+        /// What is wrong.
+        source: FileError,
+    },
+    /// This process cannot map it.
+    #[error("memory at {gpa:#x} cannot be mapped here: {why}")]
+    Window {
+        /// Where.
+        gpa: u64,
+        /// Why.
+        why: String,
+    },
+    /// The gate has not taken it, or could not let go of it.
+    #[error("memory at {gpa:#x}: {source}")]
+    Gate {
+        /// Where.
+        gpa: u64,
+        /// What it said.
+        source: crate::Error,
+    },
+    /// There is no such region.
+    #[error("there is no memory of {len:#x} bytes at {gpa:#x} to be removed")]
+    Unknown {
+        /// Where.
+        gpa: u64,
+        /// How long.
+        len: u64,
+    },
+}
+
+/// A region as a front-end describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) gpa: u64,
+    pub(super) len: u64,
+    /// Where in its file it begins.
+    pub(super) offset: u64,
+}
+
+impl Shape {
+    pub(super) fn of(region: &VhostUserMemoryRegion) -> Self {
+        Self { gpa: region.guest_phys_addr, len: region.memory_size, offset: region.mmap_offset }
+    }
+}
+
+/// A region that is there.
+#[derive(Debug)]
+struct Region {
+    shape: Shape,
+    /// Where the front-end has it in its own address space: its rings' addresses are of that kind.
+    user: u64,
+    /// Device and inode of its file.
+    file: (u64, u64),
+    /// Its number at the gate.
+    id: u32,
+    window: Arc<GuestRegionMmap>,
+}
+
+/// All regions of one front-end.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// Its own connection: what was added goes when it is closed.
+    client: Client,
+    regions: Vec<Region>,
+}
+
+impl Table {
+    /// An empty one.
+    pub(super) fn new(client: Client) -> Self {
+        Self { client, regions: Vec::new() }
+    }
+
+    /// Makes the table these regions. What was there and stays so is not touched. `see` is called when the workers
+    /// must look at other memory than before.
+    pub(super) fn set(
+        &mut self,
+        wanted: Vec<(Shape, u64, File)>,
+        mut see: impl FnMut(GuestMemoryMmap),
+    ) -> Result<(), MemoryError> {
+        let mut identified = Vec::with_capacity(wanted.len());
+        for (shape, user, file) in wanted {
+            let found = identity::identify(&file);
+            let found = found.map_err(|source| MemoryError::File { gpa: shape.gpa, source })?;
+            identified.push((shape, user, file, (found.device, found.inode)));
+        }
+        let stays = |region: &Region| {
+            identified.iter().find(|(shape, _, _, file)| *shape == region.shape && *file == region.file)
+        };
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.regions).into_iter().partition(|region| stays(region).is_some());
+        self.regions = kept;
+        if !gone.is_empty() {
+            see(self.view()?);
+        }
+        for region in &gone {
+            self.let_go(region)?;
+        }
+        drop(gone);
+        for (shape, user, file, identity) in identified {
+            match self.regions.iter_mut().find(|region| region.shape == shape && region.file == identity) {
+                Some(region) => region.user = user,
+                None => self.take(shape, user, file, identity)?,
+            }
+        }
+        see(self.view()?);
+        Ok(())
+    }
+
+    /// Adds one region.
+    pub(super) fn add(
+        &mut self,
+        shape: Shape,
+        user: u64,
+        file: File,
+        see: impl FnOnce(GuestMemoryMmap),
+    ) -> Result<(), MemoryError> {
+        let found = identity::identify(&file);
+        let found = found.map_err(|source| MemoryError::File { gpa: shape.gpa, source })?;
+        self.take(shape, user, file, (found.device, found.inode))?;
+        see(self.view()?);
+        Ok(())
+    }
+
+    /// Removes one region; returns when no device sees it any more.
+    pub(super) fn remove(
+        &mut self,
+        shape: Shape,
+        user: u64,
+        see: impl FnOnce(GuestMemoryMmap),
+    ) -> Result<(), MemoryError> {
+        let same = |region: &Region| {
+            region.shape.gpa == shape.gpa && region.shape.len == shape.len && region.user == user
+        };
+        let index = self.regions.iter().position(same);
+        let index = index.ok_or(MemoryError::Unknown { gpa: shape.gpa, len: shape.len })?;
+        let region = self.regions.remove(index);
+        see(self.view()?);
+        self.let_go(&region)
+    }
+
+    /// The guest-physical address of one of the front-end's own, where it is in a region.
+    pub(super) fn gpa(&self, user: u64) -> Option<u64> {
+        let inside = |region: &&Region| user.checked_sub(region.user).is_some_and(|at| at < region.shape.len);
+        let region = self.regions.iter().find(inside)?;
+        Some(region.shape.gpa + (user - region.user))
+    }
+
+    /// What workers see of it.
+    fn view(&self) -> Result<GuestMemoryMmap, MemoryError> {
+        if self.regions.is_empty() {
+            return Ok(GuestMemoryMmap::new());
+        }
+        let mut windows: Vec<_> = self.regions.iter().map(|region| Arc::clone(&region.window)).collect();
+        windows.sort_by_key(|window| vm_memory::GuestMemoryRegion::start_addr(&**window));
+        GuestMemoryMmap::from_arc_regions(windows)
+            .map_err(|error| MemoryError::Window { gpa: self.regions[0].shape.gpa, why: error.to_string() })
+    }
+
+    fn take(&mut self, shape: Shape, user: u64, file: File, identity: (u64, u64)) -> Result<(), MemoryError> {
+        let Shape { gpa, len, offset } = shape;
+        // The gate's border checks the file, its seals and its size first: mapping it here is safe after that.
+        let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };
+        let added = self.client.add_memory(&memory, &[&file.as_fd()]);
+        let id = added.map_err(|source| MemoryError::Gate { gpa, source })?.region;
+        let window = window(shape, file);
+        let window = match window {
+            Ok(window) => Arc::new(window),
+            Err(error) => {
+                let gone = self.client.remove_memory(id);
+                return gone.map_err(|source| MemoryError::Gate { gpa, source }).and(Err(error));
+            }
+        };
+        self.regions.push(Region { shape, user, file: identity, id, window });
+        Ok(())
+    }
+
+    fn let_go(&mut self, region: &Region) -> Result<(), MemoryError> {
+        let gpa = region.shape.gpa;
+        self.client.remove_memory(region.id).map_err(|source| MemoryError::Gate { gpa, source })
+    }
+}
+
+/// This process's own view of a region.
+fn window(shape: Shape, file: File) -> Result<GuestRegionMmap, MemoryError> {
+    let Shape { gpa, len, offset } = shape;
+    let region = VhostUserMemoryRegion::new(gpa, len, 0, offset);
+    let failed = |why: String| MemoryError::Window { gpa, why };
+    let mapping = region.mmap_region(file).map_err(|error| failed(error.to_string()))?;
+    let overflows = || failed("it ends beyond the address space".to_owned());
+    GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(overflows)
+}

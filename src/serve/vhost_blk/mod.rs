@@ -1,0 +1,252 @@
+//! The vhost-user door: a virtio block device over an assigned NVMe drive, for a VMM as it is.
+//!
+//! The drive's DMA goes straight into guest memory, at guest-physical addresses, through the gate. The front-end is one
+//! more client of the session, by a connection inside this process: its memory table is regions, what it removes is
+//! invalidations. It hears no "no": what cannot be taken from the drive otherwise is fenced, up to a reset.
+//!
+//! Threads: one for the front-end's connection (one at a time; the next is served after it), and one worker for each
+//! queue of the drive. A request takes no lock for its check and its account ([`passgate_backends::window`]).
+//!
+//! What it must never do: look at a guest's descriptor twice, answer a removal before the gate has, or answer a write
+//! before the drive has.
+
+mod config;
+mod frontend;
+mod inflight;
+mod memory;
+mod poll;
+mod request;
+mod ring;
+mod worker;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use passgate_backends::nvme::Drive;
+use passgate_bindings::Failed;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vhost_user_backend::VringT;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::{Inside, Mends, SocketFile, listen, socket_error};
+use crate::error::{Error, Result};
+use frontend::{Frontend, Rings};
+use memory::Table;
+use ring::{Desk, LONGEST, Vring};
+use worker::{Mailbox, Order, Worker};
+
+pub use poll::Polling;
+
+const MENDS: Mends = Mends {
+    no_socket: ": that is no socket; choose another --socket-path",
+    in_use: ": another back-end serves there; choose another --socket-path",
+    other: ": choose another --socket-path",
+};
+
+/// Where front-ends come from.
+#[derive(Debug)]
+pub enum Socket {
+    /// They connect here (mode 0600).
+    Path(PathBuf),
+    /// A socket that was handed to this process: one that listens, or one that is connected already. After the latter
+    /// has left, the door is shut.
+    Handed(OwnedFd),
+}
+
+/// What a door is told once.
+#[derive(Debug)]
+pub struct Options {
+    /// Where front-ends come from.
+    pub socket: Socket,
+    /// Virtqueues that are offered.
+    pub queues: u16,
+    /// Whether nothing may be written.
+    pub read_only: bool,
+    /// When workers look instead of sleeping.
+    pub polling: Polling,
+    /// Signals that shut the door.
+    pub stop_signals: Vec<i32>,
+}
+
+/// How long nobody is accepted where descriptors have run out.
+const STARVED: Duration = Duration::from_millis(100);
+/// How long a front-end may take for the rest of a message that it has begun.
+const MESSAGE: Duration = Duration::from_secs(5);
+
+/// An open door.
+#[derive(Debug)]
+pub struct Door {
+    stop: UnixStream,
+    thread: Option<JoinHandle<()>>,
+    workers: Vec<(Mailbox, JoinHandle<()>)>,
+    _file: Option<SocketFile>,
+}
+
+enum Entrance {
+    Listening(UnixListener),
+    Connected(UnixStream),
+}
+
+impl Door {
+    /// Opens it: from here on front-ends are served. `over` is called when no front-end can come any more.
+    pub fn open(
+        options: Options,
+        drive: &Arc<Drive>,
+        inside: Inside,
+        over: impl FnOnce() + Send + 'static,
+    ) -> Result<Self> {
+        let (entrance, file) = match options.socket {
+            Socket::Path(path) => {
+                let listener = listen(&path, &MENDS)?;
+                (Entrance::Listening(listener), Some(SocketFile(path)))
+            }
+            Socket::Handed(fd) => (entrance(fd)?, None),
+        };
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let vring = || Vring::new(memory.clone(), LONGEST);
+        let vrings = (0..options.queues).map(|_| vring()).collect::<std::result::Result<Vec<_>, _>>();
+        let vrings = vrings.map_err(|error| Error::Usage(format!("--num-queues: {error}")))?;
+        let count = drive.queues().min(options.queues).max(1);
+        let read_only = options.read_only || drive.geometry().read_only;
+        let mut workers = Vec::new();
+        for nth in 0..count {
+            let desk = Desk {
+                drive: drive.take_queue(nth)?,
+                geometry: drive.geometry().clone(),
+                read_only,
+                write_through: false,
+            };
+            let share = (0..options.queues).filter(|ring| ring % count == nth);
+            let share = share.filter_map(|ring| Some((ring, vrings.get(usize::from(ring))?.clone())));
+            let rings = share.collect();
+            workers.push(Worker::spawn(desk, memory.clone(), rings, inside.clone(), options.polling)?);
+        }
+        let mailboxes: Vec<_> = workers.iter().map(|(mailbox, _)| mailbox.clone()).collect();
+        let of = |ring: usize| mailboxes[ring % mailboxes.len()].clone();
+        let rings = Rings {
+            geometry: Arc::new(drive.geometry().clone()),
+            read_only,
+            memory,
+            rings: Arc::new(vrings.into_iter().enumerate().map(|(nth, vring)| (vring, of(nth))).collect()),
+            workers: Arc::new(mailboxes.clone()),
+        };
+        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+        for signal in options.stop_signals {
+            let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+            signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
+        }
+        let run = move || {
+            serve_all(&stopped, entrance, &rings, &inside);
+            over();
+        };
+        let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run);
+        Ok(Self { stop, thread: Some(thread.map_err(Error::Thread)?), workers, _file: file })
+    }
+
+    fn shut(&mut self) {
+        let _ = std::io::Write::write(&mut &self.stop, &[0]);
+        // The workers end what the connection had; only then they go.
+        let join = |thread: JoinHandle<()>| {
+            if thread.join().is_err() {
+                log::error!("a thread of the vhost-user door panicked; this is a bug of passgate");
+            }
+        };
+        self.thread.take().map(join);
+        self.workers.iter().for_each(|(mailbox, _)| mailbox.send(Order::Leave));
+        self.workers.drain(..).for_each(|(_, thread)| join(thread));
+    }
+}
+
+impl Drop for Door {
+    /// The front-end's connection ends, then the workers do; the drive is left with nothing to do.
+    fn drop(&mut self) {
+        self.shut();
+    }
+}
+
+/// What a socket that was handed over is.
+fn entrance(fd: OwnedFd) -> Result<Entrance> {
+    let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
+    let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(failed("--fd: getsockopt"))?;
+    Ok(if listens {
+        let listener = UnixListener::from(fd);
+        listener.set_nonblocking(true).map_err(|source| Error::Socket {
+            path: Path::new("--fd").to_owned(),
+            source,
+            mend: "",
+        })?;
+        Entrance::Listening(listener)
+    } else {
+        Entrance::Connected(UnixStream::from(fd))
+    })
+}
+
+/// Waits until `fd` is ready; false where the door is to be shut.
+fn await_ready(stopped: &UnixStream, fd: impl AsFd) -> bool {
+    loop {
+        let mut ready = [PollFd::new(stopped, PollFlags::IN), PollFd::new(&fd, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Err(Errno::INTR) => {}
+            Err(errno) => {
+                log::error!("poll: {errno}");
+                return false;
+            }
+            Ok(_) if !ready[0].revents().is_empty() => return false,
+            Ok(_) => return true,
+        }
+    }
+}
+
+/// Serves one front-end after the other.
+fn serve_all(stopped: &UnixStream, entrance: Entrance, rings: &Rings, inside: &Inside) {
+    let listener = match entrance {
+        Entrance::Connected(stream) => return serve_one(stopped, stream, rings, inside),
+        Entrance::Listening(listener) => listener,
+    };
+    while await_ready(stopped, &listener) {
+        match listener.accept() {
+            Ok((stream, _)) => serve_one(stopped, stream, rings, inside),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                log::warn!("vhost-user: no front-end can be accepted: {error}");
+                std::thread::sleep(STARVED);
+            }
+        }
+    }
+}
+
+/// Serves a front-end until it leaves, or the door is shut.
+fn serve_one(stopped: &UnixStream, stream: UnixStream, rings: &Rings, inside: &Inside) {
+    let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
+    let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
+        ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
+        ((Err(error), ..), _) => return log::error!("vhost-user: {error}"),
+        (_, _) => return log::error!("vhost-user: the front-end's socket will not do"),
+    };
+    log::info!("vhost-user: a front-end has come");
+    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client))));
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
+    while await_ready(stopped, &copy) {
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(VhostError::Disconnected | VhostError::PartialMessage) => {
+                log::info!("vhost-user: the front-end has left");
+                break;
+            }
+            Err(error) => {
+                log::warn!("vhost-user: the front-end is let go: {error}");
+                break;
+            }
+        }
+    }
+    drop(handler);
+    if let Some(frontend) = Arc::into_inner(frontend) {
+        frontend.into_inner().unwrap_or_else(PoisonError::into_inner).leave();
+    }
+}

@@ -1,0 +1,415 @@
+//! One virtqueue at work: requests from the guest to the drive, and answers back. It belongs to one worker.
+//!
+//! A request is *in flight* at the drive, *waiting* for room there, or *held*: a page of it is not open to the drive
+//! just now. What is held waits for what the session says of its pages. It is failed only where they are nobody's to
+//! give ([`Admits::Never`]), or after [`PATIENCE`].
+
+use std::collections::VecDeque;
+use std::fmt::Display;
+use std::num::Wrapping;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use passgate_backends::nvme::{Geometry, Op, Queue as DriveQueue, Submitted};
+use passgate_backends::window::Segment;
+use passgate_bindings::{Iova, PAGE, PageRange};
+use vhost_user_backend::VringMutex;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::inflight::QueueInflight;
+use super::request::{self, Chain, Limits, Wanted};
+use crate::gate::Admits;
+
+/// Guest memory, as it changes.
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+/// A virtqueue, as front-end and worker share it.
+pub(super) type Vring = VringMutex<Memory>;
+
+/// Descriptors of a virtqueue at most.
+pub(super) const LONGEST: u16 = 1024;
+/// How long a request is held at most.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How soon a request is tried again whose pages are said to be open and were not.
+const AGAIN: Duration = Duration::from_millis(1);
+
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
+
+/// What the rings of one worker share.
+#[derive(Debug)]
+pub(super) struct Desk {
+    pub(super) drive: DriveQueue,
+    pub(super) geometry: Geometry,
+    pub(super) read_only: bool,
+    /// Whether a write is on the medium before it is answered.
+    pub(super) write_through: bool,
+}
+
+/// A question about the pages of a held request: what they are for the drive.
+#[derive(Debug)]
+pub(super) struct Question {
+    pub(super) head: u16,
+    pub(super) ticket: u64,
+    pub(super) pages: Vec<PageRange<Iova>>,
+    /// Whether the drive would write to them.
+    pub(super) writes: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum State {
+    #[default]
+    Free,
+    Waiting,
+    /// By the question that was asked.
+    Held(u64),
+    Flying,
+}
+
+/// A request, by the number of its first descriptor.
+#[derive(Debug, Default)]
+struct Slot {
+    state: State,
+    /// Since when it was held, if it was.
+    since: Option<Instant>,
+    op: Option<Op>,
+    status: GuestAddress,
+    written: u32,
+    segments: Vec<Segment>,
+}
+
+/// What has become of a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// It takes requests from the guest.
+    On,
+    /// It takes none.
+    Off,
+    /// The guest has written nonsense into it: it takes none until it is set up anew.
+    Broken,
+}
+
+/// A virtqueue at work.
+#[derive(Debug)]
+pub(super) struct Ring {
+    index: u16,
+    phase: Phase,
+    slots: Vec<Slot>,
+    /// To be submitted, in order.
+    waiting: VecDeque<u16>,
+    /// To be tried again, and when.
+    delayed: VecDeque<(Instant, u16)>,
+    flying: u32,
+    held: u32,
+    inflight: Option<QueueInflight>,
+    chain: Chain,
+    /// Whether the guest is to be told of something.
+    told: bool,
+    last_ticket: u64,
+    /// Questions that are to be asked.
+    pub(super) questions: Vec<Question>,
+}
+
+impl Ring {
+    pub(super) fn new(index: u16) -> Self {
+        Self {
+            index,
+            phase: Phase::Off,
+            slots: Vec::new(),
+            waiting: VecDeque::new(),
+            delayed: VecDeque::new(),
+            flying: 0,
+            held: 0,
+            inflight: None,
+            chain: Chain::default(),
+            told: false,
+            last_ticket: 0,
+            questions: Vec::new(),
+        }
+    }
+
+    /// Whether it takes requests from the guest.
+    pub(super) fn is_on(&self) -> bool {
+        self.phase == Phase::On
+    }
+
+    /// Whether the drive has something of it.
+    pub(super) fn is_flying(&self) -> bool {
+        self.flying > 0
+    }
+
+    /// When it wants to be looked at although nothing happens.
+    pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
+        const OFTEN: Duration = Duration::from_millis(100);
+        let delayed = self.delayed.front().map(|(when, _)| *when);
+        delayed.into_iter().chain((self.held > 0 || self.flying > 0).then(|| now + OFTEN)).min()
+    }
+
+    /// Begins: first with what an earlier back-end had in flight, where that is known.
+    pub(super) fn start(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        inflight: Option<QueueInflight>,
+        desk: &Desk,
+    ) {
+        self.forget();
+        self.slots.resize_with(queue.size().into(), Slot::default);
+        self.inflight = inflight;
+        self.phase = Phase::On;
+        if !queue.is_valid(memory) {
+            return self.breaks(&"its parts are not in guest memory");
+        }
+        let Ok(Wrapping(used)) = queue.used_idx(memory, Ordering::Acquire) else {
+            return self.breaks(&"its used ring is not in guest memory");
+        };
+        queue.set_next_used(used);
+        let Some(again) = self.inflight.as_mut().and_then(|tracked| tracked.recover(used)) else { return };
+        queue.set_next_avail(used.wrapping_add(again.len() as u16));
+        for head in again {
+            self.take(queue, memory, head, desk);
+        }
+    }
+
+    /// Takes no more from the guest.
+    pub(super) fn stop(&mut self) {
+        self.phase = Phase::Off;
+    }
+
+    /// Ends, with nothing at the drive any more. What was not done is done by whoever goes on with the ring, where
+    /// somebody can know of it; else it has failed.
+    pub(super) fn end(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap) {
+        if self.inflight.is_none() {
+            for head in 0..self.slots.len() as u16 {
+                if self.slots.get(usize::from(head)).is_some_and(|slot| slot.state != State::Free) {
+                    self.answer(queue, memory, head, FAILED);
+                }
+            }
+        }
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        let Self { index, last_ticket, .. } = *self;
+        *self = Self { last_ticket, ..Self::new(index) };
+    }
+
+    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
+    pub(super) fn pull(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        desk: &mut Desk,
+        enabled: bool,
+    ) -> bool {
+        let mut did = self.submit(queue, memory, desk);
+        while enabled && self.phase == Phase::On {
+            let head = match queue.iter(memory) {
+                Ok(mut chains) => chains.next().map(|chain| chain.head_index()),
+                Err(error) => {
+                    self.breaks(&error);
+                    break;
+                }
+            };
+            let Some(head) = head else { break };
+            did = true;
+            let free = self.slots.get(usize::from(head)).is_some_and(|slot| slot.state == State::Free);
+            if !free {
+                self.breaks(&format_args!("descriptor {head} is offered twice, or there is none"));
+                break;
+            }
+            if let Some(tracked) = &mut self.inflight {
+                tracked.begin(head);
+            }
+            self.take(queue, memory, head, desk);
+            self.submit(queue, memory, desk);
+        }
+        did
+    }
+
+    /// The drive has done, or not done, what it was given.
+    pub(super) fn completed(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, good: bool) {
+        if self.slots.get(usize::from(head)).is_some_and(|slot| slot.state == State::Flying) {
+            self.flying -= 1;
+            self.answer(queue, memory, head, if good { OK } else { FAILED });
+        }
+    }
+
+    /// What the session said of a held request's pages.
+    pub(super) fn answered(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        ticket: u64,
+        admits: Admits,
+    ) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
+        if slot.state != State::Held(ticket) {
+            return;
+        }
+        self.held -= 1;
+        slot.state = State::Waiting;
+        match admits {
+            Admits::Never => self.answer(queue, memory, head, FAILED),
+            Admits::Open | Admits::Later => self.delayed.push_back((Instant::now() + AGAIN, head)),
+        }
+    }
+
+    /// Looks at what time has brought.
+    pub(super) fn tick(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, now: Instant) {
+        while self.delayed.front().is_some_and(|(when, _)| *when <= now) {
+            self.waiting.extend(self.delayed.pop_front().map(|(_, head)| head));
+        }
+        if self.held == 0 {
+            return;
+        }
+        for head in 0..self.slots.len() as u16 {
+            let Some(slot) = self.slots.get_mut(usize::from(head)) else { continue };
+            let over = slot.since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
+            if matches!(slot.state, State::Held(_)) && over {
+                self.held -= 1;
+                log::warn!(
+                    "queue {}: a request has failed whose memory was withheld for {} s",
+                    self.index,
+                    PATIENCE.as_secs()
+                );
+                self.answer(queue, memory, head, FAILED);
+            }
+        }
+    }
+
+    /// Whether the guest is to be told that there are answers; asked once.
+    pub(super) fn take_told(&mut self) -> bool {
+        std::mem::take(&mut self.told)
+    }
+
+    /// Reads a request: it waits then, or is answered at once.
+    fn take(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, desk: &Desk) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
+        let limits =
+            Limits { drive: &desk.geometry, read_only: desk.read_only, write_through: desk.write_through };
+        let table = GuestAddress(queue.desc_table());
+        let read = self.chain.read(memory, table, queue.size(), head, limits, &mut slot.segments);
+        let request = match read {
+            Ok(request) => request,
+            Err(error) => return self.breaks(&error),
+        };
+        *slot = Slot {
+            state: State::Waiting,
+            since: None,
+            op: None,
+            status: request.status,
+            written: request.written,
+            segments: std::mem::take(&mut slot.segments),
+        };
+        match request.wanted {
+            Wanted::Drive(op) => {
+                slot.op = Some(op);
+                self.waiting.push_back(head);
+            }
+            Wanted::Id => {
+                let status = if tell_id(memory, &slot.segments, &desk.geometry) { OK } else { FAILED };
+                self.answer(queue, memory, head, status);
+            }
+            Wanted::Status(status) => self.answer(queue, memory, head, status),
+        }
+    }
+
+    /// Gives the drive what waits, as far as it has room; whether there was anything.
+    fn submit(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, desk: &mut Desk) -> bool {
+        let mut did = false;
+        while let Some(head) = self.waiting.front().copied() {
+            let slot = self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == State::Waiting);
+            let Some((slot, op)) = slot.and_then(|slot| slot.op.map(|op| (slot, op))) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            match desk.drive.submit(tag(self.index, head), &op, &slot.segments) {
+                Submitted::Full => break,
+                Submitted::Started => {
+                    slot.state = State::Flying;
+                    self.flying += 1;
+                }
+                Submitted::Closed => self.hold(head),
+                Submitted::Lost | Submitted::Wrong => self.answer(queue, memory, head, FAILED),
+            }
+            self.waiting.pop_front();
+            did = true;
+        }
+        did
+    }
+
+    /// A page of a request is not open: whoever knows why is asked.
+    fn hold(&mut self, head: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
+        self.last_ticket += 1;
+        slot.state = State::Held(self.last_ticket);
+        slot.since.get_or_insert_with(Instant::now);
+        self.held += 1;
+        self.questions.push(Question {
+            head,
+            ticket: self.last_ticket,
+            pages: slot.segments.iter().filter_map(pages).collect(),
+            writes: matches!(slot.op, Some(Op::Read { .. })),
+        });
+    }
+
+    /// Answers a request.
+    fn answer(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, status: u8) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
+        slot.state = State::Free;
+        // Where the place for the status has gone meanwhile, nobody reads it.
+        let _ = memory.write_obj(status, slot.status);
+        let len = if status == OK { slot.written.saturating_add(1) } else { 1 };
+        if let Some(tracked) = &self.inflight {
+            tracked.telling(head);
+        }
+        if let Err(error) = queue.add_used(memory, head, len) {
+            return self.breaks(&error);
+        }
+        if let Some(tracked) = &self.inflight {
+            tracked.told(head, queue.next_used());
+        }
+        self.told = true;
+    }
+
+    fn breaks(&mut self, why: &dyn Display) {
+        if self.phase == Phase::On {
+            log::warn!("queue {}: {why}; it rests until the guest sets it up anew", self.index);
+        }
+        self.phase = Phase::Broken;
+    }
+}
+
+/// A request's name at the drive.
+fn tag(ring: u16, head: u16) -> u32 {
+    u32::from(ring) << 16 | u32::from(head)
+}
+
+/// The ring and the request that a name at the drive is of.
+pub(super) fn of_tag(tag: u32) -> (u16, u16) {
+    ((tag >> 16) as u16, tag as u16)
+}
+
+/// The pages that a segment lies in; none where it is in no address space.
+fn pages(segment: &Segment) -> Option<PageRange<Iova>> {
+    let first = segment.iova.0 / PAGE * PAGE;
+    let end = segment.iova.0.checked_add(segment.len.into())?.checked_next_multiple_of(PAGE)?;
+    PageRange::new(first, end - first).ok()
+}
+
+/// Writes the drive's name into the guest's memory; whether it is all there.
+fn tell_id(memory: &GuestMemoryMmap, segments: &[Segment], drive: &Geometry) -> bool {
+    let id = request::id(drive);
+    let mut rest = &id[..];
+    for segment in segments {
+        let (now, then) = rest.split_at(rest.len().min(segment.len as usize));
+        if memory.write_slice(now, GuestAddress(segment.iova.0)).is_err() {
+            return false;
+        }
+        rest = then;
+    }
+    rest.is_empty()
+}

@@ -1,0 +1,288 @@
+//! A worker: one thread with one queue of the drive, for the virtqueues that are its share.
+//!
+//! It never waits for anybody: it looks at its rings and its queue, and sleeps when there is nothing. A ring is locked
+//! for one look at a time, so that who holds the lock knows that no worker is in guest memory; that is how memory is
+//! taken from workers before it is let go ([`super::frontend`]). No lock is for the check or the account of a request.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use passgate_backends::nvme::Completed;
+use passgate_bindings::Failed;
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+
+use super::inflight::QueueInflight;
+use super::poll::{Moment, Polling};
+use super::ring::{self, Desk, Memory, Question, Ring, Vring};
+use crate::error::{Error, Result};
+use crate::gate::Admits;
+use crate::serve::Inside;
+use crate::serve::poller::{Interest, Poller};
+
+/// Tokens: orders have come, completions have, and from there on a ring's kick.
+const WAKE: u64 = 0;
+const DRIVE: u64 = 1;
+const KICK: u64 = 2;
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// What a guest kicks a ring by.
+    Kick { ring: u16, kick: Option<OwnedFd> },
+    /// A ring is set up: it begins.
+    Start { ring: u16, inflight: Option<QueueInflight> },
+    /// There may be something to do.
+    Look,
+    /// A ring takes no more; once the drive has nothing of it, the next index of its available ring is sent.
+    Stop { ring: u16, ended: Sender<u16> },
+    /// What a held request's pages are.
+    Answer { ring: u16, head: u16, ticket: u64, admits: Admits },
+    /// Whether writes are on the medium before they are answered.
+    Through(bool),
+    /// The thread ends.
+    Leave,
+}
+
+/// Where a worker takes its orders.
+#[derive(Debug, Clone)]
+pub(super) struct Mailbox {
+    orders: Sender<Order>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Mailbox {
+    /// Gives an order; one to a worker that is gone is lost.
+    pub(super) fn send(&self, order: Order) {
+        if self.orders.send(order).is_ok() {
+            // It fails only where the counter is full, and then the worker is awake already.
+            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// A ring of this worker's, and who waits for its end.
+struct Share {
+    index: u16,
+    vring: Vring,
+    ring: Ring,
+    /// The worker's own descriptor of the guest's kick.
+    kick: Option<OwnedFd>,
+    ended: Option<Sender<u16>>,
+}
+
+/// A worker's thread.
+pub(super) struct Worker {
+    desk: Desk,
+    memory: Memory,
+    shares: Vec<Share>,
+    orders: Receiver<Order>,
+    mailbox: Mailbox,
+    inside: Inside,
+    poller: Poller,
+    moment: Moment,
+    done: Vec<Completed>,
+}
+
+impl Worker {
+    /// Starts a thread for these rings, each with its number.
+    pub(super) fn spawn(
+        desk: Desk,
+        memory: Memory,
+        rings: Vec<(u16, Vring)>,
+        inside: Inside,
+        polling: Polling,
+    ) -> Result<(Mailbox, JoinHandle<()>)> {
+        let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("eventfd"))?;
+        let (sender, orders) = mpsc::channel();
+        let mailbox = Mailbox { orders: sender, wake: Arc::new(wake) };
+        let poller = Poller::new().map_err(Error::Poll)?;
+        poller.add(&*mailbox.wake, Interest::Read, WAKE).map_err(Error::Poll)?;
+        poller.add(desk.drive.interrupt(), Interest::Read, DRIVE).map_err(Error::Poll)?;
+        let share = |(index, vring)| Share { index, vring, ring: Ring::new(index), kick: None, ended: None };
+        let worker = Self {
+            desk,
+            memory,
+            shares: rings.into_iter().map(share).collect(),
+            orders,
+            mailbox: mailbox.clone(),
+            inside,
+            poller,
+            moment: Moment::new(polling),
+            done: Vec::new(),
+        };
+        let thread = std::thread::Builder::new().name("vhost-blk".into()).spawn(move || worker.run());
+        Ok((mailbox, thread.map_err(Error::Thread)?))
+    }
+
+    fn run(mut self) {
+        let (mut tokens, mut busy, mut slept) = (Vec::new(), Instant::now(), None::<Duration>);
+        loop {
+            let Ok(ordered) = self.obey() else { return };
+            let did = self.look() | ordered;
+            let now = Instant::now();
+            if did {
+                if let Some(slept) = slept.take() {
+                    self.moment.woken(slept);
+                }
+                busy = now;
+                continue;
+            }
+            if self.moment.lasts(now - busy) {
+                std::hint::spin_loop();
+                continue;
+            }
+            // Whoever has something from here on wakes the worker; who had it before is seen by one more look.
+            if self.listen() {
+                continue;
+            }
+            if let Err(error) = self.poller.wait(self.patience(now), &mut tokens) {
+                log::error!("epoll: {error}");
+                return;
+            }
+            slept = Some(now.elapsed());
+            for token in &tokens {
+                self.clear(*token);
+            }
+        }
+    }
+
+    /// How long to sleep at most, in milliseconds.
+    fn patience(&self, now: Instant) -> i32 {
+        let next = self.shares.iter().filter_map(|share| share.ring.next_look(now)).min();
+        let left = next.map(|next| next.saturating_duration_since(now).as_millis() + 1);
+        left.map_or(-1, |left| i32::try_from(left).unwrap_or(i32::MAX))
+    }
+
+    /// Takes what a descriptor says off it.
+    fn clear(&self, token: u64) {
+        let mut count = [0; 8];
+        let fd = match token {
+            WAKE => Some(self.mailbox.wake.as_fd()),
+            DRIVE => Some(self.desk.drive.interrupt()),
+            _ => {
+                let share = self.shares.iter().find(|share| KICK + u64::from(share.index) == token);
+                share.and_then(|share| share.kick.as_ref()).map(AsFd::as_fd)
+            }
+        };
+        if let Some(fd) = fd {
+            let _ = rustix::io::read(fd, &mut count);
+        }
+    }
+
+    /// Does what it was told; whether there was anything. Fails once it is to leave.
+    fn obey(&mut self) -> Result<bool, ()> {
+        let mut did = false;
+        loop {
+            let order = match self.orders.try_recv() {
+                Ok(order) => order,
+                Err(TryRecvError::Empty) => return Ok(did),
+                Err(TryRecvError::Disconnected) => return Err(()),
+            };
+            did = true;
+            match order {
+                Order::Leave => return Err(()),
+                Order::Through(through) => self.desk.write_through = through,
+                Order::Look => {}
+                Order::Kick { ring, kick } => {
+                    self.with(ring, |share, _, _, poller| share.watch(kick, poller))
+                }
+                Order::Start { ring, inflight } => self.with(ring, |share, desk, memory, _| {
+                    let mut locked = share.vring.get_mut();
+                    share.ring.start(locked.get_queue_mut(), memory, inflight, desk);
+                }),
+                Order::Answer { ring, head, ticket, admits } => self.with(ring, |share, _, memory, _| {
+                    let mut locked = share.vring.get_mut();
+                    share.ring.answered(locked.get_queue_mut(), memory, head, ticket, admits);
+                }),
+                Order::Stop { ring, ended } => self.with(ring, |share, _, _, _| {
+                    share.ring.stop();
+                    share.ended = Some(ended);
+                }),
+            }
+        }
+    }
+
+    fn with(&mut self, ring: u16, act: impl FnOnce(&mut Share, &Desk, &vm_memory::GuestMemoryMmap, &Poller)) {
+        if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
+            let memory = self.memory.memory();
+            act(share, &self.desk, &memory, &self.poller);
+        }
+    }
+
+    /// Looks at the drive's queue and at every ring once; whether there was anything.
+    fn look(&mut self) -> bool {
+        self.desk.drive.complete(&mut self.done);
+        let mut did = !self.done.is_empty();
+        for share in &mut self.shares {
+            let mut locked = share.vring.get_mut();
+            // Behind the lock: what is seen here stays until the lock is let go.
+            let memory = self.memory.memory();
+            let (enabled, queue) = (locked.is_enabled(), locked.get_queue_mut());
+            for Completed { tag, result } in &self.done {
+                let (ring, head) = ring::of_tag(*tag);
+                if ring == share.index {
+                    share.ring.completed(queue, &memory, head, result.is_ok());
+                }
+            }
+            share.ring.tick(queue, &memory, Instant::now());
+            did |= share.ring.pull(queue, &memory, &mut self.desk, enabled);
+            if let Some(ended) = share.ended.take_if(|_| !share.ring.is_flying()) {
+                share.ring.end(queue, &memory);
+                did = true;
+                let _ = ended.send(locked.get_queue().next_avail());
+            }
+            if share.ring.take_told() && locked.needs_notification().unwrap_or(true) {
+                if let Err(error) = locked.signal_used_queue() {
+                    log::debug!("queue {}: the guest cannot be told: {error}", share.index);
+                }
+            }
+            drop(locked);
+            for question in share.ring.questions.drain(..) {
+                ask(&self.inside, &self.mailbox, share.index, question);
+            }
+        }
+        self.done.clear();
+        self.desk.drive.ring();
+        did
+    }
+
+    /// Asks every guest to kick; whether there is something already.
+    fn listen(&mut self) -> bool {
+        let mut more = false;
+        for share in self.shares.iter().filter(|share| share.ring.is_on()) {
+            let mut locked = share.vring.get_mut();
+            more |= locked.is_enabled() && locked.enable_notification().unwrap_or(false);
+        }
+        more
+    }
+}
+
+impl Share {
+    /// Listens to this kick, and to no other.
+    fn watch(&mut self, kick: Option<OwnedFd>, poller: &Poller) {
+        if let Some(before) = std::mem::replace(&mut self.kick, kick) {
+            // It is not gone by being closed here: the guest has it too.
+            let _ = poller.forget(&before);
+        }
+        if let Some(kick) = &self.kick
+            && let Err(error) = poller.add(kick, Interest::Read, KICK + u64::from(self.index))
+        {
+            log::warn!("queue {}: its kick will not do: {error}", self.index);
+        }
+    }
+}
+
+/// Asks the session about a held request's pages; the answer comes as an order.
+fn ask(inside: &Inside, mailbox: &Mailbox, ring: u16, question: Question) {
+    let Question { head, ticket, pages, writes } = question;
+    let mailbox = mailbox.clone();
+    let reply = move |admits| mailbox.send(Order::Answer { ring, head, ticket, admits });
+    inside.ask(pages, writes, Box::new(reply));
+}
