@@ -170,10 +170,9 @@ pub fn killed(iommu: &str) {
         let begun = Instant::now();
         std::thread::sleep(Duration::from_micros(numbers.below(400_000))); // the point of the kill is the random thing
         back_end.kill();
+        let killed = begun.elapsed();
         back_end.restart();
-        if nth % 10 == 0 {
-            eprintln!("kill {nth}: started again {:?} after the last progress", begun.elapsed());
-        }
+        eprintln!("kill {nth}, after {before}: {killed:?} after progress, started again at {:?}", begun.elapsed());
     }
     let before = progress(&mut guest, 0);
     progress(&mut guest, before);

@@ -178,9 +178,10 @@ impl Guest {
 
     /// The last lines of its console, and QEMU's complaints.
     fn about(&mut self) -> String {
-        let ended = self.qemu.try_wait();
+        std::thread::sleep(Duration::from_secs(1)); // a QEMU that is ending has closed its sockets first
+        let (ended, events) = (self.qemu.try_wait(), self.qmp.rest());
         let file = |name: &str| tail(&self.place.path().join(name));
-        format!("its console:\n{}\nQEMU ({ended:?}):\n{}", file("console"), file("complaints"))
+        format!("its console:\n{}\nQEMU ({ended:?}, {events}):\n{}", file("console"), file("complaints"))
     }
 }
 

@@ -56,6 +56,14 @@ impl Qmp {
         }
     }
 
+    /// All that it has said and nobody has taken, for a trial that fails.
+    pub fn rest(&mut self) -> String {
+        let mut said: String = self.events.drain(..).map(|event| format!("{event}\n")).collect();
+        let _ = self.socket.get_ref().set_read_timeout(Some(Duration::from_millis(100)));
+        while self.socket.read_line(&mut said).is_ok_and(|read| read > 0) {}
+        said
+    }
+
     fn line(&mut self, within: Duration) -> Option<Value> {
         self.socket.get_ref().set_read_timeout(Some(within.max(Duration::from_millis(1)))).unwrap();
         let mut line = String::new();
