@@ -124,8 +124,8 @@ fn main() {
     // Every page is there before it is pinned.
     (0..256 * MIB).step_by(PAGE as usize).for_each(|offset| file.store(offset, 1).unwrap());
     for (name, tables) in [("small", Tables::Small), ("large", Tables::Large), ("standby", Tables::Standby)] {
-        let accept = Accept { unstoppable: true, scratch: true };
-        let Assignment { domain, devices } =
+        let accept = Accept { unstoppable: true, scratch: true, ..Accept::default() };
+        let Assignment { domain, devices, .. } =
             assign(Kind::Iommufd, std::slice::from_ref(&edu), accept, tables).unwrap();
         let bench = Bench { domain, file: Arc::clone(&file) };
         let can = bench.domain.capabilities();

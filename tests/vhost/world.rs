@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use passgate::client::Client;
+use passgate::client::{Channel, Client};
 use passgate::gate::Policy;
 use passgate::serve::vhost_blk::{Door, Options as DoorOptions, Polling, Socket};
 use passgate::serve::{Handle, Inside, Options, Server};
@@ -24,6 +24,7 @@ pub struct World {
     pub sim: sim::Simulated,
     pub iommu: Arc<Sim>,
     pub dir: TempDir,
+    clients: Vec<Client>,
     queues: u16,
     _turn: MutexGuard<'static, ()>,
 }
@@ -64,6 +65,7 @@ impl World {
     }
 
     pub fn with(setup: Setup) -> Self {
+        crate::listen();
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let capabilities = passgate_backends::Capabilities { cut: setup.cut, ..Sim::CAPABILITIES };
         let iommu = Arc::new(Sim::new(capabilities, Memory::new()).unwrap());
@@ -86,11 +88,22 @@ impl World {
             sim,
             iommu,
             dir,
+            clients: Vec::new(),
             queues: setup.queues,
             _turn: turn,
         };
         world.open_door(setup.polling, setup.read_only);
         world
+    }
+
+    /// The door is shut; the session stays.
+    pub fn shut_door(&mut self) {
+        self.door.take();
+    }
+
+    /// It opens again.
+    pub fn open_door_again(&mut self) {
+        self.open_door(Polling::Auto, false);
     }
 
     fn open_door(&mut self, polling: Polling, read_only: bool) {
@@ -119,6 +132,14 @@ impl World {
     /// A client of the control door.
     pub fn control(&self) -> Client {
         Client::connect(self.dir.path().join("control")).unwrap()
+    }
+
+    /// The notification channel of such a client, which stays.
+    pub fn channel(&mut self) -> Channel {
+        let mut client = self.control();
+        let channel = client.open_channel().unwrap();
+        self.clients.push(client);
+        channel
     }
 }
 

@@ -19,8 +19,9 @@ use super::Window;
 use crate::resume::{Ids, Left};
 use crate::{Capabilities, Domain, Result, Ticket, Unmap};
 
-/// How long an unmap waits for what is in flight.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an unmap waits for what is in flight: longer than nearly every request takes, and a small part of the time in
+/// which whoever asked for it must be answered, for there are stronger means.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A domain behind a window.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ impl Windowed {
         Self { inner, window, patience: PATIENCE }
     }
 
-    /// How long an unmap waits for what is in flight over its pages; 5 s unless said otherwise.
+    /// How long an unmap waits for what is in flight over its pages; 100 ms unless said otherwise.
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }

@@ -52,7 +52,12 @@ impl Bench {
     /// A fresh domain with these devices, even where nothing stops them for certain.
     pub fn assign(&self, devices: &[&String]) -> Result<Assignment, Failed> {
         let names: Vec<String> = devices.iter().map(|&name| name.clone()).collect();
-        Ok(assign(self.kind, &names, Accept { unstoppable: true, scratch: true }, self.tables)?)
+        Ok(assign(
+            self.kind,
+            &names,
+            Accept { unstoppable: true, scratch: true, ..Accept::default() },
+            self.tables,
+        )?)
     }
 
     /// The device itself, without a driver of its kind, in a fresh domain where `together` will be too.
@@ -73,7 +78,7 @@ impl Bench {
 
     /// A fresh domain with the first engine.
     pub fn engine(&self) -> Result<Engine, Failed> {
-        let Assignment { domain, mut devices } = self.assign(&[&self.edu[0]])?;
+        let Assignment { domain, mut devices, .. } = self.assign(&[&self.edu[0]])?;
         Ok(Engine { device: devices.remove(0), domain })
     }
 }

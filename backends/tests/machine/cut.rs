@@ -29,7 +29,7 @@ pub fn a_cut_is_not_noticed_by_dma_to_both_neighbours(bench: &Bench) -> Outcome 
 /// The drive runs a load over the pages before and behind the hole; the engine writes to, and reads from, those
 /// beside them.
 fn not_noticed(bench: &Bench, file: &Arc<GuestFile>) -> Outcome {
-    let Assignment { domain, devices } = bench.assign(&[&bench.edu[0], &bench.nvme])?;
+    let Assignment { domain, devices, .. } = bench.assign(&[&bench.edu[0], &bench.nvme])?;
     let [engine, drive] = &devices[..] else { return Err("two devices".into()) };
     let (whole, hole) = (range(0, HUGE_PAGES), range(HOLE, 1));
     domain.map(whole, HUGE, file, Offset(0), true)?;

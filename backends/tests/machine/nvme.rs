@@ -70,7 +70,7 @@ fn some(touches: &AtomicU64) {
 
 /// Not asked to overwrite its blocks, it moves no bytes of others' choosing, and still shows that it does DMA.
 pub fn without_scratch_blocks_it_only_says_what_it_is(bench: &Bench) -> Outcome {
-    let Assignment { domain, mut devices } =
+    let Assignment { domain, mut devices, .. } =
         assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
     let engine = Engine { device: devices.remove(0), domain };
     let file = memfd(1)?;

@@ -12,7 +12,7 @@ use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 use super::bench::{Bench, check, same};
 
 /// Takes what cannot be stopped, too.
-const ANY: Accept = Accept { unstoppable: true, scratch: true };
+const ANY: Accept = Accept { unstoppable: true, scratch: true, drive: None };
 
 type Outcome = Result<(), Failed>;
 

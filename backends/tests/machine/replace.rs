@@ -36,7 +36,7 @@ pub fn a_replace_takes_its_ranges_out_and_leaves_the_rest(bench: &Bench) -> Outc
 }
 
 fn takes_out(bench: &Bench, file: &Arc<GuestFile>) -> Outcome {
-    let Assignment { domain, devices } = bench.assign(&[&bench.edu[0], &bench.nvme])?;
+    let Assignment { domain, devices, .. } = bench.assign(&[&bench.edu[0], &bench.nvme])?;
     let before = pinned()?;
     domain.map(range(0, 512), 256 * PAGE, file, Offset(0), true)?;
     let gone = [range(3, 1), range(5, 2), range(254, 4), range(511, 3)];
@@ -65,7 +65,7 @@ fn refused(errno: Errno) -> Unmap {
 /// A device that was fenced by a detach is not brought back by a replace; its attach brings it to the table that
 /// is used now.
 pub fn a_detached_device_stays_detached(bench: &Bench) -> Outcome {
-    let Assignment { domain, devices } = bench.assign(&[&bench.edu[0], &bench.edu[1]])?;
+    let Assignment { domain, devices, .. } = bench.assign(&[&bench.edu[0], &bench.edu[1]])?;
     let file = memfd(8)?;
     domain.map(range(0, 8), 8 * PAGE, &file, Offset(0), true)?;
     for hole in [2, 5] {

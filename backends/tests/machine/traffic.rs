@@ -22,7 +22,7 @@ pub fn named(variable: &str) -> Result<String, Failed> {
 
 /// A domain with the device that `variable` names.
 pub fn engine(bench: &Bench, variable: &str) -> Result<Engine, Failed> {
-    let Assignment { domain, mut devices } = bench.assign(&[&named(variable)?])?;
+    let Assignment { domain, mut devices, .. } = bench.assign(&[&named(variable)?])?;
     Ok(Engine { device: devices.remove(0), domain })
 }
 

@@ -9,9 +9,9 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use passgate_backends::nvme::Geometry;
 use vhost::VhostUserMemoryRegionBase;
@@ -35,6 +35,8 @@ use super::worker::{Mailbox, Order};
 
 /// How long a ring may take to end: longer than the drive needs to give a command up.
 const ENDING: Duration = Duration::from_secs(30);
+/// How long rings have to end by themselves once their front-end is gone.
+const LEAVING: Duration = Duration::from_secs(1);
 /// Regions at most.
 const SLOTS: u64 = 509;
 
@@ -107,22 +109,29 @@ impl Frontend {
         Ok(())
     }
 
+    /// Has a ring end: the next index of its available ring comes once the drive has nothing of it. None where it is at
+    /// rest.
+    fn ending(&self, index: u32) -> Result<Option<Receiver<u16>>> {
+        let (vring, worker) = self.ring(index)?;
+        if !vring.get_ref().get_queue().ready() {
+            return Ok(None);
+        }
+        let (ended, wait) = mpsc::channel();
+        worker.send(Order::Stop { ring: index as u16, ended }); // there is such a ring
+        Ok(Some(wait))
+    }
+
     /// Ends a ring: the next index of its available ring, once the drive has nothing of it.
     fn stop(&self, index: u32) -> Result<u16> {
         let (vring, worker) = self.ring(index)?;
-        if !vring.get_ref().get_queue().ready() {
-            return Ok(vring.queue_next_avail());
-        }
-        let (ended, wait) = mpsc::channel();
-        let ring = index as u16; // there is such a ring
-        worker.send(Order::Stop { ring, ended });
+        let Some(wait) = self.ending(index)? else { return Ok(vring.queue_next_avail()) };
         let next = wait.recv_timeout(ENDING).map_err(|_| {
             wrong(format_args!("queue {index}: the drive has not ended its requests in {ENDING:?}"))
         })?;
         vring.set_queue_ready(false);
         vring.set_kick(None);
         vring.set_call(None);
-        worker.send(Order::Kick { ring, kick: None });
+        worker.send(Order::Kick { ring: index as u16, kick: None });
         Ok(next)
     }
 
@@ -138,18 +147,26 @@ impl Frontend {
     }
 
     /// Ends everything that the connection had: the drive has nothing of it any more, and its memory is no device's.
-    pub(super) fn leave(self) {
+    pub(super) fn leave(mut self) {
+        // All at once, and not for long: what the drive does not end by itself, the gate makes it end.
+        let endings: Vec<_> = self.all().filter_map(|index| self.ending(index).ok().flatten()).collect();
+        let until = Instant::now() + LEAVING;
+        for ending in endings {
+            let _ = ending.recv_timeout(until.saturating_duration_since(Instant::now()));
+        }
+        see(&self.rings, GuestMemoryMmap::new());
+        if let Err(error) = self.table.clear() {
+            log::error!("vhost-user: {error}");
+        }
         for index in self.all() {
             if self.stop(index).is_err() {
-                // The gate fences the drive before it lets the memory go.
-                log::error!("queue {index} is left to the gate");
+                log::error!("queue {index} rests with requests that the drive has not ended");
             }
             if let Ok((vring, _)) = self.ring(index) {
                 vring.set_enabled(false);
                 vring.get_mut().get_queue_mut().reset();
             }
         }
-        see(&self.rings, GuestMemoryMmap::new());
     }
 }
 

@@ -161,6 +161,13 @@ impl Table {
         self.let_go(&region)
     }
 
+    /// Lets go of all regions; returns when no device sees them any more, or it is known that one may.
+    pub(super) fn clear(&mut self) -> Result<(), MemoryError> {
+        let regions = std::mem::take(&mut self.regions);
+        let gone: Vec<_> = regions.iter().map(|region| self.let_go(region)).collect();
+        gone.into_iter().collect()
+    }
+
     /// The guest-physical address of one of the front-end's own, where it is in a region.
     pub(super) fn gpa(&self, user: u64) -> Option<u64> {
         let inside = |region: &&Region| user.checked_sub(region.user).is_some_and(|at| at < region.shape.len);

@@ -38,7 +38,7 @@ use super::{Inside, Mends, SocketFile, listen, socket_error};
 use crate::error::{Error, Result};
 use frontend::{Frontend, Rings};
 use memory::Table;
-use ring::{Desk, LONGEST, Vring};
+use ring::{Desk, LONGEST, MOST, Vring};
 use worker::{Mailbox, Order, Worker};
 
 pub use poll::Polling;
@@ -109,10 +109,13 @@ impl Door {
             Socket::Handed(fd) => (entrance(fd)?, None),
         };
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        if !(1..=MOST).contains(&options.queues) {
+            return Err(Error::Usage(format!("--num-queues: give 1 to {MOST}")));
+        }
         let vring = || Vring::new(memory.clone(), LONGEST);
         let vrings = (0..options.queues).map(|_| vring()).collect::<std::result::Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| Error::Usage(format!("--num-queues: {error}")))?;
-        let count = drive.queues().min(options.queues).max(1);
+        let count = drive.queues().min(options.queues);
         let read_only = options.read_only || drive.geometry().read_only;
         let mut workers = Vec::new();
         for nth in 0..count {

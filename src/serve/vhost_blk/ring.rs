@@ -10,7 +10,7 @@ use std::num::Wrapping;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use passgate_backends::nvme::{Geometry, Op, Queue as DriveQueue, Submitted};
+use passgate_backends::nvme::{Fault, Geometry, Op, Queue as DriveQueue, Submitted};
 use passgate_backends::window::Segment;
 use passgate_bindings::{Iova, PAGE, PageRange};
 use vhost_user_backend::VringMutex;
@@ -29,6 +29,8 @@ pub(super) type Vring = VringMutex<Memory>;
 
 /// Descriptors of a virtqueue at most.
 pub(super) const LONGEST: u16 = 1024;
+/// Virtqueues at most.
+pub(super) const MOST: u16 = 64;
 /// How long a request is held at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How soon a request is tried again whose pages are said to be open and were not.
@@ -94,6 +96,8 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Ring {
     index: u16,
+    /// Which it is since this process began.
+    life: u16,
     phase: Phase,
     slots: Vec<Slot>,
     /// To be submitted, in order.
@@ -115,6 +119,7 @@ impl Ring {
     pub(super) fn new(index: u16) -> Self {
         Self {
             index,
+            life: 0,
             phase: Phase::Off,
             slots: Vec::new(),
             waiting: VecDeque::new(),
@@ -191,8 +196,8 @@ impl Ring {
     }
 
     fn forget(&mut self) {
-        let Self { index, last_ticket, .. } = *self;
-        *self = Self { last_ticket, ..Self::new(index) };
+        let Self { index, life, last_ticket, .. } = *self;
+        *self = Self { life: life.wrapping_add(1), last_ticket, ..Self::new(index) };
     }
 
     /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
@@ -228,11 +233,31 @@ impl Ring {
         did
     }
 
-    /// The drive has done, or not done, what it was given.
-    pub(super) fn completed(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, good: bool) {
-        if self.slots.get(usize::from(head)).is_some_and(|slot| slot.state == State::Flying) {
-            self.flying -= 1;
-            self.answer(queue, memory, head, if good { OK } else { FAILED });
+    /// The drive has done, or not done, what it was given in this life of the ring.
+    pub(super) fn completed(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+        (life, head): (u16, u16),
+        result: Result<(), Fault>,
+    ) {
+        if life != self.life {
+            return;
+        }
+        let Some(slot) = self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == State::Flying)
+        else {
+            return;
+        };
+        self.flying -= 1;
+        match result {
+            Ok(()) => self.answer(queue, memory, head, OK),
+            Err(Fault::Withheld) => self.hold(head),
+            // Its pages went by force, or for a moment while others of their mapping went. Who knows is asked, once.
+            Err(Fault::Memory) if slot.since.is_none() => self.hold(head),
+            Err(fault) => {
+                log::warn!("queue {}: request {head} has failed: {fault:?}", self.index);
+                self.answer(queue, memory, head, FAILED);
+            }
         }
     }
 
@@ -326,7 +351,7 @@ impl Ring {
                 self.waiting.pop_front();
                 continue;
             };
-            match desk.drive.submit(tag(self.index, head), &op, &slot.segments) {
+            match desk.drive.submit(tag(self.life, self.index, head), &op, &slot.segments) {
                 Submitted::Full => break,
                 Submitted::Started => {
                     slot.state = State::Flying;
@@ -383,14 +408,14 @@ impl Ring {
     }
 }
 
-/// A request's name at the drive.
-fn tag(ring: u16, head: u16) -> u32 {
-    u32::from(ring) << 16 | u32::from(head)
+/// A request's name at the drive: the life of its ring, the ring, the request. What outlives a ring's life is nobody's.
+fn tag(life: u16, ring: u16, head: u16) -> u32 {
+    u32::from(life) << 16 | u32::from(ring % MOST) << 10 | u32::from(head % LONGEST)
 }
 
-/// The ring and the request that a name at the drive is of.
-pub(super) fn of_tag(tag: u32) -> (u16, u16) {
-    ((tag >> 16) as u16, tag as u16)
+/// The ring's life, the ring and the request that a name at the drive is of.
+pub(super) fn of_tag(tag: u32) -> (u16, u16, u16) {
+    ((tag >> 16) as u16, (tag >> 10) as u16 % MOST, tag as u16 % LONGEST)
 }
 
 /// The pages that a segment lies in; none where it is in no address space.

@@ -226,9 +226,9 @@ impl Worker {
             let memory = self.memory.memory();
             let (enabled, queue) = (locked.is_enabled(), locked.get_queue_mut());
             for Completed { tag, result } in &self.done {
-                let (ring, head) = ring::of_tag(*tag);
+                let (life, ring, head) = ring::of_tag(*tag);
                 if ring == share.index {
-                    share.ring.completed(queue, &memory, head, result.is_ok());
+                    share.ring.completed(queue, &memory, (life, head), *result);
                 }
             }
             share.ring.tick(queue, &memory, Instant::now());

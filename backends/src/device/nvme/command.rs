@@ -178,6 +178,9 @@ impl Completion {
     /// Data Transfer Error: the controller could not reach the memory.
     pub(super) const TRANSFER_ERROR: u16 = 0x04;
 
+    /// Command Abort Requested.
+    pub(super) const ABORTED: u16 = 0x07;
+
     /// From the second half of a completion queue entry; the phase bit is the first after the identifier.
     pub(super) fn of(word: u64) -> Self {
         Self { id: (word >> 32) as u16, status: (word >> 49) as u16 & 0x7ff, result: 0 }

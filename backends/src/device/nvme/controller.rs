@@ -171,7 +171,7 @@ impl Controller {
         }
     }
 
-    /// Runs an admin command to its end; none where it does not come to one.
+    /// Runs an admin command to its end; none where it does not come to one: not in time, or not before a reset.
     pub(super) fn run(&mut self, command: Command) -> Result<Option<Completion>> {
         self.last = self.last.wrapping_add(1);
         let put = self.admin.put(&self.memory, command, self.last);
@@ -189,6 +189,7 @@ impl Controller {
             match begun.elapsed() {
                 over if over > DEADLINE => return Ok(None),
                 young if young < SPIN => std::hint::spin_loop(),
+                _ if self.is_gone() || self.is_fatal() => return Ok(None),
                 young => std::thread::sleep(young.min(Duration::from_millis(1))),
             }
         }

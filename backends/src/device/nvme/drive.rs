@@ -40,13 +40,13 @@ const LONGEST: u16 = 128;
 const RANGES: usize = 128;
 /// Bytes of one command at most, whatever the controller takes: what a list of pages reaches.
 const MOST: u64 = 1 << 20;
-/// How long a drain waits for what is in flight: longer than a command that is given up takes.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long a drain waits for what is in flight: stronger fences come after it, and somebody waits for them.
+const DRAIN: Duration = Duration::from_millis(300);
 /// How long owners have to park.
 const PARKING: Duration = Duration::from_secs(2);
-/// How long an aborted command has to complete.
+/// How long an aborted command has to complete at most; else as long as it had in the first place.
 const ABORTED: Duration = Duration::from_secs(1);
-/// How often the keeper looks whether the controller is still there.
+/// How often the keeper looks whether the controller is still there: at least as often as commands may be overdue.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often bringing it up is tried.
 const TRIES: u32 = 3;
@@ -75,7 +75,7 @@ pub struct Drive {
     keeper: Option<JoinHandle<()>>,
 }
 
-/// A life of the controller: its number, and whether it is up, halted or lost.
+/// A life of the controller: its number, and whether it is up, halted, lost, or loose: lost, but not stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Life(u64);
 
@@ -83,6 +83,7 @@ impl Life {
     const UP: u64 = 0;
     const HALTED: u64 = 1;
     const LOST: u64 = 2;
+    const LOOSE: u64 = 3;
     const STATE: u64 = 3;
     /// Before the first.
     pub(super) const NONE: Self = Self(Self::HALTED);
@@ -92,7 +93,11 @@ impl Life {
     }
 
     pub(super) fn is_lost(self) -> bool {
-        self.0 & Self::STATE == Self::LOST
+        self.0 & Self::STATE >= Self::LOST
+    }
+
+    pub(super) fn is_loose(self) -> bool {
+        self.0 & Self::STATE == Self::LOOSE
     }
 
     fn with(self, state: u64) -> Self {
@@ -124,6 +129,8 @@ pub(super) struct Seat {
     /// Requests that take too long.
     pub(super) overdue: AtomicU32,
     pub(super) interrupt: OwnedFd,
+    /// The pair as its last owner left it, and in which life.
+    left: Mutex<Option<(Life, Pair)>>,
 }
 
 /// Whether the drive may do DMA, as the fences have it.
@@ -159,6 +166,8 @@ pub(super) struct Inner {
     /// When a fence had stopped the drive, in milliseconds; 0 where none has.
     stopped: AtomicU64,
     troubles: Mutex<Sender<Trouble>>,
+    /// The drive is being closed: the keeper waits for nobody.
+    leaving: AtomicBool,
 }
 
 impl Drive {
@@ -211,6 +220,7 @@ impl Drive {
             mode: Mutex::new(Mode::Up),
             stopped: AtomicU64::new(0),
             troubles: Mutex::new(troubles),
+            leaving: AtomicBool::new(false),
             control: Mutex::new(controller),
             memory,
             registers,
@@ -242,19 +252,21 @@ impl Drive {
         self.inner.seats.len() as u16 // made of a u16
     }
 
-    /// Takes a queue, for one thread; `EBUSY` where somebody has, or had it, `ENOENT` where there is none.
+    /// Takes a queue, for one thread; `EBUSY` where somebody has it, or left it with something in flight, `ENOENT` where
+    /// there is none.
     pub fn take_queue(&self, nth: u16) -> Result<Queue> {
         let failed = |errno| self.inner.registers.failed(Failed::new("taking a queue", errno));
         let seat = self.inner.seats.get(usize::from(nth)).ok_or_else(|| failed(Errno::NOENT))?;
         if seat.taken.swap(true, Ordering::AcqRel) {
             return Err(failed(Errno::BUSY));
         }
-        Ok(Queue::new(Arc::clone(&self.inner), nth))
+        Ok(Queue::new(Arc::clone(&self.inner), nth, seat.left().take()))
     }
 }
 
 impl Drop for Drive {
     fn drop(&mut self) {
+        self.inner.leaving.store(true, Ordering::Release);
         self.inner.trouble(Trouble::Leave);
         if self.keeper.take().is_some_and(|keeper| keeper.join().is_err()) {
             log::error!("the keeper of a drive panicked; this is a bug of passgate");
@@ -282,8 +294,19 @@ impl Seat {
             taken: AtomicBool::new(false),
             parked: AtomicBool::new(true),
             overdue: AtomicU32::new(0),
+            left: Mutex::default(),
             interrupt: interrupt.map_err(|errno| registers.failed(Failed::new("eventfd", errno)))?,
         })
+    }
+
+    fn left(&self) -> MutexGuard<'_, Option<(Life, Pair)>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its owner has left it so, with nothing in flight.
+    pub(super) fn give_back(&self, left: (Life, Pair)) {
+        *self.left() = Some(left);
+        self.taken.store(false, Ordering::Release);
     }
 
     /// Has its owner look.
@@ -410,8 +433,22 @@ impl Inner {
             return; // it has another life by now, or none
         }
         log::warn!("{}: {why}: the controller is reset", self.name);
-        match self.revive(&mut controller, || Ok(())) {
+        // An owner who is held up elsewhere is waited for, and nobody else has to wait for that.
+        while let Err(error) = self.halt() {
+            log::warn!("{error}");
+            drop(controller);
+            controller = self.control();
+            if self.life() != life.with(Life::HALTED) || self.leaving.load(Ordering::Acquire) {
+                return;
+            }
+        }
+        let fenced = || *self.mode() == Mode::Fenced;
+        let overtaken = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
+        let revived = self.revive(&mut controller, || if fenced() { Err(overtaken()) } else { Ok(()) });
+        match revived {
             Ok(()) => self.go_on(|mode| *mode != Mode::Fenced),
+            // It could not come up: that says nothing, and the attach brings it up anew.
+            Err(_) if fenced() && !controller.is_gone() => {}
             Err(error) => self.lose(&controller, &error),
         }
     }
@@ -424,14 +461,16 @@ impl Inner {
         if stopped {
             self.window.void();
         }
-        self.set_life(self.life().with(Life::LOST));
+        let _mode = self.mode();
+        self.set_life(self.life().with(if stopped { Life::LOST } else { Life::LOOSE }));
     }
 }
 
 /// What the keeper does.
 fn keep(inner: &Inner, told: &Receiver<Trouble>) {
+    let look_every = LOOK_EVERY.min(Duration::from_millis(inner.deadline_ms.max(1)));
     loop {
-        match told.recv_timeout(LOOK_EVERY) {
+        match told.recv_timeout(look_every) {
             Ok(Trouble::Leave) | Err(RecvTimeoutError::Disconnected) => return,
             Ok(Trouble::Nonsense { life }) => inner.recover(life, "it does what it must not"),
             Ok(Trouble::Overdue { life, queue, command }) => overdue(inner, life, queue, command),
@@ -446,6 +485,9 @@ fn keep(inner: &Inner, told: &Receiver<Trouble>) {
                 } else if inner.life() == life && controller.is_fatal() {
                     drop(controller);
                     inner.recover(life, "it reports a fatal error");
+                } else {
+                    // An interrupt may have been lost, and what takes too long only its owner can see.
+                    inner.seats.iter().for_each(Seat::wake);
                 }
             }
         }
@@ -468,7 +510,9 @@ fn overdue(inner: &Inner, life: Life, queue: u16, command: u16) {
     }
     let aborted = controller.run(Command::abort(queue, command));
     drop(controller);
-    let until = Instant::now() + if matches!(aborted, Ok(Some(_))) { ABORTED } else { Duration::ZERO };
+    let deadline = Duration::from_millis(inner.deadline_ms);
+    let until =
+        Instant::now() + if matches!(aborted, Ok(Some(_))) { ABORTED.min(deadline) } else { Duration::ZERO };
     while seat.overdue.load(Ordering::Acquire) > 0 && Instant::now() < until {
         seat.wake();
         std::thread::sleep(Duration::from_millis(1));
@@ -537,8 +581,15 @@ impl Device for Drive {
                 return Ok(());
             }
         }
-        inner.stopped.store(0, Ordering::Release);
-        inner.revive(&mut controller, || inner.registers.device().attach())?;
+        let stopped = inner.stopped.swap(0, Ordering::AcqRel);
+        if let Err(error) = inner.revive(&mut controller, || inner.registers.device().attach()) {
+            if controller.is_gone() {
+                inner.lose(&controller, &error);
+            }
+            // Its owners go on counting from when it was stopped.
+            inner.stopped.store(stopped, Ordering::Release);
+            return Err(error);
+        }
         inner.go_on(|mode| {
             *mode = Mode::Up;
             inner.window.lift();

@@ -41,7 +41,12 @@ pub type Nvme = Driven<Exerciser>;
 /// Drives `device`, which is in `domain`, for DMA on demand; `scratch` allows the last blocks of namespace 1 to be
 /// overwritten.
 pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>, scratch: bool) -> Result<Nvme> {
-    exerciser::open(Arc::new(registers::Bar::of(device)?), domain, scratch)
+    exercise(Arc::new(registers::Bar::of(device)?), domain, scratch)
+}
+
+/// As [`open`], whatever the registers are those of.
+pub fn exercise(registers: Arc<dyn Registers>, domain: &Arc<dyn Domain>, scratch: bool) -> Result<Nvme> {
+    exerciser::open(registers, domain, scratch)
 }
 
 /// Drives `device`, which is in `domain`, as a block device.

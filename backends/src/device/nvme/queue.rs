@@ -8,6 +8,7 @@
 //! request that was in flight is entered again and submitted again: blocks are written with the same bytes twice, which
 //! nobody can tell, because its owner has not been told of the first time.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -138,17 +139,21 @@ pub struct Queue {
     free: Vec<u16>,
     /// By their names: the request that they belong to.
     commands: Vec<Option<u16>>,
-    names: Vec<u16>,
+    /// Names that are free, used in turn: a completion that comes twice finds its name still free.
+    names: VecDeque<u16>,
     parts: Vec<Part>,
     /// Whether the controller has not been told of the last commands.
     unrung: bool,
     /// What came to its end otherwise than by a completion.
     ended: Vec<Completed>,
     looked: u64,
+    /// The pair as an earlier owner left it, and in which life.
+    left: Option<(Life, Pair)>,
 }
 
 impl Queue {
-    pub(super) fn new(inner: Arc<Inner>, nth: u16) -> Self {
+    /// A queue where an earlier owner has left it, if there was one.
+    pub(super) fn new(inner: Arc<Inner>, nth: u16, left: Option<(Life, Pair)>) -> Self {
         let slots = inner.slots;
         let names = slots - 1; // a full queue has one empty entry
         let request = |_| Request {
@@ -168,11 +173,12 @@ impl Queue {
             requests: (0..names).map(request).collect(),
             free: (0..names).rev().collect(),
             commands: vec![None; names.into()],
-            names: (0..names).rev().collect(),
+            names: (0..names).collect(),
             parts: Vec::new(),
             unrung: false,
             ended: Vec::new(),
             looked: 0,
+            left,
             inner,
         }
     }
@@ -268,7 +274,7 @@ impl Queue {
         let transfers = matches!(request.op, Op::Read { .. } | Op::Write { .. });
         let mut before = 0;
         for nth in 0..if transfers { self.parts.len() } else { 1 } {
-            let Some(name) = self.names.pop() else { break };
+            let Some(name) = self.names.pop_front() else { break };
             let at = inner.list(self.nth, name);
             let store = |word: usize, value| inner.memory.file().store(at + word as u64 * 8, value);
             let iova = inner.memory.iova(at);
@@ -295,7 +301,7 @@ impl Queue {
             let put = command.and_then(|command| self.pair.put(&inner.memory, command, name));
             if let Err(failed) = put {
                 log::error!("{}: {failed}", inner.name);
-                self.names.push(name);
+                self.names.push_back(name);
                 request.fault = Some(Fault::Lost);
                 break;
             }
@@ -327,6 +333,7 @@ impl Queue {
         }
         if let Some(head) = head {
             self.doorbell(Doorbell::Completion, head);
+            self.ring();
         }
         done.append(&mut self.ended);
     }
@@ -340,29 +347,37 @@ impl Queue {
             self.inner.trouble(Trouble::Nonsense { life: self.life });
             return;
         };
-        self.names.push(id);
+        self.names.push_back(id);
         request.left = request.left.saturating_sub(1);
         match status {
             0 => {}
             Completion::TRANSFER_ERROR => request.fault = Some(Fault::Memory),
             status => _ = request.fault.get_or_insert(Fault::Status(status)),
         }
-        if request.left == 0 {
-            let result = request.fault.map_or(Ok(()), Err);
-            self.end(slot, result);
+        if request.left > 0 {
+            return;
+        }
+        match request.fault {
+            // It took too long, or had the name of one that did.
+            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot),
+            fault => self.end(slot, fault.map_or(Ok(()), Err)),
         }
     }
 
-    /// A request is over.
+    /// A request is over, and touches no memory any more.
     fn end(&mut self, slot: u16, result: Result<(), Fault>) {
-        let window = self.window_slot(slot);
+        self.inner.window.leave(self.window_slot(slot));
+        self.finish(slot, result);
+    }
+
+    /// The owner gets a request back.
+    fn finish(&mut self, slot: u16, result: Result<(), Fault>) {
         let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
         request.left = 0;
         if std::mem::take(&mut request.overdue) {
             self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
         }
         self.ended.push(Completed { tag: request.tag, result });
-        self.inner.window.leave(window);
         self.free.push(slot);
     }
 
@@ -418,11 +433,12 @@ impl Queue {
                 if !life.is_lost() {
                     // Whether and when the drive comes back nobody knows: their owner shall decide.
                     if inner.is_stopped_for(STOPPED) {
-                        self.forget(|| Err(Fault::Withheld));
+                        self.forget(Fault::Withheld, Self::end);
                     }
                     return Settled::Halted;
                 }
-                self.forget(|| Err(Fault::Lost));
+                // Where it was given up without being stopped it may still touch the memory.
+                self.forget(Fault::Lost, if life.is_loose() { Self::finish } else { Self::end });
                 return Settled::Lost;
             }
             // Who halts the controller now either sees this queue unparked, and waits for it, or is seen.
@@ -430,6 +446,9 @@ impl Queue {
             fence(Ordering::SeqCst);
             if inner.life() != life {
                 continue;
+            }
+            if let Some((_, pair)) = self.left.take().filter(|(left, _)| *left == life) {
+                (self.life, self.pair) = (life, pair);
             }
             if life != self.life {
                 self.life = life;
@@ -441,11 +460,11 @@ impl Queue {
     }
 
     /// Ends everything that is in flight.
-    fn forget(&mut self, result: impl Fn() -> Result<(), Fault>) {
+    fn forget(&mut self, fault: Fault, end: impl Fn(&mut Self, u16, Result<(), Fault>)) {
         self.reset_names();
         for slot in 0..self.requests.len() as u16 {
             if !self.free.contains(&slot) {
-                self.end(slot, result());
+                end(self, slot, Err(fault));
             }
         }
     }
@@ -454,47 +473,54 @@ impl Queue {
     fn again(&mut self) {
         self.reset_names();
         for slot in 0..self.requests.len() as u16 {
-            if self.free.contains(&slot) {
-                continue;
-            }
-            let window = self.window_slot(slot);
-            let Some(request) = self.requests.get_mut(usize::from(slot)) else { continue };
-            request.tries += 1;
-            if std::mem::take(&mut request.overdue) {
-                self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
-            }
-            if request.tries >= TRIES {
-                self.end(slot, Err(Fault::TimedOut));
-                continue;
-            }
-            let (op, segments) = (request.op, std::mem::take(&mut request.segments));
-            self.inner.window.leave(window);
-            let entered = self.inner.window.enter(window, &segments);
-            let planned = self.plan(&op, &segments);
-            if let Some(request) = self.requests.get_mut(usize::from(slot)) {
-                request.segments = segments;
-            }
-            match (entered, planned) {
-                (Entered::In, Some(commands)) if commands <= self.names.len() => self.issue(slot),
-                (Entered::In, _) => self.end(slot, Err(Fault::Lost)),
-                (Entered::Paused | Entered::Closed, _) => self.end(slot, Err(Fault::Withheld)),
+            if !self.free.contains(&slot) {
+                self.retry(slot);
             }
         }
         self.ring();
     }
 
+    /// Submits a request again of which nothing is in flight, if it may be.
+    fn retry(&mut self, slot: u16) {
+        let window = self.window_slot(slot);
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
+        request.tries += 1;
+        if std::mem::take(&mut request.overdue) {
+            self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
+        }
+        if request.tries >= TRIES {
+            return self.end(slot, Err(Fault::TimedOut));
+        }
+        let (op, segments) = (request.op, std::mem::take(&mut request.segments));
+        self.inner.window.leave(window);
+        let entered = self.inner.window.enter(window, &segments);
+        let planned = self.plan(&op, &segments);
+        if let Some(request) = self.requests.get_mut(usize::from(slot)) {
+            request.segments = segments;
+        }
+        match (entered, planned) {
+            (Entered::In, Some(commands)) if commands <= self.names.len() => self.issue(slot),
+            (Entered::In, _) => self.end(slot, Err(Fault::Lost)),
+            (Entered::Paused | Entered::Closed, _) => self.end(slot, Err(Fault::Withheld)),
+        }
+    }
+
     fn reset_names(&mut self) {
         self.commands.fill(None);
         self.names.clear();
-        self.names.extend((0..self.commands.len() as u16).rev());
+        self.names.extend(0..self.commands.len() as u16);
         self.unrung = false;
     }
 }
 
 impl Drop for Queue {
-    /// What is in flight stays in the window until the controller is stopped.
+    /// A queue with nothing in flight may be taken again. Else that stays in the window until the controller is stopped.
     fn drop(&mut self) {
-        self.inner.seat(self.nth).parked.store(true, Ordering::SeqCst);
+        let seat = self.inner.seat(self.nth);
+        seat.parked.store(true, Ordering::SeqCst);
+        if self.in_flight() == 0 {
+            seat.give_back(self.left.take().unwrap_or((self.life, self.pair)));
+        }
     }
 }
 

@@ -81,6 +81,8 @@ pub enum Does {
     Status(u16),
     /// It completes twice.
     Twice,
+    /// It completes, and once more when it is released.
+    Again,
     /// It is done, but another identifier is completed instead of its own.
     Foreign(u16),
     /// The controller reports a fatal error instead (CSTS.CFS).

@@ -56,6 +56,8 @@ pub(super) struct Pending {
     done: Option<Outcome>,
     /// When it goes on; none for not by itself.
     until: Option<Instant>,
+    /// It was completed once.
+    is_twin: bool,
 }
 
 impl Machine {
@@ -160,6 +162,14 @@ impl Machine {
         let now = Instant::now();
         self.pending.iter_mut().for_each(|pending| pending.until = Some(now));
         self.pending.len()
+    }
+
+    pub(super) fn release_next(&mut self) -> bool {
+        let next = self.pending.iter_mut().find(|pending| pending.until.is_none());
+        next.is_some_and(|next| {
+            next.until = Some(Instant::now());
+            true
+        })
     }
 
     pub(super) fn held(&self) -> usize {
@@ -287,7 +297,9 @@ impl Core {
             *word = loaded;
         }
         let told = Told { queue, words };
-        let same = |pending: &Pending| pending.told.queue == queue && pending.told.id() == told.id();
+        let same = |pending: &Pending| {
+            !pending.is_twin && pending.told.queue == queue && pending.told.id() == told.id()
+        };
         if machine.pending.iter().any(same) {
             machine.complain(format!("command {} of queue {queue} is there already", told.id()));
             return machine.complete(queue, told.id(), Outcome::failed(status::ID_CONFLICT));
@@ -318,13 +330,19 @@ impl Core {
                 return;
             }
             Some(Does::Vanish) => return machine.vanish(),
+            Some(Does::Again) => {
+                let outcome = self.execute(machine, &told);
+                machine.complete(queue, told.id(), outcome);
+                machine.pending.push(Pending { told, done: Some(outcome), until: None, is_twin: true });
+                return;
+            }
             Some(Does::HoldData) => (None, false),
             Some(Does::HoldCompletion) => (None, true),
             Some(Does::DelayData(time)) => (Some(now + time), false),
             Some(Does::DelayCompletion(time)) => (Some(now + time), true),
         };
         let done = early.then(|| self.execute(machine, &told));
-        machine.pending.push(Pending { told, done, until });
+        machine.pending.push(Pending { told, done, until, is_twin: false });
     }
 
     /// Posts what has room.

@@ -215,6 +215,13 @@ impl Simulated {
         released
     }
 
+    /// The command that has been held longest goes on. Returns whether there is one.
+    pub fn release_next(&self) -> bool {
+        let released = self.core.lock().release_next();
+        self.core.changed.notify_all();
+        released
+    }
+
     /// Commands that are held or delayed now.
     pub fn held(&self) -> usize {
         self.core.lock().held()

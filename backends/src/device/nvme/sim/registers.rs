@@ -64,13 +64,12 @@ impl Wires {
                 let turn = machine.rules.enables.pop_front().unwrap_or(Turn::Prompt);
                 machine.turn(true, turn, Instant::now());
             }
-            (true, false) => {
+            // It is tried again where it had not come to anything.
+            (true, false) | (false, false) if machine.ready => {
                 let turn = machine.rules.disables.pop_front().unwrap_or(Turn::Prompt);
-                machine.forget();
                 machine.turn(false, turn, Instant::now());
             }
-            // It is tried again where it had not come to anything.
-            (false, false) if machine.ready => machine.turn(false, Turn::Prompt, Instant::now()),
+            (true, false) => machine.turn(false, Turn::Prompt, Instant::now()),
             _ => {}
         }
         if value & SHUT_DOWN != 0 && was & SHUT_DOWN == 0 {

@@ -1,0 +1,112 @@
+//! The other driver: DMA of given bytes into given memory, one command at a time.
+
+use passgate_backends::nvme::{self, Nvme};
+use passgate_backends::{Device, Error, FenceStep, Unmap};
+
+use super::*;
+
+/// An exerciser, its controller, and guest memory that is mapped.
+struct Bench {
+    nvme: Option<Nvme>,
+    domain: Sim,
+    memory: Arc<GuestFile>,
+    sim: Simulated,
+    _budget: MutexGuard<'static, ()>,
+}
+
+impl Bench {
+    fn new(options: Options, scratch: bool) -> Self {
+        let budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+        let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let sim = Simulated::new(&domain, options).unwrap();
+        let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
+        let nvme = Some(nvme::exercise(sim.registers(), &shared, scratch).unwrap());
+        let memory = Arc::new(GuestFile::memfd("guest", 16 * PAGE).unwrap());
+        domain.map(pages_at(0, 16), 1 << 30, &memory, Offset(0), true).unwrap();
+        Self { nvme, domain, memory, sim, _budget: budget }
+    }
+
+    fn nvme(&self) -> &Nvme {
+        self.nvme.as_ref().unwrap()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.nvme = None;
+        if !std::thread::panicking() {
+            assert_eq!(self.sim.complaints(), Vec::<String>::new());
+            assert_eq!(self.domain.mapping_count(), 1, "only the guest's memory is left");
+        }
+    }
+}
+
+#[test]
+fn bytes_of_any_length_go_by_way_of_scratch_blocks() {
+    for (sgl, block) in [(0, 512), (0, 4096), (1, 512), (1, 4096)] {
+        let bench = Bench::new(Options { sgl, block, ..Options::default() }, true);
+        let lengths: &[usize] = if sgl == 1 { &[1, 77, 4096, 9000] } else { &[4096, 8192] };
+        for (seed, len) in (0..).zip(lengths) {
+            let at = if sgl == 1 { 3 } else { 0 };
+            let bytes = pattern(seed, *len);
+            bench.nvme().dma_write(Iova(BASE + PAGE + at), &bytes).unwrap();
+            let mut seen = vec![0; *len];
+            bench.memory.read(PAGE + at, &mut seen).unwrap();
+            assert!(seen == bytes, "sgl {sgl}, blocks of {block}, {len} bytes written");
+            let bytes = pattern(seed + 100, *len);
+            bench.memory.write(8 * PAGE + at, &bytes).unwrap();
+            let read = bench.nvme().dma_read(Iova(BASE + 8 * PAGE + at), *len).unwrap();
+            assert!(read == bytes, "sgl {sgl}, blocks of {block}, {len} bytes read");
+        }
+        assert_eq!(bench.sim.dma_faults(), 0);
+    }
+}
+
+#[test]
+fn without_scratch_blocks_it_says_what_it_is_and_writes_nothing() {
+    let bench = Bench::new(Options::default(), false);
+    assert!(matches!(bench.nvme().dma_write(Iova(BASE), &[1; 512]), Err(Error::Unsupported { .. })));
+    let said = bench.nvme().touch(Iova(BASE + PAGE)).unwrap();
+    let mut seen = vec![0; said.len()];
+    bench.memory.read(PAGE, &mut seen).unwrap();
+    assert!(seen == said && seen[4..13] == *b"SIMULATED");
+    assert_eq!(bench.sim.taken(), 0);
+}
+
+#[test]
+fn what_is_not_mapped_is_a_fault_and_no_more() {
+    let bench = Bench::new(Options::default(), true);
+    assert_eq!(bench.domain.unmap(pages_at(0, 16)), Unmap::Gone { bytes: 16 * PAGE });
+    for failed in [
+        bench.nvme().dma_write(Iova(BASE), &[1; 4096]),
+        bench.nvme().dma_read(Iova(BASE), 4096).map(|_| ()),
+        bench.nvme().touch(Iova(BASE)).map(|_| ()),
+    ] {
+        assert!(matches!(failed, Err(Error::Fault { iova: Iova(BASE), .. })), "{failed:?}");
+    }
+    bench.domain.map(pages_at(0, 16), 1 << 30, &bench.memory, Offset(0), true).unwrap();
+    bench.nvme().dma_write(Iova(BASE), &[1; 4096]).unwrap();
+}
+
+#[test]
+fn every_fence_stops_it_and_an_attach_lets_it_go_on() {
+    let bench = Bench::new(Options::default(), true);
+    for step in [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset] {
+        let pages: Vec<_> = (0..8).map(|page| Iova(BASE + page * PAGE)).collect();
+        let load = bench.nvme().start(&pages).unwrap();
+        assert!(bench.sim.await_taken(bench.sim.taken() + 20, LONG), "no load");
+        bench.nvme().fence(step).unwrap();
+        let before = snapshot(&bench.memory);
+        assert!(!bench.sim.await_taken(bench.sim.taken() + 1, SHORT), "{step:?}: it goes on");
+        assert!(snapshot(&bench.memory) == before, "{step:?}: it moves bytes");
+        bench.nvme().attach().unwrap();
+        assert!(bench.sim.await_taken(bench.sim.taken() + 20, LONG), "{step:?}: it does not go on");
+        drop(load);
+    }
+}
+
+fn snapshot(memory: &GuestFile) -> Vec<u8> {
+    let mut bytes = vec![0; memory.size() as usize];
+    memory.read(0, &mut bytes).unwrap();
+    bytes
+}

@@ -1,0 +1,324 @@
+//! The controller does what it must not, or nothing at all.
+
+use passgate_backends::nvme::sim::{Does, Turn, When, opcode};
+use passgate_backends::{Device, Error, FenceStep, StopClass, Unmap};
+use rustix::io::Errno;
+
+use super::*;
+
+/// Writes that are under way together: a page and eight blocks each.
+fn start_writes(bench: &Bench, owner: &mut Owner, count: u32) {
+    for tag in 0..count {
+        bench.fill(&page(tag.into()), tag.into());
+        owner.start(tag, write(u64::from(tag) * 8, 8), &page(tag.into()));
+    }
+}
+
+/// Each has come back once, and is on the medium.
+fn check_writes(bench: &Bench, owner: &mut Owner, count: u32) {
+    for tag in 0..count {
+        assert_eq!(owner.result(tag), Ok(()), "write {tag}");
+        let expected = pattern(tag.into(), PAGE as usize);
+        assert!(bench.sim.medium().read(u64::from(tag) * 8, 8) == expected, "write {tag}");
+    }
+    assert_eq!(owner.queue.in_flight(), 0);
+    assert!(bench.drive().window().idle());
+    assert_eq!(bench.sim.dma_faults(), 0);
+}
+
+#[test]
+fn a_status_comes_back_as_it_is() {
+    let bench = Bench::new(Options { mdts: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::io(opcode::WRITE).over(16..17), Does::Status(0x281));
+    // Three commands, of which the second fails.
+    let long = [segment(0, 6 * PAGE as u32)];
+    assert_eq!(owner.run(write(0, 48), &long), Err(Fault::Status(0x281)));
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (3, 1));
+    assert_eq!(owner.run(write(0, 48), &long), Ok(()));
+}
+
+#[test]
+fn memory_that_was_taken_by_force_is_a_fault_of_the_request_alone() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    owner.start(2, read(0, 8), &page(500));
+    assert!(bench.sim.await_held(1, LONG));
+    // Past the window, as nobody may.
+    assert_eq!(bench.domain.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+    bench.sim.release();
+    assert_eq!(owner.result(1), Err(Fault::Memory));
+    owner.result(2).ok();
+    assert!(bench.sim.dma_faults() > 0);
+    bench.map(0, PAGES);
+    assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
+    assert_eq!(bench.sim.enabled(), 1);
+}
+
+#[test]
+fn a_command_that_is_slow_is_no_trouble() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::DelayCompletion(DEADLINE / 4));
+    start_writes(&bench, &mut owner, 4);
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (4, 1));
+}
+
+#[test]
+fn a_command_that_never_ends_is_aborted_and_done_again() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any().nth(2), Does::HoldData);
+    start_writes(&bench, &mut owner, 4);
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (5, 1), "the one is done again, without a reset");
+}
+
+#[test]
+fn a_command_that_ends_by_no_abort_is_done_again_after_a_reset() {
+    for does in [Does::HoldData, Does::HoldCompletion] {
+        let bench = Bench::new(Options::default(), 2);
+        let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+        bench.sim.obey_aborts(false);
+        bench.sim.fault(When::any().nth(2), does);
+        start_writes(&bench, &mut owner, 4);
+        check_writes(&bench, &mut owner, 4);
+        assert_eq!(bench.sim.enabled(), 2);
+        assert_eq!(other.run(read(0, 8), &page(9)), Ok(()), "the other queue goes on");
+    }
+}
+
+#[test]
+fn an_abort_that_hangs_itself_is_no_end_either() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldData);
+    bench.sim.fault(When::any(), Does::HoldData);
+    start_writes(&bench, &mut owner, 2);
+    check_writes(&bench, &mut owner, 2);
+    assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn a_command_that_ends_at_no_try_fails_in_the_end_and_alone() {
+    for obey in [true, false] {
+        let bench = Bench::new(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        bench.sim.obey_aborts(obey);
+        bench.sim.fault(When::any().over(0..8).always(), Does::HoldData);
+        owner.start(0, write(0, 8), &page(0));
+        assert_eq!(owner.result(0), Err(Fault::TimedOut), "aborts are obeyed: {obey}");
+        bench.sim.behave();
+        start_writes(&bench, &mut owner, 4);
+        check_writes(&bench, &mut owner, 4);
+    }
+}
+
+#[test]
+fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
+    for does in [Does::Twice, Does::Foreign(9999), Does::Foreign(100)] {
+        let bench = Bench::new(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        bench.sim.fault(When::any().nth(3), does);
+        start_writes(&bench, &mut owner, 8);
+        check_writes(&bench, &mut owner, 8);
+        let until = Instant::now() + LONG;
+        while bench.sim.enabled() < 2 {
+            assert!(Instant::now() < until, "{does:?}: no reset");
+            owner.wait();
+        }
+        start_writes(&bench, &mut owner, 8);
+        check_writes(&bench, &mut owner, 8);
+    }
+}
+
+#[test]
+fn a_completion_that_comes_again_ends_no_later_command() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::Again);
+    start_writes(&bench, &mut owner, 1);
+    check_writes(&bench, &mut owner, 1);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(9));
+    assert!(bench.sim.await_held(2, LONG));
+    bench.sim.release_next();
+    while bench.sim.enabled() < 2 {
+        owner.wait();
+        assert_eq!(owner.results.get(&1), None, "it ended by a completion of another");
+    }
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(bench.seen(&page(9)), pattern(0, PAGE as usize));
+}
+
+#[test]
+fn a_fatal_error_is_answered_by_a_reset() {
+    let bench = Bench::new(Options::default(), 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    bench.sim.fault(When::any().nth(5), Does::Fatal);
+    start_writes(&bench, &mut owner, 8);
+    other.start(1, read(0, 8), &page(20));
+    std::thread::scope(|scope| {
+        // Each owner looks after his own queue.
+        let other = scope.spawn(move || other.result(1));
+        for tag in 0..8 {
+            assert_eq!(owner.result(tag), Ok(()));
+        }
+        assert_eq!(other.join().unwrap(), Ok(()));
+    });
+    let written = (0..8).flat_map(|tag| pattern(tag, PAGE as usize)).collect::<Vec<_>>();
+    assert!(bench.sim.medium().read(0, 64) == written);
+    assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn an_owner_who_is_held_up_elsewhere_costs_nobody_the_drive() {
+    let bench = Bench::new(Options::default(), 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    assert_eq!(other.run(read(0, 8), &page(20)), Ok(()));
+    bench.sim.fail();
+    start_writes(&bench, &mut owner, 4);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(2500) {
+        owner.wait();
+    }
+    assert_eq!((owner.results.len(), bench.sim.enabled()), (0, 1), "the other queue may be in use");
+    other.look();
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!(other.run(read(0, 8), &page(20)), Ok(()));
+}
+
+#[test]
+fn a_fault_on_a_queue_is_fatal_and_is_answered_so() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    // The first bit of memory that a queue needs, and nothing else.
+    bench.sim.fail();
+    start_writes(&bench, &mut owner, 4);
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn a_controller_that_does_not_come_up_at_once_is_tried_again() {
+    for turn in [Turn::Never, Turn::Fatal, Turn::After(Duration::from_millis(100))] {
+        let bench = Bench::new(Options { patience: 1, ..Options::default() }, 1);
+        let mut owner = bench.owner(0);
+        bench.sim.next_enable(turn);
+        bench.sim.next_disable(Turn::After(Duration::from_millis(50)));
+        bench.sim.fail();
+        start_writes(&bench, &mut owner, 4);
+        check_writes(&bench, &mut owner, 4);
+    }
+}
+
+#[test]
+fn a_controller_that_never_comes_up_is_given_up() {
+    let bench = Bench::new(Options { patience: 1, ..Options::default() }, 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    (0..20).for_each(|_| bench.sim.next_enable(Turn::Fatal));
+    bench.sim.fail();
+    start_writes(&bench, &mut owner, 4);
+    for tag in 0..4 {
+        assert_eq!(owner.result(tag), Err(Fault::Lost));
+    }
+    for owner in [&mut owner, &mut other] {
+        assert_eq!(owner.submit(9, read(0, 8), &page(0)), Submitted::Lost);
+    }
+    // It was stopped for certain: nobody waits for it.
+    assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+}
+
+#[test]
+fn what_was_given_up_and_is_not_stopped_keeps_its_pages() {
+    let stop_class = StopClass::DETACH;
+    let bench = Bench::new(Options { patience: 1, stop_class, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    assert!(bench.sim.await_held(1, LONG));
+    (0..20).for_each(|_| bench.sim.next_disable(Turn::Never));
+    bench.sim.fail();
+    assert_eq!(owner.result(1), Err(Fault::Lost));
+    let all = pages_at(0, PAGES);
+    assert_eq!(bench.windowed.unmap(all), Unmap::Failed { errno: Errno::BUSY, bytes: 0 }, "it may do DMA");
+    bench.drive().fence(FenceStep::Detach).unwrap();
+    assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE });
+}
+
+#[test]
+fn a_drive_that_is_pulled_out_is_lost() {
+    let bench = Bench::new(Options::default(), 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    bench.sim.fault(When::any().nth(3), Does::Vanish);
+    start_writes(&bench, &mut owner, 8);
+    for tag in 0..2 {
+        assert_eq!(owner.result(tag), Ok(()));
+    }
+    for tag in 2..8 {
+        assert_eq!(owner.result(tag), Err(Fault::Lost));
+    }
+    let until = Instant::now() + LONG;
+    while other.submit(1, Op::Flush, &[]) != Submitted::Lost {
+        assert!(Instant::now() < until);
+        other.wait();
+    }
+    assert_eq!(other.queue.in_flight() + owner.queue.in_flight(), 0);
+    assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+    assert!(bench.drive().attach().is_err(), "there is nothing to attach");
+    assert_eq!(owner.submit(1, Op::Flush, &[]), Submitted::Lost);
+}
+
+#[test]
+fn a_lost_interrupt_delays_and_no_more() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.raise_interrupts(false);
+    start_writes(&bench, &mut owner, 8);
+    check_writes(&bench, &mut owner, 8);
+    assert_eq!(bench.sim.enabled(), 1);
+}
+
+#[test]
+fn an_owner_who_waits_for_nothing_but_interrupts_learns_of_what_never_ends() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(0, write(0, 8), &page(0));
+    let begun = Instant::now();
+    while owner.results.is_empty() {
+        let left = Timespec { tv_sec: 10, tv_nsec: 0 };
+        let interrupt = owner.queue.interrupt();
+        assert_eq!(
+            poll(&mut [PollFd::new(&interrupt, PollFlags::IN)], Some(&left)),
+            Ok(1),
+            "nobody wakes it"
+        );
+        let _ = rustix::io::read(interrupt, &mut [0; 8]);
+        owner.look();
+        assert!(begun.elapsed() < LONG);
+    }
+    assert_eq!(owner.results.get(&0), Some(&Ok(())));
+}
+
+#[test]
+fn what_is_no_drive_is_not_opened() {
+    let _budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+    let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+    let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
+    let open = |sim: &Simulated, options| Drive::open(sim.registers(), &shared, options).map(|_| ());
+    let pulled = Simulated::new(&domain, Options::default()).unwrap();
+    pulled.vanish();
+    assert!(matches!(open(&pulled, DriveOptions::default()), Err(Error::Device { .. })));
+    let broken = Simulated::new(&domain, Options { patience: 1, ..Options::default() }).unwrap();
+    broken.next_enable(Turn::Fatal);
+    assert!(matches!(open(&broken, DriveOptions::default()), Err(Error::Device { .. })));
+    let sound = Simulated::new(&domain, Options::default()).unwrap();
+    let second = DriveOptions { namespace: 2, ..DriveOptions::default() };
+    assert!(matches!(open(&sound, second), Err(Error::Host { .. })));
+    assert!(open(&sound, DriveOptions::default()).is_ok(), "it can be opened after that");
+    assert_eq!(domain.mapping_count(), 0);
+}

@@ -1,0 +1,257 @@
+//! Fences that do not wait for anybody, and what becomes of what was under way.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use passgate_backends::nvme::sim::{Does, Turn, When};
+use passgate_backends::{Device, FenceStep, Unmap};
+
+use super::*;
+
+const STRONG: [FenceStep; 3] = [FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
+/// Requests under way of each owner.
+const DEEP: u32 = 16;
+
+/// How an owner's work has gone.
+#[derive(Debug, Default)]
+struct Work {
+    done: AtomicU64,
+    withheld: AtomicU64,
+}
+
+/// Writes a page, reads it back elsewhere and compares, without a break, several at a time. What is withheld, or closed, is
+/// done again. Anything else is wrong.
+fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Work) {
+    #[derive(Clone, Copy)]
+    struct Job {
+        round: u64,
+        reads: bool,
+        under_way: bool,
+    }
+    let (base, first) = (nth * 64, nth * 10_000);
+    let mut jobs = [Job { round: 0, reads: false, under_way: false }; DEEP as usize];
+    loop {
+        for (tag, job) in (0u64..).zip(&mut jobs) {
+            if job.under_way || stop.load(Ordering::Relaxed) {
+                continue;
+            }
+            let (op, at) = if job.reads {
+                (read(first + tag * 8, 8), page(base + 32 + tag))
+            } else {
+                bench.fill(&page(base + tag), seed(nth, tag, job.round));
+                (write(first + tag * 8, 8), page(base + tag))
+            };
+            match owner.submit(tag as u32, op, &at) {
+                Submitted::Started => job.under_way = true,
+                Submitted::Closed => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        if owner.queue.in_flight() == 0 && stop.load(Ordering::Relaxed) {
+            return;
+        }
+        owner.wait();
+        for (tag, result) in std::mem::take(&mut owner.results) {
+            let job = &mut jobs[tag as usize];
+            assert!(job.under_way, "request {tag} comes back and was not under way");
+            job.under_way = false;
+            match result {
+                Ok(()) if job.reads => {
+                    let seen = bench.seen(&page(base + 32 + u64::from(tag)));
+                    let expected = pattern(seed(nth, tag.into(), job.round), PAGE as usize);
+                    assert!(seen == expected, "owner {nth}, job {tag}, round {}: other bytes", job.round);
+                    (job.reads, job.round) = (false, job.round + 1);
+                    work.done.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(()) => job.reads = true,
+                Err(Fault::Withheld) => _ = work.withheld.fetch_add(1, Ordering::Relaxed),
+                Err(fault) => panic!("owner {nth}, job {tag}: {fault:?}"),
+            }
+        }
+    }
+}
+
+fn seed(nth: u64, tag: u64, round: u64) -> u64 {
+    nth * 1_000_000 + round * 1000 + tag
+}
+
+fn await_more(work: &Work, more: u64) {
+    let (from, until) = (work.done.load(Ordering::Relaxed), Instant::now() + LONG);
+    while work.done.load(Ordering::Relaxed) < from + more {
+        assert!(Instant::now() < until, "the load does not go on");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_load_survives_every_fence_and_loses_nothing() {
+    let bench = Bench::new(Options::default(), 2);
+    let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
+    std::thread::scope(|scope| {
+        for (nth, done) in (0..).zip(&works) {
+            let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
+            scope.spawn(move || work(bench, owner, nth.into(), stop, done));
+        }
+        for step in STRONG.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
+            works.iter().for_each(|work| await_more(work, 20));
+            bench.drive().fence(step).unwrap();
+            let (taken, before) = (bench.sim.taken(), targets(&bench));
+            // What was under way may go, for nothing of it moves.
+            let all = pages_at(0, PAGES);
+            assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE }, "{step:?}");
+            assert!(!bench.sim.await_taken(taken + 1, SHORT / 4), "{step:?}: something started");
+            assert!(targets(&bench) == before, "{step:?}: something moved");
+            bench.map(0, PAGES);
+            bench.drive().attach().unwrap();
+        }
+        works.iter().for_each(|work| await_more(work, 20));
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(bench.drive().window().idle());
+}
+
+/// The pages that only the drive writes.
+fn targets(bench: &Bench) -> Vec<u8> {
+    bench.seen(&[segment(32 * PAGE, 32 * PAGE as u32), segment(96 * PAGE, 32 * PAGE as u32)])
+}
+
+#[test]
+fn what_was_under_way_is_done_again_where_its_pages_are_open_and_withheld_where_not() {
+    for step in STRONG {
+        let bench = Bench::new(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+        bench.map(0, 2);
+        bench.map(2, 2);
+        bench.sim.fault(When::any().times(2), Does::HoldData);
+        let expected = bench.fill(&page(0), 1);
+        owner.start(1, write(0, 8), &page(0));
+        owner.start(2, write(8, 8), &page(2));
+        owner.start(3, Op::Flush, &[]);
+        assert!(bench.sim.await_held(2, LONG));
+        bench.drive().fence(step).unwrap();
+        assert_eq!(bench.windowed.unmap(pages_at(2, 2)), Unmap::Gone { bytes: 2 * PAGE }, "{step:?}");
+        assert_eq!(owner.submit(4, Op::Flush, &[]), Submitted::Closed);
+        bench.drive().attach().unwrap();
+        assert_eq!((owner.result(1), owner.result(3)), (Ok(()), Ok(())), "{step:?}");
+        assert_eq!(owner.result(2), Err(Fault::Withheld), "{step:?}");
+        assert_eq!(bench.sim.medium().read(0, 8), expected);
+        assert_eq!(bench.sim.medium().read(8, 8), vec![0; PAGE as usize]);
+        assert_eq!(owner.submit(2, write(8, 8), &page(2)), Submitted::Closed);
+        bench.map(2, 2);
+        assert_eq!(owner.run(write(8, 8), &page(2)), Ok(()));
+        assert_eq!(bench.sim.dma_faults(), 0, "{step:?}");
+    }
+}
+
+#[test]
+fn a_fence_waits_for_no_owner() {
+    for step in STRONG {
+        let bench = Bench::new(Options::default(), 2);
+        let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+        bench.sim.fault(When::any().times(2), Does::HoldData);
+        owner.start(1, read(0, 8), &page(0));
+        other.start(1, read(0, 8), &page(9));
+        assert!(bench.sim.await_held(2, LONG));
+        // Nobody looks at either queue from here on.
+        let begun = Instant::now();
+        bench.drive().fence(step).unwrap();
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+        assert!(begun.elapsed() < Duration::from_secs(1), "{step:?}: {:?}", begun.elapsed());
+        bench.sim.release();
+        assert!(!bench.sim.await_taken(3, SHORT));
+        assert_eq!(bench.seen(&page(0)), vec![0; PAGE as usize], "{step:?}");
+    }
+}
+
+#[test]
+fn an_attach_that_fails_leaves_the_drive_fenced_and_the_next_one_brings_it_back() {
+    let bench = Bench::new(Options { patience: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    assert!(bench.sim.await_held(1, LONG));
+    bench.drive().fence(FenceStep::Detach).unwrap();
+    owner.look();
+    (0..3).for_each(|_| bench.sim.next_enable(Turn::Fatal));
+    assert!(bench.drive().attach().is_err());
+    assert_eq!(owner.submit(2, read(0, 8), &page(0)), Submitted::Closed);
+    assert!(owner.results.is_empty());
+    bench.drive().attach().unwrap();
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
+}
+
+#[test]
+fn nothing_stays_for_ever_with_a_drive_that_is_not_attached_again() {
+    let bench = Bench::new(Options { patience: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    assert!(bench.sim.await_held(1, LONG));
+    bench.drive().fence(FenceStep::Detach).unwrap();
+    owner.look();
+    (0..3).for_each(|_| bench.sim.next_enable(Turn::Fatal));
+    assert!(bench.drive().attach().is_err(), "not by this one either");
+    assert_eq!(owner.result(1), Err(Fault::Withheld));
+    assert_eq!(owner.queue.in_flight(), 0);
+}
+
+#[test]
+fn a_drive_that_is_pulled_out_while_fenced_is_lost_at_the_attach() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    assert!(bench.sim.await_held(1, LONG));
+    bench.drive().fence(FenceStep::Detach).unwrap();
+    owner.look();
+    bench.sim.vanish();
+    assert!(bench.drive().attach().is_err());
+    assert_eq!(owner.result(1), Err(Fault::Lost));
+    assert_eq!(owner.submit(2, read(0, 8), &page(0)), Submitted::Lost);
+}
+
+#[test]
+fn a_queue_that_is_given_back_with_something_in_it_keeps_the_pages_until_a_fence() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(0));
+    assert!(bench.sim.await_held(1, LONG));
+    drop(owner);
+    assert!(matches!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Failed { .. }));
+    bench.drive().fence(FenceStep::Master).unwrap();
+    assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+    bench.sim.release();
+    assert_eq!(bench.seen(&page(0)), vec![0; PAGE as usize]);
+}
+
+#[test]
+fn a_fence_in_the_middle_of_a_recovery_is_no_reason_to_give_the_drive_up() {
+    for step in STRONG {
+        let bench = Bench::new(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        bench.sim.fault(When::any(), Does::HoldData);
+        let expected = bench.fill(&page(0), 1);
+        owner.start(1, write(0, 8), &page(0));
+        assert!(bench.sim.await_held(1, LONG));
+        bench.sim.next_disable(Turn::After(SHORT));
+        bench.sim.fail();
+        // It is being reset once CC.EN is clear.
+        while bench.sim.registers().get(0x14).unwrap() & 1 != 0 {
+            owner.wait();
+        }
+        let begun = Instant::now();
+        bench.drive().fence(step).unwrap();
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+        assert!(begun.elapsed() < Duration::from_secs(1), "{step:?}");
+        bench.map(0, PAGES);
+        std::thread::scope(|scope| {
+            // It waits for the recovery to come to its end, which is soon.
+            let attached = scope.spawn(|| bench.drive().attach().map(|()| begun.elapsed()));
+            assert_eq!(owner.result(1), Ok(()), "{step:?}");
+            assert!(attached.join().unwrap().unwrap() < Duration::from_secs(2), "{step:?}");
+        });
+        assert_eq!(bench.sim.medium().read(0, 8), expected);
+    }
+}

@@ -1,0 +1,206 @@
+//! Nothing is wrong: bytes go where they must, and nowhere else.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A drive, and the shape of a request on it.
+#[derive(Debug, Clone)]
+struct Shape {
+    options: Options,
+    first: u64,
+    segments: Vec<Segment>,
+}
+
+/// Memory in pieces of all kinds: whole pages, parts of them, at any byte or at multiples of 4 or 512.
+fn shapes() -> impl Strategy<Value = Shape> {
+    let piece = (0..PAGES / 2, prop_oneof![Just(1u64), Just(4), Just(512), Just(PAGE)], 0..PAGE, 1..40u32);
+    let drive = (0u8..3, 0u8..7, any::<bool>(), 0u8..3);
+    (drive, prop::collection::vec(piece, 1..12), 0..1000u64).prop_map(
+        |((sgl, mdts, big, stride), pieces, first)| {
+            let block = if big { 4096 } else { 512 };
+            let mut segments: Vec<_> = pieces
+                .into_iter()
+                .map(|(page, align, skew, units)| {
+                    let unit = if align < 512 { 512 } else { align as u32 };
+                    segment(page * PAGE + skew / align * align, units * unit / if align == 1 { 3 } else { 1 })
+                })
+                .collect();
+            // Whole blocks in all.
+            let bytes: u32 = segments.iter().map(|segment| segment.len).sum();
+            if !bytes.is_multiple_of(block) {
+                segments.push(segment((PAGES - 2) * PAGE, block - bytes % block));
+            }
+            let options = Options { sgl, mdts, block, stride, ..Options::default() };
+            Shape { options, first, segments }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_memory_is_like(shape in shapes()) {
+        let Shape { options, first, segments } = shape;
+        let (sgl, block) = (options.sgl, u64::from(options.block));
+        let bench = Bench::new(options, 1);
+        let mut owner = bench.owner(0);
+        let bytes: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
+        let blocks = (bytes / block) as u32;
+        let before = pattern(1, (bytes + 2 * block) as usize);
+        bench.sim.medium().write(first, &before);
+        bench.fill(&segments, 2);
+        // Pieces may overlap: what is there in the end is what counts.
+        let expected = bench.seen(&segments);
+        match owner.submit(1, write(first + 1, blocks), &segments) {
+            Submitted::Started => {}
+            Submitted::Wrong => {
+                let whole = |segment: &Segment| {
+                    segment.iova.0.is_multiple_of(4) && u64::from(segment.len).is_multiple_of(block)
+                };
+                prop_assert!(sgl != 1 && !segments.iter().all(whole), "a request that can be made is refused");
+                prop_assert_eq!(bench.sim.taken(), 0);
+                return Ok(());
+            }
+            other => prop_assert!(false, "{:?}", other),
+        }
+        prop_assert_eq!(owner.result(1), Ok(()));
+        let now = bench.sim.medium().read(first, u64::from(blocks) + 2);
+        let (b, n) = (block as usize, bytes as usize);
+        prop_assert!(now[b..b + n] == expected[..], "the medium has other bytes");
+        prop_assert!(now[..b] == before[..b] && now[b + n..] == before[b + n..], "a neighbour was written");
+
+        let fresh = pattern(3, n);
+        bench.sim.medium().write(first + 1, &fresh);
+        let mut all = vec![0; (PAGES * PAGE) as usize];
+        bench.memory.read(0, &mut all).unwrap();
+        let mut rest = &fresh[..];
+        for segment in &segments {
+            let (part, later) = rest.split_at(segment.len as usize);
+            let at = (segment.iova.0 - BASE) as usize;
+            all[at..at + part.len()].copy_from_slice(part);
+            rest = later;
+        }
+        // A controller may write pieces that overlap in any order; this one does it in theirs.
+        prop_assert_eq!(owner.run(read(first + 1, blocks), &segments), Ok(()));
+        let mut after = vec![0; all.len()];
+        bench.memory.read(0, &mut after).unwrap();
+        prop_assert!(after == all, "guest memory has other bytes");
+        prop_assert_eq!(bench.sim.dma_faults(), 0);
+        drop(owner);
+    }
+}
+
+#[test]
+fn several_threads_each_have_a_queue() {
+    let bench = Bench::new(Options::default(), 4);
+    assert_eq!(bench.drive().queues(), 4);
+    std::thread::scope(|scope| {
+        for nth in 0..4u16 {
+            let (bench, mut owner) = (&bench, bench.owner(nth));
+            scope.spawn(move || {
+                let (base, first) = (u64::from(nth) * 64, u64::from(nth) * 1000);
+                for round in 0..20u64 {
+                    for tag in 0..32 {
+                        bench.fill(&page(base + tag), round * 1000 + first + tag);
+                        owner.start(tag as u32, write(first + tag * 8, 8), &page(base + tag));
+                    }
+                    for tag in 0..32 {
+                        assert_eq!(owner.result(tag as u32), Ok(()));
+                        owner.start(tag as u32, read(first + tag * 8, 8), &page(base + 32 + tag));
+                    }
+                    for tag in 0..32 {
+                        assert_eq!(owner.result(tag as u32), Ok(()));
+                        let seen = bench.seen(&page(base + 32 + tag));
+                        assert!(seen == pattern(round * 1000 + first + tag, PAGE as usize));
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (4 * 20 * 64, 1));
+    assert!(bench.drive().window().idle());
+}
+
+#[test]
+fn a_full_queue_says_so_and_has_room_again() {
+    let bench = Bench::new(Options { entries: 8, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let room = (0..8).take_while(|tag| owner.submit(*tag, Op::Flush, &[]) == Submitted::Started).count();
+    assert_eq!((room, owner.queue.in_flight()), (7, 7));
+    for tag in 0..7 {
+        assert_eq!(owner.result(tag), Ok(()));
+    }
+    assert_eq!(owner.run(Op::Flush, &[]), Ok(()));
+}
+
+#[test]
+fn what_is_flushed_survives_the_power_and_what_is_not_does_not() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    let (medium, zeroes) = (bench.sim.medium(), vec![0; PAGE as usize]);
+    let bytes = bench.fill(&page(0), 1);
+    assert_eq!(owner.run(write(0, 8), &page(0)), Ok(()));
+    assert_eq!((medium.read(0, 8), medium.durable(0, 8)), (bytes.clone(), zeroes.clone()));
+    assert_eq!(owner.run(Op::Flush, &[]), Ok(()));
+    assert_eq!(medium.durable(0, 8), bytes);
+    assert_eq!(owner.run(Op::Write { first: 8, blocks: 8, fua: true }, &page(0)), Ok(()));
+    assert_eq!(medium.durable(8, 8), bytes);
+    assert_eq!(owner.run(Op::WriteZeroes { first: 0, blocks: 4, unmap: false }, &[]), Ok(()));
+    assert_eq!(owner.run(Op::Discard { first: 8, blocks: 8 }, &[]), Ok(()));
+    assert_eq!((medium.read(0, 4), medium.read(8, 8)), (vec![0; 2048], zeroes));
+    assert!(medium.is_given_up(8) && !medium.is_given_up(0));
+    assert_eq!(owner.run(Op::WriteZeroes { first: 4, blocks: 1, unmap: true }, &[]), Ok(()));
+    assert!(medium.is_given_up(4) && !medium.is_given_up(5));
+    bench.sim.power_cut();
+    assert_eq!((medium.read(0, 8), medium.read(8, 8)), (bytes.clone(), bytes));
+}
+
+#[test]
+fn a_drive_is_closed_in_order() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    let bytes = bench.fill(&page(0), 1);
+    assert_eq!(owner.run(write(0, 8), &page(0)), Ok(()));
+    drop(owner);
+    let mut bench = bench;
+    bench.drive = None;
+    assert_eq!(bench.sim.medium().durable(0, 8), bytes, "its cache was not shut down");
+    assert_eq!(bench.domain.mapping_count(), 1, "only the guest's memory is mapped");
+}
+
+#[test]
+fn what_the_drive_cannot_do_is_refused() {
+    let options = Options { write_zeroes: false, discard: false, read_only: true, ..Options::default() };
+    let bench = Bench::new(options, 1);
+    let mut owner = bench.owner(0);
+    let geometry = bench.drive().geometry().clone();
+    assert_eq!((geometry.write_zeroes, geometry.discard, geometry.read_only), (0, 0, true));
+    assert_eq!((geometry.serial.as_str(), geometry.blocks), ("SIMULATED", 1 << 17));
+    for op in [
+        Op::WriteZeroes { first: 0, blocks: 1, unmap: false },
+        Op::Discard { first: 0, blocks: 1 },
+        read((1 << 17) - 7, 8),
+        read(u64::MAX, 8),
+        read(0, 7),
+    ] {
+        assert_eq!(owner.submit(1, op, &page(0)), Submitted::Wrong, "{op:?}");
+    }
+    assert_eq!((bench.sim.taken(), owner.queue.in_flight()), (0, 0));
+    assert_eq!(owner.run(write(0, 8), &page(0)), Err(Fault::Status(0x20)));
+    assert_eq!(owner.run(read((1 << 17) - 8, 8), &page(0)), Ok(()));
+}
+
+#[test]
+fn there_are_as_many_queues_as_the_controller_has() {
+    let few = Bench::new(Options { queues: 2, ..Options::default() }, 4);
+    assert_eq!(few.drive().queues(), 2);
+    assert!(few.drive().take_queue(2).is_err());
+    drop(few);
+    let mute = Bench::new(Options { vectors: 1, ..Options::default() }, 4);
+    assert_eq!(mute.drive().queues(), 1, "each has a vector of its own");
+    let mut owner = mute.owner(0);
+    assert!(mute.drive().take_queue(0).is_err(), "it is taken");
+    assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
+}

@@ -1,0 +1,88 @@
+//! Front-ends that go and come back, and a back-end that does.
+
+use std::time::{Duration, Instant};
+
+use passgate::client::{Answer, Outcome, PageState};
+use passgate_backends::nvme::sim::{Does, When, opcode};
+use passgate_bindings::PageRange;
+
+use crate::guest::{DATA, Guest, IN, OK, OUT, UNTOUCHED};
+use crate::world::World;
+
+#[test]
+fn the_next_front_end_is_served_after_one_has_left() {
+    let world = World::new();
+    for round in 0..5 {
+        let mut guest = world.guest();
+        assert_eq!(guest.ask(0, OUT, round, &[(DATA, 512)]), OK);
+        drop(guest);
+    }
+    let until = Instant::now() + Duration::from_secs(10);
+    while !world.control().status().unwrap().regions.is_empty() {
+        assert!(Instant::now() < until, "memory of a front-end that has left stays");
+        std::thread::yield_now();
+    }
+}
+
+/// Requests that a back-end had taken and not answered are done by the next, in the order in which they came, and not
+/// those that it had answered.
+#[test]
+fn what_was_in_flight_when_a_back_end_went_is_done_by_the_next() {
+    let mut world = World::new();
+    let mut guest = Guest::connect(&world.path(), 2);
+    guest.greet().unwrap();
+    guest.track();
+    use vhost::VhostBackend;
+    let region = guest.region();
+    guest.frontend.set_mem_table(&[region]).unwrap();
+    (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
+    // Pages between begin and end: what touches them is held, and was not given to the drive.
+    let mut channel = world.channel();
+    let range = PageRange::new(DATA, 4096).unwrap();
+    let Answer::Granted { invalidation } = channel.begin(range, PageState::Private, None).unwrap() else {
+        panic!("not granted")
+    };
+    for (nth, head) in [4, 0, 8].into_iter().enumerate() {
+        guest.memory.write(DATA + 512 * nth as u64, &[nth as u8 + 1; 512]).unwrap();
+        guest.request(0, head, OUT, 100, &[(DATA + 512 * nth as u64, 512)]);
+    }
+    guest.kick(0);
+    assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
+    assert_eq!(guest.status(0, 0), UNTOUCHED);
+    world.shut_door();
+    assert_eq!(guest.used(0), [], "nobody has done it, and nobody has said so");
+    channel.end(invalidation, Outcome::NotCommitted).unwrap();
+    world.open_door_again();
+    let before = world.sim.taken();
+    let mut guest = guest.again(&world.path());
+    guest.greet().unwrap();
+    guest.track();
+    let region = guest.region();
+    guest.frontend.set_mem_table(&[region]).unwrap();
+    (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
+    let used: Vec<_> = guest.await_used(0, 3).into_iter().map(|(head, _)| head).collect();
+    assert_eq!(used.len(), 3);
+    assert!([0, 4, 8].iter().all(|head| guest.status(0, *head) == OK && used.contains(&u32::from(*head))));
+    assert_eq!(world.sim.medium().read(100, 1), vec![3; 512], "the last came last");
+    assert_eq!(world.sim.taken() - before, 3, "the read of the other ring was not done again");
+    assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
+    assert_eq!(guest.ask(0, IN, 0, &[(DATA + 4096, 512)]), OK);
+}
+
+#[test]
+fn a_ring_that_is_stopped_has_ended_what_it_had() {
+    let world = World::new();
+    let mut guest = world.guest();
+    world.sim.fault(When::io(opcode::WRITE).times(3), Does::DelayCompletion(Duration::from_millis(50)));
+    for head in [0, 4, 8] {
+        guest.request(0, head, OUT, 0, &[(DATA, 4096)]);
+    }
+    guest.kick(0);
+    assert!(world.sim.await_taken(3, Duration::from_secs(10)));
+    use vhost::VhostBackend;
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 3);
+    assert_eq!(guest.used(0).len(), 3);
+    // It goes on where it was.
+    guest.start_ring(0).unwrap();
+    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK);
+}
