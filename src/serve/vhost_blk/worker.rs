@@ -236,10 +236,11 @@ impl Worker {
                 did = true;
                 let _ = ended.send(locked.get_queue().next_avail());
             }
-            if share.ring.take_told() && locked.needs_notification().unwrap_or(true) {
-                if let Err(error) = locked.signal_used_queue() {
-                    log::debug!("queue {}: the guest cannot be told: {error}", share.index);
-                }
+            if share.ring.take_told()
+                && locked.needs_notification().unwrap_or(true)
+                && let Err(error) = locked.signal_used_queue()
+            {
+                log::debug!("queue {}: the guest cannot be told: {error}", share.index);
             }
             drop(locked);
             for question in share.ring.questions.drain(..) {
