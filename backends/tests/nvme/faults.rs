@@ -148,7 +148,9 @@ fn a_completion_that_comes_again_ends_no_later_command() {
     bench.sim.release_next();
     while bench.sim.enabled() < 2 {
         owner.wait();
-        assert_eq!(owner.results.get(&1), None, "it ended by a completion of another");
+        // Behind the reset it may have been done again, and ended, already.
+        let early = owner.results.contains_key(&1) && bench.sim.enabled() < 2;
+        assert!(!early, "it ended by a completion of another");
     }
     assert_eq!(owner.result(1), Ok(()));
     assert_eq!(bench.seen(&page(9)), pattern(0, PAGE as usize));

@@ -26,6 +26,9 @@ const IN: u64 = Pair::size(SLOTS);
 /// Pages of its own memory.
 const PAGES: usize = (IN / PAGE) as usize + 1;
 
+/// In the upper half of CAP: of the command sets (CAP.CSS) the one that is for blocks.
+const CAP_NVM: u32 = 1 << 5;
+
 /// An admin command that takes longer never completes.
 pub(super) const DEADLINE: Duration = Duration::from_secs(2);
 /// How long to look before sleeping between looks.
@@ -60,6 +63,10 @@ impl Controller {
         let smallest = PAGE << (high >> 16 & 0xf); // CAP.MPSMIN
         if smallest != PAGE {
             let what = "pages of 4 KiB";
+            return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
+        }
+        if high & CAP_NVM == 0 {
+            let what = "the NVM command set";
             return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
         }
         let admin = Pair::empty(0, SLOTS, 0, &memory).map_err(|failed| registers.failed(failed))?;

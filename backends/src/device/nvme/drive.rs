@@ -164,6 +164,8 @@ pub(super) struct Inner {
     /// When a fence had stopped the drive, in milliseconds; 0 where none has.
     stopped: AtomicU64,
     troubles: Mutex<Sender<Trouble>>,
+    /// How often the controller was reset because of what it did, or did not do.
+    pub(super) recoveries: AtomicU32,
     /// The drive is being closed: the keeper waits for nobody.
     leaving: AtomicBool,
 }
@@ -218,6 +220,7 @@ impl Drive {
             mode: Mutex::new(Mode::Up),
             stopped: AtomicU64::new(0),
             troubles: Mutex::new(troubles),
+            recoveries: AtomicU32::new(0),
             leaving: AtomicBool::new(false),
             control: Mutex::new(controller),
             memory,
@@ -423,11 +426,13 @@ impl Inner {
         while let Err(error) = self.halt() {
             log::warn!("{error}");
             drop(controller);
+            std::thread::sleep(Duration::from_millis(1)); // an attach may have been waiting for it
             controller = self.control();
             if self.life() != life.with(Life::HALTED) || self.leaving.load(Ordering::Acquire) {
                 return;
             }
         }
+        self.recoveries.fetch_add(1, Ordering::AcqRel);
         let fenced = || *self.mode() == Mode::Fenced;
         let overtaken = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
         let revived = self.revive(&mut controller, || if fenced() { Err(overtaken()) } else { Ok(()) });
@@ -463,6 +468,8 @@ fn keep(inner: &Inner, told: &Receiver<Trouble>) {
             Err(RecvTimeoutError::Timeout) => {
                 let life = inner.life();
                 if !life.is_up() {
+                    // What stays too long with a drive that is stopped, its owner is to have back.
+                    inner.seats.iter().for_each(Seat::wake);
                     continue;
                 }
                 let controller = inner.control();
