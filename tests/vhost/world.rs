@@ -101,6 +101,11 @@ impl World {
         self.door.take();
     }
 
+    /// It opens again.
+    pub fn open_door_again(&mut self) {
+        self.open_door(Polling::Auto, false);
+    }
+
     fn open_door(&mut self, polling: Polling, read_only: bool) {
         let options = DoorOptions {
             socket: Socket::Path(self.path()),

@@ -129,6 +129,8 @@ pub(super) struct Seat {
     /// Requests that take too long.
     pub(super) overdue: AtomicU32,
     pub(super) interrupt: OwnedFd,
+    /// The pair as its last owner left it, and in which life.
+    left: Mutex<Option<(Life, Pair)>>,
 }
 
 /// Whether the drive may do DMA, as the fences have it.
@@ -253,14 +255,15 @@ impl Drive {
         self.inner.seats.len() as u16 // made of a u16
     }
 
-    /// Takes a queue, for one thread; `EBUSY` where somebody has, or had it, `ENOENT` where there is none.
+    /// Takes a queue, for one thread; `EBUSY` where somebody has it, or left it with something in flight, `ENOENT` where
+    /// there is none.
     pub fn take_queue(&self, nth: u16) -> Result<Queue> {
         let failed = |errno| self.inner.registers.failed(Failed::new("taking a queue", errno));
         let seat = self.inner.seats.get(usize::from(nth)).ok_or_else(|| failed(Errno::NOENT))?;
         if seat.taken.swap(true, Ordering::AcqRel) {
             return Err(failed(Errno::BUSY));
         }
-        Ok(Queue::new(Arc::clone(&self.inner), nth))
+        Ok(Queue::new(Arc::clone(&self.inner), nth, seat.left().take()))
     }
 }
 
@@ -294,8 +297,19 @@ impl Seat {
             taken: AtomicBool::new(false),
             parked: AtomicBool::new(true),
             overdue: AtomicU32::new(0),
+            left: Mutex::default(),
             interrupt: interrupt.map_err(|errno| registers.failed(Failed::new("eventfd", errno)))?,
         })
+    }
+
+    fn left(&self) -> MutexGuard<'_, Option<(Life, Pair)>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its owner has left it so, with nothing in flight.
+    pub(super) fn give_back(&self, left: (Life, Pair)) {
+        *self.left() = Some(left);
+        self.taken.store(false, Ordering::Release);
     }
 
     /// Has its owner look.

@@ -152,10 +152,13 @@ pub struct Queue {
     /// What came to its end otherwise than by a completion.
     ended: Vec<Completed>,
     looked: u64,
+    /// The pair as an earlier owner left it, and in which life.
+    left: Option<(Life, Pair)>,
 }
 
 impl Queue {
-    pub(super) fn new(inner: Arc<Inner>, nth: u16) -> Self {
+    /// A queue where an earlier owner has left it, if there was one.
+    pub(super) fn new(inner: Arc<Inner>, nth: u16, left: Option<(Life, Pair)>) -> Self {
         let slots = inner.slots;
         let names = slots - 1; // a full queue has one empty entry
         let request = |_| Request {
@@ -182,6 +185,7 @@ impl Queue {
             recoveries: inner.recoveries.load(Ordering::Acquire),
             ended: Vec::new(),
             looked: 0,
+            left,
             inner,
         }
     }
@@ -455,6 +459,9 @@ impl Queue {
             if inner.life() != life {
                 continue;
             }
+            if let Some((_, pair)) = self.left.take().filter(|(left, _)| *left == life) {
+                (self.life, self.pair) = (life, pair);
+            }
             if life != self.life {
                 self.life = life;
                 self.pair = Pair::emptied(self.nth + 1, inner.slots, inner.offset(self.nth));
@@ -523,9 +530,13 @@ impl Queue {
 }
 
 impl Drop for Queue {
-    /// What is in flight stays in the window until the controller is stopped.
+    /// A queue with nothing in flight may be taken again. Else that stays in the window until the controller is stopped.
     fn drop(&mut self) {
-        self.inner.seat(self.nth).parked.store(true, Ordering::SeqCst);
+        let seat = self.inner.seat(self.nth);
+        seat.parked.store(true, Ordering::SeqCst);
+        if self.in_flight() == 0 {
+            seat.give_back(self.left.take().unwrap_or((self.life, self.pair)));
+        }
     }
 }
 
