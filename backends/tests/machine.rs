@@ -94,6 +94,7 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     ("nvme_drive_a_load_survives_every_fence", drive::a_load_survives_every_fence),
     ("nvme_drive_a_reset_in_the_middle_loses_nothing", drive::a_reset_in_the_middle_loses_nothing),
     ("nvme_drive_no_block_reaches_a_page_after_its_unmap", drive::no_block_reaches_a_page_after_its_unmap),
+    ("nvme_drive_the_kernel_gets_it_back_when_it_asks", drive::the_kernel_gets_it_back_when_it_asks),
     (
         "nvme_drive_what_was_written_is_there_when_it_is_opened_again",
         drive::what_was_written_is_there_when_it_is_opened_again,

@@ -307,6 +307,35 @@ fn an_owner_who_waits_for_nothing_but_interrupts_learns_of_what_never_ends() {
 }
 
 #[test]
+fn a_controller_that_somebody_else_has_reset_is_brought_up_again() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any().always(), Does::HoldData);
+    start_writes(&bench, &mut owner, 4);
+    assert!(bench.sim.await_held(4, LONG));
+    bench.sim.behave();
+    bench.sim.power_cut();
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn a_drive_that_is_wanted_back_says_so_and_goes_on() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    let removal = bench.drive().removal().unwrap();
+    let asked = |wait: Duration| {
+        let wait = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+        poll(&mut [PollFd::new(&removal, PollFlags::IN)], Some(&wait)).unwrap() > 0
+    };
+    assert!(!asked(Duration::ZERO));
+    bench.sim.ask_back();
+    assert!(asked(SHORT));
+    assert_eq!(owner.run(write(0, 8), &page(0)), Ok(()));
+    assert!(asked(Duration::ZERO), "it stays so");
+}
+
+#[test]
 fn what_is_no_drive_is_not_opened() {
     let _budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
     let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();

@@ -161,9 +161,9 @@ impl Controller {
         !matches!(self.registers.get(CSTS), Ok(status) if status != GONE)
     }
 
-    /// Whether it says that it cannot go on without a reset.
-    pub(super) fn is_fatal(&self) -> bool {
-        matches!(self.registers.get(CSTS), Ok(status) if status & CSTS_FATAL != 0)
+    /// Whether it cannot go on without a reset although it had come up: it says so, or somebody else has reset it.
+    pub(super) fn is_stuck(&self) -> bool {
+        matches!(self.registers.get(CSTS), Ok(status) if status & (CSTS_FATAL | CSTS_READY) != CSTS_READY)
     }
 
     /// Runs an admin command that must succeed.
@@ -196,7 +196,7 @@ impl Controller {
             match begun.elapsed() {
                 over if over > DEADLINE => return Ok(None),
                 young if young < SPIN => std::hint::spin_loop(),
-                _ if self.is_gone() || self.is_fatal() => return Ok(None),
+                _ if self.is_gone() || self.is_stuck() => return Ok(None),
                 young => std::thread::sleep(young.min(Duration::from_millis(1))),
             }
         }

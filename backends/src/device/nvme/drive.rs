@@ -8,7 +8,7 @@
 //! A thread of the drive's own, the *keeper*, deals with commands that do not end: abort, then a reset of the controller,
 //! after which everything that was in flight is done again.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -250,6 +250,12 @@ impl Drive {
         &self.inner.window
     }
 
+    /// Readable once somebody wants the device back, and stays so: he waits until the drive and its queues are dropped.
+    /// None where nobody can say so.
+    pub fn removal(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.registers.removal()
+    }
+
     /// Its queues.
     pub fn queues(&self) -> u16 {
         self.inner.seats.len() as u16 // made of a u16
@@ -489,9 +495,9 @@ fn keep(inner: &Inner, told: &Receiver<Trouble>) {
                 let controller = inner.control();
                 if inner.life() == life && controller.is_gone() {
                     inner.lose(&controller, &"it is not there any more");
-                } else if inner.life() == life && controller.is_fatal() {
+                } else if inner.life() == life && controller.is_stuck() {
                     drop(controller);
-                    inner.recover(life, "it reports a fatal error");
+                    inner.recover(life, "it reports a fatal error, or was reset");
                 } else {
                     // An interrupt may have been lost, and what takes too long only its owner can see.
                     inner.seats.iter().for_each(Seat::wake);
