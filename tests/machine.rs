@@ -11,6 +11,7 @@
 mod daemon;
 #[path = "common/keeper.rs"]
 mod keeper;
+mod nested;
 mod machine {
     pub mod conversion;
     pub mod death;
@@ -25,13 +26,14 @@ mod machine {
     pub mod selftest;
     pub mod strict;
     pub mod together;
+    pub mod vhost_blk;
 }
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
 use machine::{
     conversion, death, list, owner, partial, programs, recovery, refusals, restart, selftest, strict,
-    together,
+    together, vhost_blk,
 };
 
 type Run = fn(&Rig);
@@ -74,6 +76,14 @@ const IOMMUFD: &[(&str, Run)] = &[
     ("a_replace_takes_away_what_it_must", partial::replace),
 ];
 
+type OnGuest = fn(&str);
+
+/// What needs a guest of a stock VMM.
+const GUESTS: &[(&str, OnGuest)] = &[
+    ("a_guests_disk_works_while_its_memory_changes", vhost_blk::works_while_memory_changes),
+    ("a_guests_disk_outlives_its_back_end_being_killed", vhost_blk::killed),
+];
+
 /// Why a trial cannot run here, where it cannot.
 type Excuse = fn() -> Option<&'static str>;
 
@@ -82,6 +92,7 @@ const ONCE: &[(&str, fn(), Excuse)] = &[
     ("the_demo_shows_no_stale_dma", programs::demo, || None),
     ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
     ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
+    ("a_stock_back_end_keeps_what_the_guest_wrote", vhost_blk::stock_back_end, nested::missing),
 ];
 
 fn main() {
@@ -108,6 +119,10 @@ fn main() {
                 trials.push(on(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
                 let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
+                for &(name, run) in GUESTS {
+                    let missing = missing.or_else(vhost_blk::no_guest);
+                    trials.push(trial(format!("{iommu}::{name}"), move || run(iommu), missing));
+                }
             }
             trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
         }

@@ -72,6 +72,8 @@ pub fn adopted(regions: &[RegionStatus], unended: &[Unended]) -> verbs::Adopted 
             region: status.region.0,
             gpa: status.spec.gpa.start().0,
             length: status.spec.gpa.len(),
+            device: status.spec.backing.file.device,
+            inode: status.spec.backing.file.inode,
             offset: status.spec.backing.offset.0,
             piece: status.pieces.first().copied().unwrap_or(status.spec.piece),
             writable: status.spec.writable,

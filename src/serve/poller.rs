@@ -13,6 +13,8 @@ pub(super) struct Poller(RawFd);
 pub(super) enum Interest {
     /// Something to read.
     Read,
+    /// Something more to read than before; nobody needs to read it.
+    News,
     /// Room to write.
     Write,
     /// Nothing for now.
@@ -23,6 +25,7 @@ impl Interest {
     fn events(self) -> Events {
         match self {
             Self::Read => Events::EPOLLIN | Events::EPOLLRDHUP,
+            Self::News => Events::EPOLLIN | Events::EPOLLET,
             Self::Write => Events::EPOLLOUT,
             Self::Nothing => Events::empty(),
         }

@@ -66,6 +66,8 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
     let quarantined =
         Quarantined { gpa: Some(1), offset: 0, length: 1, cause: String::new(), invalidation: 1 };
     let region_adopted = AdoptedRegion {
+        device: 1,
+        inode: 2,
         region: 1,
         gpa: 0,
         length: 1,

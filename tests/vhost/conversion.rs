@@ -163,7 +163,7 @@ fn dma_that_does_not_end_is_fenced_where_that_is_allowed_and_refused_where_not()
 
 #[test]
 fn a_region_that_is_removed_is_given_back_once_nothing_is_in_flight() {
-    let mut world = World::new();
+    let world = World::new();
     let mut guest = Guest::connect(&world.path(), 2);
     guest.greet().unwrap();
     let (low, high) = (guest.part(0, SIZE / 2), guest.part(SIZE / 2, SIZE / 2));
@@ -195,7 +195,7 @@ fn a_region_that_is_removed_is_given_back_once_nothing_is_in_flight() {
 
 #[test]
 fn a_removal_hears_no_no_and_is_never_answered_falsely() {
-    let mut world = World::with(Setup { deadline: Duration::from_secs(60), ..Setup::default() });
+    let world = World::with(Setup { deadline: Duration::from_secs(60), ..Setup::default() });
     let mut guest = Guest::connect(&world.path(), 2);
     guest.greet().unwrap();
     let (low, high) = (guest.part(0, SIZE / 2), guest.part(SIZE / 2, SIZE / 2));

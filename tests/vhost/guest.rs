@@ -2,6 +2,7 @@
 //! front-end. What it writes into its rings is anything that a test likes.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -75,9 +76,16 @@ impl Drop for Ring {
 pub struct Guest {
     pub memory: GuestFile,
     pub frontend: Frontend,
+    /// Its connection, for who says what the front-end would not.
+    pub socket: UnixStream,
     pub rings: Vec<Ring>,
     pub features: u64,
     pub inflight: Option<(VhostUserInflight, std::fs::File)>,
+}
+
+fn dial(path: &Path, queues: usize) -> (Frontend, UnixStream) {
+    let socket = UnixStream::connect(path).unwrap();
+    (Frontend::from_stream(socket.try_clone().unwrap(), queues as u64), socket)
 }
 
 impl Guest {
@@ -97,15 +105,15 @@ impl Guest {
             Ring { index, base: index as u64 * RING, avail: 0, used: 0, kick, call, bell }
         });
         let rings = rings.collect();
-        let frontend = Frontend::connect(path, queues as u64).unwrap();
-        Self { memory, frontend, rings, features: 0, inflight: None }
+        let (frontend, socket) = dial(path, queues);
+        Self { memory, frontend, socket, rings, features: 0, inflight: None }
     }
 
     /// The same guest with a new connection, after its back-end has gone: with its memory and what was in flight.
     pub fn again(self, path: &Path) -> Self {
         let Self { memory, rings, inflight, .. } = self;
-        let frontend = Frontend::connect(path, rings.len() as u64).unwrap();
-        Self { memory, frontend, rings, features: 0, inflight }
+        let (frontend, socket) = dial(path, rings.len());
+        Self { memory, frontend, socket, rings, features: 0, inflight }
     }
 
     /// Says everything that a front-end says until its rings run.
@@ -180,6 +188,11 @@ impl Guest {
         self.frontend
             .set_vring_enable(ring, true)
             .map_err(|_| vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError))
+    }
+
+    /// Where a ring begins.
+    pub fn ring_base(&self, ring: usize) -> u64 {
+        self.rings[ring].base
     }
 
     /// Writes descriptor `index` of a ring.

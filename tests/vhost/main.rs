@@ -4,6 +4,7 @@
 
 mod conversion;
 mod guest;
+mod hostile;
 mod reconnect;
 mod requests;
 mod world;

@@ -87,6 +87,19 @@ unpack() {
     rm -rf "$debs"
 }
 
+# unpack_whole DIR SUITE PACKAGE…: the same with all that they need, as if nothing were installed here: libraries must be
+# of one release with the programs.
+unpack_whole() {
+    local dir=$1 suite=$2 debs deb
+    shift 2
+    debs=$(mktemp -d "$cache/debs.XXXXXX")
+    mkdir -p "$dir" "$debs/partial"
+    apt-get -qq "${suite_options[@]}" -o Dir::State::status=/dev/null -o "Dir::Cache::archives=$debs" \
+        -o Debug::NoLocking=1 -t "$suite" --no-install-recommends --download-only -y install "$@" >&2 || return 1
+    for deb in "$debs"/*.deb; do dpkg -x "$deb" "$dir"; done
+    rm -rf "$debs"
+}
+
 hash_of() { sha256sum | cut -c1-16; }
 
 # results: reads the output of test binaries (with cargo's `Running` lines where it ran them) and prints the sums

@@ -70,6 +70,15 @@ fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Wor
     }
 }
 
+/// Ends the work, also where the test has failed.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn seed(nth: u64, tag: u64, round: u64) -> u64 {
     nth * 1_000_000 + round * 1000 + tag
 }
@@ -91,6 +100,7 @@ fn a_load_survives_every_fence_and_loses_nothing() {
             let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
             scope.spawn(move || work(bench, owner, nth.into(), stop, done));
         }
+        let end = End(&stop);
         for step in STRONG.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
             works.iter().for_each(|work| await_more(work, 20));
             bench.drive().fence(step).unwrap();
@@ -104,7 +114,7 @@ fn a_load_survives_every_fence_and_loses_nothing() {
             bench.drive().attach().unwrap();
         }
         works.iter().for_each(|work| await_more(work, 20));
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
     });
     assert!(bench.drive().window().idle());
 }

@@ -28,6 +28,10 @@ pub struct AdoptedRegion {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
+    /// Which file it is of: `st_dev`,
+    pub device: u64,
+    /// and `st_ino`.
+    pub inode: u64,
     /// Where in its file it starts, in bytes.
     pub offset: u64,
     /// Bytes per kernel mapping.

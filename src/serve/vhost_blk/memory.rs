@@ -12,7 +12,7 @@ use passgate_bindings::identity::{self, FileError};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::client::{AddMemory, Client};
+use crate::client::{AddMemory, AdoptedRegion, Client};
 
 /// Why the table is not as the front-end would have it.
 #[derive(Debug, thiserror::Error)]
@@ -85,12 +85,16 @@ pub(super) struct Table {
     /// Its own connection: what was added goes when it is closed.
     client: Client,
     regions: Vec<Region>,
+    /// What an earlier daemon's front-end had, which a restart has kept mapped, until this one says what it has.
+    adopted: Vec<AdoptedRegion>,
 }
 
 impl Table {
     /// An empty one.
-    pub(super) fn new(client: Client) -> Self {
-        Self { client, regions: Vec::new() }
+    pub(super) fn new(mut client: Client) -> Self {
+        // An error says that there is nothing.
+        let adopted = client.adopt().map(|adopted| adopted.regions).unwrap_or_default();
+        Self { client, regions: Vec::new(), adopted }
     }
 
     /// Makes the table these regions. What was there and stays so is not touched. `see` is called when the workers
@@ -126,6 +130,14 @@ impl Table {
             }
         }
         see(self.view()?);
+        self.drop_adopted()
+    }
+
+    /// What was kept and is not this front-end's goes.
+    fn drop_adopted(&mut self) -> Result<(), MemoryError> {
+        for AdoptedRegion { region, gpa, .. } in std::mem::take(&mut self.adopted) {
+            self.client.remove_memory(region).map_err(|source| MemoryError::Gate { gpa, source })?;
+        }
         Ok(())
     }
 
@@ -188,10 +200,25 @@ impl Table {
 
     fn take(&mut self, shape: Shape, user: u64, file: File, identity: (u64, u64)) -> Result<(), MemoryError> {
         let Shape { gpa, len, offset } = shape;
-        // The gate's border checks the file, its seals and its size first: mapping it here is safe after that.
-        let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };
-        let added = self.client.add_memory(&memory, &[&file.as_fd()]);
-        let id = added.map_err(|source| MemoryError::Gate { gpa, source })?.region;
+        let same = |kept: &AdoptedRegion| {
+            (kept.gpa, kept.length, kept.offset, kept.writable) == (gpa, len, offset, true)
+                && (kept.device, kept.inode) == identity
+        };
+        let id = match self.adopted.iter().position(same) {
+            Some(kept) => self.adopted.swap_remove(kept).region,
+            None => {
+                // What lies there is in the way, and nobody's any more.
+                if self.adopted.iter().any(|kept| {
+                    kept.gpa < gpa.saturating_add(len) && gpa < kept.gpa.saturating_add(kept.length)
+                }) {
+                    self.drop_adopted()?;
+                }
+                // The gate's border checks the file, its seals and its size first: mapping it here is safe after that.
+                let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };
+                let added = self.client.add_memory(&memory, &[&file.as_fd()]);
+                added.map_err(|source| MemoryError::Gate { gpa, source })?.region
+            }
+        };
         let window = window(shape, file);
         let window = match window {
             Ok(window) => Arc::new(window),

@@ -166,10 +166,8 @@ impl Worker {
         let fd = match token {
             WAKE => Some(self.mailbox.wake.as_fd()),
             DRIVE => Some(self.desk.drive.interrupt()),
-            _ => {
-                let share = self.shares.iter().find(|share| KICK + u64::from(share.index) == token);
-                share.and_then(|share| share.kick.as_ref()).map(AsFd::as_fd)
-            }
+            // A kick is never read: the guest's VMM has it too, and could make it one at which a reader waits.
+            _ => None,
         };
         if let Some(fd) = fd {
             let _ = rustix::io::read(fd, &mut count);
@@ -238,10 +236,11 @@ impl Worker {
                 did = true;
                 let _ = ended.send(locked.get_queue().next_avail());
             }
-            if share.ring.take_told() && locked.needs_notification().unwrap_or(true) {
-                if let Err(error) = locked.signal_used_queue() {
-                    log::debug!("queue {}: the guest cannot be told: {error}", share.index);
-                }
+            if share.ring.take_told()
+                && locked.needs_notification().unwrap_or(true)
+                && let Err(error) = locked.signal_used_queue()
+            {
+                log::debug!("queue {}: the guest cannot be told: {error}", share.index);
             }
             drop(locked);
             for question in share.ring.questions.drain(..) {
@@ -272,7 +271,7 @@ impl Share {
             let _ = poller.forget(&before);
         }
         if let Some(kick) = &self.kick
-            && let Err(error) = poller.add(kick, Interest::Read, KICK + u64::from(self.index))
+            && let Err(error) = poller.add(kick, Interest::News, KICK + u64::from(self.index))
         {
             log::warn!("queue {}: its kick will not do: {error}", self.index);
         }

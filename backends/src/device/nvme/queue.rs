@@ -233,7 +233,8 @@ impl Queue {
         done.append(&mut self.ended);
     }
 
-    /// Readable when there may be something to complete.
+    /// Readable when there may be something to complete, and every second or so besides; its owner empties it, and then
+    /// completes soon: a controller that must be reset waits for him.
     pub fn interrupt(&self) -> BorrowedFd<'_> {
         self.inner.seat(self.nth).interrupt.as_fd()
     }

@@ -42,3 +42,68 @@ fn a_driver_brings_it_up_and_moves_blocks() {
     assert_eq!(sim.medium().read(9, 1), vec![7; 512]);
     assert_eq!(sim.complaints(), Vec::<String>::new());
 }
+
+/// A controller that is enabled, with admin queues of four entries at `BASE` and `BASE` + a page.
+fn enabled() -> (Simulated, Arc<GuestFile>) {
+    let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+    let sim = Simulated::new(&domain, Options::default()).unwrap();
+    let file = Arc::new(GuestFile::memfd("queues", 2 * PAGE).unwrap());
+    domain.map(PageRange::new(BASE, 2 * PAGE).unwrap(), 1 << 30, &file, Offset(0), true).unwrap();
+    let registers = sim.registers();
+    for (at, value) in [(0x24, 3 | 3 << 16), (0x28, BASE as u32), (0x30, (BASE + PAGE) as u32)] {
+        registers.set(at, value).unwrap();
+    }
+    registers.set(0x14, 6 << 16 | 4 << 20 | 1).unwrap();
+    assert_eq!(registers.get(0x1c).unwrap(), 1);
+    (sim, file)
+}
+
+#[test]
+fn what_the_specification_does_not_allow_is_written_down() {
+    let (sim, file) = enabled();
+    let registers = sim.registers();
+    assert_eq!(sim.complaints(), Vec::<String>::new());
+    for (at, value) in [
+        (0x1010, 1), // the tail of queue 2, which is not there
+        (0x1000, 4), // beyond the queue
+        (0x1004, 1), // no completion was posted
+        (0x1c, 0),   // nobody writes CSTS
+    ] {
+        let before = sim.complaints().len();
+        registers.set(at, value).unwrap();
+        assert_eq!(sim.complaints().len(), before + 1, "{value} to {at:#x}");
+    }
+    // An opcode that is none is a status, posted in the first entry with the first phase.
+    file.store(0, 0x7f | 9 << 16).unwrap();
+    registers.ring(0x1000, 1).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while file.load(PAGE + 8).unwrap() == 0 {
+        assert!(Instant::now() < until);
+        std::thread::yield_now();
+    }
+    assert_eq!(file.load(PAGE + 8).unwrap(), 1 | 9 << 32 | 1 << 48 | 1 << 49);
+    registers.set(0x1004, 1).unwrap();
+    assert_eq!(sim.complaints().len(), 4);
+}
+
+#[test]
+fn a_queue_that_is_not_mapped_is_fatal_and_a_reset_ends_that() {
+    let (sim, _file) = enabled();
+    let registers = sim.registers();
+    registers.device().fence(crate::FenceStep::Detach).unwrap();
+    registers.set(0x1000, 1).unwrap();
+    assert!(sim.core.await_that(Duration::from_secs(10), |machine| machine.fatal));
+    assert_eq!((registers.get(0x1c).unwrap(), sim.dma_faults()), (3, 1));
+    registers.set(0x14, 0).unwrap();
+    assert_eq!(registers.get(0x1c).unwrap(), 0);
+}
+
+#[test]
+fn what_is_pulled_out_reads_as_all_ones() {
+    let (sim, _file) = enabled();
+    let registers = sim.registers();
+    sim.vanish();
+    assert!([0, 4, 0x14, 0x1c].iter().all(|at| registers.get(*at).unwrap() == u32::MAX));
+    registers.set(0x14, 0).unwrap();
+    assert_eq!(registers.get(0x14).unwrap(), u32::MAX);
+}

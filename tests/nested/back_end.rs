@@ -1,0 +1,189 @@
+//! What serves the guest its disk: passgate, or QEMU's own storage daemon to compare with.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use super::guest::tail;
+use super::{STORAGE_DAEMON, wait};
+
+const PASSGATE: &str = "/bin/passgate";
+
+/// How long one may take to listen: devices are reset, and one that was killed is waited for.
+const STARTS: Duration = Duration::from_secs(60);
+
+/// Which, and with what more on its command line.
+#[derive(Debug, Clone)]
+pub enum Which {
+    Passgate(Vec<String>),
+    /// The storage daemon, with its `nvme://` driver; with a thread of its own for I/O or without.
+    Stock {
+        thread: bool,
+    },
+}
+
+/// A running back-end. When dropped it is asked to end.
+#[derive(Debug)]
+pub struct BackEnd {
+    which: Which,
+    drive: String,
+    queues: u32,
+    child: Child,
+    place: TempDir,
+    /// Processor time of those that were killed, in ticks.
+    pub starts: u32,
+}
+
+impl BackEnd {
+    pub fn start(which: Which, drive: &str, queues: u32) -> Self {
+        let place = TempDir::new().unwrap();
+        let child = spawn(&which, drive, queues, place.path());
+        Self { which, drive: drive.to_owned(), queues, child, place, starts: 1 }
+    }
+
+    /// Where the guest's QEMU connects.
+    pub fn socket(&self) -> PathBuf {
+        self.place.path().join("disk")
+    }
+
+    /// Where passgate takes control connections.
+    pub fn control(&self) -> PathBuf {
+        self.place.path().join("control")
+    }
+
+    /// `kill -9`, whatever it is doing.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again at the same place.
+    pub fn restart(&mut self) {
+        self.child = spawn(&self.which, &self.drive, self.queues, self.place.path());
+        self.starts += 1;
+    }
+
+    /// Asks it to end, as a service manager does; how long that took.
+    pub fn end(&mut self) -> Duration {
+        let begun = Instant::now();
+        if let Ok(None) = self.child.try_wait() {
+            kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+            let status = wait("the end of the back-end", STARTS, || self.child.try_wait().unwrap());
+            assert!(
+                status.success() || matches!(self.which, Which::Stock { .. }),
+                "{status}: {}",
+                self.said()
+            );
+        }
+        begun.elapsed()
+    }
+
+    /// Seconds of processor time that it has used, its threads' included.
+    pub fn processor(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        // Fields 14 and 15 of proc(5), counted from the third, the state.
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+    }
+
+    /// Its last words.
+    pub fn said(&self) -> String {
+        tail(&self.place.path().join("said"))
+    }
+}
+
+impl Drop for BackEnd {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            eprintln!("the back-end said:\n{}", self.said());
+        } else {
+            self.end();
+        }
+    }
+}
+
+fn spawn(which: &Which, drive: &str, queues: u32, place: &Path) -> Child {
+    let socket = place.join("disk");
+    // Whoever was killed has left its sockets, and a front-end must not find them before the next one listens.
+    let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(place.join("control"));
+    match which {
+        Which::Passgate(more) => {
+            let mut command = Command::new(PASSGATE);
+            command.args(["vhost-user-blk", "--device", drive, "--num-queues", &queues.to_string()]);
+            command
+                .arg("--socket-path")
+                .arg(&socket)
+                .arg("--control-path")
+                .arg(place.join("control"))
+                .args(more);
+            let mut child = run(command, place);
+            listens(&mut child, &socket, place, STARTS).expect("passgate does not listen");
+            child
+        }
+        Which::Stock { thread } => {
+            // QEMU 11.1 enables the controller before it has told it where completions go, and then waits for ever. The
+            // drive keeps the address, which is the same in the next process: that one gets its completions.
+            for _ in 0..5 {
+                let mut child = run(storage_daemon(*thread, drive, queues, &socket), place);
+                if listens(&mut child, &socket, place, Duration::from_secs(4)).is_some() {
+                    return child;
+                }
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+            panic!("the storage daemon does not listen: {}", tail(&place.join("said")));
+        }
+    }
+}
+
+fn storage_daemon(thread: bool, drive: &str, queues: u32, socket: &Path) -> Command {
+    let mut command = Command::new(STORAGE_DAEMON);
+    let mut export = format!(
+        "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
+        socket.display()
+    );
+    if thread {
+        command.args(["--object", "iothread,id=t"]);
+        export.push_str(",iothread=t");
+    }
+    command.args(["--blockdev", &format!("driver=nvme,device={drive},namespace=1,node-name=d")]);
+    command.args(["--export", &export]);
+    command
+}
+
+fn run(mut command: Command, place: &Path) -> Child {
+    let said = File::options().create(true).append(true).open(place.join("said")).unwrap();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn().unwrap()
+}
+
+/// Waits until it listens, without connecting: it would take that for a front-end.
+fn listens(child: &mut Child, socket: &Path, place: &Path, within: Duration) -> Option<()> {
+    let begun = Instant::now();
+    while begun.elapsed() < within {
+        if let Some(status) = child.try_wait().unwrap() {
+            panic!("the back-end has ended: {status}: {}", tail(&place.join("said")));
+        }
+        let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+        // A listening socket has the flag 0x10000 (unix(7) names none of this; net/unix/af_unix.c does).
+        if table.lines().any(|line| line.ends_with(&*socket.to_string_lossy()) && line.contains(" 00010000 "))
+        {
+            return Some(());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    None
+}
+
+/// Whether somebody takes connections at a socket that is not the front-end's.
+pub fn answers(path: &Path) -> bool {
+    UnixStream::connect(path).is_ok()
+}
