@@ -37,6 +37,27 @@ fn what_was_under_way_is_done_again_where_its_pages_are_open_and_withheld_where_
 }
 
 #[test]
+fn no_number_of_fences_makes_a_request_fail() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    let bytes = bench.fill(&page(0), 7);
+    bench.sim.fault(When::any().always(), Does::HoldData);
+    owner.start(1, write(0, 8), &page(0));
+    for (round, step) in STRONG.into_iter().cycle().take(7).enumerate() {
+        assert!(bench.sim.await_taken(round as u64 + 1, LONG));
+        bench.drive().fence(step).unwrap();
+        owner.look(); // it parks
+        bench.drive().attach().unwrap();
+        if round == 6 {
+            bench.sim.behave();
+        }
+        owner.look();
+    }
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(bench.sim.medium().read(0, 8), bytes);
+}
+
+#[test]
 fn a_fence_waits_for_no_owner() {
     for step in STRONG {
         let bench = Bench::new(Options::default(), 2);
