@@ -120,6 +120,29 @@ fn what_cannot_be_done_is_an_error() {
 }
 
 #[test]
+fn what_is_no_request_is_told_apart() {
+    let memory = memory();
+    let says = |head| read(&memory, head, false, false).map(drop);
+    chain(&memory, &[(HEADERS, 16, 0), (0x4000, 512, WRITE), (0x3100, 1, 0)]);
+    assert_eq!(says(0), Err(Malformed::Order));
+    chain(&memory, &[(u64::MAX - 8, 16, WRITE)]);
+    assert_eq!(says(0), Err(Malformed::Order));
+    chain(&memory, &[(HEADERS, 16, 0)]);
+    assert_eq!(says(0), Err(Malformed::NoStatus));
+    put(&memory, TABLE, 0, (HEADERS, 16, NEXT, 0));
+    assert_eq!(says(0), Err(Malformed::Endless));
+    put(&memory, TABLE, 0, (HEADERS, 16, NEXT, ENTRIES));
+    assert_eq!((says(0), says(ENTRIES)), (Err(Malformed::Beyond), Err(Malformed::Beyond)));
+    put(&memory, TABLE, 0, (HOLE.start, 16, TABLED, 0));
+    assert_eq!(says(0), Err(Malformed::Nowhere));
+    put(&memory, TABLE, 0, (INDIRECT, 16, TABLED, 0));
+    put(&memory, INDIRECT, 0, (INDIRECT, 16, TABLED, 0));
+    assert_eq!(says(0), Err(Malformed::Indirect));
+    put(&memory, TABLE, 0, (INDIRECT, 17, TABLED, 0));
+    assert_eq!(says(0), Err(Malformed::Indirect));
+}
+
+#[test]
 fn who_may_not_write_does_not() {
     let memory = memory();
     for (kind, data) in [
