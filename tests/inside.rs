@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use passgate::Error;
-use passgate::client::{AddMemory, Outcome, PageState, State};
+use passgate::client::{AddMemory, Client, Outcome, PageState, State};
 use passgate::gate::{Admits, OnStuckDma, Policy};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::iommu::sim::{Call, Fault, Memory, Sim};
@@ -187,6 +187,27 @@ fn every_question_is_answered_also_by_the_end() {
     drop(server);
     assert_eq!(waiting.recv_timeout(SOON).unwrap(), Admits::Never);
     assert!(matches!(inside.connect(), Err(Error::Over)));
+}
+
+/// The same, of a client that hears a no: it hears one.
+#[test]
+fn a_removal_that_is_not_proved_is_an_error() {
+    let _one = alone();
+    let sim = sim();
+    let device = Arc::new(sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false }));
+    let dir = tempfile::tempdir().unwrap();
+    let policy = Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
+    let options = Options { policy, ..Options::at(dir.path().join("socket")) };
+    let server = Server::bind(options, Arc::new(sim.clone()), vec![device]).unwrap().spawn().unwrap();
+    let mut client = Client::connect(server.path()).unwrap();
+    let region = client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap().region;
+    sim.fail_next(Call::Unmap, Fault::Stuck);
+    common::assert_refused(client.remove_memory(region), 16, "could not be removed");
+    let status = client.status().unwrap();
+    assert!(status.regions[0].closing && status.quarantine.len() == 1);
+    // It goes with the proof, whenever that comes.
+    sim.unstick();
+    common::until(&mut client, |status| status.regions.is_empty() && status.quarantine.is_empty());
 }
 
 /// What only a reset ends, and a policy that never resets.

@@ -90,7 +90,8 @@ impl Client {
         self.call("AddMemory", memory, &fds)
     }
 
-    /// Takes memory away again; returns when no device sees it any more.
+    /// Takes memory away again; returns when no device sees it any more. An error says nothing of the kind: devices may
+    /// still reach it.
     pub fn remove_memory(&mut self, region: u32) -> Result<()> {
         self.call::<Value>("RemoveMemory", &RemoveMemory { region }, &[]).map(drop)
     }

@@ -56,7 +56,6 @@ pub struct Desc {
 /// One virtqueue as its driver has it.
 #[derive(Debug)]
 pub struct Ring {
-    pub index: usize,
     base: u64,
     pub avail: u16,
     pub used: u16,
@@ -102,7 +101,7 @@ impl Guest {
             let event = epoll::Event::new(epoll::Events::EPOLLIN, 0);
             epoll::ctl(bell, epoll::ControlOptions::EPOLL_CTL_ADD, call.as_raw_fd(), event).unwrap();
             let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-            Ring { index, base: index as u64 * RING, avail: 0, used: 0, kick, call, bell }
+            Ring { base: index as u64 * RING, avail: 0, used: 0, kick, call, bell }
         });
         let rings = rings.collect();
         let (frontend, socket) = dial(path, queues);

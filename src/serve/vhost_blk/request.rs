@@ -296,3 +296,7 @@ pub(super) fn id(drive: &Geometry) -> [u8; ID] {
     }
     id
 }
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use passgate_backends::nvme::sim::{self, Does, When};
+use passgate_bindings::Iova;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -64,6 +65,7 @@ fn memory_that_is_removed_is_not_written_to_any_more() {
     guest.frontend.remove_mem_region(&gone).unwrap();
     let seen = world.control().status().unwrap();
     assert_eq!((seen.regions.len(), seen.quarantine.len()), (1, 0), "{seen:?}");
+    assert!(world.iommu.dma(Iova(HALF)).is_none() && world.iommu.dma(Iova(0)).is_some());
     // What is its from here on is another's.
     guest.memory.write(LOST, &[0x22; 64 * 512]).unwrap();
     world.sim.release();
