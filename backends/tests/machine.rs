@@ -12,6 +12,7 @@ mod machine {
     pub mod calls;
     pub mod cut;
     pub mod domains;
+    pub mod drive;
     pub mod fences;
     pub mod groups;
     pub mod igb;
@@ -25,7 +26,7 @@ mod machine {
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, cut, domains, fences, groups, igb, interrupts, nvme, refusals, replace, virtio};
+use machine::{calls, cut, domains, drive, fences, groups, igb, interrupts, nvme, refusals, replace, virtio};
 use passgate_backends::{Kind, Tables};
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -79,6 +80,24 @@ const EVERY_DOMAIN: &[(&str, Test)] = &[
     (
         "a_command_that_never_completes_fails_the_drain_and_not_the_next_fence",
         nvme::a_command_that_never_completes_fails_the_drain_and_not_the_next_fence,
+    ),
+    ("nvme_drive_says_what_it_is", drive::it_says_what_it_is),
+    (
+        "nvme_drive_requests_of_every_shape_move_the_right_bytes",
+        drive::requests_of_every_shape_move_the_right_bytes,
+    ),
+    ("nvme_drive_flushes_zeroes_and_discards", drive::it_flushes_zeroes_and_discards),
+    (
+        "nvme_drive_completions_come_by_an_interrupt_of_each_queue",
+        drive::completions_come_by_an_interrupt_of_each_queue,
+    ),
+    ("nvme_drive_a_load_survives_every_fence", drive::a_load_survives_every_fence),
+    ("nvme_drive_a_reset_in_the_middle_loses_nothing", drive::a_reset_in_the_middle_loses_nothing),
+    ("nvme_drive_no_block_reaches_a_page_after_its_unmap", drive::no_block_reaches_a_page_after_its_unmap),
+    ("nvme_drive_the_kernel_gets_it_back_when_it_asks", drive::the_kernel_gets_it_back_when_it_asks),
+    (
+        "nvme_drive_what_was_written_is_there_when_it_is_opened_again",
+        drive::what_was_written_is_there_when_it_is_opened_again,
     ),
     ("virtio_net_dma_moves_the_right_bytes", virtio::net_dma_moves_the_right_bytes),
     ("virtio_net_unmapped_memory_is_out_of_reach", virtio::net_unmapped_memory_is_out_of_reach),

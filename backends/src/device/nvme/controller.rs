@@ -26,6 +26,9 @@ const IN: u64 = Pair::size(SLOTS);
 /// Pages of its own memory.
 const PAGES: usize = (IN / PAGE) as usize + 1;
 
+/// In the upper half of CAP: of the command sets (CAP.CSS) the one that is for blocks.
+const CAP_NVM: u32 = 1 << 5;
+
 /// An admin command that takes longer never completes.
 pub(super) const DEADLINE: Duration = Duration::from_secs(2);
 /// How long to look before sleeping between looks.
@@ -60,6 +63,10 @@ impl Controller {
         let smallest = PAGE << (high >> 16 & 0xf); // CAP.MPSMIN
         if smallest != PAGE {
             let what = "pages of 4 KiB";
+            return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
+        }
+        if high & CAP_NVM == 0 {
+            let what = "the NVM command set";
             return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
         }
         let admin = Pair::empty(0, SLOTS, 0, &memory).map_err(|failed| registers.failed(failed))?;
@@ -154,9 +161,9 @@ impl Controller {
         !matches!(self.registers.get(CSTS), Ok(status) if status != GONE)
     }
 
-    /// Whether it says that it cannot go on without a reset.
-    pub(super) fn is_fatal(&self) -> bool {
-        matches!(self.registers.get(CSTS), Ok(status) if status & CSTS_FATAL != 0)
+    /// Whether it cannot go on without a reset although it had come up: it says so, or somebody else has reset it.
+    pub(super) fn is_stuck(&self) -> bool {
+        matches!(self.registers.get(CSTS), Ok(status) if status & (CSTS_FATAL | CSTS_READY) != CSTS_READY)
     }
 
     /// Runs an admin command that must succeed.
@@ -189,7 +196,7 @@ impl Controller {
             match begun.elapsed() {
                 over if over > DEADLINE => return Ok(None),
                 young if young < SPIN => std::hint::spin_loop(),
-                _ if self.is_gone() || self.is_fatal() => return Ok(None),
+                _ if self.is_gone() || self.is_stuck() => return Ok(None),
                 young => std::thread::sleep(young.min(Duration::from_millis(1))),
             }
         }

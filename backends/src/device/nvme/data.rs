@@ -40,8 +40,10 @@ pub(super) struct Inexpressible;
 /// Cuts the memory of a request into the shares of commands.
 pub(super) fn plan(rules: Rules, segments: &[Segment], parts: &mut Vec<Part>) -> Result<(), Inexpressible> {
     parts.clear();
-    let sound =
-        |segment: &Segment| segment.iova.0.checked_add(segment.len.into()).is_some_and(|end| end <= REACH);
+    let sound = |segment: &Segment| {
+        let end = segment.iova.0.checked_add(segment.len.into());
+        segment.len > 0 && end.is_some_and(|end| end <= REACH)
+    };
     if !segments.iter().all(sound) {
         return Err(Inexpressible);
     }
@@ -81,19 +83,24 @@ fn share(rules: Rules, segments: &[Segment], first: usize, into: u64) -> Option<
 
 /// Bytes that page entries can cover from there.
 fn by_pages(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 {
-    let (mut bytes, mut entries, mut skip) = (0, 0, into);
-    for (nth, segment) in segments.iter().enumerate().skip(first) {
+    let (mut bytes, mut entries, mut skip, mut last) = (0, 0, into, None::<u64>);
+    for segment in segments.iter().skip(first) {
         let (start, end) = (segment.iova.0 + skip, segment.iova.0 + u64::from(segment.len));
         skip = 0;
-        let begins = if nth == first { start.is_multiple_of(4) } else { start.is_multiple_of(PAGE) };
-        if !begins {
+        let goes_on = match last {
+            None => start.is_multiple_of(4),
+            Some(last) => start == last || start.is_multiple_of(PAGE) && last.is_multiple_of(PAGE),
+        };
+        if !goes_on {
             return bytes;
         }
-        let pages = end.div_ceil(PAGE) - start / PAGE;
+        let page = first_page(start, last);
+        let pages = end.div_ceil(PAGE) - page;
+        last = Some(end);
         // The first entry is in the command itself.
         let room = (WORDS as u64 + 1).saturating_sub(entries);
         if pages > room {
-            let reach = (start / PAGE + room) * PAGE;
+            let reach = (page + room) * PAGE;
             return (bytes + reach.saturating_sub(start)).min(rules.most);
         }
         entries += pages;
@@ -101,11 +108,13 @@ fn by_pages(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 
         if bytes >= rules.most {
             return rules.most;
         }
-        if !end.is_multiple_of(PAGE) {
-            return bytes;
-        }
     }
     bytes
+}
+
+/// The first page of a piece from `start` on that has no entry yet, behind a piece that ends at `last`.
+fn first_page(start: u64, last: Option<u64>) -> u64 {
+    if last == Some(start) { start.div_ceil(PAGE) } else { start / PAGE }
 }
 
 /// Bytes that descriptors can cover from there.
@@ -138,7 +147,7 @@ pub(super) fn pointer<E>(
     mut list: impl FnMut(usize, u64) -> Result<(), E>,
 ) -> Result<Data, E> {
     let (mut left, mut skip, mut words, mut pages) = (part.bytes, part.into, 0, 0);
-    let (mut first, mut second) = ((0, 0), 0);
+    let (mut first, mut second, mut last) = ((0, 0), 0, None);
     for segment in segments.iter().skip(part.first) {
         let start = segment.iova.0 + skip;
         let len = (u64::from(segment.len) - skip).min(left);
@@ -153,7 +162,8 @@ pub(super) fn pointer<E>(
                 words += 1;
             }
         } else {
-            let mut page = start;
+            let mut page = start.max(first_page(start, last) * PAGE);
+            last = Some(start + len);
             while page < start + len {
                 match pages {
                     0 => first.0 = page,
@@ -284,6 +294,26 @@ mod tests {
         assert_eq!(check(RULES, &inside), Err(Inexpressible));
         assert_eq!(check(Rules { sgl: 1, ..RULES }, &inside), Ok(1));
         assert_eq!(check(Rules { sgl: 2, ..RULES }, &segments(&[(0x1202, 512)])), Err(Inexpressible));
+    }
+
+    #[test]
+    fn pieces_that_touch_are_one_wherever_they_do() {
+        assert_eq!(check(RULES, &segments(&[(0x1200, 256), (0x1300, 256)])), Ok(1));
+        assert_eq!(
+            check(RULES, &segments(&[(0x1200, 512), (0x1400, 512), (0x1600, 0xa00), (0x9000, 512)])),
+            Ok(1)
+        );
+        assert_eq!(check(RULES, &segments(&[(0x1000, 0x800), (0x1800, 0x1800), (0x5000, 4096)])), Ok(1));
+        let many: Vec<_> = (0..2048).map(|nth| (0x10_0200 + nth * 512, 512)).collect();
+        assert_eq!(check(RULES, &segments(&many)), Ok(1));
+        assert_eq!(check(RULES, &segments(&[(0x1200, 512), (0x1401, 512)])), Err(Inexpressible));
+    }
+
+    #[test]
+    fn nothing_is_made_of_pieces_without_bytes() {
+        assert_eq!(check(RULES, &segments(&[(0x1000, 0), (0x1000, 512)])), Err(Inexpressible));
+        assert_eq!(check(RULES, &segments(&[(0x1000, 512), (0x1000, 0)])), Err(Inexpressible));
+        assert_eq!(check(RULES, &segments(&[(u64::MAX - 100, 512)])), Err(Inexpressible));
     }
 
     #[test]

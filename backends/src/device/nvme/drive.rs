@@ -8,7 +8,7 @@
 //! A thread of the drive's own, the *keeper*, deals with commands that do not end: abort, then a reset of the controller,
 //! after which everything that was in flight is done again.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -166,6 +166,8 @@ pub(super) struct Inner {
     /// When a fence had stopped the drive, in milliseconds; 0 where none has.
     stopped: AtomicU64,
     troubles: Mutex<Sender<Trouble>>,
+    /// How often the controller was reset because of what it did, or did not do.
+    pub(super) recoveries: AtomicU32,
     /// The drive is being closed: the keeper waits for nobody.
     leaving: AtomicBool,
 }
@@ -220,6 +222,7 @@ impl Drive {
             mode: Mutex::new(Mode::Up),
             stopped: AtomicU64::new(0),
             troubles: Mutex::new(troubles),
+            recoveries: AtomicU32::new(0),
             leaving: AtomicBool::new(false),
             control: Mutex::new(controller),
             memory,
@@ -245,6 +248,12 @@ impl Drive {
     /// What its DMA may touch: nothing, until pages are opened there.
     pub fn window(&self) -> &Arc<Window> {
         &self.inner.window
+    }
+
+    /// Readable once somebody wants the device back, and stays so: he waits until the drive and its queues are dropped.
+    /// None where nobody can say so.
+    pub fn removal(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.registers.removal()
     }
 
     /// Its queues.
@@ -437,11 +446,13 @@ impl Inner {
         while let Err(error) = self.halt() {
             log::warn!("{error}");
             drop(controller);
+            std::thread::sleep(Duration::from_millis(1)); // an attach may have been waiting for it
             controller = self.control();
             if self.life() != life.with(Life::HALTED) || self.leaving.load(Ordering::Acquire) {
                 return;
             }
         }
+        self.recoveries.fetch_add(1, Ordering::AcqRel);
         let fenced = || *self.mode() == Mode::Fenced;
         let overtaken = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
         let revived = self.revive(&mut controller, || if fenced() { Err(overtaken()) } else { Ok(()) });
@@ -477,14 +488,16 @@ fn keep(inner: &Inner, told: &Receiver<Trouble>) {
             Err(RecvTimeoutError::Timeout) => {
                 let life = inner.life();
                 if !life.is_up() {
+                    // What stays too long with a drive that is stopped, its owner is to have back.
+                    inner.seats.iter().for_each(Seat::wake);
                     continue;
                 }
                 let controller = inner.control();
                 if inner.life() == life && controller.is_gone() {
                     inner.lose(&controller, &"it is not there any more");
-                } else if inner.life() == life && controller.is_fatal() {
+                } else if inner.life() == life && controller.is_stuck() {
                     drop(controller);
-                    inner.recover(life, "it reports a fatal error");
+                    inner.recover(life, "it reports a fatal error, or was reset");
                 } else {
                     // An interrupt may have been lost, and what takes too long only its owner can see.
                     inner.seats.iter().for_each(Seat::wake);

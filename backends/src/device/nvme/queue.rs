@@ -83,7 +83,7 @@ pub enum Submitted {
     /// The drive is gone, or was given up.
     Lost,
     /// No command can be made of it: its memory is not as long as its blocks, or in pieces that this controller does not
-    /// take.
+    /// take, or in more than fit into a whole queue; or its blocks are not there.
     Wrong,
 }
 
@@ -120,6 +120,7 @@ struct Request {
     /// Commands that have not completed; none where the slot is free.
     left: u16,
     fault: Option<Fault>,
+    /// How often the drive had to be brought to its senses with it under way.
     tries: u8,
     /// When it was submitted, in milliseconds.
     since: u64,
@@ -144,6 +145,10 @@ pub struct Queue {
     parts: Vec<Part>,
     /// Whether the controller has not been told of the last commands.
     unrung: bool,
+    /// Whether the controller has completed what it was never asked for: what else it completes counts for nothing.
+    distrusted: bool,
+    /// The recoveries that its requests have seen ([`Inner::recoveries`]).
+    recoveries: u32,
     /// What came to its end otherwise than by a completion.
     ended: Vec<Completed>,
     looked: u64,
@@ -176,6 +181,8 @@ impl Queue {
             names: (0..names).collect(),
             parts: Vec::new(),
             unrung: false,
+            distrusted: false,
+            recoveries: inner.recoveries.load(Ordering::Acquire),
             ended: Vec::new(),
             looked: 0,
             left,
@@ -320,7 +327,11 @@ impl Queue {
     /// Takes completions off the queue.
     fn take(&mut self, done: &mut Vec<Completed>) {
         let mut head = None;
-        loop {
+        // There are no more than that: a controller that writes for ever does not keep anybody here.
+        for _ in 0..self.inner.slots {
+            if self.distrusted {
+                break;
+            }
             let (completion, next) = match self.pair.take(&self.inner.memory) {
                 Ok(Some(taken)) => taken,
                 Ok(None) => break,
@@ -345,6 +356,7 @@ impl Queue {
         let request = owner.and_then(|slot| Some((slot, self.requests.get_mut(usize::from(slot))?)));
         let Some((slot, request)) = request else {
             log::error!("{}: it completes command {id}, which it does not have", self.inner.name);
+            self.distrusted = true;
             self.inner.trouble(Trouble::Nonsense { life: self.life });
             return;
         };
@@ -360,7 +372,7 @@ impl Queue {
         }
         match request.fault {
             // It took too long, or had the name of one that did.
-            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot),
+            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot, true),
             fault => self.end(slot, fault.map_or(Ok(()), Err)),
         }
     }
@@ -473,19 +485,22 @@ impl Queue {
     /// Submits everything again that was in flight.
     fn again(&mut self) {
         self.reset_names();
+        // A fence says nothing against what was under way, however many come.
+        let recoveries = self.inner.recoveries.load(Ordering::Acquire);
+        let blamed = std::mem::replace(&mut self.recoveries, recoveries) != recoveries;
         for slot in 0..self.requests.len() as u16 {
             if !self.free.contains(&slot) {
-                self.retry(slot);
+                self.retry(slot, blamed);
             }
         }
         self.ring();
     }
 
-    /// Submits a request again of which nothing is in flight, if it may be.
-    fn retry(&mut self, slot: u16) {
+    /// Submits a request again of which nothing is in flight, if it may be; `blamed`: it may be what is wrong.
+    fn retry(&mut self, slot: u16, blamed: bool) {
         let window = self.window_slot(slot);
         let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
-        request.tries += 1;
+        request.tries += u8::from(blamed);
         if std::mem::take(&mut request.overdue) {
             self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
         }
@@ -507,6 +522,7 @@ impl Queue {
     }
 
     fn reset_names(&mut self) {
+        self.distrusted = false;
         self.commands.fill(None);
         self.names.clear();
         self.names.extend(0..self.commands.len() as u16);

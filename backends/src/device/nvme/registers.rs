@@ -1,12 +1,13 @@
 //! A controller's registers and interrupts, wherever it is: behind VFIO, or the simulator.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::device::Region;
 use passgate_bindings::vfio::mapped::Mapped;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::super::Device;
 use super::super::vfio::VfioDevice;
@@ -14,6 +15,8 @@ use crate::{Error, Result};
 
 /// `VFIO_PCI_MSIX_IRQ_INDEX`.
 const MSIX: u32 = 2;
+/// `VFIO_PCI_REQ_IRQ_INDEX`.
+const REQUEST: u32 = 4;
 
 /// Registers (NVM Express base specification 2.0, 3.1.3).
 pub(super) const CAP: u64 = 0x00;
@@ -57,6 +60,11 @@ pub trait Registers: Send + Sync + fmt::Debug {
     /// Has each vector write its eventfd from now on; one without is silent.
     fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()>;
 
+    /// Readable once somebody wants the device back, who waits until it is closed; none where nobody can say so.
+    fn removal(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// The error that a failed call is.
     fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.device().name().to_owned(), source, mend: "" }
@@ -68,6 +76,7 @@ pub trait Registers: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(super) struct Bar {
     doorbells: Option<Mapped>,
+    removal: Option<OwnedFd>,
     region: Region,
     vfio: Arc<VfioDevice>,
     device: Arc<dyn Device>,
@@ -85,8 +94,26 @@ impl Bar {
                 None
             }
         };
+        let removal = Self::listen(&vfio);
         let device = Arc::clone(&vfio) as Arc<dyn Device>;
-        Ok(Self { doorbells, region, vfio, device })
+        Ok(Self { doorbells, removal, region, vfio, device })
+    }
+
+    /// Has the kernel say when it wants the device back: somebody unbinds it, or pulls it out.
+    fn listen(vfio: &VfioDevice) -> Option<OwnedFd> {
+        let file = vfio.file();
+        let listened = file.irq_info(REQUEST).and_then(|info| {
+            let removal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+            let removal = removal.map_err(|errno| Failed::new("eventfd", errno))?;
+            if info.count > 0 {
+                file.set_irqs(REQUEST, 0, &[Some(removal.as_fd())])?;
+            }
+            Ok((info.count > 0).then_some(removal))
+        });
+        listened.unwrap_or_else(|error| {
+            log::debug!("{}: nobody will say when it is wanted back: {error}", vfio.name());
+            None
+        })
     }
 }
 
@@ -113,6 +140,10 @@ impl Registers for Bar {
 
     fn vectors(&self) -> Result<u32> {
         self.vfio.file().irq_info(MSIX).map(|info| info.count).map_err(|failed| self.vfio.failed(failed))
+    }
+
+    fn removal(&self) -> Option<BorrowedFd<'_>> {
+        self.removal.as_ref().map(AsFd::as_fd)
     }
 
     fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {

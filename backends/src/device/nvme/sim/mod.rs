@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use passgate_bindings::Failed;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use super::registers::Registers;
@@ -163,7 +164,9 @@ impl Simulated {
             core.failed(Failed::new("starting a thread", errno))
         })?;
         let device = Arc::new(Function::new(Arc::clone(&core))) as Arc<dyn Device>;
-        let registers = Arc::new(Wires::new(Arc::clone(&core), device));
+        let removal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let removal = removal.map_err(|errno| core.failed(Failed::new("eventfd", errno)))?;
+        let registers = Arc::new(Wires::new(Arc::clone(&core), device, removal));
         Ok(Self { core, registers, thread: Some(thread) })
     }
 
@@ -266,6 +269,11 @@ impl Simulated {
     pub fn fail(&self) {
         self.core.lock().fatal = true;
         self.core.changed.notify_all();
+    }
+
+    /// Somebody wants the device back, as the kernel does where a device is unbound: it says so, and goes on.
+    pub fn ask_back(&self) {
+        let _ = rustix::io::write(&self.registers.removal, &1u64.to_ne_bytes());
     }
 
     /// It is pulled out: its registers read as all ones and it does no DMA, ever again.

@@ -1,6 +1,6 @@
 //! The simulated controller's registers and interrupt vectors (NVM Express base specification 2.0, 3.1.3).
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,11 +33,13 @@ const RIGHT_ENTRIES: u32 = 6 << 16 | 4 << 20;
 pub(super) struct Wires {
     core: Arc<Core>,
     device: Arc<dyn Device>,
+    /// Readable once it is wanted back.
+    pub(super) removal: OwnedFd,
 }
 
 impl Wires {
-    pub(super) fn new(core: Arc<Core>, device: Arc<dyn Device>) -> Self {
-        Self { core, device }
+    pub(super) fn new(core: Arc<Core>, device: Arc<dyn Device>, removal: OwnedFd) -> Self {
+        Self { core, device, removal }
     }
 
     /// CAP: queues contiguous, the NVM command set, pages of 4 KiB to 64 KiB.
@@ -147,6 +149,10 @@ impl Registers for Wires {
         drop(machine);
         self.core.changed.notify_all();
         Ok(())
+    }
+
+    fn removal(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.removal.as_fd())
     }
 
     fn vectors(&self) -> Result<u32> {

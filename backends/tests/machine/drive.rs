@@ -1,0 +1,434 @@
+//! The NVMe drive as a block device: every block arrives by several queues and their interrupts, and fences, resets and
+//! unmaps in the middle of it cost nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use passgate_backends::device::Guard;
+use passgate_backends::nvme::{Drive, DriveOptions, Fault, Op, Queue, Submitted};
+use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, Segment, Unmap, Windowed, assign};
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::Offset;
+use passgate_bindings::vfio::device::DeviceFile;
+use passgate_bindings::{Iova, PAGE};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::bench::{BASE, Bench, bytes, check, memfd, range, same};
+use super::traffic::Outcome;
+
+/// Guest memory: pages for requests in pieces, and as many for requests in one.
+const HALF: u64 = 272;
+const PAGES: u64 = 2 * HALF;
+const BLOCK: usize = 512;
+const QUEUES: u16 = 4;
+/// Longer than anything takes here.
+const LONG: Duration = Duration::from_secs(60);
+/// Requests that a load has under way in each queue.
+const DEEP: u64 = 8;
+
+struct Served {
+    drive: Arc<Drive>,
+    windowed: Windowed,
+    memory: Arc<GuestFile>,
+}
+
+impl Served {
+    fn open(bench: &Bench) -> Result<Self, Failed> {
+        let options = DriveOptions { queues: QUEUES, deadline: Duration::from_secs(1), ..Default::default() };
+        let accept = Accept { unstoppable: true, drive: Some(options), ..Accept::default() };
+        let Assignment { domain, mut drives, .. } =
+            assign(bench.kind, std::slice::from_ref(&bench.nvme), accept, bench.tables)?;
+        let drive = drives.pop().ok_or("no drive")?;
+        let served = Self {
+            windowed: Windowed::new(domain, Arc::clone(drive.window())).with_patience(Duration::from_secs(5)),
+            drive,
+            memory: memfd(PAGES)?,
+        };
+        served.map(0, PAGES)?;
+        Ok(served)
+    }
+
+    fn map(&self, page: u64, pages: u64) -> Outcome {
+        // Of mappings of this size some can be taken away where none is cut.
+        Ok(self.windowed.map(range(page, pages), DEEP * PAGE, &self.memory, Offset(page * PAGE), true)?)
+    }
+
+    fn owner(&self, nth: u16) -> Result<Owner, Failed> {
+        Ok(Owner { queue: self.drive.take_queue(nth)?, results: BTreeMap::new() })
+    }
+
+    fn fill(&self, segments: &[Segment], bytes: &[u8]) -> Outcome {
+        let mut rest = bytes;
+        for segment in segments {
+            let (now, later) = rest.split_at(segment.len as usize);
+            self.memory.write(segment.iova.0 - BASE, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn page(&self, page: u64) -> Result<Vec<u8>, Failed> {
+        bytes(&self.memory, page * PAGE, PAGE as usize)
+    }
+}
+
+/// Whoever owns a queue, and what has come back to him.
+struct Owner {
+    queue: Queue,
+    results: BTreeMap<u32, Result<(), Fault>>,
+}
+
+impl Owner {
+    fn submit(&mut self, tag: u32, op: Op, segments: &[Segment]) -> Submitted {
+        let submitted = self.queue.submit(tag, &op, segments);
+        self.queue.ring();
+        submitted
+    }
+
+    /// Sleeps until the interrupt, or as long, and looks.
+    fn wait(&mut self, long: Duration) -> Outcome {
+        let wait = Timespec { tv_sec: long.as_secs() as i64, tv_nsec: long.subsec_nanos().into() };
+        poll(&mut [PollFd::new(&self.queue.interrupt(), PollFlags::IN)], Some(&wait))?;
+        let _ = rustix::io::read(self.queue.interrupt(), &mut [0; 8]); // what it says is of no matter
+        let mut done = Vec::new();
+        self.queue.complete(&mut done);
+        for completed in done {
+            let before = self.results.insert(completed.tag, completed.result);
+            same("what came of it before", before, None)?;
+        }
+        Ok(())
+    }
+
+    /// A request, to its end.
+    fn run(&mut self, op: Op, segments: &[Segment]) -> Outcome {
+        same("submitting", self.submit(7, op, segments), Submitted::Started)?;
+        let begun = Instant::now();
+        loop {
+            self.wait(Duration::from_secs(2))?;
+            match self.results.remove(&7) {
+                Some(result) => return same("its result", result, Ok(())),
+                None => check("it ends", begun.elapsed() < LONG)?,
+            }
+        }
+    }
+}
+
+fn piece(at: u64, len: u32) -> Segment {
+    Segment { iova: Iova(BASE + at), len }
+}
+
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn write(first: u64, bytes: usize) -> Op {
+    Op::Write { first, blocks: (bytes / BLOCK) as u32, fua: false }
+}
+
+fn read(first: u64, bytes: usize) -> Op {
+    Op::Read { first, blocks: (bytes / BLOCK) as u32 }
+}
+
+pub fn it_says_what_it_is(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let geometry = served.drive.geometry();
+    same("its blocks", (geometry.block, geometry.blocks), (BLOCK as u32, (64 << 20) / BLOCK as u64))?;
+    same("its serial number", geometry.serial.as_str(), "s1")?;
+    same("write-protected", geometry.read_only, false)?;
+    same("what it can", (geometry.write_zeroes > 0, geometry.discard > 0), (true, true))?;
+    same("its queues", served.drive.queues(), QUEUES)?;
+    check("a queue has one owner", served.drive.take_queue(0).is_ok() && served.drive.take_queue(0).is_err())
+}
+
+/// Memory in every shape there is: page lists, scatter-gather lists, more than one command takes. Not a byte beside.
+pub fn requests_of_every_shape_move_the_right_bytes(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let mut owner = served.owner(QUEUES - 1)?;
+    let list = |count: u64, place: &dyn Fn(u64) -> u64, len| -> Vec<Segment> {
+        (0..count).map(|nth| piece(place(nth), len)).collect()
+    };
+    let shapes = [
+        ("a block", vec![piece(512, 512)]),
+        ("a page", vec![piece(0, 4096)]),
+        ("across two pages", vec![piece(3584, 4096)]),
+        ("128 KiB", vec![piece(0x1_0000, 128 << 10)]),
+        ("128 KiB in pages, backwards", list(32, &|nth| (200 - 2 * nth) * PAGE, 4096)),
+        ("1 MiB, more than a command takes", vec![piece(512, 1 << 20)]),
+        ("pieces at odd bytes", vec![piece(1, 100), piece(5000, 411), piece(9001, 513)]),
+        ("more pieces than a list holds", list(160, &|nth| nth * 1500 + 7, 512)),
+        ("pages, and then none", vec![piece(0x800, 0x800), piece(0x3000, 0x1000), piece(0x5200, 0x200)]),
+    ];
+    let mut model = vec![0; (PAGES * PAGE) as usize];
+    for (seed, (shape, pieces)) in (0..).zip(shapes) {
+        let len = pieces.iter().map(|piece| piece.len as usize).sum::<usize>();
+        let whole = [piece(HALF * PAGE, len as u32)];
+        let first = 5000 + seed * 3;
+        for (turn, (from, to)) in [(&pieces[..], &whole[..]), (&whole, &pieces)].into_iter().enumerate() {
+            let content = pattern(seed * 2 + turn as u64, len);
+            served.fill(from, &content)?;
+            put(&mut model, from, &content);
+            let outcome = owner.run(write(first, len), from).and_then(|()| owner.run(read(first, len), to));
+            outcome.map_err(|failed| format!("{shape}: {}", failed.message().unwrap_or("failed")))?;
+            put(&mut model, to, &content);
+            check(shape, bytes(&served.memory, 0, model.len())? == model)?;
+        }
+    }
+    Ok(())
+}
+
+fn put(model: &mut [u8], segments: &[Segment], content: &[u8]) {
+    let mut rest = content;
+    for segment in segments {
+        let (now, later) = rest.split_at(segment.len as usize);
+        model[(segment.iova.0 - BASE) as usize..][..now.len()].copy_from_slice(now);
+        rest = later;
+    }
+}
+
+pub fn it_flushes_zeroes_and_discards(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let mut owner = served.owner(0)?;
+    let (here, len) = ([piece(0, 0x8000)], 0x8000);
+    let content = pattern(1, len);
+    for unmap in [false, true] {
+        served.fill(&here, &content)?;
+        owner.run(Op::Write { first: 64, blocks: 64, fua: true }, &here)?;
+        owner.run(Op::Flush, &[])?;
+        owner.run(Op::WriteZeroes { first: 72, blocks: 16, unmap }, &[])?;
+        owner.run(read(64, len), &here)?;
+        let mut expected = content.clone();
+        expected[8 * BLOCK..24 * BLOCK].fill(0);
+        check("zeroes where they were asked for", bytes(&served.memory, 0, len)? == expected)?;
+    }
+    owner.run(Op::Discard { first: 72, blocks: 16 }, &[])?;
+    owner.run(read(64, len), &here)?;
+    let after = bytes(&served.memory, 0, len)?;
+    check("its neighbours stay", after[..8 * BLOCK] == content[..8 * BLOCK])?;
+    check("on both sides", after[24 * BLOCK..] == content[24 * BLOCK..])?;
+    let end = served.drive.geometry().blocks;
+    same("beyond its end", owner.submit(1, read(end - 63, len), &here), Submitted::Wrong)?;
+    same("at its end", owner.run(read(end - 64, len), &here).is_ok(), true)
+}
+
+/// Each queue has an interrupt of its own; one that is lost would be found by the keeper, a second later each time.
+pub fn completions_come_by_an_interrupt_of_each_queue(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    for nth in 0..QUEUES {
+        let mut owner = served.owner(nth)?;
+        owner.run(read(0, 512), &[piece(0, 512)])?;
+        let begun = Instant::now();
+        for _ in 0..40 {
+            owner.run(read(0, 512), &[piece(0, 512)])?;
+        }
+        check(&format!("queue {nth}: 40 requests in {:?}", begun.elapsed()), begun.elapsed().as_secs() < 10)?;
+    }
+    Ok(())
+}
+
+/// What a load has done.
+#[derive(Default)]
+struct Work {
+    done: AtomicU64,
+    withheld: AtomicU64,
+    /// Grows before somebody else writes to pages that a load reads blocks into.
+    overwritten: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Work {
+    fn await_more(&self, more: u64) -> Outcome {
+        let (from, begun) = (self.done.load(Ordering::Relaxed), Instant::now());
+        while self.done.load(Ordering::Relaxed) < from + more {
+            check("the load goes on", begun.elapsed() < LONG && !self.stop.load(Ordering::Relaxed))?;
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+}
+
+/// Stops a load, however its scope is left.
+struct Stop<'a>(&'a Work);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Writes pages, reads them back elsewhere and compares, several at a time, until it is stopped. What is withheld, or
+/// closed, is done again; anything else is wrong.
+fn load(served: &Served, mut owner: Owner, nth: u64, work: &Work) -> Outcome {
+    let _stops_all = Stop(work);
+    let (from, to) = (nth * 2 * DEEP, nth * 2 * DEEP + DEEP);
+    // Its round, whether it reads, whether it is under way.
+    let mut jobs = [(0u64, false, false); DEEP as usize];
+    let mut overwritten = [0; DEEP as usize];
+    let seed = |job, round| nth << 32 | round << 8 | job;
+    loop {
+        let (stop, mut closed) = (work.stop.load(Ordering::Relaxed), false);
+        for (job, (round, reads, under_way)) in (0..).zip(&mut jobs) {
+            if *under_way || stop {
+                continue;
+            }
+            let first = 10_000 + (nth * DEEP + job) * 8;
+            let (op, page) =
+                if *reads { (read(first, 4096), to + job) } else { (write(first, 4096), from + job) };
+            let here = [piece(page * PAGE, 4096)];
+            overwritten[job as usize] = work.overwritten.load(Ordering::SeqCst);
+            if !*reads {
+                served.fill(&here, &pattern(seed(job, *round), 4096))?;
+            }
+            match owner.submit(job as u32, op, &here) {
+                Submitted::Started => *under_way = true,
+                Submitted::Closed => closed = true,
+                other => return Err(format!("submitting: {other:?}").into()),
+            }
+        }
+        if stop && owner.queue.in_flight() == 0 {
+            return Ok(());
+        }
+        // Pages open without an interrupt.
+        owner.wait(Duration::from_millis(if closed { 5 } else { 2000 }))?;
+        for (job, result) in std::mem::take(&mut owner.results) {
+            let Some((round, reads, under_way)) = jobs.get_mut(job as usize) else { continue };
+            *under_way = false;
+            match result {
+                Ok(()) if *reads => {
+                    let job = u64::from(job);
+                    let right = served.page(to + job)? == pattern(seed(job, *round), 4096)
+                        || nth == 0 && work.overwritten.load(Ordering::SeqCst) != overwritten[job as usize];
+                    check(&format!("queue {nth}, job {job}, round {round}: its bytes"), right)?;
+                    (*round, *reads) = (*round + 1, false);
+                    work.done.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(()) => *reads = true,
+                Err(Fault::Withheld) => _ = work.withheld.fetch_add(1, Ordering::Relaxed),
+                Err(fault) => return Err(format!("queue {nth}, job {job}: {fault:?}").into()),
+            }
+        }
+    }
+}
+
+/// A load on every queue, and what happens meanwhile.
+fn under_load(served: &Served, what: impl FnOnce(&Work) -> Outcome) -> Outcome {
+    let work = Work::default();
+    let owners = (0..QUEUES).map(|nth| served.owner(nth)).collect::<Result<Vec<_>, _>>()?;
+    std::thread::scope(|scope| {
+        let loads = (0..).zip(owners).map(|(nth, owner)| {
+            let work = &work;
+            scope.spawn(move || load(served, owner, nth, work))
+        });
+        let loads: Vec<_> = loads.collect();
+        let outcome = {
+            let _stop = Stop(&work);
+            what(&work)
+        };
+        let ends = loads.into_iter().map(|load| load.join().expect("no panic"));
+        // What broke a load says more than that it does not go on.
+        ends.chain([outcome]).collect()
+    })
+}
+
+pub fn a_load_survives_every_fence(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let drive = &served.drive;
+    let steps = [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
+    under_load(&served, |work| {
+        for step in steps.into_iter().filter(|step| drive.stop_class().has(*step)).cycle().take(12) {
+            work.await_more(20)?;
+            drive.fence(step)?;
+            check("nothing is in flight behind a fence", drive.window().idle())?;
+            let before = work.done.load(Ordering::Relaxed);
+            drive.attach()?;
+            check("there was a load", before > 0)?;
+        }
+        work.await_more(100)
+    })
+}
+
+/// The device is reset behind its driver's back, and forgets everything that it was asked to do.
+pub fn a_reset_in_the_middle_loses_nothing(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let drive = &served.drive;
+    let device = match drive.guard() {
+        Guard::Cdev(device) | Guard::Type1 { device, .. } => device.try_clone_to_owned()?,
+        Guard::None => return Err("no device".into()),
+    };
+    let device = DeviceFile::from_fd(device);
+    under_load(&served, |work| {
+        for _ in 0..2 {
+            work.await_more(50)?;
+            device.reset()?;
+            work.await_more(200)?;
+        }
+        same("withheld", work.withheld.load(Ordering::Relaxed), 0)
+    })
+}
+
+/// Blocks are read into a page all the time, while the page is taken away and given back: behind the unmap it does not
+/// change, and nobody is told of an error.
+pub fn no_block_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    // The pages that the first load writes to memory.
+    let (page, pages) = (DEEP, DEEP);
+    under_load(&served, |work| {
+        for round in 0..30 {
+            work.await_more(8)?;
+            let unmapped = served.windowed.unmap(range(page, pages));
+            same("unmapped", unmapped, Unmap::Gone { bytes: pages * PAGE })?;
+            work.overwritten.fetch_add(1, Ordering::SeqCst);
+            let kept = pattern(round, (pages * PAGE) as usize);
+            served.memory.write(page * PAGE, &kept)?;
+            work.await_more(4)?;
+            check("it is as it was left", bytes(&served.memory, page * PAGE, kept.len())? == kept)?;
+            served.map(page, pages)?;
+        }
+        Ok(())
+    })
+}
+
+/// The kernel is asked for the drive back, and says so; the drive is closed, and whoever asked need not wait any more.
+pub fn the_kernel_gets_it_back_when_it_asks(bench: &Bench) -> Outcome {
+    let served = Served::open(bench)?;
+    let mut owner = served.owner(0)?;
+    let unbind = format!("/sys/bus/pci/devices/{}/driver/unbind", bench.nvme);
+    let name = bench.nvme.clone();
+    let asked = std::thread::spawn(move || std::fs::write(unbind, name));
+    let removal = served.drive.removal().ok_or("nobody would say")?;
+    let wait = Timespec { tv_sec: 20, tv_nsec: 0 };
+    let told = poll(&mut [PollFd::new(&removal, PollFlags::IN)], Some(&wait))?;
+    let works = owner.run(read(0, 512), &[piece(0, 512)]);
+    drop((owner, served));
+    asked.join().expect("no panic")?;
+    std::fs::write("/sys/bus/pci/drivers/vfio-pci/bind", &bench.nvme)?;
+    same("told", told, 1)?;
+    works?;
+    Served::open(bench).map(drop)
+}
+
+/// Closed in order and opened again, it has what was written.
+pub fn what_was_written_is_there_when_it_is_opened_again(bench: &Bench) -> Outcome {
+    let content = pattern(99, 4096);
+    for round in 0..3 {
+        let served = Served::open(bench)?;
+        let mut owner = served.owner(1)?;
+        let here = [piece(round * PAGE, 4096)];
+        if round > 0 {
+            owner.run(read(77, 4096), &here)?;
+            check("as it was written", served.page(round)? == content)?;
+        }
+        served.fill(&here, &content)?;
+        owner.run(write(77, 4096), &here)?;
+    }
+    Ok(())
+}
