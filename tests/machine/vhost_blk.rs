@@ -172,7 +172,10 @@ pub fn killed(iommu: &str) {
         back_end.kill();
         let killed = begun.elapsed();
         back_end.restart();
-        eprintln!("kill {nth}, after {before}: {killed:?} after progress, started again at {:?}", begun.elapsed());
+        eprintln!(
+            "kill {nth}, after {before}: {killed:?} after progress, started again at {:?}",
+            begun.elapsed()
+        );
     }
     let before = progress(&mut guest, 0);
     progress(&mut guest, before);
