@@ -34,6 +34,8 @@ pub(super) struct Connection {
     pub(super) frames: Frames,
     pub(super) waiting: Waiting,
     pub(super) calls: u64,
+    /// The call that is to remove memory, while it waits: it has no words for a removal that fails.
+    pub(super) removal: Option<u64>,
     pub(super) channel: Option<Channel>,
     /// Whether it has added memory or opened a channel.
     pub(super) speaks_for_vm: bool,
@@ -55,6 +57,7 @@ impl Connection {
             frames: Frames::default(),
             waiting: Waiting::No,
             calls: 0,
+            removal: None,
             channel: None,
             speaks_for_vm: false,
             unsent: VecDeque::new(),

@@ -12,7 +12,7 @@ use super::connection::{self, Channel, Connection, Waiting};
 use super::event_loop::Done;
 use super::poller::Interest;
 use super::vm::Vm;
-use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId};
+use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId, Verdict};
 use crate::observe::{events, status};
 use crate::protocol::frame::FrameError;
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
@@ -142,6 +142,9 @@ impl Vm {
                 Said::Later
             }),
             Some("RemoveMemory") => with(parameters, |verbs::RemoveMemory { region }| {
+                if let Some(connection) = self.connections.get_mut(&caller.client) {
+                    connection.removal = Some(caller.cookie);
+                }
                 self.session.handle(Event::RemoveRegion { caller, region: RegionId(region) });
                 Said::Later
             }),
@@ -256,6 +259,11 @@ impl Vm {
             Answer::Adopted { regions, unended } => json!(status::adopted(&regions, &unended)),
             Answer::RegionRemoved { .. } | Answer::Ended { .. } => json!({}),
             Answer::Verdict { invalidation, verdict } => {
+                let removal = self.connections.get(&caller.client).and_then(|client| client.removal);
+                if removal == Some(caller.cookie) {
+                    let (message, errno) = stays(verdict, invalidation);
+                    return self.reply_later(caller.client, caller.cookie, refused(&message, errno));
+                }
                 let (word, failure) = events::verdict(verdict, &self.session);
                 json!(Converted { verdict: word.into(), invalidation: invalidation.0, failure })
             }
@@ -334,6 +342,19 @@ fn varlink(call: &Call) -> Said {
         (VARLINK | verbs::INTERFACE, _) => Said::Varlink("MethodNotFound", "method", call.method.clone()),
         _ => Said::Varlink("InterfaceNotFound", "interface", interface.to_owned()),
     }
+}
+
+/// Why a removal has failed, in words, and as an errno.
+fn stays(verdict: Verdict, invalidation: InvalidationId) -> (String, i32) {
+    let errno = match verdict {
+        Verdict::Refused { reason, .. } | Verdict::Unknown { reason, .. } if reason.errno != 0 => {
+            reason.errno
+        }
+        _ => 16,
+    };
+    let mend =
+        "devices may still reach it: Explain says why, and it goes when they let go, or with this daemon";
+    (format!("the region could not be removed (invalidation {}); {mend}", invalidation.0), errno)
 }
 
 fn refused(message: &str, errno: i32) -> Reply {

@@ -101,6 +101,7 @@ impl BackEnd {
 impl Drop for BackEnd {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            eprintln!("the back-end's threads:\n{}", threads(self.child.id()));
             let _ = self.child.kill();
             let _ = self.child.wait();
             eprintln!("the back-end said:\n{}", self.said());
@@ -181,6 +182,20 @@ fn listens(child: &mut Child, socket: &Path, place: &Path, within: Duration) -> 
         std::thread::sleep(Duration::from_millis(10));
     }
     None
+}
+
+/// What each thread of a process waits for, and how often the devices have interrupted.
+fn threads(process: u32) -> String {
+    let read = |path: String| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().filter_map(Result::ok);
+    let mut all: Vec<_> = tasks
+        .map(|task| {
+            let at = |name: &str| read(format!("{}/{name}", task.path().display()));
+            format!("{}: {}, call {}", at("comm"), at("wchan"), at("syscall"))
+        })
+        .collect();
+    all.extend(read("/proc/interrupts".into()).lines().filter(|line| line.contains("vfio")).map(str::to_owned));
+    all.join("\n")
 }
 
 /// Whether somebody takes connections at a socket that is not the front-end's.

@@ -211,5 +211,5 @@ pub fn tail(path: &PathBuf) -> String {
     let all = std::fs::read(path).unwrap_or_default();
     let all = String::from_utf8_lossy(&all).into_owned();
     let lines: Vec<_> = all.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
+    lines[lines.len().saturating_sub(40)..].join("\n")
 }

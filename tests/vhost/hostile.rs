@@ -2,6 +2,7 @@
 //! theirs, and its drive never touches memory that it was not given.
 
 mod messages;
+mod random;
 mod raw;
 mod rings;
 mod taken;

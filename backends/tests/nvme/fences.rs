@@ -1,128 +1,11 @@
 //! Fences that do not wait for anybody, and what becomes of what was under way.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use passgate_backends::nvme::sim::{Does, Turn, When};
 use passgate_backends::{Device, FenceStep, Unmap};
 
 use super::*;
 
-const STRONG: [FenceStep; 3] = [FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
-/// Requests under way of each owner.
-const DEEP: u32 = 16;
-
-/// How an owner's work has gone.
-#[derive(Debug, Default)]
-struct Work {
-    done: AtomicU64,
-    withheld: AtomicU64,
-}
-
-/// Writes a page, reads it back elsewhere and compares, without a break, several at a time. What is withheld, or closed, is
-/// done again. Anything else is wrong.
-fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Work) {
-    #[derive(Clone, Copy)]
-    struct Job {
-        round: u64,
-        reads: bool,
-        under_way: bool,
-    }
-    let (base, first) = (nth * 64, nth * 10_000);
-    let mut jobs = [Job { round: 0, reads: false, under_way: false }; DEEP as usize];
-    loop {
-        for (tag, job) in (0u64..).zip(&mut jobs) {
-            if job.under_way || stop.load(Ordering::Relaxed) {
-                continue;
-            }
-            let (op, at) = if job.reads {
-                (read(first + tag * 8, 8), page(base + 32 + tag))
-            } else {
-                bench.fill(&page(base + tag), seed(nth, tag, job.round));
-                (write(first + tag * 8, 8), page(base + tag))
-            };
-            match owner.submit(tag as u32, op, &at) {
-                Submitted::Started => job.under_way = true,
-                Submitted::Closed => {}
-                other => panic!("{other:?}"),
-            }
-        }
-        if owner.queue.in_flight() == 0 && stop.load(Ordering::Relaxed) {
-            return;
-        }
-        owner.wait();
-        for (tag, result) in std::mem::take(&mut owner.results) {
-            let job = &mut jobs[tag as usize];
-            assert!(job.under_way, "request {tag} comes back and was not under way");
-            job.under_way = false;
-            match result {
-                Ok(()) if job.reads => {
-                    let seen = bench.seen(&page(base + 32 + u64::from(tag)));
-                    let expected = pattern(seed(nth, tag.into(), job.round), PAGE as usize);
-                    assert!(seen == expected, "owner {nth}, job {tag}, round {}: other bytes", job.round);
-                    (job.reads, job.round) = (false, job.round + 1);
-                    work.done.fetch_add(1, Ordering::Relaxed);
-                }
-                Ok(()) => job.reads = true,
-                Err(Fault::Withheld) => _ = work.withheld.fetch_add(1, Ordering::Relaxed),
-                Err(fault) => panic!("owner {nth}, job {tag}: {fault:?}"),
-            }
-        }
-    }
-}
-
-/// Ends the work, also where the test has failed.
-struct End<'a>(&'a AtomicBool);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn seed(nth: u64, tag: u64, round: u64) -> u64 {
-    nth * 1_000_000 + round * 1000 + tag
-}
-
-fn await_more(work: &Work, more: u64) {
-    let (from, until) = (work.done.load(Ordering::Relaxed), Instant::now() + LONG);
-    while work.done.load(Ordering::Relaxed) < from + more {
-        assert!(Instant::now() < until, "the load does not go on");
-        std::thread::yield_now();
-    }
-}
-
-#[test]
-fn a_load_survives_every_fence_and_loses_nothing() {
-    let bench = Bench::new(Options::default(), 2);
-    let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
-    std::thread::scope(|scope| {
-        for (nth, done) in (0..).zip(&works) {
-            let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
-            scope.spawn(move || work(bench, owner, nth.into(), stop, done));
-        }
-        let end = End(&stop);
-        for step in STRONG.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
-            works.iter().for_each(|work| await_more(work, 20));
-            bench.drive().fence(step).unwrap();
-            let (taken, before) = (bench.sim.taken(), targets(&bench));
-            // What was under way may go, for nothing of it moves.
-            let all = pages_at(0, PAGES);
-            assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE }, "{step:?}");
-            assert!(!bench.sim.await_taken(taken + 1, SHORT / 4), "{step:?}: something started");
-            assert!(targets(&bench) == before, "{step:?}: something moved");
-            bench.map(0, PAGES);
-            bench.drive().attach().unwrap();
-        }
-        works.iter().for_each(|work| await_more(work, 20));
-        drop(end);
-    });
-    assert!(bench.drive().window().idle());
-}
-
-/// The pages that only the drive writes.
-fn targets(bench: &Bench) -> Vec<u8> {
-    bench.seen(&[segment(32 * PAGE, 32 * PAGE as u32), segment(96 * PAGE, 32 * PAGE as u32)])
-}
+pub(super) const STRONG: [FenceStep; 3] = [FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
 
 #[test]
 fn what_was_under_way_is_done_again_where_its_pages_are_open_and_withheld_where_not() {
@@ -188,6 +71,8 @@ fn a_fence_waits_for_no_owner() {
         bench.drive().fence(step).unwrap();
         assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
         assert!(begun.elapsed() < Duration::from_secs(1), "{step:?}: {:?}", begun.elapsed());
+        // Nor does an owner begin who was about to when it came.
+        assert!(bench.drive().window().is_paused(), "{step:?}");
         bench.sim.release();
         assert!(!bench.sim.await_taken(3, SHORT));
         assert_eq!(bench.seen(&page(0)), vec![0; PAGE as usize], "{step:?}");

@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 mod exerciser;
 mod faults;
 mod fences;
+mod loads;
 mod trips;
 mod window;
 

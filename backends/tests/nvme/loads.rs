@@ -1,0 +1,180 @@
+//! Load without a break, while fences and faults come: every byte that was said to be written is there.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use passgate_backends::nvme::sim::{Does, Turn, When, opcode};
+use passgate_backends::{Device, FenceStep, Unmap};
+
+use super::fences::STRONG;
+use super::*;
+
+/// Requests under way of each owner.
+const DEEP: u32 = 16;
+
+/// How an owner's work has gone.
+#[derive(Debug, Default)]
+struct Work {
+    done: AtomicU64,
+    again: AtomicU64,
+}
+
+/// Writes a page, reads it back elsewhere and compares, without a break, several at a time. What was withheld, closed or
+/// given up is done again. Anything else is wrong.
+fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Work) {
+    #[derive(Clone, Copy)]
+    struct Job {
+        round: u64,
+        reads: bool,
+        under_way: bool,
+    }
+    let (base, first) = (nth * 64, nth * 10_000);
+    let mut jobs = [Job { round: 0, reads: false, under_way: false }; DEEP as usize];
+    loop {
+        for (tag, job) in (0u64..).zip(&mut jobs) {
+            if job.under_way || stop.load(Ordering::Relaxed) {
+                continue;
+            }
+            let (op, at) = if job.reads {
+                (read(first + tag * 8, 8), page(base + 32 + tag))
+            } else {
+                bench.fill(&page(base + tag), seed(nth, tag, job.round));
+                (write(first + tag * 8, 8), page(base + tag))
+            };
+            match owner.submit(tag as u32, op, &at) {
+                Submitted::Started => job.under_way = true,
+                Submitted::Closed => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        if owner.queue.in_flight() == 0 && stop.load(Ordering::Relaxed) {
+            return;
+        }
+        owner.wait();
+        for (tag, result) in std::mem::take(&mut owner.results) {
+            let job = &mut jobs[tag as usize];
+            assert!(job.under_way, "request {tag} comes back and was not under way");
+            job.under_way = false;
+            match result {
+                Ok(()) if job.reads => {
+                    let seen = bench.seen(&page(base + 32 + u64::from(tag)));
+                    let expected = pattern(seed(nth, tag.into(), job.round), PAGE as usize);
+                    assert!(seen == expected, "owner {nth}, job {tag}, round {}: other bytes", job.round);
+                    (job.reads, job.round) = (false, job.round + 1);
+                    work.done.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(()) => job.reads = true,
+                Err(Fault::Withheld | Fault::TimedOut) => _ = work.again.fetch_add(1, Ordering::Relaxed),
+                Err(fault) => panic!("owner {nth}, job {tag}: {fault:?}"),
+            }
+        }
+    }
+}
+
+/// Ends the work, also where the test has failed.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn seed(nth: u64, tag: u64, round: u64) -> u64 {
+    nth * 1_000_000 + round * 1000 + tag
+}
+
+fn await_more(work: &Work, more: u64) {
+    let (from, until) = (work.done.load(Ordering::Relaxed), Instant::now() + LONG);
+    while work.done.load(Ordering::Relaxed) < from + more {
+        assert!(Instant::now() < until, "the load does not go on");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_load_survives_every_fence_and_loses_nothing() {
+    let bench = Bench::new(Options::default(), 2);
+    let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
+    std::thread::scope(|scope| {
+        for (nth, done) in (0..).zip(&works) {
+            let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
+            scope.spawn(move || work(bench, owner, nth.into(), stop, done));
+        }
+        let end = End(&stop);
+        for step in STRONG.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
+            works.iter().for_each(|work| await_more(work, 20));
+            bench.drive().fence(step).unwrap();
+            let (taken, before) = (bench.sim.taken(), targets(&bench));
+            // What was under way may go, for nothing of it moves.
+            let all = pages_at(0, PAGES);
+            assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE }, "{step:?}");
+            assert!(!bench.sim.await_taken(taken + 1, SHORT / 4), "{step:?}: something started");
+            assert!(targets(&bench) == before, "{step:?}: something moved");
+            bench.map(0, PAGES);
+            bench.drive().attach().unwrap();
+        }
+        works.iter().for_each(|work| await_more(work, 20));
+        drop(end);
+    });
+    assert!(bench.drive().window().idle());
+}
+
+/// The pages that only the drive writes.
+fn targets(bench: &Bench) -> Vec<u8> {
+    bench.seen(&[segment(32 * PAGE, 32 * PAGE as u32), segment(96 * PAGE, 32 * PAGE as u32)])
+}
+
+/// What may happen to a controller that is recovered from.
+fn mischief(bench: &Bench, nth: u64) {
+    let sim = &bench.sim;
+    match nth % 12 {
+        0 => sim.fault(When::io(opcode::WRITE).nth(3), Does::HoldData),
+        1 => sim.fault(When::any().times(5), Does::DelayCompletion(DEADLINE / 8)),
+        2 => sim.fault(When::io(opcode::READ), Does::HoldCompletion),
+        3 => sim.fault(When::any().nth(7), Does::Twice),
+        4 => sim.fault(When::any().nth(2), Does::Foreign(9999)),
+        5 => sim.fault(When::any().on(2), Does::Fatal),
+        6 => sim.obey_aborts(nth / 12 % 2 == 1),
+        7 => sim.raise_interrupts(nth / 12 % 2 == 1),
+        8 => sim.next_enable(Turn::Fatal),
+        9 => sim.next_disable(Turn::After(DEADLINE / 8)),
+        10 => sim.fail(),
+        _ => bench.drive().fence(STRONG[(nth / 12 % 3) as usize]).unwrap(),
+    }
+}
+
+#[test]
+fn a_load_survives_whatever_happens_and_loses_nothing() {
+    let bench = Bench::new(Options::default(), 2);
+    assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+    [(0, 16), (16, 32), (48, PAGES - 48)].into_iter().for_each(|(page, pages)| bench.map(page, pages));
+    let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
+    std::thread::scope(|scope| {
+        for (nth, done) in (0..).zip(&works) {
+            let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
+            scope.spawn(move || work(bench, owner, nth.into(), stop, done));
+        }
+        let end = End(&stop);
+        // Steps of five through twelve: each thing once, in an order in which no neighbours are alike.
+        for nth in 0..36 {
+            mischief(&bench, nth / 12 * 12 + nth * 5 % 12);
+            // The gate takes a part of what is in use, and gives it back.
+            let part = pages_at(16, 32);
+            let gone = bench.windowed.unmap(part);
+            bench.drive().attach().unwrap();
+            if gone == (Unmap::Gone { bytes: 32 * PAGE }) {
+                bench.map(16, 32);
+            } else {
+                // It climbs, as a gate does.
+                bench.drive().fence(FenceStep::Detach).unwrap();
+                assert_eq!(bench.windowed.unmap(part), Unmap::Gone { bytes: 32 * PAGE });
+                bench.map(16, 32);
+                bench.drive().attach().unwrap();
+            }
+            works.iter().for_each(|work| await_more(work, 8));
+        }
+        drop(end);
+    });
+    assert!(bench.drive().window().idle());
+    assert!(bench.sim.enabled() > 5);
+}
