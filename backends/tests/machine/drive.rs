@@ -142,12 +142,23 @@ fn read(first: u64, bytes: usize) -> Op {
 pub fn it_says_what_it_is(bench: &Bench) -> Outcome {
     let served = Served::open(bench)?;
     let geometry = served.drive.geometry();
-    same("its blocks", (geometry.block, geometry.blocks), (BLOCK as u32, (64 << 20) / BLOCK as u64))?;
+    same("its blocks", (geometry.block, geometry.blocks >= 1 << 17), (BLOCK as u32, true))?;
     same("its serial number", geometry.serial.as_str(), "s1")?;
     same("write-protected", geometry.read_only, false)?;
     same("what it can", (geometry.write_zeroes > 0, geometry.discard > 0), (true, true))?;
     same("its queues", served.drive.queues(), QUEUES)?;
-    check("a queue has one owner", served.drive.take_queue(0).is_ok() && served.drive.take_queue(0).is_err())
+    {
+        let _owner = served.owner(0)?;
+        check("a queue has one owner", served.drive.take_queue(0).is_err())?;
+    }
+    same("its doorbells are mapped", mapped()?, true)?;
+    drop(served);
+    same("behind its end", mapped()?, false)
+}
+
+/// Whether any of a device is mapped into this process.
+fn mapped() -> Result<bool, Failed> {
+    Ok(std::fs::read_to_string("/proc/self/maps")?.contains("vfio"))
 }
 
 /// Memory in every shape there is: page lists, scatter-gather lists, more than one command takes. Not a byte beside.

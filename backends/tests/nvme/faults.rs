@@ -291,20 +291,57 @@ fn an_owner_who_waits_for_nothing_but_interrupts_learns_of_what_never_ends() {
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(0, write(0, 8), &page(0));
-    let begun = Instant::now();
     while owner.results.is_empty() {
-        let left = Timespec { tv_sec: 10, tv_nsec: 0 };
-        let interrupt = owner.queue.interrupt();
-        assert_eq!(
-            poll(&mut [PollFd::new(&interrupt, PollFlags::IN)], Some(&left)),
-            Ok(1),
-            "nobody wakes it"
-        );
-        let _ = rustix::io::read(interrupt, &mut [0; 8]);
-        owner.look();
-        assert!(begun.elapsed() < LONG);
+        owner.sleep();
     }
     assert_eq!(owner.results.get(&0), Some(&Ok(())));
+}
+
+#[test]
+fn a_controller_that_somebody_else_has_reset_is_brought_up_again() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.power_cut();
+    // Nothing is under way that could take too long.
+    let begun = Instant::now();
+    while bench.sim.enabled() < 2 {
+        assert!(begun.elapsed() < LONG, "nobody has noticed");
+        owner.wait();
+    }
+    bench.sim.fault(When::any().always(), Does::HoldData);
+    start_writes(&bench, &mut owner, 4);
+    assert!(bench.sim.await_held(4, LONG));
+    bench.sim.behave();
+    bench.sim.power_cut();
+    check_writes(&bench, &mut owner, 4);
+    assert_eq!(bench.sim.enabled(), 3);
+}
+
+#[test]
+fn a_controller_that_makes_things_up_is_believed_nothing_more() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::Foreign(9999));
+    bench.sim.fault(When::any().over(8..16), Does::Status(0x281));
+    start_writes(&bench, &mut owner, 2);
+    check_writes(&bench, &mut owner, 2);
+    assert_eq!(bench.sim.enabled(), 2);
+}
+
+#[test]
+fn a_drive_that_is_wanted_back_says_so_and_goes_on() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    let removal = bench.drive().removal().unwrap();
+    let asked = |wait: Duration| {
+        let wait = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+        poll(&mut [PollFd::new(&removal, PollFlags::IN)], Some(&wait)).unwrap() > 0
+    };
+    assert!(!asked(Duration::ZERO));
+    bench.sim.ask_back();
+    assert!(asked(SHORT));
+    assert_eq!(owner.run(write(0, 8), &page(0)), Ok(()));
+    assert!(asked(Duration::ZERO), "it stays so");
 }
 
 #[test]

@@ -108,6 +108,9 @@ fn nothing_stays_for_ever_with_a_drive_that_is_not_attached_again() {
     owner.look();
     (0..3).for_each(|_| bench.sim.next_enable(Turn::Fatal));
     assert!(bench.drive().attach().is_err(), "not by this one either");
+    while owner.results.is_empty() {
+        owner.sleep();
+    }
     assert_eq!(owner.result(1), Err(Fault::Withheld));
     assert_eq!(owner.queue.in_flight(), 0);
 }

@@ -148,6 +148,15 @@ impl Owner {
         self.look();
     }
 
+    /// As an owner who waits for nothing but interrupts.
+    fn sleep(&mut self) {
+        let wait = Timespec { tv_sec: LONG.as_secs() as i64, tv_nsec: 0 };
+        let woken = poll(&mut [PollFd::new(&self.queue.interrupt(), PollFlags::IN)], Some(&wait));
+        assert_eq!(woken, Ok(1), "nobody wakes him");
+        let _ = rustix::io::read(self.queue.interrupt(), &mut [0; 8]);
+        self.look();
+    }
+
     /// The result of a request that is under way.
     fn result(&mut self, tag: u32) -> Result<(), Fault> {
         let begun = Instant::now();

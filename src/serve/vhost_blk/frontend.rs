@@ -300,7 +300,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let file = file.map(never_blocks).transpose()?;
-        self.ring(index.into())?.0.set_call(file);
+        let (vring, _) = self.ring(index.into())?;
+        vring.set_call(file);
+        // Once unasked: who served the ring before may have died between an answer and saying so, and what the ring
+        // was started with may have been answered before there was anything to say it by.
+        if let Err(error) = vring.signal_used_queue() {
+            log::debug!("queue {index}: the guest cannot be told: {error}");
+        }
         Ok(())
     }
 

@@ -144,8 +144,10 @@ impl Door {
             let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
+        let ending = Ending { stopped, drive: Arc::clone(drive) };
         let run = move || {
-            serve_all(&stopped, entrance, &rings, &inside);
+            serve_all(&ending, entrance, &rings, &inside);
+            drop(ending);
             over();
         };
         let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run);
@@ -190,31 +192,49 @@ fn entrance(fd: OwnedFd) -> Result<Entrance> {
     })
 }
 
-/// Waits until `fd` is ready; false where the door is to be shut.
-fn await_ready(stopped: &UnixStream, fd: impl AsFd) -> bool {
-    loop {
-        let mut ready = [PollFd::new(stopped, PollFlags::IN), PollFd::new(&fd, PollFlags::IN)];
-        match poll(&mut ready, None) {
-            Err(Errno::INTR) => {}
-            Err(errno) => {
-                log::error!("poll: {errno}");
-                return false;
+/// What shuts the door.
+struct Ending {
+    /// Readable where somebody here wants it shut.
+    stopped: UnixStream,
+    /// The kernel may want the drive back.
+    drive: Arc<Drive>,
+}
+
+impl Ending {
+    /// Waits until `fd` is ready; false where the door is to be shut.
+    fn await_ready(&self, fd: impl AsFd) -> bool {
+        loop {
+            let mut ready = vec![PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.stopped, PollFlags::IN)];
+            ready
+                .extend(self.drive.removal().map(|removal| PollFd::from_borrowed_fd(removal, PollFlags::IN)));
+            match poll(&mut ready, None) {
+                Err(Errno::INTR) => continue,
+                Err(errno) => {
+                    log::error!("poll: {errno}");
+                    return false;
+                }
+                Ok(_) => {}
             }
-            Ok(_) if !ready[0].revents().is_empty() => return false,
-            Ok(_) => return true,
+            let is_ready = |nth: usize| ready.get(nth).is_some_and(|fd| !fd.revents().is_empty());
+            if is_ready(2) {
+                log::warn!(
+                    "the kernel wants the drive back: its front-end is let go, and this back-end ends"
+                );
+            }
+            return !is_ready(1) && !is_ready(2);
         }
     }
 }
 
 /// Serves one front-end after the other.
-fn serve_all(stopped: &UnixStream, entrance: Entrance, rings: &Rings, inside: &Inside) {
+fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside) {
     let listener = match entrance {
-        Entrance::Connected(stream) => return serve_one(stopped, stream, rings, inside),
+        Entrance::Connected(stream) => return serve_one(ending, stream, rings, inside),
         Entrance::Listening(listener) => listener,
     };
-    while await_ready(stopped, &listener) {
+    while ending.await_ready(&listener) {
         match listener.accept() {
-            Ok((stream, _)) => serve_one(stopped, stream, rings, inside),
+            Ok((stream, _)) => serve_one(ending, stream, rings, inside),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 log::warn!("vhost-user: no front-end can be accepted: {error}");
@@ -225,7 +245,7 @@ fn serve_all(stopped: &UnixStream, entrance: Entrance, rings: &Rings, inside: &I
 }
 
 /// Serves a front-end until it leaves, or the door is shut.
-fn serve_one(stopped: &UnixStream, stream: UnixStream, rings: &Rings, inside: &Inside) {
+fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside) {
     let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
     let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
         ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
@@ -235,7 +255,7 @@ fn serve_one(stopped: &UnixStream, stream: UnixStream, rings: &Rings, inside: &I
     log::info!("vhost-user: a front-end has come");
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
-    while await_ready(stopped, &copy) {
+    while ending.await_ready(&copy) {
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::PartialMessage) => {
