@@ -42,3 +42,11 @@ fn resident() -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
+
+/// The drive was never told of memory that is none.
+#[track_caller]
+fn told_of_memory_only(world: &World) {
+    // Where this machine was so slow that the drive was fenced, that was its DMA.
+    let fenced = world.sim.enabled() > 1;
+    assert!(world.sim.dma_faults() == 0 || fenced, "{} DMA faults", world.sim.dma_faults());
+}

@@ -73,7 +73,8 @@ fn a_map_that_fails_opens_nothing() {
 
 #[test]
 fn an_unmap_waits_for_what_is_in_flight() {
-    let rig = rig(Sim::CAPABILITIES);
+    let mut rig = rig(Sim::CAPABILITIES);
+    rig.domain = rig.domain.with_patience(Duration::from_secs(20));
     rig.map(0, 4, 1).unwrap();
     assert_eq!(rig.enter(0, 1), Entered::In);
     assert_eq!(rig.enter(1, 3), Entered::In);
