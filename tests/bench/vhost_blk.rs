@@ -183,7 +183,8 @@ fn convert(guest: &mut Guest, back_end: &BackEnd, ms: u64) -> (f64, f64) {
 
 fn median(mut of: Vec<f64>) -> f64 {
     of.sort_by(f64::total_cmp);
-    of.get(of.len() / 2).copied().unwrap_or(0.0)
+    let at = |index: usize| of.get(index).copied().unwrap_or(0.0);
+    (at(of.len() / 2) + at(of.len().saturating_sub(1) / 2)) / 2.0
 }
 
 fn report(figures: &[Vec<Vec<Figure>>], conversions: &mut [(f64, f64)], check: bool) -> ExitCode {

@@ -1,7 +1,7 @@
 //! The drive as a stock VMM's guest has it: QEMU is the front-end, Linux writes and verifies, and what it has written is
 //! then read through the kernel's own driver.
 //!
-//! `PASSGATE_SOAK` is for how many seconds each guest works (12), `PASSGATE_BLK_KILLS` how often the back-end is killed (50).
+//! `PASSGATE_SOAK` is for how many seconds each guest works (12), `PASSGATE_BLK_KILLS` how often the back-end is killed (10).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -162,7 +162,7 @@ pub fn killed(iommu: &str) {
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     guest.tell(&json!({ "do": "soak", "seconds": 3600, "threads": 4 }));
     let mut numbers = Numbers::new(u64::from(std::process::id()));
-    let kills = setting("PASSGATE_BLK_KILLS", 50);
+    let kills = setting("PASSGATE_BLK_KILLS", 10);
     for nth in 0..kills {
         // It must get somewhere between two kills, or this tests nothing.
         let before = progress(&mut guest, 0);
