@@ -129,9 +129,7 @@ fn a_pause_is_kept() {
         if world.window.idle() {
             assert!(!world.busy(A).load(Ordering::Relaxed), "DMA runs in a pause that was seen idle");
         }
-        let before = world.window.generation();
         world.window.lift();
-        assert!(world.window.generation() > before);
         io.join().expect("joined");
         assert!(world.request(&[A]), "the pause has ended");
     });

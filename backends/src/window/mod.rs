@@ -43,8 +43,7 @@
 //!
 //! `backends/tests/window_loom.rs` tries all interleavings of this, with the reorderings that the memory model allows.
 
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_bindings::{Iova, PageRange};
@@ -81,7 +80,7 @@ pub struct Segment {
 pub enum Entered {
     /// The request counts as in flight until [`Window::leave`]; its memory stays mapped as long.
     In,
-    /// The window is paused. Nothing was done; try again when [`Window::generation`] has grown.
+    /// The window is paused. Nothing was done; try again later.
     Paused,
     /// Some page is not open, or the segments are none that could be (empty, or beyond [`REACH`]). Nothing was done.
     Closed,
@@ -97,9 +96,6 @@ pub struct Window {
     paused: AtomicBool,
     /// Grows with every [`Window::void`]; what was entered in an earlier one does not count.
     era: AtomicU64,
-    generation: AtomicU64,
-    /// Who is told when pages open; never touched by the I/O side.
-    bells: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
 impl Window {
@@ -111,8 +107,6 @@ impl Window {
             slots: Slots::new(slots, segments),
             paused: AtomicBool::new(false),
             era: AtomicU64::new(0),
-            generation: AtomicU64::new(0),
-            bells: Mutex::default(),
         })
     }
 
@@ -152,7 +146,6 @@ impl Window {
     /// These pages are mapped: requests may touch them. What lies beyond [`REACH`] stays closed.
     pub fn open(&self, range: PageRange<Iova>) {
         self.pages.open(range.start().0, range.end().0.min(REACH));
-        self.ring();
     }
 
     /// From now on no request enters that touches these pages; some may be in flight.
@@ -180,7 +173,6 @@ impl Window {
     /// Ends the pause.
     pub fn lift(&self) {
         self.paused.store(false, Ordering::Release);
-        self.ring();
     }
 
     /// Whether it is paused.
@@ -203,29 +195,6 @@ impl Window {
     /// Waits, paused, until nothing is in flight at all, and says whether that came in time.
     pub fn await_idle(&self, timeout: Duration) -> bool {
         self.await_slots(timeout, |slot, era| self.slots.is_busy(slot, era))
-    }
-
-    /// Grows whenever pages open or the pause lifts. Who reads it, is refused and reads the same again has lost
-    /// nothing by waiting.
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
-    }
-
-    /// From now on 1 is written to this eventfd (not a blocking one) whenever [`Window::generation`] has grown, until
-    /// the caller drops it.
-    pub fn watch(&self, bell: &Arc<OwnedFd>) {
-        let mut bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
-        bells.retain(|bell| bell.strong_count() > 0);
-        bells.push(Arc::downgrade(bell));
-    }
-
-    fn ring(&self) {
-        self.generation.fetch_add(1, Ordering::AcqRel);
-        let bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
-        for bell in bells.iter().filter_map(Weak::upgrade) {
-            // Full (EAGAIN) is as good as written.
-            _ = rustix::io::write(&bell, &1u64.to_ne_bytes());
-        }
     }
 
     /// The era that counts, and the fence between what was closed and the look at the slots that comes now.

@@ -1,7 +1,6 @@
 use std::sync::mpsc::channel;
 
 use passgate_bindings::PAGE;
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
 
@@ -169,29 +168,4 @@ fn waiting_ends_with_the_request_and_not_before() {
         window.leave(3);
         assert!(waiting.join().unwrap());
     });
-}
-
-#[test]
-fn who_watches_hears_of_what_may_have_changed() {
-    let window = window(&[]);
-    let bell = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
-    let rung = || {
-        let mut count = [0; 8];
-        rustix::io::read(&bell, &mut count).map(|_| u64::from_ne_bytes(count)).unwrap_or(0)
-    };
-    window.watch(&bell);
-    let before = window.generation();
-    window.open(pages(0, 1));
-    assert_eq!((window.generation(), rung()), (before + 1, 1));
-    window.pause();
-    window.close(pages(0, 1));
-    assert_eq!((window.generation(), rung()), (before + 1, 0), "nothing opened");
-    window.lift();
-    assert_eq!((window.generation(), rung()), (before + 2, 1));
-    // A bell that is gone is forgotten when the next one comes.
-    let other = Arc::new(bell.try_clone().unwrap());
-    window.watch(&other);
-    drop(other);
-    window.watch(&bell);
-    assert_eq!(window.bells.lock().unwrap().len(), 2);
 }
