@@ -5,12 +5,11 @@
 //! touches a queue's memory before its owner has parked, and no fence waits for an owner: what is in flight is in the
 //! window.
 //!
-//! A thread of the drive's own, the *keeper*, deals with commands that do not end: abort, then a reset of the controller,
-//! after which everything that was in flight is done again.
+//! A thread of the drive's own, the *keeper*, deals with commands that do not end (`keeper.rs`).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,10 +18,10 @@ use passgate_bindings::{Failed, Iova, PAGE, PageRange};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-use super::command::Command;
 use super::controller::{Controller, Doorbell};
 use super::data::Rules;
 use super::geometry::Geometry;
+use super::keeper::{Trouble, keep};
 use super::pair::Pair;
 use super::queue::{LIST, Queue, now};
 use super::registers::{DOORBELLS, Registers};
@@ -44,10 +43,6 @@ const MOST: u64 = 1 << 20;
 const DRAIN: Duration = Duration::from_millis(300);
 /// How long owners have to park.
 const PARKING: Duration = Duration::from_secs(2);
-/// How long an aborted command has to complete at most; else as long as it had in the first place.
-const ABORTED: Duration = Duration::from_secs(1);
-/// How often the keeper looks whether the controller is still there: at least as often as commands may be overdue.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often bringing it up is tried.
 const TRIES: u32 = 3;
 
@@ -81,9 +76,9 @@ pub(super) struct Life(u64);
 
 impl Life {
     const UP: u64 = 0;
-    const HALTED: u64 = 1;
-    const LOST: u64 = 2;
-    const LOOSE: u64 = 3;
+    pub(super) const HALTED: u64 = 1;
+    pub(super) const LOST: u64 = 2;
+    pub(super) const LOOSE: u64 = 3;
     const STATE: u64 = 3;
     /// Before the first.
     pub(super) const NONE: Self = Self(Self::HALTED);
@@ -100,24 +95,13 @@ impl Life {
         self.0 & Self::STATE == Self::LOOSE
     }
 
-    fn with(self, state: u64) -> Self {
+    pub(super) fn with(self, state: u64) -> Self {
         Self(self.0 & !Self::STATE | state)
     }
 
     fn next(self) -> Self {
         Self((self.0 & !Self::STATE) + 4)
     }
-}
-
-/// What the keeper is told.
-#[derive(Debug)]
-pub(super) enum Trouble {
-    /// A command takes too long.
-    Overdue { life: Life, queue: u16, command: u16 },
-    /// The controller does what it must not.
-    Nonsense { life: Life },
-    /// The drive is closed.
-    Leave,
 }
 
 /// A queue's place.
@@ -135,7 +119,7 @@ pub(super) struct Seat {
 
 /// Whether the drive may do DMA, as the fences have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mode {
+pub(super) enum Mode {
     Up,
     /// Nothing is in flight and nothing begins; the controller is as it was.
     Drained,
@@ -158,7 +142,7 @@ pub(super) struct Inner {
     pub(super) slots: u16,
     pub(super) deadline_ms: u64,
     stride: u64,
-    seats: Vec<Seat>,
+    pub(super) seats: Vec<Seat>,
     /// The vector of the first queue.
     first_vector: u16,
     life: AtomicU64,
@@ -169,7 +153,7 @@ pub(super) struct Inner {
     /// How often the controller was reset because of what it did, or did not do.
     pub(super) recoveries: AtomicU32,
     /// The drive is being closed: the keeper waits for nobody.
-    leaving: AtomicBool,
+    pub(super) leaving: AtomicBool,
 }
 
 impl Drive {
@@ -319,7 +303,7 @@ impl Seat {
     }
 
     /// Has its owner look.
-    fn wake(&self) {
+    pub(super) fn wake(&self) {
         let _ = rustix::io::write(&self.interrupt, &1u64.to_ne_bytes());
     }
 }
@@ -329,7 +313,7 @@ impl Inner {
         Life(self.life.load(Ordering::SeqCst))
     }
 
-    fn set_life(&self, life: Life) {
+    pub(super) fn set_life(&self, life: Life) {
         self.life.store(life.0, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         self.seats.iter().for_each(Seat::wake);
@@ -365,15 +349,15 @@ impl Inner {
         since != 0 && now().saturating_sub(since) > time.as_millis() as u64
     }
 
-    fn control(&self) -> MutexGuard<'_, Controller> {
+    pub(super) fn control(&self) -> MutexGuard<'_, Controller> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mode(&self) -> MutexGuard<'_, Mode> {
+    pub(super) fn mode(&self) -> MutexGuard<'_, Mode> {
         self.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn failed(&self, call: &'static str, errno: Errno) -> Error {
+    pub(super) fn failed(&self, call: &'static str, errno: Errno) -> Error {
         self.registers.failed(Failed::new(call, errno))
     }
 
@@ -396,7 +380,7 @@ impl Inner {
     }
 
     /// Halts the queues: when it returns no owner touches one before the next life.
-    fn halt(&self) -> Result<()> {
+    pub(super) fn halt(&self) -> Result<()> {
         let life = self.life();
         if life.is_up() {
             self.set_life(life.with(Life::HALTED));
@@ -414,7 +398,7 @@ impl Inner {
     }
 
     /// Takes the queues from the controller and brings it up anew, with what `between` does while it is down.
-    fn revive(&self, controller: &mut Controller, between: impl Fn() -> Result<()>) -> Result<()> {
+    pub(super) fn revive(&self, controller: &mut Controller, between: impl Fn() -> Result<()>) -> Result<()> {
         self.halt()?;
         let mut result = Ok(());
         for _ in 0..TRIES {
@@ -428,110 +412,11 @@ impl Inner {
     }
 
     /// The controller goes on in a new life, unless a fence has come meanwhile.
-    fn go_on(&self, mut up: impl FnMut(&mut Mode) -> bool) {
+    pub(super) fn go_on(&self, mut up: impl FnMut(&mut Mode) -> bool) {
         let mut mode = self.mode();
         if up(&mut mode) {
             self.set_life(self.life().next());
         }
-    }
-
-    /// Brings a controller up that does not do what it must.
-    fn recover(&self, life: Life, why: &str) {
-        let mut controller = self.control();
-        if self.life() != life {
-            return; // it has another life by now, or none
-        }
-        log::warn!("{}: {why}: the controller is reset", self.name);
-        // An owner who is held up elsewhere is waited for, and nobody else has to wait for that.
-        while let Err(error) = self.halt() {
-            log::warn!("{error}");
-            drop(controller);
-            std::thread::sleep(Duration::from_millis(1)); // an attach may have been waiting for it
-            controller = self.control();
-            if self.life() != life.with(Life::HALTED) || self.leaving.load(Ordering::Acquire) {
-                return;
-            }
-        }
-        self.recoveries.fetch_add(1, Ordering::AcqRel);
-        let fenced = || *self.mode() == Mode::Fenced;
-        let overtaken = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
-        let revived = self.revive(&mut controller, || if fenced() { Err(overtaken()) } else { Ok(()) });
-        match revived {
-            Ok(()) => self.go_on(|mode| *mode != Mode::Fenced),
-            // It could not come up: that says nothing, and the attach brings it up anew.
-            Err(_) if fenced() && !controller.is_gone() => {}
-            Err(error) => self.lose(&controller, &error),
-        }
-    }
-
-    /// Gives the drive up: everything that is asked of it fails from now on.
-    fn lose(&self, controller: &Controller, why: &dyn std::fmt::Display) {
-        log::error!("{}: the drive is given up: {why}", self.name);
-        self.window.pause();
-        let stopped = controller.is_gone() || self.registers.device().fence(FenceStep::Reset).is_ok();
-        if stopped {
-            self.window.void();
-        }
-        let _mode = self.mode();
-        self.set_life(self.life().with(if stopped { Life::LOST } else { Life::LOOSE }));
-    }
-}
-
-/// What the keeper does.
-fn keep(inner: &Inner, told: &Receiver<Trouble>) {
-    let look_every = LOOK_EVERY.min(Duration::from_millis(inner.deadline_ms.max(1)));
-    loop {
-        match told.recv_timeout(look_every) {
-            Ok(Trouble::Leave) | Err(RecvTimeoutError::Disconnected) => return,
-            Ok(Trouble::Nonsense { life }) => inner.recover(life, "it does what it must not"),
-            Ok(Trouble::Overdue { life, queue, command }) => overdue(inner, life, queue, command),
-            Err(RecvTimeoutError::Timeout) => {
-                let life = inner.life();
-                if !life.is_up() {
-                    // What stays too long with a drive that is stopped, its owner is to have back.
-                    inner.seats.iter().for_each(Seat::wake);
-                    continue;
-                }
-                let controller = inner.control();
-                if inner.life() == life && controller.is_gone() {
-                    inner.lose(&controller, &"it is not there any more");
-                } else if inner.life() == life && controller.is_stuck() {
-                    drop(controller);
-                    inner.recover(life, "it reports a fatal error, or was reset");
-                } else {
-                    // An interrupt may have been lost, and what takes too long only its owner can see.
-                    inner.seats.iter().for_each(Seat::wake);
-                }
-            }
-        }
-    }
-}
-
-/// A command takes too long: it is aborted; where that does not bring it back, the controller is reset.
-fn overdue(inner: &Inner, life: Life, queue: u16, command: u16) {
-    let mut controller = inner.control();
-    if inner.life() != life {
-        return;
-    }
-    let Some(seat) = queue.checked_sub(1).and_then(|nth| inner.seats.get(usize::from(nth))) else { return };
-    if seat.overdue.load(Ordering::Acquire) == 0 {
-        return; // it has come after all
-    }
-    log::warn!("{}: command {command} of queue {queue} takes too long: aborting it", inner.name);
-    if controller.is_gone() {
-        return inner.lose(&controller, &"it is not there any more");
-    }
-    let aborted = controller.run(Command::abort(queue, command));
-    drop(controller);
-    let deadline = Duration::from_millis(inner.deadline_ms);
-    let until =
-        Instant::now() + if matches!(aborted, Ok(Some(_))) { ABORTED.min(deadline) } else { Duration::ZERO };
-    while seat.overdue.load(Ordering::Acquire) > 0 && Instant::now() < until {
-        seat.wake();
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    if seat.overdue.load(Ordering::Acquire) > 0 {
-        inner.recover(life, "a command has not ended");
     }
 }
 

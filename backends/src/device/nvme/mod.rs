@@ -18,6 +18,7 @@ mod data;
 mod drive;
 mod exerciser;
 mod geometry;
+mod keeper;
 mod pair;
 mod queue;
 mod registers;

@@ -19,7 +19,8 @@ use rustix::time::{ClockId, clock_gettime};
 use super::command::{Command, Completion, range};
 use super::controller::Doorbell;
 use super::data::{Part, WORDS, plan, pointer};
-use super::drive::{Inner, Life, Trouble};
+use super::drive::{Inner, Life};
+use super::keeper::Trouble;
 use super::pair::Pair;
 use crate::window::{Entered, Segment};
 
