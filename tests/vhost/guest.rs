@@ -79,6 +79,8 @@ pub struct Guest {
     pub socket: UnixStream,
     pub rings: Vec<Ring>,
     pub features: u64,
+    /// Features that it does not take.
+    pub unwanted: u64,
     pub inflight: Option<(VhostUserInflight, std::fs::File)>,
 }
 
@@ -105,14 +107,14 @@ impl Guest {
         });
         let rings = rings.collect();
         let (frontend, socket) = dial(path, queues);
-        Self { memory, frontend, socket, rings, features: 0, inflight: None }
+        Self { memory, frontend, socket, rings, features: 0, unwanted: 0, inflight: None }
     }
 
     /// The same guest with a new connection, after its back-end has gone: with its memory and what was in flight.
     pub fn again(self, path: &Path) -> Self {
         let Self { memory, rings, inflight, .. } = self;
         let (frontend, socket) = dial(path, rings.len());
-        Self { memory, frontend, socket, rings, features: 0, inflight }
+        Self { memory, frontend, socket, rings, features: 0, unwanted: 0, inflight }
     }
 
     /// Says everything that a front-end says until its rings run.
@@ -127,7 +129,7 @@ impl Guest {
         self.frontend.set_owner()?;
         self.features = self.frontend.get_features()?;
         // Without event index: whoever wants to be told is told of everything.
-        self.features &= !(1 << 29);
+        self.features &= !(1 << 29) & !self.unwanted;
         let offered = self.frontend.get_protocol_features().unwrap();
         self.frontend.set_protocol_features(offered).unwrap();
         if offered.contains(VhostUserProtocolFeatures::REPLY_ACK) {

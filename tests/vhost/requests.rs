@@ -1,6 +1,9 @@
 //! What a guest asks for, and what it gets.
 
-use crate::guest::{DATA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+
+use crate::guest::{DATA, DISCARD, FLUSH, GET_ID, Guest, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
 use crate::world::{Setup, World};
 
 fn bytes(seed: u8, len: usize) -> Vec<u8> {
@@ -103,4 +106,37 @@ fn nobody_writes_to_what_is_read_only() {
     }
     assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK);
     assert!(world.sim.history().iter().all(|taken| taken.opcode == 2), "{:?}", world.sim.history());
+}
+
+/// What is answered is on the medium as the guest has asked for: after a flush, or at once where it has none, or does not
+/// want a cache.
+#[test]
+fn what_was_answered_outlives_the_power_as_far_as_the_guest_asked() {
+    const FLUSHES: u64 = 1 << 9;
+    const CHOOSES: u64 = 1 << 11;
+    let world = World::new();
+    let write = |guest: &mut Guest, seed: u8| {
+        guest.memory.write(DATA, &bytes(seed, 512)).unwrap();
+        assert_eq!(guest.ask(0, OUT, 0, &[(DATA, 512)]), OK);
+    };
+    let durable = |seed: u8| world.sim.medium().durable(0, 1) == bytes(seed, 512);
+    let mut guest = world.guest();
+    write(&mut guest, 1);
+    assert!(!durable(1), "it is in the drive's cache");
+    assert_eq!(guest.ask(0, FLUSH, 0, &[]), OK);
+    assert!(durable(1));
+    // The guest switches the cache off, and on again.
+    let none = VhostUserConfigFlags::empty();
+    guest.frontend.set_config(32, none, &[0]).unwrap();
+    write(&mut guest, 2);
+    assert!(durable(2));
+    guest.frontend.set_config(32, none, &[1]).unwrap();
+    write(&mut guest, 3);
+    assert!(!durable(3));
+    drop(guest);
+    let mut guest = Guest::connect(&world.path(), 2);
+    guest.unwanted = FLUSHES | CHOOSES;
+    guest.start().unwrap();
+    write(&mut guest, 4);
+    assert!(durable(4), "it cannot ask for a flush");
 }
