@@ -1,5 +1,7 @@
 //! Front-ends that go and come back, and a back-end that does.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use passgate::client::{Answer, Outcome, PageState};
@@ -67,6 +69,22 @@ fn what_was_in_flight_when_a_back_end_went_is_done_by_the_next() {
     assert_eq!(world.sim.taken() - before, 3, "the read of the other ring was not done again");
     assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
     assert_eq!(guest.ask(0, IN, 0, &[(DATA + 4096, 512)]), OK);
+}
+
+/// Cloud Hypervisor comes back within microseconds, and gives its disk up where it is cut off while it greets.
+#[test]
+fn nobody_listens_any_more_when_a_front_end_hears_that_the_door_shuts() {
+    let mut world = World::new();
+    for round in 0..50 {
+        let (guest, path) = (world.guest(), world.path());
+        let comes_back = std::thread::spawn(move || {
+            assert_eq!((&guest.socket).read(&mut [0]).unwrap(), 0, "the connection ends");
+            UnixStream::connect(path).is_ok()
+        });
+        world.shut_door();
+        assert!(!comes_back.join().unwrap(), "round {round}: it was taken by a back-end that ends");
+        world.open_door_again();
+    }
 }
 
 #[test]

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use passgate_backends::nvme::Drive;
 use passgate_bindings::Failed;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vhost_user_backend::VringT;
@@ -224,17 +224,36 @@ impl Ending {
             return !is_ready(1) && !is_ready(2);
         }
     }
+
+    /// Whether the door is to be shut.
+    fn is_over(&self) -> bool {
+        let mut ready = vec![PollFd::new(&self.stopped, PollFlags::IN)];
+        ready.extend(self.drive.removal().map(|removal| PollFd::from_borrowed_fd(removal, PollFlags::IN)));
+        poll(&mut ready, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+    }
 }
 
 /// Serves one front-end after the other.
 fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside) {
     let listener = match entrance {
-        Entrance::Connected(stream) => return serve_one(ending, stream, rings, inside),
+        Entrance::Connected(stream) => {
+            serve_one(ending, stream, rings, inside);
+            return;
+        }
         Entrance::Listening(listener) => listener,
     };
     while ending.await_ready(&listener) {
         match listener.accept() {
-            Ok((stream, _)) => serve_one(ending, stream, rings, inside),
+            Ok((stream, _)) => {
+                let connection = serve_one(ending, stream, rings, inside);
+                if ending.is_over() {
+                    // Nobody listens any more when the front-end hears that it is alone: one that comes back at once
+                    // would wait in a queue that is about to go, and Cloud Hypervisor gives its disk up for that.
+                    drop(listener);
+                    drop(connection);
+                    return;
+                }
+            }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 log::warn!("vhost-user: no front-end can be accepted: {error}");
@@ -244,13 +263,19 @@ fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside
     }
 }
 
-/// Serves a front-end until it leaves, or the door is shut.
-fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside) {
+/// Serves a front-end until it leaves, or the door is shut. Its connection, still open; none where it was not served.
+fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside) -> Option<UnixStream> {
     let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
     let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
         ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
-        ((Err(error), ..), _) => return log::error!("vhost-user: {error}"),
-        (_, _) => return log::error!("vhost-user: the front-end's socket will not do"),
+        ((Err(error), ..), _) => {
+            log::error!("vhost-user: {error}");
+            return None;
+        }
+        (_, _) => {
+            log::error!("vhost-user: the front-end's socket will not do");
+            return None;
+        }
     };
     log::info!("vhost-user: a front-end has come");
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client))));
@@ -272,4 +297,5 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
     if let Some(frontend) = Arc::into_inner(frontend) {
         frontend.into_inner().unwrap_or_else(PoisonError::into_inner).leave();
     }
+    Some(copy)
 }
