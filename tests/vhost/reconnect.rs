@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use passgate::client::{Answer, Outcome, PageState};
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_bindings::PageRange;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 use crate::guest::{DATA, Guest, IN, OK, OUT, UNTOUCHED};
 use crate::world::World;
@@ -38,6 +40,7 @@ fn what_was_in_flight_when_a_back_end_went_is_done_by_the_next() {
     let region = guest.region();
     guest.frontend.set_mem_table(&[region]).unwrap();
     (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
+    guest.frontend.set_config(32, VhostUserConfigFlags::empty(), &[0]).unwrap();
     // Pages between begin and end: what touches them is held, and was not given to the drive.
     let mut channel = world.channel();
     let range = PageRange::new(DATA, 4096).unwrap();
@@ -59,6 +62,9 @@ fn what_was_in_flight_when_a_back_end_went_is_done_by_the_next() {
     let mut guest = guest.again(&world.path());
     guest.greet().unwrap();
     guest.track();
+    let mut cache = [1];
+    cache.copy_from_slice(&guest.frontend.get_config(32, 1, VhostUserConfigFlags::empty(), &[0]).unwrap().1);
+    assert_eq!(cache, [0], "the guest has switched its cache off");
     let region = guest.region();
     guest.frontend.set_mem_table(&[region]).unwrap();
     (0..2).for_each(|ring| guest.start_ring(ring).unwrap());

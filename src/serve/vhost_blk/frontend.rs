@@ -345,6 +345,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             return Err(wrong("of the configuration only `writeback` can be set, to 0 or 1"));
         };
         self.write_back = *back == 1;
+        if let Some(inflight) = &self.inflight {
+            inflight.set_write_through(!self.write_back);
+        }
         self.tell_through();
         Ok(())
     }
@@ -364,7 +367,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *inflight;
         let fd = OwnedFd::from(file);
         let back = Inflight::from_fd(fd, mmap_size, mmap_offset, num_queues, queue_size).map_err(wrong)?;
+        // A front-end that comes back does not say the configuration again.
+        self.write_back &= !back.is_write_through();
         self.inflight = Some(back);
+        self.tell_through();
         Ok(())
     }
 

@@ -19,6 +19,8 @@ const STATE: u64 = 16;
 /// A queue's part begins at a multiple of it.
 const ALIGN: u64 = 64;
 const VERSION: u64 = 1;
+/// In the first queue's features, which are the back-end's to use: the guest has switched its write cache off.
+const WRITE_THROUGH: u64 = 1 << 63;
 
 /// What a front-end says is not as it must be.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,19 @@ impl Inflight {
         Ok(Self { file: Arc::new(file), offset, queues, len })
     }
 
+    /// Notes whether the guest has switched its write cache off.
+    pub(super) fn set_write_through(&self, through: bool) {
+        let word = if through { WRITE_THROUGH } else { 0 };
+        if let Err(error) = self.file.store(self.offset, word) {
+            log::error!("requests in flight: {error}");
+        }
+    }
+
+    /// Whether an earlier back-end noted that.
+    pub(super) fn is_write_through(&self) -> bool {
+        self.file.load(self.offset).is_ok_and(|word| word & WRITE_THROUGH != 0)
+    }
+
     /// The part of a queue; none where there is no such queue or it is longer than was agreed.
     pub(super) fn queue(&self, index: u16, len: u16) -> Option<QueueInflight> {
         let base = self.offset + part(self.len) * u64::from(index);
@@ -146,7 +161,6 @@ impl QueueInflight {
             // The guest was told of it, its mark had not gone yet.
             self.clear(last);
         }
-        self.store(0, 0);
         self.store(8, VERSION | u64::from(self.len) << 16 | u64::from(last) << 32 | u64::from(used) << 48);
         if version != VERSION {
             (0..self.len).for_each(|head| self.clear(head));
@@ -224,6 +238,18 @@ mod tests {
         third.begin(2);
         third.telling(2);
         assert_eq!(queue(&inflight).recover(1).unwrap(), [4, 2]);
+    }
+
+    #[test]
+    fn what_the_guest_chose_of_its_cache_is_found_again() {
+        let (inflight, fd) = Inflight::new(2, 8).unwrap();
+        assert!(!inflight.is_write_through());
+        inflight.set_write_through(true);
+        inflight.queue(0, 8).unwrap().recover(0);
+        let again = Inflight::from_fd(fd, Inflight::size(2, 8), 0, 2, 8).unwrap();
+        assert!(again.is_write_through());
+        again.set_write_through(false);
+        assert!(!inflight.is_write_through());
     }
 
     #[test]

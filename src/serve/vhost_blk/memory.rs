@@ -90,11 +90,11 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// An empty one.
-    pub(super) fn new(mut client: Client) -> Self {
+    /// An empty one. `adopts`: an earlier daemon may have left something.
+    pub(super) fn new(mut client: Client, adopts: bool) -> Self {
         // An error says that there is nothing.
-        let adopted = client.adopt().map(|adopted| adopted.regions).unwrap_or_default();
-        Self { client, regions: Vec::new(), adopted }
+        let adopted = adopts.then(|| client.adopt().ok()).flatten();
+        Self { client, regions: Vec::new(), adopted: adopted.map(|all| all.regions).unwrap_or_default() }
     }
 
     /// Makes the table these regions. What was there and stays so is not touched. `see` is called when the workers

@@ -70,6 +70,8 @@ pub struct Options {
     pub read_only: bool,
     /// When workers look instead of sleeping.
     pub polling: Polling,
+    /// Whether an earlier daemon may have left memory to take over (`--restart hold`).
+    pub adopts: bool,
     /// Signals that shut the door.
     pub stop_signals: Vec<i32>,
 }
@@ -144,7 +146,7 @@ impl Door {
             let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
-        let ending = Ending { stopped, drive: Arc::clone(drive) };
+        let ending = Ending { stopped, drive: Arc::clone(drive), adopts: options.adopts };
         let run = move || {
             serve_all(&ending, entrance, &rings, &inside);
             drop(ending);
@@ -192,12 +194,13 @@ fn entrance(fd: OwnedFd) -> Result<Entrance> {
     })
 }
 
-/// What shuts the door.
+/// What shuts the door, and what its thread is told.
 struct Ending {
     /// Readable where somebody here wants it shut.
     stopped: UnixStream,
     /// The kernel may want the drive back.
     drive: Arc<Drive>,
+    adopts: bool,
 }
 
 impl Ending {
@@ -278,7 +281,7 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
         }
     };
     log::info!("vhost-user: a front-end has come");
-    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client))));
+    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client, ending.adopts))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
     while ending.await_ready(&copy) {
         match handler.handle_request() {
