@@ -196,8 +196,9 @@ impl Ring {
     }
 
     fn forget(&mut self) {
-        let Self { index, life, last_ticket, .. } = *self;
-        *self = Self { life: life.wrapping_add(1), last_ticket, ..Self::new(index) };
+        // What was answered before is still to be told.
+        let Self { index, life, last_ticket, told, .. } = *self;
+        *self = Self { life: life.wrapping_add(1), last_ticket, told, ..Self::new(index) };
     }
 
     /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
