@@ -50,8 +50,13 @@ fn what_was_in_flight_when_a_back_end_went_is_done_by_the_next() {
     for (nth, head) in [4, 0, 8].into_iter().enumerate() {
         guest.memory.write(DATA + 512 * nth as u64, &[nth as u8 + 1; 512]).unwrap();
         guest.request(0, head, OUT, 100, &[(DATA + 512 * nth as u64, 512)]);
+        if nth == 0 {
+            // One that overtakes it: by the used index alone nobody could tell which was done.
+            guest.request(0, 12, OUT, 200, &[(DATA + 4096, 512)]);
+        }
     }
     guest.kick(0);
+    assert_eq!(guest.await_used(0, 1), [(12, 1)]);
     assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
     assert_eq!(guest.status(0, 0), UNTOUCHED);
     world.shut_door();
