@@ -77,11 +77,13 @@ const IOMMUFD: &[(&str, Run)] = &[
 ];
 
 type OnGuest = fn(&str);
+/// Why one cannot run with this IOMMU interface, where it cannot.
+type Unless = fn(&str) -> Option<&'static str>;
 
 /// What needs a guest of a stock VMM.
-const GUESTS: &[(&str, OnGuest)] = &[
-    ("a_guests_disk_works_while_its_memory_changes", vhost_blk::works_while_memory_changes),
-    ("a_guests_disk_outlives_its_back_end_being_killed", vhost_blk::killed),
+const GUESTS: &[(&str, OnGuest, Unless)] = &[
+    ("a_guests_disk_works_while_its_memory_changes", vhost_blk::works_while_memory_changes, |_| None),
+    ("a_guests_disk_outlives_its_back_end_being_killed", vhost_blk::killed, vhost_blk::not_killed),
 ];
 
 /// Why a trial cannot run here, where it cannot.
@@ -119,8 +121,8 @@ fn main() {
                 trials.push(on(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
                 let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
-                for &(name, run) in GUESTS {
-                    let missing = missing.or_else(vhost_blk::no_guest);
+                for &(name, run, excuse) in GUESTS {
+                    let missing = missing.or_else(vhost_blk::no_guest).or_else(|| excuse(iommu));
                     trials.push(trial(format!("{iommu}::{name}"), move || run(iommu), missing));
                 }
             }
