@@ -98,7 +98,9 @@ impl Guest {
 
     /// Tells the guest what to do.
     pub fn tell(&mut self, what: &Value) {
-        self.line.write_all(format!("{what}\n").as_bytes()).unwrap();
+        if let Err(error) = self.line.write_all(format!("{what}\n").as_bytes()) {
+            panic!("the guest is gone ({error})\n{}", self.about());
+        }
     }
 
     /// The next thing that it says, if it says anything in this time. A failure ends the trial.
