@@ -111,8 +111,10 @@ fn stock_back_end_once() {
     let mut back_end = BackEnd::start(Which::Stock { thread: false }, &drive(), QUEUES);
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     guest.tell(&json!({ "do": "soak", "seconds": soak() }));
-    guest.add_memory("dimm1");
-    guest.remove_memory("dimm1");
+    for _ in 0..hotplugs() {
+        guest.add_memory("dimm1");
+        guest.remove_memory("dimm1");
+    }
     let mut listed = Vec::new();
     let soaked = result(&mut guest, &mut listed);
     guest.off();
@@ -139,7 +141,7 @@ fn works_while_memory_changes_once(iommu: &str) {
         // Whatever fails here must not leave the other thread converting.
         let guard = Stops(&stop);
         let begun = Instant::now();
-        while rounds == 0 || begun.elapsed() < Duration::from_secs(soak()) {
+        while rounds < hotplugs() || begun.elapsed() < Duration::from_secs(soak()) {
             if rounds < hotplugs() {
                 guest.add_memory("dimm1");
                 std::thread::sleep(Duration::from_millis(500)); // the guest allocates there meanwhile
