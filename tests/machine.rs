@@ -94,7 +94,7 @@ const ONCE: &[(&str, fn(), Excuse)] = &[
     ("the_demo_shows_no_stale_dma", programs::demo, || None),
     ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
     ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
-    ("a_stock_back_end_keeps_what_the_guest_wrote", vhost_blk::stock_back_end, nested::missing),
+    ("a_stock_back_end_keeps_what_the_guest_wrote", vhost_blk::stock_back_end, vhost_blk::no_machine),
 ];
 
 fn main() {
