@@ -128,9 +128,9 @@ impl Ring {
         self.flying > 0
     }
 
-    /// How many requests are at the drive, and how many are held.
+    /// How many requests are at the drive, and how many are held, or were and are about to be tried again.
     pub(super) fn now(&self) -> (u64, u64) {
-        (self.flying.into(), self.held.into())
+        (self.flying.into(), u64::from(self.held) + self.delayed.len() as u64)
     }
 
     /// When it wants to be looked at although nothing happens.
