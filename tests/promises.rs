@@ -39,6 +39,7 @@
 //! | stop: a TDI ended in silence, without leave; a bus mastering off taken for proof | bulk, anything, fences | 6; 4; 2 |
 //! | cached: a grant without detach; a reset, or a device on its way back, taken for detached | bulk, anything, fences | 2 |
 //! | cached: what a detach proves looked at one by one | bulk | 4 |
+//! | insists: removals, or what is left behind, stay within policy; forgotten when it dies; conversions go beyond policy | bulk, anything | 5; 5, 8; 4 |
 //! | person: a release that lifts more, forgets a mapping, comes while a conversion hangs | bulk, anything, person | 6; 2; 1 |
 //! | person: an earlier daemon's quarantine forgotten, or lifted by proof | bulk, anything, person | 6 |
 //! | ledger: a run cut at the wrong border; a run overlooked | bulk, nth | 2, 6 |
@@ -60,6 +61,8 @@ mod effects;
 mod fences;
 #[path = "promises/hands.rs"]
 mod hands;
+#[path = "promises/insists.rs"]
+mod insists;
 #[path = "promises/large.rs"]
 mod large;
 #[path = "promises/learn.rs"]

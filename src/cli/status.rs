@@ -8,6 +8,7 @@ use clap::Args;
 use super::{Daemon, Output};
 use crate::client::Status;
 use crate::error::Result;
+use crate::protocol::verbs::Disk;
 
 /// Says what a daemon knows.
 #[derive(Debug, Args)]
@@ -62,6 +63,16 @@ fn text(status: &Status) -> String {
             text += ", is a TDI (bus-master-off and reset would end it)";
         }
     }
+    if let Some(served) = &status.disk {
+        _ = write!(
+            text,
+            "\n{}; {} done, {} failed, {} of them for their memory",
+            disk(served),
+            served.done,
+            served.failed,
+            served.refused
+        );
+    }
     for region in &status.regions {
         let closing = if region.closing { ", closing" } else { "" };
         _ = write!(
@@ -96,6 +107,14 @@ fn text(status: &Status) -> String {
         );
     }
     text
+}
+
+/// How a disk is now, in words.
+pub(super) fn disk(disk: &Disk) -> String {
+    let drive = if disk.lost { ", THE DRIVE IS GIVEN UP" } else { "" };
+    let front_end = if disk.connected { "a front-end" } else { "no front-end" };
+    let Disk { in_flight, held, .. } = disk;
+    format!("disk: {front_end}{drive}; requests: {in_flight} in flight, {held} held")
 }
 
 /// Bytes as a person reads them; exact, because pages are.

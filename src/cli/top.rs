@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::status::bytes;
+use super::status::{bytes, disk};
 use super::{Daemon, line};
 use crate::client::{Client, Event, Status};
 use crate::error::{Error, Result};
@@ -133,6 +133,8 @@ struct Sample {
     when: Instant,
     /// Conversions by verdict.
     conversions: BTreeMap<String, f64>,
+    /// Requests of the disk that were answered.
+    requests: f64,
     /// Begins answered within so many nanoseconds; the last is all of them.
     answered: BTreeMap<u64, f64>,
 }
@@ -143,7 +145,7 @@ impl Sample {
     }
 
     fn read(text: &str) -> Self {
-        let (mut conversions, mut answered) = (BTreeMap::new(), BTreeMap::new());
+        let (mut conversions, mut answered, mut requests) = (BTreeMap::new(), BTreeMap::new(), 0.0);
         for line in text.lines() {
             let Some((series, value)) = line.rsplit_once(' ') else { continue };
             let Ok(value) = value.parse::<f64>() else { continue };
@@ -152,9 +154,11 @@ impl Sample {
             } else if series.starts_with("passgate_verdict_seconds_bucket{") {
                 let within = label(series, "le").parse::<f64>().unwrap_or(f64::INFINITY);
                 *answered.entry((within * 1e9).round() as u64).or_default() += value;
+            } else if series.starts_with("passgate_disk_requests_total{") {
+                requests += value;
             }
         }
-        Self { when: Instant::now(), conversions, answered }
+        Self { when: Instant::now(), conversions, requests, answered }
     }
 
     /// Conversions with this verdict.
@@ -216,6 +220,10 @@ fn view(status: &Status, before: &Sample, now: &Sample, events: &[String]) -> St
         let state = device.fenced.as_ref().map_or("running".to_owned(), |step| format!("FENCED by {step}"));
         _ = write!(text, "\ndevice {}: {state}; can be stopped by {}", device.device, device.stop.join(", "));
     }
+    if let Some(served) = &status.disk {
+        let answered = (now.requests - before.requests) / seconds;
+        _ = write!(text, "\n{}, {answered:.0}/s answered", disk(served));
+    }
     for event in events {
         _ = write!(text, "\nevent {event}");
     }
@@ -234,7 +242,9 @@ mod tests {
              passgate_verdict_seconds_bucket{{le=\"+Inf\",performer=\"client\"}} {all}\n\
              passgate_verdict_seconds_bucket{{le=\"+Inf\",performer=\"passgate\"}} 0\n\
              passgate_conversions_total{{verdict=\"done\",to=\"shared\"}} {fast}\n\
-             passgate_conversions_total{{verdict=\"done\",to=\"hole\"}} {all}\n# EOF\n"
+             passgate_conversions_total{{verdict=\"done\",to=\"hole\"}} {all}\n\
+             passgate_disk_requests_total{{kind=\"read\",status=\"ok\"}} {all}\n\
+             passgate_disk_requests_total{{kind=\"flush\",status=\"ok\"}} {fast}\n# EOF\n"
         ))
     }
 
@@ -242,6 +252,7 @@ mod tests {
     fn what_lies_between_two_looks_is_shown() {
         let (before, now) = (sample(1000, 1000), sample(1060, 1100));
         assert_eq!(now.said("done") - before.said("done"), 160.0);
+        assert_eq!(now.requests - before.requests, 160.0);
         assert_eq!(within(&before, &now, 0.5), Some(Duration::from_micros(1)));
         assert_eq!(within(&before, &now, 0.99), Some(Duration::from_micros(2)));
         assert_eq!(within(&now, &now, 0.5), None, "nothing happened");

@@ -220,7 +220,7 @@ impl Gate {
                 took_ns,
             });
         }
-        self.idle(device, effects);
+        self.idle(device, (errno != 0).then_some(step), effects);
         self.copies_gone(domain, invalidation, effects);
         self.advance_all(effects);
     }
@@ -238,12 +238,13 @@ impl Gate {
             }
         }
         effects.push(Effect::Notice(Notice::DeviceAttached { device, errno }));
-        self.idle(device, effects);
+        self.idle(device, None, effects);
         self.advance_all(effects);
     }
 
-    /// What was under way on a device is over: whoever needs a stronger fence has it now.
-    fn idle(&mut self, device: DeviceId, effects: &mut Effects) {
+    /// What was under way on a device is over: whoever needs a stronger fence has it now. `failed` is the fence that it was,
+    /// where it has failed.
+    fn idle(&mut self, device: DeviceId, failed: Option<Step>, effects: &mut Effects) {
         let Some(entry) = self.devices.get_mut(&device) else { return };
         entry.busy = None;
         let mut next = std::mem::take(&mut entry.next).into_iter();
@@ -264,7 +265,8 @@ impl Gate {
         entry.next.extend(next);
         let domain = entry.domain;
         let Some(entry) = self.devices.get(&device) else { return };
-        // A pause that was asked for behind something stronger, which nobody needs any more, is still one.
+        // A pause that was asked for behind something stronger, which nobody needs any more, is still one. One that has
+        // failed is not asked for again: nobody waits for it, and it might fail for ever.
         let waits = |id: &InvalidationId| {
             let asked = |inv: &&Invalidation| inv.pausing.contains(&device) && !inv.hurried;
             let inv = self.invalidations.get(id).filter(asked);
@@ -272,7 +274,7 @@ impl Gate {
         };
         if entry.busy.is_none()
             && !entry.is_paused()
-            && let Some(step) = pause(entry)
+            && let Some(step) = pause(entry).filter(|step| failed != Some(*step))
             && let Some(invalidation) = self.clearing.iter().copied().find(waits)
         {
             self.fence_one(device, step, invalidation, effects);

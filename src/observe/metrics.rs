@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge as SignedGauge;
@@ -19,6 +19,7 @@ use crate::gate::{
     Answer, Cause, Effect, Event, InvalidationId, Notice, PageState, Performer, Receipt, Snapshot, Step,
     Verdict,
 };
+use crate::observe::disk::Disk;
 
 /// What [`Meter::text`] is: the content type of an answer that carries it.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -194,12 +195,14 @@ impl Meter {
     }
 
     /// Everything in OpenMetrics text, `# EOF` at its end. Costs by regions and runs of equal state, not by pages.
-    /// `unwritten` are the lines that the audit log had no room for.
-    pub fn text(&self, snapshot: &Snapshot, clients: u64, unwritten: u64) -> String {
+    /// `unwritten` are the lines that the audit log had no room for, `disk` is what is served besides.
+    pub fn text(&self, snapshot: &Snapshot, clients: u64, unwritten: u64, disk: Option<Disk>) -> String {
         self.now.set(snapshot, clients);
         self.now.unwritten.set(unwritten);
         let mut text = String::with_capacity(16 << 10);
-        if encode(&mut text, &self.registry).is_err() {
+        let registries = encode_registry(&mut text, &self.registry)
+            .and_then(|()| disk.map_or(Ok(()), |disk| encode_registry(&mut text, &disk.registry())));
+        if registries.and_then(|()| encode_eof(&mut text)).is_err() {
             // A String takes everything; so does nobody get half a text for a whole one.
             text.clear();
         }

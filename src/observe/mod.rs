@@ -1,6 +1,7 @@
 //! What is told to whoever watches: notices, receipts, status and metrics, in words, numbers and JSON.
 
 pub mod audit;
+pub mod disk;
 pub mod events;
 pub mod keep;
 pub mod metrics;

@@ -10,7 +10,7 @@ use crate::session::Session;
 /// Ranges in quarantine that a status names; of the rest it says the bytes.
 const NAMED: usize = 1024;
 
-/// What the session knows now. Its connections, events and refusals are the server's to add.
+/// What the session knows now. Its connections, events, refusals and disk are the server's to add.
 pub fn status(session: &Session, policy: &Policy) -> Status {
     let snapshot = session.snapshot();
     let (mappings, max_mappings) = metrics::mappings(&snapshot);
@@ -31,6 +31,7 @@ pub fn status(session: &Session, policy: &Policy) -> Status {
         hitless: hitless(policy.hitless).into(),
         reserved: snapshot.mappings.iter().map(|one| one.reserved).sum(),
         regions: snapshot.regions.iter().map(region).collect(),
+        disk: None,
         devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
         quarantine: snapshot.quarantine.iter().take(NAMED).map(quarantined).collect(),
         refused: Vec::new(),

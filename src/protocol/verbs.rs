@@ -347,6 +347,25 @@ pub struct Totals {
     pub wrong: u64,
 }
 
+/// The virtio disk that the daemon serves, in `Status`. Counted since its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Disk {
+    /// Whether there is a front-end.
+    pub connected: bool,
+    /// Whether the drive was given up.
+    pub lost: bool,
+    /// Requests that are at the drive.
+    pub in_flight: u64,
+    /// Requests that are held because a page of theirs is not open to the drive.
+    pub held: u64,
+    /// Requests that were done.
+    pub done: u64,
+    /// Requests that were answered with an error.
+    pub failed: u64,
+    /// Those of them that were refused because of their memory.
+    pub refused: u64,
+}
+
 /// The reply to `Status`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Status {
@@ -384,6 +403,9 @@ pub struct Status {
     pub regions: Vec<Region>,
     /// The devices.
     pub devices: Vec<Device>,
+    /// The virtio disk that is served; none where none is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
     /// What must not be handed out; at most 1024 ranges of it.
     pub quarantine: Vec<Quarantined>,
     /// What was refused lately, the last first; at most 64 ranges.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use rustix::time::{
 
 use super::baton::{Baton, Found, Turn};
 use super::inside::Ask;
+use super::vhost_blk::Counted;
 use super::vm::Vm;
 use crate::error::{Error, Result};
 use crate::gate::ClientId;
@@ -41,6 +42,8 @@ pub(super) enum Done {
     Ask(Ask),
     /// Another thread has a connection.
     Connect(OwnedFd),
+    /// Another thread serves a disk.
+    Disk(Weak<Counted>),
 }
 
 /// What the loop, its workers and its supervisor share.

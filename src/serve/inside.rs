@@ -5,13 +5,14 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::event_loop::{Core, Done};
+use super::vhost_blk::Counted;
 use super::vm::Vm;
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -55,6 +56,11 @@ impl Inside {
             true => Ok(Client::from_fd(theirs)),
             false => Err(Error::Over),
         }
+    }
+
+    /// Has status and metrics say what this disk's numbers are, as long as somebody keeps them.
+    pub(super) fn show(&self, disk: Weak<Counted>) {
+        self.core.deliver(Done::Disk(disk));
     }
 }
 

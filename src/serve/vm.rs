@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain};
@@ -16,9 +16,11 @@ use super::event_loop::{Core, Done};
 use super::inside::Ask;
 use super::poller::{Interest, Poller};
 use super::scrape::{Scrape, VISITORS};
+use super::vhost_blk::Counted;
 use super::{Hold, Options};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
+use crate::observe::disk::Disk;
 use crate::observe::records::Records;
 use crate::observe::status;
 use crate::protocol::batch::MAX_DATAGRAM;
@@ -59,6 +61,8 @@ pub(super) struct Vm {
     last_client: u32,
     pub(super) backlog: Backlog,
     pub(super) scrape: Option<Scrape>,
+    /// The disk that is served, while it is.
+    disk: Weak<Counted>,
     /// Until when nobody is accepted.
     starved: Option<Instant>,
     alarm: Option<Instant>,
@@ -134,6 +138,7 @@ impl Vm {
             last_client: 0,
             backlog: Backlog::new()?,
             scrape: scrape.map(Scrape::new),
+            disk: Weak::new(),
             starved: None,
             alarm: None,
             farewell: None,
@@ -276,6 +281,7 @@ impl Vm {
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
                 Done::Ask(ask) => self.asked(ask),
                 Done::Connect(socket) => self.connected(socket),
+                Done::Disk(disk) => self.disk = disk,
             }
         }
         self.alarm = None;
@@ -371,6 +377,7 @@ impl Vm {
             instance: self.backlog.instance().to_owned(),
             sequence: self.backlog.last(),
             refused: self.backlog.refused(&self.session),
+            disk: self.disk().map(|disk| disk.status()),
             ..status::status(&self.session, policy)
         }
     }
@@ -378,6 +385,11 @@ impl Vm {
     /// What is counted and timed, in OpenMetrics text.
     pub(super) fn metrics(&self) -> String {
         let (session, clients) = (&self.session, self.connections.len() as u64);
-        session.meter().text(&session.snapshot(), clients, session.audit_dropped())
+        session.meter().text(&session.snapshot(), clients, session.audit_dropped(), self.disk())
+    }
+
+    /// What is counted of the disk, where one is served.
+    fn disk(&self) -> Option<Disk> {
+        self.disk.upgrade().map(|disk| disk.read())
     }
 }

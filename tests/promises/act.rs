@@ -61,6 +61,7 @@ impl World {
                 None => Ok(()),
             },
             Action::End { granted, outcome, stranger } => self.end(granted, outcome, stranger),
+            Action::Insist { client } => self.feed(Event::Insists { client: self.client(client) }),
             Action::Gone { client } => {
                 let slot = client as usize % CLIENTS;
                 let gone = self.clients[slot];

@@ -49,6 +49,8 @@ pub enum Action {
     Touch { granted: u16 },
     /// The owner ends what it was granted; with `stranger`, somebody else tries to.
     End { granted: u16, outcome: Outcome, stranger: bool },
+    /// A client cannot be told no from now on.
+    Insist { client: u8 },
     /// A connection is gone; another takes its place.
     Gone { client: u8 },
     /// A call of the gate's is made, or its result comes in; with `deliver`, both.
@@ -144,6 +146,7 @@ impl Action {
                 let (client, held) = (rng.next() as u8, rng.next() as u16);
                 Action::Release { client, held, to: rng.pick(&PageState::ALL) }
             }
+            900..901 => Action::Insist { client: rng.next() as u8 },
             _ => Action::Dma {
                 domain: rng.next() as u8,
                 device: rng.next() as u8,

@@ -139,6 +139,7 @@ fn action() -> impl Strategy<Value = Action> {
         2 => any::<u16>().prop_map(|granted| Action::Touch { granted }),
         5 => (any::<u16>(), outcome(), any::<bool>())
             .prop_map(|(granted, outcome, stranger)| Action::End { granted, outcome, stranger }),
+        1 => client().prop_map(|client| Action::Insist { client }),
         1 => client().prop_map(|client| Action::Gone { client }),
         14 => (any::<u16>(), any::<bool>(), fault())
             .prop_map(|(task, deliver, fault)| Action::Work { task, deliver, fault }),

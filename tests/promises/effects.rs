@@ -8,11 +8,11 @@ use crate::truth::{Held, Kept, Open, Phase, Region, Stage, broken};
 
 impl Model {
     pub fn effect(&mut self, effect: &Effect) -> Kept {
-        let leaving = !self.deaths.is_empty();
         if let Effect::Unmap { domain, iova, .. } = effect {
             self.no_window(*domain, *iova)?;
         }
-        self.told.effect(effect, &self.policy, leaving)?;
+        let allowed = self.allowed();
+        self.told.effect(effect, &self.policy, allowed)?;
         match effect {
             Effect::Map { iova, file, offset, .. } => {
                 let range = iova.rebase(iova.start(), *offset);
@@ -48,11 +48,13 @@ impl Model {
                 }
             }
             Effect::Arm { invalidation, .. } => {
-                if self.known.insert(*invalidation)
-                    && self.dying
-                    && let Some(death) = self.deaths.last_mut()
-                {
-                    death.closings.push(*invalidation);
+                if self.known.insert(*invalidation) {
+                    self.closing.insert(*invalidation, self.told.clock);
+                    if self.dying
+                        && let Some(death) = self.deaths.last_mut()
+                    {
+                        death.closings.push(*invalidation);
+                    }
                 }
             }
             Effect::Convert { invalidation, pages, to } => {
@@ -73,6 +75,7 @@ impl Model {
             Effect::Notice(notice) => self.notice(notice)?,
             Effect::Receipt(receipt) => {
                 let id = receipt.invalidation;
+                self.no_is_the_last_word(receipt)?;
                 if !self.receipts.insert(id) {
                     broken!(4, "two receipts of {id:?}");
                 }

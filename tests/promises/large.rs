@@ -151,6 +151,7 @@ fn a_pause_that_fails_or_takes_too_long_refuses_nobody() {
         }
         play(&mut world, &[Action::Settle]);
         assert_eq!(world.verdicts, [1, 0, 0], "late: {late}");
+        assert_eq!(world.fences, [Step::Drain], "it is asked once, late: {late}");
     }
 }
 

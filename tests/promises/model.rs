@@ -80,6 +80,10 @@ pub struct Model {
     pub receipts: HashSet<InvalidationId>,
     /// Invalidations of whose time a part was over.
     pub hurried: HashSet<InvalidationId>,
+    /// Clients that cannot be told no.
+    pub insisting: HashSet<ClientId>,
+    /// Invalidations that take a region away (or merge), and when they began, by [`Told::clock`].
+    pub closing: BTreeMap<InvalidationId, u64>,
     /// What passgate's own conversion came to, while its answer is awaited.
     pub converted: BTreeMap<InvalidationId, Outcome>,
     /// Its calls that have not returned, also after they were given up.
@@ -110,6 +114,8 @@ impl Model {
             said: BTreeMap::new(),
             receipts: HashSet::new(),
             hurried: HashSet::new(),
+            insisting: HashSet::new(),
+            closing: BTreeMap::new(),
             converted: BTreeMap::new(),
             converting: BTreeSet::new(),
             map_failed: false,
@@ -168,6 +174,7 @@ impl Model {
                     death.overdue |= death.closings.contains(&invalidation);
                 }
             }
+            Event::Insists { client } => _ = self.insisting.insert(client),
             Event::ClientGone { client } => self.gone(client),
             Event::Quarantine { file, range, invalidation, reason } => {
                 self.earlier = self.earlier.max(invalidation.0);
@@ -292,7 +299,7 @@ impl Model {
         if !self.deaths.iter().any(|death| death.client == client && !death.regions.is_empty()) {
             return Ok(());
         }
-        let allowed = self.policy.on_stuck_dma.allows();
+        let resets = self.insisting.contains(&client) || self.policy.on_stuck_dma.allows().has(Step::Reset);
         for (id, device) in &self.told.devices {
             let can = |step: Step| device.steps.has(step);
             let spared = device.nature.tdi && !self.policy.end_tdi;
@@ -300,7 +307,7 @@ impl Model {
                 || can(Step::Stop)
                 || can(Step::Detach)
                 || (can(Step::Master) && !spared)
-                || (can(Step::Reset) && allowed.has(Step::Reset) && !spared);
+                || (can(Step::Reset) && resets && !spared);
             if any && device.busy == 0 && device.fenced.is_none() {
                 broken!(8, "{client:?} is gone, and {id:?} of {:?} goes on", device.domain);
             }

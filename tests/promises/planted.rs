@@ -1,7 +1,6 @@
 //! The checker can fail: each planted fault breaks the promise that it is against, and is found.
 //!
-//! Number 5 (a door that cannot hear "no") has no door in this issue; of number 8, the guardian is tested with
-//! the process that it is.
+//! Of number 8, the guardian is tested with the process that it is.
 
 use crate::bulk::run;
 use crate::saboteur::Plant;
@@ -46,6 +45,12 @@ fn promise_4_every_begin_is_answered_once_and_in_time() {
     found(Plant::NoTimers, 4);
     found(Plant::AnswersTwice, 4);
     found(Plant::EndsTdis, 4);
+    found(Plant::AllInsist, 4);
+}
+
+#[test]
+fn promise_5_who_cannot_be_told_no_is_told_so_only_when_nothing_is_left_to_try() {
+    found(Plant::DeafToInsistence, 5);
 }
 
 #[test]

@@ -61,6 +61,10 @@ pub enum Plant {
     ForgottenSeed,
     /// A session is said to be closed as soon as the client is gone.
     EarlyClosed,
+    /// That a client cannot be told no is not heard of.
+    DeafToInsistence,
+    /// Every client is taken for one that cannot be told no.
+    AllInsist,
 }
 
 #[derive(Debug)]
@@ -155,6 +159,11 @@ impl Saboteur {
                 Some(Event::DomainAdded { domain, able })
             }
             (Plant::DeafToDeath, Event::ClientGone { .. }) => None,
+            (Plant::DeafToInsistence, Event::Insists { .. }) => None,
+            (Plant::AllInsist, Event::RemoveRegion { caller, region }) => {
+                self.gate.handle(Event::Insists { client: caller.client }, effects);
+                Some(Event::RemoveRegion { caller, region })
+            }
             (Plant::EarlyForget, Event::ClientGone { client }) => {
                 let files = self.files.remove(&client).unwrap_or_default();
                 effects.extend(files.into_iter().map(|file| Effect::ForgetFile { file }));

@@ -60,6 +60,8 @@ pub struct Device {
     pub busy: u32,
     /// Whether the last attach failed.
     pub lost: bool,
+    /// When each step was last asked, and when it was over, by [`Told::clock`].
+    asked: [(u64, u64); Step::LADDER.len()],
 }
 
 #[derive(Debug, Default)]
@@ -69,6 +71,8 @@ pub struct Told {
     /// The end of a TDI that was told, and is the next fence.
     ending: Option<(DeviceId, Step)>,
     strict: bool,
+    /// Events so far.
+    pub clock: u64,
     jobs: HashMap<JobId, Job>,
     replaces: HashMap<JobId, (DomainId, Vec<PageRange<Iova>>)>,
 }
@@ -120,6 +124,11 @@ impl Domain {
         self.doubt.overlapping(over).chain(filling).chain(flying).map(|part| clip(part, over)).collect()
     }
 
+    /// Whether what was to go from `over` is not proved gone. A map that takes its time is none of that.
+    pub fn stuck(&self, over: &Range<u64>) -> bool {
+        self.doubt.overlaps(over) || self.flying.values().any(|flying| flying.overlaps(over))
+    }
+
     fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId, copies: bool) {
         if let UnmapResult::InFlight { .. } = result {
             let parts = self.maybe.overlapping(&over).map(|part| clip(part, &over)).collect();
@@ -150,6 +159,17 @@ impl Device {
     fn keeps_copies(&self) -> bool {
         self.nature.ats && (!self.detached || self.returning)
     }
+
+    /// Whether `step`, or what includes it, was tried since then, or is in force, or a call that hangs is in its way.
+    pub fn was_tried(&self, step: Step, since: u64) -> bool {
+        let includes = |other: &Step| *other == step || (*other > step && step != Step::Detach);
+        let tried = |other: &Step| {
+            let (asked, over) = self.asked[*other as usize];
+            includes(other) && asked.max(over) >= since
+        };
+        let in_force = if step == Step::Detach { self.detached } else { self.fenced >= Some(step) };
+        self.busy > 0 || in_force || Step::LADDER.iter().any(tried)
+    }
 }
 
 impl Told {
@@ -169,8 +189,9 @@ impl Told {
         device: DeviceId,
         step: Step,
         policy: &Policy,
-        leaving: bool,
+        allowed: Steps,
     ) -> Kept {
+        let clock = self.clock;
         let Some(entry) = self.devices.get_mut(&device) else {
             broken!(4, "{effect:?} of a device that does not exist")
         };
@@ -178,9 +199,8 @@ impl Told {
             broken!(4, "{effect:?} of a device that has no such fence");
         }
         let strict = self.strict && entry.nature.ats && step == Step::Detach;
-        let leaving = leaving && step != Step::Reset;
         let pause = policy.hitless == Hitless::Prefer && matches!(step, Step::Drain | Step::Stop);
-        if !leaving && !strict && !pause && !policy.on_stuck_dma.allows().has(step) {
+        if !strict && !pause && !allowed.has(step) {
             broken!(4, "{effect:?} goes beyond the policy {:?}", policy.on_stuck_dma);
         }
         let ends_tdi = entry.nature.tdi && matches!(step, Step::Master | Step::Reset);
@@ -194,11 +214,12 @@ impl Told {
             broken!(4, "{effect:?} of a device that is busy");
         }
         entry.busy += 1;
+        entry.asked[step as usize].0 = clock;
         Ok(())
     }
 
     /// Takes down what the gate wants done; breaks a promise where it should not want that.
-    pub fn effect(&mut self, effect: &Effect, policy: &Policy, leaving: bool) -> Kept {
+    pub fn effect(&mut self, effect: &Effect, policy: &Policy, allowed: Steps) -> Kept {
         match *effect {
             Effect::Map { job, domain, iova, .. } => {
                 let entry = self.domains.entry(domain).or_default();
@@ -220,7 +241,7 @@ impl Told {
                 self.jobs.insert(job, Job::Unmap { domain, iova });
             }
             Effect::Fence { job, device, step } => {
-                self.fence(effect, device, step, policy, leaving)?;
+                self.fence(effect, device, step, policy, allowed)?;
                 self.jobs.insert(job, Job::Fence { device, step });
             }
             Effect::Attach { job, device } => {
@@ -244,6 +265,8 @@ impl Told {
 
     /// Takes down what the gate is about to be told.
     pub fn event(&mut self, event: &Event) {
+        self.clock += 1;
+        let clock = self.clock;
         match *event {
             Event::DomainAdded { domain, .. } => {
                 self.domains.entry(domain).or_default();
@@ -260,6 +283,7 @@ impl Told {
                     returning: false,
                     busy: 0,
                     lost: false,
+                    asked: Default::default(),
                 });
             }
             Event::Mapped { job, result } => {
@@ -309,6 +333,7 @@ impl Told {
                 self.jobs.remove(&job);
                 let Some(entry) = self.devices.get_mut(&device) else { return };
                 entry.busy -= 1;
+                entry.asked[step as usize].1 = clock;
                 if errno == 0 && step > Step::Drain {
                     entry.fenced = entry.fenced.max(Some(step));
                     entry.detached |= step == Step::Detach;

@@ -6,6 +6,7 @@ mod command;
 mod conversion;
 mod guest;
 mod hostile;
+mod metrics;
 mod reconnect;
 mod requests;
 mod world;

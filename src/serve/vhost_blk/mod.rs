@@ -11,12 +11,14 @@
 //! before the drive has.
 
 mod config;
+mod counts;
 mod frontend;
 mod inflight;
 mod memory;
 mod poll;
 mod request;
 mod ring;
+mod slot;
 mod worker;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -36,11 +38,13 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::{Inside, Mends, SocketFile, listen, socket_error};
 use crate::error::{Error, Result};
+use counts::Counts;
 use frontend::{Frontend, Rings};
 use memory::Table;
 use ring::{Desk, LONGEST, MOST, Vring};
 use worker::{Mailbox, Order, Worker};
 
+pub(super) use counts::Counted;
 pub use poll::Polling;
 
 const MENDS: Mends = Mends {
@@ -119,8 +123,9 @@ impl Door {
         let vrings = vrings.map_err(|error| Error::Usage(format!("--num-queues: {error}")))?;
         let count = drive.queues().min(options.queues);
         let read_only = options.read_only || drive.geometry().read_only;
+        let counts: Vec<_> = (0..count).map(|_| Arc::new(Counts::default())).collect();
         let mut workers = Vec::new();
-        for nth in 0..count {
+        for (nth, counts) in (0..count).zip(&counts) {
             let desk = Desk {
                 drive: drive.take_queue(nth)?,
                 geometry: drive.geometry().clone(),
@@ -130,7 +135,8 @@ impl Door {
             let share = (0..options.queues).filter(|ring| ring % count == nth);
             let share = share.filter_map(|ring| Some((ring, vrings.get(usize::from(ring))?.clone())));
             let rings = share.collect();
-            workers.push(Worker::spawn(desk, memory.clone(), rings, inside.clone(), options.polling)?);
+            let (memory, inside, counts) = (memory.clone(), inside.clone(), Arc::clone(counts));
+            workers.push(Worker::spawn(desk, memory, rings, inside, options.polling, counts)?);
         }
         let mailboxes: Vec<_> = workers.iter().map(|(mailbox, _)| mailbox.clone()).collect();
         let of = |ring: usize| mailboxes[ring % mailboxes.len()].clone();
@@ -146,7 +152,9 @@ impl Door {
             let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
-        let ending = Ending { stopped, drive: Arc::clone(drive), adopts: options.adopts };
+        let counted = Arc::new(Counted::new(Arc::clone(drive), counts));
+        inside.show(Arc::downgrade(&counted));
+        let ending = Ending { stopped, drive: Arc::clone(drive), adopts: options.adopts, counted };
         let run = move || {
             serve_all(&ending, entrance, &rings, &inside);
             drop(ending);
@@ -201,6 +209,7 @@ struct Ending {
     /// The kernel may want the drive back.
     drive: Arc<Drive>,
     adopts: bool,
+    counted: Arc<Counted>,
 }
 
 impl Ending {
@@ -281,6 +290,8 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
         }
     };
     log::info!("vhost-user: a front-end has come");
+    // Until its memory is no device's.
+    let _served = ending.counted.front_end();
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client, ending.adopts))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
     while ending.await_ready(&copy) {

@@ -14,6 +14,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
+use crate::observe::disk::Kind;
+
 /// Bytes of a sector, whatever the drive's blocks are.
 pub(super) const SECTOR: u64 = 512;
 /// Pieces of data of one request at most (`seg_max`), as the guest is told.
@@ -76,6 +78,8 @@ pub(super) enum Wanted {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) wanted: Wanted,
+    /// What the guest says that it is.
+    pub(super) kind: Kind,
     /// Where the status goes.
     pub(super) status: GuestAddress,
     /// Bytes that the drive writes to the segments.
@@ -120,11 +124,15 @@ impl Chain {
             self.writable.pop();
         }
         written.len -= 1;
-        let wanted = if read.too_many || written.too_many {
-            Wanted::Status(VIRTIO_BLK_S_IOERR as u8)
-        } else {
-            self.understand(memory, limits, read.len, written.len).unwrap_or_else(Wanted::Status)
-        };
+        let (mut kind, mut wanted) = (Kind::Other, Wanted::Status(VIRTIO_BLK_S_IOERR as u8));
+        if let Some(header) = self.take(memory) {
+            kind = kind_of(header);
+            if !read.too_many && !written.too_many {
+                let readable = read.len - HEADER as u64;
+                let understood = self.understand(memory, limits, header, readable, written.len);
+                wanted = understood.unwrap_or_else(Wanted::Status);
+            }
+        }
         let from = match wanted {
             Wanted::Drive(Op::Read { .. }) | Wanted::Id => &self.writable[..],
             Wanted::Drive(Op::Write { .. }) => &self.readable[..],
@@ -137,7 +145,7 @@ impl Chain {
         segments.extend(from.iter().map(|(at, len)| Segment { iova: Iova(*at), len: *len }));
         let reads = matches!(wanted, Wanted::Drive(Op::Read { .. }));
         let written = if reads { u32::try_from(written.len).unwrap_or(u32::MAX) } else { 0 };
-        Ok(Request { wanted, status, written })
+        Ok(Request { wanted, kind, status, written })
     }
 
     /// The pieces of the chain, in two halves.
@@ -193,17 +201,16 @@ impl Chain {
         Err(Malformed::Endless)
     }
 
-    /// What is asked for; or the status that says why not.
+    /// What is asked for by a header and `readable` bytes behind it; or the status that says why not.
     fn understand<M: GuestMemory>(
         &mut self,
         memory: &M,
         limits: Limits<'_>,
+        header: [u8; HEADER],
         readable: u64,
         writable: u64,
     ) -> Result<Wanted, u8> {
         let ioerr = VIRTIO_BLK_S_IOERR as u8;
-        let header: [u8; HEADER] = self.take(memory).ok_or(ioerr)?;
-        let readable = readable - HEADER as u64;
         let (kind, _, sector) = fields(header);
         let Limits { drive, read_only, write_through } = limits;
         match kind {
@@ -268,6 +275,18 @@ impl Chain {
             }
         }
         Some(bytes)
+    }
+}
+
+/// What a request says that it is.
+fn kind_of(header: [u8; HEADER]) -> Kind {
+    match fields(header).0 {
+        VIRTIO_BLK_T_IN => Kind::Read,
+        VIRTIO_BLK_T_OUT => Kind::Write,
+        VIRTIO_BLK_T_FLUSH => Kind::Flush,
+        VIRTIO_BLK_T_DISCARD => Kind::Discard,
+        VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
+        _ => Kind::Other,
     }
 }
 

@@ -7,20 +7,24 @@
 use std::collections::VecDeque;
 use std::fmt::Display;
 use std::num::Wrapping;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use passgate_backends::nvme::{Fault, Geometry, Op, Queue as DriveQueue, Submitted};
 use passgate_backends::window::Segment;
-use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_bindings::{Iova, PageRange};
 use vhost_user_backend::VringMutex;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::counts::Counts;
 use super::inflight::QueueInflight;
 use super::request::{self, Chain, Limits, Wanted};
+use super::slot::{Slot, State, pages, tag};
 use crate::gate::Admits;
+use crate::observe::disk::Refusal;
 
 /// Guest memory, as it changes.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -59,28 +63,6 @@ pub(super) struct Question {
     pub(super) writes: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum State {
-    #[default]
-    Free,
-    Waiting,
-    /// By the question that was asked.
-    Held(u64),
-    Flying,
-}
-
-/// A request, by the number of its first descriptor.
-#[derive(Debug, Default)]
-struct Slot {
-    state: State,
-    /// Since when it was held, if it was.
-    since: Option<Instant>,
-    op: Option<Op>,
-    status: GuestAddress,
-    written: u32,
-    segments: Vec<Segment>,
-}
-
 /// What has become of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -111,12 +93,13 @@ pub(super) struct Ring {
     /// Whether the guest is to be told of something.
     told: bool,
     last_ticket: u64,
+    counts: Arc<Counts>,
     /// Questions that are to be asked.
     pub(super) questions: Vec<Question>,
 }
 
 impl Ring {
-    pub(super) fn new(index: u16) -> Self {
+    pub(super) fn new(index: u16, counts: Arc<Counts>) -> Self {
         Self {
             index,
             life: 0,
@@ -130,6 +113,7 @@ impl Ring {
             chain: Chain::default(),
             told: false,
             last_ticket: 0,
+            counts,
             questions: Vec::new(),
         }
     }
@@ -142,6 +126,11 @@ impl Ring {
     /// Whether the drive has something of it.
     pub(super) fn is_flying(&self) -> bool {
         self.flying > 0
+    }
+
+    /// How many requests are at the drive, and how many are held, or were and are about to be tried again.
+    pub(super) fn now(&self) -> (u64, u64) {
+        (self.flying.into(), u64::from(self.held) + self.delayed.len() as u64)
     }
 
     /// When it wants to be looked at although nothing happens.
@@ -198,7 +187,8 @@ impl Ring {
     fn forget(&mut self) {
         // What was answered before is still to be told.
         let Self { index, life, last_ticket, told, .. } = *self;
-        *self = Self { life: life.wrapping_add(1), last_ticket, told, ..Self::new(index) };
+        let new = Self::new(index, Arc::clone(&self.counts));
+        *self = Self { life: life.wrapping_add(1), last_ticket, told, ..new };
     }
 
     /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
@@ -278,7 +268,10 @@ impl Ring {
         self.held -= 1;
         slot.state = State::Waiting;
         match admits {
-            Admits::Never => self.answer(queue, memory, head, FAILED),
+            Admits::Never => {
+                self.counts.refused(Refusal::NotShared);
+                self.answer(queue, memory, head, FAILED);
+            }
             Admits::Open | Admits::Later => self.delayed.push_back((Instant::now() + AGAIN, head)),
         }
     }
@@ -301,6 +294,7 @@ impl Ring {
                     self.index,
                     PATIENCE.as_secs()
                 );
+                self.counts.refused(Refusal::HeldTooLong);
                 self.answer(queue, memory, head, FAILED);
             }
         }
@@ -325,7 +319,9 @@ impl Ring {
         *slot = Slot {
             state: State::Waiting,
             since: None,
+            kind: request.kind,
             op: None,
+            bytes: 0,
             status: request.status,
             written: request.written,
             segments: std::mem::take(&mut slot.segments),
@@ -333,6 +329,9 @@ impl Ring {
         match request.wanted {
             Wanted::Drive(op) => {
                 slot.op = Some(op);
+                if let Op::Read { blocks, .. } | Op::Write { blocks, .. } = op {
+                    slot.bytes = u64::from(blocks) * u64::from(desk.geometry.block);
+                }
                 self.waiting.push_back(head);
             }
             Wanted::Id => {
@@ -372,7 +371,10 @@ impl Ring {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
         self.last_ticket += 1;
         slot.state = State::Held(self.last_ticket);
-        slot.since.get_or_insert_with(Instant::now);
+        if slot.since.is_none() {
+            slot.since = Some(Instant::now());
+            self.counts.holds();
+        }
         self.held += 1;
         self.questions.push(Question {
             head,
@@ -386,6 +388,8 @@ impl Ring {
     fn answer(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, status: u8) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
         slot.state = State::Free;
+        // Before the guest can know of it: whoever has seen an answer finds it counted.
+        self.counts.answered(slot.kind, status, slot.bytes);
         // Where the place for the status has gone meanwhile, nobody reads it.
         let _ = memory.write_obj(status, slot.status);
         let len = if status == OK { slot.written.saturating_add(1) } else { 1 };
@@ -409,23 +413,6 @@ impl Ring {
     }
 }
 
-/// A request's name at the drive: the life of its ring, the ring, the request. What outlives a ring's life is nobody's.
-fn tag(life: u16, ring: u16, head: u16) -> u32 {
-    u32::from(life) << 16 | u32::from(ring % MOST) << 10 | u32::from(head % LONGEST)
-}
-
-/// The ring's life, the ring and the request that a name at the drive is of.
-pub(super) fn of_tag(tag: u32) -> (u16, u16, u16) {
-    ((tag >> 16) as u16, (tag >> 10) as u16 % MOST, tag as u16 % LONGEST)
-}
-
-/// The pages that a segment lies in; none where it is in no address space.
-fn pages(segment: &Segment) -> Option<PageRange<Iova>> {
-    let first = segment.iova.0 / PAGE * PAGE;
-    let end = segment.iova.0.checked_add(segment.len.into())?.checked_next_multiple_of(PAGE)?;
-    PageRange::new(first, end - first).ok()
-}
-
 /// Writes the drive's name into the guest's memory; whether it is all there.
 fn tell_id(memory: &GuestMemoryMmap, segments: &[Segment], drive: &Geometry) -> bool {
     let id = request::id(drive);
@@ -439,3 +426,7 @@ fn tell_id(memory: &GuestMemoryMmap, segments: &[Segment], drive: &Geometry) -> 
     }
     rest.is_empty()
 }
+
+#[cfg(test)]
+#[path = "ring_tests.rs"]
+mod tests;

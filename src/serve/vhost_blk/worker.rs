@@ -17,9 +17,11 @@ use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
+use super::counts::Counts;
 use super::inflight::QueueInflight;
 use super::poll::{Moment, Polling};
-use super::ring::{self, Desk, Memory, Question, Ring, Vring};
+use super::ring::{Desk, Memory, Question, Ring, Vring};
+use super::slot::of_tag;
 use crate::error::{Error, Result};
 use crate::gate::Admits;
 use crate::serve::Inside;
@@ -86,6 +88,7 @@ pub(super) struct Worker {
     inside: Inside,
     poller: Poller,
     moment: Moment,
+    counts: Arc<Counts>,
     done: Vec<Completed>,
 }
 
@@ -97,6 +100,7 @@ impl Worker {
         rings: Vec<(u16, Vring)>,
         inside: Inside,
         polling: Polling,
+        counts: Arc<Counts>,
     ) -> Result<(Mailbox, JoinHandle<()>)> {
         let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("eventfd"))?;
@@ -105,11 +109,15 @@ impl Worker {
         let poller = Poller::new().map_err(Error::Poll)?;
         poller.add(&*mailbox.wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         poller.add(desk.drive.interrupt(), Interest::Read, DRIVE).map_err(Error::Poll)?;
-        let share = |(index, vring)| Share { index, vring, ring: Ring::new(index), kick: None, ended: None };
+        let share = |(index, vring)| {
+            let ring = Ring::new(index, Arc::clone(&counts));
+            Share { index, vring, ring, kick: None, ended: None }
+        };
         let worker = Self {
             desk,
             memory,
             shares: rings.into_iter().map(share).collect(),
+            counts,
             orders,
             mailbox: mailbox.clone(),
             inside,
@@ -224,7 +232,7 @@ impl Worker {
             let memory = self.memory.memory();
             let (enabled, queue) = (locked.is_enabled(), locked.get_queue_mut());
             for Completed { tag, result } in &self.done {
-                let (life, ring, head) = ring::of_tag(*tag);
+                let (life, ring, head) = of_tag(*tag);
                 if ring == share.index {
                     share.ring.completed(queue, &memory, (life, head), *result);
                 }
@@ -249,6 +257,9 @@ impl Worker {
         }
         self.done.clear();
         self.desk.drive.ring();
+        let now = self.shares.iter().map(|share| share.ring.now());
+        let (in_flight, held) = now.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        self.counts.now(in_flight, held);
         did
     }
 

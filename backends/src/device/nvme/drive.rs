@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use super::controller::{Controller, Doorbell};
 use super::data::Rules;
 use super::geometry::Geometry;
-use super::keeper::{Trouble, keep};
+use super::keeper::{Health, Trouble, keep};
 use super::pair::Pair;
 use super::queue::{LIST, Queue, now};
 use super::registers::{DOORBELLS, Registers};
@@ -152,6 +152,8 @@ pub(super) struct Inner {
     troubles: Mutex<Sender<Trouble>>,
     /// How often the controller was reset because of what it did, or did not do.
     pub(super) recoveries: AtomicU32,
+    /// Abort commands that it was given.
+    pub(super) aborts: AtomicU64,
     /// The drive is being closed: the keeper waits for nobody.
     pub(super) leaving: AtomicBool,
 }
@@ -207,6 +209,7 @@ impl Drive {
             stopped: AtomicU64::new(0),
             troubles: Mutex::new(troubles),
             recoveries: AtomicU32::new(0),
+            aborts: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             control: Mutex::new(controller),
             memory,
@@ -238,6 +241,11 @@ impl Drive {
     /// None where nobody can say so.
     pub fn removal(&self) -> Option<BorrowedFd<'_>> {
         self.inner.registers.removal()
+    }
+
+    /// What it had to be helped with so far; waits for nobody.
+    pub fn health(&self) -> Health {
+        self.inner.health()
     }
 
     /// Its queues.

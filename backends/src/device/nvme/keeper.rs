@@ -31,7 +31,26 @@ pub(super) enum Trouble {
     Leave,
 }
 
+/// What a drive had to be helped with since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Abort commands, for commands that took too long.
+    pub aborts: u64,
+    /// How often its controller was reset because of what it did, or did not do. What a fence resets is not in it.
+    pub resets: u64,
+    /// Whether it was given up.
+    pub lost: bool,
+}
+
 impl Inner {
+    pub(super) fn health(&self) -> Health {
+        Health {
+            aborts: self.aborts.load(Ordering::Relaxed),
+            resets: self.recoveries.load(Ordering::Relaxed).into(),
+            lost: self.life().is_lost(),
+        }
+    }
+
     /// Brings a controller up that does not do what it must.
     fn recover(&self, life: Life, why: &str) {
         let mut controller = self.control();
@@ -118,6 +137,7 @@ fn overdue(inner: &Inner, life: Life, queue: u16, command: u16) {
     if controller.is_gone() {
         return inner.lose(&controller, &"it is not there any more");
     }
+    inner.aborts.fetch_add(1, Ordering::Relaxed);
     let aborted = controller.run(Command::abort(queue, command));
     drop(controller);
     let deadline = Duration::from_millis(inner.deadline_ms);

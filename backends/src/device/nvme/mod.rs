@@ -27,6 +27,7 @@ pub mod sim;
 pub use drive::{Drive, DriveOptions};
 pub use exerciser::Exerciser;
 pub use geometry::Geometry;
+pub use keeper::Health;
 pub use queue::{Completed, Fault, Op, Queue, Submitted};
 pub use registers::Registers;
 

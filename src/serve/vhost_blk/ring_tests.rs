@@ -1,0 +1,30 @@
+//! What only time brings.
+
+use super::*;
+use crate::observe::disk::Kind;
+
+#[test]
+fn what_is_held_too_long_is_refused_and_counted() {
+    const USED: u64 = 0x2000;
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let mut queue = Queue::new(16).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+    let counts = Arc::new(Counts::default());
+    let mut ring = Ring::new(0, Arc::clone(&counts));
+    ring.phase = Phase::On;
+    ring.slots.resize_with(16, Slot::default);
+    (ring.slots[3].kind, ring.slots[3].status) = (Kind::Write, GuestAddress(0x3000));
+    ring.hold(3);
+    ring.tick(&mut queue, &memory, Instant::now());
+    assert_eq!((ring.now(), memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap()), ((0, 1), 0));
+    ring.tick(&mut queue, &memory, Instant::now() + PATIENCE + Duration::from_secs(1));
+    assert_eq!((ring.now(), memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap()), ((0, 0), 1));
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), FAILED);
+    let mut disk = crate::observe::disk::Disk::default();
+    counts.add_to(&mut disk);
+    assert_eq!((disk.holds, disk.refused), (1, [0, 1]));
+    assert_eq!(disk.requests[Kind::Write as usize], [0, 1, 0]);
+    // An answer that comes after all finds nothing.
+    ring.answered(&mut queue, &memory, 3, 1, Admits::Never);
+    assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1);
+}
