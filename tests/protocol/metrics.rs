@@ -96,7 +96,10 @@ fn the_numbers_are_those_of_what_happened() {
     let text = scrape(&at);
     // The tries to end the quarantine are events too, and come when they come.
     let events = value(&text, "passgate_events_total") as u64;
-    assert!((before..=client.status().unwrap().sequence).contains(&events), "{events} events, {before} before");
+    assert!(
+        (before..=client.status().unwrap().sequence).contains(&events),
+        "{events} events, {before} before"
+    );
     assert_values(
         &text,
         &[
