@@ -2,9 +2,8 @@
 //! then read through the kernel's own driver.
 //!
 //! `PASSGATE_SOAK` is for how many seconds each guest works (12), `PASSGATE_BLK_KILLS` how often the back-end is killed (10),
-//! `PASSGATE_HOTPLUGS` how often memory is added to the guest and removed (0).
+//! `PASSGATE_HOTPLUGS` how often memory is added to the guest and removed (1).
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -41,31 +40,16 @@ fn soak() -> u64 {
 
 /// How often memory is added and removed.
 fn hotplugs() -> u64 {
-    setting("PASSGATE_HOTPLUGS", 0)
-}
-
-/// Why no guest runs here. Under KVM on an emulated processor one resets of itself in about half of the runs, whatever its
-/// back-end, and once the machine itself did: what fails then says nothing of passgate.
-pub fn no_machine() -> Option<&'static str> {
-    let asked = std::env::var_os("PASSGATE_GUESTS").is_some();
-    let unasked = "a guest on an emulated processor resets of itself too often: PASSGATE_GUESTS=1 runs it";
-    missing().or((!asked).then_some(unasked))
+    setting("PASSGATE_HOTPLUGS", 1)
 }
 
 /// Why passgate cannot serve a guest here.
 pub fn no_guest() -> Option<&'static str> {
     static HELP: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
-        let help = std::process::Command::new("/bin/passgate").args(["vhost-user-blk", "--help"]).output();
+        let help = std::process::Command::new(PASSGATE).args(["vhost-user-blk", "--help"]).output();
         help.is_ok_and(|help| help.status.success())
     });
-    no_machine().or_else(|| (!*HELP).then_some("this passgate has no vhost-user-blk"))
-}
-
-/// Why no back-end is killed here. On type1 memory is mapped page by page, tens of thousands of calls after each kill; under
-/// emulation that has once taken longer than the three minutes that a guest is waited for.
-pub fn not_killed(iommu: &str) -> Option<&'static str> {
-    let asked = std::env::var_os("PASSGATE_BLK_KILLS").is_some();
-    (iommu == "type1" && !asked).then_some("on type1 only where PASSGATE_BLK_KILLS says how often")
+    missing().or_else(|| (!*HELP).then_some("this passgate has no vhost-user-blk"))
 }
 
 fn passgate(iommu: &str) -> BackEnd {
@@ -97,27 +81,8 @@ fn judge(soaked: &Value, listed: &[Value]) -> Disk {
     disk
 }
 
-/// Runs a trial; again, twice at most, where its guest has gone of itself. A guest on KVM on an emulated processor does that now
-/// and then after memory was added to it, whatever its back-end: seen with QEMU's own. What a guest that lives has found wrong
-/// is never tried again.
-fn with_a_guest_that_lives(trial: impl Fn()) {
-    for _ in 0..2 {
-        let Err(why) = catch_unwind(AssertUnwindSafe(&trial)) else { return };
-        let said = why.downcast_ref::<String>().map(String::as_str).or_else(|| why.downcast_ref().copied());
-        if !said.is_some_and(|said| said.starts_with("the guest is gone")) {
-            resume_unwind(why);
-        }
-        eprintln!("the guest has gone of itself: another one is tried");
-    }
-    trial();
-}
-
 /// The rig itself, by QEMU's own back-end: what the others rest on, and that the judge sees one changed block.
 pub fn stock_back_end() {
-    with_a_guest_that_lives(stock_back_end_once);
-}
-
-fn stock_back_end_once() {
     let mut back_end = BackEnd::start(Which::Stock { thread: false }, &drive(), QUEUES);
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     guest.tell(&json!({ "do": "soak", "seconds": soak() }));
@@ -136,10 +101,6 @@ fn stock_back_end_once() {
 
 /// While the guest works, memory comes and goes and a control connection converts pages beside those in use.
 pub fn works_while_memory_changes(iommu: &str) {
-    with_a_guest_that_lives(|| works_while_memory_changes_once(iommu));
-}
-
-fn works_while_memory_changes_once(iommu: &str) {
     let mut back_end = passgate(iommu);
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     let (memory, control) = (guest.memory(), Client::connect(back_end.control()).unwrap());
@@ -214,10 +175,6 @@ fn convert(mut control: Client, memory: &GuestFile, stop: &AtomicBool, converted
 
 /// Killed again and again, at any point between a request and its answer, and started again: the guest notices nothing.
 pub fn killed(iommu: &str) {
-    with_a_guest_that_lives(|| killed_once(iommu));
-}
-
-fn killed_once(iommu: &str) {
     let mut back_end = passgate(iommu);
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     guest.tell(&json!({ "do": "soak", "seconds": 3600, "threads": 4 }));
@@ -251,10 +208,6 @@ fn killed_once(iommu: &str) {
 /// Killed, and asked to end, by a service manager that keeps what `--restart hold` has kept: the guest's memory stays mapped
 /// for the drive, and the next daemon has it as the same region.
 pub fn restarted(iommu: &str) {
-    with_a_guest_that_lives(|| restarted_once(iommu));
-}
-
-fn restarted_once(iommu: &str) {
     let place = tempfile::tempdir().unwrap();
     let socket = place.path().join("disk");
     let (disk, drive, queues) = (socket.to_str().unwrap(), drive(), QUEUES.to_string());
@@ -301,12 +254,8 @@ fn regions(service: &Keeper) -> (Vec<u32>, u64) {
 /// The VMM is killed while its guest writes: its memory is taken from the drive, and the next guest is served as if there
 /// had been none.
 pub fn front_end_killed(iommu: &str) {
-    with_a_guest_that_lives(|| front_end_killed_once(iommu));
-}
-
-fn front_end_killed_once(iommu: &str) {
     let mut back_end = passgate(iommu);
-    let files = back_end.open_files();
+    let mut files = None;
     for _ in 0..2 {
         let mut guest = Guest::boot(&back_end.socket(), QUEUES);
         guest.tell(&json!({ "do": "soak", "seconds": 3600, "threads": 4 }));
@@ -316,8 +265,10 @@ fn front_end_killed_once(iommu: &str) {
         let mut control = Client::connect(back_end.control()).unwrap();
         assert!(until(LONG, || control.status().unwrap().regions.is_empty()), "{}", back_end.said());
         assert_eq!(control.status().unwrap().quarantine.len(), 0);
-        drop(control);
-        assert!(until(LONG, || back_end.open_files() == files), "{files} and {}", back_end.open_files());
+        // What the first one has left is what the daemon itself has open.
+        let files = files.get_or_insert_with(|| back_end.open_files());
+        until(LONG, || back_end.open_files() == *files);
+        assert_eq!(back_end.open_files(), *files);
     }
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
     guest.tell(&json!({ "do": "soak", "seconds": 5 }));

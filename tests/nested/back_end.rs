@@ -93,9 +93,15 @@ impl BackEnd {
         ticks as f64 / rustix::param::clock_ticks_per_second() as f64
     }
 
-    /// Files that it has open.
-    pub fn open_files(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    /// What it has open, by name and without the numbers of sockets and pipes, in order.
+    pub fn open_files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        // One may be closed while this looks.
+        let links = entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+        let name = |link: PathBuf| link.to_string_lossy().split(":[").next().unwrap_or_default().to_owned();
+        let mut names: Vec<_> = links.map(name).collect();
+        names.sort();
+        names
     }
 
     /// Its last words.

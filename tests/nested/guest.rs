@@ -141,9 +141,16 @@ impl Guest {
         self.qmp.execute("object-add", &backend).unwrap();
         self.qmp.execute("device_add", &json!({ "driver": "pc-dimm", "id": name, "memdev": file })).unwrap();
         let begun = Instant::now();
-        while self.ask(&json!({ "do": "memory" }), BOOTS).as_u64().unwrap() <= before {
+        loop {
+            let now = self.ask(&json!({ "do": "memory" }), BOOTS).as_u64().unwrap();
+            if now > before {
+                return;
+            }
             if begun.elapsed() > BOOTS {
-                panic!("no more memory in the guest within {BOOTS:?}\n{}", self.about());
+                panic!(
+                    "{before} KiB in the guest, {now} KiB {BOOTS:?} after more was added\n{}",
+                    self.about()
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
