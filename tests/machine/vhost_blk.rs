@@ -263,8 +263,10 @@ pub fn front_end_killed(iommu: &str) {
         progress(&mut guest, before);
         drop(guest);
         let mut control = Client::connect(back_end.control()).unwrap();
-        assert!(until(LONG, || control.status().unwrap().regions.is_empty()), "{}", back_end.said());
-        assert_eq!(control.status().unwrap().quarantine.len(), 0);
+        let left = until(LONG, || control.status().unwrap().disk.is_some_and(|disk| !disk.connected));
+        assert!(left, "{}", back_end.said());
+        let status = control.status().unwrap();
+        assert_eq!((status.regions.len(), status.quarantine.len()), (0, 0));
         // What the first one has left is what the daemon itself has open.
         let files = files.get_or_insert_with(|| back_end.open_files());
         until(LONG, || back_end.open_files() == *files);
