@@ -115,7 +115,7 @@ impl Gate {
     fn more(&self, index: usize, domain: &DomainEntry, target: PageRange<Iova>) -> u64 {
         let piece = self.region_at(Gpa(target.start().raw())).and_then(|region| region.pieces.get(index));
         let all = objects(target, piece.copied().unwrap_or(PAGE));
-        let splits = domain.mapped.whole(target) != target;
+        let splits = domain.mapped.whole(target) != target || domain.mapped.fills_around(target);
         (all + 2 * u64::from(splits)).saturating_sub(domain.mapped.starts(target))
     }
 

@@ -290,6 +290,19 @@ fn a_conversion_for_which_there_is_no_room_is_refused_before_anything_changes() 
 }
 
 #[test]
+fn a_conversion_that_meets_a_map_in_flight_keeps_room_for_what_it_will_cut() {
+    for (room, verdicts) in [(2, [0, 0, 0]), (4, [1, 0, 0])] {
+        let mut world = world_of(Hitless::Off, Able { cut: true, ..able(room, 1 << 30) }, StopClass::DRAIN);
+        // Its one mapping is being made.
+        play(&mut world, &[ADD, begin(10, PageState::Private, 0), Action::Settle]);
+        assert_eq!(world.verdicts, verdicts, "room for {room}");
+        play(&mut world, &[END, Action::Settle]);
+        let status = world.gate.snapshot().mappings[0];
+        assert_eq!((status.used, status.reserved), (1 + verdicts[0], 0), "room for {room}");
+    }
+}
+
+#[test]
 fn a_batch_is_one_invalidation_whose_neighbours_go_by_one_call() {
     let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 20, 1 << 30) }, StopClass::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
