@@ -84,6 +84,8 @@ type Unless = fn(&str) -> Option<&'static str>;
 const GUESTS: &[(&str, OnGuest, Unless)] = &[
     ("a_guests_disk_works_while_its_memory_changes", vhost_blk::works_while_memory_changes, |_| None),
     ("a_guests_disk_outlives_its_back_end_being_killed", vhost_blk::killed, vhost_blk::not_killed),
+    ("a_guests_memory_stays_mapped_while_its_back_end_restarts", vhost_blk::restarted, |_| None),
+    ("a_vmm_that_is_killed_leaves_nothing_behind", vhost_blk::front_end_killed, |_| None),
 ];
 
 /// Why a trial cannot run here, where it cannot.

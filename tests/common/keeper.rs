@@ -1,4 +1,4 @@
-//! A service manager for tests: starts `passgate serve`, keeps the descriptors that it sends, and hands them to the next.
+//! A service manager for tests: starts a daemon of passgate's, keeps the descriptors that it sends, and hands them to the next.
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
 use std::io::{BufRead, BufReader, IoSliceMut};
@@ -30,8 +30,10 @@ static ONE: Mutex<()> = Mutex::new(());
 /// A service, its manager, and what the manager keeps for it.
 pub struct Keeper {
     program: PathBuf,
+    /// The daemon, and the option that says where its control socket is.
+    daemon: [&'static str; 2],
     pub arguments: Vec<String>,
-    /// Where the service listens.
+    /// Where the service takes control connections.
     pub path: PathBuf,
     kept: Kept,
     /// Lines of the messages that are not about descriptors.
@@ -43,7 +45,13 @@ pub struct Keeper {
 }
 
 impl Keeper {
+    /// For `passgate serve`.
     pub fn new(program: &Path, arguments: &[&str]) -> Self {
+        Self::of(program, ["serve", "--socket-path"], arguments)
+    }
+
+    /// For another daemon.
+    pub fn of(program: &Path, daemon: [&'static str; 2], arguments: &[&str]) -> Self {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let place = tempfile::tempdir().unwrap();
         let socket = UnixDatagram::bind(place.path().join("notify")).unwrap();
@@ -58,6 +66,7 @@ impl Keeper {
         });
         Self {
             program: program.to_owned(),
+            daemon,
             arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
             path: place.path().join("socket"),
             kept,
@@ -85,7 +94,7 @@ impl Keeper {
         // Its own number is known to the child alone.
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""]).arg(&self.program);
-        command.args(["serve", "--socket-path"]).arg(&self.path).args(&self.arguments);
+        command.args(self.daemon).arg(&self.path).args(&self.arguments);
         command
             .env("NOTIFY_SOCKET", self.place.path().join("notify"))
             .env("FDSTORE", "1024")

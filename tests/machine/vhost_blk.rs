@@ -5,6 +5,7 @@
 //! `PASSGATE_HOTPLUGS` how often memory is added to the guest and removed (0).
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,9 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 use serde_json::{Value, json};
 
-use crate::nested::back_end::{BackEnd, Which};
+use crate::daemon::{LONG, until};
+use crate::keeper::Keeper;
+use crate::nested::back_end::{BackEnd, PASSGATE, Which};
 use crate::nested::disk::Disk;
 use crate::nested::guest::{Guest, RESERVED};
 use crate::nested::pattern::Numbers;
@@ -242,6 +245,86 @@ fn killed_once(iommu: &str) {
     guest.off();
     back_end.end();
     assert_eq!(u64::from(back_end.starts), kills + 1);
+    judge(&soaked, &listed);
+}
+
+/// Killed, and asked to end, by a service manager that keeps what `--restart hold` has kept: the guest's memory stays mapped
+/// for the drive, and the next daemon has it as the same region.
+pub fn restarted(iommu: &str) {
+    with_a_guest_that_lives(|| restarted_once(iommu));
+}
+
+fn restarted_once(iommu: &str) {
+    let place = tempfile::tempdir().unwrap();
+    let socket = place.path().join("disk");
+    let (disk, drive, queues) = (socket.to_str().unwrap(), drive(), QUEUES.to_string());
+    let arguments = ["--socket-path", disk, "--device", &drive, "--num-queues", &queues, "--iommu", iommu];
+    let arguments = [&arguments[..], &["--restart", "hold"]].concat();
+    let mut service = Keeper::of(Path::new(PASSGATE), ["vhost-user-blk", "--control-path"], &arguments);
+    service.start();
+    let mut guest = Guest::boot(&socket, QUEUES);
+    guest.tell(&json!({ "do": "soak", "seconds": 3600, "threads": 4 }));
+    let works = |guest: &mut Guest| {
+        let before = progress(guest, 0);
+        progress(guest, before);
+    };
+    works(&mut guest);
+    for killed in [true, true, false, true] {
+        let had = regions(&service);
+        if killed {
+            service.kill();
+        } else {
+            assert!(service.terminate().success());
+        }
+        eprintln!("killed: {killed}; ready after {:?}", service.start());
+        works(&mut guest);
+        if killed {
+            assert_eq!(regions(&service), had, "what was mapped is mapped anew");
+        }
+    }
+    guest.tell(&json!({ "do": "stop" }));
+    let mut listed = Vec::new();
+    let soaked = result(&mut guest, &mut listed);
+    guest.off();
+    assert!(service.terminate().success());
+    service.forget("");
+    drop(service);
+    judge(&soaked, &listed);
+}
+
+/// The numbers of the regions, and how many bytes are mapped.
+fn regions(service: &Keeper) -> (Vec<u32>, u64) {
+    let status = service.client().status().unwrap();
+    (status.regions.iter().map(|region| region.region).collect(), status.pinned)
+}
+
+/// The VMM is killed while its guest writes: its memory is taken from the drive, and the next guest is served as if there
+/// had been none.
+pub fn front_end_killed(iommu: &str) {
+    with_a_guest_that_lives(|| front_end_killed_once(iommu));
+}
+
+fn front_end_killed_once(iommu: &str) {
+    let mut back_end = passgate(iommu);
+    let files = back_end.open_files();
+    for _ in 0..2 {
+        let mut guest = Guest::boot(&back_end.socket(), QUEUES);
+        guest.tell(&json!({ "do": "soak", "seconds": 3600, "threads": 4 }));
+        let before = progress(&mut guest, 0);
+        progress(&mut guest, before);
+        drop(guest);
+        let mut control = Client::connect(back_end.control()).unwrap();
+        assert!(until(LONG, || control.status().unwrap().regions.is_empty()), "{}", back_end.said());
+        assert_eq!(control.status().unwrap().quarantine.len(), 0);
+        drop(control);
+        assert!(until(LONG, || back_end.open_files() == files), "{files} and {}", back_end.open_files());
+    }
+    let mut guest = Guest::boot(&back_end.socket(), QUEUES);
+    guest.tell(&json!({ "do": "soak", "seconds": 5 }));
+    let mut listed = Vec::new();
+    let soaked = result(&mut guest, &mut listed);
+    guest.off();
+    back_end.end();
     judge(&soaked, &listed);
 }
 

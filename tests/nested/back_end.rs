@@ -12,7 +12,8 @@ use tempfile::TempDir;
 use super::guest::tail;
 use super::{STORAGE_DAEMON, wait};
 
-const PASSGATE: &str = "/bin/passgate";
+/// The program under test.
+pub const PASSGATE: &str = "/bin/passgate";
 
 /// How long one may take to listen: devices are reset, and one that was killed is waited for.
 const STARTS: Duration = Duration::from_secs(60);
@@ -90,6 +91,11 @@ impl BackEnd {
         // Fields 14 and 15 of proc(5), counted from the third, the state.
         let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
         ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+    }
+
+    /// Files that it has open.
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
     /// Its last words.

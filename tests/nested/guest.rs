@@ -140,10 +140,13 @@ impl Guest {
         let backend = json!({ "qom-type": "memory-backend-memfd", "id": file, "size": DIMM, "share": true });
         self.qmp.execute("object-add", &backend).unwrap();
         self.qmp.execute("device_add", &json!({ "driver": "pc-dimm", "id": name, "memdev": file })).unwrap();
-        wait("more memory in the guest", BOOTS, || {
-            let now = self.ask(&json!({ "do": "memory" }), BOOTS).as_u64()?;
-            (now > before).then_some(())
-        });
+        let begun = Instant::now();
+        while self.ask(&json!({ "do": "memory" }), BOOTS).as_u64().unwrap() <= before {
+            if begun.elapsed() > BOOTS {
+                panic!("no more memory in the guest within {BOOTS:?}\n{}", self.about());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Takes it away again. The guest may decline while it cannot move what lies there: it is asked again.

@@ -130,6 +130,11 @@ fn what_was_answered_outlives_the_power_as_far_as_the_guest_asked() {
     guest.frontend.set_config(32, none, &[0]).unwrap();
     write(&mut guest, 2);
     assert!(durable(2));
+    // Zeroes are written as bytes are.
+    let range: Vec<_> = [0u64.to_le_bytes(), 1u64.to_le_bytes()].concat();
+    guest.memory.write(DATA, &range).unwrap();
+    assert_eq!(guest.ask(0, WRITE_ZEROES, 0, &[(DATA, 16)]), OK);
+    assert_eq!(world.sim.medium().durable(0, 1), vec![0; 512], "what was zeroed comes back with the power");
     guest.frontend.set_config(32, none, &[1]).unwrap();
     write(&mut guest, 3);
     assert!(!durable(3));

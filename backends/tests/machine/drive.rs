@@ -215,7 +215,7 @@ pub fn it_flushes_zeroes_and_discards(bench: &Bench) -> Outcome {
         served.fill(&here, &content)?;
         owner.run(Op::Write { first: 64, blocks: 64, fua: true }, &here)?;
         owner.run(Op::Flush, &[])?;
-        owner.run(Op::WriteZeroes { first: 72, blocks: 16, unmap }, &[])?;
+        owner.run(Op::WriteZeroes { first: 72, blocks: 16, unmap, fua: false }, &[])?;
         owner.run(read(64, len), &here)?;
         let mut expected = content.clone();
         expected[8 * BLOCK..24 * BLOCK].fill(0);

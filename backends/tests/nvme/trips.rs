@@ -147,14 +147,16 @@ fn what_is_flushed_survives_the_power_and_what_is_not_does_not() {
     assert_eq!(medium.durable(0, 8), bytes);
     assert_eq!(owner.run(Op::Write { first: 8, blocks: 8, fua: true }, &page(0)), Ok(()));
     assert_eq!(medium.durable(8, 8), bytes);
-    assert_eq!(owner.run(Op::WriteZeroes { first: 0, blocks: 4, unmap: false }, &[]), Ok(()));
+    assert_eq!(owner.run(Op::WriteZeroes { first: 0, blocks: 4, unmap: false, fua: false }, &[]), Ok(()));
     assert_eq!(owner.run(Op::Discard { first: 8, blocks: 8 }, &[]), Ok(()));
     assert_eq!((medium.read(0, 4), medium.read(8, 8)), (vec![0; 2048], zeroes));
     assert!(medium.is_given_up(8) && !medium.is_given_up(0));
-    assert_eq!(owner.run(Op::WriteZeroes { first: 4, blocks: 1, unmap: true }, &[]), Ok(()));
+    assert_eq!(owner.run(Op::WriteZeroes { first: 4, blocks: 1, unmap: true, fua: false }, &[]), Ok(()));
     assert!(medium.is_given_up(4) && !medium.is_given_up(5));
     bench.sim.power_cut();
     assert_eq!((medium.read(0, 8), medium.read(8, 8)), (bytes.clone(), bytes));
+    assert_eq!(owner.run(Op::WriteZeroes { first: 8, blocks: 8, unmap: false, fua: true }, &[]), Ok(()));
+    assert_eq!(medium.durable(8, 8), vec![0; PAGE as usize], "zeroes too may be asked for past the cache");
 }
 
 #[test]
@@ -179,7 +181,7 @@ fn what_the_drive_cannot_do_is_refused() {
     assert_eq!((geometry.write_zeroes, geometry.discard, geometry.read_only), (0, 0, true));
     assert_eq!((geometry.serial.as_str(), geometry.blocks), ("SIMULATED", 1 << 17));
     for op in [
-        Op::WriteZeroes { first: 0, blocks: 1, unmap: false },
+        Op::WriteZeroes { first: 0, blocks: 1, unmap: false, fua: false },
         Op::Discard { first: 0, blocks: 1 },
         read((1 << 17) - 7, 8),
         read(u64::MAX, 8),

@@ -247,7 +247,8 @@ impl Chain {
                     return Err(ioerr);
                 }
                 Ok(Wanted::Drive(if zeroes {
-                    Op::WriteZeroes { first, blocks, unmap: flags & UNMAP != 0 }
+                    let fua = write_through && drive.volatile_cache;
+                    Op::WriteZeroes { first, blocks, unmap: flags & UNMAP != 0, fua }
                 } else {
                     Op::Discard { first, blocks }
                 }))

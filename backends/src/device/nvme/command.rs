@@ -18,7 +18,7 @@ const READ: u64 = 0x02;
 const WRITE_ZEROES: u64 = 0x08;
 const DATASET_MANAGEMENT: u64 = 0x09;
 
-/// In dword 12 of a write: it completes once it is on the medium.
+/// In dword 12 of a write or of Write Zeroes: it completes once it is on the medium.
 const FUA: u64 = 1 << 30;
 /// In dword 12 of Write Zeroes: what is zeroed may be given up.
 const DEALLOCATE: u64 = 1 << 25;
@@ -92,9 +92,11 @@ impl Command {
         Self([FLUSH | u64::from(namespace) << 32, 0, 0, 0, 0, 0, 0, 0])
     }
 
-    /// `blocks` blocks from `first` on read as zeroes; `deallocate` where they may be given up.
-    pub(super) fn write_zeroes(namespace: u32, first: u64, blocks: u32, deallocate: bool) -> Self {
-        let twelve = u64::from(blocks.max(1) - 1) & 0xffff | if deallocate { DEALLOCATE } else { 0 };
+    /// `blocks` blocks from `first` on read as zeroes; `deallocate` where they may be given up; `fua`: it completes
+    /// once that is on the medium.
+    pub(super) fn write_zeroes(namespace: u32, first: u64, blocks: u32, deallocate: bool, fua: bool) -> Self {
+        let flags = if deallocate { DEALLOCATE } else { 0 } | if fua { FUA } else { 0 };
+        let twelve = u64::from(blocks.max(1) - 1) & 0xffff | flags;
         Self([WRITE_ZEROES | u64::from(namespace) << 32, 0, 0, 0, 0, first, twelve, 0])
     }
 
@@ -211,7 +213,14 @@ mod tests {
         assert_eq!(granted(0x0003_0001), 2);
         assert_eq!(Command::abort(2, 9).0, [8, 0, 0, 0, 0, 0x0009_0002, 0, 0]);
         assert_eq!(Command::flush(3).0, [3 << 32, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(Command::write_zeroes(1, 7, 65536, true).0, [1 << 32 | 8, 0, 0, 0, 0, 7, 0x0200_ffff, 0]);
+        assert_eq!(
+            Command::write_zeroes(1, 7, 65536, true, false).0,
+            [1 << 32 | 8, 0, 0, 0, 0, 7, 0x0200_ffff, 0]
+        );
+        assert_eq!(
+            Command::write_zeroes(1, 7, 8, false, true).0,
+            [1 << 32 | 8, 0, 0, 0, 0, 7, 0x4000_0007, 0]
+        );
         assert_eq!(Command::discard(1, Iova(0x5000)).0, [1 << 32 | 9, 0, 0, 0x5000, 0, 4 << 32, 0, 0]);
         assert_eq!(range(9, 8), [8 << 32, 9]);
         let Command(words) = Command::write(1, 0, 8, Data::Pair(Iova(0x1000), 0x2000), true);

@@ -62,6 +62,8 @@ pub enum Op {
         blocks: u32,
         /// Whether the drive may give them up.
         unmap: bool,
+        /// Whether it completes only once that is on the medium.
+        fua: bool,
     },
     /// Nobody needs what is in these blocks.
     Discard {
@@ -297,8 +299,8 @@ impl Queue {
                         _ => Command::read(namespace, from, blocks, data),
                     })
                 }
-                (Op::WriteZeroes { first, blocks, unmap }, _) => {
-                    Ok(Command::write_zeroes(namespace, first, blocks, unmap))
+                (Op::WriteZeroes { first, blocks, unmap, fua }, _) => {
+                    Ok(Command::write_zeroes(namespace, first, blocks, unmap, fua))
                 }
                 (Op::Discard { first, blocks }, _) => {
                     let words = range(first, blocks);

@@ -162,7 +162,8 @@ impl Core {
             }
             opcode::WRITE_ZEROES if options.write_zeroes => {
                 let give_up = told.dword(12) & 1 << 25 != 0;
-                self.medium.clear(blocks.start, count, give_up);
+                let through = told.dword(12) & 1 << 30 != 0;
+                self.medium.clear(blocks.start, count, give_up, through);
             }
             opcode::DATASET_MANAGEMENT if options.discard => self.manage(told)?,
             _ => return Err(status::INVALID_OPCODE),
@@ -183,7 +184,7 @@ impl Core {
             return Err(status::OUT_OF_RANGE);
         }
         if told.dword(11) & 1 << 2 != 0 {
-            ranges.into_iter().for_each(|(first, count)| self.medium.clear(first, count, true));
+            ranges.into_iter().for_each(|(first, count)| self.medium.clear(first, count, true, false));
         }
         Ok(())
     }

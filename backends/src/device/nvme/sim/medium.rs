@@ -75,11 +75,11 @@ impl Medium {
         }
     }
 
-    /// Blocks read as zeroes from now on.
-    pub(super) fn clear(&self, first: u64, blocks: u64, give_up: bool) {
+    /// Blocks read as zeroes from now on; `through` for past the cache.
+    pub(super) fn clear(&self, first: u64, blocks: u64, give_up: bool, through: bool) {
         let mut inner = self.lock();
         for at in first..first + blocks {
-            inner.set(at, None, self.volatile);
+            inner.set(at, None, self.volatile && !through);
             if give_up {
                 inner.given_up.insert(at);
             }
