@@ -303,6 +303,24 @@ fn a_conversion_that_meets_a_map_in_flight_keeps_room_for_what_it_will_cut() {
 }
 
 #[test]
+fn a_cut_needs_room_for_its_ends_while_what_is_between_is_still_there() {
+    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(5, 1 << 30) }, StopClass::DRAIN);
+    play(&mut world, &[ADD, Action::Settle]);
+    for to in [PageState::Private, PageState::Shared] {
+        [10, 12].into_iter().for_each(|page| convert(&mut world, page, to, 0));
+    }
+    assert_eq!((mappings(&world), world.verdicts), (5, [4, 0, 0]), "three pages by themselves");
+    // They and one page more on either side: fewer mappings when it is over, two more until it is.
+    let (to, deadline_ns) = (PageState::Private, 7000);
+    let (client, region, page, pages, passgate, batch) = (0, 0, 9, 5, false, 0);
+    play(&mut world, &[Action::Begin { client, region, page, pages, to, passgate, deadline_ns, batch }]);
+    let status = world.gate.snapshot().mappings[0];
+    assert!(status.used <= status.limit, "{status:?}");
+    play(&mut world, &[Action::Settle]);
+    assert_eq!((mappings(&world), world.verdicts), (5, [4, 0, 0]), "refused");
+}
+
+#[test]
 fn a_batch_is_one_invalidation_whose_neighbours_go_by_one_call() {
     let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 20, 1 << 30) }, StopClass::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
