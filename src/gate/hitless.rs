@@ -111,12 +111,15 @@ impl Gate {
         Ok(most)
     }
 
-    /// How many more there are at most, once all of `target` is mapped by itself and its neighbours are cut off.
+    /// How many more there are at most, once all of `target` is mapped by itself and its neighbours are cut off; and where it
+    /// is cut out, until what is between its ends has gone.
     fn more(&self, index: usize, domain: &DomainEntry, target: PageRange<Iova>) -> u64 {
         let piece = self.region_at(Gpa(target.start().raw())).and_then(|region| region.pieces.get(index));
         let all = objects(target, piece.copied().unwrap_or(PAGE));
-        let splits = domain.mapped.whole(target) != target;
-        (all + 2 * u64::from(splits)).saturating_sub(domain.mapped.starts(target))
+        let splits = domain.mapped.whole(target) != target || domain.mapped.fills_around(target);
+        let ends = 2 * u64::from(splits);
+        let after = (all + ends).saturating_sub(domain.mapped.starts(target));
+        if domain.able.cut { after.max(ends) } else { after }
     }
 
     /// Keeps room for a region that is being added, and for what of it must wait for the end of an invalidation.

@@ -290,6 +290,37 @@ fn a_conversion_for_which_there_is_no_room_is_refused_before_anything_changes() 
 }
 
 #[test]
+fn a_conversion_that_meets_a_map_in_flight_keeps_room_for_what_it_will_cut() {
+    for (room, verdicts) in [(2, [0, 0, 0]), (4, [1, 0, 0])] {
+        let mut world = world_of(Hitless::Off, Able { cut: true, ..able(room, 1 << 30) }, StopClass::DRAIN);
+        // Its one mapping is being made.
+        play(&mut world, &[ADD, begin(10, PageState::Private, 0), Action::Settle]);
+        assert_eq!(world.verdicts, verdicts, "room for {room}");
+        play(&mut world, &[END, Action::Settle]);
+        let status = world.gate.snapshot().mappings[0];
+        assert_eq!((status.used, status.reserved), (1 + verdicts[0], 0), "room for {room}");
+    }
+}
+
+#[test]
+fn a_cut_needs_room_for_its_ends_while_what_is_between_is_still_there() {
+    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(5, 1 << 30) }, StopClass::DRAIN);
+    play(&mut world, &[ADD, Action::Settle]);
+    for to in [PageState::Private, PageState::Shared] {
+        [10, 12].into_iter().for_each(|page| convert(&mut world, page, to, 0));
+    }
+    assert_eq!((mappings(&world), world.verdicts), (5, [4, 0, 0]), "three pages by themselves");
+    // They and one page more on either side: fewer mappings when it is over, two more until it is.
+    let (to, deadline_ns) = (PageState::Private, 7000);
+    let (client, region, page, pages, passgate, batch) = (0, 0, 9, 5, false, 0);
+    play(&mut world, &[Action::Begin { client, region, page, pages, to, passgate, deadline_ns, batch }]);
+    let status = world.gate.snapshot().mappings[0];
+    assert!(status.used <= status.limit, "{status:?}");
+    play(&mut world, &[Action::Settle]);
+    assert_eq!((mappings(&world), world.verdicts), (5, [4, 0, 0]), "refused");
+}
+
+#[test]
 fn a_batch_is_one_invalidation_whose_neighbours_go_by_one_call() {
     let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 20, 1 << 30) }, StopClass::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);

@@ -163,6 +163,16 @@ impl Mapped {
         bytes(whole).unwrap_or(range)
     }
 
+    /// Whether a mapping that is being made will stick out of `range`.
+    pub fn fills_around(&self, range: PageRange<Iova>) -> bool {
+        self.runs(range).any(|run| {
+            let RunState::Filling { piece, .. } = run.state else { return false };
+            let (start, end) = (run.range.start().raw(), run.range.end().raw());
+            let inside = |at: u64| start < at && at < end && !at.is_multiple_of(piece);
+            inside(range.start().raw()) || inside(range.end().raw())
+        })
+    }
+
     /// Whether a live mapping goes on over the border before `page`.
     fn sticks_out(&self, page: u64) -> bool {
         self.tree.get(page) == INSIDE
