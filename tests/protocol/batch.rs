@@ -28,7 +28,7 @@ fn a_batch_is_granted_and_ended_as_one() {
     let ranges = every(2, MAX_RANGES as u64);
     let sees = |page: u64| setup.device.dma_read(Iova(page * PAGE), 8).is_ok();
     assert!(sees(0) && sees(1));
-    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, None));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, Some(10_000)));
     assert!(!sees(0) && sees(1) && !sees(8190) && sees(8191));
     for range in &ranges {
         file.punch(range.start().0, PAGE).unwrap();
@@ -39,7 +39,7 @@ fn a_batch_is_granted_and_ended_as_one() {
     assert_eq!((status.totals.done, status.open), (1, 0));
     let receipt = client.explain(invalidation).unwrap();
     assert_eq!((&receipt["ranges"], &receipt["length"]), (&4096.into(), &(4096 * PAGE).into()));
-    let invalidation = granted(channel.begin_many(&ranges, PageState::Shared, None));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Shared, Some(10_000)));
     channel.end(invalidation, Outcome::Committed).unwrap();
     assert!(sees(0) && sees(8190));
 }
