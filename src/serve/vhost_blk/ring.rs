@@ -31,6 +31,8 @@ pub(super) type Vring = VringMutex<Memory>;
 pub(super) const LONGEST: u16 = 1024;
 /// Virtqueues at most.
 pub(super) const MOST: u16 = 64;
+/// Requests that are taken from a ring before others have their turn.
+const TURN: usize = 128;
 /// How long a request is held at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How soon a request is tried again whose pages are said to be open and were not.
@@ -139,9 +141,14 @@ impl Ring {
         self.phase == Phase::On
     }
 
-    /// Whether the drive has something of it.
-    pub(super) fn is_flying(&self) -> bool {
-        self.flying > 0
+    /// Requests that the drive has of it.
+    pub(super) fn flying(&self) -> u32 {
+        self.flying
+    }
+
+    /// Whether something of it waits for room at the drive.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// When it wants to be looked at although nothing happens.
@@ -201,7 +208,8 @@ impl Ring {
         *self = Self { life: life.wrapping_add(1), last_ticket, told, ..Self::new(index) };
     }
 
-    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
+    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything. It takes [`TURN`]
+    /// at most: a guest that offers as fast as it is answered keeps nobody here.
     pub(super) fn pull(
         &mut self,
         queue: &mut Queue,
@@ -210,7 +218,10 @@ impl Ring {
         enabled: bool,
     ) -> bool {
         let mut did = self.submit(queue, memory, desk);
-        while enabled && self.phase == Phase::On {
+        for _ in 0..TURN {
+            if !enabled || self.phase != Phase::On {
+                break;
+            }
             let head = match queue.iter(memory) {
                 Ok(mut chains) => chains.next().map(|chain| chain.head_index()),
                 Err(error) => {

@@ -81,6 +81,8 @@ pub(super) struct Worker {
     desk: Desk,
     memory: Memory,
     shares: Vec<Share>,
+    /// The one that is looked at first.
+    first: usize,
     orders: Receiver<Order>,
     mailbox: Mailbox,
     inside: Inside,
@@ -110,6 +112,7 @@ impl Worker {
             desk,
             memory,
             shares: rings.into_iter().map(share).collect(),
+            first: 0,
             orders,
             mailbox: mailbox.clone(),
             inside,
@@ -218,7 +221,10 @@ impl Worker {
     fn look(&mut self) -> bool {
         self.desk.drive.complete(&mut self.done);
         let mut did = !self.done.is_empty();
-        for share in &mut self.shares {
+        let (mut served, mut refused) = (None, false);
+        let (before, from_first) = self.shares.split_at_mut(self.first);
+        let before = (0..).zip(before);
+        for (nth, share) in (self.first..).zip(from_first).chain(before) {
             let mut locked = share.vring.get_mut();
             // Behind the lock: what is seen here stays until the lock is let go.
             let memory = self.memory.memory();
@@ -230,8 +236,13 @@ impl Worker {
                 }
             }
             share.ring.tick(queue, &memory, Instant::now());
+            let flying = share.ring.flying();
             did |= share.ring.pull(queue, &memory, &mut self.desk, enabled);
-            if let Some(ended) = share.ended.take_if(|_| !share.ring.is_flying()) {
+            if share.ring.flying() > flying {
+                served.get_or_insert(nth);
+            }
+            refused |= share.ring.is_waiting();
+            if let Some(ended) = share.ended.take_if(|_| share.ring.flying() == 0) {
                 share.ring.end(queue, &memory);
                 did = true;
                 let _ = ended.send(locked.get_queue().next_avail());
@@ -246,6 +257,10 @@ impl Worker {
             for question in share.ring.questions.drain(..) {
                 ask(&self.inside, &self.mailbox, share.index, question);
             }
+        }
+        // Where there was no room for all, who was served first is last the next time: no ring has the drive for itself.
+        if let Some(nth) = served.filter(|_| refused) {
+            self.first = (nth + 1) % self.shares.len();
         }
         self.done.clear();
         self.desk.drive.ring();
