@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(1);
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
+pub(super) const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
 
 /// What the rings of one worker share.
 #[derive(Debug)]
@@ -297,24 +297,36 @@ impl Ring {
     /// Looks at what time has brought.
     pub(super) fn tick(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, now: Instant) {
         while self.delayed.front().is_some_and(|(when, _)| *when <= now) {
-            self.waiting.extend(self.delayed.pop_front().map(|(_, head)| head));
+            let Some((_, head)) = self.delayed.pop_front() else { break };
+            // Its pages are said to be open, again and again, and the drive takes nothing.
+            match self.is_over(head, now) {
+                true => self.give_up(queue, memory, head),
+                false => self.waiting.push_back(head),
+            }
         }
         if self.held == 0 {
             return;
         }
         for head in 0..self.slots.len() as u16 {
-            let Some(slot) = self.slots.get_mut(usize::from(head)) else { continue };
-            let over = slot.since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
-            if matches!(slot.state, State::Held(_)) && over {
+            let held =
+                self.slots.get(usize::from(head)).is_some_and(|slot| matches!(slot.state, State::Held(_)));
+            if held && self.is_over(head, now) {
                 self.held -= 1;
-                log::warn!(
-                    "queue {}: a request has failed whose memory was withheld for {} s",
-                    self.index,
-                    PATIENCE.as_secs()
-                );
-                self.answer(queue, memory, head, FAILED);
+                self.give_up(queue, memory, head);
             }
         }
+    }
+
+    /// Whether a request was held for too long.
+    fn is_over(&self, head: u16, now: Instant) -> bool {
+        let since = self.slots.get(usize::from(head)).and_then(|slot| slot.since);
+        since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE)
+    }
+
+    fn give_up(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16) {
+        let seconds = PATIENCE.as_secs();
+        log::warn!("queue {}: a request has failed whose memory was withheld for {seconds} s", self.index);
+        self.answer(queue, memory, head, FAILED);
     }
 
     /// Whether the guest is to be told that there are answers; asked once.

@@ -195,6 +195,8 @@ impl Worker {
                     self.with(ring, |share, _, _, poller| share.watch(kick, poller))
                 }
                 Order::Start { ring, inflight } => self.with(ring, |share, desk, memory, _| {
+                    // Whoever waited for the end of what it was before is gone, and this one does not end with that.
+                    share.ended = None;
                     let mut locked = share.vring.get_mut();
                     share.ring.start(locked.get_queue_mut(), memory, inflight, desk);
                 }),
@@ -300,3 +302,7 @@ fn ask(inside: &Inside, mailbox: &Mailbox, ring: u16, question: Question) {
     let reply = move |admits| mailbox.send(Order::Answer { ring, head, ticket, admits });
     inside.ask(pages, writes, Box::new(reply));
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;
