@@ -283,3 +283,21 @@ fn what_comes_between_two_turns_loses_nothing() {
     });
     assert!(bench.sim.taken() - taken < 8, "it went on behind a page that was taken");
 }
+
+/// What moves no data is bound by limits of its own.
+#[test]
+fn no_more_is_zeroed_or_given_up_at_once_than_the_controller_takes() {
+    let bench = Bench::new(Options { zeroes: 2, range: 1000, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let geometry = bench.drive().geometry().clone();
+    assert_eq!((geometry.write_zeroes, geometry.discard), (32, 1000));
+    let zeroes = |blocks| Op::WriteZeroes { first: 0, blocks, unmap: false, fua: false };
+    assert_eq!(owner.submit(1, zeroes(33), &[]), Submitted::Wrong);
+    assert_eq!(owner.run(zeroes(32), &[]), Ok(()));
+    assert_eq!(owner.submit(1, Op::Discard { first: 0, blocks: 1001 }, &[]), Submitted::Wrong);
+    assert_eq!(owner.run(Op::Discard { first: 0, blocks: 1000 }, &[]), Ok(()));
+    drop((owner, bench));
+    let bench = Bench::new(Options::default(), 1);
+    let geometry = bench.drive().geometry();
+    assert_eq!((geometry.write_zeroes, geometry.discard), (1 << 16, u32::MAX), "it says nothing of limits");
+}
