@@ -152,6 +152,16 @@ impl Guest {
         self.inflight = Some((inflight, file));
     }
 
+    /// Whether a request is noted as in flight.
+    pub fn inflight_of(&self, ring: usize, head: u16) -> u8 {
+        use std::os::unix::fs::FileExt;
+        let (_, file) = self.inflight.as_ref().unwrap();
+        let part = (16 + 16 * u64::from(ENTRIES)).next_multiple_of(64);
+        let mut mark = [0];
+        file.read_exact_at(&mut mark, part * ring as u64 + 16 + 16 * u64::from(head)).unwrap();
+        mark[0]
+    }
+
     /// All of its memory, as one region.
     pub fn region(&self) -> VhostUserMemoryRegionInfo {
         self.part(0, SIZE)

@@ -115,3 +115,62 @@ fn a_ring_that_is_stopped_has_ended_what_it_had() {
     guest.start_ring(0).unwrap();
     assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK);
 }
+
+/// The guest chooses its cache before its driver is done, and the memory for what is in flight comes after that.
+#[test]
+fn what_the_guest_chose_of_its_cache_before_its_rings_ran_outlives_the_back_end() {
+    let mut world = World::new();
+    let mut guest = Guest::connect(&world.path(), 2);
+    guest.greet().unwrap();
+    guest.frontend.set_config(32, VhostUserConfigFlags::empty(), &[0]).unwrap();
+    guest.track();
+    world.shut_door();
+    world.open_door_again();
+    let mut guest = guest.again(&world.path());
+    guest.greet().unwrap();
+    guest.track();
+    let told = guest.frontend.get_config(32, 1, VhostUserConfigFlags::empty(), &[7]).unwrap().1;
+    assert_eq!(told, [0], "the guest has switched its cache off");
+}
+
+/// What a guest had in flight when its device was reset is done by nobody, whoever goes on with that memory.
+#[test]
+fn what_was_in_flight_before_a_reset_is_not_done_after_it() {
+    let mut world = World::new();
+    let mut guest = Guest::connect(&world.path(), 2);
+    guest.greet().unwrap();
+    guest.track();
+    use vhost::VhostBackend;
+    let region = guest.region();
+    guest.frontend.set_mem_table(&[region]).unwrap();
+    (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
+    let mut channel = world.channel();
+    let range = PageRange::new(DATA, 4096).unwrap();
+    let Answer::Granted { invalidation } = channel.begin(range, PageState::Private, None).unwrap() else {
+        panic!("not granted")
+    };
+    guest.request(0, 4, OUT, 100, &[(DATA, 512)]);
+    guest.kick(0);
+    // Once the other ring is served, it is held.
+    assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
+    let until = Instant::now() + Duration::from_secs(10);
+    while guest.inflight_of(0, 4) == 0 {
+        assert!(Instant::now() < until, "it is not noted");
+        std::thread::yield_now();
+    }
+    guest.frontend.reset_owner().unwrap();
+    channel.end(invalidation, Outcome::NotCommitted).unwrap();
+    let before = world.sim.taken();
+    // As a driver does after a reset: from the beginning, with other chains in the same places.
+    for ring in 0..2 {
+        guest.memory.write(guest.ring_base(ring), &[0; 3 * 4096]).unwrap();
+        (guest.rings[ring].avail, guest.rings[ring].used) = (0, 0);
+    }
+    guest.write_header(0, 4, OUT, 300);
+    guest.frontend.set_owner().unwrap();
+    guest.frontend.set_features(guest.features).unwrap();
+    (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
+    assert_eq!(guest.ask(0, IN, 0, &[(DATA + 4096, 512)]), OK);
+    assert_eq!(guest.ask(1, IN, 0, &[(DATA + 4096, 512)]), OK);
+    assert_eq!((world.sim.taken() - before, guest.status(0, 4)), (2, UNTOUCHED));
+}

@@ -1,5 +1,6 @@
 //! Nothing is wrong: bytes go where they must, and nowhere else.
 
+use passgate_backends::nvme::sim::{Does, When, opcode};
 use proptest::prelude::*;
 
 use super::*;
@@ -205,4 +206,98 @@ fn there_are_as_many_queues_as_the_controller_has() {
     let mut owner = mute.owner(0);
     assert!(mute.drive().take_queue(0).is_err(), "it is taken");
     assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
+}
+
+/// Longer than a queue, in pieces that are no two of one command: it is done all the same, in turns.
+#[test]
+fn a_request_that_is_longer_than_a_queue_is_done_in_turns() {
+    for (entries, mdts, sgl) in [(8, 1, 0), (2, 1, 0), (8, 5, 1), (16, 0, 2)] {
+        let bench = Bench::new(Options { entries, mdts, sgl, ..Options::default() }, 1);
+        let mut owner = bench.owner(0);
+        let odd =
+            (0..126).map(|nth| segment(nth * 3 * PAGE + nth * 512 % PAGE, 512 + (nth as u32 % 3) * 512));
+        let odd: Vec<_> = odd.collect();
+        let blocks: u32 = odd.iter().map(|segment| segment.len / 512).sum();
+        let bytes = bench.fill(&odd, 1);
+        owner.start(1, write(5, blocks), &odd);
+        // Another one beside it, as soon as there is room.
+        while owner.submit(2, read(9000, 8), &page(900)) == Submitted::Full {
+            owner.wait();
+        }
+        assert_eq!((owner.result(1), owner.result(2)), (Ok(()), Ok(())));
+        assert!(bench.sim.medium().read(5, blocks.into()) == bytes, "{entries} {mdts} {sgl}");
+        bench.fill(&odd, 2);
+        assert_eq!(owner.run(read(5, blocks), &odd), Ok(()));
+        assert!(bench.seen(&odd) == bytes, "{entries} {mdts} {sgl}");
+        let whole = segment(0, 256 * PAGE as u32);
+        let bytes = bench.fill(&[whole], 3);
+        assert_eq!(owner.run(write(5, 2048), &[whole]), Ok(()));
+        assert!(bench.sim.medium().read(5, 2048) == bytes);
+        assert!(bench.drive().window().idle());
+        assert_eq!(owner.queue.in_flight(), 0);
+    }
+}
+
+/// Whatever comes between two turns: nothing of it is lost, and nobody waits for the turns that are to come.
+#[test]
+fn what_comes_between_two_turns_loses_nothing() {
+    let bench = Bench::new(Options { entries: 8, mdts: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let whole = [segment(0, 64 * PAGE as u32)];
+    let bytes = bench.fill(&whole, 1);
+    // A reset in the middle: it is done from the beginning, several requests beside each other.
+    bench.sim.fault(When::io(opcode::WRITE).nth(9), Does::HoldData);
+    bench.sim.fault(When::io(opcode::READ).times(6), Does::HoldData);
+    owner.start(0, write(0, 512), &whole);
+    while !(bench.sim.held() == 1 && bench.sim.taken() >= 12) {
+        owner.wait();
+    }
+    owner.wait();
+    for tag in 1..7 {
+        owner.start(tag, read(4096, 8), &page(100 + u64::from(tag)));
+    }
+    assert!(bench.sim.await_held(7, LONG));
+    assert_eq!(owner.submit(7, Op::Flush, &[]), Submitted::Full);
+    bench.sim.fail();
+    for tag in 0..7 {
+        assert_eq!(owner.result(tag), Ok(()), "{tag}");
+    }
+    assert!(bench.sim.medium().read(0, 512) == bytes);
+    assert_eq!(bench.sim.enabled(), 2);
+    // A page that goes meanwhile: it is taken once the turn that is under way has ended.
+    bench.sim.fault(When::io(opcode::WRITE).nth(9), Does::HoldData);
+    owner.start(1, write(0, 512), &whole);
+    while bench.sim.held() == 0 {
+        owner.wait();
+    }
+    let taken = bench.sim.taken();
+    let gone = |unmap| matches!(unmap, passgate_backends::Unmap::Gone { .. });
+    std::thread::scope(|scope| {
+        let unmap = scope.spawn(|| while !gone(bench.windowed.unmap(pages_at(0, PAGES))) {});
+        while bench.drive().window().enter(7, &page(63)) == passgate_backends::window::Entered::In {
+            bench.drive().window().leave(7);
+        }
+        bench.sim.release();
+        assert_eq!(owner.result(1), Err(Fault::Withheld));
+        unmap.join().unwrap();
+    });
+    assert!(bench.sim.taken() - taken < 8, "it went on behind a page that was taken");
+}
+
+/// What moves no data is bound by limits of its own.
+#[test]
+fn no_more_is_zeroed_or_given_up_at_once_than_the_controller_takes() {
+    let bench = Bench::new(Options { zeroes: 2, range: 1000, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let geometry = bench.drive().geometry().clone();
+    assert_eq!((geometry.write_zeroes, geometry.discard), (32, 1000));
+    let zeroes = |blocks| Op::WriteZeroes { first: 0, blocks, unmap: false, fua: false };
+    assert_eq!(owner.submit(1, zeroes(33), &[]), Submitted::Wrong);
+    assert_eq!(owner.run(zeroes(32), &[]), Ok(()));
+    assert_eq!(owner.submit(1, Op::Discard { first: 0, blocks: 1001 }, &[]), Submitted::Wrong);
+    assert_eq!(owner.run(Op::Discard { first: 0, blocks: 1000 }, &[]), Ok(()));
+    drop((owner, bench));
+    let bench = Bench::new(Options::default(), 1);
+    let geometry = bench.drive().geometry();
+    assert_eq!((geometry.write_zeroes, geometry.discard), (1 << 16, u32::MAX), "it says nothing of limits");
 }

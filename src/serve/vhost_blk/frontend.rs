@@ -202,6 +202,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             self.stop(index)?;
             self.enable(index, false)?;
         }
+        // What was taken and not answered is not to be done in a ring that has begun anew.
+        if let Some(inflight) = &self.inflight {
+            inflight.forget();
+        }
         self.features = 0;
         self.write_back = true;
         Ok(())
@@ -369,6 +373,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let back = Inflight::from_fd(fd, mmap_size, mmap_offset, num_queues, queue_size).map_err(wrong)?;
         // A front-end that comes back does not say the configuration again.
         self.write_back &= !back.is_write_through();
+        // Nor does the guest to which it belongs, where it chose before this memory came.
+        back.set_write_through(!self.write_back);
         self.inflight = Some(back);
         self.tell_through();
         Ok(())

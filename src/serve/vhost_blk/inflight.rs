@@ -113,6 +113,16 @@ impl Inflight {
         self.file.load(self.offset).is_ok_and(|word| word & WRITE_THROUGH != 0)
     }
 
+    /// Nothing of it is in flight any more, and the guest has chosen nothing: the device was reset.
+    pub(super) fn forget(&self) {
+        self.set_write_through(false);
+        for queue in 0..self.queues {
+            if let Some(mut queue) = self.queue(queue, self.len) {
+                queue.forget();
+            }
+        }
+    }
+
     /// The part of a queue; none where there is no such queue or it is longer than was agreed.
     pub(super) fn queue(&self, index: u16, len: u16) -> Option<QueueInflight> {
         let base = self.offset + part(self.len) * u64::from(index);
@@ -171,6 +181,11 @@ impl QueueInflight {
         found.sort_unstable();
         self.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Some(found.into_iter().map(|(_, head)| head).collect())
+    }
+
+    /// Nobody has had this memory: what begins next finds nothing in it.
+    fn forget(&mut self) {
+        self.store(8, 0);
     }
 
     /// A request has been taken from the guest.

@@ -35,13 +35,15 @@ pub(super) type Vring = VringMutex<Memory>;
 pub(super) const LONGEST: u16 = 1024;
 /// Virtqueues at most.
 pub(super) const MOST: u16 = 64;
+/// Requests that are taken from a ring before others have their turn.
+const TURN: usize = 128;
 /// How long a request is held at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How soon a request is tried again whose pages are said to be open and were not.
 const AGAIN: Duration = Duration::from_millis(1);
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
+pub(super) const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
 
 /// What the rings of one worker share.
 #[derive(Debug)]
@@ -123,9 +125,14 @@ impl Ring {
         self.phase == Phase::On
     }
 
-    /// Whether the drive has something of it.
-    pub(super) fn is_flying(&self) -> bool {
-        self.flying > 0
+    /// Requests that the drive has of it.
+    pub(super) fn flying(&self) -> u32 {
+        self.flying
+    }
+
+    /// Whether something of it waits for room at the drive.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// How many requests are at the drive, and how many are held, or were and are about to be tried again.
@@ -191,7 +198,8 @@ impl Ring {
         *self = Self { life: life.wrapping_add(1), last_ticket, told, ..new };
     }
 
-    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything.
+    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything. It takes [`TURN`]
+    /// at most: a guest that offers as fast as it is answered keeps nobody here.
     pub(super) fn pull(
         &mut self,
         queue: &mut Queue,
@@ -200,7 +208,10 @@ impl Ring {
         enabled: bool,
     ) -> bool {
         let mut did = self.submit(queue, memory, desk);
-        while enabled && self.phase == Phase::On {
+        for _ in 0..TURN {
+            if !enabled || self.phase != Phase::On {
+                break;
+            }
             let head = match queue.iter(memory) {
                 Ok(mut chains) => chains.next().map(|chain| chain.head_index()),
                 Err(error) => {
@@ -279,25 +290,37 @@ impl Ring {
     /// Looks at what time has brought.
     pub(super) fn tick(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, now: Instant) {
         while self.delayed.front().is_some_and(|(when, _)| *when <= now) {
-            self.waiting.extend(self.delayed.pop_front().map(|(_, head)| head));
+            let Some((_, head)) = self.delayed.pop_front() else { break };
+            // Its pages are said to be open, again and again, and the drive takes nothing.
+            match self.is_over(head, now) {
+                true => self.give_up(queue, memory, head),
+                false => self.waiting.push_back(head),
+            }
         }
         if self.held == 0 {
             return;
         }
         for head in 0..self.slots.len() as u16 {
-            let Some(slot) = self.slots.get_mut(usize::from(head)) else { continue };
-            let over = slot.since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE);
-            if matches!(slot.state, State::Held(_)) && over {
+            let held =
+                self.slots.get(usize::from(head)).is_some_and(|slot| matches!(slot.state, State::Held(_)));
+            if held && self.is_over(head, now) {
                 self.held -= 1;
-                log::warn!(
-                    "queue {}: a request has failed whose memory was withheld for {} s",
-                    self.index,
-                    PATIENCE.as_secs()
-                );
-                self.counts.refused(Refusal::HeldTooLong);
-                self.answer(queue, memory, head, FAILED);
+                self.give_up(queue, memory, head);
             }
         }
+    }
+
+    /// Whether a request was held for too long.
+    fn is_over(&self, head: u16, now: Instant) -> bool {
+        let since = self.slots.get(usize::from(head)).and_then(|slot| slot.since);
+        since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE)
+    }
+
+    fn give_up(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16) {
+        let seconds = PATIENCE.as_secs();
+        log::warn!("queue {}: a request has failed whose memory was withheld for {seconds} s", self.index);
+        self.counts.refused(Refusal::HeldTooLong);
+        self.answer(queue, memory, head, FAILED);
     }
 
     /// Whether the guest is to be told that there are answers; asked once.

@@ -83,6 +83,8 @@ pub(super) struct Worker {
     desk: Desk,
     memory: Memory,
     shares: Vec<Share>,
+    /// The one that is looked at first.
+    first: usize,
     orders: Receiver<Order>,
     mailbox: Mailbox,
     inside: Inside,
@@ -118,6 +120,7 @@ impl Worker {
             memory,
             shares: rings.into_iter().map(share).collect(),
             counts,
+            first: 0,
             orders,
             mailbox: mailbox.clone(),
             inside,
@@ -200,6 +203,8 @@ impl Worker {
                     self.with(ring, |share, _, _, poller| share.watch(kick, poller))
                 }
                 Order::Start { ring, inflight } => self.with(ring, |share, desk, memory, _| {
+                    // Whoever waited for the end of what it was before is gone, and this one does not end with that.
+                    share.ended = None;
                     let mut locked = share.vring.get_mut();
                     share.ring.start(locked.get_queue_mut(), memory, inflight, desk);
                 }),
@@ -226,7 +231,10 @@ impl Worker {
     fn look(&mut self) -> bool {
         self.desk.drive.complete(&mut self.done);
         let mut did = !self.done.is_empty();
-        for share in &mut self.shares {
+        let (mut served, mut refused) = (None, false);
+        let (before, from_first) = self.shares.split_at_mut(self.first);
+        let before = (0..).zip(before);
+        for (nth, share) in (self.first..).zip(from_first).chain(before) {
             let mut locked = share.vring.get_mut();
             // Behind the lock: what is seen here stays until the lock is let go.
             let memory = self.memory.memory();
@@ -238,8 +246,13 @@ impl Worker {
                 }
             }
             share.ring.tick(queue, &memory, Instant::now());
+            let flying = share.ring.flying();
             did |= share.ring.pull(queue, &memory, &mut self.desk, enabled);
-            if let Some(ended) = share.ended.take_if(|_| !share.ring.is_flying()) {
+            if share.ring.flying() > flying {
+                served.get_or_insert(nth);
+            }
+            refused |= share.ring.is_waiting();
+            if let Some(ended) = share.ended.take_if(|_| share.ring.flying() == 0) {
                 share.ring.end(queue, &memory);
                 did = true;
                 let _ = ended.send(locked.get_queue().next_avail());
@@ -254,6 +267,10 @@ impl Worker {
             for question in share.ring.questions.drain(..) {
                 ask(&self.inside, &self.mailbox, share.index, question);
             }
+        }
+        // Where there was no room for all, who was served first is last the next time: no ring has the drive for itself.
+        if let Some(nth) = served.filter(|_| refused) {
+            self.first = (nth + 1) % self.shares.len();
         }
         self.done.clear();
         self.desk.drive.ring();
@@ -296,3 +313,7 @@ fn ask(inside: &Inside, mailbox: &Mailbox, ring: u16, question: Question) {
     let reply = move |admits| mailbox.send(Order::Answer { ring, head, ticket, admits });
     inside.ask(pages, writes, Box::new(reply));
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

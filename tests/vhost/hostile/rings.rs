@@ -1,12 +1,16 @@
 //! Guests that write nonsense into their rings. Both rings have one worker, which looks at the first before the second:
 //! once a request of the second is answered, what lay in the first was looked at.
 
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use passgate_backends::nvme::sim::{self, Does, When};
-use vhost::VhostBackend;
+use vhost::{VhostBackend, VringConfigData};
 
 use super::{serves, serves_this, told_of_memory_only};
 use crate::guest::{
-    DATA, Desc, ENTRIES, FLUSH, GET_ID, Guest, IN, INDIRECT, IOERR, NEXT, OK, SIZE, UNTOUCHED, WRITE,
+    DATA, Desc, ENTRIES, FLUSH, GET_ID, Guest, IN, INDIRECT, IOERR, NEXT, OK, SIZE, UNTOUCHED, USER, WRITE,
 };
 use crate::world::{Setup, World};
 
@@ -362,4 +366,92 @@ fn memory_that_never_holds_still_harms_nobody() {
         serves(&world);
     }
     told_of_memory_only(&world);
+}
+
+/// A guest that offers as fast as it is answered: its other ring is served, and its front-end has its way.
+#[test]
+fn a_guest_that_offers_without_an_end_keeps_nobody() {
+    let world = one_worker();
+    let mut guest = world.guest();
+    // The longest of rings, for long chains: it takes its time to read them all.
+    let (table, available, used, length) = (0x40_0000, 0x41_0000, 0x42_0000, 1024u16);
+    guest.frontend.get_vring_base(0).unwrap();
+    guest.frontend.set_vring_num(0, length).unwrap();
+    guest.frontend.set_vring_base(0, 0).unwrap();
+    let config = VringConfigData {
+        queue_max_size: length,
+        queue_size: length,
+        flags: 0,
+        desc_table_addr: USER + table,
+        avail_ring_addr: USER + available,
+        used_ring_addr: USER + used,
+        log_addr: None,
+    };
+    guest.frontend.set_vring_addr(0, &config).unwrap();
+    guest.write_header(0, 0, 99, 0);
+    let (header, status) = guest.places(0, 0);
+    for index in 0..1000 {
+        guest.describe_at(table, index, desc(header, 16, NEXT, index + 1));
+    }
+    guest.describe_at(table, 1000, desc(status, 1, WRITE, 0));
+    let fd = guest.memory.as_fd().try_clone_to_owned().unwrap();
+    let kind = passgate_bindings::identity::identify(&fd).unwrap().kind;
+    let memory = passgate_bindings::memory::GuestFile::new(fd, kind, SIZE, true);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Every entry of the available ring is 0. What was used may be offered again at once.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let mut index = [0; 2];
+                memory.read(used + 2, &mut index).unwrap();
+                let offered = u16::from_le_bytes(index).wrapping_add(length);
+                memory.write(available + 2, &offered.to_le_bytes()).unwrap();
+            }
+        });
+        guest.frontend.set_vring_kick(0, &guest.rings[0].kick).unwrap();
+        guest.kick(0);
+        let (ended, wait) = std::sync::mpsc::channel();
+        let guest = &mut guest;
+        scope.spawn(move || {
+            let mut index = [0; 2];
+            while index == [0; 2] {
+                guest.memory.read(used + 2, &mut index).unwrap();
+            }
+            for _ in 0..5 {
+                assert_eq!(guest.ask(1, IN, 0, &[(DATA, 512)]), OK);
+            }
+            guest.frontend.get_vring_base(0).unwrap();
+            ended.send(()).unwrap();
+        });
+        let in_time = wait.recv_timeout(Duration::from_secs(20));
+        over.store(true, Ordering::Relaxed);
+        in_time.expect("a ring that is never empty keeps its worker");
+    });
+}
+
+/// More than the drive has room for, all the time: the other ring has its turn.
+#[test]
+fn a_ring_that_fills_the_drive_leaves_room_for_the_other() {
+    let drive = sim::Options { queues: 1, entries: 8, ..Setup::default().drive };
+    let world = World::with(Setup { drive, ..Setup::default() });
+    let mut guest = world.guest();
+    world.sim.fault(When::any().always(), Does::DelayCompletion(Duration::from_millis(1)));
+    let heads = || (0..ENTRIES - 3).step_by(3);
+    for head in heads() {
+        guest.request(0, head, IN, 0, &[(DATA, 512)]);
+    }
+    guest.kick(0);
+    let mut used = guest.await_used(0, 7);
+    let mut ended = used.len();
+    guest.request(1, 0, IN, 0, &[(DATA, 512)]);
+    guest.kick(1);
+    while guest.used(1).is_empty() {
+        assert!(ended < 1000, "{ended} requests of the one ring, and none of the other");
+        for (head, _) in used {
+            guest.request(0, head as u16, IN, 0, &[(DATA, 512)]);
+        }
+        guest.kick(0);
+        used = guest.await_used(0, 1);
+        ended += used.len();
+    }
 }

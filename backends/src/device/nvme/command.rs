@@ -112,6 +112,13 @@ impl Command {
         Self([IDENTIFY | u64::from(namespace) << 32, 0, 0, first, second, what, 0, 0])
     }
 
+    /// 4096 bytes about what the controller does of the NVM command set, to memory at `to`.
+    pub(super) fn identify_command_set(to: Iova) -> Self {
+        const COMMAND_SET: u64 = 6;
+        let [first, second] = pages(to, PAGE);
+        Self([IDENTIFY, 0, 0, first, second, COMMAND_SET, 0, 0])
+    }
+
     /// `blocks` blocks from `first` on, from memory to the medium; `fua`: it completes once they are there.
     pub(super) fn write(namespace: u32, first: u64, blocks: u32, from: Data, fua: bool) -> Self {
         let Self(mut words) = Self::transfer(WRITE, namespace, first, blocks, from);
@@ -204,6 +211,7 @@ mod tests {
         let Command(words) = Command::create_sq(1, 64, Iova(0x5000));
         assert_eq!(words, [1, 0, 0, 0x5000, 0, 0x1_0001_003f_0001, 0, 0]);
         assert_eq!(Command::identify(0, Iova(0x6000)).0, [6, 0, 0, 0x6000, 0, 1, 0, 0]);
+        assert_eq!(Command::identify_command_set(Iova(0x6000)).0, [6, 0, 0, 0x6000, 0, 6, 0, 0]);
         assert_eq!(Command::identify(1, Iova(0x6000)).0, [0x1_0000_0006, 0, 0, 0x6000, 0, 0, 0, 0]);
     }
 

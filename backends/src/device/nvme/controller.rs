@@ -8,7 +8,7 @@ use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
 use super::command::{Command, Completion, granted};
-use super::geometry::{Abilities, Geometry, Unfit, abilities, geometry};
+use super::geometry::{Abilities, Geometry, Unfit, abilities, geometry, limit, tells_limits};
 use super::pair::Pair;
 use super::registers::{
     ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRIES, CC_SHUT_DOWN, CSTS, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN,
@@ -118,10 +118,19 @@ impl Controller {
         let identify = Command::identify(namespace, self.memory.iova(IN));
         let known = self.run(identify)?.is_some_and(|completion| completion.status == 0);
         let space = if known { self.said()? } else { Vec::new() };
-        geometry(&self.identity, &space, namespace).map_err(|unfit: Unfit| Error::Host {
+        let found = geometry(&self.identity, &space, namespace).map_err(|unfit: Unfit| Error::Host {
             what: format!("{}, namespace {namespace}: {unfit}", self.registers.device().name()),
             mend: "choose another with --namespace (nvme list-ns shows them)",
-        })
+        });
+        let mut found = found?;
+        if tells_limits(&self.identity) {
+            // It need not know the question: then it has no such limits.
+            let asked = self.run(Command::identify_command_set(self.memory.iova(IN)))?;
+            if asked.is_some_and(|completion| completion.status == 0) {
+                limit(&mut found, &self.said()?, self.smallest);
+            }
+        }
+        Ok(found)
     }
 
     /// Asks for so many I/O queues each way; how many there are.

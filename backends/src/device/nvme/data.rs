@@ -23,12 +23,18 @@ pub(super) struct Rules {
     pub(super) sgl: u8,
 }
 
+/// Somewhere in a request's memory: a segment, and how many bytes into it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Place {
+    first: usize,
+    into: u64,
+}
+
 /// One command's share of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
-    /// The segment in which it begins, and how many bytes into it.
-    first: usize,
-    into: u64,
+    /// Where it begins.
+    at: Place,
     pub(super) bytes: u64,
     sgl: bool,
 }
@@ -37,8 +43,15 @@ pub(super) struct Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Inexpressible;
 
-/// Cuts the memory of a request into the shares of commands.
-pub(super) fn plan(rules: Rules, segments: &[Segment], parts: &mut Vec<Part>) -> Result<(), Inexpressible> {
+/// Cuts the memory of a request from `from` on into the shares of commands, at most `most`: a guest may ask for more at
+/// once than there is memory to plan it in. Says where it goes on, if there is more.
+pub(super) fn plan(
+    rules: Rules,
+    segments: &[Segment],
+    from: Place,
+    most: usize,
+    parts: &mut Vec<Part>,
+) -> Result<Option<Place>, Inexpressible> {
     parts.clear();
     let sound = |segment: &Segment| {
         let end = segment.iova.0.checked_add(segment.len.into());
@@ -47,8 +60,11 @@ pub(super) fn plan(rules: Rules, segments: &[Segment], parts: &mut Vec<Part>) ->
     if !segments.iter().all(sound) {
         return Err(Inexpressible);
     }
-    let (mut first, mut into) = (0, 0);
+    let Place { mut first, mut into } = from;
     while first < segments.len() {
+        if parts.len() >= most {
+            return Ok(Some(Place { first, into }));
+        }
         let part = share(rules, segments, first, into).ok_or(Inexpressible)?;
         parts.push(part);
         let mut left = part.bytes;
@@ -65,7 +81,7 @@ pub(super) fn plan(rules: Rules, segments: &[Segment], parts: &mut Vec<Part>) ->
             }
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The longest share that begins there: by pages where that is long enough, else by descriptors.
@@ -74,11 +90,11 @@ fn share(rules: Rules, segments: &[Segment], first: usize, into: u64) -> Option<
     let pages = whole(by_pages(rules, segments, first, into));
     let rest: u64 = segments.iter().skip(first).map(|segment| u64::from(segment.len)).sum::<u64>() - into;
     if pages == rest.min(rules.most) {
-        return (pages > 0).then_some(Part { first, into, bytes: pages, sgl: false });
+        return (pages > 0).then_some(Part { at: Place { first, into }, bytes: pages, sgl: false });
     }
     let lists = whole(by_lists(rules, segments, first, into));
     let (bytes, sgl) = if lists > pages { (lists, true) } else { (pages, false) };
-    (bytes > 0).then_some(Part { first, into, bytes, sgl })
+    (bytes > 0).then_some(Part { at: Place { first, into }, bytes, sgl })
 }
 
 /// Bytes that page entries can cover from there.
@@ -146,9 +162,9 @@ pub(super) fn pointer<E>(
     at: Iova,
     mut list: impl FnMut(usize, u64) -> Result<(), E>,
 ) -> Result<Data, E> {
-    let (mut left, mut skip, mut words, mut pages) = (part.bytes, part.into, 0, 0);
+    let (mut left, mut skip, mut words, mut pages) = (part.bytes, part.at.into, 0, 0);
     let (mut first, mut second, mut last) = ((0, 0), 0, None);
-    for segment in segments.iter().skip(part.first) {
+    for segment in segments.iter().skip(part.at.first) {
         let start = segment.iova.0 + skip;
         let len = (u64::from(segment.len) - skip).min(left);
         skip = 0;
@@ -256,7 +272,15 @@ mod tests {
 
     fn check(rules: Rules, segments: &[Segment]) -> Result<usize, Inexpressible> {
         let (mut parts, at) = (Vec::new(), Iova(0xffff_0000));
-        plan(rules, segments, &mut parts)?;
+        // However it is cut into turns, the shares are the same.
+        let (mut some, mut turns, mut from) = (Vec::new(), Vec::new(), Some(Place::default()));
+        while let Some(at) = from {
+            from = plan(rules, segments, at, 3, &mut some)?;
+            assert!(some.len() <= 3);
+            turns.append(&mut some);
+        }
+        assert_eq!(plan(rules, segments, Place::default(), usize::MAX, &mut parts), Ok(None));
+        assert_eq!(parts, turns);
         let mut all: Vec<(u64, u64)> = Vec::new();
         for part in &parts {
             let mut words = vec![0; WORDS];
@@ -331,5 +355,14 @@ mod tests {
             Ok(2)
         );
         assert_eq!(check(RULES, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
+    }
+
+    #[test]
+    fn a_request_of_any_length_is_planned_in_little_memory() {
+        let all: Vec<_> = (0..126).map(|_| (0, u32::MAX / 4096 * 4096)).collect();
+        let mut parts = Vec::new();
+        let goes_on = plan(RULES, &segments(&all), Place::default(), 7, &mut parts);
+        assert_eq!((goes_on, parts.len()), (Ok(Some(Place { first: 0, into: 7 << 20 })), 7));
+        assert!(parts.capacity() < 100);
     }
 }

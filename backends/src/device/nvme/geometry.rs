@@ -1,5 +1,5 @@
 //! What a drive says of itself: Identify Controller and Identify Namespace (NVM Express base specification 2.0,
-//! 5.17.2.1; NVM command set specification 1.0, 4.1.5.1).
+//! 5.17.2.1; NVM command set specification 1.0, 4.1.5.1 and 4.1.5.2).
 
 use super::CHUNK;
 
@@ -68,11 +68,39 @@ fn text(bytes: &[u8]) -> String {
     bytes.iter().map(printable).collect::<String>().trim().to_owned()
 }
 
+/// 2^`exponent` pages of `page` bytes.
+fn times(page: u64, exponent: u8) -> u64 {
+    1u64.checked_shl(exponent.into()).and_then(|pages| pages.checked_mul(page)).unwrap_or(u64::MAX)
+}
+
+/// Whether a controller can say what bounds commands that move no data: versions before 1.2 take that question for
+/// another.
+pub(super) fn tells_limits(controller: &[u8]) -> bool {
+    long(controller, 80) as u32 >= 0x0001_0200
+}
+
+/// Bounds what moves no data, and so is not bound by MDTS, from what a controller says of the NVM command set: WZSL, DMRSL
+/// and DMSL. 0 is no bound. `smallest` as for [`abilities`].
+pub(super) fn limit(geometry: &mut Geometry, set: &[u8], smallest: u64) {
+    let bound = |most: &mut u32, limit: u64| {
+        if limit > 0 {
+            *most = (*most).min(u32::try_from(limit).unwrap_or(u32::MAX));
+        }
+    };
+    if let zeroes @ 1.. = byte(set, 1) {
+        // Where that is not one block there is no such command.
+        let blocks = times(smallest, zeroes) / u64::from(geometry.block.max(1));
+        geometry.write_zeroes = geometry.write_zeroes.min(u32::try_from(blocks).unwrap_or(u32::MAX));
+    }
+    bound(&mut geometry.discard, long(set, 4) & 0xffff_ffff);
+    bound(&mut geometry.discard, long(set, 8));
+}
+
 /// From a controller's identity; `smallest` is its smallest page in bytes (CAP.MPSMIN).
 pub(super) fn abilities(controller: &[u8], smallest: u64) -> Abilities {
     let (mdts, sgls) = (byte(controller, 77), byte(controller, 536));
     Abilities {
-        most: (mdts > 0).then(|| smallest.checked_shl(mdts.into()).unwrap_or(u64::MAX)),
+        most: (mdts > 0).then(|| times(smallest, mdts)),
         sgl: sgls & 3,
         shadow_doorbells: word(controller, 256) & 1 << 8 != 0,
     }
@@ -177,6 +205,21 @@ mod tests {
         assert_eq!((found.write_zeroes, found.discard), (65536, u32::MAX));
         let abilities = abilities(&controller, 4096);
         assert_eq!(abilities, Abilities { most: Some(32768), sgl: 2, shadow_doorbells: true });
+        let mut limited = found.clone();
+        limit(&mut limited, &[0; 4096], 4096);
+        assert_eq!(limited, found, "0 is no bound");
+        let mut set = vec![0; 4096];
+        (set[1], set[4], set[8]) = (3, 200, 100);
+        limit(&mut limited, &set, 4096);
+        assert_eq!((limited.write_zeroes, limited.discard), (8, 100));
+        (set[1], set[4], set[8]) = (60, 50, 100);
+        limit(&mut limited, &set, 4096);
+        assert_eq!((limited.write_zeroes, limited.discard), (8, 50));
+        assert!(!tells_limits(&controller));
+        controller[80..84].copy_from_slice(&0x0001_0200u32.to_le_bytes());
+        assert!(tells_limits(&controller));
+        controller[77] = 60;
+        assert_eq!(super::abilities(&controller, 4096).most, Some(u64::MAX));
         controller[77] = 200;
         assert_eq!(super::abilities(&controller, 4096).most, Some(u64::MAX));
     }

@@ -4,7 +4,9 @@
 //! and allocate nothing once they have run for a while. A request is in the window from before its commands are written
 //! until the last of them has completed, so that nothing it touches is taken away meanwhile.
 //!
-//! A request may be several commands; its owner sees one completion. After the controller was brought up anew, every
+//! A request may be several commands; its owner sees one completion. Where it is more than there is room for, it takes
+//! turns: some of its commands, and when the last of these has completed, more. Between two turns it leaves the window
+//! for a moment, so that nobody waits for all of a long request. After the controller was brought up anew, every
 //! request that was in flight is entered again and submitted again: blocks are written with the same bytes twice, which
 //! nobody can tell, because its owner has not been told of the first time.
 
@@ -18,7 +20,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::command::{Command, Completion, range};
 use super::controller::Doorbell;
-use super::data::{Part, WORDS, plan, pointer};
+use super::data::{Part, Place, WORDS, plan, pointer};
 use super::drive::{Inner, Life};
 use super::keeper::Trouble;
 use super::pair::Pair;
@@ -86,7 +88,7 @@ pub enum Submitted {
     /// The drive is gone, or was given up.
     Lost,
     /// No command can be made of it: its memory is not as long as its blocks, or in pieces that this controller does not
-    /// take, or in more than fit into a whole queue; or its blocks are not there.
+    /// take; or its blocks are not there.
     Wrong,
 }
 
@@ -101,6 +103,8 @@ pub enum Fault {
     Withheld,
     /// It did not come to an end, however often it was tried.
     TimedOut,
+    /// A part of it was done; behind that its memory is in pieces that this controller does not take.
+    Wrong,
     /// The drive is gone, or was given up.
     Lost,
 }
@@ -122,6 +126,12 @@ struct Request {
     segments: Vec<Segment>,
     /// Commands that have not completed; none where the slot is free.
     left: u16,
+    /// Where the memory of this turn begins, and how many blocks the turns before it have moved.
+    from: Place,
+    moved: u64,
+    /// Blocks of this turn, and where the next one begins.
+    moving: u64,
+    goes_on: Option<Place>,
     fault: Option<Fault>,
     /// How often the drive had to be brought to its senses with it under way.
     tries: u8,
@@ -145,7 +155,9 @@ pub struct Queue {
     commands: Vec<Option<u16>>,
     /// Names that are free, used in turn: a completion that comes twice finds its name still free.
     names: VecDeque<u16>,
+    /// The turn that is being planned, and where the next one begins.
     parts: Vec<Part>,
+    goes_on: Option<Place>,
     /// Whether the controller has not been told of the last commands.
     unrung: bool,
     /// Whether the controller has completed what it was never asked for: what else it completes counts for nothing.
@@ -169,6 +181,10 @@ impl Queue {
             op: Op::Flush,
             segments: Vec::new(),
             left: 0,
+            from: Place::default(),
+            moved: 0,
+            moving: 0,
+            goes_on: None,
             fault: None,
             tries: 0,
             since: 0,
@@ -183,6 +199,7 @@ impl Queue {
             commands: vec![None; names.into()],
             names: (0..names).collect(),
             parts: Vec::new(),
+            goes_on: None,
             unrung: false,
             distrusted: false,
             recoveries: inner.recoveries.load(Ordering::Acquire),
@@ -201,12 +218,9 @@ impl Queue {
             Settled::Lost => return Submitted::Lost,
         }
         let Some(&slot) = self.free.last() else { return Submitted::Full };
-        let Some(commands) = self.plan(op, segments) else { return Submitted::Wrong };
-        match commands {
-            0 => return Submitted::Wrong,
-            some if some > self.commands.len() => return Submitted::Wrong,
-            some if some > self.names.len() => return Submitted::Full,
-            _ => {}
+        let Some(most) = self.room() else { return Submitted::Full };
+        if !self.plan(op, segments, Place::default(), most) {
+            return Submitted::Wrong;
         }
         if self.inner.window.enter(self.window_slot(slot), segments) != Entered::In {
             return Submitted::Closed;
@@ -214,6 +228,7 @@ impl Queue {
         self.free.pop();
         let Some(request) = self.requests.get_mut(usize::from(slot)) else { return Submitted::Full };
         (request.tag, request.op, request.tries) = (tag, *op, 0);
+        (request.from, request.moved) = (Place::default(), 0);
         request.segments.clear();
         request.segments.extend_from_slice(segments);
         self.issue(slot);
@@ -251,27 +266,35 @@ impl Queue {
         usize::from(self.nth) * usize::from(self.inner.slots) + usize::from(slot)
     }
 
-    /// How many commands a request takes; none where it cannot be made.
-    fn plan(&mut self, op: &Op, segments: &[Segment]) -> Option<usize> {
+    /// Commands that a request may have at a time; none where there is no room at all. Half a queue: the rest is for
+    /// requests that have not had their turn yet.
+    fn room(&self) -> Option<usize> {
+        (!self.names.is_empty()).then(|| self.names.len().min(self.commands.len().div_ceil(2)))
+    }
+
+    /// Plans a request's turn of at most `most` commands, with its memory from `from` on; whether it can be made.
+    fn plan(&mut self, op: &Op, segments: &[Segment], from: Place, most: usize) -> bool {
         let geometry = &self.inner.geometry;
+        self.goes_on = None;
         match *op {
             Op::Read { first, blocks } | Op::Write { first, blocks, .. } => {
                 let bytes: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
-                let end = first.checked_add(blocks.into())?;
-                if bytes != u64::from(blocks) * u64::from(geometry.block) || end > geometry.blocks {
-                    return None;
+                let inside = first.checked_add(blocks.into()).is_some_and(|end| end <= geometry.blocks);
+                if blocks == 0 || bytes != u64::from(blocks) * u64::from(geometry.block) || !inside {
+                    return false;
                 }
-                plan(self.inner.rules, segments, &mut self.parts).ok()?;
-                Some(self.parts.len())
+                let planned = plan(self.inner.rules, segments, from, most, &mut self.parts);
+                self.goes_on = planned.unwrap_or(None);
+                planned.is_ok() && !self.parts.is_empty()
             }
-            Op::Flush => Some(1),
+            Op::Flush => true,
             Op::WriteZeroes { first, blocks, .. } | Op::Discard { first, blocks } => {
                 let most = match op {
                     Op::Discard { .. } => geometry.discard,
                     _ => geometry.write_zeroes,
                 };
-                let end = first.checked_add(blocks.into())?;
-                (blocks > 0 && blocks <= most && end <= geometry.blocks).then_some(1)
+                let inside = first.checked_add(blocks.into()).is_some_and(|end| end <= geometry.blocks);
+                blocks > 0 && blocks <= most && inside
             }
         }
     }
@@ -281,9 +304,9 @@ impl Queue {
         let (inner, now) = (Arc::clone(&self.inner), now());
         let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
         (request.left, request.fault, request.since, request.overdue) = (0, None, now, false);
+        (request.moving, request.goes_on) = (0, self.goes_on);
         let (namespace, block) = (inner.geometry.namespace, u64::from(inner.geometry.block));
         let transfers = matches!(request.op, Op::Read { .. } | Op::Write { .. });
-        let mut before = 0;
         for nth in 0..if transfers { self.parts.len() } else { 1 } {
             let Some(name) = self.names.pop_front() else { break };
             let at = inner.list(self.nth, name);
@@ -292,8 +315,8 @@ impl Queue {
             let command = match (request.op, self.parts.get(nth)) {
                 (Op::Read { first, .. } | Op::Write { first, .. }, Some(part)) => {
                     let blocks = (part.bytes / block) as u32;
-                    let from = first + before;
-                    before += u64::from(blocks);
+                    let from = first + request.moved + request.moving;
+                    request.moving += u64::from(blocks);
                     pointer(*part, &request.segments, iova, store).map(|data| match request.op {
                         Op::Write { fua, .. } => Command::write(namespace, from, blocks, data, fua),
                         _ => Command::read(namespace, from, blocks, data),
@@ -375,7 +398,8 @@ impl Queue {
         }
         match request.fault {
             // It took too long, or had the name of one that did.
-            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot, true),
+            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot, true, usize::MAX),
+            None if request.goes_on.is_some() => self.go_on(slot),
             fault => self.end(slot, fault.map_or(Ok(()), Err)),
         }
     }
@@ -491,35 +515,55 @@ impl Queue {
         // A fence says nothing against what was under way, however many come.
         let recoveries = self.inner.recoveries.load(Ordering::Acquire);
         let blamed = std::mem::replace(&mut self.recoveries, recoveries) != recoveries;
+        let mut others = self.in_flight();
         for slot in 0..self.requests.len() as u16 {
             if !self.free.contains(&slot) {
-                self.retry(slot, blamed);
+                others -= 1;
+                // Each of them has room for one command at least: there are as many names as requests.
+                self.retry(slot, blamed, self.names.len().saturating_sub(others));
             }
         }
         self.ring();
     }
 
-    /// Submits a request again of which nothing is in flight, if it may be; `blamed`: it may be what is wrong.
-    fn retry(&mut self, slot: u16, blamed: bool) {
-        let window = self.window_slot(slot);
+    /// Submits a request again of which nothing is in flight, if it may be, with at most `most` commands at first;
+    /// `blamed`: it may be what is wrong.
+    fn retry(&mut self, slot: u16, blamed: bool, most: usize) {
         let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
         request.tries += u8::from(blamed);
-        if std::mem::take(&mut request.overdue) {
-            self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
-        }
+        (request.from, request.moved) = (Place::default(), 0);
         if request.tries >= TRIES {
             return self.end(slot, Err(Fault::TimedOut));
         }
-        let (op, segments) = (request.op, std::mem::take(&mut request.segments));
+        self.begin(slot, most);
+    }
+
+    /// A request's turn is over, and it has another.
+    fn go_on(&mut self, slot: u16) {
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
+        let Some(next) = request.goes_on.take() else { return };
+        (request.from, request.moved) = (next, request.moved + request.moving);
+        self.begin(slot, usize::MAX);
+    }
+
+    /// Begins the turn of a request of which nothing is in flight, if it may be done still.
+    fn begin(&mut self, slot: u16, most: usize) {
+        let (window, room) = (self.window_slot(slot), self.room());
+        let Some(request) = self.requests.get_mut(usize::from(slot)) else { return };
+        if std::mem::take(&mut request.overdue) {
+            self.inner.seat(self.nth).overdue.fetch_sub(1, Ordering::AcqRel);
+        }
+        let (op, from, segments) = (request.op, request.from, std::mem::take(&mut request.segments));
         self.inner.window.leave(window);
         let entered = self.inner.window.enter(window, &segments);
-        let planned = self.plan(&op, &segments);
+        let planned = room.map(|room| self.plan(&op, &segments, from, room.min(most)));
         if let Some(request) = self.requests.get_mut(usize::from(slot)) {
             request.segments = segments;
         }
         match (entered, planned) {
-            (Entered::In, Some(commands)) if commands <= self.names.len() => self.issue(slot),
-            (Entered::In, _) => self.end(slot, Err(Fault::Lost)),
+            (Entered::In, Some(true)) => self.issue(slot),
+            (Entered::In, Some(false)) => self.end(slot, Err(Fault::Wrong)),
+            (Entered::In, None) => self.end(slot, Err(Fault::Lost)),
             (Entered::Paused | Entered::Closed, _) => self.end(slot, Err(Fault::Withheld)),
         }
     }

@@ -160,6 +160,9 @@ impl Core {
                 let got = self.get(told, bytes)?;
                 self.medium.put(blocks.start, &got, through);
             }
+            opcode::WRITE_ZEROES if options.zeroes > 0 && bytes > PAGE << options.zeroes => {
+                return Err(status::INVALID_FIELD);
+            }
             opcode::WRITE_ZEROES if options.write_zeroes => {
                 let give_up = told.dword(12) & 1 << 25 != 0;
                 let through = told.dword(12) & 1 << 30 != 0;
@@ -183,6 +186,10 @@ impl Core {
         if !ranges.iter().all(fits) {
             return Err(status::OUT_OF_RANGE);
         }
+        let most = u64::from(self.options.range);
+        if most > 0 && ranges.iter().any(|(_, count)| *count > most) {
+            return Err(status::INVALID_FIELD);
+        }
         if told.dword(11) & 1 << 2 != 0 {
             ranges.into_iter().for_each(|(first, count)| self.medium.clear(first, count, true, false));
         }
@@ -199,6 +206,7 @@ impl Core {
                     0 if told.namespace() == 1 => self.namespace(),
                     0 => return Err(status::INVALID_NAMESPACE),
                     1 => self.controller(),
+                    6 if self.options.zeroes > 0 || self.options.range > 0 => self.command_set(),
                     _ => return Err(status::INVALID_FIELD),
                 };
                 self.give(told, &said)?;
@@ -304,6 +312,14 @@ impl Core {
         put(520, &optional.to_le_bytes());
         put(525, &[u8::from(options.volatile_cache)]);
         put(536, &u32::from(options.sgl & 3).to_le_bytes());
+        said
+    }
+
+    /// I/O Command Set specific Identify Controller (NVM command set specification 1.0, 4.1.5.2).
+    fn command_set(&self) -> Vec<u8> {
+        let mut said = vec![0; PAGE as usize];
+        said[1] = self.options.zeroes;
+        said[4..8].copy_from_slice(&self.options.range.to_le_bytes());
         said
     }
 

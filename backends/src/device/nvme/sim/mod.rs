@@ -63,6 +63,10 @@ pub struct Options {
     pub write_zeroes: bool,
     /// Whether it has Dataset Management.
     pub discard: bool,
+    /// WZSL: one Write Zeroes clears at most 2^`zeroes` pages; 0 for no limit.
+    pub zeroes: u8,
+    /// DMRSL: one range of Dataset Management has at most so many blocks; 0 for no limit.
+    pub range: u32,
     /// Whether the namespace is write-protected.
     pub read_only: bool,
     /// I/O queues each way that it grants at most.
@@ -97,6 +101,8 @@ impl Default for Options {
             volatile_cache: true,
             write_zeroes: true,
             discard: true,
+            zeroes: 0,
+            range: 0,
             read_only: false,
             queues: 8,
             vectors: 9,
