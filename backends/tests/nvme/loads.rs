@@ -16,6 +16,16 @@ const DEEP: u32 = 16;
 struct Work {
     done: AtomicU64,
     again: AtomicU64,
+    /// Whether each request is eight commands.
+    in_pieces: bool,
+}
+
+/// A page as it is, or in pieces that are no two of one command.
+fn lies(in_pieces: bool, nth: u64) -> Vec<Segment> {
+    match in_pieces {
+        true => (0..8).rev().map(|piece| segment(nth * PAGE + piece * 512, 512)).collect(),
+        false => page(nth).to_vec(),
+    }
 }
 
 /// Writes a page, reads it back elsewhere and compares, without a break, several at a time. What was withheld, closed or
@@ -35,14 +45,15 @@ fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Wor
                 continue;
             }
             let (op, at) = if job.reads {
-                (read(first + tag * 8, 8), page(base + 32 + tag))
+                (read(first + tag * 8, 8), lies(work.in_pieces, base + 32 + tag))
             } else {
-                bench.fill(&page(base + tag), seed(nth, tag, job.round));
-                (write(first + tag * 8, 8), page(base + tag))
+                bench.fill(&lies(work.in_pieces, base + tag), seed(nth, tag, job.round));
+                (write(first + tag * 8, 8), lies(work.in_pieces, base + tag))
             };
             match owner.submit(tag as u32, op, &at) {
                 Submitted::Started => job.under_way = true,
                 Submitted::Closed => {}
+                Submitted::Full if work.in_pieces => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -56,7 +67,7 @@ fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Wor
             job.under_way = false;
             match result {
                 Ok(()) if job.reads => {
-                    let seen = bench.seen(&page(base + 32 + u64::from(tag)));
+                    let seen = bench.seen(&lies(work.in_pieces, base + 32 + u64::from(tag)));
                     let expected = pattern(seed(nth, tag.into(), job.round), PAGE as usize);
                     assert!(seen == expected, "owner {nth}, job {tag}, round {}: other bytes", job.round);
                     (job.reads, job.round) = (false, job.round + 1);
@@ -145,10 +156,20 @@ fn mischief(bench: &Bench, nth: u64) {
 
 #[test]
 fn a_load_survives_whatever_happens_and_loses_nothing() {
-    let bench = Bench::new(Options::default(), 2);
+    whatever_happens(Options::default(), false);
+}
+
+/// Requests that are longer than a queue.
+#[test]
+fn a_load_in_turns_survives_whatever_happens_and_loses_nothing() {
+    whatever_happens(Options { entries: 8, ..Options::default() }, true);
+}
+
+fn whatever_happens(options: Options, in_pieces: bool) {
+    let bench = Bench::new(options, 2);
     assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     [(0, 16), (16, 32), (48, PAGES - 48)].into_iter().for_each(|(page, pages)| bench.map(page, pages));
-    let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
+    let (stop, works) = (AtomicBool::new(false), [(); 2].map(|()| Work { in_pieces, ..Work::default() }));
     std::thread::scope(|scope| {
         for (nth, done) in (0..).zip(&works) {
             let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
