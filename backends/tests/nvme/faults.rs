@@ -39,6 +39,19 @@ fn a_status_comes_back_as_it_is() {
 }
 
 #[test]
+fn what_the_controller_has_interrupted_is_asked_for_again_and_not_for_ever() {
+    const INTERRUPTED: u16 = 0x21;
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any().times(2), Does::Status(INTERRUPTED));
+    assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (3, 1));
+    bench.sim.fault(When::any().always(), Does::Status(INTERRUPTED));
+    assert_eq!(owner.run(read(0, 8), &page(0)), Err(Fault::TimedOut));
+    assert_eq!((bench.sim.taken(), bench.sim.enabled()), (6, 1));
+}
+
+#[test]
 fn memory_that_was_taken_by_force_is_a_fault_of_the_request_alone() {
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);

@@ -190,6 +190,9 @@ impl Completion {
     /// Command Abort Requested.
     pub(super) const ABORTED: u16 = 0x07;
 
+    /// Command Interrupted: the controller had something more urgent, and wants it asked for again.
+    pub(super) const INTERRUPTED: u16 = 0x21;
+
     /// From the second half of a completion queue entry; the phase bit is the first after the identifier.
     pub(super) fn of(word: u64) -> Self {
         Self { id: (word >> 32) as u16, status: (word >> 49) as u16 & 0x7ff, result: 0 }

@@ -397,8 +397,10 @@ impl Queue {
             return;
         }
         match request.fault {
-            // It took too long, or had the name of one that did.
-            Some(Fault::Status(Completion::ABORTED)) => self.retry(slot, true, usize::MAX),
+            // It took too long, or had the name of one that did; or the controller wants it again.
+            Some(Fault::Status(Completion::ABORTED | Completion::INTERRUPTED)) => {
+                self.retry(slot, true, usize::MAX);
+            }
             None if request.goes_on.is_some() => self.go_on(slot),
             fault => self.end(slot, fault.map_or(Ok(()), Err)),
         }
