@@ -166,6 +166,13 @@ impl Guest {
             let event = self.qmp.event(&ends, Duration::from_secs(20))?;
             (event["event"] == "DEVICE_DELETED").then_some(())
         });
+        // Memory that comes before the guest has said how the ejection ended is taken for what it has just ejected.
+        wait("the guest's word that the memory is out", BOOTS, || {
+            const EJECTED: (u64, u64) = (3, 0); // ACPI 6.5, 6.3.5: the event and its status
+            let said = self.qmp.event(&["ACPI_DEVICE_OST"], Duration::from_secs(20))?;
+            let info = &said["data"]["info"];
+            (info["source"].as_u64().zip(info["status"].as_u64()) == Some(EJECTED)).then_some(())
+        });
         self.qmp.execute("object-del", &json!({ "id": format!("{name}-file") })).unwrap();
     }
 
