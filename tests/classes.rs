@@ -43,7 +43,7 @@ fn page(number: u64) -> PageRange<Gpa> {
 
 impl Vmm {
     fn begin(&mut self, number: u64, to: PageState) -> u64 {
-        match self.channel.begin(page(number), to, None).unwrap() {
+        match self.channel.begin(page(number), to, Some(20_000)).unwrap() {
             Answer::Granted { invalidation } => invalidation,
             other => panic!("page {number} was not given: {other:?}"),
         }

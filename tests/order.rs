@@ -26,7 +26,7 @@ const PAGE_1: u64 = PAGE;
 /// Where the same file is seen a second time.
 const ALIAS: u64 = 0x100_0000;
 /// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A VM, its memory, and the daemon that knows of both.
 struct Setup {
@@ -78,7 +78,7 @@ impl Setup {
     /// Begins on the page, and has KVM refuse.
     fn begin_and_fail(&mut self) -> (u64, Failed) {
         let Answer::Granted { invalidation } =
-            self.channel.begin(page(PAGE_1), PageState::Private, None).unwrap()
+            self.channel.begin(page(PAGE_1), PageState::Private, Some(20_000)).unwrap()
         else {
             panic!("not granted");
         };

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::audit::{Log, LogOptions};
+use super::audit::{self, Log, LogOptions};
 use super::keep::Keep;
 use crate::error::{Error, Result};
 use crate::gate::{Effect, Event, Notice, Policy, QuarantineStatus};
@@ -74,6 +74,7 @@ impl Records {
         }
         let log = LogOptions {
             segment: options.audit_segment,
+            patience: audit::PATIENCE,
             keep: options.audit_keep,
             policy,
             boot,

@@ -47,10 +47,6 @@ fn a_log_keeps_its_bounds_and_is_checked_as_far_as_it_goes() {
     let mut play = Play::with(dir.path(), options, 200);
     while play.conversions < 20_000 {
         play.step();
-        // A writer that is faster than the disk would drop lines; it is not what this is about.
-        if play.conversions.is_multiple_of(500) {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
     }
     assert_eq!(play.log.dropped(), 0);
     drop(play);
@@ -86,7 +82,7 @@ fn a_log_that_cannot_be_written_stops_nobody_and_shows_the_gap() {
         if dropped(&play) == before {
             break;
         }
-        assert!(began.elapsed().as_secs() < 20, "the log never comes back");
+        assert!(began.elapsed().as_secs() < 60, "the log never comes back");
     }
     play.step();
     let lost = dropped(&play);

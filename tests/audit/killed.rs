@@ -1,6 +1,7 @@
 //! `kill -9` at random points: what the daemon wrote is there, replays clean up to its end, and the next one takes over.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use passgate::client::{AddMemory, Answer, Channel, Outcome, PageState};
@@ -44,11 +45,12 @@ pub fn page(page: u64) -> PageRange<Gpa> {
     PageRange::new(page * PAGE, PAGE).unwrap()
 }
 
-/// Converts until the daemon is gone; how often it did.
-fn convert(channel: &mut Channel, memory: &GuestFile) -> u64 {
+/// Converts until the daemon is gone; how often it did, also in `done`.
+fn convert(channel: &mut Channel, memory: &GuestFile, done: &AtomicU64) -> u64 {
     for count in 0.. {
+        done.store(count, Ordering::Relaxed);
         let to = if count % 3 == 0 { PageState::Private } else { PageState::Shared };
-        let Ok(answer) = channel.begin(page(count % PAGES), to, None) else { return count };
+        let Ok(answer) = channel.begin(page(count % PAGES), to, Some(20_000)) else { return count };
         let Answer::Granted { invalidation } = answer else { panic!("{answer:?}") };
         memory.punch(count % PAGES * PAGE, PAGE).unwrap();
         if channel.end(invalidation, Outcome::Committed).is_err() {
@@ -69,9 +71,13 @@ fn a_daemon_killed_at_any_point_leaves_a_log_that_replays_clean() {
         let mut client = daemon.client();
         client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&memory]).unwrap();
         let mut channel = client.open_channel().unwrap();
+        let done = AtomicU64::new(0);
         std::thread::scope(|scope| {
-            let converting = scope.spawn(|| convert(&mut channel, &memory));
-            // Any moment will do: there is nothing to wait for.
+            let converting = scope.spawn(|| convert(&mut channel, &memory, &done));
+            // Any moment will do; in every other round one in which there is something in the log.
+            while round % 2 == 1 && done.load(Ordering::Relaxed) < 30 && !converting.is_finished() {
+                std::thread::yield_now();
+            }
             std::thread::sleep(Duration::from_millis(3 + round * 17));
             daemon.kill();
             converted += converting.join().unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::time::Duration;
 
 use passgate::gate::{
     Able, Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
@@ -53,6 +54,8 @@ pub fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
 pub fn options() -> LogOptions {
     LogOptions {
         segment: 64 << 20,
+        // A disk that is slow is another story.
+        patience: Duration::from_secs(60),
         keep: 1000,
         policy: Policy { on_stuck_dma: OnStuckDma::Fence, hitless: Hitless::Off, ..Policy::default() },
         boot: "this one".into(),

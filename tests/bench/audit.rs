@@ -193,6 +193,7 @@ fn main() -> Result {
 
     let options = LogOptions {
         segment: 64 << 20,
+        patience: passgate::observe::audit::PATIENCE,
         keep: 8,
         policy: Policy::default(),
         boot: String::new(),

@@ -19,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
 /// How long anything may take that takes no time.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 
 type Kept = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 

@@ -5,7 +5,8 @@ pub mod fake;
 pub mod watch;
 
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Answer, Channel, Client, Status};
 use passgate::gate::Policy;
@@ -18,12 +19,26 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, guest_memfd};
 use tempfile::TempDir;
 
+/// Longer than anything takes here, also where much else runs: whoever waits in vain fails after that.
+pub const LONG: Duration = Duration::from_secs(60);
+/// The deadline of a conversion that is to be granted, in milliseconds: no machine is that slow.
+pub const PATIENT_MS: u32 = 20_000;
+
 /// Tests count the open files of this process: one at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
-/// Waits for its turn; for a test without a [`Setup`].
+/// Waits for its turn; for a test without a [`Setup`]. Threads that the one before has left behind (a call that came back
+/// late, a listener whose daemon has gone) may close their files a little later: that is waited for, as long as it may take,
+/// so that no such file is in this test's count.
 pub fn alone() -> MutexGuard<'static, ()> {
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+    static FEWEST: OnceLock<usize> = OnceLock::new();
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let fewest = *FEWEST.get_or_init(open_files);
+    let start = Instant::now();
+    while open_files() > fewest && start.elapsed() < Duration::from_secs(10) {
+        std::thread::yield_now();
+    }
+    one
 }
 
 /// A server on a thread of its own, over a soft domain with one device.
@@ -170,13 +185,13 @@ pub fn substance(client: &mut Client) -> Status {
 /// that would wait for ever fails.
 #[track_caller]
 pub fn until(client: &mut Client, is_so: impl Fn(&Status) -> bool) {
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     loop {
         let status = client.status().unwrap();
         if is_so(&status) {
             return;
         }
-        assert!(start.elapsed().as_secs() < 20, "it never came to be so: {status:?}");
+        assert!(start.elapsed() < LONG, "it never came to be so: {status:?}");
         std::thread::yield_now();
     }
 }

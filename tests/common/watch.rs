@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use passgate::client::{Client, Event};
 
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Watch {
     events: Receiver<Event>,

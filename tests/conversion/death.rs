@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::watch::Watch;
 use crate::common::{
-    Setup, alone, assert_faults, assert_refused, dma_write, granted, memory, open_files, pages, until,
+    LONG, Setup, alone, assert_faults, assert_refused, dma_write, granted, memory, open_files, pages, until,
 };
 
 /// Pages of the memory under attack.
@@ -127,7 +127,7 @@ impl Daemon {
         let mut command = Command::new(env!("CARGO_BIN_EXE_passgate"));
         command.args(["serve", "--device", "soft:0", "--allow-dma", "--socket-path"]).arg(socket);
         let daemon = Self(command.stdin(Stdio::null()).spawn().unwrap());
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + LONG;
         // A left-over socket answers "connection refused" until the new one is there.
         while Client::connect(socket).and_then(|mut client| client.status()).is_err() {
             assert!(Instant::now() < end, "it never listened");
@@ -173,7 +173,7 @@ fn a_killed_daemon_leaves_no_pin_no_conversion_and_room_for_the_next() {
     );
     assert!(client.status().is_err());
     // What is pinned is let go of once the kernel has taken the ring apart, some 30 ms after.
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + LONG;
     let mut daemon = Daemon::start(&socket);
     let mut client = Client::connect(&socket).unwrap();
     client.add_memory(&AddMemory::shared(0, PAGE), &[&fd]).unwrap();

@@ -1,6 +1,7 @@
 //! Kernel calls that do not return: they delay nobody's answer, and are believed when they come back at last.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
@@ -10,9 +11,12 @@ use passgate_bindings::{Iova, PAGE};
 
 use crate::common::fake::Hanging;
 use crate::common::watch::Watch;
-use crate::common::{Setup, assert_refused, dma_read, granted, memory, open_files, pages, until};
+use crate::common::{PATIENT_MS, Setup, assert_refused, dma_read, granted, memory, open_files, pages, until};
 
-const DEADLINE_MS: u32 = 1000;
+/// An answer is given with a seventh of this left, in which it travels: enough of it where much else runs, too.
+const DEADLINE_MS: u32 = 3000;
+/// What a call may keep the loop is a small part of this.
+const SOON: Duration = Duration::from_secs(2);
 
 /// A server whose calls over page 0 hang when told so.
 fn setup() -> (Setup, Arc<Hanging>) {
@@ -39,26 +43,25 @@ fn an_unmap_that_never_returns_is_answered_in_time_as_unknown() {
     file.store(0, 42).unwrap();
     for round in 0..3 {
         hanging.hang_unmaps();
-        let others = std::thread::scope(|scope| {
-            let others = scope.spawn(|| {
+        let served = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
                 hanging.wait_inside(1);
                 // While the call hangs, everybody else is served: first within the time that a call may keep the
                 // loop, then as ever.
-                let start = Instant::now();
                 their_channel.echo().unwrap();
-                let begun = granted(their_channel.begin(pages(2, 1), PageState::Private, None));
+                let begun = granted(their_channel.begin(pages(2, 1), PageState::Private, Some(PATIENT_MS)));
                 their_channel.end(begun, Outcome::NotCommitted).unwrap();
                 other.status().unwrap();
-                start.elapsed()
+                served.store(true, Ordering::Release);
             });
             let start = Instant::now();
             let answer = channel.begin(pages(0, 1), PageState::Private, Some(DEADLINE_MS)).unwrap();
             assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
             let Answer::Unknown(failure) = answer else { panic!("{answer:?}") };
             assert_eq!((failure.range, failure.word()), (pages(0, 1), "call-hangs"));
-            others.join().unwrap()
+            assert!(served.load(Ordering::Acquire), "round {round}: others waited as long as the call hung");
         });
-        assert!(others < Duration::from_millis(500), "round {round}: others waited {others:?}");
         assert_eq!(watch.wait("range.quarantined").details["cause"], "call-hangs");
         assert_refused(channel.begin(pages(0, 1), PageState::Private, None), 5, "0x0");
         // It comes back: what was in doubt is so no more.
@@ -85,9 +88,10 @@ fn a_map_that_never_returns_delays_only_who_asked_for_it() {
         let adding = scope.spawn(|| client.add_memory(&AddMemory::shared(0, PAGE), &[&*file]));
         hanging.wait_inside(1);
         let start = Instant::now();
-        let begun = granted(their_channel.begin(pages((1 << 30) / PAGE, 1), PageState::Hole, None));
+        let begun =
+            granted(their_channel.begin(pages((1 << 30) / PAGE, 1), PageState::Hole, Some(PATIENT_MS)));
         their_channel.end(begun, Outcome::Committed).unwrap();
-        assert!(start.elapsed() < Duration::from_millis(500), "others waited {:?}", start.elapsed());
+        assert!(start.elapsed() < SOON, "others waited {:?}", start.elapsed());
         // A begin over what is being mapped is answered in time too.
         let answer = their_channel.begin(pages(0, 1), PageState::Hole, Some(DEADLINE_MS)).unwrap();
         let Answer::Unknown(failure) = answer else { panic!("{answer:?}") };

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
 /// How long anything may take that takes no time; what takes longer has failed.
-pub const LONG: Duration = Duration::from_secs(15);
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// A daemon. When dropped it is asked to end, and must end well.
 #[derive(Debug)]
@@ -137,7 +137,7 @@ impl Drop for Daemon {
                 let _ = self.child.wait();
             } else {
                 self.terminate();
-                let status = self.ended(Duration::from_secs(5));
+                let status = self.ended(LONG);
                 assert!(status.success(), "the daemon did not end well: {status}, {:?}", self.log);
             }
             // The devices are free once the guardian is gone too.

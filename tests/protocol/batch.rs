@@ -8,7 +8,7 @@ use passgate::protocol::record::{Kind, Record};
 use passgate_backends::Device;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
-use crate::common::{Setup, assert_refused, granted, open_files, pages, substance};
+use crate::common::{PATIENT_MS, Setup, assert_refused, granted, open_files, pages, substance};
 
 const TOO_BIG: i32 = 7;
 const FAULT: i32 = 14;
@@ -28,7 +28,7 @@ fn a_batch_is_granted_and_ended_as_one() {
     let ranges = every(2, MAX_RANGES as u64);
     let sees = |page: u64| setup.device.dma_read(Iova(page * PAGE), 8).is_ok();
     assert!(sees(0) && sees(1));
-    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, Some(10_000)));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, Some(PATIENT_MS)));
     assert!(!sees(0) && sees(1) && !sees(8190) && sees(8191));
     for range in &ranges {
         file.punch(range.start().0, PAGE).unwrap();
@@ -39,7 +39,7 @@ fn a_batch_is_granted_and_ended_as_one() {
     assert_eq!((status.totals.done, status.open), (1, 0));
     let receipt = client.explain(invalidation).unwrap();
     assert_eq!((&receipt["ranges"], &receipt["length"]), (&4096.into(), &(4096 * PAGE).into()));
-    let invalidation = granted(channel.begin_many(&ranges, PageState::Shared, Some(10_000)));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Shared, Some(PATIENT_MS)));
     channel.end(invalidation, Outcome::Committed).unwrap();
     assert!(sees(0) && sees(8190));
 }
@@ -58,7 +58,7 @@ fn one_bad_range_refuses_the_batch_and_changes_nothing() {
     assert_eq!(substance(&mut client), known);
     channel.end(held, Outcome::NotCommitted).unwrap();
     ranges.pop();
-    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, None));
+    let invalidation = granted(channel.begin_many(&ranges, PageState::Private, Some(PATIENT_MS)));
     channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 3 * PAGE }).unwrap();
     assert_eq!(client.status().unwrap().quarantined, 31 * PAGE, "of all of them it is not known");
 }
@@ -107,7 +107,7 @@ fn many_records_in_flight_are_each_answered_by_name() {
     let mut granted = Vec::new();
     for round in 0..8 {
         for page in round * 64..(round + 1) * 64 {
-            asked.insert(channel.submit(pages(page, 1), PageState::Private, None).unwrap(), page);
+            asked.insert(channel.submit(pages(page, 1), PageState::Private, Some(PATIENT_MS)).unwrap(), page);
         }
         for _ in 0..64 {
             let (ticket, answer) = channel.completed().unwrap();

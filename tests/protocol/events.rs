@@ -134,7 +134,7 @@ fn a_stream_that_is_to_resume_goes_on_where_it_broke_and_says_when_the_daemon_is
     let server = start().spawn().unwrap();
     let mut client = Client::connect(&path).unwrap();
     let events = Client::connect(&path).unwrap().subscribe().unwrap();
-    let mut events = events.resuming(&path, Duration::from_secs(10));
+    let mut events = events.resuming(&path, LONG);
     happens(&mut client, &file);
     assert_eq!(next(&mut events).sequence, 1);
 

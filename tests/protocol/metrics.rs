@@ -85,9 +85,7 @@ fn the_numbers_are_those_of_what_happened() {
     refused(client.call::<serde_json::Value>("Convert", &serde_json::json!({}), &[]));
     let window = ClosedWindow::open().unwrap();
     let _held = setup.device.send_zc(Iova(3 * PAGE), PAGE as usize, window.near).unwrap();
-    let begun = Instant::now();
     let answer = channel.begin(pages(3, 1), PageState::Private, Some(200)).unwrap();
-    let refused_after = begun.elapsed().as_secs_f64();
     assert!(matches!(answer, Answer::Refused(_)), "{answer:?}");
     watch.wait("range.refused");
     let open = granted(channel.begin(pages(4, 1), PageState::Shared, None));
@@ -128,9 +126,9 @@ fn the_numbers_are_those_of_what_happened() {
             ("passgate_region_bytes{state=\"shared\"}", 6 * PAGE),
         ],
     );
-    // In seconds: the refusal took most of its deadline, and no answer longer than all of them together.
+    // In seconds: the refusal took most of its 200 ms, and no answer longer than all of them together.
     let answered = value(&text, "passgate_verdict_seconds_sum{performer=\"client\"}");
-    assert!(answered > refused_after / 2.0 && answered < start.elapsed().as_secs_f64(), "{answered} s");
+    assert!(answered > 0.1 && answered < start.elapsed().as_secs_f64(), "{answered} s");
     // Page 2 is back; 0 and 1 are private, 3 in quarantine (and in flight), 4 under way: all but those are mapped.
     let known = client.status().unwrap();
     assert_eq!(value(&text, "passgate_mappings"), known.mappings as f64);

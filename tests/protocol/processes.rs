@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate_bindings::PAGE;
@@ -160,5 +159,5 @@ fn a_daemon_without_descriptors_rests_and_goes_on_when_one_is_closed() {
         client.status().unwrap();
     }
     drop(others);
-    assert!(until(Duration::from_secs(10), || client.status().unwrap().clients == 1));
+    assert!(until(LONG, || client.status().unwrap().clients == 1));
 }

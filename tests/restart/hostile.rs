@@ -1,14 +1,14 @@
 //! What comes back from the manager is not what was kept.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use passgate::client::{AddMemory, PageState};
 use passgate_bindings::PAGE;
 use rustix::fs::MemfdFlags;
 
 use super::keeper::Keeper;
-use super::{Dice, GPA, PAGES, begin, comes_to_reach, convert, join, memory, service, settled};
+use super::{Dice, GPA, LONG, PAGES, begin, comes_to_reach, convert, join, memory, service, settled};
 
 /// Whatever comes in place of what was kept: a clean start that says why, or a clear error; never another state.
 #[test]
@@ -92,7 +92,7 @@ fn what_was_kept_is_not_believed_for_its_shape() {
             Err(error) => assert!(!whole, "{what}: {error}"),
         }
         if !whole {
-            let until = Instant::now() + Duration::from_secs(10);
+            let until = Instant::now() + LONG;
             while !client.status().unwrap().regions.is_empty() {
                 assert!(Instant::now() < until, "{what}: {:?}", client.status());
                 std::thread::yield_now();

@@ -20,6 +20,10 @@ use rustix::fs::{MemfdFlags, SealFlags};
 const SOFT: [&str; 7] = ["--iommu", "soft", "--device", "soft:0", "--allow-dma", "--restart", "hold"];
 const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 64;
+/// Longer than anything takes here, also where much else runs: whoever waits in vain fails after that.
+const LONG: Duration = Duration::from_secs(60);
+/// The deadline of a conversion that is to be granted, in milliseconds: no machine is that slow.
+const PATIENT_MS: u32 = 20_000;
 
 fn service(more: &[&str]) -> Keeper {
     Keeper::new(Path::new(env!("CARGO_BIN_EXE_passgate")), &[&SOFT, more].concat())
@@ -45,7 +49,7 @@ fn join(service: &Keeper, memory: &OwnedFd) -> (Client, Channel) {
 }
 
 fn begin(channel: &mut Channel, at: u64, to: PageState) -> u64 {
-    match channel.begin(page(at), to, None).unwrap() {
+    match channel.begin(page(at), to, Some(PATIENT_MS)).unwrap() {
         Answer::Granted { invalidation } => invalidation,
         other => panic!("page {at} is not granted: {other:?}"),
     }
@@ -63,7 +67,7 @@ fn reaches(client: &mut Client, at: u64) -> bool {
 
 /// Whether it does once the maps that are under way are made.
 fn comes_to_reach(client: &mut Client, at: u64) -> bool {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LONG;
     while !reaches(client, at) {
         if Instant::now() > until {
             return false;
@@ -83,7 +87,7 @@ fn adopt(service: &Keeper) -> (Client, Channel, Adopted) {
 
 /// Until what is to be mapped of a resumed region is, or is about to be.
 fn settled(client: &mut Client, shared: u64) {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LONG;
     while client.status().unwrap().pinned != shared * PAGE {
         assert!(Instant::now() < until, "{:?}", client.status());
         std::thread::yield_now();
@@ -166,7 +170,7 @@ fn memory_that_nobody_comes_back_for_is_closed() {
     drop((client, channel));
     service.start();
     let mut client = service.client();
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LONG;
     while !client.status().unwrap().regions.is_empty() {
         assert!(Instant::now() < until, "{:?}", client.status());
         std::thread::yield_now();
@@ -175,13 +179,13 @@ fn memory_that_nobody_comes_back_for_is_closed() {
     assert!(message.contains("there is no memory to adopt"), "{message}");
     service.says("nobody has adopted the memory");
     // The manager hears it after the client does.
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LONG;
     while service.names() != ["passgate.ledger", "passgate.socket"] {
         assert!(Instant::now() < until, "{:?}", service.names());
         std::thread::yield_now();
     }
     // Sealing says that nothing pins or maps it.
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LONG;
     while rustix::fs::fcntl_add_seals(&memory, SealFlags::WRITE).is_err() {
         assert!(Instant::now() < until, "something has it yet");
         std::thread::yield_now();
@@ -218,7 +222,7 @@ fn twenty_restarts_leak_no_descriptor() {
         settled(&mut last, PAGES);
         let first = first.get_or_insert_with(|| open_files(&service));
         // The word to the manager may be on its way yet.
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + LONG;
         while open_files(&service).len() > first.len() {
             assert!(Instant::now() < until, "restart {restart}: {first:?}, now {:?}", open_files(&service));
             std::thread::yield_now();
@@ -261,15 +265,28 @@ fn a_tebibyte_is_taken_over_at_once() {
     service.spawn();
     let mut client = service.client();
     let status = client.status().unwrap();
-    let took = begun.elapsed();
+    // Its own time: it is not to blame for what else the machine does.
+    let (took, worked) = (begun.elapsed(), processor_time(&service));
     service.is_told("READY=1");
     assert_eq!(
         (status.regions[0].shared, status.regions[0].private),
         (SHARED * PAGE, LENGTH - SHARED * PAGE)
     );
     settled(&mut client, SHARED);
-    eprintln!("1 TiB with {SHARED} shared pages: Status answered {took:?} after the process was started");
-    assert!(took < Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 100 }), "{took:?}");
+    eprintln!(
+        "1 TiB with {SHARED} shared pages: Status answered {took:?} after the process was started, {worked:?} of its own"
+    );
+    assert!(worked < Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 100 }), "{worked:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}: what does it wait for?");
+}
+
+/// How long the daemon has been on a processor.
+fn processor_time(service: &Keeper) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", service.pid().as_raw_nonzero())).unwrap();
+    // The name in parentheses may hold anything; from its end on, user and system time are the 12th and 13th.
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+    Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap()
 }
 
 /// A small generator, so that a failure can be played again.

@@ -12,7 +12,7 @@ use crate::guest::{DATA, Guest, IN, IOERR, OK, OUT, SIZE, UNTOUCHED};
 use crate::world::{Setup, World};
 
 /// Longer than anything here takes, short enough that a test which waits in vain ends.
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(20);
 /// What does not come within that, does not come by itself.
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -21,7 +21,7 @@ fn pages(from: u64, count: u64) -> PageRange<Gpa> {
 }
 
 fn begin(channel: &mut Channel, range: PageRange<Gpa>, to: PageState) -> u64 {
-    match channel.begin(range, to, None).unwrap() {
+    match channel.begin(range, to, Some(LONG.as_millis() as u32)).unwrap() {
         Answer::Granted { invalidation } => invalidation,
         other => panic!("{other:?}"),
     }
@@ -139,8 +139,11 @@ fn dma_that_does_not_end_is_fenced_where_that_is_allowed_and_refused_where_not()
         let (mut guest, mut channel) = (world.guest(), world.channel());
         fly(&world, &mut guest, DATA);
         let begun = std::time::Instant::now();
-        let answer = channel.begin(pages(DATA, 1), PageState::Private, Some(2000)).unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        // A seventh of it is left for the answer to travel.
+        let deadline = Duration::from_secs(5);
+        let asked = Some(deadline.as_millis() as u32);
+        let answer = channel.begin(pages(DATA, 1), PageState::Private, asked).unwrap();
+        assert!(begun.elapsed() < deadline, "{:?}", begun.elapsed());
         assert_eq!(matches!(answer, Answer::Granted { .. }), granted, "{answer:?}");
         assert_eq!(guest.used(0), [], "the request itself has not ended");
         match answer {

@@ -28,7 +28,7 @@ fn check_writes(bench: &Bench, owner: &mut Owner, count: u32) {
 
 #[test]
 fn a_status_comes_back_as_it_is() {
-    let bench = Bench::new(Options { mdts: 1, ..Options::default() }, 1);
+    let bench = Bench::patient(Options { mdts: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::io(opcode::WRITE).over(16..17), Does::Status(0x281));
     // Three commands, of which the second fails.
@@ -53,7 +53,7 @@ fn what_the_controller_has_interrupted_is_asked_for_again_and_not_for_ever() {
 
 #[test]
 fn memory_that_was_taken_by_force_is_a_fault_of_the_request_alone() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::patient(Options::default(), 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(1, read(0, 8), &page(0));
@@ -72,9 +72,9 @@ fn memory_that_was_taken_by_force_is_a_fault_of_the_request_alone() {
 
 #[test]
 fn a_command_that_is_slow_is_no_trouble() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::DelayCompletion(DEADLINE / 4));
+    bench.sim.fault(When::any(), Does::DelayCompletion(LONG_DEADLINE / 8));
     start_writes(&bench, &mut owner, 4);
     check_writes(&bench, &mut owner, 4);
     assert_eq!((bench.sim.taken(), bench.sim.enabled()), (4, 1));
@@ -82,7 +82,7 @@ fn a_command_that_is_slow_is_no_trouble() {
 
 #[test]
 fn a_command_that_never_ends_is_aborted_and_done_again() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any().nth(2), Does::HoldData);
     start_writes(&bench, &mut owner, 4);
@@ -93,7 +93,7 @@ fn a_command_that_never_ends_is_aborted_and_done_again() {
 #[test]
 fn a_command_that_ends_by_no_abort_is_done_again_after_a_reset() {
     for does in [Does::HoldData, Does::HoldCompletion] {
-        let bench = Bench::new(Options::default(), 2);
+        let bench = Bench::with_deadline(Options::default(), 2, LONG_DEADLINE);
         let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
         bench.sim.obey_aborts(false);
         bench.sim.fault(When::any().nth(2), does);
@@ -106,7 +106,7 @@ fn a_command_that_ends_by_no_abort_is_done_again_after_a_reset() {
 
 #[test]
 fn an_abort_that_hangs_itself_is_no_end_either() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::admin(opcode::ABORT), Does::HoldData);
     bench.sim.fault(When::any(), Does::HoldData);
@@ -143,6 +143,7 @@ fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
             assert!(Instant::now() < until, "{does:?}: no reset");
             owner.wait();
         }
+        owner.await_open();
         start_writes(&bench, &mut owner, 8);
         check_writes(&bench, &mut owner, 8);
     }
@@ -150,7 +151,7 @@ fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
 
 #[test]
 fn a_completion_that_comes_again_ends_no_later_command() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::patient(Options::default(), 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any(), Does::Again);
     start_writes(&bench, &mut owner, 1);
@@ -290,7 +291,7 @@ fn a_drive_that_is_pulled_out_is_lost() {
 
 #[test]
 fn a_lost_interrupt_delays_and_no_more() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
     bench.sim.raise_interrupts(false);
     start_writes(&bench, &mut owner, 8);
@@ -321,6 +322,7 @@ fn a_controller_that_somebody_else_has_reset_is_brought_up_again() {
         assert!(begun.elapsed() < LONG, "nobody has noticed");
         owner.wait();
     }
+    owner.await_open();
     bench.sim.fault(When::any().always(), Does::HoldData);
     start_writes(&bench, &mut owner, 4);
     assert!(bench.sim.await_held(4, LONG));
@@ -332,7 +334,7 @@ fn a_controller_that_somebody_else_has_reset_is_brought_up_again() {
 
 #[test]
 fn a_controller_that_makes_things_up_is_believed_nothing_more() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any(), Does::Foreign(9999));
     bench.sim.fault(When::any().over(8..16), Does::Status(0x281));

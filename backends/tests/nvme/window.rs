@@ -38,8 +38,8 @@ fn a_closed_page_is_not_touched() {
 
 #[test]
 fn an_unmap_waits_for_what_touches_its_pages_and_for_nothing_else() {
-    let bench = Bench::new(Options::default(), 1);
-    let windowed = Windowed::new(Arc::new(bench.domain.clone()), Arc::clone(bench.drive().window()));
+    let bench = Bench::patient(Options::default(), 1);
+    let windowed = patient(&bench);
     let mut owner = bench.owner(0);
     assert_eq!(windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     bench.map(0, 4);
@@ -64,6 +64,12 @@ fn an_unmap_waits_for_what_touches_its_pages_and_for_nothing_else() {
     assert_eq!(bench.sim.dma_faults(), 0);
 }
 
+/// The domain, whose unmaps wait as long as it takes.
+fn patient(bench: &Bench) -> Windowed {
+    let window = Arc::clone(bench.drive().window());
+    Windowed::new(Arc::new(bench.domain.clone()), window).with_patience(LONG)
+}
+
 /// Mappings, beside those of the driver's own memory, which are two.
 fn mappings(bench: &Bench, of_the_guest: u64) -> u64 {
     let own = bench.domain.mappings().iter().filter(|mapping| mapping.iova.start().0 >= 0xfec0_0000).count();
@@ -73,7 +79,7 @@ fn mappings(bench: &Bench, of_the_guest: u64) -> u64 {
 
 #[test]
 fn an_unmap_that_waits_too_long_takes_nothing() {
-    let bench = Bench::new(Options::default(), 1);
+    let bench = Bench::patient(Options::default(), 1);
     let mut owner = bench.owner(0);
     let expected = pattern(5, PAGE as usize);
     bench.sim.medium().write(0, &expected);
@@ -92,7 +98,7 @@ fn an_unmap_that_waits_too_long_takes_nothing() {
 
 #[test]
 fn a_drain_ends_what_is_in_flight_and_nothing_starts_before_the_attach() {
-    let bench = Bench::new(Options::default(), 2);
+    let bench = Bench::patient(Options::default(), 2);
     let (mut one, mut two) = (bench.owner(0), bench.owner(1));
     bench.sim.fault(When::any().times(2), Does::HoldCompletion);
     one.start(1, write(0, 8), &page(0));
@@ -100,11 +106,11 @@ fn a_drain_ends_what_is_in_flight_and_nothing_starts_before_the_attach() {
     assert!(bench.sim.await_held(2, LONG));
     std::thread::scope(|scope| {
         let drained = aside(scope, || bench.drive().fence(FenceStep::Drain));
-        assert!(drained.recv_timeout(SHORT).is_err(), "it did not wait");
+        assert!(drained.recv_timeout(SHORT / 3).is_err(), "it did not wait");
         assert_eq!(one.submit(2, write(0, 8), &page(0)), Submitted::Closed);
         bench.sim.release();
         assert_eq!(one.result(1), Ok(()));
-        assert!(drained.recv_timeout(SHORT).is_err(), "it did not wait for the other queue");
+        assert!(drained.recv_timeout(SHORT / 3).is_err(), "it did not wait for the other queue");
         assert_eq!(two.result(1), Ok(()));
         assert!(drained.recv_timeout(LONG).unwrap().is_ok());
     });
@@ -122,14 +128,14 @@ fn a_drain_ends_what_is_in_flight_and_nothing_starts_before_the_attach() {
 
 #[test]
 fn a_request_of_several_commands_is_in_the_window_until_the_last_has_ended() {
-    let bench = Bench::new(Options { mdts: 1, ..Options::default() }, 1);
+    let bench = Bench::patient(Options { mdts: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any().over(24..25), Does::HoldData);
     owner.start(1, read(0, 48), &[segment(0, 6 * PAGE as u32)]);
     assert!(bench.sim.await_taken(3, LONG) && bench.sim.await_held(1, LONG));
     std::thread::scope(|scope| {
         let all = pages_at(0, PAGES);
-        let patient = Windowed::new(Arc::new(bench.domain.clone()), Arc::clone(bench.drive().window()));
+        let patient = patient(&bench);
         let gone = aside(scope, move || patient.unmap(all));
         owner.look();
         assert!(gone.recv_timeout(SHORT).is_err(), "a part of it is in flight");

@@ -62,5 +62,5 @@ fn victim() {
     let _ticket = ticket(domain.unmap(iova(0, 1)), 1);
     drop(memory);
     println!("ready");
-    held.wait(6 * LONG);
+    held.wait(LONG);
 }

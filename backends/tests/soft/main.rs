@@ -145,7 +145,7 @@ fn next(state: &mut u64) -> u64 {
 }
 
 /// Long enough for anything that comes at all.
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(60);
 /// How long a test watches that nothing comes.
 const SHORT: Duration = Duration::from_millis(100);
 

@@ -12,6 +12,8 @@ use crate::gate::{Effect, Event, Policy};
 
 /// How long until a log that could not be written is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long a session waits for the disk, where it is not told otherwise.
+pub const PATIENCE: Duration = Duration::from_millis(250);
 /// What of the line's buffer is kept from one line to the next; lines are some hundred bytes, but for rare ones.
 const USUAL: usize = 64 << 10;
 /// A line longer than a file less this never fits one.
@@ -22,6 +24,8 @@ const HEAD: u64 = 4096;
 pub struct LogOptions {
     /// Bytes of one file.
     pub segment: u64,
+    /// How long the writer waits for a file that is not ready when it is needed; then lines are dropped.
+    pub patience: Duration,
     /// Files that are kept, with the one that is written and the one that is next; the oldest goes.
     pub keep: usize,
     /// The gate's policy, which replay needs.
@@ -75,7 +79,7 @@ impl Log {
             dir: dir.to_owned(),
             head,
             start: Instant::now(),
-            spare: Spare::start(dir, number, options.segment, options.keep.max(2))?,
+            spare: Spare::start(dir, number, options.segment, options.keep.max(2), options.patience)?,
             segment: None,
             room: options.segment,
             again: None,

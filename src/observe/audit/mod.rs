@@ -13,5 +13,5 @@ pub mod reader;
 mod spare;
 
 pub use line::{Head, Line, Said};
-pub use log::{Log, LogOptions};
+pub use log::{Log, LogOptions, PATIENCE};
 pub use reader::{ReadError, Reader, Run};

@@ -11,9 +11,6 @@ use passgate_bindings::segment::Segment;
 
 use super::files;
 
-/// How long the session waits for a segment that is not ready when it is needed.
-const PATIENCE: Duration = Duration::from_millis(250);
-
 /// A segment that nothing is written to yet. When dropped, its file goes.
 #[derive(Debug)]
 struct Fresh {
@@ -36,11 +33,19 @@ impl Drop for Fresh {
 pub(super) struct Spare {
     ends: Option<(Receiver<Made>, SyncSender<Segment>)>,
     thread: Option<JoinHandle<()>>,
+    /// How long a segment that is not ready when it is needed is waited for.
+    patience: Duration,
 }
 
 impl Spare {
     /// Starts the thread. It makes segments of `len` bytes from `number` on, and keeps no more than `keep` files.
-    pub(super) fn start(dir: &Path, number: u64, len: u64, keep: usize) -> std::io::Result<Self> {
+    pub(super) fn start(
+        dir: &Path,
+        number: u64,
+        len: u64,
+        keep: usize,
+        patience: Duration,
+    ) -> std::io::Result<Self> {
         let (hand, ready) = sync_channel(0);
         let (full, filled) = sync_channel::<Segment>(2);
         let dir = dir.to_owned();
@@ -59,7 +64,7 @@ impl Spare {
             }
         };
         let thread = std::thread::Builder::new().name("audit".into()).spawn(work)?;
-        Ok(Self { ends: Some((ready, full)), thread: Some(thread) })
+        Ok(Self { ends: Some((ready, full)), thread: Some(thread), patience })
     }
 
     /// The next segment, or why there is none.
@@ -67,7 +72,7 @@ impl Spare {
         let slow = |_: RecvTimeoutError| Failed::new("waiting for the disk", rustix::io::Errno::TIMEDOUT);
         let gone = Failed::new("making a file", rustix::io::Errno::IO);
         let (ready, _) = self.ends.as_ref().ok_or(gone)?;
-        let mut fresh = ready.recv_timeout(PATIENCE).map_err(slow)??;
+        let mut fresh = ready.recv_timeout(self.patience).map_err(slow)??;
         fresh.segment.take().ok_or(gone)
     }
 
