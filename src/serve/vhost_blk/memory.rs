@@ -7,12 +7,18 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use passgate_bindings::identity::{self, FileError};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::client::{AddMemory, AdoptedRegion, Client};
+
+/// How long memory is waited for that an earlier front-end could not remove, because a conversion of it was open.
+const GOING: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const AGAIN: Duration = Duration::from_millis(5);
 
 /// Why the table is not as the front-end would have it.
 #[derive(Debug, thiserror::Error)]
@@ -214,9 +220,7 @@ impl Table {
                     self.drop_adopted()?;
                 }
                 // The gate's border checks the file, its seals and its size first: mapping it here is safe after that.
-                let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };
-                let added = self.client.add_memory(&memory, &[&file.as_fd()]);
-                added.map_err(|source| MemoryError::Gate { gpa, source })?.region
+                self.add_to_gate(shape, &file)?
             }
         };
         let window = window(shape, file);
@@ -229,6 +233,37 @@ impl Table {
         };
         self.regions.push(Region { shape, user, file: identity, id, window });
         Ok(())
+    }
+
+    /// Adds a region to the gate. What an earlier front-end has left in its place goes: that is waited for, because a
+    /// front-end that comes back may give its disk up where it is refused once.
+    fn add_to_gate(&mut self, shape: Shape, file: &File) -> Result<u32, MemoryError> {
+        let Shape { gpa, len, offset } = shape;
+        let memory = AddMemory { offset, ..AddMemory::shared(gpa, len) };
+        let (until, mut last) = (Instant::now() + GOING, false);
+        loop {
+            match self.client.add_memory(&memory, &[&file.as_fd()]) {
+                Ok(added) => return Ok(added.region),
+                Err(source) if last || Instant::now() > until => {
+                    return Err(MemoryError::Gate { gpa, source });
+                }
+                // It may have gone in between: one more try then.
+                Err(_) => last = !self.is_in_use(gpa, len),
+            }
+            if !last {
+                std::thread::sleep(AGAIN);
+            }
+        }
+    }
+
+    /// Whether memory that is not this front-end's lies there.
+    fn is_in_use(&mut self, gpa: u64, len: u64) -> bool {
+        let Ok(status) = self.client.status() else { return false };
+        status.regions.iter().any(|other| {
+            let overlaps =
+                other.gpa < gpa.saturating_add(len) && gpa < other.gpa.saturating_add(other.length);
+            overlaps && !self.regions.iter().any(|region| region.id == other.region)
+        })
     }
 
     fn let_go(&mut self, region: &Region) -> Result<(), MemoryError> {
