@@ -22,14 +22,16 @@ mod keeper;
 mod pair;
 mod queue;
 mod registers;
+mod request;
 pub mod sim;
 
 pub use drive::{Drive, DriveOptions};
 pub use exerciser::Exerciser;
 pub use geometry::Geometry;
 pub use keeper::Health;
-pub use queue::{Completed, Fault, Op, Queue, Submitted};
+pub use queue::Queue;
 pub use registers::Registers;
+pub use request::{Completed, Fault, Op, Submitted};
 
 /// Class code: mass storage, non-volatile memory, NVM Express I/O controller.
 pub const CLASS: u32 = 0x01_08_02;
