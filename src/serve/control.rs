@@ -232,7 +232,7 @@ impl Vm {
             _ => return Said::wrong("give either `write` in hexadecimal or `read`, of 1 to 4096 bytes"),
         };
         let core = std::sync::Arc::clone(&self.core);
-        self.session.pool().run(Task::Other(Box::new(move || {
+        self.pool.run(Task::Other(Box::new(move || {
             core.deliver(Done::Dma { client: caller.client, cookie: caller.cookie, result: task() });
         })));
         Said::Later

@@ -20,7 +20,7 @@ use super::vm::Vm;
 use crate::error::{Error, Result};
 use crate::gate::ClientId;
 use crate::protocol::verbs::DmaDone;
-use crate::session::{Next, Returned};
+use crate::session::{Next, Returned, Task};
 
 /// How long a call may take once a deadline is over before the VM is taken over.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -272,6 +272,7 @@ fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
             Next::Answer(caller, answer) => vm.answer(caller, answer),
             Next::Refused(caller, error) => vm.refuse(caller, &error),
             Next::Notice(notice) => vm.notice(&notice),
+            Next::Call(call) if !call.is_small() => vm.pool.run(Task::Call(call)),
             Next::Call(call) => {
                 vm.rearm(Some(CALL));
                 match core.baton.run(turn, vm, || call.run()) {

@@ -25,7 +25,7 @@ use crate::observe::records::Records;
 use crate::observe::status;
 use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
-use crate::session::{Pool, Returned, Session, Trust};
+use crate::session::{Pool, Returned, Session, SystemClock, Trust};
 
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
@@ -48,6 +48,8 @@ const STARVED: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) session: Session,
+    /// The threads of calls that take long.
+    pub(super) pool: Pool,
     pub(super) options: Options,
     pub(super) core: Arc<Core>,
     pub(super) poller: Poller,
@@ -111,7 +113,8 @@ impl Vm {
             .transpose()?;
         let hold = hold.map(|hold| hold.session);
         let trust = Trust { tolerant: &options.tolerant, unsealed: options.unsealed };
-        let session = Session::new(options.policy, domain, devices, trust, pool, records, hold);
+        let clock = Arc::new(SystemClock);
+        let session = Session::new(options.policy, domain, devices, trust, clock, records, hold);
         let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
         let poller = Poller::new().map_err(Error::Poll)?;
         if let Some(listener) = &listener {
@@ -127,6 +130,7 @@ impl Vm {
         }
         Ok(Self {
             session,
+            pool,
             options,
             core,
             poller,

@@ -127,9 +127,8 @@ impl Kept {
         Ok(kept)
     }
 
-    /// As if this had been handed over.
-    #[cfg(test)]
-    pub(super) fn of(kept: BTreeMap<Name, Vec<OwnedFd>>) -> Self {
+    /// These files, as if the service manager had handed them over: for a session without one, under test.
+    pub fn of(kept: BTreeMap<Name, Vec<OwnedFd>>) -> Self {
         Self { kept }
     }
 
@@ -165,7 +164,15 @@ enum Ask {
 /// The service manager, as far as it keeps descriptors and wants to know how we are.
 #[derive(Debug, Clone)]
 pub struct FdStore {
-    ask: Sender<Ask>,
+    keeper: Keeper,
+}
+
+#[derive(Debug, Clone)]
+enum Keeper {
+    /// The service manager, by the thread that speaks to it.
+    Manager(Sender<Ask>),
+    /// The session's owner, who keeps the files itself and is told which are not needed any more.
+    Owner(Sender<Name>),
 }
 
 impl FdStore {
@@ -183,7 +190,14 @@ impl FdStore {
                 Err(error) => log::error!("{error}"),
             })
             .map_err(Error::Thread)?;
-        Ok(Some(Self { ask }))
+        Ok(Some(Self { keeper: Keeper::Manager(ask) }))
+    }
+
+    /// A store without a service manager, for a session under test: the session's owner keeps the files itself, and
+    /// receives the names that are removed.
+    pub fn detached() -> (Self, Receiver<Name>) {
+        let (removed, names) = channel();
+        (Self { keeper: Keeper::Owner(removed) }, names)
     }
 
     /// Whether the manager says that it keeps anything: systemd does from version 254 on (`$FDSTORE`).
@@ -194,10 +208,11 @@ impl FdStore {
 
     /// Has a copy of `fd` kept, and waits until the manager has read it: from then on it outlives this process.
     pub fn put(&self, name: Name, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let Keeper::Manager(ask) = &self.keeper else { return Ok(()) };
         let (done, told) = channel();
         let fd = fd.try_clone_to_owned()?;
         let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        self.ask.send(Ask::Put { name, fd, done }).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        ask.send(Ask::Put { name, fd, done }).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
         told.recv().map_err(gone)?
     }
 
@@ -226,7 +241,11 @@ impl FdStore {
 
     fn tell(&self, ask: Ask) {
         // It fails only where the thread has panicked, which has been said.
-        let _ = self.ask.send(ask);
+        match (&self.keeper, ask) {
+            (Keeper::Manager(manager), ask) => _ = manager.send(ask),
+            (Keeper::Owner(owner), Ask::Remove { name }) => _ = owner.send(name),
+            (Keeper::Owner(_), _) => {}
+        }
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) struct HeldAnswers(Vec<Held>);
 
 impl HeldAnswers {
     /// Takes the answer out of `effects` (from `from` on), if maps come along with it.
-    pub(super) fn hold(&mut self, effects: &mut Effects, from: usize) {
+    pub(super) fn hold(&mut self, effects: &mut Effects, from: usize, now: Instant) {
         let new = effects.get(from..).unwrap_or_default();
         let maps: Vec<JobId> = new.iter().filter_map(map_of).collect();
         if maps.is_empty() {
@@ -33,7 +33,7 @@ impl HeldAnswers {
         }
         let Some(at) = new.iter().position(ends) else { return };
         if let Effect::Answer { caller, answer } = effects.remove(from + at) {
-            self.0.push(Held { caller, answer, maps, until: Instant::now() + PATIENCE });
+            self.0.push(Held { caller, answer, maps, until: now + PATIENCE });
         }
     }
 

@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
-    use crate::session::{Next, Pool, Trust};
+    use crate::session::{Next, SystemClock, Trust};
     use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_bindings::PAGE;
 
@@ -204,7 +204,7 @@ mod tests {
             Arc::new(sim),
             Vec::new(),
             Trust::default(),
-            Pool::new(|_| {}),
+            Arc::new(SystemClock),
             None,
             None,
         )

@@ -1,10 +1,12 @@
 //! One VM: its gate, its files, its domains and devices. Runs the gate's effects.
 //!
 //! A session does nothing by itself: its owner feeds it events and asks it what is [`Next`]. Calls that may block
-//! are handed out ([`Next::Call`]) or go to the pool; the session is never inside one. So whoever owns the session
-//! can always answer in time.
+//! are handed out ([`Next::Call`]); the session is never inside one. So whoever owns the session can always answer in
+//! time. The session has no thread and reads the time from a [`Clock`] only, so that a test decides the order of all
+//! that happens.
 
 mod call;
+mod clock;
 pub mod fdstore;
 mod files;
 pub mod guardian;
@@ -32,6 +34,7 @@ use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
+pub use clock::{Clock, SystemClock};
 use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
@@ -52,7 +55,8 @@ const MOMENT: Duration = Duration::from_secs(1);
 pub enum Next {
     /// Nothing, until the next event.
     Idle,
-    /// Run this call now and give [`Session::returned`] what comes of it.
+    /// Run this call and give [`Session::returned`] its result: here and now where it [is small](Call::is_small), else
+    /// on another thread.
     Call(Call),
     /// Answer a request.
     Answer(Caller, Answer),
@@ -94,21 +98,21 @@ pub struct Session {
     receipts: VecDeque<Receipt>,
     totals: Totals,
     meter: Meter,
-    pool: Pool,
+    clock: Arc<dyn Clock>,
     records: Option<Records>,
     lasting: Option<Lasting>,
     store: Option<FdStore>,
 }
 
 impl Session {
-    /// A session over one domain and its devices. `pool` runs what takes long. `records` is where it writes down what
+    /// A session over one domain and its devices, whose timers run on `clock`. `records` is where it writes down what
     /// happens, where it does; what is in quarantine there is so here. Devices named in `tolerant` bear faults.
     pub fn new(
         policy: Policy,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
         trust: Trust<'_>,
-        pool: Pool,
+        clock: Arc<dyn Clock>,
         mut records: Option<Records>,
         hold: Option<Hold>,
     ) -> Self {
@@ -137,7 +141,7 @@ impl Session {
             early: HashSet::new(),
             receipts: VecDeque::new(),
             totals: Totals::default(),
-            pool,
+            clock,
             records,
             lasting,
             store,
@@ -175,10 +179,10 @@ impl Session {
             records.after(new, || self.gate.snapshot().quarantine);
         }
         if self.quiet.is_none() && self.gate.is_frayed() {
-            self.quiet = Some(Instant::now() + MOMENT);
+            self.quiet = Some(self.clock.now() + MOMENT);
         }
         if ends {
-            self.held.hold(&mut self.effects, from);
+            self.held.hold(&mut self.effects, from, self.clock.now());
         } else if let Some(job) = map {
             self.held.mapped(job, &mut self.effects);
         }
@@ -211,7 +215,7 @@ impl Session {
     }
 
     fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
-        let when = Instant::now() + Duration::from_nanos(after_ns);
+        let when = self.clock.now() + Duration::from_nanos(after_ns);
         self.timers.insert(invalidation, (when, rung));
     }
 
@@ -257,10 +261,7 @@ impl Session {
                 Effect::ForgetFile { file } => self.forget(file),
                 effect => {
                     let Some(call) = self.join(effect) else { continue };
-                    if call.is_small() {
-                        return Next::Call(call);
-                    }
-                    self.pool.run(Task::Call(call));
+                    return Next::Call(call);
                 }
             }
         }
@@ -400,10 +401,5 @@ impl Session {
     /// Whether a device can be stopped by this rung.
     pub fn can(&self, id: DeviceId, step: Step) -> bool {
         self.devices.get(usize::from(id.0)).is_some_and(|device| can(&**device, step))
-    }
-
-    /// The pool, for tasks that are not the gate's.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
     }
 }

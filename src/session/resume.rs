@@ -104,13 +104,14 @@ mod tests {
     use crate::gate::{Answer, Caller, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::protocol::verbs::AddMemory;
     use crate::session::start::start;
-    use crate::session::{Next, Pool, Trust};
+    use crate::session::{Next, SystemClock, Trust};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
     fn session(domain: Arc<dyn Domain>, lasting: Lasting) -> Session {
+        let clock = Arc::new(SystemClock);
         let mut session =
-            Session::new(Policy::default(), domain, vec![], Trust::default(), Pool::new(|_| {}), None, None);
+            Session::new(Policy::default(), domain, vec![], Trust::default(), clock, None, None);
         // As `Session::new` does with a hold, but without a service manager.
         session.gate = Gate::new(Policy::default());
         session.gate.keep_in(lasting.store().clone());
