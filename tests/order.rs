@@ -5,6 +5,9 @@
 
 #![allow(clippy::unwrap_used)] // what is not as it should be fails the test
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -43,7 +46,7 @@ struct Setup {
 impl Setup {
     /// Every page holds its number, plus 100. None where there is no guest_memfd here.
     fn new() -> Option<Self> {
-        let (vm, file) = guest_memfd::shared(PAGES * PAGE).map_err(|why| println!("skipped: {why}")).ok()?;
+        let (vm, file) = guest_memfd::shared(PAGES * PAGE).map_err(skip::skip).ok()?;
         for page in 0..PAGES {
             file.store(page * PAGE, page + 100).unwrap();
         }
@@ -51,10 +54,8 @@ impl Setup {
         let domain = match SoftDomain::open() {
             Ok(domain) => domain,
             Err(why) => {
-                return {
-                    println!("skipped: {why}");
-                    None
-                };
+                skip::skip(why);
+                return None;
             }
         };
         let device = domain.device(DEVICE).unwrap();

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // what is not as it should be fails the test
 
+#[path = "../../tests/common/skip.rs"]
+mod skip;
+
 use passgate_bindings::guest_memfd::{
     Conversion, Flags, Support, convert, create, set_attributes, shared, vm,
 };
@@ -9,10 +12,11 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::PAGE;
 use passgate_bindings::{Failed, PageRange};
 use rustix::io::Errno;
+use skip::skip;
 
 /// The memory, or why not.
 fn memory(pages: u64) -> Option<GuestFile> {
-    shared(pages * PAGE).map_err(|why| println!("skipped: {why}")).map(|(_, file)| file).ok()
+    shared(pages * PAGE).map_err(skip).map(|(_, file)| file).ok()
 }
 
 #[test]
@@ -28,7 +32,7 @@ fn shared_memory_is_ordinary_memory_until_it_is_punched() {
 fn the_probe_and_the_calls_agree() {
     let support = match Support::probe() {
         Ok(support) => support,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip(why),
     };
     println!("{support:?}");
     let vm = vm().unwrap();

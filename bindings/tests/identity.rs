@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // what is not as it should be fails the test
 
+#[path = "../../tests/common/skip.rs"]
+mod skip;
+
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use passgate_bindings::identity::{FileError, Identity, check, identify};
@@ -9,6 +12,7 @@ use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::PAGE;
 use passgate_bindings::{RangeError, guest_memfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use skip::skip;
 
 fn memfd(seals: SealFlags, flags: MemfdFlags) -> OwnedFd {
     let fd = rustix::fs::memfd_create("identity", flags | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -116,7 +120,7 @@ fn a_guest_memfd_is_known_and_named_by_its_inode() {
     let made = guest_memfd::shared(4 * PAGE);
     let (vm, file) = match made {
         Ok(made) => made,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip(why),
     };
     let facts = known(&file);
     assert_eq!((facts.kind, facts.size, facts.writable), (FileKind::GuestMemfd, 4 * PAGE, true));

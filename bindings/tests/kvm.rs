@@ -2,11 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // what is not as it should be fails the test
 
+#[path = "../../tests/common/skip.rs"]
+mod skip;
+
 use passgate_bindings::guest_memfd::{self, Flags};
 use passgate_bindings::kvm::{VmType, attach};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Failed, PAGE, PageRange};
 use rustix::io::Errno;
+use skip::skip;
 
 fn for_good(file: GuestFile) -> &'static GuestFile {
     Box::leak(Box::new(file))
@@ -17,7 +21,7 @@ fn a_type_that_is_offered_can_be_made_and_no_other() {
     for vm_type in [VmType::Default, VmType::SwProtected] {
         match vm_type.is_offered() {
             Ok(offered) => assert_eq!(vm_type.create().is_ok(), offered, "{vm_type:?}"),
-            Err(why) => return println!("skipped: {why}"),
+            Err(why) => return skip(why),
         }
     }
 }
@@ -26,7 +30,7 @@ fn a_type_that_is_offered_can_be_made_and_no_other() {
 fn a_slot_takes_files_that_are_long_enough() {
     let vm = match VmType::Default.create() {
         Ok(vm) => vm,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip(why),
     };
     let pages = |count: u64| PageRange::new(0, count * PAGE).unwrap();
     let memfd = for_good(GuestFile::memfd("slot", 2 * PAGE).unwrap());
@@ -35,7 +39,7 @@ fn a_slot_takes_files_that_are_long_enough() {
     assert_eq!(attach(&vm, 0, pages(2), memfd, None), Ok(()));
 
     let Ok(file) = guest_memfd::create(&vm, PAGE, Flags::MMAP | Flags::INIT_SHARED) else {
-        return println!("skipped: no mappable guest_memfd here");
+        return skip("no mappable guest_memfd here");
     };
     let file = for_good(file);
     let elsewhere = PageRange::new(16 * PAGE, 2 * PAGE).unwrap();

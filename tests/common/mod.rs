@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
 pub mod fake;
+pub mod skip;
 pub mod watch;
 
 use std::fmt::Debug;

@@ -4,6 +4,7 @@ use passgate_bindings::uring;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, Uid, capabilities, set_capabilities, set_thread_uid};
 
+use super::skip::skip;
 use super::*;
 
 /// The text of a refusal of `iova`, with the domain unchanged by it.
@@ -94,7 +95,7 @@ fn all_slots_are_mapped_and_unmapped_at_once() {
     let pages = u64::from(uring::MAX_SLOTS);
     let bench = Bench::new(pages);
     if bench.domain.capabilities().max_mappings < pages {
-        return println!("skipped: RLIMIT_MEMLOCK is too small for {pages} pages");
+        return skip(format_args!("RLIMIT_MEMLOCK is too small for {pages} pages"));
     }
     bench.map(0, pages);
     assert_eq!(bench.domain.mappings() as u64, pages);
@@ -122,7 +123,7 @@ fn under_a_limit(limit: u64) {
     // The budget is the user's: where we may, we are one that nobody else is. This, too, is of a thread.
     let nobody = Uid::from_raw((1 << 30) + std::process::id());
     if set_thread_uid(nobody).is_err() {
-        println!("skipped: a user of its own, so another process of this user may get in the way");
+        println!("no user of its own: another process of this user may get in the way");
     }
     let mut mine = capabilities(None).unwrap();
     mine.effective.remove(CapabilitySet::IPC_LOCK);

@@ -21,6 +21,8 @@ mod fences;
 mod limits;
 mod model;
 mod races;
+#[path = "../../../tests/common/skip.rs"]
+mod skip;
 
 /// Where the tests map their memory.
 const BASE: u64 = 0x4000_0000;
@@ -81,7 +83,7 @@ fn memory(pages: u64) -> Arc<GuestFile> {
         Ok((_vm, file)) => Arc::new(file),
         Err(why) => {
             static TOLD: Once = Once::new();
-            TOLD.call_once(|| println!("skipped: guest_memfd, by memfd instead: {why}"));
+            TOLD.call_once(|| println!("a memfd instead of a guest_memfd: {why}"));
             Arc::new(GuestFile::memfd("passgate-test", pages * PAGE).unwrap())
         }
     }
