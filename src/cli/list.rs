@@ -93,7 +93,8 @@ fn notes(device: &Listed) -> Vec<String> {
         notes.push(format!("process {} has it: {}", process.pid, process.command));
     }
     if !device.owner_known && device.refused.is_none() {
-        notes.push("owner unknown: this user may not see the files of every process".to_owned());
+        let why = device.owner_unknown.unwrap_or("a process has a VFIO device that the kernel does not name");
+        notes.push(format!("owner unknown: {why}"));
     }
     notes
 }
@@ -110,6 +111,7 @@ mod tests {
     use super::*;
     use crate::host::holder::Process;
     use crate::host::inventory::{Group, Stop};
+    use crate::host::sight::Blind;
 
     fn device() -> Listed {
         Listed {
@@ -133,6 +135,7 @@ mod tests {
             stop: Stop { iommufd: vec!["unmap", "reset"], type1: vec!["unmap"] },
             owner: vec![Process { pid: 57, command: "passgate serve".into() }],
             owner_known: true,
+            owner_unknown: None,
             refused: None,
             unstoppable: None,
         }
@@ -154,6 +157,13 @@ mod tests {
             ]
         );
         assert_eq!(text(&[]), "");
+    }
+
+    #[test]
+    fn an_owner_that_cannot_be_seen_is_unknown_and_not_nobody() {
+        let words = Blind::Namespace.words();
+        let hidden = Listed { owner: vec![], owner_known: false, owner_unknown: Some(words), ..device() };
+        assert_eq!(notes(&hidden).pop().unwrap(), format!("owner unknown: {words}"));
     }
 
     #[test]

@@ -13,6 +13,8 @@ use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::PciDevice;
 use serde::Serialize;
 
+use super::sight::{Blind, OpenFile, each_open_file, has_ended};
+
 /// Longest command line that is kept, in characters.
 const COMMAND: usize = 120;
 /// Processes that are kept for one device.
@@ -34,8 +36,8 @@ pub struct Owner {
     pub processes: Vec<Process>,
     /// Processes that have some VFIO device, which the kernel does not name.
     pub perhaps: Vec<Process>,
-    /// Whether the files of some process could not be seen.
-    pub unseen: bool,
+    /// Why some process, or its files, could not be seen.
+    pub unseen: Option<Blind>,
 }
 
 /// Everything open that is VFIO's, at one moment.
@@ -44,46 +46,38 @@ pub struct Holders {
     numbers: BTreeMap<(u32, u32), Vec<Process>>,
     devices: BTreeMap<PciAddress, Vec<Process>>,
     nameless: Vec<Process>,
-    unseen: bool,
+    unseen: Option<Blind>,
 }
 
 impl Holders {
     /// Looks at every process in `proc`, which is `/proc` but in tests.
     pub fn scan(proc: &Path) -> Self {
         let mut found = Self::default();
-        for entry in fs::read_dir(proc).into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            found.look_at(pid, &entry.path());
-        }
+        let blind = each_open_file(proc, |file| found.look_at(file));
+        found.unseen = blind.or(found.unseen);
         found
     }
 
-    fn look_at(&mut self, pid: u32, dir: &Path) {
-        let files = match fs::read_dir(dir.join("fd")) {
-            Ok(files) => files,
-            Err(error) => {
-                // A process that has ended since is not one that hides.
-                self.unseen |= error.kind() == std::io::ErrorKind::PermissionDenied;
-                return;
+    fn look_at(&mut self, file: &OpenFile<'_>) {
+        if !file.target.contains("vfio") {
+            return;
+        }
+        let process = || Process { pid: file.pid, command: command(file.dir) };
+        if file.target == "anon_inode:[vfio-device]" {
+            let info = file.link.file_name().map(|fd| file.dir.join("fdinfo").join(fd));
+            match info.and_then(|info| named(&info)) {
+                Some(address) => keep(self.devices.entry(address).or_default(), process),
+                None => keep(&mut self.nameless, process),
             }
-        };
-        for file in files.flatten() {
-            let Ok(target) = fs::read_link(file.path()) else { continue };
-            let target = target.to_string_lossy();
-            if !target.contains("vfio") {
-                continue;
-            }
-            let process = || Process { pid, command: command(dir) };
-            if target == "anon_inode:[vfio-device]" {
-                match named(&dir.join("fdinfo").join(file.file_name())) {
-                    Some(address) => keep(self.devices.entry(address).or_default(), process),
-                    None => keep(&mut self.nameless, process),
+        } else {
+            match fs::metadata(&file.link) {
+                Ok(meta) if meta.file_type().is_char_device() => {
+                    let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+                    keep(self.numbers.entry(number).or_default(), process);
                 }
-            } else if let Ok(meta) = fs::metadata(file.path())
-                && meta.file_type().is_char_device()
-            {
-                let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
-                keep(self.numbers.entry(number).or_default(), process);
+                Ok(_) => {}
+                Err(error) if has_ended(&error) => {}
+                Err(_) => self.unseen = self.unseen.or(Some(Blind::Denied)),
             }
         }
     }
@@ -140,7 +134,7 @@ fn named(fdinfo: &Path) -> Option<PciAddress> {
     path.trim().rsplit('/').next()?.parse().ok()
 }
 
-fn command(dir: &Path) -> String {
+pub(crate) fn command(dir: &Path) -> String {
     let bytes = fs::read(dir.join("cmdline")).unwrap_or_default();
     let mut words: Vec<_> = bytes.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
     while words.last().is_some_and(|word| word.is_empty()) {
@@ -207,7 +201,7 @@ mod tests {
         assert_eq!(pids(&first.processes), [10, 11], "once each");
         assert_eq!(first.processes[0].command, "passgate serve --device?");
         assert_eq!(first.processes[1].command, "[vhost]");
-        assert_eq!((pids(&first.perhaps), first.unseen), (vec![14], false));
+        assert_eq!((pids(&first.perhaps), first.unseen), (vec![14], None));
         let second = find("04:00.1");
         assert_eq!(pids(&holders.of(tree.path(), &second).processes), [11, 13]);
         assert_eq!(pids(&holders.of_group(tree.path(), &second).processes), [11, 13, 10]);
@@ -223,8 +217,9 @@ mod tests {
     }
 
     #[test]
-    fn no_procfs_is_nobody() {
+    fn without_procfs_the_holder_is_unknown_and_not_nobody() {
         let holders = Holders::scan(Path::new("/nowhere"));
-        assert!(holders.numbers.is_empty() && !holders.unseen);
+        assert!(holders.numbers.is_empty());
+        assert_eq!(holders.unseen, Some(Blind::NoProcfs));
     }
 }

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::class;
 use super::holder::{Holders, Process};
+use super::sight::Blind;
 use crate::gate::Step;
 
 /// A PCI device, as it is printed.
@@ -48,6 +49,8 @@ pub struct Listed {
     pub owner: Vec<Process>,
     /// Whether every process could be looked at; where not, `owner` may lack some.
     pub owner_known: bool,
+    /// Why not every process could be looked at, with the remedy.
+    pub owner_unknown: Option<&'static str>,
     /// Why passgate would not take it, and what to do about it.
     pub refused: Option<String>,
     /// Why it would be taken with `--allow-unstoppable` only, unless its driver in passgate can drain it.
@@ -128,7 +131,8 @@ fn list(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciDevice) -> L
         pri: config.pri,
         tdi: device.is_bound_tdi(),
         stop,
-        owner_known: !owner.unseen && owner.perhaps.is_empty() || !owner.processes.is_empty(),
+        owner_known: owner.unseen.is_none() && owner.perhaps.is_empty() || !owner.processes.is_empty(),
+        owner_unknown: owner.unseen.map(Blind::words),
         owner: owner.processes,
         refused,
         unstoppable,
@@ -203,7 +207,7 @@ fn words(device: &PciDevice, name: &str) -> Vec<String> {
 }
 
 #[cfg(test)]
-pub(super) mod fake;
+pub(crate) mod fake;
 
 #[cfg(test)]
 mod tests {
@@ -258,6 +262,7 @@ mod tests {
             stop,
             owner: vec![],
             owner_known: true,
+            owner_unknown: None,
             refused: None,
             unstoppable: None,
         };

@@ -2,6 +2,8 @@
 //! procfs elsewhere is taken as a path, for tests.
 
 mod class;
+mod config;
 pub mod holder;
 pub mod inventory;
+pub mod sight;
 pub mod taking;

@@ -1,19 +1,27 @@
 //! Taking devices that somebody may still have, without a reboot.
 //!
 //! After a crash a device may be another's for a moment: the guardian of the daemon that died is stopping it, the
-//! kernel is closing its files, it is being reset. So what is taken is tried again for a while; who has it is said
-//! once, and a device that nobody has is reset after each failed try. What is still not free then is told with its
-//! holder, and with what to do.
+//! kernel is closing its files, it is being reset. So what is taken is tried again for a while, and who has it is said
+//! once. What is still not free then is told with its holder, and with what to do.
+//!
+//! Nothing is reset here. Opening a device by VFIO resets it, and from then on it is ours; a device that does not open
+//! is somebody's, also where no process is found that has it: outside the initial PID namespace none can be found,
+//! descriptors lie in sockets and io_uring tables, and the kernel closes a device long after the process is gone. A
+//! reset by sysfs that meets that close ruins the device: vfio-pci restores the configuration outside the device's
+//! lock, so that the reset may save, and restore for ever, the empty configuration that follows a function level reset
+//! (`vfio_pci_core_disable`, drivers/vfio/pci/vfio_pci_core.c).
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use passgate_backends::Tables;
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
+use passgate_bindings::Failed;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use rustix::io::Errno;
 
+use super::config;
 use super::holder::{Holders, Owner, Process};
 use crate::error::{Error, Result};
 
@@ -38,8 +46,8 @@ trait Host {
     fn pause(&mut self, time: Duration);
     /// Who keeps this device from us.
     fn owner(&mut self, device: &str) -> Owner;
-    /// Resets a device that nobody has, where it has a reset.
-    fn reset(&mut self, device: &str);
+    /// What its configuration has lost, where it has.
+    fn lost(&mut self, device: &str) -> Option<String>;
     fn say(&mut self, line: String);
 }
 
@@ -59,15 +67,18 @@ fn persist<T>(
         let owner = host.owner(device);
         let left = until.saturating_duration_since(host.now());
         if left.is_zero() {
-            return Err(Error::Taken { device: device.to_owned(), source, mend: owner.mend(device) });
+            let mut mend = owner.mend(device, source);
+            if opened_it(source)
+                && let Some(lost) = host.lost(device)
+            {
+                mend = format!("{lost}; {mend}");
+            }
+            return Err(Error::Taken { device: device.to_owned(), source, mend });
         }
         // Once for each device: a device that changes hands all the time must not fill the journal.
         if said.insert(device.to_owned()) {
             let seconds = left.as_secs_f64().ceil();
             host.say(format!("{device}: {source}; {}; trying again for {seconds} s", owner.words()));
-        }
-        if owner.is_nobody() {
-            host.reset(device);
         }
         host.pause(pause.min(left));
         pause = (pause * 2).min(LONGEST);
@@ -93,13 +104,8 @@ impl Host for ThisHost {
         found.map(|found| holders.of_group(Path::new(SYSFS), &found)).unwrap_or_default()
     }
 
-    fn reset(&mut self, device: &str) {
-        let Ok(address) = device.parse() else { return };
-        let Some(found) = PciDevice::find(Path::new(SYSFS), address) else { return };
-        match fs::write(found.dir().join("reset"), "1") {
-            Ok(()) => log::info!("{device}: reset"),
-            Err(error) => log::debug!("{device}: not reset: {error}"),
-        }
+    fn lost(&mut self, device: &str) -> Option<String> {
+        config::lost(&PciDevice::find(Path::new(SYSFS), device.parse().ok()?)?)
     }
 
     fn say(&mut self, line: String) {
@@ -107,35 +113,40 @@ impl Host for ThisHost {
     }
 }
 
-impl Owner {
-    /// Whether for certain no process has it.
-    fn is_nobody(&self) -> bool {
-        self.processes.is_empty() && self.perhaps.is_empty() && !self.unseen
-    }
+/// True where the call that failed follows an open that only one process can have: then nobody else has the device.
+/// Every other answer (EBUSY, EINVAL, EAGAIN) says that somebody has it, or is resetting it.
+fn opened_it(source: Failed) -> bool {
+    source.errno == Errno::TIMEDOUT
+}
 
+impl Owner {
     /// Who has it, in words.
     pub fn words(&self) -> String {
-        match (&self.processes[..], &self.perhaps[..]) {
-            ([], []) if self.unseen => "another process has it, which this user may not see".to_owned(),
-            ([], []) => "no process has it".to_owned(),
-            ([], perhaps) => format!("{} has a VFIO device, perhaps this one", processes(perhaps)),
-            (known, _) => format!("{} has it", processes(known)),
+        match (&self.processes[..], &self.perhaps[..], self.unseen) {
+            ([], [], Some(blind)) => format!("who has it cannot be seen: {}", blind.words()),
+            ([], [], None) => "no process is seen to have it".to_owned(),
+            ([], perhaps, _) => format!("{} has a VFIO device, perhaps this one", processes(perhaps)),
+            (known, ..) => format!("{} has it", processes(known)),
         }
     }
 
-    /// The same, and what to do about it.
-    fn mend(&self, device: &str) -> String {
+    /// The same, and what to do about it. A device is taken off the bus only where it is certain that nobody has it:
+    /// the kernel would wait for whoever does.
+    fn mend(&self, device: &str, source: Failed) -> String {
         let words = self.words();
-        if self.is_nobody() {
-            return format!(
-                "{words}: take it off the bus and have it found again (echo 1 > /sys/bus/pci/devices/{device}/remove; \
-                 echo 1 > /sys/bus/pci/rescan), then bind it to vfio-pci (docs/guide/serve.md)"
-            );
+        match (&self.processes[..], &self.perhaps[..]) {
+            ([], []) if opened_it(source) => format!(
+                "it opens, so that nobody else has it, and does not work: take it off the bus and have it found again \
+                 (echo 1 > /sys/bus/pci/devices/{device}/remove; echo 1 > /sys/bus/pci/rescan), then bind it to \
+                 vfio-pci (docs/guide/serve.md)"
+            ),
+            ([], []) if self.unseen.is_some() => format!("{words}, then stop it; nothing was reset"),
+            ([], []) => format!(
+                "{words}: the kernel may still be closing it, or its descriptor waits in a socket or is registered with \
+                 io_uring; stop what used it last; nothing was reset"
+            ),
+            _ => format!("{words}: stop that process"),
         }
-        if self.processes.is_empty() && self.perhaps.is_empty() {
-            return format!("{words}: `passgate list` as root names it; stop it");
-        }
-        format!("{words}: stop that process")
     }
 }
 
@@ -148,10 +159,8 @@ fn processes(all: &[Process]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use passgate_bindings::Failed;
-    use rustix::io::Errno;
-
     use super::*;
+    use crate::host::sight::Blind;
 
     const DEVICE: &str = "0000:04:00.0";
 
@@ -159,13 +168,12 @@ mod tests {
     struct Fake {
         now: Instant,
         owner: Owner,
-        resets: usize,
         said: Vec<String>,
     }
 
     impl Fake {
         fn new(owner: Owner) -> Self {
-            Self { now: Instant::now(), owner, resets: 0, said: Vec::new() }
+            Self { now: Instant::now(), owner, said: Vec::new() }
         }
     }
 
@@ -181,8 +189,8 @@ mod tests {
             assert_eq!(device, DEVICE);
             self.owner.clone()
         }
-        fn reset(&mut self, _: &str) {
-            self.resets += 1;
+        fn lost(&mut self, _: &str) -> Option<String> {
+            Some("BAR 0 is lost".to_owned())
         }
         fn say(&mut self, line: String) {
             self.said.push(line);
@@ -213,7 +221,6 @@ mod tests {
             }
         });
         assert_eq!(taken.unwrap(), 9);
-        assert_eq!(host.resets, 0, "what a process has is never reset");
         let [said] = &host.said[..] else { panic!("{:?}", host.said) };
         assert!(
             said.contains("0000:04:00.0")
@@ -240,34 +247,57 @@ mod tests {
         }
     }
 
+    /// The kernel's answer, and not an empty list of processes, says whether somebody has a device.
     #[test]
-    fn a_device_that_nobody_has_is_reset_after_each_try_and_then_the_way_out_is_told() {
-        let (mut host, mut tries) = (Fake::new(Owner::default()), 0);
-        let error = persist(PATIENCE, &mut host, || {
-            tries += 1;
-            Err::<(), _>(failing("open /dev/vfio/GROUP", Errno::BUSY))
-        });
+    fn a_device_that_does_not_open_is_somebodys_although_no_process_is_seen() {
+        for (call, errno) in
+            [("open /dev/vfio/GROUP", Errno::BUSY), (BIND, Errno::INVAL), (BIND, Errno::AGAIN)]
+        {
+            let (mut host, mut tries) = (Fake::new(Owner::default()), 0);
+            let error = persist(PATIENCE, &mut host, || {
+                tries += 1;
+                Err::<(), _>(failing(call, errno))
+            });
+            let text = error.unwrap_err().to_string();
+            assert!(tries > 10 && tries < 60, "{tries}");
+            assert!(
+                text.contains("no process is seen to have it: the kernel may still be closing it"),
+                "{text}"
+            );
+            assert!(
+                !text.contains("remove") && !text.contains("BAR 0"),
+                "the kernel would wait for it: {text}"
+            );
+            assert!(text.ends_with("nothing was reset"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_opens_and_does_not_work_is_told_with_what_it_lost_and_the_way_out() {
+        let mut host = Fake::new(Owner::default());
+        let stuck = "writing to the PHY of an igb NIC";
+        let error = persist(PATIENCE, &mut host, || Err::<(), _>(failing(stuck, Errno::TIMEDOUT)));
         let text = error.unwrap_err().to_string();
-        assert_eq!(host.resets, tries - 1);
-        assert!(tries > 10 && tries < 60, "{tries}");
-        assert!(text.contains("no process has it: take it off the bus"), "{text}");
+        assert!(text.contains("BAR 0 is lost; it opens, so that nobody else has it"), "{text}");
         assert!(
-            text.contains("echo 1 > /sys/bus/pci/devices/0000:04:00.0/remove; echo 1 > /sys/bus/pci/rescan")
+            text.contains("echo 1 > /sys/bus/pci/devices/0000:04:00.0/remove; echo 1 > /sys/bus/pci/rescan"),
+            "{text}"
         );
     }
 
     #[test]
-    fn where_not_everybody_can_be_seen_nothing_is_reset() {
+    fn who_cannot_be_seen_is_not_nobody() {
         let nameless = Owner { perhaps: held().processes, ..Owner::default() };
-        let hidden = Owner { unseen: true, ..Owner::default() };
-        for (owner, says) in
-            [(nameless, "process 57 (`qemu -device vfio`)"), (hidden, "`passgate list` as root")]
-        {
+        let hidden = Owner { unseen: Some(Blind::Namespace), ..Owner::default() };
+        for (owner, says) in [
+            (nameless, "process 57 (`qemu -device vfio`)"),
+            (hidden, "who has it cannot be seen: processes outside this PID namespace cannot be seen"),
+        ] {
             let mut host = Fake::new(owner);
             let error =
                 persist(PATIENCE, &mut host, || Err::<(), _>(failing(BIND, Errno::BUSY))).unwrap_err();
-            assert_eq!(host.resets, 0);
-            assert!(error.to_string().contains(says), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(says) && !text.contains("remove"), "{text}");
         }
     }
 

@@ -6,40 +6,46 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// The folder; procfs is `proc` in it.
-pub(in crate::host) struct Tree(TempDir);
+/// The folder; procfs is `proc` in it, and shows every process of the initial PID namespace.
+pub(crate) struct Tree(TempDir);
 
 impl Tree {
-    pub(in crate::host) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let tree = Self(tempfile::tempdir().unwrap());
-        fs::create_dir_all(tree.path().join("proc")).unwrap();
+        fs::create_dir_all(tree.path().join("proc/1")).unwrap();
+        let own = std::process::id().to_string();
+        tree.link("proc/self", &own);
+        tree.link(&format!("proc/{own}/ns/pid"), "pid:[4026531836]");
         tree
     }
 
-    pub(in crate::host) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
-    pub(in crate::host) fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+    pub(crate) fn write(&self, name: &str, text: impl AsRef<[u8]>) {
         let path = self.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
     }
 
-    pub(in crate::host) fn link(&self, name: &str, target: &str) {
+    pub(crate) fn link(&self, name: &str, target: &str) {
         let path = self.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(target, path).unwrap();
     }
 
+    pub(crate) fn remove(&self, name: &str) {
+        fs::remove_file(self.path().join(name)).unwrap();
+    }
+
+    pub(crate) fn replace_link(&self, name: &str, target: &str) {
+        self.remove(name);
+        self.link(name, target);
+    }
+
     /// A device 1b36:0010 of this class, without a configuration space.
-    pub(in crate::host) fn device(
-        &self,
-        address: &str,
-        class: u32,
-        driver: Option<&str>,
-        group: Option<u32>,
-    ) {
+    pub(crate) fn device(&self, address: &str, class: u32, driver: Option<&str>, group: Option<u32>) {
         let dir = format!("bus/pci/devices/{address}");
         self.write(&format!("{dir}/class"), format!("{class:#08x}\n"));
         self.write(&format!("{dir}/vendor"), "0x1b36\n");
@@ -55,7 +61,7 @@ impl Tree {
     }
 
     /// Makes it a PCI Express device with ATS, on or off, and PRI off.
-    pub(in crate::host) fn endpoint(&self, address: &str, ats: bool) {
+    pub(crate) fn endpoint(&self, address: &str, ats: bool) {
         let mut bytes = vec![0; 4096];
         let mut set = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         set(4, 1 << 20);
@@ -68,7 +74,7 @@ impl Tree {
     }
 
     /// Makes it a conventional PCI device, without any capability.
-    pub(in crate::host) fn conventional(&self, address: &str) {
+    pub(crate) fn conventional(&self, address: &str) {
         self.write(&format!("bus/pci/devices/{address}/config"), [0; 256]);
     }
 }

@@ -1,0 +1,3 @@
+//! The tests themselves.
+
+pub(crate) mod namespaces;
