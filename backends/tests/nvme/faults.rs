@@ -165,6 +165,80 @@ fn a_completion_that_comes_again_ends_no_later_command() {
     assert_eq!(bench.seen(&page(9)), pattern(0, PAGE as usize));
 }
 
+/// Where only one command identifier is free at a time, the next command would have that of the last.
+#[test]
+fn late_duplicate_completion_completes_no_later_command() {
+    let bench = Bench::patient(Options { entries: 2, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any(), Does::Again);
+    start_writes(&bench, &mut owner, 1);
+    check_writes(&bench, &mut owner, 1);
+    bench.sim.fault(When::any(), Does::HoldData);
+    owner.start(1, read(0, 8), &page(9));
+    assert!(bench.sim.await_held(2, LONG));
+    assert!(bench.sim.release_next());
+    assert_eq!(owner.result(1), Ok(()));
+    assert!(bench.seen(&page(9)) == pattern(0, PAGE as usize), "success without its data");
+    assert_eq!(bench.sim.enabled(), 2, "the controller is reset");
+}
+
+/// The identifier that a completion frees is used for the request's next command before its duplicate, which lies behind
+/// it in the same batch, is seen.
+#[test]
+fn duplicate_completion_in_one_batch_completes_no_command_issued_in_that_batch() {
+    let bench = Bench::patient(Options { entries: 3, mdts: 1, ..Options::default() }, 2);
+    let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
+    [Does::HoldData, Does::Twice].into_iter().for_each(|does| bench.sim.fault(When::any().on(1), does));
+    bench.sim.fault(When::any().on(1), Does::HoldData);
+    owner.start(1, read(1000, 8), &page(20));
+    let long = [segment(0, 4 * PAGE as u32)];
+    let bytes = bench.fill(&long, 3);
+    owner.start(2, write(0, 32), &long);
+    // The controller posts what it has completed before it takes another command.
+    assert!(bench.sim.await_taken(2, LONG));
+    assert_eq!(other.run(Op::Flush, &[]), Ok(()));
+    drop(other);
+    owner.look();
+    assert_eq!(owner.result(2), Ok(()));
+    assert!(bench.sim.medium().read(0, 32) == bytes, "success without its data");
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(bench.sim.enabled(), 2, "the controller is reset");
+}
+
+/// What is left over of one admin command must not be taken for a part of the next one.
+#[test]
+fn duplicate_admin_completion_resets_the_controller() {
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::admin(opcode::ABORT), Does::Twice);
+    for (first, resets) in [(0, 0), (8, 1)] {
+        bench.sim.fault(When::any().over(first..first + 8), Does::HoldData);
+        let bytes = bench.fill(&page(0), first);
+        owner.start(1, write(first, 8), &page(0));
+        assert_eq!(owner.result(1), Ok(()));
+        assert!(bench.sim.medium().read(first, 8) == bytes);
+        assert_eq!(bench.sim.enabled(), 1 + resets);
+    }
+}
+
+/// The next owner of a queue would take a duplicate of the last one's completion for that of its own command.
+#[test]
+fn duplicate_completion_of_an_earlier_owner_completes_no_command_of_the_next() {
+    let bench = Bench::patient(Options { entries: 2, ..Options::default() }, 1);
+    let mut first = bench.owner(0);
+    bench.sim.fault(When::any(), Does::Again);
+    start_writes(&bench, &mut first, 1);
+    check_writes(&bench, &mut first, 1);
+    drop(first);
+    let mut second = bench.owner(0);
+    bench.sim.fault(When::any(), Does::HoldData);
+    second.start(1, read(0, 8), &page(9));
+    assert!(bench.sim.await_held(2, LONG));
+    assert!(bench.sim.release_next());
+    assert_eq!(second.result(1), Ok(()));
+    assert!(bench.seen(&page(9)) == pattern(0, PAGE as usize), "success without its data");
+}
+
 #[test]
 fn a_fatal_error_is_answered_by_a_reset() {
     let bench = Bench::new(Options::default(), 2);

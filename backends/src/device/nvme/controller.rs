@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
+use super::cids::{Names, SerialCids};
 use super::command::{Command, Completion, granted};
 use super::geometry::{Abilities, Geometry, Unfit, abilities, geometry, limit, tells_limits};
 use super::pair::Pair;
@@ -31,6 +32,8 @@ const CAP_NVM: u32 = 1 << 5;
 
 /// An admin command that takes longer never completes.
 pub(super) const DEADLINE: Duration = Duration::from_secs(2);
+/// The step that fails where a completion names no outstanding command.
+pub(super) const NONSENSE: &str = "taking a completion that names no outstanding command";
 /// How long to look before sleeping between looks.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -40,7 +43,7 @@ pub(super) struct Controller {
     pub(super) registers: Arc<dyn Registers>,
     memory: OwnMemory,
     admin: Pair,
-    last: u16,
+    cids: SerialCids,
     /// Bytes from one doorbell to the next.
     stride: u64,
     /// Entries of a queue at most.
@@ -79,7 +82,7 @@ impl Controller {
             registers,
             memory,
             admin,
-            last: 0,
+            cids: SerialCids::default(),
             identity: Vec::new(),
             abilities: Abilities::default(),
         })
@@ -99,6 +102,7 @@ impl Controller {
     pub(super) fn come_up(&mut self) -> Result<()> {
         let failed = |failed| self.registers.failed(failed);
         self.admin = Pair::empty(0, SLOTS, 0, &self.memory).map_err(failed)?;
+        self.cids.forget();
         let (commands, completions) = self.admin.places(&self.memory);
         let last = u32::from(SLOTS - 1);
         self.registers.set(AQA, last | last << 16)?;
@@ -187,10 +191,11 @@ impl Controller {
         }
     }
 
-    /// Runs an admin command to its end; none where it does not come to one: not in time, or not before a reset.
+    /// Runs an admin command to its end; none where it does not come to one: not in time, or not before a reset. Fails
+    /// where the controller completes what is not outstanding: it is to be reset.
     pub(super) fn run(&mut self, command: Command) -> Result<Option<Completion>> {
-        self.last = self.last.wrapping_add(1);
-        let put = self.admin.put(&self.memory, command, self.last);
+        let cid = self.cids.next();
+        let put = self.admin.put(&self.memory, command, cid);
         let tail = put.map_err(|failed| self.registers.failed(failed))?;
         self.registers.set(self.doorbell(0, Doorbell::Submission), tail.into())?;
         let begun = Instant::now();
@@ -198,14 +203,21 @@ impl Controller {
             let taken = self.admin.take(&self.memory).map_err(|failed| self.registers.failed(failed))?;
             if let Some((completion, head)) = taken {
                 self.registers.set(self.doorbell(0, Doorbell::Completion), head.into())?;
-                if completion.id == self.last {
-                    return Ok(Some(completion));
+                match self.cids.judge(completion.id) {
+                    Names::Current => return Ok(Some(completion)),
+                    Names::Abandoned => {}
+                    Names::Nothing => {
+                        self.cids.abandon();
+                        return Err(self.failed(NONSENSE, Errno::PROTO));
+                    }
                 }
             }
             match begun.elapsed() {
-                over if over > DEADLINE => return Ok(None),
                 young if young < SPIN => std::hint::spin_loop(),
-                _ if self.is_gone() || self.is_stuck() => return Ok(None),
+                over if over > DEADLINE || self.is_gone() || self.is_stuck() => {
+                    self.cids.abandon();
+                    return Ok(None);
+                }
                 young => std::thread::sleep(young.min(Duration::from_millis(1))),
             }
         }

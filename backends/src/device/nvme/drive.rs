@@ -18,6 +18,7 @@ use passgate_bindings::{Failed, Iova, PAGE, PageRange};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
+use super::cids::{Cids, MAX_OUTSTANDING};
 use super::controller::{Controller, Doorbell};
 use super::data::Rules;
 use super::geometry::Geometry;
@@ -34,7 +35,7 @@ use crate::{Error, Result};
 /// Pages of a driver's own memory that all queues may take.
 const PAGES: u64 = 480;
 /// Entries of a queue at most.
-const LONGEST: u16 = 128;
+const LONGEST: u16 = MAX_OUTSTANDING + 1; // a full queue has one empty entry
 /// Ranges of memory that are told apart in one request.
 const RANGES: usize = 128;
 /// Bytes of one command at most, whatever the controller takes: what a list of pages reaches.
@@ -113,8 +114,17 @@ pub(super) struct Seat {
     /// Requests that take too long.
     pub(super) overdue: AtomicU32,
     pub(super) interrupt: OwnedFd,
-    /// The pair as its last owner left it, and in which life.
-    left: Mutex<Option<(Life, Pair)>>,
+    /// The queue as its last owner left it.
+    left: Mutex<Option<LeftQueue>>,
+}
+
+/// A queue with nothing in flight, between two owners.
+#[derive(Debug)]
+pub(super) struct LeftQueue {
+    /// The life of the controller in which the pair was created.
+    pub(super) life: Life,
+    pub(super) pair: Pair,
+    pub(super) cids: Cids,
 }
 
 /// Whether the drive may do DMA, as the fences have it.
@@ -300,12 +310,12 @@ impl Seat {
         })
     }
 
-    fn left(&self) -> MutexGuard<'_, Option<(Life, Pair)>> {
+    fn left(&self) -> MutexGuard<'_, Option<LeftQueue>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its owner has left it so, with nothing in flight.
-    pub(super) fn give_back(&self, left: (Life, Pair)) {
+    pub(super) fn give_back(&self, left: LeftQueue) {
         *self.left() = Some(left);
         self.taken.store(false, Ordering::Release);
     }
@@ -336,9 +346,9 @@ impl Inner {
         size(self.slots) * u64::from(nth)
     }
 
-    /// Where the list of a command is.
-    pub(super) fn list(&self, nth: u16, name: u16) -> u64 {
-        self.offset(nth) + Pair::size(self.slots) + LIST * u64::from(name)
+    /// The offset of the list of the command whose identifier has this index.
+    pub(super) fn list(&self, nth: u16, index: u16) -> u64 {
+        self.offset(nth) + Pair::size(self.slots) + LIST * u64::from(index)
     }
 
     pub(super) fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {

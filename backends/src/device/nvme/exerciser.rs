@@ -18,8 +18,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use super::CHUNK;
+use super::cids::{Names, SerialCids};
 use super::command::{Command, Completion, Data, block};
-use super::controller::{Controller, DEADLINE, Doorbell};
+use super::controller::{Controller, DEADLINE, Doorbell, NONSENSE};
 use super::geometry::{Scratch, scratch};
 use super::pair::Pair;
 use super::registers::Registers;
@@ -49,7 +50,7 @@ pub struct Exerciser {
     controller: Controller,
     memory: OwnMemory,
     pair: Pair,
-    last: u16,
+    cids: SerialCids,
     interrupt: OwnedFd,
     interrupts: u64,
     may_scratch: bool,
@@ -74,7 +75,7 @@ pub(super) fn open(
         controller,
         memory,
         pair,
-        last: 0,
+        cids: SerialCids::default(),
         interrupt,
         interrupts: 0,
         may_scratch: scratch,
@@ -96,10 +97,11 @@ impl Exerciser {
         self.controller.registers.failed(failed)
     }
 
-    /// Runs one command to its end; its status. None where it does not come to one.
+    /// Runs one command to its end; its status. None where it does not come to one. Fails where the controller completes
+    /// what is not outstanding.
     fn run(&mut self, command: Command) -> Result<Option<u16>> {
-        self.last = self.last.wrapping_add(1);
-        let tail = self.pair.put(&self.memory, command, self.last).map_err(|failed| self.failed(failed))?;
+        let cid = self.cids.next();
+        let tail = self.pair.put(&self.memory, command, cid).map_err(|failed| self.failed(failed))?;
         self.ring(Doorbell::Submission, tail)?;
         let begun = Instant::now();
         loop {
@@ -107,12 +109,20 @@ impl Exerciser {
             if let Some((Completion { id, status, .. }, head)) = taken {
                 self.ring(Doorbell::Completion, head)?;
                 self.count_interrupts();
-                if id == self.last {
-                    return Ok(Some(status));
+                match self.cids.judge(id) {
+                    Names::Current => return Ok(Some(status)),
+                    Names::Abandoned => {}
+                    Names::Nothing => {
+                        self.cids.abandon();
+                        return Err(self.failed(Failed::new(NONSENSE, Errno::PROTO)));
+                    }
                 }
             }
             match begun.elapsed() {
-                over if over > DEADLINE => return Ok(None),
+                over if over > DEADLINE => {
+                    self.cids.abandon();
+                    return Ok(None);
+                }
                 young if young < SPIN => std::hint::spin_loop(),
                 _ => self.wait_for_interrupt(),
             }
@@ -194,6 +204,7 @@ impl Engine for Exerciser {
 
     fn start(&mut self) -> Result<()> {
         self.pair = Pair::empty(1, SLOTS, 0, &self.memory).map_err(|failed| self.failed(failed))?;
+        self.cids.forget();
         if let Err(error) = self.controller.registers.interrupts(&[Some(self.interrupt.as_fd())]) {
             log::debug!("no interrupts, looking all the time: {error}");
         }

@@ -24,7 +24,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) enum Trouble {
     /// A command takes too long.
-    Overdue { life: Life, queue: u16, command: u16 },
+    Overdue { life: Life, queue: u16, cid: u16 },
     /// The controller does what it must not.
     Nonsense { life: Life },
     /// The drive is closed.
@@ -100,7 +100,7 @@ pub(super) fn keep(inner: &Inner, told: &Receiver<Trouble>) {
         match told.recv_timeout(look_every) {
             Ok(Trouble::Leave) | Err(RecvTimeoutError::Disconnected) => return,
             Ok(Trouble::Nonsense { life }) => inner.recover(life, "it does what it must not"),
-            Ok(Trouble::Overdue { life, queue, command }) => overdue(inner, life, queue, command),
+            Ok(Trouble::Overdue { life, queue, cid }) => overdue(inner, life, queue, cid),
             Err(RecvTimeoutError::Timeout) => {
                 let life = inner.life();
                 if !life.is_up() {
@@ -124,7 +124,7 @@ pub(super) fn keep(inner: &Inner, told: &Receiver<Trouble>) {
 }
 
 /// A command takes too long: it is aborted; where that does not bring it back, the controller is reset.
-fn overdue(inner: &Inner, life: Life, queue: u16, command: u16) {
+fn overdue(inner: &Inner, life: Life, queue: u16, cid: u16) {
     let mut controller = inner.control();
     if inner.life() != life {
         return;
@@ -133,13 +133,16 @@ fn overdue(inner: &Inner, life: Life, queue: u16, command: u16) {
     if seat.overdue.load(Ordering::Acquire) == 0 {
         return; // it has come after all
     }
-    log::warn!("{}: command {command} of queue {queue} takes too long: aborting it", inner.name);
+    log::warn!("{}: command {cid:#x} of queue {queue} takes too long: aborting it", inner.name);
     if controller.is_gone() {
         return inner.lose(&controller, &"it is not there any more");
     }
     inner.aborts.fetch_add(1, Ordering::Relaxed);
-    let aborted = controller.run(Command::abort(queue, command));
+    let aborted = controller.run(Command::abort(queue, cid));
     drop(controller);
+    if let Err(error) = &aborted {
+        return inner.recover(life, &error.to_string());
+    }
     let deadline = Duration::from_millis(inner.deadline_ms);
     let until =
         Instant::now() + if matches!(aborted, Ok(Some(_))) { ABORTED.min(deadline) } else { Duration::ZERO };

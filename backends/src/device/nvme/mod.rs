@@ -12,6 +12,7 @@ use super::vfio::VfioDevice;
 use crate::Result;
 use crate::iommu::Domain;
 
+mod cids;
 mod command;
 mod controller;
 mod data;

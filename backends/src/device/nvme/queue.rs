@@ -10,7 +10,6 @@
 //! request that was in flight is entered again and submitted again: blocks are written with the same bytes twice, which
 //! nobody can tell, because its owner has not been told of the first time.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -18,10 +17,11 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::cids::{self, Cids};
 use super::command::{Command, Completion, range};
 use super::controller::Doorbell;
 use super::data::{Part, Place, WORDS, plan, pointer};
-use super::drive::{Inner, Life};
+use super::drive::{Inner, LeftQueue, Life};
 use super::keeper::Trouble;
 use super::pair::Pair;
 use super::request::{Completed, Fault, Op, Submitted};
@@ -69,10 +69,8 @@ pub struct Queue {
     pair: Pair,
     requests: Vec<Request>,
     free: Vec<u16>,
-    /// By their names: the request that they belong to.
-    commands: Vec<Option<u16>>,
-    /// Names that are free, used in turn: a completion that comes twice finds its name still free.
-    names: VecDeque<u16>,
+    /// The commands that are outstanding.
+    cids: Cids,
     /// The turn that is being planned, and where the next one begins.
     parts: Vec<Part>,
     goes_on: Option<Place>,
@@ -85,15 +83,19 @@ pub struct Queue {
     /// What came to its end otherwise than by a completion.
     ended: Vec<Completed>,
     looked: u64,
-    /// The pair as an earlier owner left it, and in which life.
+    /// The pair as an earlier owner left it, until it is known whether the controller still has it.
     left: Option<(Life, Pair)>,
 }
 
 impl Queue {
     /// A queue where an earlier owner has left it, if there was one.
-    pub(super) fn new(inner: Arc<Inner>, nth: u16, left: Option<(Life, Pair)>) -> Self {
+    pub(super) fn new(inner: Arc<Inner>, nth: u16, left: Option<LeftQueue>) -> Self {
         let slots = inner.slots;
-        let names = slots - 1; // a full queue has one empty entry
+        let requests = slots - 1; // a full queue has one empty entry
+        let (left, cids) = match left {
+            Some(LeftQueue { life, pair, cids }) => (Some((life, pair)), cids),
+            None => (None, Cids::new(requests)),
+        };
         let request = |_| Request {
             tag: 0,
             op: Op::Flush,
@@ -112,10 +114,9 @@ impl Queue {
             life: Life::NONE,
             pair: Pair::emptied(nth + 1, slots, inner.offset(nth)),
             nth,
-            requests: (0..names).map(request).collect(),
-            free: (0..names).rev().collect(),
-            commands: vec![None; names.into()],
-            names: (0..names).collect(),
+            requests: (0..requests).map(request).collect(),
+            free: (0..requests).rev().collect(),
+            cids,
             parts: Vec::new(),
             goes_on: None,
             unrung: false,
@@ -187,7 +188,8 @@ impl Queue {
     /// Commands that a request may have at a time; none where there is no room at all. Half a queue: the rest is for
     /// requests that have not had their turn yet.
     fn room(&self) -> Option<usize> {
-        (!self.names.is_empty()).then(|| self.names.len().min(self.commands.len().div_ceil(2)))
+        let free = self.cids.free();
+        (free > 0).then(|| free.min(self.cids.len().div_ceil(2)))
     }
 
     /// Plans a request's turn of at most `most` commands, with its memory from `from` on; whether it can be made.
@@ -226,8 +228,8 @@ impl Queue {
         let (namespace, block) = (inner.geometry.namespace, u64::from(inner.geometry.block));
         let transfers = matches!(request.op, Op::Read { .. } | Op::Write { .. });
         for nth in 0..if transfers { self.parts.len() } else { 1 } {
-            let Some(name) = self.names.pop_front() else { break };
-            let at = inner.list(self.nth, name);
+            let Some(cid) = self.cids.take(slot) else { break };
+            let at = inner.list(self.nth, cids::index(cid));
             let store = |word: usize, value| inner.memory.file().store(at + word as u64 * 8, value);
             let iova = inner.memory.iova(at);
             let command = match (request.op, self.parts.get(nth)) {
@@ -250,15 +252,12 @@ impl Queue {
                 }
                 _ => Ok(Command::flush(namespace)),
             };
-            let put = command.and_then(|command| self.pair.put(&inner.memory, command, name));
+            let put = command.and_then(|command| self.pair.put(&inner.memory, command, cid));
             if let Err(failed) = put {
                 log::error!("{}: {failed}", inner.name);
-                self.names.push_back(name);
+                self.cids.give_back(cid);
                 request.fault = Some(Fault::Lost);
                 break;
-            }
-            if let Some(command) = self.commands.get_mut(usize::from(name)) {
-                *command = Some(slot);
             }
             request.left += 1;
             self.unrung = true;
@@ -296,15 +295,19 @@ impl Queue {
 
     fn taken(&mut self, completion: Completion) {
         let Completion { id, status, .. } = completion;
-        let owner = self.commands.get_mut(usize::from(id)).and_then(Option::take);
+        let owner = self.cids.give_back(id);
         let request = owner.and_then(|slot| Some((slot, self.requests.get_mut(usize::from(slot))?)));
         let Some((slot, request)) = request else {
-            log::error!("{}: it completes command {id}, which it does not have", self.inner.name);
+            log::error!(
+                "{}: queue {}: a completion names command {id:#x}, which is not outstanding",
+                self.inner.name,
+                self.pair.id
+            );
+            // What else it has posted may be as wrong: nothing ends before the controller has been reset.
             self.distrusted = true;
             self.inner.trouble(Trouble::Nonsense { life: self.life });
             return;
         };
-        self.names.push_back(id);
         request.left = request.left.saturating_sub(1);
         match status {
             0 => {}
@@ -315,7 +318,7 @@ impl Queue {
             return;
         }
         match request.fault {
-            // It took too long, or had the name of one that did; or the controller wants it again.
+            // It took too long; or the controller wants it again.
             Some(Fault::Status(Completion::ABORTED | Completion::INTERRUPTED)) => {
                 self.retry(slot, true, usize::MAX);
             }
@@ -351,16 +354,15 @@ impl Queue {
             return;
         }
         self.looked = now;
-        for (name, owner) in self.commands.iter().enumerate() {
-            let request = owner.and_then(|slot| self.requests.get_mut(usize::from(slot)));
-            let Some(request) = request else { continue };
+        for (cid, slot) in self.cids.outstanding() {
+            let Some(request) = self.requests.get_mut(usize::from(slot)) else { continue };
             if request.overdue || now.saturating_sub(request.since) < self.inner.deadline_ms {
                 continue;
             }
             request.overdue = true;
             self.inner.seat(self.nth).overdue.fetch_add(1, Ordering::AcqRel);
             let (life, queue) = (self.life, self.pair.id);
-            self.inner.trouble(Trouble::Overdue { life, queue, command: name as u16 });
+            self.inner.trouble(Trouble::Overdue { life, queue, cid });
         }
     }
 
@@ -421,7 +423,7 @@ impl Queue {
 
     /// Ends everything that is in flight.
     fn forget(&mut self, fault: Fault, end: impl Fn(&mut Self, u16, Result<(), Fault>)) {
-        self.reset_names();
+        self.reset_commands();
         for slot in 0..self.requests.len() as u16 {
             if !self.free.contains(&slot) {
                 end(self, slot, Err(fault));
@@ -431,7 +433,7 @@ impl Queue {
 
     /// Submits everything again that was in flight.
     fn again(&mut self) {
-        self.reset_names();
+        self.reset_commands();
         // A fence says nothing against what was under way, however many come.
         let recoveries = self.inner.recoveries.load(Ordering::Acquire);
         let blamed = std::mem::replace(&mut self.recoveries, recoveries) != recoveries;
@@ -439,8 +441,8 @@ impl Queue {
         for slot in 0..self.requests.len() as u16 {
             if !self.free.contains(&slot) {
                 others -= 1;
-                // Each of them has room for one command at least: there are as many names as requests.
-                self.retry(slot, blamed, self.names.len().saturating_sub(others));
+                // Each of them has room for one command at least: there are as many identifiers as requests.
+                self.retry(slot, blamed, self.cids.free().saturating_sub(others));
             }
         }
         self.ring();
@@ -488,11 +490,9 @@ impl Queue {
         }
     }
 
-    fn reset_names(&mut self) {
+    fn reset_commands(&mut self) {
         self.distrusted = false;
-        self.commands.fill(None);
-        self.names.clear();
-        self.names.extend(0..self.commands.len() as u16);
+        self.cids.give_all_back();
         self.unrung = false;
     }
 }
@@ -503,7 +503,8 @@ impl Drop for Queue {
         let seat = self.inner.seat(self.nth);
         seat.parked.store(true, Ordering::SeqCst);
         if self.in_flight() == 0 {
-            seat.give_back(self.left.take().unwrap_or((self.life, self.pair)));
+            let (life, pair) = self.left.take().unwrap_or((self.life, self.pair));
+            seat.give_back(LeftQueue { life, pair, cids: std::mem::take(&mut self.cids) });
         }
     }
 }
