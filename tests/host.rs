@@ -7,19 +7,44 @@ mod host_real;
 
 use std::process::ExitCode;
 
+use host_real::{disks, namespaces};
 use libtest_mimic::{Arguments, Trial};
 
-/// Returns why a test cannot run here, or none.
-type Missing = fn() -> Option<String>;
+/// A name, a test, and why it cannot run here.
+type Test = (&'static str, fn(), fn() -> Option<String>);
 
-const TESTS: [(&str, fn(), Missing); 1] = [(
-    "a_process_outside_the_initial_pid_namespace_knows_that_it_sees_no_holders",
-    host_real::namespaces::holders_are_unseen,
-    host_real::namespaces::missing,
-)];
+const TESTS: [Test; 7] = [
+    (
+        "a_process_outside_the_initial_pid_namespace_knows_that_it_sees_no_holders",
+        namespaces::holders_are_unseen,
+        namespaces::missing,
+    ),
+    ("a_claim_of_a_disk_keeps_others_out", disks::a_claim_keeps_others_out, disks::missing),
+    (
+        "every_device_of_a_mounted_btrfs_is_in_use",
+        disks::every_device_of_a_btrfs_is_in_use,
+        disks::btrfs_missing,
+    ),
+    (
+        "a_part_of_a_device_mapper_table_is_in_use",
+        disks::a_part_of_a_device_mapper_table_is_in_use,
+        disks::mapper_missing,
+    ),
+    ("a_disk_that_is_swapped_to_is_in_use", disks::what_is_swapped_to_is_in_use, disks::swap_missing),
+    (
+        "a_disk_mounted_in_another_mount_namespace_is_in_use",
+        disks::what_another_mount_namespace_has_mounted_is_in_use,
+        disks::mount_missing,
+    ),
+    (
+        "a_disk_that_a_process_has_open_is_in_use_under_any_name",
+        disks::what_a_process_has_open_is_in_use_under_any_name,
+        disks::missing,
+    ),
+];
 
 fn main() -> ExitCode {
-    if let Some(code) = host_real::namespaces::inside() {
+    if let Some(code) = namespaces::inside() {
         return code;
     }
     let trials = TESTS.into_iter().map(|(name, test, missing)| {

@@ -40,7 +40,9 @@ impl Blind {
                 "processes outside this PID namespace cannot be seen: look from the host's (--pid=host for a container)"
             }
             Self::HidePid => "/proc hides processes (hidepid): look as root",
-            Self::Denied => "the files of some process could not be read: look as root",
+            Self::Denied => {
+                "the files of some process could not be read: look as root, with every capability"
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 mod borrow;
 mod checks;
 mod crash;
-mod in_use;
+pub mod in_use;
 mod pump;
 
 use std::path::{Path, PathBuf};
@@ -182,8 +182,11 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
 fn borrow(options: &Options) -> Result<Option<Borrowed>> {
     let sysfs = Path::new(passgate_bindings::vfio::pci::SYSFS);
     let Ok(address) = options.device.parse() else { return Ok(None) };
-    if let Some(by) = in_use::in_use(sysfs, Path::new("/proc"), address) {
-        return Err(Error::InUse { device: options.device.clone(), by });
-    }
-    if options.bind { Borrowed::take(sysfs, address).map(Some) } else { Ok(None) }
+    let host = in_use::Host { sysfs, proc: Path::new("/proc"), dev: Path::new("/dev") };
+    let claims =
+        in_use::claim(host, address).map_err(|by| Error::InUse { device: options.device.clone(), by })?;
+    let borrowed = if options.bind { Borrowed::take(sysfs, address).map(Some) } else { Ok(None) };
+    // From here on no disk is there to be claimed by anybody.
+    drop(claims);
+    borrowed
 }

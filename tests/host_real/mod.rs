@@ -1,3 +1,4 @@
 //! The tests themselves.
 
+pub(crate) mod disks;
 pub(crate) mod namespaces;
