@@ -13,6 +13,7 @@ mod machine {
     pub mod cut;
     pub mod domains;
     pub mod drive;
+    pub mod faults;
     pub mod fences;
     pub mod groups;
     pub mod igb;
@@ -26,7 +27,9 @@ mod machine {
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::bench::Bench;
-use machine::{calls, cut, domains, drive, fences, groups, igb, interrupts, nvme, refusals, replace, virtio};
+use machine::{
+    calls, cut, domains, drive, faults, fences, groups, igb, interrupts, nvme, refusals, replace, virtio,
+};
 use passgate_backends::{Kind, Tables};
 
 type Test = fn(&Bench) -> Result<(), Failed>;
@@ -209,6 +212,8 @@ fn main() {
             let cuts = (kind == Kind::Type1).then_some("type1 cuts no mapping");
             CUT.iter().for_each(|(test, run)| offer(test, *run, cuts));
         }
+        let none = faults::no_injection();
+        faults::trials(kind).into_iter().for_each(|(test, run)| offer(test, run, none));
         for (kib, test, run) in HUGE {
             let none = format!("this machine has no free page of {kib} KiB");
             offer(test, *run, (!has_huge(*kib)).then_some(&none));

@@ -31,7 +31,7 @@ pub struct GuestFile {
     kind: FileKind,
     len: u64,
     writable: bool,
-    window: OnceLock<Result<Window, Errno>>,
+    window: OnceLock<Window>,
 }
 
 #[derive(Debug)]
@@ -189,15 +189,21 @@ impl GuestFile {
         }
     }
 
+    /// The window, made at the first call that succeeds. A failure is not kept: memory that is short now may be there
+    /// for the next call.
     fn window(&self) -> Result<&Window, Failed> {
-        let made = self.window.get_or_init(|| {
-            let prot = if self.writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-            let len = usize::try_from(self.len).map_err(|_| Errno::INVAL)?;
-            // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        if let Some(window) = self.window.get() {
+            return Ok(window);
+        }
+        let prot = if self.writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        let len = usize::try_from(self.len).map_err(|_| Failed::new("mmap", Errno::INVAL))?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        let base =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &self.fd, 0) }
-                .map(|base| Window { base: base.cast(), len })
-        });
-        made.as_ref().map_err(|errno| Failed::new("mmap", *errno))
+                .map_err(|errno| Failed::new("mmap", errno))?;
+        let made = Window { base: base.cast(), len };
+        // Where another thread was faster, its window stays, and this one is dropped with the closure.
+        Ok(self.window.get_or_init(move || made))
     }
 }
 
