@@ -9,7 +9,8 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,8 @@ pub(super) struct Rings {
     pub(super) memory: Memory,
     /// By their numbers, each with the worker whose share it is.
     pub(super) rings: Arc<Vec<(Vring, Mailbox)>>,
-    pub(super) workers: Arc<Vec<Mailbox>>,
+    /// As [`super::ring::Desk::write_through`].
+    pub(super) write_through: Arc<AtomicBool>,
 }
 
 /// A connection.
@@ -79,12 +81,12 @@ impl Frontend {
             .ok_or_else(|| wrong(format_args!("there is no queue {index}: {} are", self.rings.rings.len())))
     }
 
-    /// Tells the workers how writes are answered.
+    /// Tells the workers how writes are answered; who offers one after this has returned has it answered so.
     fn tell_through(&self) {
         let chosen = config::has(self.features, VIRTIO_BLK_F_CONFIG_WCE);
         let flushes = config::has(self.features, VIRTIO_BLK_F_FLUSH);
         let back = if chosen { self.write_back } else { flushes };
-        self.rings.workers.iter().for_each(|worker| worker.send(Order::Through(!back)));
+        self.rings.write_through.store(!back, Ordering::Release);
     }
 
     /// Lets a ring begin where it is all set up.
@@ -135,6 +137,21 @@ impl Frontend {
         Ok(next)
     }
 
+    /// Ends the life of a ring of which the drive still has something: what that becomes must not be written into the memory
+    /// of the next front-end.
+    fn abandon(&self, index: u32) {
+        let Ok((vring, worker)) = self.ring(index) else { return };
+        let (done, wait) = mpsc::channel();
+        worker.send(Order::Abandon { ring: index as u16, done }); // there is such a ring
+        if let Err(RecvTimeoutError::Timeout) = wait.recv_timeout(ENDING) {
+            log::error!("queue {index}: its worker hangs; this is a bug of passgate");
+        }
+        vring.set_queue_ready(false);
+        vring.set_kick(None);
+        vring.set_call(None);
+        worker.send(Order::Kick { ring: index as u16, kick: None });
+    }
+
     fn enable(&self, index: u32, enable: bool) -> Result<()> {
         let (vring, worker) = self.ring(index)?;
         vring.set_enabled(enable);
@@ -161,6 +178,7 @@ impl Frontend {
         for index in self.all() {
             if self.stop(index).is_err() {
                 log::error!("queue {index} rests with requests that the drive has not ended");
+                self.abandon(index);
             }
             if let Ok((vring, _)) = self.ring(index) {
                 vring.set_enabled(false);

@@ -24,6 +24,7 @@ mod worker;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -124,13 +125,14 @@ impl Door {
         let count = drive.queues().min(options.queues);
         let read_only = options.read_only || drive.geometry().read_only;
         let counts: Vec<_> = (0..count).map(|_| Arc::new(Counts::default())).collect();
+        let write_through = Arc::new(AtomicBool::new(false));
         let mut workers = Vec::new();
         for (nth, counts) in (0..count).zip(&counts) {
             let desk = Desk {
                 drive: drive.take_queue(nth)?,
                 geometry: drive.geometry().clone(),
                 read_only,
-                write_through: false,
+                write_through: Arc::clone(&write_through),
             };
             let share = (0..options.queues).filter(|ring| ring % count == nth);
             let share = share.filter_map(|ring| Some((ring, vrings.get(usize::from(ring))?.clone())));
@@ -145,7 +147,7 @@ impl Door {
             read_only,
             memory,
             rings: Arc::new(vrings.into_iter().enumerate().map(|(nth, vring)| (vring, of(nth))).collect()),
-            workers: Arc::new(mailboxes.clone()),
+            write_through,
         };
         let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
         for signal in options.stop_signals {

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::fmt::Display;
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use passgate_backends::nvme::{Fault, Geometry, Op, Queue as DriveQueue, Submitted};
@@ -51,8 +51,9 @@ pub(super) struct Desk {
     pub(super) drive: DriveQueue,
     pub(super) geometry: Geometry,
     pub(super) read_only: bool,
-    /// Whether a write is on the medium before it is answered.
-    pub(super) write_through: bool,
+    /// True while a write must be on the medium before it is answered. It is read after the available ring: who has set it
+    /// before offering a write finds it set for that write.
+    pub(super) write_through: Arc<AtomicBool>,
 }
 
 /// A question about the pages of a held request: what they are for the drive.
@@ -189,6 +190,12 @@ impl Ring {
             }
         }
         self.forget();
+    }
+
+    /// Ends at once, whatever the drive has of it. Nothing is written for it any more.
+    pub(super) fn abandon(&mut self) {
+        self.forget();
+        self.told = false;
     }
 
     fn forget(&mut self) {
@@ -331,8 +338,8 @@ impl Ring {
     /// Reads a request: it waits then, or is answered at once.
     fn take(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, desk: &Desk) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
-        let limits =
-            Limits { drive: &desk.geometry, read_only: desk.read_only, write_through: desk.write_through };
+        let write_through = desk.write_through.load(Ordering::Acquire);
+        let limits = Limits { drive: &desk.geometry, read_only: desk.read_only, write_through };
         let table = GuestAddress(queue.desc_table());
         let read = self.chain.read(memory, table, queue.size(), head, limits, &mut slot.segments);
         let request = match read {

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use passgate_backends::nvme::Completed;
 use passgate_bindings::Failed;
 use rustix::event::{EventfdFlags, eventfd};
-use vhost_user_backend::VringT;
-use virtio_queue::QueueT;
-use vm_memory::GuestAddressSpace;
+use vhost_user_backend::{VringStateMutGuard, VringT};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::counts::Counts;
 use super::inflight::QueueInflight;
@@ -43,10 +43,11 @@ pub(super) enum Order {
     Look,
     /// A ring takes no more; once the drive has nothing of it, the next index of its available ring is sent.
     Stop { ring: u16, ended: Sender<u16> },
+    /// A ring's life is over although the drive may have something of it: what that becomes is nobody's. `done` is sent to,
+    /// or dropped, once nothing more is written for it.
+    Abandon { ring: u16, done: Sender<()> },
     /// What a held request's pages are.
     Answer { ring: u16, head: u16, ticket: u64, admits: Admits },
-    /// Whether writes are on the medium before they are answered.
-    Through(bool),
     /// The thread ends.
     Leave,
 }
@@ -197,33 +198,40 @@ impl Worker {
             did = true;
             match order {
                 Order::Leave => return Err(()),
-                Order::Through(through) => self.desk.write_through = through,
                 Order::Look => {}
                 Order::Kick { ring, kick } => {
-                    self.with(ring, |share, _, _, poller| share.watch(kick, poller))
+                    if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
+                        share.watch(kick, &self.poller);
+                    }
                 }
-                Order::Start { ring, inflight } => self.with(ring, |share, desk, memory, _| {
+                Order::Start { ring, inflight } => self.with(ring, |share, queue, memory, desk| {
                     // Whoever waited for the end of what it was before is gone, and this one does not end with that.
                     share.ended = None;
-                    let mut locked = share.vring.get_mut();
-                    share.ring.start(locked.get_queue_mut(), memory, inflight, desk);
+                    share.ring.start(queue, memory, inflight, desk);
                 }),
-                Order::Answer { ring, head, ticket, admits } => self.with(ring, |share, _, memory, _| {
-                    let mut locked = share.vring.get_mut();
-                    share.ring.answered(locked.get_queue_mut(), memory, head, ticket, admits);
+                Order::Answer { ring, head, ticket, admits } => self.with(ring, |share, queue, memory, _| {
+                    share.ring.answered(queue, memory, head, ticket, admits);
                 }),
                 Order::Stop { ring, ended } => self.with(ring, |share, _, _, _| {
                     share.ring.stop();
                     share.ended = Some(ended);
                 }),
+                Order::Abandon { ring, done } => self.with(ring, |share, _, _, _| {
+                    share.ended = None;
+                    share.ring.abandon();
+                    // Who no longer waits for it does not need to know.
+                    let _ = done.send(());
+                }),
             }
         }
     }
 
-    fn with(&mut self, ring: u16, act: impl FnOnce(&mut Share, &Desk, &vm_memory::GuestMemoryMmap, &Poller)) {
+    /// Does something to a ring behind its lock.
+    fn with(&mut self, ring: u16, act: impl FnOnce(&mut Share, &mut Queue, &GuestMemoryMmap, &Desk)) {
         if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
-            let memory = self.memory.memory();
-            act(share, &self.desk, &memory, &self.poller);
+            let vring = share.vring.clone();
+            let (mut locked, memory) = lock(&vring, &self.memory);
+            act(share, locked.get_queue_mut(), &memory, &self.desk);
         }
     }
 
@@ -235,9 +243,7 @@ impl Worker {
         let (before, from_first) = self.shares.split_at_mut(self.first);
         let before = (0..).zip(before);
         for (nth, share) in (self.first..).zip(from_first).chain(before) {
-            let mut locked = share.vring.get_mut();
-            // Behind the lock: what is seen here stays until the lock is let go.
-            let memory = self.memory.memory();
+            let (mut locked, memory) = lock(&share.vring, &self.memory);
             let (enabled, queue) = (locked.is_enabled(), locked.get_queue_mut());
             for Completed { tag, result } in &self.done {
                 let (life, ring, head) = of_tag(*tag);
@@ -289,6 +295,20 @@ impl Worker {
         }
         more
     }
+}
+
+/// Takes a ring's lock, and returns guest memory as it is behind that lock: the only way for a worker to come by memory.
+///
+/// Who removes memory replaces it first and then takes every ring's lock once ([`super::frontend`]): whoever has the lock
+/// before that has memory that is still there, and whoever takes it later finds the new memory. Memory that was loaded
+/// before the lock was had could be written after its removal was answered.
+fn lock<'a>(
+    vring: &'a Vring,
+    memory: &Memory,
+) -> (<Vring as VringStateMutGuard<'a, Memory>>::G, <Memory as GuestAddressSpace>::T) {
+    let locked = vring.get_mut();
+    let memory = memory.memory();
+    (locked, memory)
 }
 
 impl Share {

@@ -1,11 +1,17 @@
-//! What takes so long that no front-end's test waits for it: a worker and its ring, told by hand.
+//! A worker and its ring, told by hand: what takes so long that no front-end's test waits for it, and what must be met at
+//! one step of the worker.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use passgate_backends::iommu::sim::{Memory as Pages, Sim};
 use passgate_backends::nvme::sim::{Does, Options, Simulated, When};
 use passgate_backends::nvme::{Drive, DriveOptions};
 use passgate_backends::{Device, Domain, Windowed};
+use passgate_bindings::PageRange;
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::units::{Offset, PAGE};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::ring::FAILED;
@@ -14,6 +20,7 @@ use crate::serve::{self, Server};
 
 /// Longer than anything takes here.
 const LONG: Duration = Duration::from_secs(20);
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 const ENTRIES: u16 = 16;
 /// A ring's parts; headers and statuses of requests; their data.
 const TABLE: u64 = 0x1000;
@@ -32,6 +39,8 @@ struct Bench {
     server: Server,
     drive: Arc<Drive>,
     sim: Simulated,
+    windowed: Arc<Windowed>,
+    write_through: Arc<AtomicBool>,
     offered: u16,
     _turn: MutexGuard<'static, ()>,
 }
@@ -43,13 +52,34 @@ impl Bench {
         let sim = Simulated::new(&iommu, Options::default()).unwrap();
         let plain = iommu as Arc<dyn Domain>;
         let drive = Drive::open(sim.registers(), &plain, DriveOptions::default()).unwrap();
-        let windowed = Windowed::new(plain, Arc::clone(drive.window()));
+        let windowed = Arc::new(Windowed::new(plain, Arc::clone(drive.window())));
         let devices = vec![Arc::clone(&drive) as Arc<dyn Device>];
-        let server = Server::bind(serve::Options::nowhere(), Arc::new(windowed), devices).unwrap();
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
-        let memory = Memory::new(memory);
+        let server = Server::bind(serve::Options::nowhere(), Arc::clone(&windowed) as _, devices).unwrap();
+        let memory = Memory::new(blank());
         let vring = Vring::new(memory.clone(), ENTRIES).unwrap();
-        Self { vring, memory, server, drive, sim, offered: 0, _turn: turn }
+        let write_through = Arc::default();
+        Self { vring, memory, server, drive, sim, windowed, write_through, offered: 0, _turn: turn }
+    }
+
+    /// A worker's thread for the ring.
+    fn worker(&self, polling: Polling) -> (Mailbox, JoinHandle<()>) {
+        let (rings, inside) = (vec![(0, self.vring.clone())], self.server.inside());
+        Worker::spawn(self.desk(), self.memory.clone(), rings, inside, polling, Arc::default()).unwrap()
+    }
+
+    /// Shows the worker other memory, and returns what it had.
+    fn replace_memory(&self) -> Arc<GuestMemoryMmap> {
+        let before = self.memory.memory().into_inner();
+        self.memory.lock().unwrap().replace(blank());
+        before
+    }
+
+    fn await_used(&self, count: u16) {
+        let until = Instant::now() + LONG;
+        while self.used() < count {
+            assert!(Instant::now() < until, "the ring rests at {}", self.used());
+            std::thread::yield_now();
+        }
     }
 
     fn desk(&self) -> Desk {
@@ -57,7 +87,7 @@ impl Bench {
             drive: self.drive.take_queue(0).unwrap(),
             geometry: self.drive.geometry().clone(),
             read_only: false,
-            write_through: false,
+            write_through: Arc::clone(&self.write_through),
         }
     }
 
@@ -84,7 +114,7 @@ impl Bench {
             memory.write_slice(&bytes, GuestAddress(TABLE + u64::from(index) * 16)).unwrap();
         };
         describe(head, at, 16, 1);
-        describe(head + 1, DATA, data, 3);
+        describe(head + 1, DATA, data, if kind == OUT { 1 } else { 3 });
         describe(head + 2, at + 16, 1, 2);
         memory.write_obj(kind, GuestAddress(at)).unwrap();
         memory.write_obj(0xeeu8, GuestAddress(at + 16)).unwrap();
@@ -103,18 +133,131 @@ impl Bench {
     }
 }
 
+/// A guest's memory, all zeroes.
+fn blank() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
+}
+
+/// Waits until a worker's thread sleeps. There is one worker at a time.
+fn await_sleep() {
+    let until = Instant::now() + LONG;
+    let sleeps = || {
+        let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
+        let mut states =
+            threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+        states.any(|stat| stat.contains("(vhost-blk) S"))
+    };
+    while !sleeps() {
+        assert!(Instant::now() < until, "the worker does not sleep");
+        std::thread::yield_now();
+    }
+}
+
 const IN: u32 = 0;
+const OUT: u32 = 1;
 const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+/// A worker that waits for a ring's lock with an order in its hand must not have loaded memory before: whoever removes
+/// memory takes that lock once and then says that nobody writes to it any more.
+#[test]
+fn worker_writes_to_no_memory_that_was_removed_while_it_waited_for_the_ring() {
+    let mut bench = Bench::new();
+    let (mailbox, thread) = bench.worker(Polling::Never);
+    bench.set_up();
+    bench.offer(0, GET_ID, 20);
+    // What an earlier back-end had in flight is answered by the order itself.
+    let (inflight, _file) = super::super::inflight::Inflight::new(1, ENTRIES).unwrap();
+    let mut earlier = inflight.queue(0, ENTRIES).unwrap();
+    earlier.recover(0);
+    earlier.begin(0);
+    await_sleep();
+    let vring = bench.vring.clone();
+    let locked = vring.get_mut();
+    mailbox.send(Order::Start { ring: 0, inflight: inflight.queue(0, ENTRIES) });
+    // It has woken up, and from there on it sleeps at the lock only.
+    let until = Instant::now() + LONG;
+    let woken = || rustix::event::poll(&mut [PollFd::new(&mailbox.wake, PollFlags::IN)], Some(&NOW)) == Ok(0);
+    while !woken() {
+        assert!(Instant::now() < until, "the worker does not wake up");
+        std::thread::yield_now();
+    }
+    await_sleep();
+    let removed = bench.replace_memory();
+    drop(locked);
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
+    let status: u8 = removed.read_obj(GuestAddress(REQUESTS + 16)).unwrap();
+    let used: u16 = removed.read_obj(GuestAddress(USED + 2)).unwrap();
+    assert_eq!((status, used), (0xee, 0), "it wrote to memory that was removed");
+}
+
+/// The answer to SET_CONFIG orders what the guest does after it: a worker that looks at its rings meanwhile must not go on
+/// with what was chosen before.
+#[test]
+fn write_offered_after_the_cache_is_switched_off_is_on_the_medium_when_answered() {
+    let mut bench = Bench::new();
+    let guest = Arc::new(GuestFile::memfd("guest", PAGE).unwrap());
+    guest.write(0, &[0x5a; 512]).unwrap();
+    let data = PageRange::new(DATA, PAGE).unwrap();
+    bench.windowed.map(data, PAGE, &guest, Offset(0), true).unwrap();
+    let (mailbox, thread) = bench.worker(Polling::Always);
+    bench.set_up();
+    bench.offer(0, FLUSH, 0);
+    mailbox.send(Order::Start { ring: 0, inflight: None });
+    bench.await_used(1);
+    let vring = bench.vring.clone();
+    let locked = vring.get_mut();
+    // It never sleeps but at the ring's lock, and has obeyed all its orders before.
+    await_sleep();
+    bench.write_through.store(true, Ordering::Release);
+    bench.offer(1, OUT, 512);
+    drop(locked);
+    bench.await_used(2);
+    assert_eq!(bench.status(1), 0);
+    bench.sim.power_cut();
+    assert!(bench.sim.medium().read(0, 1) == [0x5a; 512], "what was answered is lost with the power");
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
+}
+
+/// A front-end has left with a request that the drive does not end. Whatever becomes of it, the memory of the next one has
+/// something else where the status was to go.
+#[test]
+fn request_that_ends_after_its_ring_was_abandoned_writes_to_no_memory() {
+    let mut bench = Bench::new();
+    bench.sim.fault(When::any(), Does::HoldCompletion);
+    let (mailbox, thread) = bench.worker(Polling::Never);
+    bench.set_up();
+    bench.offer(0, FLUSH, 0);
+    mailbox.send(Order::Start { ring: 0, inflight: None });
+    assert!(bench.sim.await_held(1, LONG));
+    let (ended, gave_up) = mpsc::channel();
+    mailbox.send(Order::Stop { ring: 0, ended });
+    drop(gave_up);
+    let (done, wait) = mpsc::channel();
+    mailbox.send(Order::Abandon { ring: 0, done });
+    wait.recv_timeout(LONG).unwrap();
+    bench.replace_memory();
+    bench.memory.memory().write_obj(0xeeu8, GuestAddress(REQUESTS + 16)).unwrap();
+    bench.sim.release();
+    let until = Instant::now() + LONG;
+    while !bench.drive.window().idle() {
+        assert!(Instant::now() < until, "the drive does not end it");
+        std::thread::yield_now();
+    }
+    mailbox.send(Order::Look);
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
+    assert_eq!((bench.status(0), bench.used()), (0xee, 0), "it wrote to the memory of the next front-end");
+}
 
 /// The drive has not ended a request in the time that a front-end has; the next one comes, and then it ends.
 #[test]
 fn who_gave_up_waiting_for_the_end_of_a_ring_does_not_end_the_next_ones() {
     let mut bench = Bench::new();
     bench.sim.fault(When::any(), Does::HoldCompletion);
-    let (rings, inside) = (vec![(0, bench.vring.clone())], bench.server.inside());
-    let worker =
-        Worker::spawn(bench.desk(), bench.memory.clone(), rings, inside, Polling::Never, Arc::default());
-    let (mailbox, thread) = worker.unwrap();
+    let (mailbox, thread) = bench.worker(Polling::Never);
     bench.set_up();
     bench.offer(0, FLUSH, 0);
     mailbox.send(Order::Start { ring: 0, inflight: None });
