@@ -1,7 +1,8 @@
 //! Threads for what takes long: large maps, fences, resets. Results come back through one callback.
 //!
-//! A thread that never returns from the kernel is lost to the pool, so there are several; when all are busy, tasks
-//! wait, and the gate's deadlines answer for them.
+//! A thread that never returns from the kernel is lost to the pool. So each kind of task has threads of its own: a
+//! fence, which may be what ends a hung unmap, never waits for a thread that such an unmap has, nor does an unmap wait
+//! for DMA on demand. When all threads of a kind are busy its tasks wait, and the gate's deadlines answer for them.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -9,8 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::call::{Call, Returned};
 
-/// Threads at most.
-const THREADS: usize = 8;
+/// The number of threads for maps, unmaps, replaces and conversions, at most.
+const MAX_CALL_THREADS: usize = 8;
+/// The number of threads for tasks that are not the gate's, at most.
+const MAX_OTHER_THREADS: usize = 8;
+/// Fences and attaches have as many threads as they need: the gate has one such call in progress for each device.
+const MAX_FENCE_THREADS: usize = usize::MAX;
 
 /// Something that takes long.
 pub enum Task {
@@ -29,6 +34,8 @@ impl fmt::Debug for Task {
     }
 }
 
+type Deliver = dyn Fn(Returned) + Send + Sync;
+
 #[derive(Default)]
 struct Queue {
     tasks: VecDeque<Task>,
@@ -37,63 +44,90 @@ struct Queue {
     closed: bool,
 }
 
-struct Shared {
+/// The tasks of one kind, and the threads that only they have.
+struct Lane {
+    name: &'static str,
+    max_threads: usize,
     queue: Mutex<Queue>,
     more: Condvar,
-    deliver: Box<dyn Fn(Returned) + Send + Sync>,
+    deliver: Arc<Deliver>,
 }
 
 /// The pool. Its threads end once it is dropped and they come back from what they are at.
 pub struct Pool {
-    shared: Arc<Shared>,
+    calls: Arc<Lane>,
+    fences: Arc<Lane>,
+    others: Arc<Lane>,
 }
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("threads", &self.lock().threads).finish()
+        let threads = |lane: &Lane| lane.lock().threads;
+        f.debug_struct("Pool")
+            .field("calls", &threads(&self.calls))
+            .field("fences", &threads(&self.fences))
+            .field("others", &threads(&self.others))
+            .finish()
     }
 }
 
 impl Pool {
-    /// A pool without threads; they come with the tasks.
+    /// Returns a pool without threads; they come with the tasks.
     pub fn new(deliver: impl Fn(Returned) + Send + Sync + 'static) -> Self {
-        let shared = Shared { queue: Mutex::default(), more: Condvar::new(), deliver: Box::new(deliver) };
-        Self { shared: Arc::new(shared) }
+        let deliver: Arc<Deliver> = Arc::new(deliver);
+        let lane = |name, max_threads| {
+            let (queue, more, deliver) = (Mutex::default(), Condvar::new(), Arc::clone(&deliver));
+            Arc::new(Lane { name, max_threads, queue, more, deliver })
+        };
+        Self {
+            calls: lane("worker", MAX_CALL_THREADS),
+            fences: lane("fence", MAX_FENCE_THREADS),
+            others: lane("task", MAX_OTHER_THREADS),
+        }
     }
 
     /// Runs `task` on some thread, soon.
     pub fn run(&self, task: Task) {
-        let mut queue = self.lock();
-        queue.tasks.push_back(task);
-        if queue.idle >= queue.tasks.len() || queue.threads == THREADS {
-            self.shared.more.notify_one();
-            return;
+        match &task {
+            Task::Call(Call::Fence { .. } | Call::Attach { .. }) => &self.fences,
+            Task::Call(_) => &self.calls,
+            Task::Other(_) => &self.others,
         }
-        let shared = Arc::clone(&self.shared);
-        let started = std::thread::Builder::new().name("worker".into()).spawn(move || shared.work());
-        match started {
-            Ok(_) => queue.threads += 1,
-            // The task waits for a thread that exists; where none does, the gate's deadline answers.
-            Err(error) => log::error!("cannot start a worker thread: {error}; raise the limit of tasks"),
-        }
-        self.shared.more.notify_one();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        .run(task);
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.lock().closed = true;
-        self.shared.more.notify_all();
+        for lane in [&self.calls, &self.fences, &self.others] {
+            lane.lock().closed = true;
+            lane.more.notify_all();
+        }
     }
 }
 
-impl Shared {
+impl Lane {
+    fn run(self: &Arc<Self>, task: Task) {
+        let mut queue = self.lock();
+        queue.tasks.push_back(task);
+        if queue.idle < queue.tasks.len() && queue.threads < self.max_threads {
+            let lane = Arc::clone(self);
+            let started = std::thread::Builder::new().name(self.name.into()).spawn(move || lane.work());
+            match started {
+                Ok(_) => queue.threads += 1,
+                // The task waits for a thread that exists; where none does, the gate's deadline answers.
+                Err(error) => log::error!("cannot start a worker thread: {error}; raise the limit of tasks"),
+            }
+        }
+        self.more.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn work(&self) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.lock();
         loop {
             match queue.tasks.pop_front() {
                 Some(task) => {
@@ -102,7 +136,7 @@ impl Shared {
                         Task::Call(call) => (self.deliver)(call.run()),
                         Task::Other(task) => task(),
                     }
-                    queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                    queue = self.lock();
                 }
                 None if queue.closed => return,
                 None => {
@@ -112,5 +146,68 @@ impl Shared {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
+    use passgate_backends::{Device, Domain, FenceStep, Nature, StopClass};
+    use passgate_bindings::PageRange;
+
+    use super::*;
+    use crate::gate::{DomainId, Event, JobId};
+
+    /// Longer than any machine takes to start a thread: only what never comes reaches it.
+    const NEVER: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn hung_calls_of_one_kind_leave_the_threads_of_the_others_free() {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let hung = 4 * MAX_CALL_THREADS as u64;
+        let plan = (1..=hung).fold(FaultPlan::new(), |plan, nth| plan.at(sim::Call::Unmap, nth, Fault::Hang));
+        sim.plan(plan.at(sim::Call::Fence, 1, Fault::Hang));
+        let (told, results) = mpsc::channel();
+        let pool = Pool::new(move |returned| _ = told.send(returned));
+        let domain: Arc<dyn Domain> = Arc::new(sim.clone());
+        let page = PageRange::new(0, passgate_bindings::PAGE).unwrap();
+        for job in 0..hung {
+            let (job, domain, shares) = (JobId(job), Arc::clone(&domain), Vec::new());
+            pool.run(Task::Call(Call::Unmap { job, id: DomainId(0), domain, iova: page, shares }));
+        }
+        let device =
+            |name| -> Arc<dyn Device> { Arc::new(sim.device(name, StopClass::all(), Nature::default())) };
+        let (first, second) = (device("sim:0"), device("sim:1"));
+        let step = FenceStep::Detach;
+        pool.run(Task::Call(Call::Fence { job: JobId(100), device: first, step }));
+        while sim.hanging() < MAX_CALL_THREADS + 1 {
+            std::thread::yield_now();
+        }
+        pool.run(Task::Call(Call::Fence { job: JobId(101), device: Arc::clone(&second), step }));
+        let fenced = |returned| match returned {
+            Ok(Returned::Fact { event: Event::Fenced { job, errno: 0, .. }, .. }) => job,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            fenced(results.recv_timeout(NEVER)),
+            JobId(101),
+            "neither unmaps nor another fence delay it"
+        );
+        pool.run(Task::Call(Call::Attach { job: JobId(102), device: second }));
+        let attached = results.recv_timeout(NEVER).unwrap();
+        assert!(matches!(
+            attached,
+            Returned::Fact { event: Event::Attached { job: JobId(102), errno: 0 }, .. }
+        ));
+        let (ran, other) = mpsc::channel();
+        pool.run(Task::Other(Box::new(move || _ = ran.send(()))));
+        other.recv_timeout(NEVER).unwrap();
+        // Whatever is left of the plan goes on, so that the threads end.
+        sim.plan(FaultPlan::new());
+        sim.release();
+        (0..hung + 1).for_each(|_| _ = results.recv_timeout(NEVER).unwrap());
     }
 }
