@@ -65,6 +65,14 @@ pub enum Error {
         /// Why it cannot be detached either, and what to do about it.
         why: String,
     },
+    /// The device does not answer: every register reads as all ones.
+    #[error(
+        "{device} does not answer: its registers read as all ones, as of a device that was removed or has no power          (D3cold); put it back, or take it off the bus and have it found again:          echo 1 > /sys/bus/pci/devices/{device}/remove; echo 1 > /sys/bus/pci/rescan"
+    )]
+    Gone {
+        /// The device's name.
+        device: String,
+    },
     /// The device cannot do this.
     #[error("{device}: {what} is not supported by this device")]
     Unsupported {
@@ -127,6 +135,7 @@ impl Error {
             Self::Unsupported { .. } => Some(Errno::OPNOTSUPP),
             Self::Memlock { .. } => Some(Errno::NOMEM),
             Self::Fault { .. } => Some(Errno::FAULT),
+            Self::Gone { .. } => Some(Errno::NODEV),
             Self::Unbound { .. } | Self::Unstoppable { .. } | Self::Host { .. } | Self::Ring(_) => None,
         }
     }

@@ -83,6 +83,10 @@ pub struct Left {
     pub groups: Vec<(u32, OwnedFd)>,
     /// The devices by their names, in their order.
     pub devices: Vec<(String, OwnedFd)>,
+    /// Those of them that the process had stopped or was about to stop: they may be detached.
+    pub stopped: Vec<String>,
+    /// Those of them whose ATS the process knew to be off while they are attached.
+    pub ats_unused: Vec<String>,
 }
 
 /// Copies of all that [`resume`] needs, while domain and devices go on; nothing where nothing outlives this process.
@@ -104,7 +108,7 @@ pub fn leave(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> io::Result<(Le
 /// Takes over what [`leave`] gave. Where that fails the devices are left as they are, but for one whose driver was
 /// about to begin anew.
 pub fn resume(left: Left, ids: Ids, accept: Accept) -> Result<Assignment> {
-    let Left { domain, groups, devices } = left;
+    let Left { domain, groups, devices, stopped, ats_unused } = left;
     let missing = |what: &str| Error::Host {
         what: format!("of what an earlier process left, {what} is missing"),
         mend: "its devices are stopped by now or about to be; stop the service for good, then start it",
@@ -118,27 +122,35 @@ pub fn resume(left: Left, ids: Ids, accept: Accept) -> Result<Assignment> {
             let opened = devices
                 .into_iter()
                 .map(|(name, fd)| {
-                    VfioDevice::resume_cdev(&name, fd, &domain, &together).map(ManuallyDrop::new)
+                    let unused = ats_unused.contains(&name);
+                    VfioDevice::resume_cdev(&name, fd, &domain, &together, unused).map(ManuallyDrop::new)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            go_on(domain, opened, accept)
+            go_on(domain, opened, &stopped, accept)
         }
         Ids::Type1 { .. } => {
             let domain = Type1Domain::resume(fd, groups, ids)?;
             let opened = devices
                 .into_iter()
-                .map(|(name, fd)| VfioDevice::resume_group(&name, fd, &domain).map(ManuallyDrop::new))
+                .map(|(name, fd)| {
+                    let unused = ats_unused.contains(&name);
+                    VfioDevice::resume_group(&name, fd, &domain, unused).map(ManuallyDrop::new)
+                })
                 .collect::<Result<Vec<_>>>()?;
-            go_on(domain, opened, accept)
+            go_on(domain, opened, &stopped, accept)
         }
     }
 }
 
 /// Gives drivers to the devices that have one. No driver begins while another's device may still write to queues at
 /// the same addresses. A device that is dropped is stopped: here none is.
+///
+/// A driver needs its device attached. One that may be detached is attached here, before the gate has settled what is in
+/// doubt: the driver does no DMA but to memory of its own, and the gate takes the device for one that may be attached.
 fn go_on(
     domain: Arc<dyn Domain>,
     opened: Vec<ManuallyDrop<VfioDevice>>,
+    stopped: &[String],
     accept: Accept,
 ) -> Result<Assignment> {
     for device in &opened {
@@ -152,7 +164,11 @@ fn go_on(
         .into_iter()
         .map(|device| {
             if driver_of(&device)?.is_some() {
-                device.wake()?;
+                if stopped.iter().any(|name| name == device.name()) {
+                    device.attach()?
+                } else {
+                    device.wake()?
+                }
             }
             drive(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept, &mut drives)
         })

@@ -56,6 +56,9 @@ fn text(status: &Status) -> String {
         let only = if device.stop.len() == 1 { " only, which is not certain" } else { "" };
         let stop = device.stop.join(", ");
         _ = write!(text, "\ndevice {}: can be stopped by {stop}{only}{fenced}", device.device);
+        if device.lost {
+            text += ", LOST (could not be brought back)";
+        }
         if device.ats {
             text += ", caches translations (ATS)";
         }

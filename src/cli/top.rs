@@ -217,7 +217,11 @@ fn view(status: &Status, before: &Sample, now: &Sample, events: &[String]) -> St
         status.clients,
     );
     for device in &status.devices {
-        let state = device.fenced.as_ref().map_or("running".to_owned(), |step| format!("FENCED by {step}"));
+        let state = match &device.fenced {
+            Some(step) => format!("FENCED by {step}"),
+            None if device.lost => "LOST".to_owned(),
+            None => "running".to_owned(),
+        };
         _ = write!(text, "\ndevice {}: {state}; can be stopped by {}", device.device, device.stop.join(", "));
     }
     if let Some(served) = &status.disk {

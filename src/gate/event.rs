@@ -265,6 +265,16 @@ pub enum Event {
         /// The kernel's answer; 0 for success.
         errno: i32,
     },
+    /// What bears on a device's fences was read again: before the result of every attach, and where it is not what the
+    /// gate believed.
+    DeviceNature {
+        /// Which device.
+        device: DeviceId,
+        /// As [`Nature::ats`].
+        ats: bool,
+        /// As [`Nature::tdi`].
+        tdi: bool,
+    },
     /// The time that [`super::Effect::Arm`] asked for has passed.
     Expired {
         /// Of which invalidation.

@@ -85,8 +85,8 @@ impl Steps {
 /// What of a device bears on which fences prove anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Nature {
-    /// It caches translations of its own (PCI ATS is on): an unmap alone proves nothing where a stale write does
-    /// harm ([`Platform::Strict`]).
+    /// It caches translations of its own (PCI ATS is on, or it has ATS and nobody knows that it is off): an unmap alone
+    /// proves nothing where a stale write does harm ([`Platform::Strict`]).
     pub ats: bool,
     /// It is a TDISP interface in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,

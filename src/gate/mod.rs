@@ -230,6 +230,7 @@ impl Gate {
             Event::Released { job } => self.released(job, effects),
             Event::Fenced { job, errno, took_ns } => self.fenced(job, errno, took_ns, effects),
             Event::Attached { job, errno } => self.attached(job, errno, effects),
+            Event::DeviceNature { device, ats, tdi } => self.device_nature(device, ats, tdi, effects),
             Event::Expired { invalidation, rung } => self.expired(invalidation, rung, effects),
             Event::Quiet => self.quiet(effects),
             Event::ClientGone { client } => self.client_gone(client, effects),

@@ -121,6 +121,7 @@ impl Gate {
                 if result == (UnmapResult::Gone { bytes: asked }) {
                     self.replaced(domain, &runs, &gone);
                 } else {
+                    self.perhaps_stranded(domain);
                     // All or nothing: which of them went is not told.
                     let each = match result {
                         UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },

@@ -12,7 +12,7 @@ use super::effect::{Effect, Effects, FilePages};
 use super::event::{
     ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId, RegionSpec, UnmapResult,
 };
-use super::fence::Step;
+use super::fence::{Nature, Step};
 use super::invalidation::After;
 use super::ledger::holds::gaps;
 use super::ledger::{HeldBy, PageState, RunState, Store};
@@ -215,6 +215,16 @@ impl Gate {
     /// What holds pages of this range of a file; each whole.
     pub fn holds_over(&self, file: FileId, range: PageRange<Offset>) -> Vec<(PageRange<Offset>, HeldBy)> {
         self.files.get(&file).map(|entry| entry.holds.overlapping(range).collect()).unwrap_or_default()
+    }
+
+    /// What bears on the fences of a device, as it was last read.
+    pub fn nature(&self, device: DeviceId) -> Option<Nature> {
+        self.devices.get(&device).map(|entry| entry.nature)
+    }
+
+    /// What bears on the fences of each device, as it was last read.
+    pub fn natures(&self) -> impl Iterator<Item = (DeviceId, Nature)> + '_ {
+        self.devices.iter().map(|(id, device)| (*id, device.nature))
     }
 
     /// The devices that do not plainly run.

@@ -4,7 +4,7 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::event::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId, RegionSpec};
-use super::fence::Step;
+use super::fence::{Nature, Step};
 use super::ledger::HeldBy;
 use super::verdict::Reason;
 use super::{FilePages, Gate};
@@ -68,6 +68,10 @@ pub struct DeviceStatus {
     pub domain: DomainId,
     /// The fence that it is under; none while its DMA works.
     pub fenced: Option<Step>,
+    /// True while it could not be brought back: whether its DMA works is not known.
+    pub lost: bool,
+    /// What bears on its fences, as it was last read.
+    pub nature: Nature,
 }
 
 /// One quarantined range.
@@ -109,6 +113,8 @@ impl Gate {
             device: *id,
             domain: device.domain,
             fenced: device.fenced,
+            lost: device.lost,
+            nature: device.nature,
         });
         let quarantine = self.files.iter().flat_map(|(file, entry)| {
             entry.holds.iter().filter_map(move |(range, by)| match by {

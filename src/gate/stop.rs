@@ -32,7 +32,7 @@ pub(super) struct DeviceEntry {
     /// The fences that somebody needs after that, weakest first: the strongest, and a detach, which a reset does not include.
     next: Vec<(Step, InvalidationId)>,
     /// Whether it could not be brought back: tried again when memory is added.
-    lost: bool,
+    pub(super) lost: bool,
 }
 
 /// A call under way on a device.
@@ -230,12 +230,12 @@ impl Gate {
         self.jobs.remove(&job);
         if let Some(entry) = self.devices.get_mut(&device) {
             entry.lost = errno != 0;
-            if errno == 0 {
-                entry.fenced = None;
-                entry.detached = false;
-                entry.drained = None;
-                entry.shaken = false;
-            }
+            // An attach that failed may have left the device anywhere between its fence and its domain, at work or not:
+            // no fence from before it proves anything any more.
+            entry.fenced = None;
+            entry.detached = false;
+            entry.drained = None;
+            entry.shaken = errno != 0;
         }
         effects.push(Effect::Notice(Notice::DeviceAttached { device, errno }));
         self.idle(device, None, effects);
@@ -278,6 +278,27 @@ impl Gate {
             && let Some(invalidation) = self.clearing.iter().copied().find(waits)
         {
             self.fence_one(device, step, invalidation, effects);
+        }
+    }
+
+    /// Takes down what bears on the fences of a device, as it was read off the device.
+    pub(super) fn device_nature(&mut self, device: DeviceId, ats: bool, tdi: bool, effects: &mut Effects) {
+        let Some(entry) = self.devices.get_mut(&device) else { return };
+        entry.nature = Nature { ats, tdi, ..entry.nature };
+        let domain = entry.domain;
+        if !ats && self.domain(domain).is_some_and(|domain| domain.mapped.unsettled() > 0) {
+            // A number of its own for what it leaves in doubt.
+            self.last_invalidation += 1;
+            self.copies_gone(domain, InvalidationId(self.last_invalidation), effects);
+        }
+        self.advance_all(effects);
+    }
+
+    /// A replace that failed may have left devices of its domain detached: each is brought back as one that was told to
+    /// pause, and has perhaps not done so.
+    pub(super) fn perhaps_stranded(&mut self, domain: DomainId) {
+        for device in self.devices.values_mut().filter(|device| device.domain == domain) {
+            device.drained.get_or_insert(false);
         }
     }
 

@@ -242,7 +242,9 @@ impl Now {
         self.open.set(snapshot.open);
         self.clients.set(clients);
         self.devices.set(snapshot.devices.len() as u64);
-        self.fenced.set(snapshot.devices.iter().filter(|device| device.fenced.is_some()).count() as u64);
+        self.fenced
+            .set(snapshot.devices.iter().filter(|device| device.fenced.is_some() || device.lost).count()
+                as u64);
         for (state, word) in ["shared", "private", "hole", "unknown"].into_iter().enumerate() {
             let bytes = snapshot.regions.iter().map(|region| region.bytes[state]).sum();
             self.bytes.get_or_create(&[("state", word)]).set(bytes);

@@ -114,14 +114,13 @@ fn region(status: &RegionStatus) -> Region {
 
 fn device(session: &Session, status: &DeviceStatus) -> Device {
     let able = |step: &Step| session.can(status.device, *step);
-    let device = session.devices().get(usize::from(status.device.0));
-    let nature = device.map(|device| device.nature()).unwrap_or_default();
     Device {
         device: session.device_name(status.device).into(),
         stop: Step::LADDER.iter().filter(|step| able(step)).map(|step| step.word().into()).collect(),
-        ats: nature.ats,
-        tdi: nature.tdi,
+        ats: status.nature.ats,
+        tdi: status.nature.tdi,
         fenced: status.fenced.map(|step| step.word().into()),
+        lost: status.lost,
     }
 }
 

@@ -287,13 +287,17 @@ pub struct Device {
     pub device: String,
     /// How it can be stopped, weakest first.
     pub stop: Vec<String>,
-    /// Whether it caches translations of its own (PCI ATS is on): an unmap alone may not be proof for it.
+    /// Whether it caches translations of its own (PCI ATS is on, or nobody knows that it is off): an unmap alone may not
+    /// be proof for it.
     pub ats: bool,
     /// Whether it is a TDISP interface in LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,
     /// The fence that it is under, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fenced: Option<String>,
+    /// True while it could not be brought back: it may be in its address space or not.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 /// One range that must not be handed out, in `Status`.

@@ -184,6 +184,9 @@ fn go_on(
             None => return Ok(Err(Why::Missing(name))),
         }
     }
+    let stopped = left.past.stopped.iter().filter_map(|id| left.devices.get(usize::from(id.0)));
+    handed.stopped = stopped.cloned().collect();
+    handed.ats_unused = left.ats_unused.clone();
     if handed.domain.is_none() {
         return Ok(Err(Why::Missing(domain)));
     }

@@ -18,8 +18,8 @@ use super::Session;
 use super::fdstore::{FdStore, Name};
 use super::joined::{self, Share};
 use crate::gate::{
-    Caller, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Step,
-    UnmapResult,
+    Caller, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Nature, Outcome,
+    PageState, Step, UnmapResult,
 };
 use crate::protocol::verbs::AddMemory;
 
@@ -80,6 +80,10 @@ pub enum Call {
         job: JobId,
         /// Which.
         device: Arc<dyn Device>,
+        /// Its name.
+        id: DeviceId,
+        /// What the gate believes of it.
+        believed: Nature,
         /// How.
         step: FenceStep,
     },
@@ -89,6 +93,10 @@ pub enum Call {
         job: JobId,
         /// Which.
         device: Arc<dyn Device>,
+        /// Its name.
+        id: DeviceId,
+        /// What the gate believes of it.
+        believed: Nature,
     },
     /// Convert pages.
     Convert {
@@ -178,12 +186,14 @@ impl Call {
             Effect::Replace { job, domain: id, gone, bytes: _ } => {
                 Some(Self::Replace { job, domain: domain(id)?, gone })
             }
-            Effect::Fence { job, device, step } => {
-                let device = session.devices.get(usize::from(device.0))?.clone();
-                Some(Self::Fence { job, device, step: fence_step(step)? })
+            Effect::Fence { job, device: id, step } => {
+                let device = session.devices.get(usize::from(id.0))?.clone();
+                let believed = session.gate.nature(id)?;
+                Some(Self::Fence { job, device, id, believed, step: fence_step(step)? })
             }
-            Effect::Attach { job, device } => {
-                Some(Self::Attach { job, device: session.devices.get(usize::from(device.0))?.clone() })
+            Effect::Attach { job, device: id } => {
+                let device = session.devices.get(usize::from(id.0))?.clone();
+                Some(Self::Attach { job, device, id, believed: session.gate.nature(id)? })
             }
             Effect::Convert { invalidation, pages, to } => {
                 let held = pages.iter().filter_map(|part| {
@@ -246,11 +256,22 @@ impl Call {
                 let event = Event::Unmapped { job, result, took_ns: took() };
                 Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }
-            Self::Fence { job, device, step } => {
-                let errno = told(device.fence(step));
-                plain(Event::Fenced { job, errno, took_ns: took() })
+            Self::Fence { job, device, id, believed, step } => {
+                // A TDI may have been bound since the gate heard of the device. Then this fence is one that needs leave,
+                // and is announced: it is not done before the gate knows.
+                let ends_tdi = matches!(step, FenceStep::Master | FenceStep::Reset);
+                let news = if ends_tdi && !believed.tdi { news(&*device, id, believed) } else { None };
+                let errno = match news {
+                    Some(Event::DeviceNature { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
+                    _ => told(device.fence(step)),
+                };
+                with(news, Event::Fenced { job, errno, took_ns: took() })
             }
-            Self::Attach { job, device } => plain(Event::Attached { job, errno: told(device.attach()) }),
+            Self::Attach { job, device, id, believed } => {
+                let errno = told(device.attach());
+                // Told first: whatever counts on the attach counts on this.
+                with(news(&*device, id, believed), Event::Attached { job, errno })
+            }
             Self::Examine { caller, memory, fds, store } => {
                 let files = fds.into_iter().map(|fd| Examined { file: identity::identify(&fd), fd });
                 let files: Vec<_> = files.collect();
@@ -268,6 +289,20 @@ impl Call {
                 plain(Event::Converted { invalidation, outcome: convert(&pages, to) })
             }
         }
+    }
+}
+
+/// What bears on a device's fences now, where it is not what the gate believes.
+fn news(device: &dyn Device, id: DeviceId, believed: Nature) -> Option<Event> {
+    let passgate_backends::Nature { ats, tdi } = device.nature();
+    ((ats, tdi) != (believed.ats, believed.tdi)).then_some(Event::DeviceNature { device: id, ats, tdi })
+}
+
+/// A fact, behind what must be known before it.
+fn with(news: Option<Event>, event: Event) -> Returned {
+    match news {
+        Some(news) => Returned::Facts { events: vec![news, event], ticket: None },
+        None => Returned::Fact { event, ticket: None },
     }
 }
 
@@ -323,11 +358,96 @@ fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -
 
 #[cfg(test)]
 mod tests {
-    use passgate_backends::iommu::sim::{Memory, Sim};
+    use passgate_backends::iommu::sim::{self, Memory, Sim};
     use passgate_backends::{Entered, Segment, Window, Windowed};
     use passgate_bindings::PAGE;
 
     use super::*;
+
+    /// A device whose nature changes while somebody believes another.
+    #[derive(Debug)]
+    struct Changing(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
+
+    impl Device for Changing {
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+        fn stop_class(&self) -> passgate_backends::StopClass {
+            self.0.stop_class()
+        }
+        fn nature(&self) -> passgate_backends::Nature {
+            self.1
+        }
+        fn fence(&self, step: FenceStep) -> Result<(), Error> {
+            self.0.fence(step)
+        }
+        fn attach(&self) -> Result<(), Error> {
+            self.0.attach()
+        }
+        fn guard(&self) -> passgate_backends::device::Guard<'_> {
+            self.0.guard()
+        }
+    }
+
+    fn changed(ats: bool, tdi: bool) -> (Sim, Arc<dyn Device>) {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let nature = passgate_backends::Nature { ats, tdi };
+        let device = sim.device("sim:0", passgate_backends::StopClass::all(), nature);
+        (sim, Arc::new(Changing(device, nature)))
+    }
+
+    fn events(returned: Returned) -> Vec<Event> {
+        match returned {
+            Returned::Fact { event, ticket: None } => vec![event],
+            Returned::Facts { events, ticket: None } => events,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn no_fence_ends_a_tdi_of_which_the_gate_has_not_heard() {
+        let fence = |device: &Arc<dyn Device>, tdi, step| {
+            let believed = Nature { tdi, ..Nature::default() };
+            let device = Arc::clone(device);
+            events(Call::Fence { job: JobId(1), device, id: DeviceId(3), believed, step }.run())
+        };
+        for step in [FenceStep::Master, FenceStep::Reset] {
+            let (sim, device) = changed(false, true);
+            let [news, Event::Fenced { errno, .. }] = &fence(&device, false, step)[..] else {
+                panic!("news first")
+            };
+            assert_eq!(*news, Event::DeviceNature { device: DeviceId(3), ats: false, tdi: true });
+            assert_eq!((*errno, sim.calls(sim::Call::Fence)), (Errno::BUSY.raw_os_error(), 0));
+            assert!(matches!(fence(&device, true, step)[..], [Event::Fenced { errno: 0, .. }]));
+            assert!(matches!(fence(&device, false, FenceStep::Detach)[..], [Event::Fenced { errno: 0, .. }]));
+            assert_eq!(sim.calls(sim::Call::Fence), 2);
+        }
+    }
+
+    #[test]
+    fn what_an_attach_has_made_of_a_device_is_told_before_the_attach() {
+        let attach = |device: &Arc<dyn Device>, ats| {
+            let believed = Nature { ats, ..Nature::default() };
+            let device = Arc::clone(device);
+            events(Call::Attach { job: JobId(1), device, id: DeviceId(3), believed }.run())
+        };
+        for (ats, fails) in [(false, false), (true, false), (false, true), (true, true)] {
+            let (sim, device) = changed(ats, false);
+            let fail = || {
+                if fails {
+                    sim.fail_next(sim::Call::Attach, sim::Fault::HalfDone(Errno::IO));
+                }
+            };
+            fail();
+            let [news, Event::Attached { errno, .. }] = &attach(&device, !ats)[..] else {
+                panic!("news first")
+            };
+            assert_eq!(*news, Event::DeviceNature { device: DeviceId(3), ats, tdi: false });
+            assert_eq!(*errno != 0, fails);
+            fail();
+            assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing new");
+        }
+    }
 
     #[test]
     fn an_unmap_that_would_wait_for_io_is_not_small() {

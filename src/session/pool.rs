@@ -159,7 +159,7 @@ mod tests {
     use passgate_bindings::PageRange;
 
     use super::*;
-    use crate::gate::{DomainId, Event, JobId};
+    use crate::gate::{DeviceId, DomainId, Event, JobId};
 
     /// Longer than any machine takes to start a thread: only what never comes reaches it.
     const NEVER: Duration = Duration::from_secs(60);
@@ -181,12 +181,15 @@ mod tests {
         let device =
             |name| -> Arc<dyn Device> { Arc::new(sim.device(name, StopClass::all(), Nature::default())) };
         let (first, second) = (device("sim:0"), device("sim:1"));
-        let step = FenceStep::Detach;
-        pool.run(Task::Call(Call::Fence { job: JobId(100), device: first, step }));
+        let fence = |job, device| {
+            let (id, believed) = (DeviceId(0), crate::gate::Nature::default());
+            Task::Call(Call::Fence { job: JobId(job), device, id, believed, step: FenceStep::Detach })
+        };
+        pool.run(fence(100, first));
         while sim.hanging() < MAX_CALL_THREADS + 1 {
             std::thread::yield_now();
         }
-        pool.run(Task::Call(Call::Fence { job: JobId(101), device: Arc::clone(&second), step }));
+        pool.run(fence(101, Arc::clone(&second)));
         let fenced = |returned| match returned {
             Ok(Returned::Fact { event: Event::Fenced { job, errno: 0, .. }, .. }) => job,
             other => panic!("{other:?}"),
@@ -196,7 +199,8 @@ mod tests {
             JobId(101),
             "neither unmaps nor another fence delay it"
         );
-        pool.run(Task::Call(Call::Attach { job: JobId(102), device: second }));
+        let (id, believed) = (DeviceId(1), crate::gate::Nature::default());
+        pool.run(Task::Call(Call::Attach { job: JobId(102), device: second, id, believed }));
         let attached = results.recv_timeout(NEVER).unwrap();
         assert!(matches!(
             attached,

@@ -55,7 +55,10 @@ impl Session {
     /// The ids are such, and all files of domain and devices are kept.
     pub fn complete(&self, ids: Ids) {
         if let Some(lasting) = &self.lasting {
-            let names: Vec<_> = self.devices.iter().map(|device| device.name().to_owned()).collect();
+            let natures = self.gate.natures();
+            let named = self.devices.iter().zip(natures);
+            let names: Vec<_> =
+                named.map(|(device, (_, nature))| (device.name().to_owned(), !nature.ats)).collect();
             // Of software devices nothing outlives the process.
             lasting.complete(ids, if ids == Ids::Nothing { &[] } else { &names });
         }
@@ -96,12 +99,12 @@ mod tests {
     use std::sync::Arc;
 
     use passgate_backends::iommu::sim::{Memory, Sim};
-    use passgate_backends::{Domain, Entered, Segment, Window, Windowed};
+    use passgate_backends::{Device, Domain, Entered, Nature, Segment, StopClass, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
 
     use super::*;
-    use crate::gate::{Answer, Caller, Door, Event, Gate, Outcome, PageState, Performer, Policy};
+    use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::protocol::verbs::AddMemory;
     use crate::session::start::start;
     use crate::session::{Next, SystemClock, Trust};
@@ -109,14 +112,18 @@ mod tests {
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
     fn session(domain: Arc<dyn Domain>, lasting: Lasting) -> Session {
+        session_of(domain, vec![], lasting)
+    }
+
+    fn session_of(domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>, lasting: Lasting) -> Session {
         let clock = Arc::new(SystemClock);
-        let mut session =
-            Session::new(Policy::default(), domain, vec![], Trust::default(), clock, None, None);
+        let (policy, trust) = (Policy::default(), Trust::default());
+        let mut session = Session::new(policy, domain, devices, trust, clock, None, None);
         // As `Session::new` does with a hold, but without a service manager.
         session.gate = Gate::new(Policy::default());
         session.gate.keep_in(lasting.store().clone());
         session.lasting = Some(lasting);
-        let start = start(&*session.domains[0], &[], &[]);
+        let start = start(&*session.domains[0], &session.devices, &[]);
         start.into_iter().for_each(|event| session.handle(event));
         session
     }
@@ -160,6 +167,35 @@ mod tests {
             entered == Entered::In
         };
         (0..16).filter(enters).collect()
+    }
+
+    #[test]
+    fn what_is_known_of_ats_outlives_the_process() {
+        let [caches, plain] = ["0000:00:01.0", "0000:00:02.0"];
+        let nature = |device, ats| Event::DeviceNature { device: DeviceId(device), ats, tdi: false };
+        for (read, unused) in [
+            (vec![], vec![plain]),
+            (vec![nature(1, true)], vec![]),
+            (vec![nature(0, false), nature(1, true), nature(1, false)], vec![caches, plain]),
+        ] {
+            let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+            let device = |name, ats| {
+                let nature = Nature { ats, tdi: false };
+                Arc::new(sim.device(name, StopClass::DETACH, nature)) as Arc<dyn Device>
+            };
+            let devices = vec![device(caches, true), device(plain, false)];
+            let lasting = Lasting::new().unwrap();
+            let ledger = lasting.fd().unwrap().try_clone_to_owned().unwrap();
+            let mut session = session_of(Arc::new(sim), devices, lasting);
+            session.complete(Ids::Type1 { entries: 1 });
+            read.into_iter().for_each(|event| session.handle(event));
+            drop(session);
+            let (_, left) = Lasting::open(ledger).unwrap();
+            assert_eq!(
+                (left.devices, left.ats_unused),
+                (vec![caches.into(), plain.into()], unused.iter().map(|name| (*name).to_owned()).collect())
+            );
+        }
     }
 
     #[test]

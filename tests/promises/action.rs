@@ -99,11 +99,12 @@ impl Mix {
     pub const CLEAN: Mix = Mix { faults: 0, hangs: 0, deaths: 2 };
 }
 
-pub const FAULTS: [Fault; 9] = [
+pub const FAULTS: [Fault; 10] = [
     Fault::Errno(Errno::BUSY),
     Fault::Errno(Errno::NOENT),
     Fault::HalfMapped(Errno::IO),
     Fault::HalfUnmapped(Errno::IO),
+    Fault::HalfDone(Errno::IO),
     Fault::Short,
     Fault::Late,
     Fault::ShortLate,

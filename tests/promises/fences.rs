@@ -1,7 +1,7 @@
 //! The ladder, rung by rung: what each fence ends, who shares it, when a device comes back, and what is proof on a
 //! strict platform or with a TDI.
 
-use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy, Step};
+use passgate::gate::{Able, DeviceId, Event, Hitless, OnStuckDma, PageState, Platform, Policy, Step};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Iova, PAGE};
@@ -281,6 +281,91 @@ fn strictly_a_detach_that_fails_or_never_returns_is_no_done() {
         play(&mut world, &[begin(2), Action::Settle]);
         assert_eq!(world.verdicts, [1, 1, 0], "and it may be tried again; hangs: {hangs}");
     }
+}
+
+#[test]
+fn strictly_a_device_whose_attach_failed_late_is_detached_again_before_the_next_unmap() {
+    let mut world = world(strict(), &[&[(StopClass::DETACH, ATS)]]);
+    fail(&world, 0, Call::Attach, Fault::HalfDone(Errno::IO));
+    play(&mut world, &[begin(2), Action::Settle]);
+    assert_eq!((world.verdicts, &world.fences[..]), ([1, 0, 0], &[Step::Detach][..]));
+    assert!(sees(&world, 0, 1), "it is in its domain, whatever the attach said");
+    // The kernel says nothing of a cache that it could not empty.
+    fail(&world, 0, Call::Unmap, Fault::Cached);
+    play(&mut world, &[begin(4), Action::Settle]);
+    assert_eq!((world.verdicts, &world.fences[..]), ([2, 0, 0], &[Step::Detach, Step::Detach][..]));
+    assert!(!sees(&world, 0, 4));
+    // It is tried again with the next memory.
+    play(&mut world, &[add(16), Action::Settle]);
+    assert!(sees(&world, 0, 1) && !sees(&world, 0, 2) && !sees(&world, 0, 4));
+}
+
+#[test]
+fn a_fence_counts_for_nothing_once_an_attach_after_it_has_failed() {
+    for step in [StopClass::STOP, StopClass::MASTER, StopClass::DETACH] {
+        let mut world = world(far(OnStuckDma::Fence), &[&[(step, PLAIN)]]);
+        fail(&world, 0, Call::Attach, Fault::HalfDone(Errno::IO));
+        fail(&world, 0, Call::Unmap, Fault::Stuck);
+        begin_and_climb(&mut world);
+        let fences = world.fences.len();
+        fail(&world, 0, Call::Unmap, Fault::Stuck);
+        play(
+            &mut world,
+            &[Action::Flush { domain: 0, stuck: true }, Action::Settle, begin(4), Action::Settle],
+        );
+        for _ in Step::LADDER {
+            play(&mut world, &[Action::Advance { ns: PART }, Action::Settle]);
+        }
+        assert!(world.fences.len() > fences, "{step:?}: it is fenced anew: {:?}", world.fences);
+    }
+}
+
+#[test]
+fn strictly_what_is_read_off_a_device_decides_whether_it_is_detached() {
+    let nature = |ats| Action::Raw(Event::DeviceNature { device: DeviceId(0), ats, tdi: false });
+    for (believed, is, fences) in [(PLAIN, true, vec![Step::Detach]), (ATS, false, vec![])] {
+        let mut world = world(strict(), &[&[(StopClass::DETACH, believed)]]);
+        play(&mut world, &[nature(is), begin(2), Action::Settle]);
+        assert_eq!((world.verdicts, &world.fences), ([1, 0, 0], &fences), "{believed:?}");
+    }
+    // What waits for a device that cannot be detached is gone as soon as that is known to keep no copies.
+    let mut world = world(strict(), &[&[(StopClass::RESET, ATS)]]);
+    play(&mut world, &[begin(2), Action::Settle]);
+    assert_eq!(world.verdicts, [0, 1, 0]);
+    play(&mut world, &[REMOVE, Action::Settle]);
+    assert_eq!(world.gate.snapshot().regions.len(), 1);
+    play(&mut world, &[nature(false), Action::Settle]);
+    assert_eq!((causes(&world).len(), world.gate.snapshot().regions.len()), (0, 0));
+}
+
+#[test]
+fn a_tdi_that_was_bound_since_the_start_is_spared() {
+    let ends = StopClass::DRAIN | StopClass::MASTER | StopClass::RESET;
+    let mut world = world(far(OnStuckDma::Reset), &[&[(ends, PLAIN)]]);
+    fail(&world, 0, Call::Unmap, Fault::Stuck);
+    let bound = Event::DeviceNature { device: DeviceId(0), ats: false, tdi: true };
+    play(&mut world, &[Action::Raw(bound)]);
+    begin_and_climb(&mut world);
+    assert_eq!((world.verdicts, &world.fences[..]), ([0, 1, 0], &[Step::Drain][..]));
+}
+
+#[test]
+fn devices_that_a_failed_replace_left_out_come_back() {
+    let able = Able { replace: true, ..able(256, 8 * PAGE) };
+    let domains = vec![(able, vec![(StopClass::DETACH, PLAIN)])];
+    let setup =
+        Setup { policy: far(OnStuckDma::Refuse), domains, seeds: Vec::new(), tolerant: false, clean: false };
+    let mut world = World::new(&setup, Plant::Nothing).unwrap();
+    let (client, pages, file, offset, piece, initial) = (0, 64, 0, 0, 3, PageState::Shared);
+    let large = Action::Add { client, gpa: 0, pages, file, offset, piece, initial, writable: true };
+    play(&mut world, &[large, Action::Settle]);
+    fail(&world, 0, Call::Replace, Fault::HalfDone(Errno::NODEV));
+    let (region, to, passgate, batch) = (0, PageState::Private, false, 9);
+    let begin =
+        Action::Begin { client, region, page: 1, pages: 1, to, passgate, deadline_ns: 7 * PART, batch };
+    play(&mut world, &[begin, Action::Settle]);
+    assert!(world.hands.buses[0].sim.calls(Call::Replace) > 0, "the scenario has lost its subject");
+    assert!(sees(&world, 0, 0) && !sees(&world, 0, 1));
 }
 
 #[test]

@@ -227,6 +227,11 @@ impl Hands {
         }
     }
 
+    /// Whether a device is in its domain and issues requests; one that is only spoken of does what it should.
+    pub fn runs(&self, id: DeviceId) -> bool {
+        self.device(id).is_none_or(|(_, device)| device.runs())
+    }
+
     fn device(&self, id: DeviceId) -> Option<(&Sim, &SimDevice)> {
         self.buses.iter().find_map(|bus| {
             bus.devices.iter().find(|(other, _)| *other == id).map(|(_, device)| (&bus.sim, device))

@@ -370,7 +370,11 @@ impl Model {
         }
         for status in &snapshot.devices {
             let told = self.told.devices.get(&status.device);
-            if told.is_none_or(|device| device.fenced != status.fenced) {
+            let differs = |device: &crate::told::Device| {
+                (device.fenced, device.nature) != (status.fenced, status.nature)
+                    || (status.lost && !device.lost)
+            };
+            if told.is_none_or(differs) {
                 broken!(2, "{status:?}, but it was told {told:?}");
             }
         }

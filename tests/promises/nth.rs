@@ -12,8 +12,9 @@ use crate::saboteur::Plant;
 use crate::truth::Kept;
 use crate::world::{Setup, World, able};
 
-const FAULTS: [Fault; 7] = [
+const FAULTS: [Fault; 8] = [
     Fault::Errno(Errno::BUSY),
+    Fault::HalfDone(Errno::IO),
     Fault::HalfMapped(Errno::IO),
     Fault::HalfUnmapped(Errno::IO),
     Fault::Short,

@@ -190,6 +190,9 @@ impl World {
             {
                 broken!(2, "{id:?} was never brought back: {device:?}");
             }
+            if settled && self.model.deaths.is_empty() && !device.lost && !self.hands.runs(*id) {
+                broken!(4, "{id:?} stays out, and nobody knows: {device:?}");
+            }
         }
         Ok(())
     }

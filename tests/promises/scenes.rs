@@ -184,7 +184,7 @@ fn a_device_that_could_not_be_brought_back_is_tried_again_when_memory_comes() {
     begin_and_climb(&mut world);
     let sees = |world: &World| world.hands.buses[0].sim.dma(passgate_bindings::Iova(PAGE)).is_some();
     assert_eq!((world.verdicts, sees(&world)), ([1, 0, 0], false));
-    assert!(world.gate.snapshot().devices[0].fenced.is_some());
+    assert!(world.gate.snapshot().devices[0].lost);
     play(&mut world, &[OTHER, Action::Settle]);
-    assert!(sees(&world) && world.gate.snapshot().devices[0].fenced.is_none());
+    assert!(sees(&world) && !world.gate.snapshot().devices[0].lost);
 }

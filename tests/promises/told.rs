@@ -182,6 +182,19 @@ impl Told {
         self.strict && self.devices.values().any(|device| device.domain == domain && device.keeps_copies())
     }
 
+    /// Where no device of the domain keeps copies any more, what was unmapped before is gone now.
+    fn copies_gone(&mut self, domain: DomainId) {
+        if !self.keeps_copies(domain)
+            && let Some(entry) = self.domains.get_mut(&domain)
+        {
+            for range in std::mem::take(&mut entry.copies) {
+                entry.maybe.remove(range.clone());
+                entry.doubt.remove(range.clone());
+                entry.wide.remove(range);
+            }
+        }
+    }
+
     /// A fence is asked: it must be the device's, within the policy, and no TDI may end unsaid.
     fn fence(
         &mut self,
@@ -341,15 +354,13 @@ impl Told {
                 entry.drained |= errno == 0 && step == Step::Drain;
                 entry.shaken |= errno != 0 && step > Step::Drain;
                 let domain = entry.domain;
-                if !self.keeps_copies(domain)
-                    && let Some(entry) = self.domains.get_mut(&domain)
-                {
-                    for range in std::mem::take(&mut entry.copies) {
-                        entry.maybe.remove(range.clone());
-                        entry.doubt.remove(range.clone());
-                        entry.wide.remove(range);
-                    }
-                }
+                self.copies_gone(domain);
+            }
+            Event::DeviceNature { device, ats, tdi } => {
+                let Some(entry) = self.devices.get_mut(&device) else { return };
+                entry.nature = Nature { ats, tdi, ..entry.nature };
+                let domain = entry.domain;
+                self.copies_gone(domain);
             }
             Event::Attached { job, errno } => {
                 let Some(Job::Attach { device }) = self.jobs.get(&job).copied() else { return };
@@ -358,10 +369,9 @@ impl Told {
                     entry.busy -= 1;
                     entry.lost = errno != 0;
                     entry.returning = false;
-                    if errno == 0 {
-                        (entry.fenced, entry.detached, entry.shaken) = (None, false, false);
-                        entry.drained = false;
-                    }
+                    // One that failed says nothing of where the device is, and takes back what was said of it.
+                    (entry.fenced, entry.detached, entry.shaken) = (None, false, errno != 0);
+                    entry.drained = false;
                 }
             }
             _ => {}

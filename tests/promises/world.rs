@@ -91,7 +91,7 @@ pub struct World {
 }
 
 /// The kinds of events, as they are counted.
-pub const KINDS: [&str; 19] = [
+pub const KINDS: [&str; 20] = [
     "domain",
     "device",
     "add",
@@ -111,6 +111,7 @@ pub const KINDS: [&str; 19] = [
     "quiet",
     "adopt",
     "insists",
+    "nature",
 ];
 
 fn kind(event: &Event) -> usize {
@@ -134,6 +135,7 @@ fn kind(event: &Event) -> usize {
         Event::Quiet => 16,
         Event::Adopt { .. } => 17,
         Event::Insists { .. } => 18,
+        Event::DeviceNature { .. } => 19,
     }
 }
 

@@ -51,8 +51,14 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
         unknown: 1,
         closing: true,
     };
-    let device =
-        Device { device: String::new(), stop: vec![], ats: true, tdi: true, fenced: Some(String::new()) };
+    let device = Device {
+        device: String::new(),
+        stop: vec![],
+        ats: true,
+        tdi: true,
+        fenced: Some(String::new()),
+        lost: true,
+    };
     let refused = Refused {
         invalidation: 1,
         gpa: 0,

@@ -36,6 +36,11 @@ impl SimDevice {
         Self { name: name.to_owned(), stop_class, nature, domain, port }
     }
 
+    /// True while the device is attached and issues requests.
+    pub fn runs(&self) -> bool {
+        self.domain.runs(self.port)
+    }
+
     /// What this device's DMA meets at `iova`; none where it faults.
     pub fn dma(&self, iova: Iova) -> Option<Seen> {
         self.domain.translate(self.port, iova).map(|(seen, _)| seen)
@@ -112,6 +117,7 @@ impl Device for SimDevice {
         if let Some(Fault::Errno(errno)) = fault {
             return Err(self.fail("sim fence", errno));
         }
+        let failed = if let Some(Fault::HalfDone(errno)) = fault { Some(errno) } else { None };
         match step {
             FenceStep::Drain => {
                 self.domain.end_flight(self.port, Ends::WithFlush);
@@ -131,17 +137,21 @@ impl Device for SimDevice {
                 self.domain.end_flight(self.port, Ends::WithCache);
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), |errno| Err(self.fail("sim fence", errno)))
     }
 
     fn attach(&self) -> Result<()> {
-        if let Some(Fault::Errno(errno)) = self.domain.enter(Call::Attach) {
+        let fault = self.domain.enter(Call::Attach);
+        if let Some(Fault::Errno(errno)) = fault {
             self.domain.set_attached(self.port, false);
             return Err(self.fail("sim attach", errno));
         }
         self.domain.set_attached(self.port, true);
         self.domain.silence(self.port, false);
-        Ok(())
+        match fault {
+            Some(Fault::HalfDone(errno)) => Err(self.fail("sim attach", errno)),
+            _ => Ok(()),
+        }
     }
 
     fn guard(&self) -> Guard<'_> {

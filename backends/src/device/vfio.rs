@@ -3,6 +3,7 @@
 //! No BAR is mapped for anybody else: a mapped BAR keeps the device open past this process, and lets whoever has it
 //! start the device again past any gate. A driver of ours may map doorbells into this process, with which they go.
 
+mod ats;
 mod resume;
 mod still;
 
@@ -11,12 +12,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use passgate_bindings::Failed;
-use passgate_bindings::vfio::config::Capabilities;
+use passgate_bindings::vfio::config::{COMMAND, Capabilities, is_gone};
 use passgate_bindings::vfio::device::Region;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 use passgate_bindings::vfio::{Cdev, DeviceFile, Group, PciAddress};
 use rustix::io::Errno;
 
+use self::ats::Ats;
 use super::refusal::{Candidate, candidate};
 use super::{Device, FenceStep, Guard, Nature, StopClass};
 use crate::iommu::iommufd::IommufdDomain;
@@ -34,6 +36,7 @@ pub struct VfioDevice {
     stop: StopClass,
     config: Region,
     capabilities: Capabilities,
+    ats: Ats,
     seat: Seat,
 }
 
@@ -136,21 +139,26 @@ impl VfioDevice {
     }
 
     fn new(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
-        let device = Self::opened(pci, seat, stop)?;
+        let device = Self::opened(pci, seat, stop, false)?;
+        // It was attached just before.
+        device.ats.attached(device.ats_on().ok());
         device.set_master(true)?;
         Ok(device)
     }
 
-    /// The device as it is, with nothing changed.
-    fn opened(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
+    /// The device as it is, with nothing changed; `ats_unused` where an earlier process knew that ATS is off while it is
+    /// attached.
+    fn opened(pci: PciDevice, seat: Seat, stop: StopClass, ats_unused: bool) -> Result<Self> {
         let name = pci.address().to_string();
         let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
         let info = seat.file().info().map_err(fail)?;
         let config = seat.file().region(CONFIG).map_err(fail)?;
         let migrates = seat.file().can_stop().map_err(fail)?;
         let capabilities = Capabilities::default();
-        let mut device = Self { name, pci, stop, config, capabilities, seat };
+        let mut device = Self { name, pci, stop, config, capabilities, ats: Ats::new(true, false), seat };
+        device.answers()?;
         device.capabilities = device.find_capabilities()?;
+        device.ats = Ats::new(device.capabilities.ats.is_some(), ats_unused);
         device.stop.set(StopClass::RESET, info.resets());
         device.stop.set(StopClass::STOP, migrates);
         device.stop.set(StopClass::MASTER, device.capabilities.express.is_some());
@@ -159,9 +167,7 @@ impl VfioDevice {
 
     /// Vendor and device id, from configuration space.
     pub fn ids(&self) -> Result<(u16, u16)> {
-        let mut bytes = [0; 4];
-        self.seat.file().read(self.config, 0, &mut bytes).map_err(|f| self.failed(f.without_partial()))?;
-        let [a, b, c, d] = bytes;
+        let [a, b, c, d] = self.read_u32(self.config, 0)?.to_le_bytes();
         Ok((u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
     }
 
@@ -180,10 +186,28 @@ impl VfioDevice {
         self.seat.file()
     }
 
+    /// Reads `bytes` at `at` of a region. All ones are [`Error::Gone`] where the device does not answer, and never taken
+    /// for what a register holds.
+    pub(super) fn read(&self, region: Region, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.seat.file().read(region, at, bytes).map_err(|f| self.failed(f.without_partial()))?;
+        if bytes.iter().all(|byte| *byte == u8::MAX) { self.answers() } else { Ok(()) }
+    }
+
+    /// [`Error::Gone`] where the device does not answer.
+    fn answers(&self) -> Result<()> {
+        let mut command = [0; 4];
+        let read = self.seat.file().read(self.config, COMMAND.into(), &mut command);
+        read.map_err(|f| self.failed(f.without_partial()))?;
+        if is_gone(u32::from_le_bytes(command)) {
+            return Err(Error::Gone { device: self.name.clone() });
+        }
+        Ok(())
+    }
+
     /// Reads the 32-bit register at `at` of a region.
     pub(super) fn read_u32(&self, region: Region, at: u64) -> Result<u32> {
         let mut bytes = [0; 4];
-        self.seat.file().read(region, at, &mut bytes).map_err(|f| self.failed(f.without_partial()))?;
+        self.read(region, at, &mut bytes)?;
         Ok(u32::from_le_bytes(bytes))
     }
 
@@ -196,6 +220,29 @@ impl VfioDevice {
     /// The error that a failed call on this device is.
     pub(super) fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.name.clone(), source, mend: "" }
+    }
+
+    /// Puts the device into its address space, out of whatever state an attach before has left it in.
+    fn sit(&self) -> Result<()> {
+        let Seat::Cdev { cdev, domain } = &self.seat else { return Ok(()) };
+        domain.detach(cdev).map_err(|failed| self.failed(failed))?;
+        domain.attach(cdev).map_err(|failed| self.failed(failed))
+    }
+
+    /// Lets the device issue requests.
+    fn run(&self) -> Result<()> {
+        if self.stop.has(FenceStep::Stop) {
+            self.migration_run()?;
+        }
+        self.set_master(true)
+    }
+
+    /// Takes the device out of its address space where that is possible, else switches bus mastering off.
+    fn unseat(&self) -> Result<()> {
+        match &self.seat {
+            Seat::Cdev { cdev, domain } => domain.detach(cdev).map_err(|failed| self.failed(failed)),
+            Seat::Group { .. } => self.set_master(false),
+        }
     }
 
     fn unsupported(&self, step: FenceStep) -> Error {
@@ -229,9 +276,7 @@ impl Device for VfioDevice {
     }
 
     fn nature(&self) -> Nature {
-        // What cannot be read is taken for the worse.
-        let ats = self.ats_on().unwrap_or(true);
-        Nature { ats, tdi: self.pci.is_bound_tdi() }
+        Nature { ats: self.ats.caches(self.ats_on().ok()), tdi: self.pci.is_bound_tdi() }
     }
 
     /// After a reset the device cannot issue requests until [`Device::attach`].
@@ -253,15 +298,21 @@ impl Device for VfioDevice {
 
     /// Detaches first: after a failed attach the hardware may be detached although the kernel says otherwise, and
     /// only both together bring it back.
+    ///
+    /// Where a later step fails the device is stopped again as surely as it can be. That may fail as well, so of a
+    /// device whose attach has failed nothing is known.
     fn attach(&self) -> Result<()> {
-        if let Seat::Cdev { cdev, domain } = &self.seat {
-            domain.detach(cdev).map_err(|failed| self.failed(failed))?;
-            domain.attach(cdev).map_err(|failed| self.failed(failed))?;
+        self.ats.attaching();
+        let brought = self.sit().and_then(|()| self.run());
+        match brought {
+            Ok(()) => self.ats.attached(self.ats_on().ok()),
+            Err(_) => {
+                if let Err(error) = self.unseat() {
+                    log::warn!("{error}; its attach failed before");
+                }
+            }
         }
-        if self.stop.has(FenceStep::Stop) {
-            self.migration_run()?;
-        }
-        self.set_master(true)
+        brought
     }
 
     fn guard(&self) -> Guard<'_> {
@@ -277,11 +328,7 @@ impl Device for VfioDevice {
 impl Drop for VfioDevice {
     /// Closing the file does all this, unless somebody else keeps the file open too.
     fn drop(&mut self) {
-        let stopped = match &self.seat {
-            Seat::Cdev { cdev, domain } => domain.detach(cdev).map_err(|failed| self.failed(failed)),
-            Seat::Group { .. } => self.set_master(false),
-        };
-        if let Err(error) = stopped {
+        if let Err(error) = self.unseat() {
             log::warn!("closing: {error}");
         }
     }

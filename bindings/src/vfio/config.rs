@@ -9,6 +9,13 @@ pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// In the command register: Bus Master Enable, the function may issue requests.
 pub const COMMAND_MASTER: u16 = 1 << 2;
 
+/// Returns whether the 4 bytes at [`COMMAND`] are those of a function that does not answer: removed, without power
+/// (D3cold), or behind a link that is down. Every read of it is completed with all ones then (PCIe 6.0, 2.3.2), and no
+/// function has a Status register of all ones, because some bits of it are reserved (7.5.1.1.4).
+pub fn is_gone(word: u32) -> bool {
+    word >> 16 == 0xffff
+}
+
 /// The first byte behind the space that every function has.
 const EXTENDED: u16 = 0x100;
 
@@ -153,6 +160,8 @@ mod tests {
         circle.set(0x50, 0x5001).set(0x100, 0x0001 | 1 << 16 | 0x100 << 20);
         assert_eq!(circle.find(), Ok(Capabilities::default()));
         let gone = Space(vec![0xff; 4096]);
+        assert!(is_gone(gone.read(COMMAND).unwrap()) && !is_gone(endpoint().read(COMMAND).unwrap()));
+        assert!(is_gone(0xffff_0002), "of a virtual function VFIO makes up the command register");
         assert_eq!(gone.find(), Ok(Capabilities::default()));
         let short = Space(endpoint().0[..64].to_vec());
         assert_eq!(

@@ -126,9 +126,20 @@ pub(super) fn ids(line: &Line) -> Option<(Ids, usize)> {
     Some((Ids::from_words([kind, value])?, devices as usize))
 }
 
-/// A device's name, of at most 48 bytes: a PCI address has 12.
-pub(super) fn of_name(nth: usize, name: &str) -> Line {
+/// The word of a device's name that says whether its ATS is known to be off while it is attached. It is 0 in a ledger of
+/// a version that did not write it: nothing is known then.
+pub(super) const ATS_WORD: usize = 7;
+const ATS_UNUSED: u64 = 1;
+
+pub(super) fn ats_word(unused: bool) -> u64 {
+    if unused { ATS_UNUSED } else { 0 }
+}
+
+/// A device's name, of at most 48 bytes: a PCI address has 12. And whether its ATS is known to be off while it is
+/// attached.
+pub(super) fn of_name(nth: usize, name: &str, ats_unused: bool) -> Line {
     let mut words = [0; 8];
+    words[ATS_WORD] = ats_word(ats_unused);
     let len = name.len().min(48);
     words[0] = 2 | (len as u64) << 8 | (nth as u64) << 16;
     for (at, byte) in name.bytes().take(len).enumerate() {
@@ -137,12 +148,12 @@ pub(super) fn of_name(nth: usize, name: &str) -> Line {
     words
 }
 
-pub(super) fn name(line: &Line) -> Option<(usize, String)> {
+pub(super) fn name(line: &Line) -> Option<(usize, String, bool)> {
     let (len, nth) = ((line[0] >> 8 & 0xff) as usize, (line[0] >> 16) as usize);
     let bytes: Vec<u8> = line[1..7].iter().flat_map(|word| word.to_le_bytes()).take(len).collect();
     let name = String::from_utf8(bytes).ok()?;
     name.parse::<PciAddress>().ok()?;
-    (line[0] & 0xff == 2).then_some((nth, name))
+    (line[0] & 0xff == 2).then_some((nth, name, line[ATS_WORD] == ATS_UNUSED))
 }
 
 #[cfg(test)]
@@ -185,7 +196,10 @@ mod tests {
             assert_eq!(aside(&of_aside(RegionId(4), one)), Some((RegionId(4), one)));
         }
         assert_eq!(ids(&of_ids(Ids::Type1 { entries: 9 }, 3)), Some((Ids::Type1 { entries: 9 }, 3)));
-        assert_eq!(name(&of_name(3, "0000:04:1f.7")), Some((3, "0000:04:1f.7".to_owned())));
+        for unused in [false, true] {
+            let line = of_name(3, "0000:04:1f.7", unused);
+            assert_eq!(name(&line), Some((3, "0000:04:1f.7".to_owned(), unused)));
+        }
     }
 
     /// Whatever the words are, they are no region or hold that could not be.
@@ -211,6 +225,6 @@ mod tests {
             assert_eq!(hold(&bad), None, "{at} {value}");
         }
         assert_eq!(ids(&[1, 7, 0, 0, 0, 0, 0, 0]), None);
-        assert_eq!(name(&of_name(0, "soft:0")), None);
+        assert_eq!(name(&of_name(0, "soft:0", true)), None);
     }
 }

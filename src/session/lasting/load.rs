@@ -46,6 +46,8 @@ pub struct Left {
     pub ids: Ids,
     /// Its devices, in the order of their numbers.
     pub devices: Vec<String>,
+    /// Those of them whose ATS was known to be off while they are attached.
+    pub ats_unused: Vec<String>,
     pub(in crate::session) asides: Vec<(RegionId, Aside)>,
 }
 
@@ -60,7 +62,7 @@ impl Lasting {
     /// What another process left in this memfd, and the ledger to go on with.
     pub fn open(fd: OwnedFd) -> Result<(Self, Left), LoadError> {
         let (mut lasting, records) = Self::over(Store::open(Words::from_fd(fd)?)?)?;
-        let (ids, devices) = lasting.made_of()?;
+        let (ids, named) = lasting.made_of()?;
         let mut past = Past { unmapped: ids == Ids::Nothing, ..Past::default() };
         lasting.counters(&mut past)?;
         lasting.regions_again(records.regions, &mut past)?;
@@ -71,19 +73,24 @@ impl Lasting {
             Mapped::in_store(&lasting.store, DOMAIN)?.discard();
             Mapped::in_store(&lasting.store, DOMAIN)?;
         }
-        Ok((lasting, Left { past, ids, devices, asides }))
+        let ats_unused = named.iter().filter(|(_, unused)| *unused).map(|(name, _)| name.clone()).collect();
+        let devices = named.into_iter().map(|(name, _)| name).collect();
+        Ok((lasting, Left { past, ids, devices, ats_unused, asides }))
     }
 
-    fn made_of(&self) -> Result<(Ids, Vec<String>), LoadError> {
+    /// The ids of the domain, and the devices: their names, and whether their ATS was known to be unused.
+    fn made_of(&self) -> Result<(Ids, Vec<(String, bool)>), LoadError> {
         let read = |at: usize| -> Option<Line> {
             let words = self.meta.line(at)?;
             Some(std::array::from_fn(|nth| words[nth].load(Relaxed)))
         };
         let made = read(IDS).filter(|words| words[0] != 0).ok_or(LoadError::Incomplete)?;
         let (ids, count) = line::ids(&made).ok_or(LoadError::Damaged("the ids of its domain"))?;
-        let name =
-            |nth: usize| line::name(&read(NAMES + nth)?).filter(|(at, _)| *at == nth).map(|(_, name)| name);
-        let names: Option<Vec<String>> = (0..count.min(DEVICES + 1)).map(name).collect();
+        let name = |nth: usize| {
+            let (at, name, unused) = line::name(&read(NAMES + nth)?)?;
+            (at == nth).then_some((name, unused))
+        };
+        let names: Option<Vec<_>> = (0..count.min(DEVICES + 1)).map(name).collect();
         Ok((ids, names.ok_or(LoadError::Damaged("the names of its devices"))?))
     }
 

@@ -23,8 +23,8 @@ use passgate_bindings::words::Words;
 
 use crate::gate::ledger::{Full, Key, Mapped, Store, Table};
 use crate::gate::{
-    DomainId, Effect, Event, FileId, FilePages, Gate, HeldBy, InvalidationId, MapResult, Notice, RegionId,
-    Written,
+    DeviceId, DomainId, Effect, Event, FileId, FilePages, Gate, HeldBy, InvalidationId, MapResult, Notice,
+    RegionId, Written,
 };
 
 pub(super) use line::Aside;
@@ -124,9 +124,9 @@ impl Lasting {
 
     /// The domain and its devices are such, and all of their files are kept: from here on there is something to go on
     /// with.
-    pub fn complete(&self, ids: Ids, devices: &[String]) {
-        for (nth, name) in devices.iter().enumerate() {
-            self.write(NAMES + nth, line::of_name(nth, name));
+    pub fn complete(&self, ids: Ids, devices: &[(String, bool)]) {
+        for (nth, (name, ats_unused)) in devices.iter().enumerate() {
+            self.write(NAMES + nth, line::of_name(nth, name, *ats_unused));
         }
         self.write(IDS, line::of_ids(ids, devices.len()));
     }
@@ -142,7 +142,9 @@ impl Lasting {
             | Event::Converted { .. }
             | Event::Insists { .. }
             | Event::Quiet => Touched::default(),
-            Event::Fenced { .. } | Event::Attached { .. } => Touched { regions: false, devices: true },
+            Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceNature { .. } => {
+                Touched { regions: false, devices: true }
+            }
             _ => Touched { regions: true, devices: false },
         }
     }
@@ -185,6 +187,7 @@ impl Lasting {
         if devices {
             let stopped = gate.stopped().filter(|device| usize::from(device.0) < DEVICES);
             self.count(STOPPED, stopped.fold(0, |bits, device| bits | 1 << device.0));
+            gate.natures().for_each(|(device, nature)| self.note_ats(device, !nature.ats));
         }
         let mut free = Vec::new();
         for (file, range) in pages {
@@ -260,6 +263,16 @@ impl Lasting {
         match self.asides.put(line::of_aside(region, aside)) {
             Ok(slot) => _ = self.beside.insert(region, slot),
             Err(Full { .. }) => self.lose(),
+        }
+    }
+
+    /// Writes down whether a device's ATS is known to be unused, where its name is written already.
+    fn note_ats(&self, device: DeviceId, unused: bool) {
+        let line = self.meta.line(NAMES + usize::from(device.0)).filter(|_| usize::from(device.0) < DEVICES);
+        let Some(words) = line.filter(|words| words[0].load(Relaxed) != 0) else { return };
+        let (word, value) = (&words[line::ATS_WORD], line::ats_word(unused));
+        if word.load(Relaxed) != value {
+            word.store(value, Release);
         }
     }
 

@@ -22,23 +22,29 @@ impl VfioDevice {
         fd: OwnedFd,
         domain: &Arc<IommufdDomain>,
         together: &[PciAddress],
+        ats_unused: bool,
     ) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         is_cdev_of(&candidate, &fd)?;
         let stop = if candidate.stays(together).is_some() { StopClass::empty() } else { StopClass::DETACH };
         let seat = Seat::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
-        Self::opened(candidate.pci, seat, stop).map_err(not_bound)
+        Self::opened(candidate.pci, seat, stop, ats_unused).map_err(not_bound)
     }
 
     /// Takes over an open device of a group in the domain's container.
-    pub(crate) fn resume_group(name: &str, fd: OwnedFd, domain: &Arc<Type1Domain>) -> Result<Self> {
+    pub(crate) fn resume_group(
+        name: &str,
+        fd: OwnedFd,
+        domain: &Arc<Type1Domain>,
+        ats_unused: bool,
+    ) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         let group = domain.group_left(candidate.group.id).ok_or_else(|| Error::Host {
             what: format!("{name}: its IOMMU group {} was not kept", candidate.group.id),
             mend: MEND,
         })?;
         let seat = Seat::Group { file: DeviceFile::from_fd(fd), _group: group, domain: Arc::clone(domain) };
-        let device = Self::opened(candidate.pci, seat, StopClass::empty()).map_err(not_bound)?;
+        let device = Self::opened(candidate.pci, seat, StopClass::empty(), ats_unused).map_err(not_bound)?;
         // The file of a device has no name: what it says of itself must be what sysfs says.
         if device.pci.ids() == Some(device.ids()?) {
             return Ok(device);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::MigrationState;
-use passgate_bindings::vfio::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, Capabilities};
+use passgate_bindings::vfio::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, Capabilities, is_gone};
 use rustix::io::Errno;
 
 use super::VfioDevice;
@@ -26,7 +26,7 @@ impl VfioDevice {
         Capabilities::find(self.config.size, |at| self.config_word(at))
     }
 
-    /// Whether the device may use its cache of translations now.
+    /// Whether the device may use its cache of translations now: its enable bit, which a detached device reads as off.
     pub(super) fn ats_on(&self) -> Result<bool> {
         self.capabilities.ats_on(|at| self.config_word(at))
     }
@@ -37,15 +37,21 @@ impl VfioDevice {
     /// a completion does not pass the posted writes before it (PCIe 6.0, 2.4.1).
     pub(super) fn set_master(&self, on: bool) -> Result<()> {
         const CALL: &str = "Bus Master Enable";
-        let before = self.config_word(COMMAND)? as u16;
+        let before = self.command()?;
         let after = if on { before | COMMAND_MEMORY | COMMAND_MASTER } else { before & !COMMAND_MASTER };
         let written = self.seat.file().write(self.config, COMMAND.into(), &after.to_le_bytes());
         written.map_err(|failed| self.failed(failed.without_partial()))?;
-        match self.config_word(COMMAND)? as u16 {
-            u16::MAX => Err(self.failed(Failed::new(CALL, Errno::NODEV))),
-            now if (now & COMMAND_MASTER != 0) == on => Ok(()),
-            _ => Err(self.failed(Failed::new(CALL, Errno::IO))),
+        if (self.command()? & COMMAND_MASTER != 0) == on {
+            return Ok(());
         }
+        Err(self.failed(Failed::new(CALL, Errno::IO)))
+    }
+
+    /// The command register of a device that answers. Of a virtual function VFIO makes up a bit of it, so that it is not
+    /// all ones where the function is gone.
+    fn command(&self) -> Result<u16> {
+        let word = self.config_word(COMMAND)?;
+        if is_gone(word) { Err(Error::Gone { device: self.name.clone() }) } else { Ok(word as u16) }
     }
 
     /// Bus mastering off, and no request of the device without its completion any more (Transactions Pending).

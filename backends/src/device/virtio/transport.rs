@@ -79,9 +79,7 @@ impl Transport {
         let config = device.region(CONFIG)?;
         let (mut common, mut notify) = (None, None);
         let mut byte = [0];
-        let read = |at, bytes: &mut [u8]| {
-            device.file().read(config, at, bytes).map_err(|f| device.failed(f.without_partial()))
-        };
+        let read = |at, bytes: &mut [u8]| device.read(config, at, bytes);
         read(CAPABILITIES, &mut byte)?;
         for _ in 0..MOST_CAPABILITIES {
             let at = u64::from(byte[0] & !3);
@@ -207,8 +205,7 @@ impl Transport {
     }
 
     fn get(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
-        let read = self.device.file().read(self.common.region, self.common.offset + at, bytes);
-        read.map_err(|failed| self.device.failed(failed.without_partial()))
+        self.device.read(self.common.region, self.common.offset + at, bytes)
     }
 
     fn set(&self, at: u64, bytes: &[u8]) -> Result<()> {

@@ -50,6 +50,10 @@ impl Shared {
         if !gone.is_sorted_by(|one, next| one.end() <= next.start()) {
             return refuse(Errno::INVAL);
         }
+        if let Some(Fault::HalfDone(errno)) = fault {
+            self.lock().ports.iter_mut().for_each(|port| port.attached = false);
+            return refuse(errno);
+        }
         self.unmap(gone, true, fault)
     }
 

@@ -29,6 +29,9 @@ impl Call {
 pub enum Fault {
     /// The call fails and changes nothing (an attach that fails leaves the device out).
     Errno(Errno),
+    /// A call of several steps that fails at the last of them: a fence has stopped the device all the same, an attach
+    /// leaves it in its domain and doing DMA, a replace changes no mapping and leaves every device detached.
+    HalfDone(Errno),
     /// A map that fails half-way, and whose roll-back fails too: half of the pieces stay.
     HalfMapped(Errno),
     /// An unmap, or a replace, that fails half-way without a word of what it did: the bytes are not written back, as
@@ -55,6 +58,7 @@ impl Fault {
     pub fn befalls(self, call: Call) -> bool {
         match self {
             Self::Errno(_) | Self::Hang => true,
+            Self::HalfDone(_) => matches!(call, Call::Fence | Call::Attach | Call::Replace),
             Self::HalfMapped(_) => call == Call::Map,
             Self::HalfUnmapped(_)
             | Self::Short

@@ -236,6 +236,10 @@ impl Shared {
         Some(with(mapping.at(iova)?, &mapping.memory))
     }
 
+    pub(crate) fn runs(&self, port: usize) -> bool {
+        self.lock().ports.get(port).is_some_and(Port::reaches)
+    }
+
     pub(crate) fn set_attached(&self, port: usize, attached: bool) {
         if let Some(port) = self.lock().ports.get_mut(port) {
             port.attached = attached;
