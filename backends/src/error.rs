@@ -67,7 +67,9 @@ pub enum Error {
     },
     /// The device does not answer: every register reads as all ones.
     #[error(
-        "{device} does not answer: its registers read as all ones, as of a device that was removed or has no power          (D3cold); put it back, or take it off the bus and have it found again:          echo 1 > /sys/bus/pci/devices/{device}/remove; echo 1 > /sys/bus/pci/rescan"
+        "{device} does not answer: its registers read as all ones, as of a device that was removed or has no power \
+         (D3cold); put it back, or take it off the bus and have it found again: \
+         echo 1 > /sys/bus/pci/devices/{device}/remove; echo 1 > /sys/bus/pci/rescan"
     )]
     Gone {
         /// The device's name.
