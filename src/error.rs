@@ -129,13 +129,13 @@ pub enum Error {
         /// The device.
         device: String,
     },
-    /// The host's view of a device cannot be changed.
-    #[error("cannot write {path}: {source}; run as root")]
-    Sysfs {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
+    /// A device is not taken from its driver, or not given back.
+    #[error("{device}: {why}")]
+    Binding {
+        /// The device.
+        device: String,
+        /// Why, and what to do about it.
+        why: String,
     },
     /// What was asked makes no sense.
     #[error("{0}")]
@@ -181,7 +181,7 @@ impl Error {
             | Self::Taken { .. }
             | Self::InUse { .. }
             | Self::Uncertain { .. }
-            | Self::Sysfs { .. } => 3,
+            | Self::Binding { .. } => 3,
             Self::Usage(_) | Self::Log(_) => 2,
             _ => 1,
         }

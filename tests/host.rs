@@ -7,13 +7,17 @@ mod host_real;
 
 use std::process::ExitCode;
 
-use host_real::{disks, namespaces};
+use host_real::{disks, giving_back, namespaces};
 use libtest_mimic::{Arguments, Trial};
 
 /// A name, a test, and why it cannot run here.
 type Test = (&'static str, fn(), fn() -> Option<String>);
 
-const TESTS: [Test; 7] = [
+const TESTS: [Test; 9] = [
+    ("a_borrower_that_dies_gives_its_device_back", giving_back::a_borrower_that_dies_gives_back, || None),
+    ("a_device_that_is_not_given_back_is_told", giving_back::a_device_that_is_not_given_back_is_told, || {
+        None
+    }),
     (
         "a_process_outside_the_initial_pid_namespace_knows_that_it_sees_no_holders",
         namespaces::holders_are_unseen,

@@ -71,6 +71,21 @@ enum Command {
     /// Stops devices when their daemon dies; started by `serve`
     #[command(hide = true)]
     Guardian,
+    /// Gives a device back to its driver when a test ends or dies; started by `selftest --bind`
+    #[command(hide = true, name = crate::selftest::borrow::SUBCOMMAND)]
+    GiveBack {
+        /// The device, for whoever looks at the list of processes
+        device: String,
+    },
+    /// Runs a command that ends with its parent; started by `selftest`
+    #[command(hide = true, name = crate::selftest::crash::SUBCOMMAND)]
+    UntilParentDies {
+        /// The parent
+        parent: u32,
+        /// The command
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<std::ffi::OsString>,
+    },
 }
 
 /// What pages are, as the command line names it.
@@ -170,6 +185,10 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),
+        Command::GiveBack { .. } => crate::selftest::borrow::run().map(|()| ExitCode::SUCCESS),
+        Command::UntilParentDies { parent, words } => {
+            crate::selftest::crash::run(parent, &words).map(|()| ExitCode::SUCCESS)
+        }
     }
 }
 

@@ -19,7 +19,8 @@ pub(super) struct Selftest {
     /// The IOMMU interface
     #[arg(long, value_enum, default_value_t = Iommu::Auto)]
     iommu: Iommu,
-    /// Take the device from its driver for the test, and give it back
+    /// Take the device from its driver for the test, and give it back, also
+    /// where the test is killed
     #[arg(long)]
     bind: bool,
     /// Overwrite the last blocks of a drive, to see what it reads; without, it only writes memory
@@ -34,13 +35,13 @@ pub(super) struct Selftest {
 
 impl Selftest {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let program = (!self.no_crash).then(|| PathBuf::from("/proc/self/exe"));
         let options = Options {
             device: self.device,
             iommu: self.iommu.into(),
             bind: self.bind,
             scratch: self.scratch,
-            program,
+            program: PathBuf::from("/proc/self/exe"),
+            crash: !self.no_crash,
         };
         let json = self.output.json;
         // Each line as it comes: some checks take seconds.

@@ -1,7 +1,9 @@
 //! A daemon is killed while its device does DMA, and the next one must be able to take the device.
 
+use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,10 +12,15 @@ use std::time::{Duration, Instant};
 use passgate_backends::Kind;
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 use super::pump::LEN;
 use super::{Checked, Options, Trouble};
 use crate::client::{AddMemory, Client};
+use crate::error::{Error, Result as Done};
+
+/// The hidden subcommand that runs [`run`].
+pub const SUBCOMMAND: &str = "until-parent-dies";
 
 /// Where the memory is.
 const GPA: u64 = 0x4000_0000;
@@ -35,7 +42,18 @@ impl Drop for Victim {
     }
 }
 
-/// A directory for the socket and what the daemon says, removed with it.
+/// Becomes `passgate WORDS`, which ends with the process `parent` that started this one: a test that is killed must not
+/// leave a daemon behind that has the device. Returns only where that is not possible.
+pub fn run(parent: u32, words: &[OsString]) -> Done<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The parent may have died before it could be told of.
+    if getppid().map(Pid::as_raw_pid).and_then(|pid| pid.try_into().ok()) != Some(parent) {
+        return Err(Error::Over);
+    }
+    Err(Error::Output(Command::new("/proc/self/exe").args(words).exec()))
+}
+
+/// A directory for the socket and what the daemons say, removed with it.
 struct Place(PathBuf);
 
 impl Place {
@@ -49,15 +67,24 @@ impl Place {
         self.0.join("socket")
     }
 
-    fn log(&self) -> PathBuf {
-        self.0.join("log")
+    /// The log of the daemon after `nth` crashes. Each has its own: the guardian of the one before still writes.
+    fn log(&self, nth: u32) -> PathBuf {
+        self.0.join(format!("log.{nth}"))
     }
 
-    /// The daemon's last words.
-    fn last_words(&self) -> String {
-        let said = std::fs::read_to_string(self.log()).unwrap_or_default();
-        said.lines().next_back().unwrap_or("nothing was said").to_owned()
+    fn last_words(&self, nth: u32) -> String {
+        last_words(&std::fs::read(self.log(nth)).unwrap_or_default())
     }
+}
+
+/// What a daemon that does not start has said last, in one line: why it does not, where it says so.
+fn last_words(log: &[u8]) -> String {
+    let text = String::from_utf8_lossy(log);
+    let shown = |c: char| !c.is_control();
+    let mut lines = text.lines().map(|line| line.chars().filter(|c| shown(*c)).collect::<String>()).rev();
+    let lines: Vec<_> = lines.by_ref().filter(|line| !line.trim().is_empty()).collect();
+    let why = lines.iter().find(|line| line.starts_with("passgate: "));
+    why.or(lines.first()).cloned().unwrap_or_else(|| "nothing was said".to_owned())
 }
 
 impl Drop for Place {
@@ -68,14 +95,14 @@ impl Drop for Place {
 
 /// Kills a daemon under DMA and starts the next, some times over.
 pub(super) fn recovers(options: &Options) -> Checked {
-    let Some(program) = &options.program else {
+    if !options.crash {
         return Err(Trouble::Skipped("left out".to_owned()));
-    };
+    }
     let place = Place::new()?;
     let (mut slowest, mut writes) = (Duration::ZERO, 0);
     for nth in 0..=CRASHES {
         let begun = Instant::now();
-        let (victim, mut client) = start(program, options, &place)
+        let (victim, mut client) = start(&options.program, options, &place, nth)
             .map_err(|why| Trouble::Failed(format!("the daemon did not start after {nth} crashes: {why}")))?;
         if nth > 0 {
             slowest = slowest.max(begun.elapsed());
@@ -89,7 +116,7 @@ pub(super) fn recovers(options: &Options) -> Checked {
 }
 
 /// Starts a daemon and waits until it listens.
-fn start(program: &Path, options: &Options, place: &Place) -> Result<(Victim, Client), String> {
+fn start(program: &Path, options: &Options, place: &Place, nth: u32) -> Result<(Victim, Client), String> {
     let iommu = match options.iommu {
         Kind::Auto => "auto",
         Kind::Iommufd => "iommufd",
@@ -97,8 +124,13 @@ fn start(program: &Path, options: &Options, place: &Place) -> Result<(Victim, Cl
         Kind::Soft => "soft",
     };
     let begun = Instant::now();
-    let log = File::create(place.log()).map_err(|error| error.to_string())?;
+    let log = File::options()
+        .append(true)
+        .create_new(true)
+        .open(place.log(nth))
+        .map_err(|error| error.to_string())?;
     let mut command = Command::new(program);
+    command.args([SUBCOMMAND, &std::process::id().to_string()]);
     command.args([
         "serve",
         "--allow-dma",
@@ -117,7 +149,7 @@ fn start(program: &Path, options: &Options, place: &Place) -> Result<(Victim, Cl
             Err(_) if begun.elapsed() < LONG && matches!(victim.0.try_wait(), Ok(None)) => {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            Err(_) => return Err(place.last_words()),
+            Err(_) => return Err(place.last_words(nth)),
         }
     }
 }
@@ -142,4 +174,21 @@ fn crash(victim: Victim, mut client: Client, device: &str) -> u64 {
         drop(victim);
     });
     went.into_inner()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_daemon_said_last_is_one_line_that_can_be_read() {
+        assert_eq!(last_words(b""), "nothing was said");
+        assert_eq!(last_words(b"\0\0\0\0one\ntwo\x1b[0m\n\0\0\n"), "two[0m");
+        let both = b"[WARN] busy\npassgate: 0000:03:00.0: timed out\n[WARN] guardian: reset\n";
+        assert_eq!(
+            last_words(both),
+            "passgate: 0000:03:00.0: timed out",
+            "the reason, whoever else writes after it"
+        );
+    }
 }

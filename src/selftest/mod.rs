@@ -3,9 +3,9 @@
 //! Checks never touch what the device holds: DMA goes to and from memory of the test's own. A driver that can only
 //! move bytes by writing to the device's medium does so where it was told that it may (`--scratch`).
 
-mod borrow;
+pub mod borrow;
 mod checks;
-mod crash;
+pub mod crash;
 pub mod in_use;
 mod pump;
 
@@ -31,8 +31,10 @@ pub struct Options {
     pub bind: bool,
     /// Whether the last blocks of a drive may be overwritten, to see what it reads.
     pub scratch: bool,
-    /// This program, to run the daemon that is killed; none leaves that check out.
-    pub program: Option<PathBuf>,
+    /// This program, which runs the daemon that is killed, and the helper that gives the device back.
+    pub program: PathBuf,
+    /// Whether a daemon is killed.
+    pub crash: bool,
 }
 
 /// How long to wait for a device that somebody is about to let go of.
@@ -145,7 +147,7 @@ impl Rows<'_> {
 
 /// Tests the device; `tell` hears each check as it is over. An error is a device that could not be tested at all.
 pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
-    let _borrowed = borrow(options)?;
+    let borrowed = borrow(options)?;
     let mut rows = Rows { rows: Vec::new(), tell };
     let mut iommu = String::new();
     {
@@ -167,6 +169,13 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
         }
     }
     rows.check("crash and recover", || crash::recovers(options));
+    if let Some(mut borrowed) = borrowed {
+        rows.check("give back", || match borrowed.give_back() {
+            Ok(Some(now)) => Ok(now),
+            Ok(None) => Err(Trouble::Skipped("it was bound to VFIO already".to_owned())),
+            Err(why) => Err(Trouble::Failed(why)),
+        });
+    }
     let count = |outcome| rows.rows.iter().filter(|row| row.outcome == outcome).count();
     Ok(Report {
         device: options.device.clone(),
@@ -185,7 +194,8 @@ fn borrow(options: &Options) -> Result<Option<Borrowed>> {
     let host = in_use::Host { sysfs, proc: Path::new("/proc"), dev: Path::new("/dev") };
     let claims =
         in_use::claim(host, address).map_err(|by| Error::InUse { device: options.device.clone(), by })?;
-    let borrowed = if options.bind { Borrowed::take(sysfs, address).map(Some) } else { Ok(None) };
+    let borrowed =
+        if options.bind { Borrowed::take(sysfs, address, &options.program).map(Some) } else { Ok(None) };
     // From here on no disk is there to be claimed by anybody.
     drop(claims);
     borrowed

@@ -1,4 +1,5 @@
 //! The tests themselves.
 
 pub(crate) mod disks;
+pub(crate) mod giving_back;
 pub(crate) mod namespaces;
