@@ -1,11 +1,14 @@
 //! Memory without an owner, after a restart: whoever comes back for it takes it over, or it is closed.
 
-use passgate_bindings::{Gpa, PageRange};
+use passgate_bindings::units::Offset;
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects};
-use super::event::{Caller, ClientId, InvalidationId};
+use super::event::{Caller, ClientId, FileId, InvalidationId};
 use super::ledger::HeldBy;
+use super::ledger::holds::gaps;
+use super::region::Region;
 use super::snapshot::RegionStatus;
 use super::verdict::{Cause, Refusal};
 
@@ -30,6 +33,7 @@ impl Gate {
                 let orphans =
                     self.regions.values_mut().filter(|region| region.owner == ORPHANS && !region.closing);
                 orphans.for_each(|region| region.owner = caller.client);
+                self.claim_unended(caller.client);
                 let regions = self.snapshot().regions.into_iter();
                 let regions: Vec<RegionStatus> =
                     regions.filter(|region| region.owner == caller.client && !region.closing).collect();
@@ -52,40 +56,81 @@ impl Gate {
         self.adoptable(ORPHANS).is_ok()
     }
 
-    /// Conversions over this client's memory that an earlier daemon did not see the end of.
+    /// Has this client settle the conversions of which all pages lie in memory that it has just adopted. Of the others
+    /// nobody here is the owner.
+    fn claim_unended(&mut self, client: ClientId) {
+        let mut unended = std::mem::take(&mut self.unended);
+        unended.retain(|id, owner| {
+            if *owner == ORPHANS {
+                *owner = client;
+                return self.owns_unknown(client, *id);
+            }
+            true
+        });
+        self.unended = unended;
+    }
+
+    /// The pages that a conversion without an end left in quarantine.
+    pub(super) fn unknown_since(
+        &self,
+        invalidation: InvalidationId,
+    ) -> impl Iterator<Item = (FileId, PageRange<Offset>)> + '_ {
+        self.files.iter().flat_map(move |(file, entry)| {
+            entry.holds.iter().filter_map(move |(range, by)| match by {
+                HeldBy::Quarantine(since, reason)
+                    if since == invalidation && reason.cause == Cause::ClientGone =>
+                {
+                    Some((*file, range))
+                }
+                _ => None,
+            })
+        })
+    }
+
+    /// This client's regions of a file.
+    fn owned_by(&self, client: ClientId, file: FileId) -> impl Iterator<Item = &Region> + '_ {
+        let regions = self.files.get(&file).map_or(&[][..], |entry| &entry.regions);
+        let owned = regions.iter().filter_map(|id| self.regions.get(id));
+        owned.filter(move |region| region.owner == client && !region.closing)
+    }
+
+    /// True while every page that the conversion left in quarantine shows in this client's memory.
+    fn owns_unknown(&self, client: ClientId, invalidation: InvalidationId) -> bool {
+        let mut any = false;
+        self.unknown_since(invalidation).all(|(file, range)| {
+            any = true;
+            let mut shown: Vec<_> = self
+                .owned_by(client, file)
+                .map(|region| region.pages_at(region.iova()).range)
+                .filter(|shown| shown.overlaps(range))
+                .collect();
+            shown.sort_unstable();
+            gaps(range, shown.into_iter()).next().is_none()
+        }) && any
+    }
+
+    /// The conversions that this client may settle, at every address where its memory shows them.
     fn unended_of(&self, client: ClientId) -> Vec<Unended> {
         let mut unended = Vec::new();
-        for (file, entry) in &self.files {
-            for (range, by) in entry.holds.iter() {
-                let HeldBy::Quarantine(invalidation, reason) = by else { continue };
-                if reason.cause != Cause::ClientGone || invalidation.0 > self.last_unended {
-                    continue;
-                }
-                let owned = entry.regions.iter().filter_map(|id| self.regions.get(id));
-                for region in
-                    owned.filter(|region| region.owner == client && region.spec.backing.file == *file)
-                {
-                    let range =
-                        region.iova_of(range).map(|iova| iova.rebase(passgate_bindings::Iova(0), Gpa(0)));
-                    unended.extend(range.map(|range| Unended { invalidation, range }));
-                }
+        for invalidation in self.unended.iter().filter(|(_, owner)| **owner == client).map(|(id, _)| *id) {
+            for (file, range) in self.unknown_since(invalidation) {
+                let iova = self.owned_by(client, file).filter_map(|region| region.iova_of(range));
+                let gpa = iova.map(|iova| iova.rebase(Iova(0), Gpa(0)));
+                unended.extend(gpa.map(|range| Unended { invalidation, range }));
             }
         }
         unended
     }
 
-    /// Whether this client, who speaks for a VM, may say all the same what pages are that this invalidation left in
-    /// quarantine: it was open when an earlier daemon ended, and all of it lies in memory that is the client's now.
+    /// Conversions that were open when an earlier daemon ended and are not settled.
+    pub fn unended(&self) -> impl Iterator<Item = InvalidationId> + '_ {
+        self.unended.keys().copied()
+    }
+
+    /// True where this client, which speaks for a VM, may say all the same what pages are that this invalidation left
+    /// in quarantine: it was open when an earlier daemon ended, all of its pages lay in the memory that this client has
+    /// adopted, and they still do.
     pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
-        let theirs = self.unended_of(client).into_iter().filter(|one| one.invalidation == invalidation);
-        let (theirs, mut all): (u64, u64) = (theirs.map(|one| one.range.len()).sum(), 0);
-        for entry in self.files.values() {
-            let held = entry
-                .holds
-                .iter()
-                .filter(|(_, by)| matches!(by, HeldBy::Quarantine(since, _) if *since == invalidation));
-            all += held.map(|(range, _)| range.len()).sum::<u64>();
-        }
-        all > 0 && theirs >= all
+        self.unended.get(&invalidation) == Some(&client) && self.owns_unknown(client, invalidation)
     }
 }

@@ -20,12 +20,16 @@ impl Gate {
         let (targets, rung) = (std::mem::take(&mut inv.targets), inv.rung);
         let (caller, range, after) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.after);
         let is_conversion = inv.is_conversion();
+        let swept: Vec<DomainId> =
+            self.domains.iter().map(|domain| domain.id).filter(|domain| !inv.sweeps(*domain)).collect();
         let mut stuck: Vec<_> = self
             .runs_over(&targets)
             .into_iter()
             .map(|(domain, run)| (domain, run.range, Some(run.state)))
             .collect();
-        for (domain, target) in self.domains.iter().flat_map(|d| targets.iter().map(move |t| (d, *t))) {
+        // What is mapped again since it was swept is plainly mapped, and in nobody's way.
+        let unswept = self.domains.iter().filter(|domain| !swept.contains(&domain.id));
+        for (domain, target) in unswept.flat_map(|d| targets.iter().map(move |t| (d, *t))) {
             stuck.extend(domain.mapped.live(target).map(|live| (domain.id, live, None)));
         }
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
@@ -60,7 +64,7 @@ impl Gate {
                 Some(Answer::Refused(Refusal::HalfMapped { errno }))
             }
             After::AddFailed(_, refusal) => Some(Answer::Refused(refusal)),
-            After::Gone | After::Merged(_) => None,
+            After::Gone | After::Merged(_) | After::Resumed => None,
             _ => Some(Answer::Verdict { invalidation: id, verdict }),
         };
         effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));

@@ -24,7 +24,7 @@ impl Gate {
     pub(super) fn allowed(&self, inv: &Invalidation) -> Steps {
         let policy = self.policy.on_stuck_dma.allows();
         match inv.after {
-            After::Grant(_) | After::Merged(_) => policy,
+            After::Grant(_) | After::Merged(_) | After::Resumed => policy,
             _ if self.insisting.contains(&inv.receipt.caller.client) => OnStuckDma::Reset.allows(),
             After::Gone => policy.or(Steps::ALL_BUT_RESET),
             After::Removed(_) | After::AddFailed(..) => policy,

@@ -45,6 +45,8 @@ pub(super) enum After {
     Gone,
     /// Nothing: it is mapped again in this domain, in larger pieces.
     Merged(DomainId),
+    /// Nothing: an earlier process left it mapped, and its pages are held or not shared.
+    Resumed,
 }
 
 /// One invalidation.
@@ -89,10 +91,12 @@ impl Invalidation {
     }
 
     /// What it takes out of a domain that is plainly mapped there. A merge does so once, in one domain: what is mapped
-    /// after that is its own doing.
+    /// after that is its own doing. So does what takes away an earlier process's mappings, because it holds no page:
+    /// what is mapped after that may be.
     pub(super) fn sweeps(&self, domain: DomainId) -> bool {
         match self.after {
             After::Merged(only) => domain == only && !self.swept,
+            After::Resumed => !self.swept,
             _ => true,
         }
     }
@@ -361,7 +365,7 @@ impl Gate {
                 let (pages, to) = (inv.pages.clone(), inv.receipt.to);
                 effects.push(Effect::Convert { invalidation: id, pages, to });
             }
-            After::Removed(_) | After::AddFailed(..) | After::Gone | After::Merged(_) => {
+            After::Removed(_) | After::AddFailed(..) | After::Gone | After::Merged(_) | After::Resumed => {
                 let (region, after) = (inv.region, inv.after);
                 self.finish(id, effects);
                 if let Some(region) = region {

@@ -171,8 +171,9 @@ pub struct Gate {
     last_invalidation: u64,
     /// The highest invalidation from which an earlier daemon's quarantine dates.
     last_of_earlier: u64,
-    /// The highest invalidation that an earlier daemon may not have seen the end of.
-    last_unended: u64,
+    /// Conversions that were open when an earlier daemon ended and are not settled, with the client that has adopted
+    /// their memory; [`ORPHANS`] while nobody has.
+    unended: BTreeMap<InvalidationId, ClientId>,
     last_job: u64,
     /// Where page states outlive this gate; none where they need not.
     store: Option<Store>,
@@ -199,7 +200,7 @@ impl Gate {
             last_region: 0,
             last_invalidation: 0,
             last_of_earlier: 0,
-            last_unended: 0,
+            unended: BTreeMap::new(),
             last_job: 0,
             store: None,
         }

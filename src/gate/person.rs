@@ -1,12 +1,13 @@
 //! Quarantine that outlives a daemon, and the person who ends one.
 
-use passgate_bindings::PageRange;
-use passgate_bindings::units::Offset;
+use passgate_bindings::units::{Address, LIMIT, Offset};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, Notice};
 use super::event::{Caller, FileId, InvalidationId, RegionId};
 use super::invalidation::After;
+use super::ledger::holds::gaps;
 use super::ledger::{HeldBy, PageState};
 use super::verdict::{Cause, Reason, Refusal};
 
@@ -35,8 +36,9 @@ impl Gate {
     }
 
     /// A person knows what the pages are that an invalidation left in quarantine. A mapping over them that was
-    /// never proved gone stays in the ledger all the same: the next invalidation tries it again. While passgate's own
-    /// conversion may still take the pages away, nobody can know.
+    /// never proved gone stays in the ledger all the same: the next invalidation tries it again. While there is one the
+    /// pages are released as shared or not at all, because a device may reach them. While passgate's own conversion may
+    /// still take the pages away, nobody can know.
     pub(super) fn let_go(
         &mut self,
         caller: Caller,
@@ -49,6 +51,14 @@ impl Gate {
             effects.push(Effect::Answer { caller, answer });
             return;
         }
+        if to != PageState::Shared
+            && let Some(gpa) = self.reached_since(invalidation)
+        {
+            let answer = Answer::Refused(Refusal::StillMapped { invalidation, gpa });
+            effects.push(Effect::Answer { caller, answer });
+            return;
+        }
+        self.unended.remove(&invalidation);
         let mut freed = Vec::new();
         for (file, entry) in &mut self.files {
             for range in entry.holds.lift_all(invalidation) {
@@ -71,6 +81,32 @@ impl Gate {
             self.close_again(file, range, effects);
             self.forget_file(file, effects);
         }
+    }
+
+    /// Where a device may still reach pages that this invalidation left in quarantine: at any alias, in any domain, by
+    /// a mapping in any state. A mapping that no region is of may show any page.
+    pub(super) fn reached_since(&self, invalidation: InvalidationId) -> Option<Gpa> {
+        let since = |by: HeldBy| matches!(by, HeldBy::Quarantine(since, _) if since == invalidation);
+        let held = self.files.iter().flat_map(|(file, entry)| {
+            entry.holds.iter().filter(move |(_, by)| since(*by)).map(move |(range, _)| (*file, range))
+        });
+        let mut held = held.peekable();
+        held.peek()?;
+        let gpa = |iova: PageRange<Iova>| Gpa(iova.start().raw());
+        let aliases = held.flat_map(|(file, range)| self.aliases(file, range));
+        let reached = |iova: &PageRange<Iova>| self.domains.iter().any(|d| !d.mapped.is_clear(*iova));
+        aliases.filter(reached).map(gpa).next().or_else(|| self.stray().map(gpa))
+    }
+
+    /// The first mapping that no region is of.
+    fn stray(&self) -> Option<PageRange<Iova>> {
+        let everywhere = PageRange::<Iova>::new(0, LIMIT).ok()?;
+        let regions: Vec<_> =
+            self.layout.values().filter_map(|id| Some(self.regions.get(id)?.iova())).collect();
+        let between: Vec<_> = gaps(everywhere, regions.into_iter()).collect();
+        self.domains.iter().find_map(|domain| {
+            between.iter().find_map(|between| domain.mapped.taken(*between).first().copied())
+        })
     }
 
     /// A dead client's region that could not be closed, because of these pages, is worth another try.

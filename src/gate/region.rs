@@ -235,6 +235,8 @@ impl Gate {
 
     /// A connection is gone: what it began is not known to be over, what it owned goes, its devices first.
     pub(super) fn client_gone(&mut self, client: ClientId, effects: &mut Effects) {
+        // Whoever comes after it did not begin them.
+        self.unended.retain(|_, owner| *owner != client);
         let mut owned = Vec::new();
         for (id, region) in self.regions.iter_mut().filter(|(_, region)| region.owner == client) {
             owned.push(*id);

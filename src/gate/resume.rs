@@ -3,19 +3,25 @@
 //! What was mapped is mapped; what was under way is in doubt, and is settled by an unmap of its own: where the kernel
 //! says that it succeeded, nothing is left there, whatever was. Conversions that were open end as their client's
 //! going does: nobody here knows what the pages are.
+//!
+//! Of what was mapped, no page stays so that is held or not shared. The earlier gate may have held a page and left it
+//! mapped while it waited for a device to pause or to be detached; this one takes it out by an invalidation of its own,
+//! with the ladder behind it.
 
-use passgate_bindings::units::{LIMIT, Offset};
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::units::{Address, LIMIT, Offset};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::adopt::ORPHANS;
 use super::effect::{Effect, Effects, FilePages};
 use super::event::{
-    ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId, RegionSpec, UnmapResult,
+    Caller, ClientId, DeviceId, DomainId, Door, FileId, InvalidationId, JobId, RegionId, RegionSpec,
+    UnmapResult,
 };
 use super::fence::{Nature, Step};
 use super::invalidation::After;
 use super::ledger::holds::gaps;
 use super::ledger::{HeldBy, PageState, RunState, Store};
+use super::ranges::Ranges;
 use super::region::Region;
 use super::verdict::{Cause, Reason};
 use super::{Gate, Job};
@@ -43,6 +49,8 @@ pub struct Past {
     pub regions: Vec<Written>,
     /// What was held, and by what.
     pub holds: Vec<(FileId, PageRange<Offset>, HeldBy)>,
+    /// Conversions that were open at an earlier restart, and that the owner of their memory may still settle.
+    pub unended: Vec<InvalidationId>,
     /// Whether the mappings are gone with the process that had them.
     pub unmapped: bool,
     /// Devices that were stopped, or about to be.
@@ -63,7 +71,6 @@ impl Gate {
     pub fn resume(&mut self, past: Past, effects: &mut Effects) {
         self.last_region = past.last_region;
         self.last_invalidation = past.last_invalidation;
-        self.last_unended = past.last_invalidation;
         if past.unmapped {
             // Of what was in flight this ledger proves nothing.
             self.last_of_earlier = past.last_invalidation;
@@ -76,7 +83,13 @@ impl Gate {
         for (file, range, by) in past.holds {
             self.hold_again(file, range, by, effects);
         }
+        for id in past.unended {
+            if self.unknown_since(id).next().is_some() {
+                self.unended.insert(id, ORPHANS);
+            }
+        }
         self.settle_all(domain, effects);
+        self.clear_forbidden(domain, effects);
         if past.regions.iter().any(|region| region.closing) {
             self.leaving.push(LEFT);
         }
@@ -123,8 +136,55 @@ impl Gate {
                 self.file(file).pages.set(range, PageState::Unknown);
                 let reason = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
                 self.quarantine(id, file, range, reason, effects);
+                self.unended.insert(id, ORPHANS);
             }
         }
+    }
+
+    /// Begins to take out of the domain what is plainly mapped there and must not be: pages that are held, or not shared.
+    fn clear_forbidden(&mut self, domain: DomainId, effects: &mut Effects) {
+        let targets = self.forbidden_in(domain);
+        let Some(first) = targets.first() else { return };
+        let gpa = first.rebase(Iova(0), Gpa(0));
+        let (caller, deadline) =
+            (Caller { client: ORPHANS, door: Door::Control, cookie: 0 }, self.policy.close_deadline_ns);
+        let ranges = targets.iter().map(|target| target.rebase(Iova(0), Gpa(0))).collect::<Vec<_>>();
+        let ranges = Ranges::try_from(ranges).unwrap_or_else(|_| gpa.into());
+        let id = self.start(caller, ranges, PageState::Unknown, After::Resumed, targets, deadline);
+        self.clear(id, effects);
+    }
+
+    /// What is plainly mapped in the domain although its pages are held or not shared: ascending, apart. A region on
+    /// its way out is unmapped as a whole anyway.
+    fn forbidden_in(&self, domain: DomainId) -> Vec<PageRange<Iova>> {
+        let (Ok(everywhere), Some(entry)) = (PageRange::<Iova>::new(0, LIMIT), self.domain(domain)) else {
+            return Vec::new();
+        };
+        let mut found: Vec<PageRange<Iova>> = Vec::new();
+        for part in entry.mapped.live(everywhere).flat_map(|live| self.files_at(live)) {
+            let Some(file) = self.files.get(&part.file) else { continue };
+            let held =
+                file.holds.overlapping(part.range).filter_map(|(held, _)| held.intersection(part.range));
+            let states = file.pages.runs(part.range).filter(|(_, state)| *state != PageState::Shared);
+            let pages = held.chain(states.map(|(run, _)| run));
+            found.extend(pages.map(|pages| pages.rebase(part.range.start(), Iova(part.gpa.raw()))));
+        }
+        if self.keeps_copies(domain).is_some() {
+            // What was under way is unmapped already, which proves nothing before the device is detached.
+            found.extend(entry.mapped.runs(everywhere).map(|run| run.range));
+        }
+        found.retain(|iova| self.region_at(Gpa(iova.start().raw())).is_none_or(|region| !region.closing));
+        found.sort_unstable();
+        let mut apart: Vec<PageRange<Iova>> = Vec::with_capacity(found.len());
+        for next in found {
+            match apart.last_mut().filter(|last| next.start() <= last.end()) {
+                Some(last) => {
+                    *last = PageRange::between(last.start(), last.end().max(next.end())).unwrap_or(*last);
+                }
+                None => apart.push(next),
+            }
+        }
+        apart
     }
 
     /// Takes away what was under way, and what no region is of.
@@ -232,3 +292,6 @@ impl Gate {
         self.devices.iter().filter(|(_, device)| !device.runs()).map(|(id, _)| *id)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -145,6 +145,18 @@ pub enum Refusal {
         /// The invalidation.
         invalidation: InvalidationId,
     },
+    /// A mapping over them was never proved gone.
+    #[error(
+        "a device may still reach {gpa}, which invalidation {} left in quarantine: release it as shared, and convert it \
+         then: the begin unmaps it first",
+        invalidation.0
+    )]
+    StillMapped {
+        /// The invalidation.
+        invalidation: InvalidationId,
+        /// The first such address.
+        gpa: Gpa,
+    },
     /// No such region, or not this client's.
     #[error("region {} is not one that this connection added", region.0)]
     NotOwner {
@@ -222,10 +234,10 @@ impl Refusal {
     pub fn errno(self) -> i32 {
         // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
         match self {
-            Self::NoMemory { .. } => 14,                            // EFAULT
-            Self::Overlaps { .. } => 17,                            // EEXIST
-            Self::Busy { .. } | Self::StillConverting { .. } => 16, // EBUSY
-            Self::Quarantined { .. } => 5,                          // EIO
+            Self::NoMemory { .. } => 14, // EFAULT
+            Self::Overlaps { .. } => 17, // EEXIST
+            Self::Busy { .. } | Self::StillConverting { .. } | Self::StillMapped { .. } => 16, // EBUSY
+            Self::Quarantined { .. } => 5, // EIO
             Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } | Self::NoOrphans => {
                 2
             } // ENOENT
@@ -243,7 +255,8 @@ impl Refusal {
             Self::NoMemory { gpa }
             | Self::Overlaps { gpa, .. }
             | Self::Busy { gpa, .. }
-            | Self::Quarantined { gpa, .. } => Some(gpa),
+            | Self::Quarantined { gpa, .. }
+            | Self::StillMapped { gpa, .. } => Some(gpa),
             _ => None,
         }
     }

@@ -135,18 +135,11 @@ impl World {
         }
     }
 
-    /// A person who knows what he says: what a device may still see is shared.
+    /// A call that takes pages away together takes what lies between them along: whether a release of that is refused
+    /// until the call is over is the gate's choice, and nobody asks.
     fn release(&mut self, client: u8, since: InvalidationId, to: PageState) -> Kept {
-        let truth = &self.model.truth;
-        let doubt = truth.files.iter().any(|file| {
-            let mut mine = file.quarantine.iter().filter(|held| held.since == since);
-            // Also beside a replace that has not come back.
-            let seen = |held: PageRange<Offset>| {
-                truth.aliases(file.id, held).any(|(_, iova)| self.model.told.unproved(iova).is_some())
-            };
-            mine.any(|held| !self.model.doubtful(file.id, held.range).is_empty() || seen(held.range))
-        });
-        let to = if doubt { PageState::Shared } else { to };
+        let to =
+            if self.model.under_way(since) && !self.model.reached(since) { PageState::Shared } else { to };
         let caller = self.caller(self.client(client));
         self.feed(Event::Release { caller, invalidation: since, to })
     }

@@ -245,9 +245,11 @@ impl Model {
             (Ask::Release { bytes, .. }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
                 Ok(())
             }
-            (Ask::Release { bytes: 0, hangs: false }, Answer::Refused(Refusal::NotQuarantined { .. })) => {
-                Ok(())
-            }
+            (
+                Ask::Release { bytes: 0, hangs: false, reached: false },
+                Answer::Refused(Refusal::NotQuarantined { .. }),
+            ) => Ok(()),
+            (Ask::Release { reached: true, .. }, Answer::Refused(Refusal::StillMapped { .. })) => Ok(()),
             (Ask::Release { hangs: true, .. }, Answer::Refused(Refusal::StillConverting { .. })) => Ok(()),
             _ => broken!(3, "{answer:?} to {ask:?}"),
         }

@@ -21,11 +21,28 @@ const SHORTEST: u64 = 6;
 /// What somebody asked.
 #[derive(Debug, Clone)]
 pub enum Ask {
-    Add { spec: RegionSpec, region: Option<RegionId> },
-    Remove { region: RegionId },
-    Begin { ranges: Ranges, id: Option<InvalidationId> },
-    End { invalidation: InvalidationId, outcome: Outcome, counts: bool },
-    Release { bytes: u64, hangs: bool },
+    Add {
+        spec: RegionSpec,
+        region: Option<RegionId>,
+    },
+    Remove {
+        region: RegionId,
+    },
+    Begin {
+        ranges: Ranges,
+        id: Option<InvalidationId>,
+    },
+    End {
+        invalidation: InvalidationId,
+        outcome: Outcome,
+        counts: bool,
+    },
+    /// `reached` while a mapping over the pages is not proved gone and they are to be other than shared.
+    Release {
+        bytes: u64,
+        hangs: bool,
+        reached: bool,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -196,7 +213,10 @@ impl Model {
     /// A person says what the pages are that an invalidation left in quarantine.
     fn vouch(&mut self, caller: Caller, since: InvalidationId, to: PageState) {
         if self.converting.contains(&since) && self.truth.open(since).is_none() {
-            return self.ask(caller, Ask::Release { bytes: 0, hangs: true }, 0);
+            return self.ask(caller, Ask::Release { bytes: 0, hangs: true, reached: false }, 0);
+        }
+        if to != PageState::Shared && self.reached(since) {
+            return self.ask(caller, Ask::Release { bytes: 0, hangs: false, reached: true }, 0);
         }
         let mut released = Vec::new();
         for file in &mut self.truth.files {
@@ -208,7 +228,30 @@ impl Model {
         self.truth.become_state(&released, to);
         let bytes = released.iter().map(|(_, range)| range.len()).sum();
         self.owed.released = released;
-        self.ask(caller, Ask::Release { bytes, hangs: false }, 0);
+        self.ask(caller, Ask::Release { bytes, hangs: false, reached: false }, 0);
+    }
+
+    /// True while a call that covers some of what an invalidation left in quarantine has not said plainly how it went.
+    pub fn under_way(&self, since: InvalidationId) -> bool {
+        self.truth.files.iter().any(|file| {
+            let mut mine = file.quarantine.iter().filter(|held| held.since == since);
+            mine.any(|held| {
+                let mut shown = self.truth.aliases(file.id, held.range);
+                shown.any(|(_, iova)| self.told.unsettled(iova).is_some() || self.told.shaken(iova))
+            })
+        })
+    }
+
+    /// True while nothing proves that no device reaches what an invalidation left in quarantine.
+    pub fn reached(&self, since: InvalidationId) -> bool {
+        self.truth.files.iter().any(|file| {
+            let mut mine = file.quarantine.iter().filter(|held| held.since == since);
+            // Also beside a replace that has not come back.
+            let seen = |held: PageRange<Offset>| {
+                self.truth.aliases(file.id, held).any(|(_, iova)| self.told.unproved(iova).is_some())
+            };
+            mine.any(|held| !self.doubtful(file.id, held.range).is_empty() || seen(held.range))
+        })
     }
 
     fn ask(&mut self, caller: Caller, ask: Ask, within: u64) {

@@ -148,6 +148,45 @@ fn a_killed_daemon_is_followed_by_one_that_knows_what_it_knew() {
 }
 
 #[test]
+fn an_open_conversion_is_settled_after_a_second_restart_and_one_of_a_dead_client_never() {
+    let (mut service, memory) = (service(&[]), memory(PAGES));
+    service.start();
+    let (client, mut channel) = join(&service, &memory);
+    // Another client shows the same memory, and dies between begin and end.
+    let mut stranger = service.client();
+    let alias = GPA + 2 * PAGES * PAGE;
+    stranger.add_memory(&AddMemory::shared(alias, PAGES * PAGE), &[&memory]).unwrap();
+    let mut theirs = stranger.open_channel().unwrap();
+    let at = PageRange::new(alias + 5 * PAGE, PAGE).unwrap();
+    let Answer::Granted { invalidation: theirs_id } =
+        theirs.begin(at, PageState::Private, Some(PATIENT_MS)).unwrap()
+    else {
+        panic!("nothing holds the page");
+    };
+    drop((stranger, theirs));
+    let mut person = service.client();
+    let until = Instant::now() + LONG;
+    while person.status().unwrap().regions.len() > 1 {
+        assert!(Instant::now() < until, "{:?}", person.status());
+        std::thread::yield_now();
+    }
+    let lost = begin(&mut channel, 3, PageState::Private);
+    for _ in 0..2 {
+        service.kill();
+        service.start();
+    }
+    drop((client, channel, person));
+    let (mut client, _channel, adopted) = adopt(&service);
+    let unended: Vec<u64> = adopted.unended.iter().map(|one| one.invalidation).collect();
+    assert_eq!(unended, [lost]);
+    let message = client.release(theirs_id, State::Shared).unwrap_err().to_string();
+    assert!(message.contains("may not release its own quarantine"), "{message}");
+    assert_eq!(client.release(lost, State::Private).unwrap(), PAGE);
+    // An operator may: it is somebody else's word.
+    assert_eq!(service.client().release(theirs_id, State::Shared).unwrap(), PAGE);
+}
+
+#[test]
 fn asked_to_end_it_leaves_everything_to_the_next() {
     let (mut service, memory) = (service(&[]), memory(PAGES));
     service.start();

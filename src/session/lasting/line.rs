@@ -91,6 +91,16 @@ pub(super) fn hold(line: &Line) -> Option<(FileId, PageRange<Offset>, HeldBy)> {
     (id.0 != 0).then_some((file, range, by))
 }
 
+/// A conversion that was open at a restart, and is not settled.
+pub(super) fn of_unended(id: InvalidationId) -> Line {
+    [1, id.0, 0, 0, 0, 0, 0, 0]
+}
+
+pub(super) fn unended(line: &Line) -> Option<InvalidationId> {
+    let [first, id, ..] = *line;
+    (first == 1 && id != 0).then_some(InvalidationId(id))
+}
+
 /// What a session must know of a region that the gate need not: whether passgate is its sole mapper, and its private
 /// side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +176,14 @@ mod tests {
         let spec =
             RegionSpec { gpa, backing, writable: true, piece: 0, page: PAGE, initial: PageState::Private };
         Written { region: RegionId(u32::MAX), spec, piece: 2 << 20, closing: false }
+    }
+
+    #[test]
+    fn a_damaged_record_of_an_open_conversion_is_none() {
+        assert_eq!(unended(&of_unended(InvalidationId(9))), Some(InvalidationId(9)));
+        for [first, id] in [[0, 9], [2, 9], [1, 0]] {
+            assert_eq!(unended(&[first, id, 0, 0, 0, 0, 0, 0]), None);
+        }
     }
 
     #[test]

@@ -56,6 +56,7 @@ pub(super) struct Records {
     pub(super) regions: Vec<(Slot, Line)>,
     pub(super) holds: Vec<(Slot, Line)>,
     pub(super) asides: Vec<(Slot, Line)>,
+    pub(super) unended: Vec<(Slot, Line)>,
 }
 
 impl Lasting {
@@ -67,6 +68,7 @@ impl Lasting {
         lasting.counters(&mut past)?;
         lasting.regions_again(records.regions, &mut past)?;
         lasting.holds_again(records.holds, &mut past)?;
+        lasting.unended_again(records.unended, &mut past)?;
         let asides = lasting.asides_again(records.asides);
         lasting.forget_files(&past);
         if past.unmapped {
@@ -149,6 +151,18 @@ impl Lasting {
         }
         // Of two that overlap the gate takes the first: let it be the one that only a person lifts.
         past.holds.sort_by_key(|(.., by)| matches!(by, HeldBy::Quarantine(..)));
+        Ok(())
+    }
+
+    fn unended_again(&mut self, records: Vec<(Slot, Line)>, past: &mut Past) -> Result<(), LoadError> {
+        for (slot, words) in records {
+            let id = line::unended(&words).filter(|id| id.0 <= past.last_invalidation);
+            let id = id.ok_or(LoadError::Damaged("an open conversion"))?;
+            match self.unsettled.insert(id, slot) {
+                None => past.unended.push(id),
+                Some(twice) => self.unended.clear(twice),
+            }
+        }
         Ok(())
     }
 

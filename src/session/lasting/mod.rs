@@ -12,7 +12,7 @@ mod line;
 mod load;
 mod slots;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
@@ -39,6 +39,7 @@ const META: u64 = 101;
 const REGIONS: u64 = 102;
 const HOLDS: u64 = 103;
 const ASIDES: u64 = 104;
+const UNENDED: u64 = 105;
 
 /// The one domain of a session.
 const DOMAIN: DomainId = DomainId(0);
@@ -63,9 +64,11 @@ pub struct Lasting {
     regions: Slots,
     holds: Slots,
     asides: Slots,
+    unended: Slots,
     known: BTreeMap<RegionId, (Slot, Written)>,
     held: BTreeMap<(FileId, Offset), (Slot, PageRange<Offset>, HeldBy)>,
     beside: BTreeMap<RegionId, Slot>,
+    unsettled: BTreeMap<InvalidationId, Slot>,
     open: HashMap<InvalidationId, Vec<FilePages>>,
     last: u64,
     /// Records of an earlier process that are written anew.
@@ -96,20 +99,25 @@ impl Lasting {
         let (regions, of_regions) = Slots::open(&store, REGIONS);
         let (holds, of_holds) = Slots::open(&store, HOLDS);
         let (asides, of_asides) = Slots::open(&store, ASIDES);
+        let (unended, of_unended) = Slots::open(&store, UNENDED);
         let lasting = Self {
             store,
             meta,
             regions,
             holds,
             asides,
+            unended,
             known: BTreeMap::new(),
             held: BTreeMap::new(),
             beside: BTreeMap::new(),
+            unsettled: BTreeMap::new(),
             open: HashMap::new(),
             last: 0,
             stale: Vec::new(),
         };
-        Ok((lasting, load::Records { regions: of_regions, holds: of_holds, asides: of_asides }))
+        let records =
+            load::Records { regions: of_regions, holds: of_holds, asides: of_asides, unended: of_unended };
+        Ok((lasting, records))
     }
 
     /// The memory, for the gate's page states.
@@ -193,6 +201,7 @@ impl Lasting {
         for (file, range) in pages {
             self.follow_holds(gate, file, range, &mut free);
         }
+        self.follow_unended(gate);
         free.into_iter().for_each(|slot| self.holds.clear(slot));
         gone.into_iter().for_each(|slot| self.regions.clear(slot));
     }
@@ -256,6 +265,25 @@ impl Lasting {
             .filter(|(_, at)| !stays(*at))
             .collect();
         free.extend(over.into_iter().filter_map(|key| Some(self.held.remove(&key)?.0)));
+    }
+
+    /// Written before the hold of an open conversion makes way for its quarantine, so that a restart in between finds
+    /// the one or the other.
+    fn follow_unended(&mut self, gate: &Gate) {
+        if self.unsettled.is_empty() && gate.unended().next().is_none() {
+            return;
+        }
+        let now: BTreeSet<InvalidationId> = gate.unended().collect();
+        for id in now.iter().filter(|id| !self.unsettled.contains_key(id)).copied().collect::<Vec<_>>() {
+            match self.unended.put(line::of_unended(id)) {
+                Ok(slot) => _ = self.unsettled.insert(id, slot),
+                Err(Full { .. }) => self.lose(),
+            }
+        }
+        let settled: Vec<_> = self.unsettled.keys().filter(|id| !now.contains(id)).copied().collect();
+        for slot in settled.into_iter().filter_map(|id| self.unsettled.remove(&id)).collect::<Vec<_>>() {
+            self.unended.clear(slot);
+        }
     }
 
     /// Keeps what the session must know of a region that the gate need not.

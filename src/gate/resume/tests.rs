@@ -1,0 +1,654 @@
+//! Every scene is killed after each of its steps, with the call under way done or not done, and goes on in another
+//! gate over the same ledger. A kernel of its own keeps what devices reach; nothing here looks at what a gate believes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use passgate_bindings::PAGE;
+use passgate_bindings::words::Words;
+
+use super::super::*;
+use super::*;
+
+const OWNER: ClientId = ClientId(1);
+const OPERATOR: ClientId = ClientId(9);
+const DOMAIN: DomainId = DomainId(0);
+const DEVICE: DeviceId = DeviceId(0);
+const FILE: FileId = FileId { device: 1, inode: 7 };
+const PAGES: u64 = 8;
+/// Where the two aliases of the file are, in pages.
+const ALIASES: [u64; 2] = [0, 64];
+/// Steps after which a scene must have come to rest.
+const MAX_STEPS: usize = 400;
+
+/// How a device is stopped, and what the platform asks of it.
+#[derive(Debug, Clone, Copy)]
+struct Host {
+    platform: Platform,
+    hitless: Hitless,
+    cut: bool,
+    ats: bool,
+}
+
+const HOSTS: [Host; 4] = [
+    Host { platform: Platform::Contained, hitless: Hitless::Off, cut: false, ats: false },
+    Host { platform: Platform::Contained, hitless: Hitless::Prefer, cut: false, ats: false },
+    Host { platform: Platform::Contained, hitless: Hitless::Prefer, cut: true, ats: false },
+    Host { platform: Platform::Strict, hitless: Hitless::Prefer, cut: false, ats: true },
+];
+
+/// What devices reach: each mapped page with the start of its mapping, and the page of the file behind it.
+#[derive(Debug, Clone, Default)]
+struct Kernel {
+    pages: BTreeMap<u64, (u64, u64)>,
+    /// Unmaps so far, and those that fail.
+    unmaps: u64,
+    fails: BTreeSet<u64>,
+}
+
+impl Kernel {
+    fn map(&mut self, iova: PageRange<Iova>, piece: u64, offset: Offset) {
+        let (first, end) = (iova.start().0 / PAGE, iova.end().0 / PAGE);
+        let grid = piece / PAGE;
+        for page in first..end {
+            let start = (page / grid * grid).max(first);
+            let old = self.pages.insert(page, (start, offset.0 / PAGE + page - first));
+            assert_eq!(old, None, "page {page} is mapped twice");
+        }
+    }
+
+    fn unmap(&mut self, iova: PageRange<Iova>, cut: bool) -> UnmapResult {
+        self.unmaps += 1;
+        let (first, end) = (iova.start().0 / PAGE, iova.end().0 / PAGE);
+        let starts = |page: u64| self.pages.get(&page).map(|(start, _)| *start);
+        let split = |page: u64| page > 0 && starts(page).is_some() && starts(page) == starts(page - 1);
+        if self.fails.contains(&self.unmaps) || (!cut && (split(first) || split(end))) {
+            return UnmapResult::Failed { errno: 16, bytes: 0 };
+        }
+        let gone: Vec<u64> = self.pages.range(first..end).map(|(page, _)| *page).collect();
+        // What is left behind the range is a mapping of its own.
+        if split(end) {
+            let old = starts(end);
+            self.pages
+                .range_mut(end..)
+                .filter(|(_, (at, _))| Some(*at) == old)
+                .for_each(|(_, at)| at.0 = end);
+        }
+        gone.iter().for_each(|page| _ = self.pages.remove(page));
+        UnmapResult::Gone { bytes: gone.len() as u64 * PAGE }
+    }
+}
+
+/// What the owner of the memory knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Truth {
+    Shared,
+    /// It may be changing, or is no longer shared.
+    Taken,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Ask {
+    Add(u64),
+    Begin(u64, u64),
+    /// Ends the first conversion that was granted.
+    End(Outcome),
+}
+
+struct World {
+    host: Host,
+    gate: Gate,
+    store: Store,
+    effects: Effects,
+    kernel: Kernel,
+    truth: BTreeMap<u64, Truth>,
+    /// Conversions that were begun: their pages, and whether they were granted.
+    begun: BTreeMap<InvalidationId, (Vec<u64>, bool)>,
+    asked: Option<Vec<u64>>,
+    timers: BTreeMap<InvalidationId, Step>,
+    answers: Vec<Answer>,
+}
+
+fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
+    PageRange::new(page * PAGE, pages * PAGE).unwrap()
+}
+
+fn caller(client: ClientId) -> Caller {
+    Caller { client, door: Door::Control, cookie: 1 }
+}
+
+impl World {
+    fn new(host: Host) -> Self {
+        let store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
+        let mut world = Self {
+            host,
+            gate: Gate::new(Policy::default()),
+            store,
+            effects: Vec::new(),
+            kernel: Kernel::default(),
+            truth: (0..PAGES).map(|page| (page, Truth::Shared)).collect(),
+            begun: BTreeMap::new(),
+            asked: None,
+            timers: BTreeMap::new(),
+            answers: Vec::new(),
+        };
+        world.start();
+        world
+    }
+
+    fn start(&mut self) {
+        let Host { platform, hitless, cut, ats } = self.host;
+        self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() });
+        self.gate.keep_in(self.store.clone());
+        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut, replace: false };
+        self.tell(Event::DomainAdded { domain: DOMAIN, able });
+        let nature = Nature { ats, tdi: false, tolerant: false };
+        let steps = Steps::of(&[Step::Drain, Step::Detach]);
+        self.tell(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, nature });
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.gate.handle(event, &mut self.effects);
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        match ask {
+            Ask::Add(at) => {
+                let backing = Backing { file: FILE, offset: Offset(0) };
+                let (gpa, piece, initial) = (range(at, PAGES), PAGES * PAGE, PageState::Shared);
+                let spec = RegionSpec { gpa, backing, writable: true, piece, page: PAGE, initial };
+                self.tell(Event::AddRegion { caller: caller(OWNER), spec });
+            }
+            Ask::Begin(page, pages) => {
+                let before = self.gate.last().1;
+                let (ranges, performer) = (range(page, pages).into(), Performer::Client);
+                let (to, deadline_ns) = (PageState::Private, 1 << 40);
+                // Before its answer can come.
+                self.asked = Some((page..page + pages).collect());
+                self.tell(Event::Begin { caller: caller(OWNER), ranges, to, performer, deadline_ns });
+                let pages = self.asked.take().unwrap();
+                self.begun.insert(InvalidationId(before + 1), (pages, false));
+            }
+            Ask::End(outcome) => {
+                let granted = self.begun.iter().find(|(_, (_, granted))| *granted).map(|(id, _)| *id);
+                let Some(invalidation) = granted else { return };
+                let (pages, _) = self.begun.remove(&invalidation).unwrap();
+                if outcome == Outcome::NotCommitted {
+                    pages.iter().for_each(|page| _ = self.truth.insert(*page, Truth::Shared));
+                }
+                self.tell(Event::End { caller: caller(OWNER), invalidation, outcome });
+            }
+        }
+    }
+
+    /// Executes the next effect; false where there is none. `told` says whether the gate hears what came of it.
+    fn step(&mut self, told: bool) -> bool {
+        if self.effects.is_empty() {
+            // Time is what is left.
+            let Some((invalidation, rung)) = self.timers.pop_first() else { return false };
+            self.tell(Event::Expired { invalidation, rung });
+            return true;
+        }
+        let event = match self.effects.remove(0) {
+            Effect::Map { job, iova, piece, offset, .. } => {
+                self.kernel.map(iova, piece, offset);
+                Event::Mapped { job, result: MapResult::Mapped }
+            }
+            Effect::Unmap { job, iova, .. } => {
+                let result = self.kernel.unmap(iova, self.host.cut);
+                Event::Unmapped { job, result, took_ns: 1 }
+            }
+            Effect::Fence { job, .. } => Event::Fenced { job, errno: 0, took_ns: 1 },
+            Effect::Attach { job, .. } => Event::Attached { job, errno: 0 },
+            Effect::Arm { invalidation, rung, .. } => {
+                self.timers.insert(invalidation, rung);
+                return true;
+            }
+            Effect::Receipt(receipt) => {
+                self.timers.remove(&receipt.invalidation);
+                return true;
+            }
+            Effect::Answer { answer, .. } => {
+                if let Answer::Verdict { invalidation, verdict } = answer {
+                    self.timers.remove(&invalidation);
+                    if verdict == Verdict::Done
+                        && let Some((pages, granted)) = self.begun.get_mut(&invalidation)
+                    {
+                        *granted = true;
+                        pages.iter().for_each(|page| _ = self.truth.insert(*page, Truth::Taken));
+                    }
+                }
+                self.answers.push(answer);
+                return true;
+            }
+            _ => return true,
+        };
+        if told {
+            self.tell(event);
+        }
+        true
+    }
+
+    /// No device reaches what its owner may be changing or has taken.
+    #[track_caller]
+    fn judge(&self, what: &str) {
+        for (iova, (_, page)) in &self.kernel.pages {
+            assert_ne!(self.truth[page], Truth::Taken, "{what}: page {page} is reached at {iova}");
+        }
+    }
+
+    /// What no device may reach is not plainly mapped, unless it is being removed.
+    #[track_caller]
+    fn judge_ledger(&self, what: &str) {
+        for live in self.gate.live(DOMAIN) {
+            for part in self.gate.files_at(live) {
+                let file = &self.gate.files[&part.file];
+                let held = file.holds.overlapping(part.range).map(|(held, _)| held);
+                let taken = file.pages.runs(part.range).filter(|(_, state)| *state != PageState::Shared);
+                for pages in held.chain(taken.map(|(run, _)| run)).filter_map(|r| r.intersection(part.range))
+                {
+                    let iova = pages.rebase(part.range.start(), live.start());
+                    assert!(self.gate.awaited(iova), "{what}: {iova:?} stays mapped");
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self, what: &str) {
+        for _ in 0..MAX_STEPS {
+            if !self.step(true) {
+                return;
+            }
+            self.judge(what);
+        }
+        panic!("{what}: it does not come to rest");
+    }
+
+    /// The process ends here, and another goes on from what it has written down.
+    fn restart(&mut self) {
+        let holds = self.gate.holds_over(FILE, range(0, PAGES));
+        let (last_region, last_invalidation) = self.gate.last();
+        let past = Past {
+            regions: self.gate.written().collect(),
+            holds: holds.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
+            unended: self.gate.unended().collect(),
+            unmapped: false,
+            stopped: self.gate.stopped().collect(),
+            last_region,
+            last_invalidation,
+        };
+        let fd = self.store.words().fd().unwrap().try_clone_to_owned().unwrap();
+        self.store = Store::open(Words::from_fd(fd).unwrap()).unwrap();
+        self.effects.clear();
+        self.timers.clear();
+        self.answers.clear();
+        self.start();
+        self.gate.resume(past, &mut self.effects);
+        self.begun.clear();
+    }
+
+    /// What is in quarantine is released by an operator, to `to`; true where that was granted.
+    fn release(&mut self, id: InvalidationId, to: PageState) -> bool {
+        let held: Vec<_> = self.gate.snapshot().quarantine;
+        let held: Vec<_> = held.iter().filter(|one| one.invalidation == id).map(|one| one.range).collect();
+        self.answers.clear();
+        self.tell(Event::Release { caller: caller(OPERATOR), invalidation: id, to });
+        while !self.effects.is_empty() && self.answers.is_empty() {
+            self.step(true);
+        }
+        let granted = matches!(self.answers.first(), Some(Answer::Released { .. }));
+        let truth = if to == PageState::Shared { Truth::Shared } else { Truth::Taken };
+        if granted {
+            for page in held.iter().flat_map(|range| range.start().0 / PAGE..range.end().0 / PAGE) {
+                self.truth.insert(page, truth);
+            }
+        }
+        granted
+    }
+
+    fn quarantined(&self) -> BTreeSet<InvalidationId> {
+        self.gate.snapshot().quarantine.iter().map(|one| one.invalidation).collect()
+    }
+}
+
+/// Two aliases of the file, a conversion that is committed, one that stays open, and one that waits behind it.
+const SCENE: [Ask; 6] = [
+    Ask::Add(ALIASES[0]),
+    Ask::Add(ALIASES[1]),
+    Ask::Begin(1, 1),
+    Ask::End(Outcome::Committed),
+    Ask::Begin(3, 2),
+    Ask::Begin(6, 1),
+];
+
+/// Plays the scene up to step `kill`; false where it is over before.
+fn play(world: &mut World, kill: usize, told: bool, what: &str) -> bool {
+    let mut steps = 0;
+    for ask in SCENE {
+        world.ask(ask);
+        loop {
+            if steps == kill {
+                world.step(told);
+                return true;
+            }
+            steps += 1;
+            // A fence takes longer than all else: the next request comes before it is over.
+            let only_fences = world.effects.iter().all(|effect| matches!(effect, Effect::Fence { .. }));
+            if (only_fences && steps % 2 == 0) || world.effects.is_empty() {
+                break;
+            }
+            world.step(true);
+            world.judge(what);
+        }
+    }
+    while steps < kill {
+        if !world.step(true) {
+            return false;
+        }
+        steps += 1;
+        world.judge(what);
+    }
+    world.step(told);
+    true
+}
+
+/// Every scene, killed after every step, with the call of that step done and not told, and with it told.
+fn each_kill(mut then: impl FnMut(World, &str)) {
+    let mut kills = 0;
+    for host in HOSTS {
+        for told in [false, true] {
+            for kill in 0.. {
+                let what = format!("{host:?}, killed after step {kill}, told: {told}");
+                let mut world = World::new(host);
+                if !play(&mut world, kill, told, &what) {
+                    break;
+                }
+                kills += 1;
+                then(world, &what);
+            }
+        }
+    }
+    assert!(kills > 100, "{kills}");
+}
+
+#[test]
+fn killed_at_any_step_no_held_page_stays_mapped_and_no_release_hands_out_a_reachable_page() {
+    for to in [PageState::Private, PageState::Hole, PageState::Shared] {
+        each_kill(|mut world, what| {
+            world.restart();
+            world.judge_ledger(what);
+            // At once, and while its removal is under way.
+            for wait in [0, 1, 2, usize::MAX] {
+                for _ in 0..wait.min(MAX_STEPS) {
+                    world.step(true);
+                    world.judge(what);
+                }
+                for id in world.quarantined() {
+                    world.release(id, to);
+                    world.judge(what);
+                }
+            }
+            world.settle(what);
+            assert_eq!(
+                world.quarantined(),
+                BTreeSet::new(),
+                "{what}: nothing is left mapped, so all of it is released"
+            );
+            // What is shared is mapped again, at every alias, and nothing else.
+            for (at, region) in ALIASES.iter().zip(world.gate.regions.values()) {
+                let mapped: Vec<bool> =
+                    (0..PAGES).map(|p| world.kernel.pages.contains_key(&(at + p))).collect();
+                let shared: Vec<bool> = (0..PAGES).map(|page| world.truth[&page] == Truth::Shared).collect();
+                assert!(region.adding.is_none());
+                assert_eq!(mapped, shared, "{what}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_page_whose_removal_fails_after_a_restart_is_released_as_shared_or_not_at_all() {
+    each_kill(|mut world, what| {
+        world.restart();
+        world.kernel.fails = (world.kernel.unmaps + 1..world.kernel.unmaps + 1000).collect();
+        world.settle(what);
+        for id in world.quarantined() {
+            let reached = world.gate.reached_since(id).is_some();
+            assert_eq!(world.release(id, PageState::Private), !reached, "{what}");
+            world.judge(what);
+        }
+        // The kernel comes to itself: as shared they come free, and a begin unmaps them before it is done.
+        world.kernel.fails.clear();
+        for id in world.quarantined() {
+            assert!(world.release(id, PageState::Shared), "{what}");
+        }
+        world.settle(what);
+        world.judge(what);
+    });
+}
+
+#[test]
+fn killed_again_while_the_first_restart_is_still_removing_pages_it_ends_the_same() {
+    each_kill(|mut world, what| {
+        world.restart();
+        for again in 0..6 {
+            for _ in 0..again {
+                world.step(again % 2 == 0);
+                world.judge(what);
+            }
+            world.restart();
+            world.judge_ledger(what);
+        }
+        for id in world.quarantined() {
+            world.release(id, PageState::Private);
+        }
+        world.settle(what);
+        for id in world.quarantined() {
+            assert!(world.release(id, PageState::Private), "{what}");
+            world.settle(what);
+        }
+    });
+}
+
+#[test]
+fn a_mapping_that_no_region_is_of_is_taken_away_and_none_is_released_as_private_before() {
+    let mut world = World::new(HOSTS[0]);
+    world.ask(Ask::Add(0));
+    world.settle("add");
+    world.ask(Ask::Begin(2, 1));
+    world.settle("begin");
+    // The record of a region is lost, its mapping is not.
+    let stray = Run::filling(range(200, 4), 4 * PAGE, JobId(77));
+    world.gate.domains[0].mapped.insert(stray);
+    world.gate.domains[0].mapped.made(stray.range.start());
+    world.kernel.map(stray.range, 4 * PAGE, Offset(0));
+    world.kernel.fails = [world.kernel.unmaps + 1].into();
+    world.restart();
+    let [id] = world.quarantined().into_iter().collect::<Vec<_>>()[..] else {
+        panic!("one conversion was open")
+    };
+    assert!(!world.release(id, PageState::Private), "its removal is under way");
+    world.settle("the removal fails");
+    assert!(!world.release(id, PageState::Private), "nobody knows what it shows");
+    world.restart();
+    world.settle("the removal succeeds");
+    assert!(!world.kernel.pages.contains_key(&200));
+    assert!(world.release(id, PageState::Private));
+    world.settle("released");
+}
+
+#[test]
+fn stopped_devices_are_brought_back_after_a_restart() {
+    let mut world = World::new(HOSTS[3]);
+    world.ask(Ask::Add(0));
+    world.settle("add");
+    world.ask(Ask::Begin(2, 1));
+    while !matches!(world.effects.first(), Some(Effect::Fence { step: Step::Detach, .. })) {
+        assert!(world.step(true), "it is detached first");
+    }
+    world.step(false);
+    world.restart();
+    let mut attached = false;
+    while !world.effects.is_empty() {
+        attached |= matches!(world.effects[0], Effect::Attach { device: DEVICE, .. });
+        world.step(true);
+    }
+    assert!(attached, "the device stays out of its domain");
+}
+
+#[test]
+fn a_soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
+    let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Step::Unmap, errno: 0 };
+    for unmapped in [true, false] {
+        let mut world = World::new(HOSTS[0]);
+        world.ask(Ask::Add(0));
+        world.settle("add");
+        let mut past = Past {
+            regions: world.gate.written().collect(),
+            holds: vec![(FILE, range(2, 1), HeldBy::Quarantine(InvalidationId(3), reason))],
+            unmapped,
+            last_region: 1,
+            last_invalidation: 5,
+            ..Past::default()
+        };
+        past.regions[0].closing = false;
+        // The process that had the mappings is gone, and they with it; the pages are as they were.
+        world.gate = Gate::new(Policy::default());
+        Mapped::in_store(&world.store, DOMAIN).unwrap().discard();
+        world.kernel.pages.clear();
+        world.start();
+        world.gate.resume(past, &mut world.effects);
+        world.settle("resumed");
+        // All that this daemon has mapped around it goes.
+        world.tell(Event::RemoveRegion { caller: caller(ORPHANS), region: RegionId(1) });
+        world.settle("remove");
+        assert!(world.kernel.pages.is_empty() && world.gate.regions.is_empty());
+        let left = world.quarantined().contains(&InvalidationId(3));
+        assert_eq!(
+            left, unmapped,
+            "mappings that live on are proof, those of a process that is gone are none"
+        );
+    }
+}
+
+#[test]
+fn closing_regions_are_not_adopted() {
+    let mut world = World::new(HOSTS[0]);
+    world.ask(Ask::Add(0));
+    world.ask(Ask::Add(64));
+    world.settle("add");
+    world.kernel.fails = (1..1000).collect();
+    world.tell(Event::RemoveRegion { caller: caller(OWNER), region: RegionId(2) });
+    world.settle("remove");
+    world.restart();
+    world.answers.clear();
+    world.tell(Event::Adopt { caller: caller(ClientId(2)) });
+    world.settle("adopt");
+    let adopted = world.answers.iter().find_map(|answer| match answer {
+        Answer::Adopted { regions, .. } => Some(regions.iter().map(|r| r.region).collect::<Vec<_>>()),
+        _ => None,
+    });
+    assert_eq!(adopted, Some(vec![RegionId(1)]));
+    assert_ne!(world.gate.regions[&RegionId(2)].owner, ClientId(2));
+}
+
+/// What `client` may settle after it has adopted.
+fn adopt(world: &mut World, client: ClientId) -> Vec<u64> {
+    world.answers.clear();
+    world.tell(Event::Adopt { caller: caller(client) });
+    world.settle("adopt");
+    let adopted = world.answers.iter().find_map(|answer| match answer {
+        Answer::Adopted { unended, .. } => {
+            Some(unended.iter().map(|one| one.invalidation.0).collect::<Vec<_>>())
+        }
+        _ => None,
+    });
+    let mut unended = adopted.expect("there is memory to adopt");
+    unended.dedup();
+    assert!(unended.iter().all(|id| world.gate.may_settle(client, InvalidationId(*id))));
+    unended
+}
+
+#[test]
+fn an_adopter_settles_what_was_open_at_the_restart_and_nothing_of_a_client_that_died_before() {
+    let mut world = World::new(HOSTS[0]);
+    world.ask(Ask::Add(0));
+    // Another client shows the same file, converts there, and dies between begin and end.
+    let stranger = ClientId(5);
+    let backing = Backing { file: FILE, offset: Offset(0) };
+    let (gpa, initial) = (range(64, PAGES), PageState::Shared);
+    let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
+    world.tell(Event::AddRegion { caller: caller(stranger), spec });
+    world.settle("add");
+    let (ranges, performer) = (range(64 + 5, 1).into(), Performer::Client);
+    let to = PageState::Private;
+    world.tell(Event::Begin { caller: caller(stranger), ranges, to, performer, deadline_ns: 1 << 40 });
+    world.settle("begin");
+    let theirs = world.gate.last().1;
+    world.tell(Event::ClientGone { client: stranger });
+    world.settle("gone");
+    world.ask(Ask::Begin(2, 1));
+    world.settle("begin");
+    let own = world.gate.last().1;
+    // Also after a second restart, and after one that nobody has adopted at.
+    world.restart();
+    world.settle("restart");
+    for client in [11, 12] {
+        world.restart();
+        world.settle("restart");
+        assert_eq!(adopt(&mut world, ClientId(client)), [own]);
+        assert!(!world.gate.may_settle(ClientId(client), InvalidationId(theirs)), "it did not begin it");
+        assert!(!world.gate.may_settle(OPERATOR, InvalidationId(own)), "it has not adopted it");
+    }
+    // The adopter dies: whoever comes after it did not begin it either.
+    world.tell(Event::ClientGone { client: ClientId(12) });
+    world.settle("gone");
+    world.ask(Ask::Add(0));
+    world.settle("add");
+    world.restart();
+    world.settle("restart");
+    assert_eq!(adopt(&mut world, ClientId(13)), [0; 0]);
+    assert!(!world.gate.may_settle(ClientId(13), InvalidationId(own)));
+}
+
+#[test]
+fn an_alias_does_not_stand_for_a_page_that_is_not_the_adopters() {
+    let mut world = World::new(HOSTS[0]);
+    let spec = |gpa: u64, file: u64| {
+        let backing = Backing { file: FileId { device: 1, inode: file }, offset: Offset(0) };
+        let (gpa, initial) = (range(gpa, 1), PageState::Shared);
+        RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial }
+    };
+    // Two aliases of one page, and beside them a page of another client's: one conversion over both.
+    for (client, gpa, file) in [(OWNER, 0, 7), (OWNER, 64, 7), (ClientId(5), 1, 8)] {
+        world.tell(Event::AddRegion { caller: caller(client), spec: spec(gpa, file) });
+    }
+    world.settle("add");
+    world.asked = Some(vec![0]);
+    let (ranges, performer, to) = (range(0, 2).into(), Performer::Client, PageState::Private);
+    world.tell(Event::Begin { caller: caller(OWNER), ranges, to, performer, deadline_ns: 1 << 40 });
+    world.settle("begin");
+    let id = InvalidationId(world.gate.last().1);
+    let gate = &mut world.gate;
+    let holds: Vec<_> = [7, 8]
+        .map(|inode| FileId { device: 1, inode })
+        .into_iter()
+        .flat_map(|file| gate.holds_over(file, range(0, 1)).into_iter().map(move |(r, by)| (file, r, by)))
+        .collect();
+    assert_eq!(holds.len(), 2);
+    let past = Past {
+        regions: gate.written().filter(|written| written.spec.backing.file.inode == 7).collect(),
+        holds,
+        last_region: 3,
+        last_invalidation: id.0,
+        ..Past::default()
+    };
+    world.store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
+    world.kernel.pages.clear();
+    world.effects.clear();
+    world.timers.clear();
+    world.start();
+    world.gate.resume(past, &mut world.effects);
+    world.settle("resumed");
+    assert_eq!(adopt(&mut world, ClientId(11)), [0; 0]);
+    assert!(!world.gate.may_settle(ClientId(11), id), "one of its pages is nobody's");
+}
