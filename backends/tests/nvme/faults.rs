@@ -433,6 +433,32 @@ fn a_drive_that_is_wanted_back_says_so_and_goes_on() {
     assert!(asked(Duration::ZERO), "it stays so");
 }
 
+/// A zoned namespace has blocks like any other, and takes writes of them in its own order only.
+#[test]
+fn namespace_of_another_command_set_is_refused_with_the_cause_and_the_remedy() {
+    let _budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+    let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+    let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
+    let open = |options| {
+        let sim = Simulated::new(&domain, options).unwrap();
+        Drive::open(sim.registers(), &shared, DriveOptions::default()).map(|_| ())
+    };
+    let plain = Options::default();
+    for (command_set, cause) in [(2, "zones"), (1, "keys"), (9, "0x9")] {
+        for several_command_sets in [false, true] {
+            let found = open(Options { command_set, several_command_sets, ..plain.clone() });
+            let Err(Error::Host { what, mend }) = found else { panic!("{command_set}: {found:?}") };
+            assert!(what.contains("namespace 1") && what.contains(cause), "{what}");
+            assert!(mend.contains("--namespace"), "{mend}");
+        }
+    }
+    assert!(open(Options { several_command_sets: true, ..plain.clone() }).is_ok());
+    // Who does not say has the NVM command set only where there is no other.
+    assert!(open(Options { descriptors: false, ..plain.clone() }).is_ok());
+    assert!(open(Options { descriptors: false, several_command_sets: true, ..plain.clone() }).is_err());
+    assert_eq!(domain.mapping_count(), 0);
+}
+
 #[test]
 fn what_is_no_drive_is_not_opened() {
     let _budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);

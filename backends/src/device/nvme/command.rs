@@ -112,6 +112,13 @@ impl Command {
         Self([IDENTIFY | u64::from(namespace) << 32, 0, 0, first, second, what, 0, 0])
     }
 
+    /// The namespace's identification descriptors, 4096 bytes, to memory at `to`.
+    pub(super) fn identify_descriptors(namespace: u32, to: Iova) -> Self {
+        const DESCRIPTORS: u64 = 3;
+        let [first, second] = pages(to, PAGE);
+        Self([IDENTIFY | u64::from(namespace) << 32, 0, 0, first, second, DESCRIPTORS, 0, 0])
+    }
+
     /// 4096 bytes about what the controller does of the NVM command set, to memory at `to`.
     pub(super) fn identify_command_set(to: Iova) -> Self {
         const COMMAND_SET: u64 = 6;
@@ -215,6 +222,10 @@ mod tests {
         assert_eq!(words, [1, 0, 0, 0x5000, 0, 0x1_0001_003f_0001, 0, 0]);
         assert_eq!(Command::identify(0, Iova(0x6000)).0, [6, 0, 0, 0x6000, 0, 1, 0, 0]);
         assert_eq!(Command::identify_command_set(Iova(0x6000)).0, [6, 0, 0, 0x6000, 0, 6, 0, 0]);
+        assert_eq!(
+            Command::identify_descriptors(2, Iova(0x6000)).0,
+            [0x2_0000_0006, 0, 0, 0x6000, 0, 3, 0, 0]
+        );
         assert_eq!(Command::identify(1, Iova(0x6000)).0, [0x1_0000_0006, 0, 0, 0x6000, 0, 0, 0, 0]);
     }
 

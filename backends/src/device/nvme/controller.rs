@@ -9,7 +9,10 @@ use rustix::io::Errno;
 
 use super::cids::{Names, SerialCids};
 use super::command::{Command, Completion, granted};
-use super::geometry::{Abilities, Geometry, Unfit, abilities, geometry, limit, tells_limits};
+use super::geometry::{
+    Abilities, Geometry, Unfit, abilities, check_command_set, geometry, limit, tells_descriptors,
+    tells_limits,
+};
 use super::pair::Pair;
 use super::registers::{
     ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRIES, CC_SHUT_DOWN, CSTS, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN,
@@ -29,6 +32,9 @@ const PAGES: usize = (IN / PAGE) as usize + 1;
 
 /// In the upper half of CAP: of the command sets (CAP.CSS) the one that is for blocks.
 const CAP_NVM: u32 = 1 << 5;
+
+/// There are several command sets, and each namespace has one of them.
+const CAP_SEVERAL: u32 = 1 << 11;
 
 /// An admin command that takes longer never completes.
 pub(super) const DEADLINE: Duration = Duration::from_secs(2);
@@ -50,6 +56,8 @@ pub(super) struct Controller {
     pub(super) longest: u16,
     /// Bytes of its smallest page.
     smallest: u64,
+    /// True where it has several command sets (CAP.CSS).
+    several_command_sets: bool,
     /// What it says it is: 4096 bytes, empty until it has come up.
     pub(super) identity: Vec<u8>,
     pub(super) abilities: Abilities,
@@ -79,6 +87,7 @@ impl Controller {
             // CAP.MQES counts from 0.
             longest: (low as u16).saturating_add(1),
             smallest,
+            several_command_sets: high & CAP_SEVERAL != 0,
             registers,
             memory,
             admin,
@@ -119,20 +128,23 @@ impl Controller {
 
     /// What it says of a namespace.
     pub(super) fn geometry(&mut self, namespace: u32) -> Result<Geometry> {
-        let identify = Command::identify(namespace, self.memory.iova(IN));
-        let known = self.run(identify)?.is_some_and(|completion| completion.status == 0);
-        let space = if known { self.said()? } else { Vec::new() };
-        let found = geometry(&self.identity, &space, namespace).map_err(|unfit: Unfit| Error::Host {
-            what: format!("{}, namespace {namespace}: {unfit}", self.registers.device().name()),
+        let name = self.registers.device().name().to_owned();
+        let unfit = |unfit: Unfit| Error::Host {
+            what: format!("{name}, namespace {namespace}: {unfit}"),
             mend: "choose another with --namespace (nvme list-ns shows them)",
-        });
-        let mut found = found?;
-        if tells_limits(&self.identity) {
-            // It need not know the question: then it has no such limits.
-            let asked = self.run(Command::identify_command_set(self.memory.iova(IN)))?;
-            if asked.is_some_and(|completion| completion.status == 0) {
-                limit(&mut found, &self.said()?, self.smallest);
-            }
+        };
+        let space = self.ask(Command::identify(namespace, self.memory.iova(IN)))?.unwrap_or_default();
+        let mut found = geometry(&self.identity, &space, namespace).map_err(unfit)?;
+        // It need not know the next questions: without an answer it has one command set, and no limits.
+        let descriptors = match self.several_command_sets || tells_descriptors(&self.identity) {
+            true => self.ask(Command::identify_descriptors(namespace, self.memory.iova(IN)))?,
+            false => None,
+        };
+        check_command_set(descriptors.as_deref(), self.several_command_sets).map_err(unfit)?;
+        if tells_limits(&self.identity)
+            && let Some(limits) = self.ask(Command::identify_command_set(self.memory.iova(IN)))?
+        {
+            limit(&mut found, &limits, self.smallest);
         }
         Ok(found)
     }
@@ -226,6 +238,15 @@ impl Controller {
     /// Where a doorbell of a pair is (3.1.3).
     pub(super) fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {
         DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.stride
+    }
+
+    /// Runs an Identify and returns the 4096 bytes that it has written; none where the controller does not take it.
+    fn ask(&mut self, identify: Command) -> Result<Option<Vec<u8>>> {
+        match self.run(identify)? {
+            Some(completion) if completion.status == 0 => self.said().map(Some),
+            Some(_) => Ok(None),
+            None => Err(self.failed("identifying a namespace", Errno::TIMEDOUT)),
+        }
     }
 
     /// The 4096 bytes that an Identify has written.

@@ -49,6 +49,18 @@ pub(super) enum Unfit {
     /// Block size.
     #[error("its blocks are of an unknown size")]
     Block,
+    /// Blocks in zones, which are written from their beginning to their end only.
+    #[error("its blocks are written in zones (Zoned Namespace command set), which no ordinary disk is")]
+    Zoned,
+    /// Keys and values instead of blocks.
+    #[error("it has keys and values and no blocks (Key Value command set)")]
+    KeyValue,
+    /// Another command set.
+    #[error("its command set ({0:#x}) is not the NVM command set, and unknown here")]
+    CommandSet(u8),
+    /// The controller has several command sets, and does not say which is the namespace's.
+    #[error("its controller has several command sets and does not say which one is for this namespace")]
+    Untold,
 }
 
 fn word(bytes: &[u8], at: usize) -> u16 {
@@ -71,6 +83,31 @@ fn text(bytes: &[u8]) -> String {
 /// 2^`exponent` pages of `page` bytes.
 fn times(page: u64, exponent: u8) -> u64 {
     1u64.checked_shl(exponent.into()).and_then(|pages| pages.checked_mul(page)).unwrap_or(u64::MAX)
+}
+
+/// True where a controller has the list of namespace identification descriptors (1.3 and later).
+pub(super) fn tells_descriptors(controller: &[u8]) -> bool {
+    long(controller, 80) as u32 >= 0x0001_0300
+}
+
+/// Checks that a namespace's command set is the NVM command set, by its identification descriptors (NVM Express base
+/// specification 2.0, 5.17.2.3): type, length, two reserved bytes, and so many bytes of value. Only a controller with
+/// several command sets (`several`) must have the descriptor of the command set.
+pub(super) fn check_command_set(descriptors: Option<&[u8]>, several: bool) -> Result<(), Unfit> {
+    const COMMAND_SET: u8 = 4;
+    let mut rest = descriptors.unwrap_or_default();
+    while let [kind, len, _, _, behind @ ..] = rest {
+        match (*kind, behind) {
+            (0, _) => break, // the end of the list
+            (COMMAND_SET, [0, ..]) => return Ok(()),
+            (COMMAND_SET, [1, ..]) => return Err(Unfit::KeyValue),
+            (COMMAND_SET, [2, ..]) => return Err(Unfit::Zoned),
+            (COMMAND_SET, [other, ..]) => return Err(Unfit::CommandSet(*other)),
+            (COMMAND_SET, []) => return Err(Unfit::Untold),
+            _ => rest = behind.get(usize::from(*len)..).unwrap_or_default(),
+        }
+    }
+    if several { Err(Unfit::Untold) } else { Ok(()) }
 }
 
 /// Whether a controller can say what bounds commands that move no data: versions before 1.2 take that question for
@@ -189,6 +226,29 @@ mod tests {
     }
 
     #[test]
+    fn only_a_namespace_of_the_nvm_command_set_is_a_disk() {
+        let uuid = [&[3, 16, 0, 0][..], &[4; 16]].concat();
+        let of = |set: u8| [&uuid[..], &[4, 1, 0, 0, set], &[0; 64]].concat();
+        for several in [false, true] {
+            for (set, fit) in [
+                (0, Ok(())),
+                (1, Err(Unfit::KeyValue)),
+                (2, Err(Unfit::Zoned)),
+                (7, Err(Unfit::CommandSet(7))),
+            ] {
+                assert_eq!(check_command_set(Some(&of(set)), several), fit);
+            }
+            // A list without it, one that is cut short, none at all.
+            let untold = if several { Err(Unfit::Untold) } else { Ok(()) };
+            for list in [&[uuid.clone(), vec![0; 64]].concat()[..], &[3, 16, 0, 0, 4], &[]] {
+                assert_eq!(check_command_set(Some(list), several), untold);
+            }
+            assert_eq!(check_command_set(None, several), untold);
+            assert_eq!(check_command_set(Some(&[4, 1, 0, 0]), several), Err(Unfit::Untold));
+        }
+    }
+
+    #[test]
     fn a_drive_is_what_it_says() {
         let mut controller = vec![0; 4096];
         controller[4..24].copy_from_slice(b"  S3RIAL            ");
@@ -217,7 +277,9 @@ mod tests {
         assert_eq!((limited.write_zeroes, limited.discard), (8, 50));
         assert!(!tells_limits(&controller));
         controller[80..84].copy_from_slice(&0x0001_0200u32.to_le_bytes());
-        assert!(tells_limits(&controller));
+        assert!(tells_limits(&controller) && !tells_descriptors(&controller));
+        controller[80..84].copy_from_slice(&0x0001_0300u32.to_le_bytes());
+        assert!(tells_descriptors(&controller));
         controller[77] = 60;
         assert_eq!(super::abilities(&controller, 4096).most, Some(u64::MAX));
         controller[77] = 200;

@@ -206,6 +206,7 @@ impl Core {
                     0 if told.namespace() == 1 => self.namespace(),
                     0 => return Err(status::INVALID_NAMESPACE),
                     1 => self.controller(),
+                    3 if self.options.descriptors && told.namespace() == 1 => self.descriptors(),
                     6 if self.options.zeroes > 0 || self.options.range > 0 => self.command_set(),
                     _ => return Err(status::INVALID_FIELD),
                 };
@@ -312,6 +313,15 @@ impl Core {
         put(520, &optional.to_le_bytes());
         put(525, &[u8::from(options.volatile_cache)]);
         put(536, &u32::from(options.sgl & 3).to_le_bytes());
+        said
+    }
+
+    /// Namespace Identification Descriptor list (5.17.2.3): a UUID, and the command set.
+    fn descriptors(&self) -> Vec<u8> {
+        let mut said = vec![0; PAGE as usize];
+        (said[0], said[1]) = (3, 16);
+        said[4..20].fill(0x77);
+        (said[20], said[21], said[24]) = (4, 1, self.options.command_set);
         said
     }
 

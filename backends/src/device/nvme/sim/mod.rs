@@ -67,6 +67,12 @@ pub struct Options {
     pub zeroes: u8,
     /// DMRSL: one range of Dataset Management has at most so many blocks; 0 for no limit.
     pub range: u32,
+    /// CSI: the namespace's command set; 0 for the NVM command set.
+    pub command_set: u8,
+    /// True where the controller has several command sets (CAP.CSS).
+    pub several_command_sets: bool,
+    /// True where the controller has the list of namespace identification descriptors.
+    pub descriptors: bool,
     /// Whether the namespace is write-protected.
     pub read_only: bool,
     /// I/O queues each way that it grants at most.
@@ -103,6 +109,9 @@ impl Default for Options {
             discard: true,
             zeroes: 0,
             range: 0,
+            command_set: 0,
+            several_command_sets: false,
+            descriptors: true,
             read_only: false,
             queues: 8,
             vectors: 9,

@@ -50,6 +50,7 @@ impl Wires {
             | u64::from(options.patience) << 24
             | u64::from(options.stride & 0xf) << 32
             | 1 << 37
+            | u64::from(options.several_command_sets) << 43
             | 4 << 52
     }
 
