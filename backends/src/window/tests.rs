@@ -56,6 +56,31 @@ fn a_closed_page_in_the_middle_closes_the_request() {
     }
 }
 
+/// A slot holds two ranges: the check looks at every run of a request all the same.
+#[test]
+fn closed_page_in_any_run_of_a_request_refuses_it() {
+    for runs in 1..=6u64 {
+        let window = Window::new(1, 2);
+        // Runs of three pages each, of which two segments touch, with a closed page between every two runs.
+        let all: Vec<_> = (0..runs).flat_map(|run| [(run * 4, 1), (run * 4 + 1, 2)]).collect();
+        let all: Vec<_> =
+            all.into_iter().map(|(page, len)| segment(page * PAGE, len * PAGE as u32)).collect();
+        (0..runs).for_each(|run| window.open(pages(run * 4, 3)));
+        assert_eq!(window.enter(0, &all), Entered::In);
+        for run in 0..runs {
+            assert!(window.overlapping(pages(run * 4 + 2, 1)), "run {run} of {runs} is not seen");
+        }
+        window.leave(0);
+        for page in (0..runs).flat_map(|run| run * 4..run * 4 + 3) {
+            window.close(pages(page, 1));
+            assert_eq!(window.enter(0, &all), Entered::Closed, "page {page} of {runs} runs");
+            assert!(window.idle());
+            window.open(pages(page, 1));
+        }
+        assert_eq!(window.enter(0, &all), Entered::In);
+    }
+}
+
 #[test]
 fn pages_open_and_close_across_leaves_and_branches() {
     for border in [GIB, 512 * GIB, 1024 * GIB] {

@@ -117,6 +117,21 @@ fn what_does_not_end_is_not_unmapped_and_stays_closed() {
 }
 
 #[test]
+fn replace_waits_for_what_is_in_flight_over_any_of_its_ranges() {
+    let gone = [pages(1, 1), pages(3, 2), pages(6, 1)];
+    for busy in [1, 4, 6] {
+        let mut rig = rig(CUTS);
+        rig.domain = rig.domain.with_patience(Duration::from_millis(5));
+        rig.map(0, 8, 8).unwrap();
+        assert_eq!(rig.enter(0, busy), Entered::In);
+        assert_eq!(rig.domain.replace(&gone), Unmap::Failed { errno: Errno::BUSY, bytes: 0 }, "page {busy}");
+        assert_eq!((rig.sim.calls(Call::Replace), rig.open()), (0, vec![0, 2, 5, 7]));
+        rig.window.leave(0);
+        assert_eq!(rig.domain.replace(&gone), Unmap::Gone { bytes: 4 * PAGE });
+    }
+}
+
+#[test]
 fn a_cut_or_a_replace_leaves_the_rest_open() {
     let rig = rig(CUTS);
     rig.map(0, 8, 8).unwrap();
