@@ -16,6 +16,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub const SIZE: u64 = 16 << 20;
 /// Where the front-end says that it has its memory.
 pub const USER: u64 = 0x7000_0000_0000;
+/// `VIRTIO_F_ACCESS_PLATFORM`.
+pub const PLATFORM: u64 = 1 << 33;
 /// Descriptors of a ring.
 pub const ENTRIES: u16 = 64;
 /// Bytes of one ring: descriptors, available, used, each in a page of its own.
@@ -79,8 +81,10 @@ pub struct Guest {
     pub socket: UnixStream,
     pub rings: Vec<Ring>,
     pub features: u64,
-    /// Features that it does not take.
+    /// Features that it does not take; at first [`PLATFORM`], as QEMU's without a virtual IOMMU.
     pub unwanted: u64,
+    /// Where the front-end says that its rings are: in its own address space, or 0 for guest-physical addresses.
+    pub rings_at: u64,
     pub inflight: Option<(VhostUserInflight, std::fs::File)>,
 }
 
@@ -107,14 +111,23 @@ impl Guest {
         });
         let rings = rings.collect();
         let (frontend, socket) = dial(path, queues);
-        Self { memory, frontend, socket, rings, features: 0, unwanted: 0, inflight: None }
+        Self {
+            memory,
+            frontend,
+            socket,
+            rings,
+            features: 0,
+            unwanted: PLATFORM,
+            rings_at: USER,
+            inflight: None,
+        }
     }
 
     /// The same guest with a new connection, after its back-end has gone: with its memory and what was in flight.
     pub fn again(self, path: &Path) -> Self {
         let Self { memory, rings, inflight, .. } = self;
         let (frontend, socket) = dial(path, rings.len());
-        Self { memory, frontend, socket, rings, features: 0, unwanted: 0, inflight }
+        Self { memory, frontend, socket, rings, features: 0, unwanted: PLATFORM, rings_at: USER, inflight }
     }
 
     /// Says everything that a front-end says until its rings run.
@@ -180,14 +193,15 @@ impl Guest {
 
     /// Sets a ring up and enables it.
     pub fn start_ring(&mut self, ring: usize) -> vhost::Result<()> {
-        let Ring { base, used, .. } = self.rings[ring];
+        let (Ring { base, used, .. }, at) = (&self.rings[ring], self.rings_at);
+        let (base, used) = (*base, *used);
         let config = VringConfigData {
             queue_max_size: ENTRIES,
             queue_size: ENTRIES,
             flags: 0,
-            desc_table_addr: USER + base,
-            avail_ring_addr: USER + base + 4096,
-            used_ring_addr: USER + base + 8192,
+            desc_table_addr: at + base,
+            avail_ring_addr: at + base + 4096,
+            used_ring_addr: at + base + 8192,
             log_addr: None,
         };
         self.frontend.set_vring_num(ring, ENTRIES)?;

@@ -3,7 +3,7 @@
 
 mod messages;
 mod random;
-mod raw;
+pub mod raw;
 mod rings;
 mod taken;
 
@@ -12,12 +12,12 @@ use crate::world::World;
 
 /// A guest that behaves is served, by every queue.
 #[track_caller]
-fn serves(world: &World) {
+pub fn serves(world: &World) {
     serves_this(world, &mut world.guest());
 }
 
 #[track_caller]
-fn serves_this(world: &World, guest: &mut Guest) {
+pub fn serves_this(world: &World, guest: &mut Guest) {
     for ring in 0..guest.rings.len() {
         let sector = 1000 + 8 * ring as u64;
         let pattern: Vec<u8> = (0..4096).map(|n| (n * 7 + ring) as u8).collect();

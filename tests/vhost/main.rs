@@ -7,6 +7,7 @@ mod conversion;
 mod guest;
 mod hostile;
 mod metrics;
+mod platform;
 mod reconnect;
 mod requests;
 mod world;

@@ -6,7 +6,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::request::{SECTOR, SEGMENTS};
@@ -22,6 +22,8 @@ pub(super) const MOST: u32 = 256;
 pub(super) fn features(drive: &Geometry, read_only: bool) -> u64 {
     let mut bits = vec![
         VIRTIO_F_VERSION_1,
+        // Guests of SEV and TDX refuse a device without it ([`super::iotlb`]).
+        VIRTIO_F_ACCESS_PLATFORM,
         VIRTIO_RING_F_INDIRECT_DESC,
         VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_BLK_F_SEG_MAX,
@@ -50,6 +52,8 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::REPLY_ACK
+        // QEMU demands both of a back-end with VIRTIO_F_ACCESS_PLATFORM.
+        | VhostUserProtocolFeatures::BACKEND_REQ
 }
 
 /// Whether these features have this one.

@@ -9,9 +9,9 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use passgate_backends::nvme::Geometry;
@@ -21,9 +21,10 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
@@ -32,7 +33,7 @@ use super::config;
 use super::inflight::Inflight;
 use super::memory::{Shape, Table};
 use super::ring::{LONGEST, Memory, Vring};
-use super::worker::{Mailbox, Order};
+use super::worker::{Mailbox, Order, replace_memory};
 
 /// How long a ring may take to end: longer than the drive needs to give a command up.
 const ENDING: Duration = Duration::from_secs(30);
@@ -62,6 +63,9 @@ pub(super) struct Frontend {
     /// What the guest has set `writeback` to.
     write_back: bool,
     owned: bool,
+    /// The channel for requests of this back-end's own. It has none, but the front-end takes the end of the channel for the
+    /// end of the back-end.
+    requests: Option<Backend>,
 }
 
 /// Says why a request of the front-end's fails, where the crate has no words.
@@ -72,7 +76,7 @@ fn wrong(why: impl fmt::Display) -> Error {
 
 impl Frontend {
     pub(super) fn new(rings: Rings, table: Table) -> Self {
-        Self { rings, table, features: 0, inflight: None, write_back: true, owned: false }
+        Self { rings, table, features: 0, inflight: None, write_back: true, owned: false, requests: None }
     }
 
     fn ring(&self, index: u32) -> Result<(&Vring, &Mailbox)> {
@@ -197,9 +201,7 @@ fn never_blocks(file: File) -> Result<File> {
 
 /// Shows workers other memory; when this returns none of them is in what they had before.
 fn see(rings: &Rings, memory: GuestMemoryMmap) {
-    rings.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
-    // A worker looks at memory behind a ring's lock only, and takes it anew each time.
-    rings.rings.iter().for_each(|(vring, _)| drop(vring.get_mut()));
+    replace_memory(&rings.memory, rings.rings.iter().map(|(vring, _)| vring), memory);
 }
 
 impl VhostUserBackendReqHandlerMut for Frontend {
@@ -283,9 +285,14 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         _log: u64,
     ) -> Result<()> {
         let (vring, _) = self.ring(index)?;
-        let at = |user: u64| {
-            let gpa = self.table.gpa(user);
-            gpa.ok_or_else(|| wrong(format_args!("queue {index}: {user:#x} is in no region")))
+        // Where VIRTIO_F_ACCESS_PLATFORM is negotiated these are I/O virtual addresses (vhost-user protocol, "Ring
+        // addresses"): guest-physical ones, for nobody translates. Not every front-end keeps to that: what is no
+        // guest-physical address is one of its own.
+        let physical = config::has(self.features, VIRTIO_F_ACCESS_PLATFORM);
+        let at = |address: u64| {
+            let gpa = Some(address).filter(|gpa| physical && self.table.has(*gpa));
+            gpa.or_else(|| self.table.gpa(address))
+                .ok_or_else(|| wrong(format_args!("queue {index}: {address:#x} is in no region")))
         };
         let (descriptor, available, used) = (at(descriptor)?, at(available)?, at(used)?);
         let mut locked = vring.get_mut();
@@ -346,6 +353,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             0 => Ok(()),
             more => Err(wrong(format_args!("protocol features {more:#x} are not offered"))),
         }
+    }
+
+    fn set_backend_req_fd(&mut self, requests: Backend) {
+        self.requests = Some(requests);
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {

@@ -193,6 +193,13 @@ impl Table {
         Some(region.shape.gpa + (user - region.user))
     }
 
+    /// Returns true where this guest-physical address is in a region.
+    pub(super) fn has(&self, gpa: u64) -> bool {
+        let inside =
+            |region: &Region| gpa.checked_sub(region.shape.gpa).is_some_and(|at| at < region.shape.len);
+        self.regions.iter().any(inside)
+    }
+
     /// What workers see of it.
     fn view(&self) -> Result<GuestMemoryMmap, MemoryError> {
         if self.regions.is_empty() {
@@ -281,3 +288,7 @@ fn window(shape: Shape, file: File) -> Result<GuestRegionMmap, MemoryError> {
     let overflows = || failed("it ends beyond the address space".to_owned());
     GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(overflows)
 }
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

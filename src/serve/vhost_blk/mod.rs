@@ -14,6 +14,7 @@ mod config;
 mod counts;
 mod frontend;
 mod inflight;
+mod iotlb;
 mod memory;
 mod poll;
 mod request;
@@ -297,6 +298,13 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client, ending.adopts))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
     while ending.await_ready(&copy) {
+        if iotlb::is_next(&copy) {
+            log::error!("vhost-user: {}", iotlb::REFUSAL);
+            if let Err(error) = iotlb::refuse(&copy) {
+                log::debug!("vhost-user: the refusal: {error}");
+            }
+            break;
+        }
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::PartialMessage) => {

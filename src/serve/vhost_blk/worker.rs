@@ -5,8 +5,8 @@
 //! taken from workers before it is let go ([`super::frontend`]). No lock is for the check or the account of a request.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -297,11 +297,21 @@ impl Worker {
     }
 }
 
-/// Takes a ring's lock, and returns guest memory as it is behind that lock: the only way for a worker to come by memory.
+/// Replaces the memory that workers see; when this returns none of them is in what they saw before.
 ///
-/// Who removes memory replaces it first and then takes every ring's lock once ([`super::frontend`]): whoever has the lock
-/// before that has memory that is still there, and whoever takes it later finds the new memory. Memory that was loaded
-/// before the lock was had could be written after its removal was answered.
+/// It replaces the memory first and then takes every ring's lock once. A worker loads memory behind a ring's lock ([`lock`]):
+/// who had the lock before that has let go of it, and who takes it later finds the new memory.
+pub(super) fn replace_memory<'a>(
+    memory: &Memory,
+    vrings: impl Iterator<Item = &'a Vring>,
+    replacement: GuestMemoryMmap,
+) {
+    memory.lock().unwrap_or_else(PoisonError::into_inner).replace(replacement);
+    vrings.for_each(|vring| drop(vring.get_mut()));
+}
+
+/// Takes a ring's lock, and returns guest memory as it is behind that lock: the only way for a worker to come by memory.
+/// Memory that was loaded before the lock was had could be written after its removal was answered ([`replace_memory`]).
 fn lock<'a>(
     vring: &'a Vring,
     memory: &Memory,

@@ -12,7 +12,7 @@ use passgate_bindings::PageRange;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::super::ring::FAILED;
 use super::*;
@@ -75,11 +75,7 @@ impl Bench {
     }
 
     fn await_used(&self, count: u16) {
-        let until = Instant::now() + LONG;
-        while self.used() < count {
-            assert!(Instant::now() < until, "the ring rests at {}", self.used());
-            std::thread::yield_now();
-        }
+        await_that("the ring rests", || self.used() >= count);
     }
 
     fn desk(&self) -> Desk {
@@ -138,19 +134,24 @@ fn blank() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
 }
 
-/// Waits until a worker's thread sleeps. There is one worker at a time.
-fn await_sleep() {
+/// True while a thread of this name sleeps.
+fn sleeps(name: &str) -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
+    let mut states = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    states.any(|stat| stat.contains(&format!("({name}) S")))
+}
+
+fn await_that(otherwise: &str, that: impl Fn() -> bool) {
     let until = Instant::now() + LONG;
-    let sleeps = || {
-        let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
-        let mut states =
-            threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
-        states.any(|stat| stat.contains("(vhost-blk) S"))
-    };
-    while !sleeps() {
-        assert!(Instant::now() < until, "the worker does not sleep");
+    while !that() {
+        assert!(Instant::now() < until, "{otherwise}");
         std::thread::yield_now();
     }
+}
+
+/// Waits until a worker's thread sleeps. There is one worker at a time.
+fn await_sleep() {
+    await_that("the worker does not sleep", || sleeps("vhost-blk"));
 }
 
 const IN: u32 = 0;
@@ -171,17 +172,18 @@ fn worker_writes_to_no_memory_that_was_removed_while_it_waited_for_the_ring() {
     let mut earlier = inflight.queue(0, ENTRIES).unwrap();
     earlier.recover(0);
     earlier.begin(0);
+    // It has begun, and sleeps for want of orders.
+    let (done, wait) = mpsc::channel();
+    mailbox.send(Order::Abandon { ring: 0, done });
+    wait.recv_timeout(LONG).unwrap();
     await_sleep();
     let vring = bench.vring.clone();
     let locked = vring.get_mut();
     mailbox.send(Order::Start { ring: 0, inflight: inflight.queue(0, ENTRIES) });
     // It has woken up, and from there on it sleeps at the lock only.
-    let until = Instant::now() + LONG;
-    let woken = || rustix::event::poll(&mut [PollFd::new(&mailbox.wake, PollFlags::IN)], Some(&NOW)) == Ok(0);
-    while !woken() {
-        assert!(Instant::now() < until, "the worker does not wake up");
-        std::thread::yield_now();
-    }
+    await_that("the worker does not wake up", || {
+        rustix::event::poll(&mut [PollFd::new(&mailbox.wake, PollFlags::IN)], Some(&NOW)) == Ok(0)
+    });
     await_sleep();
     let removed = bench.replace_memory();
     drop(locked);
@@ -190,6 +192,32 @@ fn worker_writes_to_no_memory_that_was_removed_while_it_waited_for_the_ring() {
     let status: u8 = removed.read_obj(GuestAddress(REQUESTS + 16)).unwrap();
     let used: u16 = removed.read_obj(GuestAddress(USED + 2)).unwrap();
     assert_eq!((status, used), (0xee, 0), "it wrote to memory that was removed");
+}
+
+/// Whichever ring a worker is at: memory is no worker's only once each of them has been waited for.
+#[test]
+fn memory_is_replaced_only_once_every_ring_has_been_let_go_of() {
+    let memory = Memory::new(blank());
+    let vrings: Vec<_> = (0..3).map(|_| Vring::new(memory.clone(), ENTRIES).unwrap()).collect();
+    for busy in &vrings {
+        let locked = busy.get_mut();
+        std::thread::scope(|scope| {
+            let replacing = std::thread::Builder::new().name("replaces".into());
+            let replacing = replacing.spawn_scoped(scope, || {
+                let two = [(GuestAddress(0), 0x1000), (GuestAddress(0x2000), 0x1000)];
+                let other = GuestMemoryMmap::from_ranges(&two).unwrap();
+                replace_memory(&memory, vrings.iter(), other);
+            });
+            let replacing = replacing.unwrap();
+            // Who takes a ring from here on must find the new memory.
+            let waits = || sleeps("replaces") && memory.memory().num_regions() == 2;
+            await_that("it does not wait with the new memory shown", || waits() || replacing.is_finished());
+            assert!(!replacing.is_finished(), "it does not wait for the ring");
+            drop(locked);
+            replacing.join().unwrap();
+        });
+        memory.lock().unwrap().replace(blank());
+    }
 }
 
 /// The answer to SET_CONFIG orders what the guest does after it: a worker that looks at its rings meanwhile must not go on
@@ -241,11 +269,7 @@ fn request_that_ends_after_its_ring_was_abandoned_writes_to_no_memory() {
     bench.replace_memory();
     bench.memory.memory().write_obj(0xeeu8, GuestAddress(REQUESTS + 16)).unwrap();
     bench.sim.release();
-    let until = Instant::now() + LONG;
-    while !bench.drive.window().idle() {
-        assert!(Instant::now() < until, "the drive does not end it");
-        std::thread::yield_now();
-    }
+    await_that("the drive does not end it", || bench.drive.window().idle());
     mailbox.send(Order::Look);
     mailbox.send(Order::Leave);
     thread.join().unwrap();

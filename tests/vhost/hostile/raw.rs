@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use crate::guest::USER;
+use crate::guest::{PLATFORM, USER};
 
 /// Requests, by their numbers.
 pub const GET_FEATURES: u32 = 1;
@@ -113,6 +113,8 @@ impl Raw {
         let raw = Self::connect(path);
         raw.send(SET_OWNER, VERSION, &[], &[]);
         let features = raw.asks(GET_FEATURES, &[]);
+        let features = u64::from_le_bytes(features[..].try_into().unwrap()) & !PLATFORM;
+        let features = features.to_le_bytes();
         raw.send(SET_FEATURES, VERSION, &features, &[]);
         let features = raw.asks(GET_PROTOCOL_FEATURES, &[]);
         raw.send(SET_PROTOCOL_FEATURES, VERSION, &features, &[]);
