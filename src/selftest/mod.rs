@@ -12,7 +12,9 @@ mod pump;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use passgate_backends::device::refusal::withheld;
 use passgate_backends::{Accept, Assignment, Kind, Tables};
+use passgate_bindings::vfio::pci::PciDevice;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -191,6 +193,11 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
 fn borrow(options: &Options) -> Result<Option<Borrowed>> {
     let sysfs = Path::new(passgate_bindings::vfio::pci::SYSFS);
     let Ok(address) = options.device.parse() else { return Ok(None) };
+    if options.bind
+        && let Some(pci) = PciDevice::find(sysfs, address)
+    {
+        withheld(sysfs, &pci)?;
+    }
     let host = in_use::Host { sysfs, proc: Path::new("/proc"), dev: Path::new("/dev") };
     let claims =
         in_use::claim(host, address).map_err(|by| Error::InUse { device: options.device.clone(), by })?;

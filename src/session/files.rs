@@ -1,6 +1,7 @@
 //! The border for memory: what a client passes is checked here once, and held until nothing needs it.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -60,6 +61,19 @@ pub enum BorderError {
     Reserved {
         /// The first such address.
         gpa: Gpa,
+    },
+    /// No device of the domain can use these IOVAs.
+    #[error(
+        "{gpa} is in {start:#x} to {last:#x}, addresses that the IOMMU or the platform reserves (interrupts, or beyond what \
+         it translates): no machine with these devices can have guest memory there"
+    )]
+    Unusable {
+        /// The first such address.
+        gpa: Gpa,
+        /// The first address of the reserved window.
+        start: u64,
+        /// Its last.
+        last: u64,
     },
     /// The file gives up whole pages of its own only.
     #[error(
@@ -131,6 +145,7 @@ impl Files {
         memory: &AddMemory,
         files: Vec<Examined>,
         reserved: &[PageRange<Iova>],
+        usable: &[RangeInclusive<Iova>],
     ) -> Result<RegionSpec, BorderError> {
         let (given, wanted) = (files.len(), 1 + usize::from(memory.private));
         let mut files = files.into_iter();
@@ -142,6 +157,9 @@ impl Files {
         let taken = reserved.iter().find_map(|range| range.rebase(Iova(0), Gpa(0)).intersection(gpa));
         if let Some(taken) = taken {
             return Err(BorderError::Reserved { gpa: taken.start() });
+        }
+        if let Some((gpa, start, last)) = unusable(usable, gpa) {
+            return Err(BorderError::Unusable { gpa, start, last });
         }
         let file = file?;
         self.check(&file, memory.offset, memory.length, memory.writable)?;
@@ -289,6 +307,22 @@ impl Files {
     }
 }
 
+/// Returns the first address of `gpa` that is in none of the `usable` ranges, which are in order and apart, and the window
+/// between these that it is in. Where none is known all are usable.
+fn unusable(usable: &[RangeInclusive<Iova>], gpa: PageRange<Gpa>) -> Option<(Gpa, u64, u64)> {
+    let (first, last) = (gpa.start().0, gpa.end().0 - 1);
+    let mut windows = Vec::new();
+    let mut next = Some(0);
+    for range in usable {
+        let before = range.start().0.checked_sub(1);
+        windows.extend(next.zip(before).filter(|(start, last)| start <= last));
+        next = range.end().0.checked_add(1);
+    }
+    windows.extend(next.filter(|_| !usable.is_empty()).map(|start| (start, u64::MAX)));
+    let (start, end) = windows.into_iter().find(|(start, end)| *start <= last && first <= *end)?;
+    Some((Gpa(first.max(start)), start, end))
+}
+
 fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, OwnedFd), BorderError> {
     let file = private.file?;
     if file.kind != FileKind::GuestMemfd {
@@ -296,4 +330,33 @@ fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, Owned
     }
     identity::check(&file, memory.offset, memory.length, false)?;
     Ok((FileId { device: file.device, inode: file.inode }, private.fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserved_window_that_memory_meets_is_found() {
+        let usable = [Iova(0)..=Iova(0xfedf_ffff), Iova(0xfef0_0000)..=Iova((1 << 39) - 1)];
+        let range = |start, len| PageRange::new(start, len).unwrap();
+        let msi = (0xfee0_0000, 0xfeef_ffff);
+        for (start, len, found) in [
+            (0, 0xfee0_0000, None),
+            (0xfef0_0000, 1 << 30, None),
+            (0, 1 << 32, Some((0xfee0_0000, msi.0, msi.1))),
+            (0xfee0_1000, PAGE, Some((0xfee0_1000, msi.0, msi.1))),
+            (0xfeef_f000, 2 * PAGE, Some((0xfeef_f000, msi.0, msi.1))),
+            ((1 << 39) - PAGE, 2 * PAGE, Some((1 << 39, 1 << 39, u64::MAX))),
+        ] {
+            let found = found.map(|(gpa, start, last)| (Gpa(gpa), start, last));
+            assert_eq!(unusable(&usable, range(start, len)), found, "{start:#x}+{len:#x}");
+        }
+        assert_eq!(unusable(&[], range(0xfee0_0000, PAGE)), None, "nothing is known");
+        let high = [Iova(0x1000)..=Iova(u64::MAX)];
+        assert_eq!(unusable(&high, range(0, PAGE)), Some((Gpa(0), 0, 0xfff)));
+        assert_eq!(unusable(&high, range(PAGE, PAGE)), None);
+        let error = BorderError::Unusable { gpa: Gpa(0xfee0_1000), start: msi.0, last: msi.1 }.to_string();
+        assert!(error.contains("0xfee00000 to 0xfeefffff"), "{error}");
+    }
 }

@@ -18,6 +18,7 @@ mod resume;
 mod start;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::ops::RangeInclusive;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -84,6 +85,8 @@ pub struct Session {
     done: usize,
     domains: Vec<Arc<dyn Domain>>,
     devices: Vec<Arc<dyn Device>>,
+    /// The IOVAs that the devices can use; none where that is not known.
+    usable: Vec<RangeInclusive<Iova>>,
     files: Files,
     held: HeldAnswers,
     /// When the gate is told that a moment has passed.
@@ -130,6 +133,7 @@ impl Session {
             effects: Effects::new(),
             meter: Meter::new(domain.name()),
             done: 0,
+            usable: domain.usable(),
             domains: vec![domain],
             devices,
             files: Files::new(trust.unsealed),
@@ -203,7 +207,7 @@ impl Session {
                 } else {
                     Vec::new()
                 };
-                match self.files.admit(caller, &memory, files, &reserved) {
+                match self.files.admit(caller, &memory, files, &reserved, &self.usable) {
                     Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
                     Err(error) => {
                         kept.into_iter().for_each(|name| self.let_go(&name));

@@ -1,7 +1,8 @@
 //! Why a device is not opened: what sysfs says about it before any file is touched.
 //!
-//! Refused are devices whose DMA nothing could block (no IOMMU, VFIO's no-IOMMU mode), devices that a driver of
-//! the host has, and devices of a group in which such a driver has another.
+//! Refused are devices whose DMA nothing could block (no IOMMU, VFIO's no-IOMMU mode), devices that VFIO gives to
+//! nobody or only to who has a secret, devices that a driver of the host has, and devices of a group in which such a
+//! driver has another.
 
 use std::path::Path;
 
@@ -57,6 +58,7 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
             mend: "name the device behind it (`passgate list` shows them)",
         });
     }
+    withheld(sysfs, &pci)?;
     if !driver.as_deref().is_some_and(is_vfio) {
         return Err(Error::Unbound {
             device: address.to_string(),
@@ -81,6 +83,37 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
         }
     }
     Ok(Candidate { pci, group, companions })
+}
+
+/// Refuses a device that VFIO would refuse whatever driver it is bound to, so that nobody binds it in vain.
+pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
+    let address = pci.address();
+    // A `direct-relaxable` region may be given up; for `direct` the kernel refuses every domain without it.
+    if let Some(region) = pci.reserved_regions().iter().find(|region| region.kind == "direct") {
+        return Err(Error::Host {
+            what: format!(
+                "{address} needs a 1:1 mapping of {:#x} to {:#x} that the firmware demands (RMRR, IVMD; `direct` in its \
+                 iommu_group/reserved_regions), and the kernel gives such a device to nobody",
+                region.start, region.last
+            ),
+            mend: "switch off in the firmware's setup what uses it (USB keyboard emulation, remote management, shared \
+                   graphics memory), or take another device",
+        });
+    }
+    if let Some(physical) = pci.physical_function()
+        && let Some(driver) = PciDevice::find(sysfs, physical).and_then(|physical| physical.driver())
+        && is_vfio(&driver)
+    {
+        return Err(Error::Host {
+            what: format!(
+                "{address} is a virtual function of {physical}, which {driver} has; VFIO then opens it only with the VF \
+                 token of whoever has that"
+            ),
+            mend: "bind the physical function to its driver of the host and make its virtual functions there, or give \
+                   passgate the physical function",
+        });
+    }
+    Ok(())
 }
 
 /// vfio-pci, or one of its variants for a single kind of device (mlx5_vfio_pci, nvgrace-gpu-vfio-pci…).
@@ -142,6 +175,41 @@ mod tests {
         sysfs.device("0000:00:01.0", "0x060400", Some("pcieport"), Some(7));
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
         assert_eq!((found.group.id, found.companions.len()), (7, 0), "a bridge is no companion");
+    }
+
+    #[test]
+    fn a_device_with_a_mapping_of_the_firmwares_is_refused_with_the_range() {
+        let sysfs = Sysfs::new();
+        for driver in ["vfio-pci", "xhci_hcd"] {
+            let name = if driver == "vfio-pci" { "0000:01:00.0" } else { "0000:01:00.1" };
+            sysfs.device(name, "0x0c0330", Some(driver), Some(7));
+            let regions = sysfs.0.path().join("kernel/iommu_groups/7/reserved_regions");
+            fs::write(&regions, "0xfee00000 0xfeefffff msi\n0xbf000000 0xbfffffff direct\n").unwrap();
+            let refusal = sysfs.refusal(name);
+            assert!(
+                refusal.starts_with(&format!("{name} needs a 1:1 mapping of 0xbf000000 to 0xbfffffff")),
+                "{refusal}"
+            );
+            fs::write(&regions, "0xbf000000 0xbfffffff direct-relaxable\n").unwrap();
+            assert!(!candidate(sysfs.0.path(), name).is_err_and(|error| error.to_string().contains("1:1")));
+        }
+    }
+
+    #[test]
+    fn a_virtual_function_of_vfios_is_refused_with_its_physical_one() {
+        let sysfs = Sysfs::new();
+        let dir = sysfs.device("0000:01:10.0", "0x020000", Some("vfio-pci"), Some(8));
+        let physical = sysfs.device("0000:01:00.0", "0x020000", Some("igb"), Some(7));
+        symlink("../0000:01:00.0", dir.join("physfn")).unwrap();
+        candidate(sysfs.0.path(), "01:10.0").unwrap();
+        fs::remove_file(physical.join("driver")).unwrap();
+        symlink("../drivers/vfio-pci", physical.join("driver")).unwrap();
+        let refusal = sysfs.refusal("01:10.0");
+        assert!(
+            refusal.starts_with("0000:01:10.0 is a virtual function of 0000:01:00.0, which vfio-pci has"),
+            "{refusal}"
+        );
+        assert!(refusal.contains("VF token") && refusal.contains("bind the physical function to its driver"));
     }
 
     #[test]

@@ -28,6 +28,11 @@ use crate::{Error, Result};
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 const CONFIG: u32 = 7;
 
+/// What to do where VFIO refuses a physical function with `EACCES` (drivers/vfio/pci/vfio_pci_core.c,
+/// `vfio_pci_core_match_token_uuid`).
+const NEEDS_TOKEN: &str = "; other processes have virtual functions of it, and VFIO demands the VF token that they share: \
+                           stop them first";
+
 /// An open VFIO device in its domain, with bus mastering on.
 #[derive(Debug)]
 pub struct VfioDevice {
@@ -94,6 +99,7 @@ impl VfioDevice {
             source,
             mend: match source.errno {
                 Errno::BUSY => "; it is open already",
+                Errno::ACCESS => NEEDS_TOKEN,
                 _ => "",
             },
         })?;
@@ -113,6 +119,7 @@ impl VfioDevice {
         domain.bind(&cdev).map_err(|source| {
             let mend = match source.errno {
                 Errno::INVAL => "; another process has this device: stop it first",
+                Errno::ACCESS => NEEDS_TOKEN,
                 Errno::BUSY => {
                     "; another process, or a driver of the host, has its IOMMU group: stop it first"
                 }

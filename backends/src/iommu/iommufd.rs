@@ -6,6 +6,7 @@
 //! cuts. How parts of mappings are taken out is chosen when the domain is made: [`Tables`].
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -198,6 +199,14 @@ impl Domain for IommufdDomain {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
+    }
+
+    fn usable(&self) -> Vec<RangeInclusive<Iova>> {
+        let ioas = match &self.kept {
+            Kept::One { ioas, .. } => *ioas,
+            Kept::Two(standby) => standby.ioases()[0],
+        };
+        self.iommufd.iova_ranges(ioas).map(|found| found.ranges).unwrap_or_default()
     }
 
     fn leave(&self) -> io::Result<(Left, Ids)> {

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -95,6 +96,12 @@ pub trait Domain: Send + Sync + fmt::Debug {
     /// [cut](Capabilities::cut), what sticks out of `iova` stays as mappings of its own; where it cannot, a
     /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
+
+    /// Returns the IOVAs that its devices can use, in order; none where that is not known. Asked once the devices are
+    /// attached: each may take some away.
+    fn usable(&self) -> Vec<RangeInclusive<Iova>> {
+        Vec::new()
+    }
 
     /// Copies of the files by which another process can go on with it ([`crate::resume`]), and its ids.
     fn leave(&self) -> io::Result<(Left, Ids)> {

@@ -9,6 +9,7 @@ mod resume;
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -143,6 +144,10 @@ impl Domain for Type1Domain {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
+    }
+
+    fn usable(&self) -> Vec<RangeInclusive<Iova>> {
+        self.container.info().map(|info| info.iova_ranges).unwrap_or_default()
     }
 
     fn leave(&self) -> io::Result<(Left, Ids)> {

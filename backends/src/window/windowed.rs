@@ -6,6 +6,7 @@
 //! failed call left behind, no request finds it.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,6 +70,10 @@ impl Domain for Windowed {
 
     fn capabilities(&self) -> Capabilities {
         self.inner.capabilities()
+    }
+
+    fn usable(&self) -> Vec<RangeInclusive<Iova>> {
+        self.inner.usable()
     }
 
     fn map(

@@ -214,6 +214,10 @@ impl Domain for Scribe {
         self.note("unmap");
         Unmap::InFlight { bytes: 7, ticket: Ticket(7) }
     }
+    fn usable(&self) -> Vec<std::ops::RangeInclusive<Iova>> {
+        self.note("usable");
+        vec![Iova(7)..=Iova(8)]
+    }
     fn leave(&self) -> io::Result<(Left, Ids)> {
         self.note("leave");
         Ok((Left::default(), Ids::Type1 { entries: 7 }))
@@ -250,6 +254,7 @@ fn every_call_reaches_the_domain_and_every_answer_comes_back() {
     assert_eq!(domain.capabilities().max_mappings, 77);
     domain.map(pages(0, 1), PAGE, &file, Offset(0), true).unwrap();
     assert_eq!(domain.unmap(pages(0, 1)), Unmap::InFlight { bytes: 7, ticket: Ticket(7) });
+    assert_eq!(domain.usable(), [Iova(7)..=Iova(8)]);
     assert_eq!(domain.leave().unwrap().1, Ids::Type1 { entries: 7 });
     domain.resumed(pages(0, 1));
     assert!(domain.may_wait(pages(0, 1)));

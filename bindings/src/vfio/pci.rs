@@ -74,6 +74,18 @@ pub struct IommuGroup {
     pub members: Vec<PciAddress>,
 }
 
+/// A range of I/O virtual addresses that an IOMMU group cannot use as it likes
+/// (Documentation/ABI/testing/sysfs-kernel-iommu_groups).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReservedRegion {
+    /// Its first address.
+    pub start: u64,
+    /// Its last address.
+    pub last: u64,
+    /// Its kind: `direct`, `direct-relaxable`, `reserved`, `msi`.
+    pub kind: String,
+}
+
 /// A VFIO character device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CdevName {
@@ -147,6 +159,23 @@ impl PciDevice {
             .collect();
         members.sort();
         Some(IommuGroup { id, noiommu, members })
+    }
+
+    /// Returns the reserved regions of its IOMMU group; none where it has no group.
+    pub fn reserved_regions(&self) -> Vec<ReservedRegion> {
+        let text = fs::read_to_string(self.dir.join("iommu_group/reserved_regions")).unwrap_or_default();
+        let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+        let region = |line: &str| {
+            let mut words = line.split_whitespace();
+            let (start, last) = (address(words.next()?)?, address(words.next()?)?);
+            Some(ReservedRegion { start, last, kind: words.next()?.to_owned() })
+        };
+        text.lines().filter_map(region).collect()
+    }
+
+    /// Returns the physical function that it is a virtual function of.
+    pub fn physical_function(&self) -> Option<PciAddress> {
+        name_behind(&self.dir.join("physfn"))?.parse().ok()
     }
 
     /// Its VFIO character device, if it is bound to VFIO on a kernel that has such devices: one without them
@@ -247,6 +276,15 @@ mod tests {
         assert_eq!(device.class(), Some(0xff00));
         let members = vec!["04:00.0".parse().unwrap(), "04:00.1".parse().unwrap()];
         assert_eq!(device.group(), Some(IommuGroup { id: 7, noiommu: false, members }));
+        assert_eq!((device.reserved_regions(), device.physical_function()), (vec![], None));
+        let regions =
+            "0x00000000bf000000 0x00000000bfffffff direct\n0x00000000fee00000 0x00000000feefffff msi\n";
+        fs::write(sysfs.path().join("kernel/iommu_groups/7/reserved_regions"), regions).unwrap();
+        std::os::unix::fs::symlink("../0000:03:00.0", dir.join("physfn")).unwrap();
+        let region = |start, last, kind: &str| ReservedRegion { start, last, kind: kind.to_owned() };
+        let both = [region(0xbf00_0000, 0xbfff_ffff, "direct"), region(0xfee0_0000, 0xfeef_ffff, "msi")];
+        assert_eq!(device.reserved_regions(), both);
+        assert_eq!(device.physical_function(), "03:00.0".parse().ok());
     }
 
     #[test]
