@@ -65,6 +65,7 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
     ("a_split_loses_dma_and_the_judge_sees_it", partial::split),
     ("a_split_under_a_drained_drive_loses_nothing", partial::drained),
     ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
+    ("an_unbind_gets_the_device_and_ends_the_daemon", recovery::the_host_wants_a_device_back),
 ];
 
 /// What type1 alone cannot do.
@@ -73,6 +74,7 @@ const TYPE1: &[(&str, Run)] = &[("what_nothing_stops_is_refused_unless_accepted"
 /// What type1 cannot do at all.
 const IOMMUFD: &[(&str, Run)] = &[
     ("a_cut_loses_no_dma_beside_it", partial::cut),
+    ("strictly_the_next_daemon_still_detaches_first", strict::a_restart),
     ("a_replace_takes_away_what_it_must", partial::replace),
 ];
 

@@ -233,6 +233,11 @@ pub enum Notice {
         /// 0, or why not: the device stays out.
         errno: i32,
     },
+    /// The host wants a device back, and waits until this daemon lets go of it. Of the session's, not of the gate's.
+    DeviceWanted {
+        /// Which.
+        device: DeviceId,
+    },
     /// A wanted mapping could not be made: devices fault there until it can.
     MapFailed {
         /// Where.

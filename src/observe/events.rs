@@ -53,6 +53,7 @@ pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
             if *errno == 0 { "device.attached" } else { "device.lost" },
             json!({ "device": names.device(*device), "errno": errno }),
         ),
+        Notice::DeviceWanted { device } => ("device.wanted", json!({ "device": names.device(*device) })),
         Notice::MapFailed { domain: _, iova, errno } => {
             ("map.failed", json!({ "iova": iova.start().raw(), "length": iova.len(), "errno": errno }))
         }

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -53,6 +55,8 @@ pub(super) struct Core {
     inbox: Mutex<Inbox>,
     kick: OwnedFd,
     alarm: OwnedFd,
+    /// True once nothing is to be kept for a next daemon, whatever was said before.
+    keeps_nothing: AtomicBool,
     /// How the loop ended, once it has.
     over: Mutex<Option<Result<()>>>,
     ended: Condvar,
@@ -85,6 +89,7 @@ impl Core {
             inbox: Mutex::default(),
             kick,
             alarm: alarm.map_err(failed("timerfd_create"))?,
+            keeps_nothing: AtomicBool::new(false),
             over: Mutex::new(None),
             ended: Condvar::new(),
             threads: Mutex::default(),
@@ -123,6 +128,16 @@ impl Core {
     pub(super) fn take_done(&self) -> VecDeque<Done> {
         let _ = rustix::io::read(&self.kick, &mut [0; 8]);
         std::mem::take(&mut self.inbox().done)
+    }
+
+    /// Nothing is to be kept for a next daemon.
+    pub(super) fn keep_nothing(&self) {
+        self.keeps_nothing.store(true, Relaxed);
+    }
+
+    /// Whether nothing is to be kept for a next daemon.
+    pub(super) fn keeps_nothing(&self) -> bool {
+        self.keeps_nothing.load(Relaxed)
     }
 
     /// Readable when the loop is wanted.
@@ -240,6 +255,7 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
     let mut tokens = Vec::new();
     vm = settle(core, turn, vm)?;
     loop {
+        vm.end_if_wanted();
         vm.look_again();
         vm.rearm(None);
         if let Some(result) = vm.is_over() {

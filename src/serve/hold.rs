@@ -29,6 +29,8 @@ pub struct Hold {
     fresh: bool,
     socket: Option<OwnedFd>,
     guardian: Option<OwnedFd>,
+    /// What the service manager keeps besides memory and the socket.
+    names: Vec<Name>,
 }
 
 /// Why there is nothing to go on with.
@@ -77,7 +79,10 @@ impl Hold {
                 Ok((assignment, lasting, left)) => {
                     let fresh = left.ids == Ids::Nothing;
                     let session = session::Hold { store, lasting, left: Some((left, kept)) };
-                    return Ok((assignment, Self { session, adopt_within, fresh, socket, guardian }));
+                    return Ok((
+                        assignment,
+                        Self { session, adopt_within, fresh, socket, guardian, names: vec![] },
+                    ));
                 }
                 Err(why) => log::error!(
                     "{why}: what the service manager kept is let go, its devices are stopped, and clients must add their \
@@ -91,13 +96,17 @@ impl Hold {
         let assignment = assign()?;
         let lasting = Lasting::new().map_err(|error| keep_error(&Name::Ledger, error.to_string()))?;
         let session = session::Hold { store, lasting, left: None };
-        Ok((assignment, Self { session, adopt_within, fresh: true, socket, guardian: None }))
+        Ok((assignment, Self { session, adopt_within, fresh: true, socket, guardian: None, names: vec![] }))
     }
 
     /// Has everything kept that the next daemon needs; what the ids of the domain are.
     pub(super) fn keep(&mut self, domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> Result<Ids> {
         let failed = |source: std::io::Error| keep_error(&Name::Iommufd, source.to_string());
         let (left, ids) = resume::leave(domain, devices).map_err(failed)?;
+        let domain = if matches!(ids, Ids::Type1 { .. }) { Name::Container } else { Name::Iommufd };
+        self.names = vec![Name::Ledger, Name::Guardian, domain.clone()];
+        self.names.extend(left.groups.iter().map(|(number, _)| Name::Group(*number)));
+        self.names.extend(left.devices.iter().map(|(name, _)| Name::Device(name.clone())));
         if !self.fresh {
             return Ok(ids);
         }
@@ -112,7 +121,7 @@ impl Hold {
             put(Name::Group(*number), fd)?;
         }
         if let Some(fd) = &left.domain {
-            put(if matches!(ids, Ids::Type1 { .. }) { Name::Container } else { Name::Iommufd }, fd)?;
+            put(domain, fd)?;
         }
         for (name, fd) in &left.devices {
             put(Name::Device(name.clone()), fd)?;
@@ -120,6 +129,11 @@ impl Hold {
         // A device that is dropped is stopped; these are the next daemon's.
         std::mem::forget(devices.to_vec());
         Ok(ids)
+    }
+
+    /// What the service manager keeps besides memory and the socket.
+    pub(super) fn names(&self) -> Vec<Name> {
+        self.names.clone()
     }
 
     /// Where the guardian's socket is kept, and the one that was; nowhere where nothing outlives this process.

@@ -34,7 +34,7 @@ use passgate_backends::{Device, Domain};
 use crate::error::{Error, Result};
 use crate::gate::Policy;
 use crate::observe::records::StateOptions;
-use crate::session::fdstore::FdStore;
+use crate::session::fdstore::{FdStore, Name};
 use crate::session::guardian::Watch;
 use event_loop::Core;
 use vm::{Sockets, Vm};
@@ -109,8 +109,8 @@ pub struct Server {
     file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
-    /// Whether what it has is the next daemon's when it ends.
-    holds: bool,
+    /// What the service manager keeps for the next daemon when it ends; nothing where there is none.
+    kept: Vec<Name>,
 }
 
 /// Removes the socket's file when the server is over.
@@ -163,13 +163,13 @@ impl Server {
             None => None,
         };
         let (core, turn) = Core::new()?;
-        let holds = hold.is_some();
+        let kept = hold.as_ref().map(Hold::names).unwrap_or_default();
         let sockets = Sockets { listener, metrics, stopped };
         let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, hold)?;
         if let Some(ids) = ids {
             vm.session.complete(ids);
         }
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, holds })
+        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, kept })
     }
 
     /// What stops it, for another thread.
@@ -188,10 +188,22 @@ impl Server {
         if let Some(manager) = &self.vm.options.manager {
             manager.ready();
         }
-        if self.holds {
+        let kept = self.kept;
+        if !kept.is_empty() {
             // The socket goes on listening: the next daemon has it.
             std::mem::forget(file);
-            return event_loop::run(self.core, self.turn, self.vm);
+            let (core, store) = (Arc::clone(&self.core), self.vm.options.manager.clone());
+            let over = event_loop::run(self.core, self.turn, self.vm);
+            if core.keeps_nothing() {
+                if let Some(guardian) = self.guardian {
+                    guardian.bye();
+                }
+                if let Some(store) = store {
+                    kept.into_iter().for_each(|name| store.remove(name));
+                    store.settle();
+                }
+            }
+            return over;
         }
         let _file = file;
         // Where the loop fails the guardian hears no farewell, and stops the devices.

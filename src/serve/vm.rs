@@ -32,6 +32,7 @@ const KICK: u64 = 1;
 const STOP: u64 = 2;
 const WAKE: u64 = 3;
 const METRICS: u64 = 4;
+const WANTED: u64 = 5;
 /// Tokens of the visitors of the metrics socket.
 const VISITOR: u64 = 8;
 const LAST_VISITOR: u64 = VISITOR + VISITORS as u64 - 1;
@@ -73,6 +74,8 @@ pub(super) struct Vm {
     adopt_by: Option<Instant>,
     /// Whether what it has is the next daemon's.
     holds: bool,
+    /// True once the host wants a device back, until the end has begun.
+    ends: bool,
 }
 
 /// Whatever ends it: who hands something in from now on hears that nobody takes it.
@@ -128,6 +131,9 @@ impl Vm {
         for wake in session.wakes() {
             poller.add(wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         }
+        for request in session.requests() {
+            poller.add(request, Interest::Read, WANTED).map_err(Error::Poll)?;
+        }
         Ok(Self {
             session,
             pool,
@@ -148,6 +154,7 @@ impl Vm {
             farewell: None,
             adopt_by,
             holds,
+            ends: false,
         })
     }
 
@@ -170,6 +177,7 @@ impl Vm {
             LISTENER => self.accept(),
             KICK => self.kicked(),
             STOP => {
+                let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
                 self.say_goodbye();
                 false
             }
@@ -178,6 +186,10 @@ impl Vm {
                 false
             }
             METRICS => self.visitor_comes(VISITOR),
+            WANTED => {
+                self.given_back();
+                false
+            }
             VISITOR..=LAST_VISITOR => {
                 self.visitor_ready(token, (token - VISITOR) as usize);
                 false
@@ -325,8 +337,33 @@ impl Vm {
     }
 
     /// Closes every connection; the loop goes on until what they had is closed.
+    /// The host wants a device back and waits for it. A file of it that stays open anywhere would keep it, so this daemon
+    /// ends in order, and leaves nothing to a next one: its devices are stopped, its memory is closed.
+    fn given_back(&mut self) {
+        let names = self.session.wanted();
+        if names.is_empty() {
+            return;
+        }
+        log::error!(
+            "the host wants {} back (it is being unbound or removed): this daemon lets go of it and ends",
+            names.join(", ")
+        );
+        if std::mem::take(&mut self.holds) {
+            self.core.keep_nothing();
+            // Nobody comes back for what an earlier daemon's clients had.
+            self.adopt_by = self.adopt_by.map(|_| Instant::now());
+        }
+        self.ends = true;
+    }
+
+    /// Begins the end that a device asked for, once everybody has been told why.
+    pub(super) fn end_if_wanted(&mut self) {
+        if std::mem::take(&mut self.ends) {
+            self.say_goodbye();
+        }
+    }
+
     fn say_goodbye(&mut self) {
-        let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
         if let Some(manager) = &self.options.manager {
             manager.stopping();
         }

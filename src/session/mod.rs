@@ -362,6 +362,25 @@ impl Session {
         }
     }
 
+    /// What becomes readable when the host wants a device back.
+    pub fn requests(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.devices.iter().filter_map(|device| device.wanted())
+    }
+
+    /// Asks every device whether the host wants it back; the names of those, of which everybody is told.
+    pub fn wanted(&mut self) -> Vec<String> {
+        let asked = |device: &Arc<dyn Device>| {
+            device.wanted().is_some_and(|request| rustix::io::read(request, &mut [0; 8]).is_ok())
+        };
+        let mut names = Vec::new();
+        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| asked(device)) {
+            names.push(device.name().to_owned());
+            let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
+            self.border.push_back(Next::Notice(Notice::DeviceWanted { device }));
+        }
+        names
+    }
+
     /// What is known now.
     pub fn snapshot(&self) -> Snapshot {
         self.gate.snapshot()

@@ -9,7 +9,7 @@ use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 
 use super::rig::{Engine, PASSGATE, Rig, memfd};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, LONG, Notices, until};
 
 /// How often a daemon is killed, where `PASSGATE_KILLS` does not say.
 const KILLS: u64 = 10;
@@ -67,4 +67,26 @@ fn killed_while_it_starts(path: &Path, arguments: &[&str], after: Duration) {
     assert!(child.try_wait().unwrap().is_none(), "it does not give up");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// An unbind from vfio-pci waits until nobody has the device open: the daemon stops the device, says so, and ends, and
+/// the unbind returns. Bound again, the device goes to the next daemon.
+pub fn the_host_wants_a_device_back(rig: &Rig) {
+    let driver = Path::new("/sys/bus/pci/drivers/vfio-pci");
+    let (mut daemon, mut vmm) = rig.vmm(2);
+    assert!(vmm.reaches(0));
+    let notices = Notices::of(&daemon);
+    let (unbind, name) = (driver.join("unbind"), rig.edu.clone());
+    let unbinding = std::thread::spawn(move || std::fs::write(unbind, name));
+    let (_, wanted) = notices.until("device.wanted");
+    assert_eq!(wanted.details["device"], rig.edu.as_str());
+    assert!(daemon.ended(LONG).success(), "{:?}", daemon.silence());
+    assert!(until(LONG, || unbinding.is_finished()), "the unbind hangs");
+    unbinding.join().unwrap().unwrap();
+    assert!(!driver.join(&rig.edu).exists());
+    std::fs::write(driver.join("bind"), &rig.edu).unwrap();
+    drop(vmm);
+    let next = Daemon::start_at(Path::new(PASSGATE), &daemon.path, &rig.arguments(&[]));
+    let mut vmm = rig.join(&next, memfd(2), PAGE);
+    assert!(vmm.reaches(0), "a new daemon has the device");
 }

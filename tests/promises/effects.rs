@@ -377,7 +377,10 @@ impl Model {
                 }
                 self.deaths.retain(|death| death.client != client);
             }
-            Notice::DeviceFenced { .. } | Notice::DeviceAttached { .. } | Notice::TdiEnded { .. } => {}
+            Notice::DeviceFenced { .. }
+            | Notice::DeviceAttached { .. }
+            | Notice::DeviceWanted { .. }
+            | Notice::TdiEnded { .. } => {}
         }
         Ok(())
     }

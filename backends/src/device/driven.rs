@@ -6,6 +6,7 @@
 //! waits for the engine: it goes to VFIO at once, and a transfer under way then ends by its own deadline.
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -158,6 +159,10 @@ impl<E: Engine> Device for Driven<E> {
 
     fn stop_class(&self) -> StopClass {
         self.0.device.stop_class() | StopClass::DRAIN
+    }
+
+    fn wanted(&self) -> Option<BorrowedFd<'_>> {
+        self.0.device.wanted()
     }
 
     fn nature(&self) -> Nature {

@@ -5,6 +5,7 @@
 //! page of the I/O APIC. One DMA takes about 100 ms. Start QEMU with `edu,dma_mask=0xffffffffffffffff`: otherwise
 //! the engine cuts addresses off at 28 bits.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -146,6 +147,10 @@ impl Device for Edu {
 
     fn stop_class(&self) -> StopClass {
         self.device.stop_class()
+    }
+
+    fn wanted(&self) -> Option<BorrowedFd<'_>> {
+        self.device.wanted()
     }
 
     fn nature(&self) -> Nature {

@@ -103,6 +103,12 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Puts a fenced device back into its domain.
     fn attach(&self) -> Result<()>;
 
+    /// An eventfd that is readable once the host wants the device back: somebody unbinds or removes it, and waits until
+    /// nobody has it open. None where that is not told.
+    fn wanted(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// IOVAs of its domain that are its driver's own: no memory of a client may be there.
     fn reserved(&self) -> Option<PageRange<Iova>> {
         None

@@ -7,15 +7,16 @@ mod ats;
 mod resume;
 mod still;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::config::{COMMAND, Capabilities, is_gone};
-use passgate_bindings::vfio::device::Region;
+use passgate_bindings::vfio::device::{REQUEST_IRQ, Region};
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 use passgate_bindings::vfio::{Cdev, DeviceFile, Group, PciAddress};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use self::ats::Ats;
@@ -42,6 +43,8 @@ pub struct VfioDevice {
     config: Region,
     capabilities: Capabilities,
     ats: Ats,
+    /// Signalled by the kernel once it wants the device back; none where it cannot.
+    request: Option<OwnedFd>,
     seat: Seat,
 }
 
@@ -162,7 +165,8 @@ impl VfioDevice {
         let config = seat.file().region(CONFIG).map_err(fail)?;
         let migrates = seat.file().can_stop().map_err(fail)?;
         let capabilities = Capabilities::default();
-        let mut device = Self { name, pci, stop, config, capabilities, ats: Ats::new(true, false), seat };
+        let (ats, request) = (Ats::new(true, false), hear_requests(&name, seat.file()));
+        let mut device = Self { name, pci, stop, config, capabilities, ats, request, seat };
         device.answers()?;
         device.capabilities = device.find_capabilities()?;
         device.ats = Ats::new(device.capabilities.ats.is_some(), ats_unused);
@@ -282,6 +286,10 @@ impl Device for VfioDevice {
         self.stop
     }
 
+    fn wanted(&self) -> Option<BorrowedFd<'_>> {
+        self.request.as_ref().map(AsFd::as_fd)
+    }
+
     fn nature(&self) -> Nature {
         Nature { ats: self.ats.caches(self.ats_on().ok()), tdi: self.pci.is_bound_tdi() }
     }
@@ -339,4 +347,21 @@ impl Drop for VfioDevice {
             log::warn!("closing: {error}");
         }
     }
+}
+
+/// Has the kernel signal an eventfd once it wants the device back. Where it cannot, whoever unbinds the device waits until
+/// this process ends.
+fn hear_requests(name: &str, file: &DeviceFile) -> Option<OwnedFd> {
+    let heard = || {
+        if file.irq_info(REQUEST_IRQ)?.count == 0 {
+            return Err(Failed::new("VFIO_DEVICE_GET_IRQ_INFO", Errno::NOENT));
+        }
+        let request = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let request = request.map_err(|errno| Failed::new("eventfd", errno))?;
+        file.set_irqs(REQUEST_IRQ, 0, &[Some(request.as_fd())])?;
+        Ok(request)
+    };
+    heard()
+        .inspect_err(|failed| log::warn!("{name}: it is not told when the host wants it back: {failed}"))
+        .ok()
 }

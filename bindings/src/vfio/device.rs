@@ -57,6 +57,10 @@ pub struct IrqInfo {
     pub count: u32,
 }
 
+/// The interrupt index by which the kernel asks for a PCI device back (`VFIO_PCI_REQ_IRQ_INDEX`): somebody unbinds or
+/// removes it, and waits until every file of it is closed. It has one vector, signalled every 10 s until then.
+pub const REQUEST_IRQ: u32 = uapi::VFIO_PCI_REQ_IRQ_INDEX;
+
 /// A device feature (`VFIO_DEVICE_FEATURE`) whose argument holds no pointer, so that it is safe to pass bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Feature(u32);

@@ -283,6 +283,7 @@ impl Said<'_> {
             | Notice::DeviceFenced { .. }
             | Notice::TdiEnded { .. }
             | Notice::DeviceAttached { .. }
+            | Notice::DeviceWanted { .. }
             | Notice::MapFailed { .. } => return None,
         })
     }

@@ -447,6 +447,10 @@ impl Device for Drive {
         self.inner.registers.device().stop_class() | StopClass::DRAIN
     }
 
+    fn wanted(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.registers.device().wanted()
+    }
+
     fn nature(&self) -> Nature {
         self.inner.registers.device().nature()
     }
