@@ -141,6 +141,8 @@ fn guests() -> Vec<Trial> {
         let on = |&(name, run): &(_, OnGuest)| trial(format!("{iommu}::{name}"), move || run(iommu), missing);
         trials.extend(GUESTS.iter().map(on));
     }
+    let platform = "iommufd::guest_that_demands_platform_access_works_its_disk".to_owned();
+    trials.push(trial(platform, || vhost_blk::with_the_platform_feature("iommufd"), missing));
     trials
 }
 

@@ -138,6 +138,22 @@ pub fn works_while_memory_changes(iommu: &str) {
     judge(&soaked, &listed);
 }
 
+/// A guest that takes no device without `VIRTIO_F_ACCESS_PLATFORM` has it, and its disk is what it is for others.
+pub fn with_the_platform_feature(iommu: &str) {
+    let mut back_end = passgate(iommu);
+    let mut guest = Guest::boot_with(&back_end.socket(), QUEUES, ",disable-legacy=on,iommu_platform=on");
+    let features = guest.ready["disk"]["features"].as_str().unwrap();
+    assert_eq!(features.as_bytes().get(33), Some(&b'1'), "it was not negotiated: {features}");
+    guest.tell(&json!({ "do": "soak", "seconds": soak() }));
+    guest.add_memory("dimm1");
+    guest.remove_memory("dimm1");
+    let mut listed = Vec::new();
+    let soaked = result(&mut guest, &mut listed);
+    guest.off();
+    back_end.end();
+    judge(&soaked, &listed);
+}
+
 /// Stops the converting when dropped.
 struct Stops<'a>(&'a AtomicBool);
 

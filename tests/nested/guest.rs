@@ -43,6 +43,11 @@ pub struct Guest {
 impl Guest {
     /// Boots one that has the disk served at `socket`, in so many queues.
     pub fn boot(socket: &Path, queues: u32) -> Self {
+        Self::boot_with(socket, queues, "")
+    }
+
+    /// The same, with more on the line of QEMU's `-device` for the disk.
+    pub fn boot_with(socket: &Path, queues: u32, more: &str) -> Self {
         let place = TempDir::new().unwrap();
         let at = |name: &str| place.path().join(name);
         let mut archive = Archive::new();
@@ -69,7 +74,7 @@ impl Guest {
         command.args(["-serial", "chardev:line"]);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", at("qmp").display()));
         command.arg("-chardev").arg(format!("socket,id=disk,path={},reconnect-ms=100", socket.display()));
-        command.args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}")]);
+        command.args(["-device", &format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}{more}")]);
         command.args(["-kernel", "/rig/kernel", "-append", &kernel, "-initrd"]).arg(at("initrd"));
         let complaints = File::create(at("complaints")).unwrap();
         let mut qemu = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(complaints).spawn().unwrap();

@@ -74,7 +74,7 @@ fn disk() -> Value {
     json!({
         "sectors": says("size"), "serial": says("serial"), "read_only": says("ro"), "cache": says("queue/write_cache"),
         "block": says("queue/logical_block_size"), "discard": says("queue/discard_max_bytes"),
-        "zeroes": says("queue/write_zeroes_max_bytes"),
+        "zeroes": says("queue/write_zeroes_max_bytes"), "features": says("device/features"),
     })
 }
 
