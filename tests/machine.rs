@@ -124,6 +124,8 @@ fn main() {
                 let (name, run) =
                     ("a_page_leaves_a_huge_page_and_comes_back", conversion::a_page_of_a_huge_page as Run);
                 trials.push(on(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
+                let (name, run) = ("a_borrowed_drive_is_given_back_as_it_was", selftest::borrowed as Run);
+                trials.push(on(iommu, name, run, missing.or_else(selftest::no_driver)));
                 let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
                 trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
             }
