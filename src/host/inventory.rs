@@ -195,7 +195,7 @@ impl Config {
 fn companions(sysfs: &Path, device: &PciDevice) -> Vec<PciAddress> {
     let members = device.group().map(|group| group.members).unwrap_or_default();
     let does_dma = |other: &PciAddress| {
-        *other != device.address() && PciDevice::find(sysfs, *other).is_some_and(|found| !found.is_bridge())
+        *other != device.address() && PciDevice::find(sysfs, *other).is_none_or(|found| !found.is_bridge())
     };
     members.into_iter().filter(does_dma).collect()
 }

@@ -65,14 +65,15 @@ fn persist<T>(
         };
         let Some((device, source)) = error.taken() else { return Err(error.into()) };
         let owner = host.owner(device);
+        let mend = owner.mend(device, source);
+        // What was opened is closed again, and nobody restores a configuration after that.
+        if opened_it(source)
+            && let Some(lost) = host.lost(device)
+        {
+            return Err(Error::Taken { device: device.to_owned(), source, mend: format!("{lost}; {mend}") });
+        }
         let left = until.saturating_duration_since(host.now());
         if left.is_zero() {
-            let mut mend = owner.mend(device, source);
-            if opened_it(source)
-                && let Some(lost) = host.lost(device)
-            {
-                mend = format!("{lost}; {mend}");
-            }
             return Err(Error::Taken { device: device.to_owned(), source, mend });
         }
         // Once for each device: a device that changes hands all the time must not fill the journal.
@@ -168,12 +169,13 @@ mod tests {
     struct Fake {
         now: Instant,
         owner: Owner,
+        lost: Option<&'static str>,
         said: Vec<String>,
     }
 
     impl Fake {
         fn new(owner: Owner) -> Self {
-            Self { now: Instant::now(), owner, said: Vec::new() }
+            Self { now: Instant::now(), owner, lost: None, said: Vec::new() }
         }
     }
 
@@ -190,7 +192,7 @@ mod tests {
             self.owner.clone()
         }
         fn lost(&mut self, _: &str) -> Option<String> {
-            Some("BAR 0 is lost".to_owned())
+            self.lost.map(str::to_owned)
         }
         fn say(&mut self, line: String) {
             self.said.push(line);
@@ -253,7 +255,8 @@ mod tests {
         for (call, errno) in
             [("open /dev/vfio/GROUP", Errno::BUSY), (BIND, Errno::INVAL), (BIND, Errno::AGAIN)]
         {
-            let (mut host, mut tries) = (Fake::new(Owner::default()), 0);
+            let (mut host, mut tries) =
+                (Fake { lost: Some("BAR 0 is lost"), ..Fake::new(Owner::default()) }, 0);
             let error = persist(PATIENCE, &mut host, || {
                 tries += 1;
                 Err::<(), _>(failing(call, errno))
@@ -274,15 +277,25 @@ mod tests {
 
     #[test]
     fn a_device_that_opens_and_does_not_work_is_told_with_what_it_lost_and_the_way_out() {
-        let mut host = Fake::new(Owner::default());
-        let stuck = "writing to the PHY of an igb NIC";
-        let error = persist(PATIENCE, &mut host, || Err::<(), _>(failing(stuck, Errno::TIMEDOUT)));
-        let text = error.unwrap_err().to_string();
-        assert!(text.contains("BAR 0 is lost; it opens, so that nobody else has it"), "{text}");
-        assert!(
-            text.contains("echo 1 > /sys/bus/pci/devices/0000:04:00.0/remove; echo 1 > /sys/bus/pci/rescan"),
-            "{text}"
-        );
+        for (lost, waited) in [(None, PATIENCE), (Some("BAR 0 is lost"), Duration::ZERO)] {
+            let mut host = Fake { lost, ..Fake::new(Owner::default()) };
+            let begun = host.now;
+            let stuck = "writing to the PHY of an igb NIC";
+            let error = persist(PATIENCE, &mut host, || Err::<(), _>(failing(stuck, Errno::TIMEDOUT)));
+            let text = error.unwrap_err().to_string();
+            assert_eq!(host.now - begun, waited, "a lost configuration does not come back");
+            let says = format!(
+                "{}it opens, so that nobody else has it",
+                lost.map_or(String::new(), |it| format!("{it}; "))
+            );
+            assert!(text.contains(&says), "{text}");
+            assert!(
+                text.contains(
+                    "echo 1 > /sys/bus/pci/devices/0000:04:00.0/remove; echo 1 > /sys/bus/pci/rescan"
+                ),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -67,7 +67,11 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     }
     let mut companions = Vec::new();
     for other in group.members.iter().filter(|other| **other != address) {
-        let Some(found) = PciDevice::find(sysfs, *other) else { continue };
+        let Some(found) = PciDevice::find(sysfs, *other) else {
+            // What cannot be looked at may be anything that does DMA.
+            companions.push(*other);
+            continue;
+        };
         if !found.is_bridge() {
             companions.push(*other);
         }
@@ -223,6 +227,9 @@ mod tests {
         assert_eq!(found.stays(&[]), Some(second), "alone, a detach proves nothing");
         assert_eq!(found.stays(&[found.pci.address()]), Some(second));
         assert_eq!(found.stays(&[second]), None, "together it does");
+        fs::remove_dir_all(sysfs.0.path().join("bus/pci/devices/0000:01:00.1")).unwrap();
+        let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
+        assert_eq!(found.stays(&[]), Some(second), "what cannot be looked at is no bridge");
     }
 
     #[test]

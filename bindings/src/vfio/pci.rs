@@ -146,19 +146,18 @@ impl PciDevice {
         fs::read_to_string(self.dir.join("tsm/bound")).is_ok_and(|name| !name.trim().is_empty())
     }
 
-    /// Its IOMMU group, if it has one.
+    /// Its IOMMU group, if it has one whose devices can be listed.
     pub fn group(&self) -> Option<IommuGroup> {
         let dir = self.dir.join("iommu_group");
         let id = name_behind(&dir)?.parse().ok()?;
         let noiommu = fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim() == "vfio-noiommu");
-        let mut members: Vec<_> = fs::read_dir(dir.join("devices"))
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .collect();
+        let entries = fs::read_dir(dir.join("devices")).ok()?;
+        let names = entries.map(|entry| Some(entry.ok()?.file_name())).collect::<Option<Vec<_>>>()?;
+        let mut members: Vec<PciAddress> =
+            names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect();
         members.sort();
-        Some(IommuGroup { id, noiommu, members })
+        // A list without the device itself is not that of its group: nothing follows from who is missing in it.
+        members.contains(&self.address).then_some(IommuGroup { id, noiommu, members })
     }
 
     /// Returns the reserved regions of its IOMMU group; none where it has no group.
@@ -276,6 +275,10 @@ mod tests {
         assert_eq!(device.class(), Some(0xff00));
         let members = vec!["04:00.0".parse().unwrap(), "04:00.1".parse().unwrap()];
         assert_eq!(device.group(), Some(IommuGroup { id: 7, noiommu: false, members }));
+        fs::remove_dir(group.join("0000:04:00.0")).unwrap();
+        assert_eq!(device.group(), None, "a list without it is none of its group");
+        fs::remove_dir_all(&group).unwrap();
+        assert_eq!(device.group(), None, "a group that cannot be listed is not one without others");
         assert_eq!((device.reserved_regions(), device.physical_function()), (vec![], None));
         let regions =
             "0x00000000bf000000 0x00000000bfffffff direct\n0x00000000fee00000 0x00000000feefffff msi\n";
