@@ -131,6 +131,8 @@ impl Gate {
 
     /// Takes down how the owner's side went.
     fn conclude(&mut self, id: InvalidationId, outcome: Outcome, effects: &mut Effects) {
+        // A VM that adds no memory any more would have its lost devices so for ever.
+        self.hope();
         if let Outcome::Unknown { errno, .. } = outcome {
             let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno };
             self.settle_unknown(id, reason, Some(outcome), effects);

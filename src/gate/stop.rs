@@ -31,7 +31,7 @@ pub(super) struct DeviceEntry {
     busy: Option<Busy>,
     /// The fences that somebody needs after that, weakest first: the strongest, and a detach, which a reset does not include.
     next: Vec<(Step, InvalidationId)>,
-    /// Whether it could not be brought back: tried again when memory is added.
+    /// Whether it could not be brought back: tried again when memory is added, and at the end of every conversion.
     pub(super) lost: bool,
 }
 

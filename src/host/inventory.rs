@@ -183,6 +183,9 @@ impl Config {
         let size = fs::metadata(device.dir().join("config")).map_or(0, |meta| meta.len());
         let found = Capabilities::find(size.max(bytes.len() as u64), |at| word(at).ok_or(()));
         let Ok(found) = found else { return Self::default() };
+        if device.is_gone() {
+            return Self::default();
+        }
         Self {
             express: Some(found.express.is_some()),
             ats: found.ats_on(|at| word(at).ok_or(())).ok(),

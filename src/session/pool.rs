@@ -152,7 +152,7 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
     use passgate_backends::{Device, Domain, FenceStep, Nature, StopClass};
@@ -186,7 +186,9 @@ mod tests {
             Task::Call(Call::Fence { job: JobId(job), device, id, believed, step: FenceStep::Detach })
         };
         pool.run(fence(100, first));
+        let begun = Instant::now();
         while sim.hanging() < MAX_CALL_THREADS + 1 {
+            assert!(begun.elapsed() < NEVER, "the fence has not begun: {} calls hang", sim.hanging());
             std::thread::yield_now();
         }
         pool.run(fence(101, Arc::clone(&second)));

@@ -1,7 +1,9 @@
 //! The ladder, rung by rung: what each fence ends, who shares it, when a device comes back, and what is proof on a
 //! strict platform or with a TDI.
 
-use passgate::gate::{Able, DeviceId, Event, Hitless, OnStuckDma, PageState, Platform, Policy, Step};
+use passgate::gate::{
+    Able, DeviceId, Event, Hitless, OnStuckDma, Outcome, PageState, Platform, Policy, Step,
+};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Iova, PAGE};
@@ -298,6 +300,19 @@ fn strictly_a_device_whose_attach_failed_late_is_detached_again_before_the_next_
     // It is tried again with the next memory.
     play(&mut world, &[add(16), Action::Settle]);
     assert!(sees(&world, 0, 1) && !sees(&world, 0, 2) && !sees(&world, 0, 4));
+}
+
+#[test]
+fn a_device_that_could_not_be_brought_back_is_tried_again_at_the_end_of_a_conversion() {
+    for fault in [Fault::Errno(Errno::BUSY), Fault::HalfDone(Errno::IO)] {
+        let mut world = world(strict(), &[&[(StopClass::DETACH, ATS)]]);
+        fail(&world, 0, Call::Attach, fault);
+        play(&mut world, &[begin(2), Action::Settle]);
+        assert!(world.gate.snapshot().devices[0].lost, "{fault:?}");
+        let end = Action::End { granted: 0, outcome: Outcome::Committed, stranger: false };
+        play(&mut world, &[end, Action::Settle]);
+        assert!(!world.gate.snapshot().devices[0].lost && sees(&world, 0, 1) && !sees(&world, 0, 2));
+    }
 }
 
 #[test]

@@ -58,6 +58,9 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
             mend: "name the device behind it (`passgate list` shows them)",
         });
     }
+    if pci.is_gone() {
+        return Err(Error::Gone { device: address.to_string() });
+    }
     withheld(sysfs, &pci)?;
     if !driver.as_deref().is_some_and(is_vfio) {
         return Err(Error::Unbound {
@@ -214,6 +217,16 @@ mod tests {
             "{refusal}"
         );
         assert!(refusal.contains("VF token") && refusal.contains("bind the physical function to its driver"));
+    }
+
+    #[test]
+    fn a_device_that_reads_all_ones_is_refused_as_gone() {
+        let sysfs = Sysfs::new();
+        let dir = sysfs.device("0000:01:00.0", DISPLAY, Some("vfio-pci"), Some(7));
+        fs::write(dir.join("config"), [0xff; 64]).unwrap();
+        let refusal = sysfs.refusal("01:00.0");
+        assert!(refusal.starts_with("0000:01:00.0 does not answer"), "{refusal}");
+        assert!(refusal.contains("echo 1 > /sys/bus/pci/devices/0000:01:00.0/remove"), "{refusal}");
     }
 
     #[test]

@@ -2,8 +2,11 @@
 
 use std::fmt;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use super::config::is_gone;
 
 /// Where sysfs is mounted.
 pub const SYSFS: &str = "/sys";
@@ -172,6 +175,16 @@ impl PciDevice {
         text.lines().filter_map(region).collect()
     }
 
+    /// True where the device does not answer: its configuration space reads as all ones ([`is_gone`]). False where it
+    /// cannot be read.
+    pub fn is_gone(&self) -> bool {
+        let mut head = [0; 8];
+        let mut config = fs::File::open(self.dir.join("config"));
+        let read = config.as_mut().is_ok_and(|config| config.read_exact(&mut head).is_ok());
+        let [_, _, _, _, word @ ..] = head;
+        read && is_gone(u32::from_le_bytes(word))
+    }
+
     /// Returns the physical function that it is a virtual function of.
     pub fn physical_function(&self) -> Option<PciAddress> {
         name_behind(&self.dir.join("physfn"))?.parse().ok()
@@ -280,6 +293,11 @@ mod tests {
         fs::remove_dir_all(&group).unwrap();
         assert_eq!(device.group(), None, "a group that cannot be listed is not one without others");
         assert_eq!((device.reserved_regions(), device.physical_function()), (vec![], None));
+        assert!(!device.is_gone(), "it cannot be read");
+        for (bytes, gone) in [([0xff; 64], true), ([0x10; 64], false)] {
+            fs::write(dir.join("config"), bytes).unwrap();
+            assert_eq!(device.is_gone(), gone);
+        }
         let regions =
             "0x00000000bf000000 0x00000000bfffffff direct\n0x00000000fee00000 0x00000000feefffff msi\n";
         fs::write(sysfs.path().join("kernel/iommu_groups/7/reserved_regions"), regions).unwrap();
