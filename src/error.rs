@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use passgate_bindings::{Failed, RangeError};
 use rustix::io::Errno;
@@ -37,6 +38,14 @@ pub enum Error {
         source: io::Error,
         /// What to do about it, or empty.
         mend: &'static str,
+    },
+    /// No Unix socket can have this path.
+    #[error("{path}: {why}")]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
+        /// The reason, and what to do about it.
+        why: String,
     },
     /// The state directory, or what is in it, cannot be used.
     #[error("{path}: {source}{mend}")]
@@ -160,6 +169,18 @@ pub enum Error {
     /// The connection broke.
     #[error("the connection to passgate broke ({0}): is the daemon still running?")]
     Connection(Errno),
+    /// The daemon does not answer.
+    #[error(
+        "{daemon}: no answer within {} s, and what was asked may yet be done: see the daemon's log; continue it \
+         where it is stopped (kill -CONT), restart it where it hangs",
+        within.as_secs_f32()
+    )]
+    NoAnswer {
+        /// The socket, and the process that serves there where it is known.
+        daemon: String,
+        /// How long the answer was waited for.
+        within: Duration,
+    },
     /// passgate said that the request was wrong.
     #[error("{message}")]
     Refused {
@@ -182,7 +203,7 @@ impl Error {
             | Self::InUse { .. }
             | Self::Uncertain { .. }
             | Self::Binding { .. } => 3,
-            Self::Usage(_) | Self::Log(_) => 2,
+            Self::Usage(_) | Self::SocketPath { .. } | Self::Log(_) => 2,
             _ => 1,
         }
     }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
+use crate::protocol::address::address;
 use crate::serve::{Hold, Options, privilege};
 use crate::session::fdstore::{FdStore, Kept};
 
@@ -185,6 +186,12 @@ impl From<Iommu> for Kind {
 }
 
 impl Engine {
+    /// Refuses paths, these and its own, that no socket can have. To be called before any device is taken.
+    pub(super) fn check(&self, paths: &[&PathBuf]) -> Result<()> {
+        let all = paths.iter().copied().chain(&self.metrics_path);
+        all.into_iter().try_for_each(|path| address(path).map(drop))
+    }
+
     /// What page tables are made for: pages that are cut out of mappings, unless DMA beside them may miss a moment.
     fn tables(&self) -> Tables {
         match self.hitless {

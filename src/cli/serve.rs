@@ -32,6 +32,7 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self) -> Result<ExitCode> {
+        self.engine.check(&[&self.socket_path])?;
         let accept = Accept { scratch: self.scratch, ..Accept::default() };
         let opened = self.engine.open(&self.devices, accept)?;
         let options = Options { allow_dma: self.allow_dma, ..Options::at(self.socket_path) };

@@ -75,6 +75,8 @@ impl VhostUserBlk {
             super::line(CAPABILITIES)?;
             return Ok(ExitCode::SUCCESS);
         }
+        let paths: Vec<_> = self.socket_path.iter().chain(&self.control_path).collect();
+        self.engine.check(&paths)?;
         let socket = match (self.fd, self.socket_path) {
             // Before anything is opened here.
             (Some(number), _) => Socket::Handed(handed::by_number(number).map_err(|failed| {

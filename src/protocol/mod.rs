@@ -4,6 +4,7 @@
 //! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records, or one with many ranges
 //! behind it) for the hot path.
 
+pub mod address;
 pub mod batch;
 pub mod frame;
 pub mod hex;

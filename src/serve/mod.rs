@@ -17,13 +17,12 @@ mod poller;
 pub mod privilege;
 mod release;
 mod scrape;
+mod socket_file;
 pub mod vhost_blk;
 mod vm;
 
-use std::io::ErrorKind;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -37,6 +36,7 @@ use crate::observe::records::StateOptions;
 use crate::session::fdstore::{FdStore, Name};
 use crate::session::guardian::Watch;
 use event_loop::Core;
+use socket_file::{CONTROL, METRICS, SocketFile, listen};
 use vm::{Sockets, Vm};
 
 pub use hold::Hold;
@@ -55,7 +55,7 @@ pub struct Options {
     pub allow_release: bool,
     /// Where the metrics socket is made; none for no such socket.
     pub metrics_path: Option<PathBuf>,
-    /// Connections at most.
+    /// Connections at most, but for a few short ones of operators.
     pub max_clients: usize,
     /// How long a stopped server waits for its memory to close.
     pub farewell: Duration,
@@ -113,18 +113,9 @@ pub struct Server {
     kept: Vec<Name>,
 }
 
-/// Removes the socket's file when the server is over.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 impl Server {
-    /// Makes the socket, if any (mode 0600; a left-over one is replaced, one in use is an error), and the session.
+    /// Makes the socket, if any (mode 0600; one that nobody listens at is replaced, one in use is an error), and the
+    /// session.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         Self::holding(options, domain, devices, None)
     }
@@ -149,9 +140,9 @@ impl Server {
             (None, Some(path)) => Some(listen(path, &CONTROL)?),
             (_, None) => None,
         };
-        let file = path.map(SocketFile);
+        let file = path.map(SocketFile::at);
         let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
-        let metrics_file = options.metrics_path.clone().map(SocketFile);
+        let metrics_file = options.metrics_path.clone().map(SocketFile::at);
         let guardian = match &options.guardian {
             Some(program) => {
                 let (store, left) = match (&mut hold, ids) {
@@ -217,7 +208,7 @@ impl Server {
     /// Serves on a thread of its own.
     pub fn spawn(self) -> Result<Handle> {
         let stop = self.stop.try_clone().map_err(Error::Poll)?;
-        let path = self.file.as_ref().map(|file| file.0.clone()).unwrap_or_default();
+        let path = self.file.as_ref().map(|file| file.path().to_owned()).unwrap_or_default();
         let thread = std::thread::Builder::new().name("session".into()).spawn(move || self.run());
         Ok(Handle { path, stop, thread: Some(thread.map_err(Error::Thread)?) })
     }
@@ -266,56 +257,4 @@ impl Drop for Handle {
             log::error!("{error}");
         }
     }
-}
-
-/// What to do about a path that will not do.
-struct Mends {
-    no_socket: &'static str,
-    in_use: &'static str,
-    other: &'static str,
-}
-
-const CONTROL: Mends = Mends {
-    no_socket: ": that is no socket; choose another --socket-path",
-    in_use: ": another daemon serves there; choose another --socket-path",
-    other: ": choose another --socket-path",
-};
-
-const METRICS: Mends = Mends {
-    no_socket: ": that is no socket; choose another --metrics-path",
-    in_use: ": another daemon serves there; choose another --metrics-path",
-    other: ": choose another --metrics-path",
-};
-
-fn listen(path: &Path, mends: &Mends) -> Result<UnixListener> {
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(socket_error(path, error, "")),
-        Ok(found) => make_way(path, found.file_type().is_socket(), mends)?,
-    }
-    let mend = ": its directory must exist and be writable";
-    let listener = UnixListener::bind(path).map_err(|e| socket_error(path, e, mend))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .and_then(|()| listener.set_nonblocking(true))
-        .map_err(|e| socket_error(path, e, ""))?;
-    Ok(listener)
-}
-
-/// Removes a socket that a daemon left behind, and nothing else.
-fn make_way(path: &Path, is_socket: bool, mends: &Mends) -> Result<()> {
-    let used = std::io::Error::from(ErrorKind::AddrInUse);
-    if !is_socket {
-        return Err(socket_error(path, used, mends.no_socket));
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(socket_error(path, used, mends.in_use)),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|e| socket_error(path, e, ": remove it yourself"))
-        }
-        Err(error) => Err(socket_error(path, error, mends.other)),
-    }
-}
-
-fn socket_error(path: &Path, source: std::io::Error, mend: &'static str) -> Error {
-    Error::Socket { path: path.to_owned(), source, mend }
 }

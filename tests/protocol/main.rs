@@ -21,3 +21,4 @@ mod metrics;
 mod processes;
 mod records;
 mod release;
+mod sockets;

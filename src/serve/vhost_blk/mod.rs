@@ -38,7 +38,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vhost_user_backend::VringT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::{Inside, Mends, SocketFile, listen, socket_error};
+use super::Inside;
+use super::socket_file::{Mends, SocketFile, listen, socket_error};
 use crate::error::{Error, Result};
 use counts::Counts;
 use frontend::{Frontend, Rings};
@@ -52,6 +53,7 @@ pub use poll::Polling;
 const MENDS: Mends = Mends {
     no_socket: ": that is no socket; choose another --socket-path",
     in_use: ": another back-end serves there; choose another --socket-path",
+    full: ": who listens there accepts nobody; end that process, or choose another --socket-path",
     other: ": choose another --socket-path",
 };
 
@@ -112,7 +114,7 @@ impl Door {
         let (entrance, file) = match options.socket {
             Socket::Path(path) => {
                 let listener = listen(&path, &MENDS)?;
-                (Entrance::Listening(listener), Some(SocketFile(path)))
+                (Entrance::Listening(listener), Some(SocketFile::at(path)))
             }
             Socket::Handed(fd) => (entrance(fd)?, None),
         };
@@ -257,9 +259,11 @@ fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside
         }
         Entrance::Listening(listener) => listener,
     };
+    let mut starved_logged = false;
     while ending.await_ready(&listener) {
         match listener.accept() {
             Ok((stream, _)) => {
+                starved_logged = false;
                 let connection = serve_one(ending, stream, rings, inside);
                 if ending.is_over() {
                     // Nobody listens any more when the front-end hears that it is alone: one that comes back at once
@@ -271,7 +275,10 @@ fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                log::warn!("vhost-user: no front-end can be accepted: {error}");
+                if !std::mem::replace(&mut starved_logged, true) {
+                    let mend = "raise the limit of files (`LimitNOFILE=`)";
+                    log::warn!("vhost-user: no front-end can be accepted: {error}; {mend}");
+                }
                 std::thread::sleep(STARVED);
             }
         }
