@@ -14,7 +14,7 @@ use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::taking::take;
 use crate::observe::records::StateOptions;
 use crate::protocol::address::address;
-use crate::serve::{Hold, Options, privilege};
+use crate::serve::{Hold, Options, files_limit, privilege};
 use crate::session::fdstore::{FdStore, Kept};
 
 /// The gate, its domain and its devices.
@@ -249,6 +249,7 @@ impl Engine {
     /// Takes the devices, and what an earlier daemon left of them. To be called before anything else is opened.
     pub(super) fn open(&self, devices: &[String], accept: Accept) -> Result<Opened> {
         let kept = Kept::take()?;
+        files_limit::raise(self.max_regions, Options::nowhere().max_clients);
         let accept = Accept { unstoppable: self.allow_unstoppable, ..accept };
         let patience = Duration::from_secs(self.wait.into());
         let manager = FdStore::open(privilege::give_up)?;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use passgate_bindings::{Gpa, PageRange};
 use rustix::io::Errno;
@@ -12,13 +12,14 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{I32, U32, U64};
 
+use super::{ANSWER_TIMEOUT, GRACE};
 use crate::error::{Error, Result};
 use crate::gate::{Cause, Outcome, PageState};
 use crate::protocol::batch;
-use crate::protocol::record::{DEFAULT_DEADLINE_MS, Kind, RECORD_LEN, Record, RecordError, verdict};
+use crate::protocol::record::{
+    DEFAULT_DEADLINE_MS, Kind, MAX_DEADLINE_MS, RECORD_LEN, Record, RecordError, verdict,
+};
 
-/// How long after its deadline an answer may still be on its way, before the channel counts as broken.
-const GRACE: Duration = Duration::from_secs(2);
 /// Marks the cookies of this file's own requests, so that they never meet those of [`Channel::send`]'s callers.
 const OWN: u64 = 1 << 63;
 
@@ -70,12 +71,15 @@ pub struct Channel {
     next: u64,
     /// Replies to other requests that came while one was waited for.
     early: VecDeque<Record>,
+    /// How long the socket waits for a reply: as long as the longest deadline that was asked for, and a little more.
     patience: Option<Duration>,
 }
 
 impl Channel {
     /// Takes a connected SOCK_SEQPACKET socket that `OpenChannel` gave.
     pub fn from_fd(socket: OwnedFd) -> Self {
+        // A daemon that reads nothing must not keep who sends. It fails on what is no socket, as every call then does.
+        let _ = set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT));
         Self { socket, next: OWN, early: VecDeque::new(), patience: None }
     }
 
@@ -122,8 +126,8 @@ impl Channel {
     }
 
     /// Asks as [`Channel::begin`] does, and does not wait: many requests may be in flight. What this returns names the
-    /// answer that [`Channel::completed`] brings. A request that finds the socket full waits until the daemon has read some;
-    /// who asks for more than a few hundred at a time collects answers in between.
+    /// answer that [`Channel::completed`] brings. A request that finds the socket full waits until the daemon has read some
+    /// ([`Error::NoAnswer`] where it reads none); who asks for more than a few hundred at a time collects answers in between.
     pub fn submit(
         &mut self,
         range: PageRange<Gpa>,
@@ -131,13 +135,19 @@ impl Channel {
         deadline_ms: Option<u32>,
     ) -> Result<Ticket> {
         let record = asking(Kind::Begin, self.cookie(), to, deadline_ms);
+        self.wait_at_least(patience(within(deadline_ms)))?;
         self.send(&Record { gpa: U64::new(range.start().0), length: U64::new(range.len()), ..record })?;
         Ok(Ticket(record.cookie.get()))
     }
 
-    /// The next answer to what was submitted, in the order in which they come.
+    /// The next answer to what was submitted, in the order in which they come. Where none comes although each is due, the
+    /// channel is closed.
     pub fn completed(&mut self) -> Result<(Ticket, Result<Answer>)> {
-        let reply = self.recv()?;
+        self.wait_at_least(patience(DEFAULT_DEADLINE_MS))?;
+        let reply = match self.early.pop_front() {
+            Some(reply) => reply,
+            None => self.receive()?.ok_or_else(|| self.give_up())?,
+        };
         Ok((Ticket(reply.cookie.get()), wrong(reply).and_then(|reply| answer(&reply))))
     }
 
@@ -168,26 +178,42 @@ impl Channel {
         self.send_bytes(record.as_bytes())
     }
 
-    /// Sends one datagram, whatever it is.
+    /// Sends one datagram, whatever it is. On a socket that was handed to us and does not block, neither does this.
     pub fn send_bytes(&self, bytes: &[u8]) -> Result<()> {
+        let begun = Instant::now();
         loop {
             match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if begun.elapsed() >= ANSWER_TIMEOUT => {
+                    return Err(no_answer(ANSWER_TIMEOUT));
+                }
                 sent => return Ok(sent.map(drop)?),
             }
         }
     }
 
-    /// The next reply, in the order in which they came.
+    /// The next reply, in the order in which they came. Waits as long as the longest deadline that there is.
     pub fn recv(&mut self) -> Result<Record> {
-        loop {
-            if let Some(record) = self.early.pop_front() {
-                return Ok(record);
-            }
-            if let Some(record) = self.receive()? {
-                return Ok(record);
-            }
+        self.wait_at_least(patience(MAX_DEADLINE_MS))?;
+        match self.early.pop_front() {
+            Some(record) => Ok(record),
+            None => self.receive()?.ok_or_else(|| self.give_up()),
         }
+    }
+
+    /// Has the socket wait for a reply for so long, or longer.
+    fn wait_at_least(&mut self, patience: Duration) -> Result<()> {
+        if self.patience.is_none_or(|now| now < patience) {
+            set_socket_timeout(&self.socket, Timeout::Recv, Some(patience))?;
+            self.patience = Some(patience);
+        }
+        Ok(())
+    }
+
+    /// Closes the channel, because an answer that was due has not come: a grant that came now would never be ended.
+    fn give_up(&self) -> Error {
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        no_answer(self.patience.unwrap_or_default())
     }
 
     fn cookie(&mut self) -> u64 {
@@ -225,21 +251,13 @@ impl Channel {
     }
 
     fn round_bytes(&mut self, request: &[u8], cookie: U64, within_ms: u32) -> Result<Record> {
-        let patience = Duration::from_millis(within_ms.into()) + GRACE;
-        if self.patience.is_none_or(|now| now < patience) {
-            set_socket_timeout(&self.socket, Timeout::Recv, Some(patience))?;
-            self.patience = Some(patience);
-        }
+        self.wait_at_least(patience(within_ms))?;
         self.send_bytes(request)?;
         loop {
             match self.receive()? {
                 Some(reply) if reply.cookie != cookie => self.early.push_back(reply),
                 Some(reply) => return wrong(reply),
-                None => {
-                    // A grant that came now would never be ended: let it not come.
-                    let _ = shutdown(&self.socket, Shutdown::Both);
-                    return Err(Error::Connection(Errno::TIMEDOUT));
-                }
+                None => return Err(self.give_up()),
             }
         }
     }
@@ -269,6 +287,15 @@ impl AsFd for Channel {
 fn asking(kind: Kind, cookie: u64, to: PageState, deadline_ms: Option<u32>) -> Record {
     let deadline_or_device = U32::new(deadline_ms.unwrap_or(0));
     Record { to: U32::new(to as u32), deadline_or_device, ..Record::new(kind, cookie) }
+}
+
+fn no_answer(within: Duration) -> Error {
+    Error::NoAnswer { daemon: "the notification channel".into(), within }
+}
+
+/// How long the answer to a request with this deadline may take to come.
+fn patience(deadline_ms: u32) -> Duration {
+    Duration::from_millis(deadline_ms.into()) + GRACE
 }
 
 /// Within how many milliseconds the daemon answers.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Client, check};
+use super::{Client, Wait, check};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
@@ -18,6 +18,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub struct Event {
     /// Counts every notice of the daemon; a gap says that some are missing.
     pub sequence: u64,
+    /// When it happened, in milliseconds since 1970 (UTC) by the host's clock, which may be set. 0 from a daemon that does
+    /// not say.
+    #[serde(default)]
+    pub time_ms: u64,
     /// What happened: `range.refused`, `range.quarantined`, `session.closed`, `gap`, … (docs/protocol.md).
     pub event: String,
     /// Where, why, by whom.
@@ -25,7 +29,8 @@ pub struct Event {
     pub details: Value,
 }
 
-/// The stream of notices: blocks for the next one; ends when the daemon does, or after an error.
+/// The stream of notices: blocks for the next one, for as long as nothing happens; ends when the daemon does, or after
+/// an error.
 #[derive(Debug)]
 pub struct Events {
     client: Client,
@@ -59,8 +64,13 @@ impl Events {
         self.sequence
     }
 
+    /// True where the next event has been read already, so that the socket need not become readable for it.
+    pub fn has_next(&self) -> bool {
+        self.client.frames.has_frame()
+    }
+
     fn receive(&mut self) -> Result<Event> {
-        let (reply, _) = self.client.receive()?;
+        let (reply, _) = self.client.receive(Wait::Event)?;
         self.over = !reply.continues;
         serde_json::from_value(check(reply)?).map_err(|error| Error::Protocol(error.to_string()))
     }
@@ -70,7 +80,7 @@ impl Events {
         let Some((path, patience)) = self.resume.clone() else { return false };
         let begun = Instant::now();
         loop {
-            let client = Client::connect(&path);
+            let client = Client::connect_within(&path, self.client.timeout);
             match client.and_then(|client| client.subscribe_after(self.sequence, Some(&self.instance))) {
                 Ok(again) => {
                     (self.client, self.instance) = (again.client, again.instance);

@@ -3,7 +3,7 @@
 //! Two sockets, as docs/protocol.md has them: [`Client`] is the control socket, one blocking call at a time;
 //! [`Channel`] is the notification channel for the hot path; [`Events`] is the stream of notices. The client never
 //! converts anything by itself, and where the daemon is gone every call is an error: without it no conversion
-//! happens.
+//! happens. A daemon that is there and does not answer is an error, too ([`Error::NoAnswer`]): no call waits for ever.
 //!
 //! ```no_run
 //! use passgate::client::{AddMemory, Answer, Client, Outcome};
@@ -34,17 +34,21 @@ mod channel;
 mod events;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, connect, shutdown, socket_with};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::protocol::frame::{self, Frames, MAX_REPLY};
+use crate::protocol::address::address;
+use crate::protocol::frame::{self, Frame, Frames, MAX_REPLY};
+use crate::protocol::record::DEFAULT_DEADLINE_MS;
 use crate::protocol::verbs::{
     Call, Dma, DmaDone, Explain, INTERFACE, Metrics, Release, Released, RemoveMemory, Reply, Subscribe,
 };
@@ -56,31 +60,61 @@ pub use crate::protocol::verbs::{
 pub use channel::{Answer, Channel, Failure, Ticket};
 pub use events::{Event, Events};
 
+/// How long the daemon may take to answer, unless [`Client::set_timeout`] says otherwise.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long after its deadline an answer may still be on its way.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// A connection to one VM's daemon. What it added goes when it is closed.
+///
+/// Where the daemon does not answer in time, the call is given up with [`Error::NoAnswer`] and the connection stays:
+/// what it added is still the daemon's, and a later call may be answered. What was asked may still be done.
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
     frames: Frames,
+    /// The daemon's socket; none where this connection was not made here.
+    path: Option<PathBuf>,
+    timeout: Duration,
+    /// The number of calls that were given up and whose replies may still come.
+    overdue: usize,
+}
+
+/// How long a reply is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// So long: the daemon answers at once.
+    For(Duration),
+    /// As long as the daemon answers others: the call takes as long as its work.
+    WhileServed,
+    /// For ever: nothing is due.
+    Event,
 }
 
 impl Client {
     /// Connects to the daemon that listens at `path`.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        Self::connect_within(path, ANSWER_TIMEOUT)
+    }
+
+    /// As [`Client::connect`], where connecting and every answer may take so long.
+    pub fn connect_within(path: impl AsRef<Path>, timeout: Duration) -> Result<Self> {
         let path = path.as_ref();
-        dial(path).map(Self::from_fd).map_err(|errno| Error::Socket {
-            path: path.to_owned(),
-            source: errno.into(),
-            mend: match errno {
-                Errno::NOENT | Errno::CONNREFUSED => ": start `passgate serve --socket-path` there first",
-                Errno::ACCESS => ": connect as the user that the daemon runs as",
-                _ => "",
-            },
-        })
+        let socket = dial(path, timeout)?;
+        Ok(Self { path: Some(path.to_owned()), timeout, ..Self::from_fd(socket) })
     }
 
     /// Takes a connected stream socket, for a VMM that was handed one.
     pub fn from_fd(socket: OwnedFd) -> Self {
-        Self { socket, frames: Frames::of_at_most(MAX_REPLY) }
+        let frames = Frames::of_at_most(MAX_REPLY);
+        Self { socket, frames, path: None, timeout: ANSWER_TIMEOUT, overdue: 0 }
+    }
+
+    /// Sets how long the daemon may take to answer. A call that takes as long as its work does (`AddMemory`,
+    /// `RemoveMemory`, `Adopt`, `Release`, `Dma`) goes on for as long as the daemon answers other connections; on a
+    /// connection that was made by [`Client::from_fd`] that is not asked.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
     }
 
     /// Adds memory. `fds` is what devices are given, and where `memory.private` is set also the guest_memfd of the
@@ -98,14 +132,17 @@ impl Client {
 
     /// Opens the notification channel.
     pub fn open_channel(&mut self) -> Result<Channel> {
-        let (_, fds) = self.round("OpenChannel", &json!({}), &[])?;
+        let (_, fds) = self.round("OpenChannel", &json!({}), &[], Wait::For(self.timeout))?;
         let fd = fds.into_iter().next();
         fd.map(Channel::from_fd).ok_or_else(|| Error::Protocol("OpenChannel without a descriptor".into()))
     }
 
     /// Has passgate change a range itself; only in memory added with `sole_mapper`.
     pub fn convert(&mut self, convert: &Convert) -> Result<Converted> {
-        self.call("Convert", convert, &[])
+        let deadline_ms = if convert.deadline_ms == 0 { DEFAULT_DEADLINE_MS } else { convert.deadline_ms };
+        let within = Duration::from_millis(deadline_ms.into()) + GRACE;
+        let (reply, _) = self.round("Convert", convert, &[], Wait::For(within.max(self.timeout)))?;
+        parse("Convert", reply)
     }
 
     /// Takes over the memory that this client, or another, had with an earlier daemon, which a restart has kept
@@ -168,7 +205,7 @@ impl Client {
         let call = Call { more: true, ..call_of("Subscribe", subscribe)? };
         self.send(&call, &[])?;
         // The first reply says that the subscription stands: whatever happens from here on is in the stream.
-        let (first, _) = self.receive()?;
+        let (first, _) = self.receive(Wait::For(self.timeout))?;
         let first = serde_json::from_value(check(first)?);
         Ok(Events::new(self, first.map_err(|error| Error::Protocol(error.to_string()))?))
     }
@@ -180,8 +217,12 @@ impl Client {
         parameters: &impl Serialize,
         fds: &[BorrowedFd<'_>],
     ) -> Result<T> {
-        let (parameters, _) = self.round(verb, parameters, fds)?;
-        serde_json::from_value(parameters).map_err(|error| Error::Protocol(format!("{verb}: {error}")))
+        let wait = match verb {
+            "AddMemory" | "RemoveMemory" | "Adopt" | "Release" | "Convert" | "Dma" => Wait::WhileServed,
+            _ => Wait::For(self.timeout),
+        };
+        let (parameters, _) = self.round(verb, parameters, fds, wait)?;
+        parse(verb, parameters)
     }
 
     fn round(
@@ -189,33 +230,110 @@ impl Client {
         verb: &str,
         parameters: &impl Serialize,
         fds: &[BorrowedFd<'_>],
+        wait: Wait,
     ) -> Result<(Value, Vec<OwnedFd>)> {
         self.send(&call_of(verb, parameters)?, fds)?;
-        let (reply, fds) = self.receive()?;
+        let (reply, fds) = self.receive(wait)?;
         Ok((check(reply)?, fds))
     }
 
-    fn send(&self, call: &Call, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    fn send(&mut self, call: &Call, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let mut bytes = serde_json::to_vec(call).map_err(|error| Error::Protocol(error.to_string()))?;
         bytes.push(0);
+        let until = Instant::now() + self.timeout;
         let mut gone = 0;
         while gone < bytes.len() {
-            gone += frame::send(&self.socket, &bytes[gone..], if gone == 0 { fds } else { &[] })?;
+            match frame::send(&self.socket, &bytes[gone..], if gone == 0 { fds } else { &[] }) {
+                Ok(sent) => gone += sent,
+                Err(Errno::AGAIN) if self.is_ready(PollFlags::OUT, Some(until))? => {}
+                Err(Errno::AGAIN) => {
+                    if gone > 0 {
+                        // The daemon would take the next call for the rest of this one.
+                        let _ = shutdown(&self.socket, Shutdown::Both);
+                    }
+                    return Err(self.no_answer(self.timeout));
+                }
+                // It may have said why before it hung up.
+                Err(errno) => return Err(self.last_words().unwrap_or(errno.into())),
+            }
         }
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<(Reply, Vec<OwnedFd>)> {
+    fn receive(&mut self, wait: Wait) -> Result<(Reply, Vec<OwnedFd>)> {
+        let within = match wait {
+            Wait::For(within) => Some(within),
+            Wait::WhileServed => Some(self.timeout),
+            Wait::Event => None,
+        };
+        let mut until = within.map(|within| Instant::now() + within);
         loop {
-            if let Some((frame, fds)) = self.frames.take() {
-                let reply = serde_json::from_slice(&frame);
-                return Ok((reply.map_err(|error| Error::Protocol(error.to_string()))?, fds));
+            if let Some(Frame { bytes, fds }) = self.frames.take() {
+                if self.overdue > 0 {
+                    self.overdue -= 1;
+                    continue;
+                }
+                let reply = serde_json::from_slice(&bytes);
+                return Ok((reply.map_err(|error| Error::Protocol(error.to_string()))?, fds?));
             }
-            if !self.frames.read(&self.socket)? {
-                // A socket that was handed to us may be one that does not block.
-                poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], None)?;
+            if self.frames.read(&self.socket)? || self.is_ready(PollFlags::IN, until)? {
+                continue;
+            }
+            if wait == Wait::WhileServed && self.is_served() {
+                until = Some(Instant::now() + self.timeout);
+                continue;
+            }
+            self.overdue += 1;
+            return Err(self.no_answer(within.unwrap_or_default()));
+        }
+    }
+
+    /// Waits until the socket is ready; false where it was not in time.
+    fn is_ready(&self, flags: PollFlags, until: Option<Instant>) -> Result<bool> {
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let left = left
+                .map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }));
+            match poll(&mut [PollFd::new(&self.socket, flags)], left.as_ref()) {
+                Err(Errno::INTR) => {}
+                ready => return Ok(ready? > 0),
             }
         }
+    }
+
+    /// True unless the daemon answers nobody: asked on a connection of its own, which a limit of connections may
+    /// refuse, and that is an answer.
+    fn is_served(&self) -> bool {
+        let Some(path) = &self.path else { return true };
+        let asked = Self::connect_within(path, self.timeout).and_then(|mut other| {
+            let call = Call { method: "org.varlink.service.GetInfo".into(), ..call_of("", &json!({}))? };
+            other.send(&call, &[])?;
+            other.receive(Wait::For(other.timeout))
+        });
+        !matches!(asked, Err(Error::NoAnswer { .. }))
+    }
+
+    /// Returns the error that the daemon has sent before it hung up, where it has.
+    fn last_words(&mut self) -> Option<Error> {
+        loop {
+            if let Some(Frame { bytes, .. }) = self.frames.take() {
+                let reply = serde_json::from_slice::<Reply>(&bytes).ok()?;
+                return check(reply).err();
+            }
+            match self.frames.read(&self.socket) {
+                Ok(true) => {}
+                Ok(false) | Err(_) => return None,
+            }
+        }
+    }
+
+    fn no_answer(&self, within: Duration) -> Error {
+        let path = self.path.as_ref().map_or("passgate".into(), |path| path.display().to_string());
+        let daemon = match socket_peercred(&self.socket) {
+            Ok(peer) => format!("{path} (process {})", peer.pid.as_raw_nonzero()),
+            Err(_) => path,
+        };
+        Error::NoAnswer { daemon, within }
     }
 }
 
@@ -225,10 +343,38 @@ impl AsFd for Client {
     }
 }
 
-fn dial(path: &Path) -> Result<OwnedFd, Errno> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
+fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd> {
+    let address = address(path)?;
+    let failed = |errno: Errno| Error::Socket {
+        path: path.to_owned(),
+        source: errno.into(),
+        mend: match errno {
+            Errno::NOENT | Errno::CONNREFUSED => ": start `passgate serve --socket-path` there first",
+            Errno::ACCESS => ": connect as the user that the daemon runs as",
+            _ => "",
+        },
+    };
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let socket = socket.map_err(failed)?;
+    let until = Instant::now() + timeout;
+    loop {
+        // So long the kernel waits for room in a queue of connections that is full (unix_stream_connect in
+        // net/unix/af_unix.c). Zero would be for ever.
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        set_socket_timeout(&socket, Timeout::Send, Some(left)).map_err(failed)?;
+        match connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                return Err(Error::NoAnswer { daemon: path.display().to_string(), within: timeout });
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(verb: &str, parameters: Value) -> Result<T> {
+    serde_json::from_value(parameters).map_err(|error| Error::Protocol(format!("{verb}: {error}")))
 }
 
 fn call_of(verb: &str, parameters: &impl Serialize) -> Result<Call> {

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 /// Bytes of the longest frame, its NUL included.
@@ -34,6 +34,12 @@ pub enum FrameError {
     /// Too many descriptors.
     #[error("more than {MAX_FDS} file descriptors came with one frame")]
     TooManyFds,
+    /// Descriptors that came along were lost on the way.
+    #[error(
+        "file descriptors that came along were lost, because this process has as many files open as it may: raise \
+         the limit (`ulimit -n`, `LimitNOFILE=`)"
+    )]
+    FdsLost,
     /// The kernel would not.
     #[error("cannot read from the connection: {0}")]
     Failed(Errno),
@@ -48,6 +54,17 @@ pub struct Frames {
     searched: usize,
     /// Descriptors, and the byte that they came with: the kernel ends a read behind the message that has them.
     fds: VecDeque<(usize, OwnedFd)>,
+    /// The bytes that came with descriptors which this process had no room for.
+    lost: VecDeque<usize>,
+}
+
+/// One whole frame.
+#[derive(Debug)]
+pub struct Frame {
+    /// Its bytes, without the NUL.
+    pub bytes: Vec<u8>,
+    /// The descriptors that came with it: all of them, or [`FrameError::FdsLost`].
+    pub fds: Result<Vec<OwnedFd>, FrameError>,
 }
 
 impl Default for Frames {
@@ -59,15 +76,15 @@ impl Default for Frames {
 impl Frames {
     /// Frames of at most that many bytes, their NUL included.
     pub fn of_at_most(longest: usize) -> Self {
-        Self { longest, bytes: Vec::new(), searched: 0, fds: VecDeque::new() }
+        Self { longest, bytes: Vec::new(), searched: 0, fds: VecDeque::new(), lost: VecDeque::new() }
     }
 
-    /// Reads once what has come. `Ok(false)` where nothing has, on a socket that does not block.
+    /// Reads once what has come, and does not wait for more. `Ok(false)` where nothing has.
     pub fn read(&mut self, socket: impl AsFd) -> Result<bool, FrameError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut chunk = [0; 4096];
-        let flags = RecvFlags::CMSG_CLOEXEC;
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let got = loop {
             match recvmsg(&socket, &mut [IoSliceMut::new(&mut chunk)], &mut control, flags) {
                 Err(Errno::INTR) => {}
@@ -77,6 +94,11 @@ impl Frames {
             }
         };
         let last = (self.bytes.len() + got.bytes).saturating_sub(1);
+        // There is room for all that the kernel passes, so what was cut off is what this process may not open (scm_detach_fds
+        // in net/core/scm.c).
+        if got.flags.contains(ReturnFlags::CTRUNC) {
+            self.lost.push_back(last);
+        }
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 self.fds.extend(fds.map(|fd| (last, fd)));
@@ -102,35 +124,42 @@ impl Frames {
         self.bytes.contains(&0)
     }
 
-    /// The next whole frame without its NUL, and the descriptors that came with it.
-    pub fn take(&mut self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    /// The next whole frame.
+    pub fn take(&mut self) -> Option<Frame> {
         let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
         let Some(end) = end.map(|end| self.searched + end) else {
             self.searched = self.bytes.len();
             return None;
         };
         let rest = self.bytes.split_off(end + 1);
-        let mut frame = std::mem::replace(&mut self.bytes, rest);
-        frame.pop();
+        let mut bytes = std::mem::replace(&mut self.bytes, rest);
+        bytes.pop();
         self.searched = 0;
         let with = self.fds.iter().take_while(|(at, _)| *at <= end).count();
         let fds = self.fds.drain(..with).map(|(_, fd)| fd).collect();
         for (at, _) in &mut self.fds {
             *at -= end + 1;
         }
-        Some((frame, fds))
+        let lost = self.lost.iter().take_while(|at| **at <= end).count();
+        self.lost.drain(..lost);
+        for at in &mut self.lost {
+            *at -= end + 1;
+        }
+        let fds = if lost > 0 { Err(FrameError::FdsLost) } else { Ok(fds) };
+        Some(Frame { bytes, fds })
     }
 }
 
-/// Sends what the socket takes of `bytes`, with `fds` on the first byte; how many bytes went.
+/// Sends what the socket takes of `bytes`, with `fds` on the first byte, and does not wait; how many bytes went.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(Errno::INVAL);
     }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     loop {
-        match sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+        match sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, flags) {
             Err(Errno::INTR) => {}
             result => return result,
         }

@@ -27,10 +27,22 @@ pub(super) enum Waiting {
     },
 }
 
+/// What a connection counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// One of those that there may be so many of.
+    Ordinary,
+    /// One of the reserve for operators, which may make short calls only.
+    Operator,
+    /// One of this process's own, which no limit concerns.
+    Inside,
+}
+
 /// One client.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: OwnedFd,
+    pub(super) place: Place,
     pub(super) frames: Frames,
     pub(super) waiting: Waiting,
     pub(super) calls: u64,
@@ -51,9 +63,10 @@ pub(super) struct Channel {
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd) -> Self {
+    pub(super) fn new(socket: OwnedFd, place: Place) -> Self {
         Self {
             socket,
+            place,
             frames: Frames::default(),
             waiting: Waiting::No,
             calls: 0,

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use passgate_bindings::{Failed, Iova, PageRange};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,7 +15,7 @@ use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId, Verdict};
 use crate::observe::{events, status};
-use crate::protocol::frame::FrameError;
+use crate::protocol::frame::{Frame, FrameError};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::protocol::{hex, record};
 use crate::session::{BorderError, Task};
@@ -24,6 +25,10 @@ const VARLINK: &str = "org.varlink.service";
 
 /// Most bytes of one DMA on demand.
 const MAX_DMA: usize = 4096;
+
+/// The answer to a call whose descriptors the kernel could not pass.
+const LOST: &str = "the daemon has as many files open as it may, and file descriptors of this call were lost: raise its \
+                    limit (`ulimit -n`, `LimitNOFILE=`), then call again; nothing changed";
 
 /// What a call comes to at once.
 pub(super) enum Said {
@@ -37,6 +42,8 @@ pub(super) enum Said {
     Notices(verbs::Subscribe),
     /// It was wrong.
     Wrong(String, i32),
+    /// It is not a call for a connection of the reserve, which ends thereby.
+    Full,
     /// An error of varlink's own, with its one parameter.
     Varlink(&'static str, &'static str, String),
 }
@@ -70,9 +77,9 @@ impl Vm {
         }
         let Some(connection) = self.connections.get_mut(&client) else { return false };
         if connection.waiting == Waiting::No
-            && let Some((frame, fds)) = connection.frames.take()
+            && let Some(frame) = connection.frames.take()
         {
-            self.call(client, &frame, fds);
+            self.call(client, frame);
             return true;
         }
         let known = connection.frames.read(&connection.socket);
@@ -91,15 +98,18 @@ impl Vm {
         }
     }
 
-    fn call(&mut self, client: ClientId, frame: &[u8], fds: Vec<OwnedFd>) {
+    fn call(&mut self, client: ClientId, Frame { bytes, fds }: Frame) {
         let Some(connection) = self.connections.get_mut(&client) else { return };
         connection.calls += 1;
         let caller = Caller { client, door: Door::Control, cookie: connection.calls };
-        let said = match serde_json::from_slice::<Call>(frame) {
+        let said = match serde_json::from_slice::<Call>(&bytes) {
             Ok(call) if call.oneway || call.upgrade => {
                 Said::wrong("`oneway` and `upgrade` are not supported: call without")
             }
-            Ok(call) => self.verb(caller, &call, fds),
+            Ok(call) => match fds {
+                Ok(fds) => self.verb(caller, &call, fds),
+                Err(_) => Said::Wrong(LOST.into(), Errno::MFILE.raw_os_error()),
+            },
             Err(error) => Said::wrong(format!("the frame is no varlink call: {error}")),
         };
         if matches!(said, Said::Wrong(..) | Said::Varlink(..)) {
@@ -112,6 +122,10 @@ impl Vm {
             Said::Varlink(error, parameter, value) => {
                 let error = Some(format!("{VARLINK}.{error}"));
                 (Reply { error, parameters: json!({ parameter: value }), ..Reply::default() }, None)
+            }
+            Said::Full => {
+                self.reply(client, refused(&self.full(), Errno::USERS.raw_os_error()), None);
+                return self.hang_up(client);
             }
             Said::Later => return self.wait_for(client, Waiting::Answer(caller.cookie)),
             Said::Notices(subscribe) => return self.listen(client, &subscribe),
@@ -127,6 +141,9 @@ impl Vm {
 
     fn verb(&mut self, caller: Caller, call: &Call, fds: Vec<OwnedFd>) -> Said {
         let name = call.method.strip_prefix(verbs::INTERFACE).and_then(|rest| rest.strip_prefix('.'));
+        if !self.may_call(caller.client, name) {
+            return Said::Full;
+        }
         if name != Some("AddMemory") && !fds.is_empty() {
             return Said::wrong(format!("{} file descriptors came along, 0 belong to this call", fds.len()));
         }
@@ -185,7 +202,10 @@ impl Vm {
                 Said::With(json!({}), theirs)
             }
             (Ok(_), _) => Said::Wrong("this connection has a channel already: use that one".into(), 16),
-            (Err(error), _) => Said::Wrong(format!("cannot make a channel: {error}"), 24),
+            (Err(error), _) => {
+                let mend = "raise the daemon's limit of files (`ulimit -n`, `LimitNOFILE=`)";
+                Said::Wrong(format!("cannot make a channel: {error}; {mend}"), Errno::MFILE.raw_os_error())
+            }
         }
     }
 
@@ -357,7 +377,7 @@ fn stays(verdict: Verdict, invalidation: InvalidationId) -> (String, i32) {
     (format!("the region could not be removed (invalidation {}); {mend}", invalidation.0), errno)
 }
 
-fn refused(message: &str, errno: i32) -> Reply {
+pub(super) fn refused(message: &str, errno: i32) -> Reply {
     Reply {
         error: Some(format!("{}.Refused", verbs::INTERFACE)),
         parameters: json!({ "message": message, "errno": errno }),

@@ -11,6 +11,7 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::connection::Place;
 use super::event_loop::{Core, Done};
 use super::vhost_blk::Counted;
 use super::vm::Vm;
@@ -119,7 +120,7 @@ impl Vm {
 
     /// Takes a connection of this process's own.
     pub(super) fn connected(&mut self, socket: OwnedFd) {
-        if let Some(client) = self.welcome(socket) {
+        if let Some(client) = self.welcome(socket, Place::Inside) {
             self.session.handle(Event::Insists { client });
         }
     }

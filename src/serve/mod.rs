@@ -4,12 +4,14 @@
 //! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
 //! then devices are stopped, mappings go, and only then the process lets go of its files.
 
+mod accept;
 mod backlog;
 mod baton;
 mod channel;
 mod connection;
 mod control;
 mod event_loop;
+pub mod files_limit;
 mod hold;
 mod inside;
 mod listen;

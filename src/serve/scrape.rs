@@ -135,7 +135,19 @@ impl Vm {
     pub(super) fn visitor_comes(&mut self, first: u64) -> bool {
         let Some(scrape) = &mut self.scrape else { return false };
         match scrape.accept(&self.poller, first) {
-            Ok(()) => true,
+            Ok(()) => {
+                self.spare.accepted();
+                true
+            }
+            Err(errno @ (Errno::MFILE | Errno::NFILE)) => {
+                let text = "the daemon has as many files open as it may: raise its limit (LimitNOFILE=)\n";
+                let refusal = response("503 Service Unavailable", "text/plain", text);
+                let told = self.spare.refuse(&scrape.listener, errno, &refusal);
+                if !told {
+                    self.starved(errno);
+                }
+                told
+            }
             Err(errno) => {
                 self.starved(errno);
                 false

@@ -7,11 +7,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain};
-use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
 
+use super::accept::{STARVED, Spare};
 use super::backlog::Backlog;
-use super::connection::Connection;
+use super::connection::{Connection, Place};
 use super::event_loop::{Core, Done};
 use super::inside::Ask;
 use super::poller::{Interest, Poller};
@@ -42,9 +41,6 @@ const CLIENTS: u64 = 16;
 /// The least time to an alarm, so that many deadlines do not mean many wake-ups.
 const LEAST: Duration = Duration::from_micros(200);
 
-/// How long no connection is accepted where descriptors have run out, unless one is closed before.
-const STARVED: Duration = Duration::from_millis(100);
-
 /// One VM, with everything that its loop needs.
 #[derive(Debug)]
 pub(super) struct Vm {
@@ -57,7 +53,7 @@ pub(super) struct Vm {
     pub(super) connections: BTreeMap<ClientId, Connection>,
     /// Where a datagram is read into, whoever sends it.
     pub(super) datagram: Box<[u8]>,
-    listener: Option<UnixListener>,
+    pub(super) listener: Option<UnixListener>,
     /// Questions of other threads that cannot be answered yet.
     pub(super) asks: Vec<Ask>,
     stopped: UnixStream,
@@ -67,7 +63,8 @@ pub(super) struct Vm {
     /// The disk that is served, while it is.
     disk: Weak<Counted>,
     /// Until when nobody is accepted.
-    starved: Option<Instant>,
+    pub(super) starved: Option<Instant>,
+    pub(super) spare: Spare,
     alarm: Option<Instant>,
     farewell: Option<Instant>,
     /// Until when somebody may come back for memory of an earlier daemon's clients.
@@ -150,6 +147,7 @@ impl Vm {
             scrape: scrape.map(Scrape::new),
             disk: Weak::new(),
             starved: None,
+            spare: Spare::new(),
             alarm: None,
             farewell: None,
             adopt_by,
@@ -227,32 +225,15 @@ impl Vm {
         CLIENTS + (u64::from(client.0) << 1 | u64::from(door == Door::Channel))
     }
 
-    fn accept(&mut self) -> bool {
-        let Some(listener) = &self.listener else { return false };
-        let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(socket) => socket,
-            Err(errno) => {
-                self.starved(errno);
-                return false;
-            }
-        };
-        if self.connections.len() >= self.options.max_clients {
-            log::warn!("a connection was refused: {} are open", self.connections.len());
-            return true;
-        }
-        self.welcome(socket);
-        true
-    }
-
     /// Takes a connected socket that does not block; who it is from now on. None where the end has begun.
-    pub(super) fn welcome(&mut self, socket: OwnedFd) -> Option<ClientId> {
+    pub(super) fn welcome(&mut self, socket: OwnedFd, place: Place) -> Option<ClientId> {
         if self.farewell.is_some() {
             return None;
         }
         self.last_client += 1;
         let client = ClientId(self.last_client);
         match self.poller.add(&socket, Interest::Read, Self::token(client, Door::Control)) {
-            Ok(()) => _ = self.connections.insert(client, Connection::new(socket)),
+            Ok(()) => _ = self.connections.insert(client, Connection::new(socket, place)),
             Err(error) => {
                 log::error!("epoll: {error}");
                 return None;
@@ -261,27 +242,7 @@ impl Vm {
         Some(client)
     }
 
-    /// Where it is for want of descriptors or memory that nobody can be accepted, asking again at once is of no
-    /// use: the sockets rest until something is closed, or for a moment.
-    pub(super) fn starved(&mut self, errno: Errno) {
-        if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) {
-            return;
-        }
-        if self.starved.is_none() {
-            log::warn!("no connection can be accepted: {errno}; raise the limit of files (`LimitNOFILE=`)");
-        }
-        self.starved = Some(Instant::now() + STARVED);
-        self.watch_doors(Interest::Nothing);
-    }
-
-    /// Accepts again.
-    pub(super) fn listen_again(&mut self) {
-        if self.starved.take().is_some() {
-            self.watch_doors(Interest::Read);
-        }
-    }
-
-    fn watch_doors(&self, interest: Interest) {
+    pub(super) fn watch_doors(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
         for (listener, token) in self.listener.iter().map(|listener| (listener, LISTENER)).chain(metrics) {
             if let Err(error) = self.poller.change(listener, interest, token) {

@@ -13,7 +13,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use passgate_bindings::handed;
@@ -28,6 +28,9 @@ use crate::gate::FileId;
 const OURS: &str = "passgate.";
 /// How long the manager may take to say that it has read what it was sent.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long to wait for what the manager was asked: its socket may be full, and then sending to it waits.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What is kept, and under which name: printable, without a colon, at most 255 characters (`sd_notify(3)`).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -211,9 +214,12 @@ impl FdStore {
         let Keeper::Manager(ask) = &self.keeper else { return Ok(()) };
         let (done, told) = channel();
         let fd = fd.try_clone_to_owned()?;
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        let gone = |error| match error {
+            RecvTimeoutError::Timeout => io::Error::from(io::ErrorKind::TimedOut),
+            RecvTimeoutError::Disconnected => io::Error::from(io::ErrorKind::BrokenPipe),
+        };
         ask.send(Ask::Put { name, fd, done }).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        told.recv().map_err(gone)?
+        told.recv_timeout(ANSWER_TIMEOUT).map_err(gone)?
     }
 
     /// Has what is kept under this name closed there, after everything that was asked before.
@@ -225,8 +231,8 @@ impl FdStore {
     pub fn settle(&self) {
         let (done, told) = channel();
         self.tell(Ask::Settle { done });
-        // It ends without a word only where the thread has panicked, which has been said.
-        let _ = told.recv();
+        // Without a word it ends where the manager does not read, or the thread has panicked, which has been said.
+        let _ = told.recv_timeout(ANSWER_TIMEOUT);
     }
 
     /// The service is ready.

@@ -25,12 +25,13 @@ use passgate_backends::device::Guard;
 use passgate_bindings::handed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send};
 
 use self::held::Held;
 use super::fdstore::{FdStore, Name};
 use crate::error::{Error, Result};
-use crate::protocol::frame::{self, Frames};
+use crate::protocol::frame::{self, Frame, Frames};
 
 /// The hidden subcommand that runs [`run`] with the worker's socket as its standard input.
 pub const SUBCOMMAND: &str = "guardian";
@@ -43,6 +44,9 @@ const NOT_HELD: u8 = b'-';
 
 /// The signals that it does not hear.
 const DEAF: [i32; 4] = [1, 2, 3, 15]; // HUP, INT, QUIT, TERM: the same on every architecture
+
+/// How long a guardian may take to answer: it does nothing else.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long to wait before a guardian that could not be started is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -72,7 +76,12 @@ impl Watch {
         left: Option<OwnedFd>,
     ) -> Result<Option<Self>> {
         let guardian = match left.filter(is_open) {
-            Some(socket) => Guardian { socket, child: None },
+            Some(socket) => {
+                let within = Some(ANSWER_TIMEOUT);
+                set_socket_timeout(&socket, Timeout::Recv, within)
+                    .map_err(|errno| Error::Guardian { source: errno.into() })?;
+                Guardian { socket, child: None }
+            }
             None => match Guardian::start(&program, &devices)? {
                 Some(guardian) => guardian.kept(store.as_ref()),
                 None => return Ok(None),
@@ -182,6 +191,7 @@ impl Guardian {
         let child = command.spawn().map_err(failed)?;
         // The command holds the guardian's end as well, and would hide that it has died.
         drop(command);
+        ours.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
         let mut guardian = Self { socket: ours.into(), child: Some(child) };
         match devices.iter().try_for_each(|device| guardian.hand(&**device)) {
             Ok(()) => Ok(Some(guardian)),
@@ -223,6 +233,12 @@ impl Guardian {
     /// that somebody else can open them.
     pub fn bye(mut self) {
         let said = self.tell(FAREWELL, &[]);
+        if said.is_err()
+            && let Some(child) = &mut self.child
+        {
+            // One that does not answer would be waited for in vain.
+            let _ = child.kill();
+        }
         let ended = match &mut self.child {
             Some(child) => child.wait().map(|status| status.success()),
             // Its end closes when it ends.
@@ -239,9 +255,11 @@ impl Guardian {
     fn tell(&self, message: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
         frame::send(&self.socket, format!("{message}\0").as_bytes(), fds)?;
         let mut answer = [0];
-        match recv(&self.socket, &mut answer, RecvFlags::WAITALL)? {
-            (_, 1) if answer == [HELD] => Ok(()),
-            _ => Err(std::io::Error::other("it does not answer")),
+        match recv(&self.socket, &mut answer, RecvFlags::WAITALL) {
+            Ok((_, 1)) if answer == [HELD] => Ok(()),
+            Ok(_) => Err(std::io::Error::other("it does not hold the device")),
+            Err(Errno::AGAIN) => Err(std::io::Error::other("it does not answer")),
+            Err(errno) => Err(errno.into()),
         }
     }
 }
@@ -272,10 +290,10 @@ fn guard(socket: BorrowedFd<'_>) -> Ended {
     let mut frames = Frames::default();
     let mut held = Vec::new();
     loop {
-        while let Some((frame, fds)) = frames.take() {
-            let message = String::from_utf8_lossy(&frame);
+        while let Some(Frame { bytes, fds }) = frames.take() {
+            let message = String::from_utf8_lossy(&bytes);
             let farewell = message == FAREWELL;
-            let taken = if farewell { None } else { Held::take(&message, fds) };
+            let taken = if farewell { None } else { fds.ok().and_then(|fds| Held::take(&message, fds)) };
             let answer = if farewell || taken.is_some() { HELD } else { NOT_HELD };
             held.extend(taken);
             if farewell {

@@ -5,9 +5,10 @@ use passgate::gate::Policy;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::PAGE;
 
-use crate::common::{Setup, assert_refused, memory, open_files, pages, substance};
+use crate::common::{Setup, assert_refused, granted, memory, open_files, pages, substance, until};
 
 const NOSPC: i32 = 28;
+const USERS: i32 = 87;
 
 #[test]
 fn more_regions_than_allowed_are_refused_until_one_goes() {
@@ -84,17 +85,43 @@ fn more_open_invalidations_than_allowed_are_refused_until_one_ends() {
 }
 
 #[test]
-fn more_connections_than_allowed_are_closed_and_the_others_go_on() {
+fn connections_beyond_the_limit_may_make_an_operators_short_calls_and_hear_why_no_others() {
     let setup = Setup::with(|options| options.max_clients = 2);
-    let mut first = setup.connect();
+    let (mut first, mut channel, file) = setup.client(1);
     let second = setup.connect();
-    first.status().unwrap();
-    let mut third = Client::connect(setup.server.path()).unwrap();
-    assert!(third.status().is_err());
-    assert_eq!(first.status().unwrap().clients, 2);
+    let before = open_files();
+    let beyond = || Client::connect(setup.server.path()).unwrap();
+    assert_eq!(beyond().status().unwrap().clients, 3);
+    assert!(beyond().metrics().unwrap().contains("passgate_clients 3"));
+    let (mut explains, mut releases) = (beyond(), beyond());
+    assert_refused(explains.explain(99), 2, "not remembered");
+    let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
+    channel.end(begun, passgate::client::Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
+    assert_eq!(releases.release(begun, passgate::client::State::Shared).unwrap(), PAGE);
+    let region = AddMemory::shared(1 << 30, PAGE);
+    let limit = "2 connections are open, and no more may be: close one";
+    assert_refused(beyond().add_memory(&region, &[&*file]), USERS, limit);
+    assert_refused(beyond().open_channel(), USERS, limit);
+    assert_refused(beyond().subscribe(), USERS, limit);
+    // It was let go, too: it was not what it came for.
+    let mut refused = beyond();
+    assert_refused(refused.open_channel(), USERS, limit);
+    assert!(refused.status().is_err());
+
+    // Idle ones never use the reserve up.
+    let mut idle: Vec<Client> = (0..40).map(|_| beyond()).collect();
+    assert_eq!(beyond().status().unwrap().clients, 2 + 8);
+    idle.last_mut().unwrap().status().unwrap();
+    assert!(idle[0].status().is_err(), "the oldest has gone");
+    channel.echo().unwrap();
+    // One of them becomes an ordinary one as soon as there is room.
     drop(second);
-    crate::common::until(&mut first, |status| status.clients == 1);
-    setup.connect().status().unwrap();
+    let waiting = idle.last_mut().unwrap();
+    until(&mut first, |status| status.clients == 1 + 7);
+    waiting.add_memory(&region, &[&*file]).unwrap();
+    waiting.open_channel().unwrap();
+    drop((idle, explains, releases, refused));
+    until(&mut first, |status| status.clients == 1 && open_files() <= before);
 }
 
 #[test]
