@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     match cli::run(Cli::of_process()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("passgate: {error}");
+            cli::note(&error.to_string());
             ExitCode::from(error.exit_code())
         }
     }

@@ -38,7 +38,7 @@ impl Demo {
         let summary = demo::run(Options { seconds: self.seconds, pins: self.pins }, progress)?;
         bar.finish_and_clear();
         if let Some(instead) = &summary.instead {
-            eprintln!("passgate: no guest_memfd here, going on with a memfd: {instead}");
+            super::note(&format!("no guest_memfd here, going on with a memfd: {instead}"));
         }
         self.output.print(&summary, demo::Summary::text)?;
         Ok(if summary.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,11 +1,13 @@
 //! `passgate events`.
 
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::json;
 
-use super::{Daemon, Output, line};
+use super::{Daemon, Output, Woken, next_line, note};
+use crate::client::Event;
 use crate::error::Result;
 
 /// Prints what happens in a daemon, as it happens.
@@ -30,20 +32,73 @@ impl EventsOf {
             Some(after) => client.subscribe_after(after, self.instance.as_deref())?,
             None => client.subscribe()?,
         };
-        let instance = events.instance().to_owned();
-        for event in events {
-            let event = event?;
-            if self.output.json {
-                let said = json!({
-                    "instance": instance, "sequence": event.sequence, "event": event.event,
-                    "details": event.details,
-                });
-                line(&said.to_string())?;
+        let mut events = events;
+        loop {
+            // Also where nothing happens for long, the reader may go.
+            if !events.has_next() && super::wait(&[events.as_fd()], None)? == Woken::Unread {
+                return Ok(ExitCode::SUCCESS);
+            }
+            let Some(event) = events.next().transpose()? else { break };
+            let said = if self.output.json {
+                json!({
+                    "instance": events.instance(), "sequence": event.sequence, "time_ms": event.time_ms,
+                    "event": event.event, "details": event.details,
+                })
+                .to_string()
             } else {
-                line(&format!("{} {} {}", event.sequence, event.event, event.details))?;
+                text(&event)
+            };
+            if next_line(&said)?.is_break() {
+                return Ok(ExitCode::SUCCESS);
             }
         }
-        eprintln!("passgate: the daemon has gone");
+        note("the daemon has gone");
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// An event as a person reads it.
+pub(super) fn text(event: &Event) -> String {
+    format!("{} {} {} {}", utc(event.time_ms), event.sequence, event.event, event.details)
+}
+
+/// A time as RFC 3339 has it.
+fn utc(time_ms: u64) -> String {
+    let (days, ms) = (time_ms / 86_400_000, time_ms % 86_400_000);
+    let (seconds, ms) = (ms / 1000, ms % 1000);
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+}
+
+/// The date of a day, counted from 1970-01-01, in the Gregorian calendar.
+fn date(days: u64) -> (u64, u64, u64) {
+    // Years begin in March here, so that a leap day is the last of its year. An era has 400 years, 146 097 days.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let first = (153 * month + 2) / 5;
+    let (next_year, month_number) = if month < 10 { (0, month + 3) } else { (1, month - 9) };
+    (era * 400 + year + next_year, month_number, day - first + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_dates_in_utc() {
+        for (ms, said) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399_999, "2000-02-28T23:59:59.999Z"),
+            (951_782_400_000, "2000-02-29T00:00:00.000Z"),
+            (1_709_210_096_007, "2024-02-29T12:34:56.007Z"),
+            (1_735_689_599_000, "2024-12-31T23:59:59.000Z"),
+            (4_107_542_400_000, "2100-03-01T00:00:00.000Z"),
+        ] {
+            assert_eq!(utc(ms), said);
+        }
     }
 }

@@ -5,8 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::Output;
-use crate::client::Client;
+use super::{Output, Timeout};
 use crate::error::{Error, Result};
 use crate::gate::{DeviceId, InvalidationId};
 use crate::observe::audit::Head;
@@ -17,6 +16,8 @@ use crate::observe::{events, replay};
 pub(super) struct ExplainOne {
     #[command(flatten)]
     from: From,
+    #[command(flatten)]
+    timeout: Timeout,
     /// The invalidation, as answers, events and status name it
     #[arg(long, value_name = "ID")]
     invalidation: u64,
@@ -39,7 +40,7 @@ struct From {
 impl ExplainOne {
     pub(super) fn run(self) -> Result<ExitCode> {
         let receipt = match &self.from.socket_path {
-            Some(path) => Client::connect(path)?.explain(self.invalidation)?,
+            Some(path) => self.timeout.connect(path)?.explain(self.invalidation)?,
             None => {
                 let id = self.invalidation;
                 let found = replay::explain(&self.from.log, InvalidationId(id))?;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Args;
 use passgate_bindings::vfio::pci::SYSFS;
 
-use super::Output;
+use super::{Output, note};
 use crate::error::Result;
 use crate::host::inventory::{Listed, inventory};
 
@@ -23,11 +23,11 @@ impl List {
         let iommufd = Path::new("/dev/iommu").exists();
         let devices = inventory(Path::new(SYSFS), Path::new("/proc"), iommufd);
         if devices.is_empty() {
-            eprintln!("passgate: this host shows no PCI devices ({SYSFS}/bus/pci/devices)");
+            note(&format!("this host shows no PCI devices ({SYSFS}/bus/pci/devices)"));
         } else if devices.iter().all(|device| device.group.is_none()) {
-            eprintln!(
-                "passgate: this host has no IOMMU groups: switch the IOMMU on in the firmware and the kernel \
-                 (intel_iommu=on, amd_iommu=on)"
+            note(
+                "this host has no IOMMU groups: switch the IOMMU on in the firmware and the kernel \
+                 (intel_iommu=on, amd_iommu=on)",
             );
         }
         self.output.print(&devices, |devices| text(devices))?;

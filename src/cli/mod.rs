@@ -20,10 +20,16 @@ mod top;
 mod vhost_blk;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::ops::ControlFlow;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use passgate_bindings::Failed;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::client::{Client, State};
 use crate::error::{Error, Result};
@@ -115,11 +121,27 @@ struct Daemon {
     /// The daemon's socket
     #[arg(long, value_name = "PATH")]
     socket_path: PathBuf,
+    #[command(flatten)]
+    timeout: Timeout,
 }
 
 impl Daemon {
     fn connect(&self) -> Result<Client> {
-        Client::connect(&self.socket_path)
+        self.timeout.connect(&self.socket_path)
+    }
+}
+
+/// How long a daemon may take to answer.
+#[derive(Debug, Clone, Copy, Args)]
+struct Timeout {
+    /// How long the daemon may take to answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    timeout: u32,
+}
+
+impl Timeout {
+    fn connect(self, path: &Path) -> Result<Client> {
+        Client::connect_within(path, Duration::from_secs(self.timeout.into()))
     }
 }
 
@@ -143,12 +165,56 @@ impl Output {
     }
 }
 
-/// Prints one line; a reader that has gone away is no error.
+/// Prints one line of a result; a reader that has gone away is no error, because the exit code says the result too.
 fn line(text: &str) -> Result<()> {
+    next_line(text).map(drop)
+}
+
+/// Prints one line of many; where nobody reads any more, it says so, and the command is to end.
+fn next_line(text: &str) -> Result<ControlFlow<()>> {
     match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::Output(error)),
-        _ => Ok(()),
+        Ok(()) => Ok(ControlFlow::Continue(())),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+        Err(error) => Err(Error::Output(error)),
     }
+}
+
+/// What a command that goes on has waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Woken {
+    /// The time is over.
+    Time,
+    /// This one of the descriptors is ready.
+    Ready(usize),
+    /// Nobody reads what is printed any more.
+    Unread,
+}
+
+/// Waits until one of these descriptors is readable, or `until`, or until the reader of stdout has gone.
+fn wait(fds: &[BorrowedFd<'_>], until: Option<Instant>) -> Result<Woken> {
+    let stdout = std::io::stdout();
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let left =
+            left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let mut all: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        // The end of a pipe's reader is told without being asked for (POLLERR).
+        all.push(PollFd::new(&stdout, PollFlags::empty()));
+        match poll(&mut all, left.as_ref()) {
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(Failed::new("poll", errno).into()),
+            Ok(0) => return Ok(Woken::Time),
+            Ok(_) => {
+                let ready = all.iter().position(|fd| !fd.revents().is_empty());
+                return Ok(ready.filter(|nth| *nth < fds.len()).map_or(Woken::Unread, Woken::Ready));
+            }
+        }
+    }
+}
+
+/// Says something beside the result. Nobody may be there to read it, and that is no error.
+pub fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "passgate: {text}");
 }
 
 /// The name by which a management program starts a back-end, which it cannot tell a subcommand (docs/guide/vhost-user-blk.md).

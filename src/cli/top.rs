@@ -3,17 +3,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::status::{bytes, disk};
-use super::{Daemon, line};
+use super::{Daemon, Woken, next_line, note, wait};
 use crate::client::{Client, Event, Status};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
@@ -54,7 +55,7 @@ impl Top {
         }
         match self.watch(&interrupted) {
             Err(Error::Frame(FrameError::Closed) | Error::Connection(_)) => {
-                eprintln!("passgate: the daemon has gone");
+                note("the daemon has gone");
                 Ok(ExitCode::SUCCESS)
             }
             result => result.map(|()| ExitCode::SUCCESS),
@@ -67,15 +68,21 @@ impl Top {
         let mut client = self.daemon.connect()?;
         let mut last = VecDeque::new();
         let mut before = Sample::take(&mut client)?;
-        while !rests(interrupted, &client, self.interval)? {
+        loop {
+            match wait(&[interrupted.as_fd(), client.as_fd()], Some(Instant::now() + self.interval))? {
+                Woken::Time => {}
+                // Nothing is asked of the daemon now, so what its socket has is its end.
+                Woken::Ready(1) => return Err(Error::Frame(FrameError::Closed)),
+                Woken::Ready(_) | Woken::Unread => return Ok(()),
+            }
             let status = client.status()?;
             let now = Sample::take(&mut client)?;
             for event in told.try_iter() {
-                last.push_back(format!("{} {} {}", event.sequence, event.event, event.details));
+                last.push_back(super::events::text(&event));
             }
             last.drain(..last.len().saturating_sub(EVENTS));
-            show(&view(&status, &before, &now, last.make_contiguous()))?;
-            if self.once {
+            let shown = show(&view(&status, &before, &now, last.make_contiguous()))?;
+            if self.once || shown.is_break() {
                 return Ok(());
             }
             if !std::io::stdout().is_terminal() {
@@ -83,7 +90,6 @@ impl Top {
             }
             before = now;
         }
-        Ok(())
     }
 }
 
@@ -100,31 +106,8 @@ fn events(client: Client) -> Result<Receiver<Event>> {
     Ok(told)
 }
 
-/// Waits for `interval`; true where it is to end. Nothing is asked of the daemon now, so what its socket has is
-/// its end.
-fn rests(interrupted: &UnixStream, client: &Client, interval: Duration) -> Result<bool> {
-    let end = Instant::now() + interval;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        let mut fds = [PollFd::new(interrupted, PollFlags::IN), PollFd::new(client, PollFlags::IN)];
-        match poll(&mut fds, Some(&limit)) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(true),
-            Ok(_) if !fds[1].revents().is_empty() => return Err(Error::Frame(FrameError::Closed)),
-            Ok(_) => return Ok(false),
-        }
-    }
-}
-
-fn show(view: &str) -> Result<()> {
-    if !std::io::stdout().is_terminal() {
-        return line(view);
-    }
-    print!("{CLEAR}");
-    line(view)?;
-    std::io::stdout().flush().map_err(Error::Output)
+fn show(view: &str) -> Result<ControlFlow<()>> {
+    if std::io::stdout().is_terminal() { next_line(&format!("{CLEAR}{view}")) } else { next_line(view) }
 }
 
 /// What `Metrics` said at one moment.

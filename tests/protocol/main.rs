@@ -21,4 +21,5 @@ mod metrics;
 mod processes;
 mod records;
 mod release;
+mod silence;
 mod sockets;

@@ -1,14 +1,17 @@
 //! The program itself: what a person runs against a daemon, and a daemon that runs out of descriptors.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::SystemTime;
 
 use passgate::client::{AddMemory, Client, Outcome, PageState};
+use passgate::gate::Policy;
 use passgate_bindings::PAGE;
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 
-use crate::common::{alone, granted, memory, pages};
+use crate::common::{alone, assert_refused, granted, memory, pages};
 use crate::daemon::{Daemon, LONG, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_passgate");
@@ -135,29 +138,161 @@ fn waited(daemon: &Daemon) -> u64 {
 }
 
 #[test]
+fn reader_that_goes_ends_what_follows_the_daemon_and_frees_its_connections() {
+    let _alone = alone();
+    let daemon = daemon(&[]);
+    let mut client = daemon.client();
+    for arguments in [
+        &["events"][..],
+        &["events", "--after", "0", "--json"],
+        &["top", "--interval", "3600"],
+        &["top", "--interval", "0.1"],
+    ] {
+        let (mut command, printed) = Running::start(&daemon, arguments);
+        assert!(until(LONG, || client.status().unwrap().clients > 1), "{arguments:?}");
+        // Nothing happens, so that nothing is written that could fail.
+        drop(printed);
+        assert!(command.ends_well(), "{arguments:?}");
+        assert!(until(LONG, || client.status().unwrap().clients == 1), "{arguments:?}");
+    }
+    // And where it goes in the middle of much that is printed.
+    for _ in 0..500 {
+        let region = client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap().region;
+        client.remove_memory(region).unwrap();
+    }
+    let (mut events, mut printed) = Running::start(&daemon, &["events", "--after", "0"]);
+    assert!(printed.next().unwrap().contains(" 1 region.closed "));
+    drop(printed);
+    assert!(events.ends_well());
+}
+
+#[test]
+fn events_are_printed_with_the_time_of_day() {
+    let _alone = alone();
+    let daemon = daemon(&[]);
+    let mut client = daemon.client();
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as u64;
+    let before = now();
+    client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
+    client.remove_memory(1).unwrap();
+    let after = now();
+    let (_json, mut lines) = Running::start(&daemon, &["events", "--after", "0", "--json"]);
+    let event: serde_json::Value = serde_json::from_str(&lines.next().unwrap()).unwrap();
+    assert!((before..=after).contains(&event["time_ms"].as_u64().unwrap()), "{event}");
+    let (_text, mut lines) = Running::start(&daemon, &["events", "--after", "0"]);
+    let line = lines.next().unwrap();
+    let (time, rest) = line.split_once(' ').unwrap();
+    assert!(
+        time.starts_with("20") && time.ends_with('Z') && time.len() == "2026-11-29T12:00:00.000Z".len(),
+        "{line}"
+    );
+    assert!(rest.starts_with("1 region.closed "), "{line}");
+}
+
+/// Files that a daemon has open: how many, and the lowest number that none has. Those that it inherits may have any.
+fn open(daemon: &Daemon) -> (u64, u64) {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid().as_raw_nonzero())).unwrap();
+    let numbers: Vec<u64> =
+        files.map(|file| file.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    (numbers.len() as u64, (0..).find(|number| !numbers.contains(number)).unwrap())
+}
+
+/// Lets a daemon have no file of this number or above; what it has open stays so.
+fn limit(daemon: &Daemon, files: u64) {
+    let limit = Rlimit { current: Some(files), maximum: getrlimit(Resource::Nofile).maximum };
+    prlimit(Some(daemon.pid()), Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn connections_to_a_daemon_without_descriptors_are_refused_with_the_reason() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let metrics = dir.path().join("metrics");
+    let daemon = daemon(&["--metrics-path", metrics.to_str().unwrap()]);
+    let mut client = daemon.client();
+    client.status().unwrap();
+    limit(&daemon, open(&daemon).1 + 3);
+    // Some still fit; then all hear why not, whether they ask first or listen first.
+    let mut others = Vec::new();
+    let error = loop {
+        let mut other = daemon.client();
+        match other.status() {
+            Ok(_) => others.push(other),
+            Err(error) => break error,
+        }
+        assert!(others.len() < 60, "there is room without end");
+    };
+    assert!(matches!(error, passgate::Error::Refused { errno: 24, .. }), "{error}");
+    assert!(error.to_string().contains("raise its limit (`LimitNOFILE=`)"), "{error}");
+    for _ in 0..100 {
+        let mut visitor = UnixStream::connect(&metrics).unwrap();
+        let mut said = String::new();
+        visitor.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with("HTTP/1.1 503 ") && said.contains("LimitNOFILE="), "{said}");
+        assert!(daemon.client().status().is_err());
+        client.status().unwrap();
+    }
+    daemon.says("no connection can be accepted");
+    drop(others);
+    assert!(until(LONG, || client.status().unwrap().clients == 1));
+    daemon.client().status().unwrap();
+}
+
+#[test]
 fn a_daemon_without_descriptors_rests_and_goes_on_when_one_is_closed() {
     let _alone = alone();
     let daemon = daemon(&[]);
     let mut client = daemon.client();
     client.status().unwrap();
-    let open =
-        std::fs::read_dir(format!("/proc/{}/fd", daemon.pid().as_raw_nonzero())).unwrap().count() as u64;
-    let limit = Rlimit { current: Some(open + 3), maximum: getrlimit(Resource::Nofile).maximum };
-    prlimit(Some(daemon.pid()), Resource::Nofile, limit).unwrap();
-    let mut others: Vec<Client> = (0..8).map(|_| Client::connect(&daemon.path).unwrap()).collect();
+    let files = open(&daemon).1;
+    // So few that not even the one that is kept spare is of use.
+    limit(&daemon, 3);
+    let mut others: Vec<Client> = (0..8).map(|_| daemon.client()).collect();
     daemon.says("no connection can be accepted");
     // It waits, again and again, though somebody is at the door. One that tried all the time would never.
     let before = waited(&daemon);
     assert!(until(LONG, || waited(&daemon) >= before + 5), "it does nothing but try");
     client.status().unwrap();
-    // The first that were accepted go: the others' turn comes.
-    while others.len() > 2 {
-        let mut first = others.remove(0);
-        first.status().unwrap();
-    }
-    for client in &mut others {
-        client.status().unwrap();
-    }
+    limit(&daemon, files + 100);
+    others.iter_mut().for_each(|other| _ = other.status().unwrap());
     drop(others);
     assert!(until(LONG, || client.status().unwrap().clients == 1));
+}
+
+#[test]
+fn call_whose_descriptors_were_lost_is_refused_and_changes_nothing() {
+    let _alone = alone();
+    let daemon = daemon(&[]);
+    let mut client = daemon.client();
+    client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
+    let (known, files) = (client.status().unwrap(), open(&daemon));
+    limit(&daemon, 3);
+    let memory = memory(1);
+    let lost = client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[&*memory]);
+    assert_refused(lost, 24, "were lost: raise its limit (`ulimit -n`, `LimitNOFILE=`)");
+    assert_refused(client.open_channel(), 24, "LimitNOFILE=");
+    let mut now = client.status().unwrap();
+    now.totals.wrong = known.totals.wrong;
+    assert_eq!((now, open(&daemon)), (known, files));
+    limit(&daemon, files.1 + 100);
+    client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[&*memory]).unwrap();
+    client.open_channel().unwrap().echo().unwrap();
+}
+
+#[test]
+fn as_many_regions_fit_as_are_promised_whatever_the_soft_limit_of_files() {
+    let _alone = alone();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
+    let daemon = daemon(&[]);
+    setrlimit(Resource::Nofile, before).unwrap();
+    let mut client = daemon.client();
+    let most = u64::from(Policy::default().max_regions);
+    for nth in 0..most {
+        client.add_memory(&AddMemory::shared(nth << 30, PAGE), &[&*memory(1)]).unwrap();
+    }
+    assert_eq!(client.status().unwrap().regions.len() as u64, most);
+    assert!(open(&daemon).0 > most, "each is a file of its own");
+    let more = client.add_memory(&AddMemory::shared(most << 30, PAGE), &[&*memory(1)]);
+    assert_refused(more, 28, "the limit is 512");
 }
