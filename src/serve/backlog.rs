@@ -1,8 +1,12 @@
 //! What was told lately, so that who was away can hear it, and what was refused lately, for `Status`.
+//!
+//! Events are kept in a ring for each kind of them, so that what comes by the thousand (a device is paused and goes on) never
+//! displaces what somebody must hear (a range is in quarantine). Their numbers are one sequence all the same: a listener
+//! hears what is kept in the order in which it was told, with a gap wherever something in between is not.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -12,12 +16,71 @@ use crate::observe::events::{self, Names};
 use crate::protocol::verbs::{Refused, Reply};
 use passgate_bindings::{Failed, Gpa, PageRange};
 
-/// Events that are kept.
-const EVENTS: usize = 8192;
-/// Bytes of them that are kept at most.
-const BYTES: usize = 4 << 20;
+/// Events of one kind that are kept.
+const KEPT_EVENTS: usize = 8192;
+/// Bytes of one kind of events that are kept at most.
+const KEPT_BYTES: usize = 4 << 20;
 /// Refused ranges that are remembered.
 const REFUSED: usize = 64;
+
+/// The kinds of events, by what they may not displace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// What became of a range: `range.*`.
+    Range,
+    /// What does not happen while all goes well, and the end of a client's memory.
+    Notable,
+    /// What comes with every conversion, or whenever a client wants it.
+    Routine,
+}
+
+impl Kind {
+    const COUNT: usize = 3;
+
+    /// Returns the kind of a notice.
+    pub(super) fn of(notice: &Notice) -> Self {
+        match notice {
+            Notice::Refused { .. }
+            | Notice::Quarantined { .. }
+            | Notice::Freed { .. }
+            | Notice::Released { .. } => Self::Range,
+            Notice::DeviceFenced { errno, .. } | Notice::DeviceAttached { errno, .. } if *errno == 0 => {
+                Self::Routine
+            }
+            Notice::TdiEnded { .. }
+            | Notice::DeviceWanted { .. }
+            | Notice::DeviceFenced { .. }
+            | Notice::DeviceAttached { .. }
+            | Notice::MapFailed { .. }
+            | Notice::SessionClosed { .. } => Self::Notable,
+            Notice::RegionClosed { .. } => Self::Routine,
+        }
+    }
+}
+
+/// The last events of one kind, as the frames that are sent, with their numbers.
+#[derive(Debug, Default)]
+struct Ring {
+    kept: VecDeque<(u64, Arc<[u8]>)>,
+    bytes: usize,
+}
+
+impl Ring {
+    /// Takes one event; the oldest go where it is one too many.
+    fn push(&mut self, sequence: u64, frame: Arc<[u8]>) {
+        self.bytes += frame.len();
+        self.kept.push_back((sequence, frame));
+        while self.kept.len() > KEPT_EVENTS || self.bytes > KEPT_BYTES {
+            let Some((_, oldest)) = self.kept.pop_front() else { break };
+            self.bytes -= oldest.len();
+        }
+    }
+
+    /// Returns the first event that is kept from this number on.
+    fn from(&self, sequence: u64) -> Option<&(u64, Arc<[u8]>)> {
+        self.kept.get(self.kept.partition_point(|(kept, _)| *kept < sequence))
+    }
+}
 
 /// The events of a daemon, and the last refused ranges.
 #[derive(Debug)]
@@ -25,9 +88,7 @@ pub(super) struct Backlog {
     instance: String,
     /// Events so far; the sequence number of the last one.
     last: u64,
-    /// The last of them, as the frames that are sent.
-    kept: VecDeque<Arc<[u8]>>,
-    bytes: usize,
+    rings: [Ring; Kind::COUNT],
     refused: VecDeque<(Instant, InvalidationId, PageRange<Gpa>, Reason)>,
 }
 
@@ -56,8 +117,7 @@ impl Backlog {
         rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| Error::Call(Failed::new("getrandom", errno)))?;
         let instance = format!("{:016x}", u64::from_ne_bytes(name));
-        let (kept, refused) = (VecDeque::new(), VecDeque::new());
-        Ok(Self { instance, last: 0, kept, bytes: 0, refused })
+        Ok(Self { instance, last: 0, rings: Default::default(), refused: VecDeque::new() })
     }
 
     /// The daemon's name, new with every start.
@@ -70,28 +130,18 @@ impl Backlog {
         self.last
     }
 
-    /// The sequence number of the first event that is kept; one more than the last where none is.
-    pub(super) fn first(&self) -> u64 {
-        self.last + 1 - self.kept.len() as u64
-    }
-
-    /// Takes one event; the oldest go where it is one too many.
-    pub(super) fn push(&mut self, event: &str, details: &Value) -> Arc<[u8]> {
+    /// Takes one event; the oldest of its kind go where it is one too many.
+    pub(super) fn push(&mut self, kind: Kind, event: &str, details: &Value) -> Arc<[u8]> {
         self.last += 1;
         let frame: Arc<[u8]> = frame(self.last, event, details).into();
-        self.bytes += frame.len();
-        self.kept.push_back(Arc::clone(&frame));
-        while self.kept.len() > EVENTS || self.bytes > BYTES {
-            let Some(oldest) = self.kept.pop_front() else { break };
-            self.bytes -= oldest.len();
-        }
+        self.rings[kind as usize].push(self.last, Arc::clone(&frame));
         frame
     }
 
-    /// The frame of an event, while it is kept.
-    pub(super) fn get(&self, sequence: u64) -> Option<&Arc<[u8]>> {
-        let at = sequence.checked_sub(self.first())?;
-        self.kept.get(usize::try_from(at).ok()?)
+    /// Returns the first event that is kept from this number on, and its number.
+    pub(super) fn from(&self, sequence: u64) -> Option<(u64, &Arc<[u8]>)> {
+        let first = self.rings.iter().filter_map(|ring| ring.from(sequence));
+        first.min_by_key(|(kept, _)| *kept).map(|(kept, frame)| (*kept, frame))
     }
 
     /// Where the stream of a listener begins that has heard everything up to `after` of the daemon `instance`;
@@ -100,7 +150,7 @@ impl Backlog {
         let Some(after) = after else { return Start { next: self.last + 1, gap: None } };
         let restarted = instance.is_some_and(|name| name != self.instance) || after > self.last;
         let heard = if restarted { 0 } else { after };
-        let next = self.first().max(heard + 1);
+        let next = self.from(heard + 1).map_or(self.last + 1, |(kept, _)| kept);
         let lost = next - heard - 1;
         Start { next, gap: (restarted || lost > 0).then_some(Gap { lost, restarted }) }
     }
@@ -148,7 +198,9 @@ impl Backlog {
 }
 
 fn frame(sequence: u64, event: &str, details: &Value) -> Vec<u8> {
-    let parameters = json!({ "sequence": sequence, "event": event, "details": details });
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let time_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    let parameters = json!({ "sequence": sequence, "time_ms": time_ms, "event": event, "details": details });
     super::connection::frame(&Reply { parameters, continues: true, error: None })
 }
 
@@ -158,26 +210,65 @@ mod tests {
 
     fn told(count: usize, details: &Value) -> Backlog {
         let mut backlog = Backlog::new().unwrap();
-        for _ in 0..count {
-            backlog.push("event", details);
-        }
+        push(&mut backlog, Kind::Routine, count, details);
         backlog
+    }
+
+    fn push(backlog: &mut Backlog, kind: Kind, count: usize, details: &Value) {
+        for _ in 0..count {
+            backlog.push(kind, "event", details);
+        }
+    }
+
+    /// The numbers of what a listener that has heard up to `heard` is sent, and of how many events each gap tells.
+    fn heard(backlog: &Backlog, heard: u64) -> (Vec<u64>, Vec<u64>) {
+        let (mut next, mut numbers, mut gaps) = (heard + 1, Vec::new(), Vec::new());
+        while let Some((number, _)) = backlog.from(next) {
+            if number > next {
+                gaps.push(number - next);
+            }
+            numbers.push(number);
+            next = number + 1;
+        }
+        (numbers, gaps)
     }
 
     #[test]
     fn what_is_kept_is_bounded_in_events_and_in_bytes() {
-        let many = told(EVENTS + 10, &json!({}));
-        assert_eq!((many.first(), many.last()), (11, EVENTS as u64 + 10));
-        assert!(many.get(10).is_none() && many.get(11).is_some());
-        assert!(many.get(many.last()).is_some() && many.get(many.last() + 1).is_none());
-        let long = told(10, &json!("x".repeat(BYTES / 4)));
-        assert_eq!((long.kept.len(), long.last()), (3, 10));
-        assert!(long.bytes <= BYTES);
+        let many = told(KEPT_EVENTS + 10, &json!({}));
+        let first = |backlog: &Backlog| backlog.from(0).map(|(number, _)| number);
+        assert_eq!((first(&many), many.last()), (Some(11), KEPT_EVENTS as u64 + 10));
+        assert_eq!(many.from(many.last()).unwrap().0, many.last());
+        assert!(many.from(many.last() + 1).is_none());
+        let long = told(10, &json!("x".repeat(KEPT_BYTES / 4)));
+        assert_eq!((first(&long), long.last()), (Some(8), 10));
+        assert!(long.rings.iter().all(|ring| ring.bytes <= KEPT_BYTES));
+    }
+
+    #[test]
+    fn routine_events_displace_no_range_event_and_the_stream_says_where_they_are_missing() {
+        let mut backlog = told(3, &json!({}));
+        push(&mut backlog, Kind::Range, 2, &json!({})); // 4, 5
+        push(&mut backlog, Kind::Routine, 40_000, &json!({}));
+        push(&mut backlog, Kind::Notable, 1, &json!({})); // 40 006
+        push(&mut backlog, Kind::Routine, KEPT_EVENTS - 1, &json!({}));
+        push(&mut backlog, Kind::Range, 1, &json!({}));
+        let last = backlog.last();
+        let (numbers, gaps) = heard(&backlog, 0);
+        assert_eq!(numbers[..4], [4, 5, 40_005, 40_006], "one routine event before it is kept as well");
+        assert_eq!(gaps, [3, 40_005 - 6]);
+        assert_eq!((numbers.len(), numbers.last()), (2 + 1 + 1 + KEPT_EVENTS, Some(&last)));
+        assert_eq!(
+            backlog.start(Some(0), None),
+            Start { next: 4, gap: Some(Gap { lost: 3, restarted: false }) }
+        );
+        assert_eq!(backlog.start(Some(4), None), Start { next: 5, gap: None });
+        assert_eq!(backlog.start(Some(last), None), Start { next: last + 1, gap: None });
     }
 
     #[test]
     fn a_stream_begins_behind_what_was_heard_and_says_what_is_missing() {
-        let backlog = told(EVENTS + 10, &json!({}));
+        let backlog = told(KEPT_EVENTS + 10, &json!({}));
         let (last, name) = (backlog.last(), backlog.instance.clone());
         let gap = |lost, restarted| Some(Gap { lost, restarted });
         assert_eq!(backlog.start(None, None), Start { next: last + 1, gap: None });

@@ -3,7 +3,7 @@
 //! What is replayed is sent a little at a time, as the listener reads it: nothing of it waits in memory twice, and
 //! nobody else waits for it.
 
-use super::backlog::Gap;
+use super::backlog::{Gap, Kind};
 use super::connection::{Connection, Waiting};
 use super::poller::Interest;
 use super::vm::Vm;
@@ -39,15 +39,15 @@ impl Vm {
             return false;
         }
         let mut frames = Vec::new();
-        let mut next = from.max(self.backlog.first());
-        if next > from {
-            let gap = Gap { lost: next - from, restarted: false };
-            frames.extend(self.backlog.gap(next, gap));
-        }
+        let mut next = from;
         for _ in 0..BATCH {
-            let Some(frame) = self.backlog.get(next) else { break };
+            let Some((sequence, frame)) = self.backlog.from(next) else { break };
+            if sequence > next {
+                let gap = Gap { lost: sequence - next, restarted: false };
+                frames.extend(self.backlog.gap(sequence, gap));
+            }
             frames.extend_from_slice(frame);
-            next += 1;
+            next = sequence + 1;
         }
         connection.waiting = Waiting::Notices { next };
         connection.send(frames, None);
@@ -68,7 +68,7 @@ impl Vm {
         }
         self.session.meter().told(notice);
         self.backlog.remember(notice);
-        let frame = self.backlog.push(event, &details);
+        let frame = self.backlog.push(Kind::of(notice), event, &details);
         let sequence = self.backlog.last();
         let hears = |c: &Connection| c.waiting == Waiting::Notices { next: sequence };
         let listening = self.connections.iter().filter_map(|(client, c)| hears(c).then_some(*client));

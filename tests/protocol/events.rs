@@ -5,7 +5,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use passgate::client::{AddMemory, Client, Event, Events};
+use passgate::client::{AddMemory, Client, Event, Events, Outcome, PageState};
 use passgate::serve::{Options, Server};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
@@ -16,7 +16,7 @@ use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{Shutdown, shutdown};
 
-use crate::common::{Setup, alone, memory, open_files, until};
+use crate::common::{Setup, alone, granted, memory, open_files, pages, until};
 use crate::daemon::LONG;
 
 /// Events that a daemon keeps.
@@ -110,6 +110,44 @@ fn what_is_not_kept_any_more_is_told_as_a_gap_and_a_slow_listener_delays_nobody(
     assert_eq!(gaps, 1);
     happens(&mut client, &file);
     assert_eq!(next(&mut events).sequence, last + 1);
+}
+
+#[test]
+fn routine_events_push_no_range_event_out_and_numbers_stay_one_sequence() {
+    let setup = Setup::new();
+    let (mut client, mut channel, file) = setup.client(2);
+    let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
+    channel.end(begun, Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
+    let quarantined = client.status().unwrap().sequence;
+    for _ in 0..KEPT + 10 {
+        happens(&mut client, &file);
+    }
+    let last = client.status().unwrap().sequence;
+    let mut events = setup.connect().subscribe_after(0, None).unwrap();
+    let (mut heard, mut lost, mut ranges, mut times) = (0, 0, Vec::new(), Vec::new());
+    while heard < last {
+        let event = next(&mut events);
+        times.push(event.time_ms);
+        if event.event == "gap" {
+            let more = event.details["lost"].as_u64().unwrap();
+            (heard, lost) = (heard + more, lost + more);
+        } else {
+            heard += 1;
+            if event.event.starts_with("range.") {
+                ranges.push((event.sequence, event.event));
+            }
+        }
+        assert_eq!(event.sequence, heard, "nothing is left out unsaid");
+    }
+    assert_eq!(ranges, [(quarantined, "range.quarantined".to_owned())]);
+    // What was told before it is no routine, or has gone.
+    assert!((10..10 + quarantined).contains(&lost), "{lost} of {last}");
+    assert!(times.iter().all(|time| *time > 1_700_000_000_000));
+    happens(&mut client, &file);
+    assert_eq!(next(&mut events).sequence, last + 1, "it listens on");
+    drop(events);
+    let mut events = setup.connect().subscribe_after(quarantined, None).unwrap();
+    assert_eq!(next(&mut events).event, "gap");
 }
 
 #[test]

@@ -139,7 +139,7 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
         ("method AddMemory", spoken(&MemoryAdded { region: 1, mapped: 1 })),
         ("method Convert", spoken(&converted)),
         ("method Status", spoken(&status)),
-        ("method Subscribe", spoken(&json!({"sequence": 1, "event": "", "details": {}}))),
+        ("method Subscribe", spoken(&json!({"sequence": 1, "time_ms": 1, "event": "", "details": {}}))),
         ("method Release", spoken(&Released { bytes: 1 })),
         ("method Adopt", spoken(&Adopted { regions: vec![], unended: vec![], more_unended: 0 })),
         ("method Metrics", spoken(&Metrics { text: String::new() })),
