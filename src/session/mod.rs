@@ -14,6 +14,7 @@ mod held;
 mod joined;
 pub mod lasting;
 mod pool;
+mod receipts;
 mod resume;
 mod start;
 
@@ -42,11 +43,9 @@ use files::Files;
 use held::HeldAnswers;
 use lasting::Lasting;
 pub use pool::{Pool, Task};
+use receipts::Receipts;
 pub use resume::Hold;
 use start::{can, start};
-
-/// Receipts that are remembered, for `explain`.
-const RECEIPTS: usize = 4096;
 
 /// How long nothing happens at a place until it is quiet, at least ([`Event::Quiet`]).
 const MOMENT: Duration = Duration::from_secs(1);
@@ -98,7 +97,7 @@ pub struct Session {
     tickets: HashMap<(DomainId, Ticket), Vec<JobId>>,
     /// Tickets that ended before their unmap had returned to us.
     early: HashSet<(DomainId, Ticket)>,
-    receipts: VecDeque<Receipt>,
+    receipts: Receipts,
     totals: Totals,
     meter: Meter,
     clock: Arc<dyn Clock>,
@@ -143,7 +142,7 @@ impl Session {
             timers: BTreeMap::new(),
             tickets: HashMap::new(),
             early: HashSet::new(),
-            receipts: VecDeque::new(),
+            receipts: Receipts::default(),
             totals: Totals::default(),
             clock,
             records,
@@ -312,10 +311,7 @@ impl Session {
         if receipt.steps.iter().any(|step| step.in_flight) {
             self.totals.late_dma_waited += 1;
         }
-        if self.receipts.len() == RECEIPTS {
-            self.receipts.pop_front();
-        }
-        self.receipts.push_back(receipt);
+        self.receipts.push(receipt);
     }
 
     /// When the session must be woken next, at the latest.
@@ -398,7 +394,7 @@ impl Session {
 
     /// The evidence of one invalidation, while it is remembered.
     pub fn receipt(&self, id: InvalidationId) -> Option<&Receipt> {
-        self.receipts.iter().rev().find(|receipt| receipt.invalidation == id)
+        self.receipts.get(id)
     }
 
     /// Lines of the audit log that could not be written.
