@@ -69,7 +69,10 @@ const EVERY_DOMAIN: &[(&str, Run)] = &[
 ];
 
 /// What type1 alone cannot do.
-const TYPE1: &[(&str, Run)] = &[("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable)];
+const TYPE1: &[(&str, Run)] = &[
+    ("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable),
+    ("a_device_whose_holder_cannot_be_seen_is_not_reset", refusals::unseen_holder),
+];
 
 /// What type1 cannot do at all.
 const IOMMUFD: &[(&str, Run)] = &[

@@ -1,13 +1,17 @@
 //! What is refused at the start, and that the reason helps.
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use passgate::client::Client;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -69,6 +73,57 @@ pub fn waited_for(rig: &Rig) {
     assert!(second.wait().unwrap().success());
     let more: Vec<_> = lines.map(Result::unwrap).filter(|line| line.contains("trying again")).collect();
     assert!(more.is_empty(), "said once: {more:?}");
+}
+
+/// The kernel's log, from when it is made.
+struct KernelLog(fs::File);
+
+impl KernelLog {
+    fn from_now() -> Self {
+        let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+        let mut log = fs::File::options().read(true).custom_flags(nonblocking).open("/dev/kmsg").unwrap();
+        log.seek(SeekFrom::End(0)).unwrap();
+        Self(log)
+    }
+
+    /// How often the kernel has said of `device` that it resets it, since it was asked last.
+    fn resets(&mut self, device: &str) -> usize {
+        let (mut count, mut record) = (0, [0; 8192]);
+        // One record a call; a reader that is overtaken is told so once, and goes on.
+        loop {
+            match self.0.read(&mut record) {
+                Ok(len) => {
+                    let text = String::from_utf8_lossy(&record[..len]);
+                    count += usize::from(text.contains(&format!("{device}: resetting")));
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return count,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::BrokenPipe),
+            }
+        }
+    }
+}
+
+/// A group whose only descriptor lies in a socket: no process is seen to have it, and yet it is somebody's.
+pub fn unseen_holder(rig: &Rig) {
+    let device = std::env::var("PASSGATE_IGB").unwrap();
+    let pci = PciDevice::find(Path::new(SYSFS), device.parse().unwrap()).unwrap();
+    let group = format!("/dev/vfio/{}", pci.group().unwrap().id);
+    let group = fs::File::options().read(true).write(true).open(group).unwrap();
+    let (near, far) = UnixStream::pair().unwrap();
+    passgate::protocol::frame::send(&near, b"one\0", &[group.as_fd()]).unwrap();
+    drop(group);
+    let mut log = KernelLog::from_now();
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("passgate.sock");
+    let arguments = ["--wait", "3", "--iommu", rig.iommu, "--device", &device];
+    let (code, said) = serve_fails(Path::new(PASSGATE), &path, &arguments);
+    let last = said.lines().last().unwrap();
+    assert_eq!(code, Some(3), "{said}");
+    assert!(last.contains("no process is seen to have it") && !last.contains("/remove"), "{said}");
+    assert_eq!(log.resets(&device), 0, "what somebody has is reset");
+    drop((near, far));
+    fs::write(pci.dir().join("reset"), "1").unwrap();
+    assert_ne!(log.resets(&device), 0, "the log shows no reset");
 }
 
 /// The engine on type1 has nothing that stops it.
