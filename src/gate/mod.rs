@@ -11,6 +11,7 @@
 mod admits;
 pub mod adopt;
 mod cached;
+mod canonical;
 pub mod effect;
 mod ending;
 pub mod event;

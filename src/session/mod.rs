@@ -6,6 +6,7 @@
 //! that happens.
 
 mod call;
+mod canonical;
 mod clock;
 pub mod fdstore;
 mod files;

@@ -8,6 +8,7 @@
 //! The order within a change: what comes is written before what it takes the place of is gone. Whoever reads both takes
 //! the worse.
 
+mod canonical;
 mod line;
 mod load;
 mod slots;
