@@ -1,0 +1,53 @@
+//! The ledger of a path's first daemon.
+//!
+//! A path is replayed a hundred thousand times, and a new memfd costs more than all else in it. So each thread has one,
+//! which is made what it was when it was new: its first bytes are written back. What lies behind them nothing leads to,
+//! and a store fills what it takes before it uses it.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use passgate::session::lasting::Lasting;
+use passgate_backends::resume::Ids;
+
+/// Bytes of header, directory and first tables, and more.
+const IMAGE_BYTES: usize = 512 << 10;
+
+struct Image {
+    file: File,
+    bytes: Vec<u8>,
+    devices: usize,
+}
+
+thread_local! {
+    static IMAGE: RefCell<Option<Image>> = const { RefCell::new(None) };
+}
+
+fn image(devices: usize) -> Image {
+    let lasting = Lasting::new().expect("a memfd");
+    let names: Vec<_> = (0..devices).map(|nth| (format!("0000:00:{nth:02x}.0"), false)).collect();
+    lasting.complete(Ids::Type1 { entries: 65_535 }, &names);
+    let file = File::from(lasting.fd().and_then(|fd| fd.try_clone_to_owned().ok()).expect("a descriptor"));
+    let mut bytes = vec![0; IMAGE_BYTES];
+    file.read_exact_at(&mut bytes, 0).expect("a memfd is read");
+    // Zeroes at the end need not be written back where nothing leads to them.
+    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    bytes.truncate(used);
+    Image { file, bytes, devices }
+}
+
+/// Returns a ledger in which nothing is yet, and its memfd. The one that this thread had before must be gone.
+pub fn fresh(devices: usize) -> (Lasting, OwnedFd) {
+    IMAGE.with_borrow_mut(|kept| {
+        let image = match kept {
+            Some(image) if image.devices == devices => image,
+            _ => kept.insert(image(devices)),
+        };
+        image.file.write_all_at(&image.bytes, 0).expect("a memfd is written");
+        let fd = || OwnedFd::from(image.file.try_clone().expect("a descriptor"));
+        let (lasting, _) = Lasting::open(fd()).expect("a new ledger is opened");
+        (lasting, fd())
+    })
+}
