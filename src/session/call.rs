@@ -11,7 +11,7 @@ use passgate_bindings::guest_memfd::{self, Conversion};
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Session;
@@ -330,19 +330,26 @@ fn number(error: &Error) -> i32 {
 /// Changes pages: in place where the file can, else by taking them away. To shared by taking nothing away: the
 /// next touch brings a fresh page.
 fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -> Outcome {
+    convert_by(pages, |file, range, in_place| match (to, in_place) {
+        (PageState::Shared, true) => guest_memfd::convert(file, range, Conversion::ToShared),
+        (PageState::Private, true) => guest_memfd::convert(file, range, Conversion::ToPrivate),
+        (PageState::Shared, false) => Ok(()),
+        _ => file.punch(range.start().0, range.len()).map_err(|failed| Failed {
+            call: failed.call,
+            errno: failed.errno,
+            partial: 0,
+        }),
+    })
+}
+
+/// Changes pages by `change`, one part after the other, until one fails.
+fn convert_by(
+    pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)],
+    mut change: impl FnMut(&GuestFile, PageRange<Offset>, bool) -> Result<(), Failed<u64>>,
+) -> Outcome {
     let mut before = 0;
     for (file, range, in_place) in pages {
-        let done = match (to, *in_place) {
-            (PageState::Shared, true) => guest_memfd::convert(file, *range, Conversion::ToShared),
-            (PageState::Private, true) => guest_memfd::convert(file, *range, Conversion::ToPrivate),
-            (PageState::Shared, false) => Ok(()),
-            _ => file.punch(range.start().0, range.len()).map_err(|failed| passgate_bindings::Failed {
-                call: failed.call,
-                errno: failed.errno,
-                partial: 0,
-            }),
-        };
-        match done {
+        match change(file, *range, *in_place) {
             Ok(()) => before += range.len(),
             // The kernel's check comes before any change.
             Err(failed) if failed.errno == Errno::AGAIN && before == 0 => return Outcome::NotCommitted,
@@ -358,7 +365,7 @@ fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -
 
 #[cfg(test)]
 mod tests {
-    use passgate_backends::iommu::sim::{self, Memory, Sim};
+    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
     use passgate_backends::{Entered, Segment, Window, Windowed};
     use passgate_bindings::PAGE;
 
@@ -471,5 +478,68 @@ mod tests {
         window.leave(0);
         assert!(unmap(range(0, 4)).is_small());
         assert!(!unmap(PageRange::new(0, SMALL + PAGE).unwrap()).is_small());
+    }
+
+    #[test]
+    fn a_conversion_that_fails_after_a_part_of_it_is_unknown_from_there_on() {
+        let file = Arc::new(GuestFile::memfd("call", 8 * PAGE).unwrap());
+        let part =
+            |page, pages| (Arc::clone(&file), PageRange::new(page * PAGE, pages * PAGE).unwrap(), true);
+        let pages = [part(0, 2), part(4, 1), part(6, 2)];
+        let fails = |nth, errno, partial| {
+            let mut calls = 0;
+            convert_by(&pages, |_, _, _| {
+                calls += 1;
+                match calls - 1 == nth {
+                    true => Err(Failed { call: "convert", errno, partial }),
+                    false => Ok(()),
+                }
+            })
+        };
+        assert_eq!(fails(3, Errno::AGAIN, 0), Outcome::Committed);
+        assert_eq!(fails(0, Errno::AGAIN, 0), Outcome::NotCommitted);
+        let unknown =
+            |errno: Errno, pages| Outcome::Unknown { errno: errno.raw_os_error(), offset: pages * PAGE };
+        assert_eq!(fails(1, Errno::AGAIN, 0), unknown(Errno::AGAIN, 2));
+        assert_eq!(fails(2, Errno::AGAIN, 0), unknown(Errno::AGAIN, 3));
+        // Of the third part one page was changed: the kernel says up to where in the file.
+        assert_eq!(fails(2, Errno::IO, 7 * PAGE), unknown(Errno::IO, 4));
+        assert_eq!(fails(0, Errno::IO, 0), unknown(Errno::IO, 0));
+    }
+
+    #[test]
+    fn a_map_that_was_not_taken_back_is_unknown_and_one_that_was_is_refused() {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let file = Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap());
+        let map = |others: &[JobId]| {
+            let call = Call::Map {
+                job: JobId(1),
+                domain: Arc::new(sim.clone()),
+                iova: PageRange::new(0, 4 * PAGE).unwrap(),
+                piece: PAGE,
+                file: Arc::clone(&file),
+                offset: Offset(0),
+                writable: true,
+                others: others.to_vec(),
+            };
+            let events = match call.run() {
+                Returned::Fact { event, ticket: None } => vec![event],
+                Returned::Facts { events, ticket: None } => events,
+                other => panic!("{other:?}"),
+            };
+            let result = |event| match event {
+                Event::Mapped { result, .. } => result,
+                other => panic!("{other:?}"),
+            };
+            events.into_iter().map(result).collect::<Vec<_>>()
+        };
+        let errno = Errno::NOMEM.raw_os_error();
+        for others in [&[][..], &[JobId(2), JobId(3)]] {
+            sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
+            assert_eq!(map(others), vec![MapResult::Refused { errno }; 1 + others.len()]);
+            sim.fail_next(sim::Call::Map, Fault::HalfMapped(Errno::NOMEM));
+            assert_eq!(map(others), vec![MapResult::Unknown { errno }; 1 + others.len()]);
+            let _ = sim.unmap(PageRange::new(0, 4 * PAGE).unwrap());
+        }
     }
 }

@@ -152,13 +152,22 @@ pub(super) fn shared(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::sync::Arc;
 
     use super::*;
-    use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
+    use crate::gate::{
+        Answer, Caller, ClientId, Door, InvalidationId, PageState, Performer, Policy, Step, Verdict,
+    };
+    use crate::protocol::verbs::AddMemory;
     use crate::session::{Next, SystemClock, Trust};
-    use passgate_backends::iommu::sim::{Memory, Sim};
-    use passgate_bindings::PAGE;
+    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
+    use passgate_backends::{Nature, StopClass};
+    use passgate_bindings::memory::GuestFile;
+    use passgate_bindings::units::Offset;
+    use passgate_bindings::{PAGE, identity};
+
+    const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
     fn shares() -> Vec<Share> {
         vec![(JobId(1), PAGE), (JobId(2), 2 * PAGE), (JobId(3), PAGE)]
@@ -198,10 +207,13 @@ mod tests {
     }
 
     fn session() -> Session {
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        session_over(&Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap())
+    }
+
+    fn session_over(sim: &Sim) -> Session {
         Session::new(
             Policy::default(),
-            Arc::new(sim),
+            Arc::new(sim.clone()),
             Vec::new(),
             Trust::default(),
             Arc::new(SystemClock),
@@ -238,6 +250,127 @@ mod tests {
         assert!(matches!(session.next_step(), Next::Answer(..)));
         assert_eq!(next(&mut session), (vec![5], 1));
         assert!(matches!(session.next_step(), Next::Idle));
+    }
+
+    /// A session that holds two files of 64 pages, which it has mapped.
+    fn session_with_files() -> (Session, [FileId; 2]) {
+        let mut session = session();
+        let memory = [0, 64].map(|page| AddMemory::shared(page * PAGE, 64 * PAGE));
+        let files = memory.map(|memory| add(&mut session, &memory));
+        (session, files)
+    }
+
+    /// Adds memory of a new file, which is mapped.
+    fn add(session: &mut Session, memory: &AddMemory) -> FileId {
+        let file = GuestFile::memfd("joined", memory.length).unwrap();
+        let found = identity::identify(&file).unwrap();
+        session.add_memory(CALLER, memory.clone(), vec![file.as_fd().try_clone_to_owned().unwrap()]);
+        loop {
+            match session.next_step() {
+                Next::Idle => break,
+                Next::Call(call) => session.returned(call.run()),
+                Next::Refused(_, error) => panic!("{error}"),
+                _ => {}
+            }
+        }
+        FileId { device: found.device, inode: found.inode }
+    }
+
+    /// A map of `pages` pages at `page`, of the pages of `file` from `offset` on.
+    fn map(job: u64, (page, pages): (u64, u64), file: FileId, offset: u64) -> Effect {
+        let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        let (job, domain, offset) = (JobId(job), DomainId(0), Offset(offset * PAGE));
+        Effect::Map { job, domain, iova, piece: PAGE, file, offset, writable: true }
+    }
+
+    /// How many jobs each of the calls is for that these maps are made by.
+    fn joined(session: &mut Session, maps: &[Effect]) -> Vec<usize> {
+        session.effects = maps.to_vec();
+        let mut calls = Vec::new();
+        while let Next::Call(Call::Map { others, .. }) = session.next_step() {
+            calls.push(1 + others.len());
+        }
+        calls
+    }
+
+    #[test]
+    fn maps_join_only_over_pages_that_follow_each_other_in_one_file() {
+        let (mut session, [one, other]) = session_with_files();
+        let first = map(1, (128, 2), one, 4);
+        assert_eq!(joined(&mut session, &[first.clone(), map(2, (130, 1), one, 6)]), [2]);
+        for apart in [
+            map(2, (130, 1), one, 7),
+            map(2, (130, 1), one, 5),
+            map(2, (130, 1), one, 4),
+            map(2, (130, 1), other, 6),
+            map(2, (131, 1), one, 6),
+            map(2, (127, 1), one, 3),
+        ] {
+            assert_eq!(joined(&mut session, &[first.clone(), apart.clone()]), [1, 1], "{apart:?}");
+        }
+        // Two regions that touch, of parts of one file that do not: the third is a neighbour of the second only.
+        let (second, third) = (map(2, (130, 1), one, 20), map(3, (131, 1), one, 21));
+        assert_eq!(joined(&mut session, &[first, second, third]), [1, 2]);
+    }
+
+    #[test]
+    fn maps_join_only_with_the_same_access_and_at_the_border_of_a_mapping() {
+        let (mut session, [one, _]) = session_with_files();
+        let read_only = match map(2, (130, 1), one, 6) {
+            Effect::Map { job, domain, iova, piece, file, offset, .. } => {
+                Effect::Map { job, domain, iova, piece, file, offset, writable: false }
+            }
+            other => other,
+        };
+        assert_eq!(joined(&mut session, &[map(1, (128, 2), one, 4), read_only]), [1, 1]);
+        let large = |effect| match effect {
+            Effect::Map { job, domain, iova, file, offset, writable, .. } => {
+                Effect::Map { job, domain, iova, piece: 4 * PAGE, file, offset, writable }
+            }
+            other => other,
+        };
+        // Page 132 begins a mapping of four pages, page 130 does not.
+        let maps = |border: u64| {
+            [map(1, (128, border - 128), one, 4), map(2, (border, 1), one, 4 + border - 128)].map(large)
+        };
+        assert_eq!(joined(&mut session, &maps(132)), [2]);
+        assert_eq!(joined(&mut session, &maps(130)), [1, 1]);
+    }
+
+    #[test]
+    fn the_ticket_of_a_joined_unmap_ends_every_invalidation_that_shared_it() {
+        for ends_first in [false, true] {
+            let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+            let _device = sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
+            let mut session = session_over(&sim);
+            add(&mut session, &AddMemory { piece: PAGE, ..AddMemory::shared(0, 64 * PAGE) });
+            for page in [4, 5, 6] {
+                let ranges = PageRange::new(page * PAGE, PAGE).unwrap().into();
+                let (to, performer) = (PageState::Private, Performer::Client);
+                session.handle(Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 });
+            }
+            sim.fail_next(sim::Call::Unmap, Fault::Late);
+            let Next::Call(call) = session.next_step() else { panic!("no unmap") };
+            let returned = call.run();
+            if ends_first {
+                sim.flush();
+                session.poll_domains();
+            }
+            session.returned(returned);
+            assert!(ends_first || matches!(session.next_step(), Next::Idle));
+            sim.flush();
+            session.poll_domains();
+            let mut done = 0;
+            loop {
+                match session.next_step() {
+                    Next::Idle => break,
+                    Next::Answer(_, Answer::Verdict { verdict: Verdict::Done, .. }) => done += 1,
+                    Next::Call(call) => session.returned(call.run()),
+                    _ => {}
+                }
+            }
+            assert_eq!((done, sim.calls(sim::Call::Unmap)), (3, 1), "the ticket ends first: {ends_first}");
+        }
     }
 
     #[test]

@@ -80,6 +80,7 @@ mod tests {
     use passgate_bindings::PAGE;
 
     use super::*;
+    use crate::Ticket;
 
     fn range(page: u64, pages: u64) -> PageRange<Iova> {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()
@@ -135,7 +136,11 @@ mod tests {
 
     #[test]
     fn a_roll_back_that_fails_or_falls_short_leaves_the_range_unknown() {
-        for went in [Unmap::Gone { bytes: PAGE }, Unmap::Failed { errno: Errno::BUSY, bytes: 0 }] {
+        for went in [
+            Unmap::Gone { bytes: PAGE },
+            Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) },
+            Unmap::Failed { errno: Errno::BUSY, bytes: 0 },
+        ] {
             let one = |iova: PageRange<Iova>, _| match iova.start().0 / PAGE {
                 2 => Err(Failed::new("map", Errno::NOMEM)),
                 _ => Ok(()),

@@ -279,14 +279,7 @@ impl Domain for SoftDomain {
             let gone = &doomed[..emptied];
             let bytes = gone.iter().map(|(_, len)| len).sum();
             let ticket = self.settle(&mut table, gone.iter().map(|(slot, _)| *slot), failed.is_none());
-            match (failed, ticket) {
-                // What is gone but in flight is not told as gone: nobody would wait for it.
-                (Some(errno), ticket) => {
-                    Unmap::Failed { errno, bytes: if ticket.is_none() { bytes } else { 0 } }
-                }
-                (None, Some(ticket)) => Unmap::InFlight { bytes, ticket },
-                (None, None) => Unmap::Gone { bytes },
-            }
+            answer(bytes, failed, ticket)
         };
         table.scratch = doomed;
         answer
@@ -300,6 +293,16 @@ impl Domain for SoftDomain {
 
     fn wake(&self) -> Option<BorrowedFd<'_>> {
         Some(self.wake.as_fd())
+    }
+}
+
+/// The answer to an unmap that has emptied `bytes`, and has failed then or not; `ticket` where operations still run.
+fn answer(bytes: u64, failed: Option<Errno>, ticket: Option<Ticket>) -> Unmap {
+    match (failed, ticket) {
+        // What is gone but in flight is not told as gone: nobody would wait for it.
+        (Some(errno), ticket) => Unmap::Failed { errno, bytes: if ticket.is_none() { bytes } else { 0 } },
+        (None, Some(ticket)) => Unmap::InFlight { bytes, ticket },
+        (None, None) => Unmap::Gone { bytes },
     }
 }
 
@@ -322,4 +325,18 @@ fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
 
 fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unmap_that_fails_half_way_does_not_count_what_is_in_flight() {
+        let (ticket, errno) = (Some(Ticket(1)), Errno::NOMEM);
+        assert_eq!(answer(2 * PAGE, Some(errno), ticket), Unmap::Failed { errno, bytes: 0 });
+        assert_eq!(answer(2 * PAGE, Some(errno), None), Unmap::Failed { errno, bytes: 2 * PAGE });
+        assert_eq!(answer(2 * PAGE, None, ticket), Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) });
+        assert_eq!(answer(2 * PAGE, None, None), Unmap::Gone { bytes: 2 * PAGE });
+    }
 }

@@ -194,3 +194,28 @@ fn waiting_ends_with_the_request_and_not_before() {
         assert!(waiting.join().unwrap());
     });
 }
+
+#[test]
+fn a_close_reaches_what_is_open_behind_what_never_was() {
+    // In one branch of 512 GiB, with leaves of 1 GiB between them that do not exist; and in the next branch.
+    let open = [GIB + PAGE, 5 * GIB, 300 * GIB + 7 * PAGE, 512 * GIB + 3 * GIB, 1024 * GIB];
+    let window = window(&open.map(|at| pages(at / PAGE, 1)));
+    let enters = |at: u64| {
+        let entered = window.enter(0, &[segment(at, 1)]) == Entered::In;
+        window.leave(0);
+        entered
+    };
+    assert!(open.into_iter().all(enters));
+    window.close(pages(0, 1024 * GIB / PAGE));
+    assert_eq!(open.map(enters), [false, false, false, false, true]);
+}
+
+#[test]
+fn what_was_entered_in_a_later_era_counts_for_who_looks_with_an_earlier_one() {
+    let slots = slots::Slots::new(1, 1);
+    slots.publish(0, 2, [(PAGE, 2 * PAGE)].into_iter());
+    for (era, counts) in [(0, true), (1, true), (2, true), (3, false)] {
+        assert_eq!(slots.is_busy(0, era), counts, "era {era}");
+        assert_eq!(slots.overlaps(0, era, PAGE, 2 * PAGE), counts, "era {era}");
+    }
+}

@@ -188,11 +188,18 @@ fn what_an_earlier_process_mapped_is_open_once_it_is_told() {
 struct Scribe {
     calls: Mutex<Vec<&'static str>>,
     wake: std::os::fd::OwnedFd,
+    window: Arc<Window>,
 }
 
 impl Scribe {
     fn note(&self, call: &'static str) {
         self.calls.lock().unwrap().push(call);
+    }
+
+    /// While the domain changes what is mapped at page 0, nothing enters there.
+    fn is_shut(&self, call: &str) {
+        let entered = self.window.enter(0, &[Segment { iova: Iova(0), len: 1 }]);
+        assert_eq!(entered, Entered::Closed, "in {call}");
     }
 }
 
@@ -208,10 +215,12 @@ impl Domain for Scribe {
     }
     fn map(&self, _: PageRange<Iova>, _: u64, _: &Arc<GuestFile>, _: Offset, _: bool) -> Result<()> {
         self.note("map");
+        self.is_shut("map");
         Ok(())
     }
     fn unmap(&self, _: PageRange<Iova>) -> Unmap {
         self.note("unmap");
+        self.is_shut("unmap");
         Unmap::InFlight { bytes: 7, ticket: Ticket(7) }
     }
     fn usable(&self) -> Vec<std::ops::RangeInclusive<Iova>> {
@@ -224,6 +233,7 @@ impl Domain for Scribe {
     }
     fn resumed(&self, _: PageRange<Iova>) {
         self.note("resumed");
+        self.is_shut("resumed");
     }
     fn may_wait(&self, _: PageRange<Iova>) -> bool {
         self.note("may_wait");
@@ -231,6 +241,7 @@ impl Domain for Scribe {
     }
     fn replace(&self, _: &[PageRange<Iova>]) -> Unmap {
         self.note("replace");
+        self.is_shut("replace");
         Unmap::Gone { bytes: 7 }
     }
     fn poll(&self, ended: &mut Vec<Ticket>) {
@@ -246,8 +257,9 @@ impl Domain for Scribe {
 #[test]
 fn every_call_reaches_the_domain_and_every_answer_comes_back() {
     let wake = std::fs::File::open("/dev/null").unwrap().into();
-    let scribe = Arc::new(Scribe { calls: Mutex::default(), wake });
-    let domain = Windowed::new(Arc::clone(&scribe) as _, Window::new(1, 1));
+    let window = Window::new(1, 1);
+    let scribe = Arc::new(Scribe { calls: Mutex::default(), wake, window: Arc::clone(&window) });
+    let domain = Windowed::new(Arc::clone(&scribe) as _, window);
     let file = Arc::new(GuestFile::memfd("windowed", PAGE).unwrap());
     let mut ended = Vec::new();
     assert_eq!(domain.name(), "scribe");

@@ -97,6 +97,27 @@ fn a_ticket_waits_for_the_last_operation_over_its_range() {
 }
 
 #[test]
+fn a_ticket_waits_only_for_what_is_in_flight_in_whatever_order_pages_were_mapped() {
+    let bench = Bench::new(8);
+    // Filled in another order than they are emptied in.
+    for page in [6, 2, 7, 0, 5, 1, 4, 3] {
+        bench.map(page, 1);
+    }
+    let held = bench.device.hold_write(at(4), 8).unwrap();
+    let first = ticket(bench.unmap(0, 8), 8);
+    held.finish(&[0; 8]).unwrap();
+    assert_eq!(tickets(&bench.domain, 1, LONG), [first]);
+    // What came with that unmap is not taken for the next one's.
+    bench.map(0, 8);
+    let held = [bench.device.hold_write(at(1), 8).unwrap(), bench.device.hold_write(at(6), 8).unwrap()];
+    let second = ticket(bench.unmap(0, 8), 8);
+    held[1].finish(&[0; 8]).unwrap();
+    assert_eq!(tickets(&bench.domain, 1, SHORT), []);
+    held[0].finish(&[0; 8]).unwrap();
+    assert_eq!(tickets(&bench.domain, 1, LONG), [second]);
+}
+
+#[test]
 fn a_ticket_taken_off_the_queue_by_the_device_still_wakes_its_owner() {
     let bench = Bench::new(2);
     bench.map(0, 2);

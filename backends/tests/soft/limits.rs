@@ -77,6 +77,46 @@ fn a_map_that_fails_half_way_leaves_nothing_and_costs_no_slot() {
     }
 }
 
+/// A domain of eight slots, and a file of eight pages of which the last two can be taken away.
+fn shrinkable() -> (Bench, std::fs::File) {
+    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+    let mut bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 1, Some(budget));
+    let file = rustix::fs::memfd_create("short", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 8 * PAGE).unwrap();
+    let kind = GuestFile::memfd("kind", PAGE).unwrap().kind();
+    bench.memory = Arc::new(GuestFile::new(file.try_clone().unwrap(), kind, 8 * PAGE, true));
+    (bench, file.into())
+}
+
+#[test]
+fn a_map_that_failed_takes_nothing_away_from_a_later_one() {
+    let (bench, file) = shrinkable();
+    rustix::fs::ftruncate(&file, 6 * PAGE).unwrap();
+    refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
+    bench.map(0, 2);
+    // The slots that the failed map had filled are used elsewhere.
+    bench.domain.map(iova(16, 6), PAGE, &bench.memory, Offset(0), true).unwrap();
+    for page in [0, 1] {
+        bench.dma_store(page, 7 + page).unwrap();
+        assert_eq!(bench.load(page), 7 + page);
+    }
+}
+
+#[test]
+fn what_a_device_knows_from_before_a_map_that_failed_leads_nowhere_else() {
+    let (bench, file) = shrinkable();
+    bench.map(0, 8);
+    assert_eq!(bench.unmap(0, 8), gone(8));
+    rustix::fs::ftruncate(&file, 6 * PAGE).unwrap();
+    refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
+    // Other pages in the slots of the two that were not reached.
+    bench.domain.map(iova(16, 6), PAGE, &bench.memory, Offset(0), true).unwrap();
+    for page in 0..8 {
+        is_fault(bench.dma_store(page, 99), page);
+    }
+    (0..6).for_each(|page| assert_eq!(bench.load(page), 0));
+}
+
 #[test]
 fn a_file_that_cannot_be_written_is_refused_with_the_mend() {
     let Bench { domain, _budget, .. } = Bench::new(1);

@@ -330,3 +330,6 @@ impl Lasting {
         words[0].store(line[0], Release);
     }
 }
+
+#[cfg(test)]
+mod tests;

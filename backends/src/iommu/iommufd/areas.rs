@@ -122,8 +122,10 @@ mod tests {
     fn what_is_struck_out_leaves_what_sticks_out() {
         let mut book = book(&[(0, 4), (6, 4)]);
         book.strike(range(1, 6));
-        let left: Vec<_> = book.all().iter().map(|area| area.iova).collect();
-        assert_eq!(left, [range(0, 1), range(7, 3)]);
+        let left = |book: &Areas| book.all().iter().map(|area| area.iova).collect::<Vec<_>>();
+        assert_eq!(left(&book), [range(0, 1), range(7, 3)]);
+        book.strike(range(8, 1));
+        assert_eq!(left(&book), [range(0, 1), range(7, 1), range(9, 1)]);
     }
 
     #[test]

@@ -169,3 +169,35 @@ impl SoftDomain {
         Error::Map { iova, source: Failed::new("soft mapping", errno), mend }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_that_fails_while_a_device_uses_what_it_has_made_is_half_made() {
+        let domain = SoftDomain::with_slots(8).unwrap();
+        let device = domain.device("soft:0").unwrap();
+        let file = Arc::new(GuestFile::memfd("mapping", 2 * PAGE).unwrap());
+        let iova = PageRange::<Iova>::new(16 * PAGE, 2 * PAGE).unwrap();
+        let want = Want { iova, piece: PAGE, file: &file, offset: Offset(0), writable: true };
+        // The device knows both pages from before.
+        domain.make(&want).unwrap();
+        let _ = crate::Domain::unmap(&*domain, iova);
+        let fill_first = || {
+            let plan = domain.plan(&want).unwrap();
+            let Translation { slot, iova: first, .. } = plan[0].translation;
+            let tag = domain.ring.fill(slot, &file, 0, first.len()).unwrap();
+            domain.table().fill(slot, first.start(), tag, &file);
+            plan
+        };
+        let plan = fill_first();
+        let held = device.hold_write(iova.start(), 8).unwrap();
+        let failed = domain.roll_back(&plan, 1).unwrap_err();
+        assert_eq!(failed.errno, Errno::INPROGRESS);
+        held.finish(&[0; 8]).unwrap();
+        let plan = fill_first();
+        domain.roll_back(&plan, 1).unwrap();
+        assert_eq!(domain.mappings(), 0);
+    }
+}

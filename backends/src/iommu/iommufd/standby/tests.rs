@@ -17,6 +17,12 @@ const TWO: IoasId = IoasId(2);
 struct Fake {
     areas: Mutex<BTreeMap<(IoasId, u64), u64>>,
     left: Mutex<Option<u32>>,
+    /// True where the call after that fails as well.
+    twice: Mutex<bool>,
+    /// True where an unmap of several mappings removes the first alone, and says so.
+    short: Mutex<bool>,
+    /// True once a copy was made that may be written to.
+    copied_writable: Mutex<bool>,
 }
 
 impl Fake {
@@ -25,7 +31,7 @@ impl Fake {
         let mut left = self.left.lock().unwrap();
         match &mut *left {
             Some(0) => {
-                *left = None;
+                *left = std::mem::take(&mut *self.twice.lock().unwrap()).then_some(0);
                 Err(Errno::NOMEM)
             }
             Some(more) => {
@@ -67,14 +73,15 @@ impl Kernel for Fake {
             over.iter().all(|(_, at, to)| first <= *at && *to <= end),
             "the book would have cut a mapping"
         );
-        let count = if goes.is_ok() { over.len() } else { 1 };
+        let count = if goes.is_ok() && !*self.short.lock().unwrap() { over.len() } else { 1 };
         let gone = over.iter().take(count).map(|(of, at, _)| areas.remove(&(*of, *at)).unwrap());
         let pages: u64 = gone.sum();
         goes?;
         if pages == 0 { Err(Errno::NOENT) } else { Ok(pages * PAGE) }
     }
 
-    fn copy(&self, from: IoasId, to: IoasId, iova: PageRange<Iova>, _: bool) -> Result<(), Failed> {
+    fn copy(&self, from: IoasId, to: IoasId, iova: PageRange<Iova>, writable: bool) -> Result<(), Failed> {
+        *self.copied_writable.lock().unwrap() |= writable;
         let there = self.pages(from);
         let first = iova.start().0 / PAGE;
         if !(first..first + iova.pages()).all(|page| there.contains(&page)) {
@@ -205,7 +212,8 @@ fn whichever_call_of_a_replace_fails_the_next_one_puts_it_right() {
         |scene| {
             let seen: Vec<_> = scene.devices.iter().filter_map(|device| scene.sees(device)).collect();
             let mut at = scene.devices.iter().filter_map(|device| *device.at.lock().unwrap());
-            assert!(at.all(|hwpt| hwpt.0 == scene.standby.ioases()[0].0), "all in one table, or out");
+            assert!(at.all(|hwpt| hwpt.0 == scene.standby.ioases()[0].0), "all in one table");
+            assert_eq!(seen.len(), scene.devices.len(), "a device that did not move is back where it was");
             for pages in seen {
                 assert!(
                     left().iter().all(|page| pages.contains(page)),
@@ -289,4 +297,91 @@ fn a_detached_device_stays_so_and_an_unmap_that_would_cut_changes_nothing() {
     assert_eq!(cut, Unmap::Failed { errno: Errno::NOENT, bytes: 0 });
     scene.is(&left());
     assert_eq!(scene.standby.unmap(&*scene.kernel, range(5, 2)), Unmap::Gone { bytes: 2 * PAGE });
+}
+
+#[test]
+fn what_is_left_of_a_read_only_mapping_stays_read_only() {
+    let scene = Scene::new();
+    let (iova, one) = (range(PAGES, PAGES), |ioas, iova, _: Offset| scene.kernel.map(ioas, iova));
+    *scene.kernel.copied_writable.lock().unwrap() = false;
+    scene.standby.map(&*scene.kernel, (iova, PAGES * PAGE), Offset(0), false, one).unwrap();
+    let gone = [range(PAGES + 1, 1), range(PAGES + 4, 2)];
+    assert_eq!(scene.standby.replace(&*scene.kernel, &gone), Unmap::Gone { bytes: 3 * PAGE });
+    assert!(!*scene.kernel.copied_writable.lock().unwrap());
+}
+
+#[test]
+fn a_device_that_neither_moves_nor_comes_back_stays_out_until_it_is_attached() {
+    let scene = Scene::new();
+    // Six calls make the idle table ready; the seventh moves the first device, the eighth is to bring it back.
+    scene.fail(6);
+    *scene.kernel.twice.lock().unwrap() = true;
+    let failed = Unmap::Failed { errno: Errno::NOMEM, bytes: 0 };
+    assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), failed);
+    assert!(scene.failed() && scene.sees(&scene.devices[0]).is_none());
+    assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), Unmap::Gone { bytes: 5 * PAGE });
+    assert_eq!((scene.sees(&scene.devices[0]), scene.sees(&scene.devices[1])), (None, Some(left())));
+    scene.standby.attach(&*scene.kernel, &scene.devices[0]).unwrap();
+    scene.is(&left());
+}
+
+#[test]
+fn an_unmap_that_came_up_short_in_one_table_is_not_whole() {
+    let scene = Scene::new();
+    let unmap = || scene.standby.unmap(&*scene.kernel, range(0, PAGES));
+    *scene.kernel.short.lock().unwrap() = true;
+    assert_eq!(unmap(), Unmap::Failed { errno: Errno::IO, bytes: 0 });
+    *scene.kernel.short.lock().unwrap() = false;
+    assert_eq!(unmap(), Unmap::Gone { bytes: PAGES * PAGE });
+    scene.is(&[]);
+}
+
+#[test]
+fn a_mapping_that_the_kernel_does_not_find_is_not_gone() {
+    let scene = Scene::new();
+    scene.kernel.areas.lock().unwrap().remove(&(TWO, 0));
+    let replace = || scene.standby.replace(&*scene.kernel, &[range(1, 1)]);
+    assert_eq!(replace(), Unmap::Failed { errno: Errno::NOENT, bytes: 0 });
+    // It is in doubt from then on, and the next replace makes the tables alike.
+    assert_eq!(replace(), Unmap::Gone { bytes: PAGE });
+    scene.is(&(0..PAGES).filter(|page| *page != 1).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_unmap_that_would_cut_in_the_idle_table_alone_changes_nothing() {
+    let scene = Scene::new();
+    // Eight calls make the idle table ready and move both devices there; the ninth is the first of the other table.
+    scene.fail(8);
+    let failed = Unmap::Failed { errno: Errno::NOMEM, bytes: 0 };
+    assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), failed);
+    assert!(scene.failed());
+    let one = scene.standby.unmap(&*scene.kernel, range(9, PAGES - 9));
+    assert_eq!(one, Unmap::Failed { errno: Errno::NOENT, bytes: 0 });
+    assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), Unmap::Gone { bytes: 5 * PAGE });
+    scene.is(&left());
+}
+
+#[test]
+fn after_a_replace_that_was_made_again_nothing_is_owed() {
+    let scene = Scene::new();
+    scene.fail(3);
+    let replace = || scene.standby.replace(&*scene.kernel, &gone());
+    assert_eq!(replace(), Unmap::Failed { errno: Errno::NOMEM, bytes: 0 });
+    assert_eq!(replace(), Unmap::Gone { bytes: 5 * PAGE });
+    let rest = scene.standby.unmap(&*scene.kernel, range(0, PAGES));
+    assert_eq!(rest, Unmap::Gone { bytes: left().len() as u64 * PAGE });
+}
+
+#[test]
+fn a_map_that_stays_in_one_table_is_said_to_be_half_made() {
+    let scene = Scene::new();
+    let iova = range(PAGES, PAGES);
+    let one = |ioas, iova: PageRange<Iova>, _: Offset| scene.kernel.map(ioas, iova);
+    // The first table takes it. The copy into the second fails, and so does taking it out of the first.
+    scene.fail(1);
+    *scene.kernel.twice.lock().unwrap() = true;
+    let made = scene.standby.map(&*scene.kernel, (iova, PAGES * PAGE), Offset(0), true, one);
+    assert!(matches!(made, Err(Error::HalfMapped { .. })), "{made:?}");
+    assert!(matches!(scene.standby.unmap(&*scene.kernel, iova), Unmap::Gone { .. }));
+    scene.is(&(0..PAGES).collect::<Vec<_>>());
 }
