@@ -28,3 +28,32 @@ fn what_is_held_too_long_is_refused_and_counted() {
     ring.answered(&mut queue, &memory, 3, 1, Admits::Never);
     assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1);
 }
+
+/// A question may be answered after its request was answered otherwise, and another was held by the same number: in this
+/// life of the ring or in the next.
+#[test]
+fn answer_to_an_earlier_question_decides_no_later_one() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let mut queue = Queue::new(16).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+    let mut ring = Ring::new(0, Arc::new(Counts::default()));
+    let hold = |ring: &mut Ring| {
+        ring.slots.resize_with(16, Slot::default);
+        ring.slots[3].status = GuestAddress(0x3000);
+        ring.hold(3);
+        ring.questions.pop().unwrap().ticket
+    };
+    let first = hold(&mut ring);
+    ring.answered(&mut queue, &memory, 3, first, Admits::Open);
+    assert_eq!(ring.now(), (0, 1), "it is about to be tried again");
+    ring.delayed.clear();
+    let second = hold(&mut ring);
+    ring.answered(&mut queue, &memory, 3, first, Admits::Never);
+    assert_eq!((ring.now(), queue.next_used()), ((0, 1), 0), "it is held still");
+    ring.abandon();
+    let third = hold(&mut ring);
+    ring.answered(&mut queue, &memory, 3, second, Admits::Never);
+    assert_eq!((ring.now(), queue.next_used()), ((0, 1), 0), "it is held still");
+    ring.answered(&mut queue, &memory, 3, third, Admits::Never);
+    assert_eq!((ring.now(), queue.next_used()), ((0, 0), 1));
+}

@@ -194,6 +194,31 @@ fn worker_writes_to_no_memory_that_was_removed_while_it_waited_for_the_ring() {
     assert_eq!((status, used), (0xee, 0), "it wrote to memory that was removed");
 }
 
+/// The ring has begun anew, and the guest has a request of the same number at the drive again.
+#[test]
+fn late_completion_of_an_earlier_life_of_a_ring_answers_no_request_of_this_one() {
+    let mut bench = Bench::new();
+    bench.sim.fault(When::any().times(2), Does::HoldCompletion);
+    let (mailbox, thread) = bench.worker(Polling::Never);
+    for life in 1..=2 {
+        bench.set_up();
+        bench.offer(0, FLUSH, 0);
+        mailbox.send(Order::Start { ring: 0, inflight: None });
+        assert!(bench.sim.await_held(life, LONG));
+    }
+    assert!(bench.sim.release_next());
+    // The drive completes this one after the late one.
+    bench.offer(1, FLUSH, 0);
+    mailbox.send(Order::Look);
+    bench.await_used(1);
+    assert_eq!((bench.status(0), bench.status(1), bench.used()), (0xee, 0, 1));
+    assert!(bench.sim.release_next());
+    bench.await_used(2);
+    assert_eq!(bench.status(0), 0);
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
+}
+
 /// Whichever ring a worker is at: memory is no worker's only once each of them has been waited for.
 #[test]
 fn memory_is_replaced_only_once_every_ring_has_been_let_go_of() {
