@@ -131,9 +131,9 @@ impl Hold {
         Ok(ids)
     }
 
-    /// What the service manager keeps besides memory and the socket.
-    pub(super) fn names(&self) -> Vec<Name> {
-        self.names.clone()
+    /// What the service manager keeps besides memory and the socket, and the way to it.
+    pub(super) fn kept(&self) -> (FdStore, Vec<Name>) {
+        (self.session.store.clone(), self.names.clone())
     }
 
     /// Where the guardian's socket is kept, and the one that was; nowhere where nothing outlives this process.

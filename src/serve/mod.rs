@@ -111,8 +111,8 @@ pub struct Server {
     file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
-    /// What the service manager keeps for the next daemon when it ends; nothing where there is none.
-    kept: Vec<Name>,
+    /// What is kept for the next daemon besides memory and the socket, and where; none where nothing outlives this one.
+    kept: Option<(FdStore, Vec<Name>)>,
 }
 
 impl Server {
@@ -156,7 +156,7 @@ impl Server {
             None => None,
         };
         let (core, turn) = Core::new()?;
-        let kept = hold.as_ref().map(Hold::names).unwrap_or_default();
+        let kept = hold.as_ref().map(Hold::kept);
         let sockets = Sockets { listener, metrics, stopped };
         let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, hold)?;
         if let Some(ids) = ids {
@@ -181,20 +181,17 @@ impl Server {
         if let Some(manager) = &self.vm.options.manager {
             manager.ready();
         }
-        let kept = self.kept;
-        if !kept.is_empty() {
+        if let Some((store, kept)) = self.kept {
             // The socket goes on listening: the next daemon has it.
             std::mem::forget(file);
-            let (core, store) = (Arc::clone(&self.core), self.vm.options.manager.clone());
+            let core = Arc::clone(&self.core);
             let over = event_loop::run(self.core, self.turn, self.vm);
             if core.keeps_nothing() {
                 if let Some(guardian) = self.guardian {
                     guardian.bye();
                 }
-                if let Some(store) = store {
-                    kept.into_iter().for_each(|name| store.remove(name));
-                    store.settle();
-                }
+                kept.into_iter().for_each(|name| store.remove(name));
+                store.settle();
             }
             return over;
         }

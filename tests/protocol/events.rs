@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use passgate::client::{AddMemory, Client, Event, Events, Outcome, PageState};
-use passgate::serve::{Options, Server};
+use passgate::serve::{Hold, Options, Server};
+use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
-use passgate_backends::{Device, FenceStep, StopClass};
+use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, StopClass};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
@@ -243,23 +244,42 @@ impl Device for Wanted {
 #[test]
 fn a_device_that_the_host_wants_back_is_told_stopped_and_let_go() {
     let _one = alone();
-    let (dir, domain) = (tempfile::tempdir().unwrap(), SoftDomain::open().unwrap());
-    let request = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
-    let (inner, fences) = (domain.device("soft:0").unwrap(), Arc::default());
-    let device = Arc::new(Wanted { inner, request: Arc::clone(&request), fences: Arc::clone(&fences) });
-    let left = Arc::downgrade(&device);
-    let options = Options::at(dir.path().join("socket"));
-    let server = Server::bind(options, domain, vec![device]).unwrap().spawn().unwrap();
-    let mut client = Client::connect(server.path()).unwrap();
-    client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
-    let mut events = Client::connect(server.path()).unwrap().subscribe().unwrap();
-    assert!(fences.lock().unwrap().is_empty());
-    rustix::io::write(&*request, &1u64.to_ne_bytes()).unwrap();
-    let told = next(&mut events);
-    assert_eq!((told.event.as_str(), &told.details["device"]), ("device.wanted", &"soft:0".into()));
-    // It ends by itself, in order.
-    assert!(crate::daemon::until(LONG, || !server.path().exists()));
-    assert!(!fences.lock().unwrap().is_empty(), "it is stopped before its memory goes");
-    server.stop().unwrap();
-    assert!(left.upgrade().is_none(), "nobody has it any more");
+    for holds in [false, true] {
+        let (dir, domain) = (tempfile::tempdir().unwrap(), SoftDomain::open().unwrap());
+        let request = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+        let (inner, fences) = (domain.device("soft:0").unwrap(), Arc::default());
+        let device = Arc::new(Wanted { inner, request: Arc::clone(&request), fences: Arc::clone(&fences) });
+        let left = Arc::downgrade(&device);
+        let devices: Vec<Arc<dyn Device>> = vec![device];
+        let (store, removed) = FdStore::detached();
+        let hold = holds.then(|| {
+            let assign = || {
+                let (domain, devices): (Arc<dyn Domain>, _) = (domain.clone(), devices.clone());
+                Ok(Assignment { domain, devices, drives: Vec::new() })
+            };
+            let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
+            Hold::open(store, kept, &names, Accept::default(), LONG, assign).unwrap().1
+        });
+        let options = Options::at(dir.path().join("socket"));
+        let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();
+        let mut client = Client::connect(server.path()).unwrap();
+        client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
+        let mut events = Client::connect(server.path()).unwrap().subscribe().unwrap();
+        assert!(fences.lock().unwrap().is_empty());
+        rustix::io::write(&*request, &1u64.to_ne_bytes()).unwrap();
+        let told = next(&mut events);
+        assert_eq!((told.event.as_str(), &told.details["device"]), ("device.wanted", &"soft:0".into()));
+        // It ends by itself, in order.
+        events.by_ref().take_while(Result::is_ok).for_each(drop);
+        server.stop().unwrap();
+        assert!(!fences.lock().unwrap().is_empty(), "it is stopped before its memory goes");
+        let removed: Vec<_> = removed.try_iter().collect();
+        assert_eq!(
+            removed.contains(&Name::Ledger) && removed.contains(&Name::Guardian),
+            holds,
+            "{removed:?}"
+        );
+        // What outlives a daemon is closed with the process.
+        assert_eq!(left.upgrade().is_some(), holds);
+    }
 }
