@@ -167,9 +167,14 @@ impl Backlog {
         frame(next - 1, "gap", &details)
     }
 
-    /// Remembers what was refused.
+    /// Remembers what was refused; of a range that is refused again for the same cause, the last time only, so that one who
+    /// tries again and again displaces no other range.
     pub(super) fn remember(&mut self, notice: &Notice) {
         if let Notice::Refused { invalidation, range, reason } = notice {
+            let same = |(_, _, other, why): &(Instant, InvalidationId, PageRange<Gpa>, Reason)| {
+                other == range && (why.cause, why.device) == (reason.cause, reason.device)
+            };
+            self.refused.retain(|refused| !same(refused));
             if self.refused.len() == REFUSED {
                 self.refused.pop_front();
             }
@@ -207,6 +212,7 @@ fn frame(sequence: u64, event: &str, details: &Value) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::{Cause, Step};
 
     fn told(count: usize, details: &Value) -> Backlog {
         let mut backlog = Backlog::new().unwrap();
@@ -280,6 +286,23 @@ mod tests {
         assert_eq!(backlog.start(Some(last), Some("other")), Start { next: 11, gap: gap(10, true) });
         assert_eq!(backlog.start(Some(last + 1), None), Start { next: 11, gap: gap(10, true) });
         assert_eq!(told(0, &json!({})).start(Some(0), None), Start { next: 1, gap: None });
+    }
+
+    #[test]
+    fn range_that_is_refused_again_and_again_displaces_no_other() {
+        let mut backlog = Backlog::new().unwrap();
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 5 };
+        let mut refuse = |invalidation, page: u64, cause| {
+            let range = PageRange::new(page * 4096, 4096).unwrap();
+            let reason = Reason { cause, ..reason };
+            let notice = Notice::Refused { invalidation: InvalidationId(invalidation), range, reason };
+            backlog.remember(&notice);
+        };
+        refuse(1, 1, Cause::UnmapFailed);
+        refuse(2, 1, Cause::DmaInFlight);
+        (3..1000).for_each(|invalidation| refuse(invalidation, 2, Cause::UnmapFailed));
+        let kept: Vec<u64> = backlog.refused.iter().map(|(_, invalidation, ..)| invalidation.0).collect();
+        assert_eq!(kept, [1, 2, 999]);
     }
 
     #[test]

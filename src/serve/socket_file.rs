@@ -18,7 +18,7 @@ use crate::protocol::address::address;
 
 /// The permissions of a socket's file: the owner's only.
 const MODE: u32 = 0o600;
-/// Connections that may wait to be accepted; the kernel's own limit is below (`net.core.somaxconn`).
+/// Connections that may wait to be accepted; fewer where `net.core.somaxconn` is lower.
 const BACKLOG: i32 = 4096;
 
 /// What to do about a path that cannot be used.
