@@ -7,13 +7,18 @@ mod host_real;
 
 use std::process::ExitCode;
 
-use host_real::{disks, giving_back, namespaces};
+use host_real::{disks, giving_back, interfaces, namespaces};
 use libtest_mimic::{Arguments, Trial};
 
 /// A name, a test, and why it cannot run here.
 type Test = (&'static str, fn(), fn() -> Option<String>);
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 10] = [
+    (
+        "an_interface_that_is_down_and_has_an_address_is_in_use",
+        interfaces::an_address_on_an_interface_that_is_down_is_use,
+        interfaces::missing,
+    ),
     ("a_borrower_that_dies_gives_its_device_back", giving_back::a_borrower_that_dies_gives_back, || None),
     ("a_device_that_is_not_given_back_is_told", giving_back::a_device_that_is_not_given_back_is_told, || {
         None
@@ -48,7 +53,7 @@ const TESTS: [Test; 9] = [
 ];
 
 fn main() -> ExitCode {
-    if let Some(code) = namespaces::inside() {
+    if let Some(code) = namespaces::inside().or_else(interfaces::inside) {
         return code;
     }
     let trials = TESTS.into_iter().map(|(name, test, missing)| {

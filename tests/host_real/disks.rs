@@ -118,7 +118,7 @@ impl Sysfs {
 
     /// Asserts that the disk counts as used, and returns by whom.
     fn says(&self) -> String {
-        self.claim().err().expect("a disk in use counts as free")
+        self.claim().expect_err("a disk in use counts as free")
     }
 }
 

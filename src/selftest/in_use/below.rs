@@ -17,8 +17,17 @@ pub(super) struct Entry {
     pub(super) name: String,
     /// Its class or bus.
     pub(super) subsystem: String,
-    /// Its device file: major and minor number, and the name below `/dev`.
-    pub(super) file: Option<((u32, u32), String)>,
+    /// Its device file, where it has one.
+    pub(super) file: Option<DeviceFile>,
+}
+
+/// A device file.
+#[derive(Debug, Clone)]
+pub(super) struct DeviceFile {
+    /// Major and minor number.
+    pub(super) number: (u32, u32),
+    /// Its name below `/dev`.
+    pub(super) name: String,
 }
 
 /// What is below a device.
@@ -54,10 +63,8 @@ impl Below {
     }
 
     /// The entries that have a device file.
-    pub(super) fn files(&self) -> impl Iterator<Item = (&Entry, (u32, u32), &str)> {
-        self.entries
-            .iter()
-            .filter_map(|entry| entry.file.as_ref().map(|(number, name)| (entry, *number, &name[..])))
+    pub(super) fn files(&self) -> impl Iterator<Item = (&Entry, &DeviceFile)> {
+        self.entries.iter().filter_map(|entry| Some((entry, entry.file.as_ref()?)))
     }
 
     fn walk(&mut self, dir: &Path, depth: usize) -> Result<(), String> {
@@ -85,7 +92,7 @@ impl Below {
 }
 
 /// The device file of the entry at `dir`, where it has one.
-fn device_file(dir: &Path, name: &str) -> Result<Option<((u32, u32), String)>, String> {
+fn device_file(dir: &Path, name: &str) -> Result<Option<DeviceFile>, String> {
     let Some(number) = text(&dir.join("dev"))? else { return Ok(None) };
     let parsed = number.trim().split_once(':').and_then(|(major, minor)| {
         let number = (major.parse().ok()?, minor.parse().ok()?);
@@ -99,5 +106,5 @@ fn device_file(dir: &Path, name: &str) -> Result<Option<((u32, u32), String)>, S
     };
     let event = text_of(&dir.join("uevent"))?;
     let named = event.lines().find_map(|line| line.strip_prefix("DEVNAME=")).unwrap_or(name);
-    Ok(Some((number, named.to_owned())))
+    Ok(Some(DeviceFile { number, name: named.to_owned() }))
 }

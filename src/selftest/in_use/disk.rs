@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{OFlags, major, minor};
 use rustix::io::Errno;
 
-use super::below::{Below, Entry};
+use super::below::{Below, DeviceFile, Entry};
 use super::{Host, names, node, text, text_of, unknown};
 
 /// Opens every disk below the device exclusively. A claim of a disk fails where one of its partitions is claimed, and
@@ -56,7 +56,7 @@ enum Claim {
 }
 
 fn exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
-    let Some((number, name)) = &entry.file else {
+    let Some(DeviceFile { number, name }) = &entry.file else {
         return Err(format!("whether {} is used cannot be found out: it has no device number", entry.name));
     };
     let path = node(host, name);
@@ -83,7 +83,7 @@ fn exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
 
 /// Who uses this disk or partition, where a list says so.
 fn user(host: Host<'_>, part: &Entry) -> Result<Option<String>, String> {
-    let Some(((major, minor), name)) = &part.file else { return Ok(None) };
+    let Some(DeviceFile { number: (major, minor), name }) = &part.file else { return Ok(None) };
     let path = node(host, name);
     let path = path.display();
     let number = format!("{major}:{minor}");

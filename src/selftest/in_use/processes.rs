@@ -15,9 +15,10 @@ use crate::host::sight::{Blind, each_open_file, has_ended};
 pub(super) fn check(host: Host<'_>, dir: &Path, below: &Below) -> Result<(), String> {
     // VFIO's own file: who has that is waited for.
     let ours = dir.join("vfio-dev");
-    let files = below.files().filter(|(entry, ..)| !entry.dir.starts_with(&ours));
-    let nodes: BTreeMap<(bool, (u32, u32)), PathBuf> =
-        files.map(|(entry, number, name)| ((entry.subsystem == "block", number), node(host, name))).collect();
+    let files = below.files().filter(|(entry, _)| !entry.dir.starts_with(&ours));
+    let nodes: BTreeMap<(bool, (u32, u32)), PathBuf> = files
+        .map(|(entry, file)| ((entry.subsystem == "block", file.number), node(host, &file.name)))
+        .collect();
     let is_nvidia = fs::read_link(dir.join("driver")).is_ok_and(|driver| driver.ends_with("nvidia"));
     if nodes.is_empty() && !is_nvidia {
         return Ok(());
