@@ -130,6 +130,24 @@ fn a_command_that_ends_at_no_try_fails_in_the_end_and_alone() {
     }
 }
 
+/// Whoever counts one of them too many waits for what has come, and resets the controller. The keeper deals with one after
+/// the other: what it does about the last but one it has done when the last has come.
+#[test]
+fn commands_that_were_aborted_are_overdue_no_more() {
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE / 2);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::any().over(0..8).always(), Does::HoldData);
+    owner.start(0, write(0, 8), &page(0));
+    assert_eq!(owner.result(0), Err(Fault::TimedOut), "given up with its last abort");
+    for first in [8, 16] {
+        bench.sim.fault(When::any().over(first..first + 8), Does::HoldData);
+        assert_eq!(owner.run(write(first, 8), &page(1)), Ok(()), "done again after its abort");
+    }
+    let health = bench.drive().health();
+    assert_eq!((health.resets, bench.sim.enabled()), (0, 1));
+    assert!(health.aborts >= 5, "{health:?}");
+}
+
 #[test]
 fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
     for does in [Does::Twice, Does::Foreign(9999), Does::Foreign(100)] {

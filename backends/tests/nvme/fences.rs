@@ -146,6 +146,8 @@ fn a_queue_that_is_given_back_with_something_in_it_keeps_the_pages_until_a_fence
     owner.start(1, read(0, 8), &page(0));
     assert!(bench.sim.await_held(1, LONG));
     drop(owner);
+    // The next owner's requests would take the place of those in the window.
+    assert!(bench.drive().take_queue(0).is_err(), "it is taken over with something in flight");
     assert!(matches!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Failed { .. }));
     bench.drive().fence(FenceStep::Master).unwrap();
     assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });

@@ -3,9 +3,9 @@
 use std::os::fd::AsFd;
 
 use passgate_backends::Domain;
-use passgate_backends::iommu::sim::{Memory, Sim};
+use passgate_backends::iommu::sim::{FileKey, Memory, Sim};
 use passgate_bindings::memory::GuestFile;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
 use crate::serve::{Handle, Options, Server};
@@ -91,4 +91,52 @@ fn table_takes_old_memory_from_workers_first_and_shows_new_memory_last() {
     bench.table.set(second, |memory| steps.push((seen(&memory), mapped(&domain)))).unwrap();
     let (stays, comes) = (LEN, 3 * LEN);
     assert_eq!(steps, [(vec![stays], vec![0, LEN, 2 * LEN]), (vec![stays, comes], vec![stays, comes])]);
+}
+
+/// A VMM that has begun anew has memory of the same shape in another file.
+#[test]
+fn file_of_the_same_shape_is_not_taken_for_the_one_before() {
+    let mut bench = Bench::new();
+    let before = vec![bench.part(0)];
+    bench.table.set(before, drop).unwrap();
+    bench.file = GuestFile::memfd("guest", 4 * LEN).unwrap();
+    bench.file.write(0, &[7]).unwrap();
+    let (after, mut steps) = (vec![bench.part(0)], Vec::new());
+    let first = |memory: &GuestMemoryMmap| memory.read_obj::<u8>(GuestAddress(0)).ok();
+    bench.table.set(after, |memory| steps.push(first(&memory))).unwrap();
+    assert_eq!(steps, [None, Some(7)]);
+    let files: Vec<_> = bench.domain.mappings().iter().map(|mapping| mapping.file).collect();
+    assert!(files.iter().all(|file| *file == FileKey::of(&bench.file).unwrap()));
+}
+
+/// The same of what a restart has kept mapped.
+#[test]
+fn file_of_the_same_shape_is_not_taken_for_one_that_a_restart_has_kept() {
+    let mut bench = Bench::new();
+    let (shape, _, file) = bench.part(0);
+    let memory = AddMemory { offset: shape.offset, ..AddMemory::shared(shape.gpa, shape.len) };
+    let region = bench.table.client.add_memory(&memory, &[&file.as_fd()]).unwrap().region;
+    let Shape { gpa, len: length, offset } = shape;
+    let identity::Identity { device, inode, .. } = identity::identify(&file).unwrap();
+    let (piece, writable, shared) = (length, true, length);
+    bench.table.adopted = vec![AdoptedRegion {
+        region,
+        gpa,
+        length,
+        device,
+        inode,
+        offset,
+        piece,
+        writable,
+        shared,
+        private: 0,
+        hole: 0,
+        unknown: 0,
+    }];
+    bench.file = GuestFile::memfd("guest", 4 * LEN).unwrap();
+    let after = vec![bench.part(0)];
+    bench.table.set(after, drop).unwrap();
+    let files: Vec<_> = bench.domain.mappings().iter().map(|mapping| mapping.file).collect();
+    assert!(files.iter().all(|file| *file == FileKey::of(&bench.file).unwrap()));
+    assert!(bench.table.adopted.is_empty());
 }

@@ -57,3 +57,24 @@ fn answer_to_an_earlier_question_decides_no_later_one() {
     ring.answered(&mut queue, &memory, 3, third, Admits::Never);
     assert_eq!((ring.now(), queue.next_used()), ((0, 0), 1));
 }
+
+/// Its pages went by force, or for a moment: who knows is asked, and a second fault is the guest's answer.
+#[test]
+fn request_whose_memory_faulted_is_asked_about_once() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let mut queue = Queue::new(16).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+    let mut ring = Ring::new(0, Arc::new(Counts::default()));
+    ring.slots.resize_with(16, Slot::default);
+    ring.slots[3].status = GuestAddress(0x3000);
+    for asked in [true, false] {
+        (ring.slots[3].state, ring.flying) = (State::Flying, 1);
+        ring.completed(&mut queue, &memory, (ring.life, 3), Err(Fault::Memory));
+        assert_eq!((ring.now(), queue.next_used()), ((0, asked.into()), (!asked).into()));
+        if let Some(Question { ticket, .. }) = ring.questions.pop() {
+            ring.answered(&mut queue, &memory, 3, ticket, Admits::Open);
+            ring.delayed.clear();
+        }
+    }
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), FAILED);
+}
