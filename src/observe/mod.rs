@@ -5,6 +5,7 @@ pub mod disk;
 pub mod events;
 pub mod keep;
 pub mod metrics;
+mod private;
 pub mod records;
 pub mod replay;
 pub mod status;

@@ -5,7 +5,7 @@
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -33,6 +33,16 @@ impl StateOptions {
     }
 }
 
+/// Write permission of anybody but the owner (S_IWGRP, S_IWOTH).
+const OTHERS_WRITE: u32 = 0o022;
+
+/// True where a log in the directory was written on this boot: a daemon has used it, also one that left no mark.
+fn logged_on(dir: &Path, boot: &str) -> bool {
+    let newest = audit::files::list(dir).unwrap_or_default().into_iter().rev();
+    let heads = newest.filter_map(|(_, path)| audit::reader::head(&path).ok().flatten());
+    heads.take(1).any(|head| head.boot == boot)
+}
+
 /// What a session writes down.
 #[derive(Debug)]
 pub struct Records {
@@ -45,7 +55,9 @@ pub struct Records {
 
 impl Records {
     /// Takes the directory, reads what the last daemon left there, and begins a log for a session with this policy
-    /// over `iommu` and these devices, which goes on from an earlier daemon's where it is `resumed`. `EAGAIN` where another daemon has the directory.
+    /// over `iommu` and these devices, which goes on from an earlier daemon's where it is `resumed`. `EAGAIN` where
+    /// another daemon has the directory, `EACCES` where others may write to it. Where what was in quarantine cannot be
+    /// read, the start is refused, unless the ledger of the earlier daemon has it.
     pub fn open(
         options: &StateOptions,
         policy: Policy,
@@ -63,12 +75,32 @@ impl Records {
             }
             errno => failed("")(errno.into()),
         })?;
+        let owner = rustix::fs::fstat(&lock).map_err(|errno| failed("")(errno.into()))?;
+        if owner.st_mode & OTHERS_WRITE != 0 {
+            let mend = ": others may write there, and so lift a quarantine: chmod go-w it, or name another --state-dir";
+            return Err(failed(mend)(Errno::ACCESS.into()));
+        }
+        let own = rustix::process::geteuid().as_raw();
+        if owner.st_uid != own && owner.st_uid != 0 {
+            log::warn!(
+                "{}: it is user {}'s, who may lift a quarantine: chown it",
+                options.dir.display(),
+                owner.st_uid
+            );
+        }
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
             .map_err(failed(": /proc is not mounted"))?
             .trim()
             .to_owned();
-        let keep = Keep::new(&options.dir, boot.clone());
-        let left = keep.load()?;
+        let mut keep = Keep::new(&options.dir, boot.clone());
+        let left = match keep.load(logged_on(&options.dir, &boot)) {
+            Err(error) if resumed => {
+                log::error!("{error} (the ledger that was kept has it)");
+                Vec::new()
+            }
+            left => left?,
+        };
+        keep.begin(&left)?;
         if !left.is_empty() {
             log::warn!("{}: {} ranges are still in quarantine", options.dir.display(), left.len());
         }
@@ -94,7 +126,7 @@ impl Records {
     /// This is in quarantine, as an earlier daemon's ledger had it.
     pub fn go_on(&mut self, quarantine: &[QuarantineStatus]) {
         self.left.clear();
-        self.keep.save(quarantine);
+        self.keep.save(quarantine, true);
     }
 
     /// Takes down an event that the gate is about to be told.
@@ -114,12 +146,12 @@ impl Records {
             }
         }
         if more {
-            self.keep.save(&quarantine());
+            self.keep.save(&quarantine(), true);
             self.log.finish(effects);
         } else {
             self.log.finish(effects);
             if less {
-                self.keep.save(&quarantine());
+                self.keep.save(&quarantine(), false);
             }
         }
     }

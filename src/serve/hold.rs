@@ -1,7 +1,8 @@
 //! `--restart hold`: what this daemon takes over from the one before, and leaves to the next.
 //!
 //! Where something of it is missing or cannot be, nothing of it is used: what was kept is let go, by which devices are
-//! stopped, and the daemon starts afresh. There is no half of a restart.
+//! stopped, and the daemon starts afresh. There is no half of a restart. Quarantine stays: what the ledger has, or, where
+//! it cannot be read, all memory that was kept.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,12 +14,14 @@ use std::time::Duration;
 
 use passgate_backends::resume::{self, Ids};
 use passgate_backends::{Accept, Assignment, Device, Domain};
+use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
 use crate::error::{Error, Result};
+use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Step};
 use crate::session;
 use crate::session::fdstore::{FdStore, Kept, Name};
-use crate::session::lasting::{Lasting, LoadError};
+use crate::session::lasting::{Lasting, LoadError, holds_in};
 
 /// What a server goes on from, and hands on.
 #[derive(Debug)]
@@ -73,12 +76,13 @@ impl Hold {
                  the unit; systemd says so from version 254 on"
             );
         }
-        let names = kept.names();
+        let (names, ledger) = (kept.names(), kept.copy(&Name::Ledger));
         if !kept.is_empty() {
             match go_on(&mut kept, devices, accept, &assign)? {
                 Ok((assignment, lasting, left)) => {
                     let fresh = left.ids == Ids::Nothing;
-                    let session = session::Hold { store, lasting, left: Some((left, kept)) };
+                    let session =
+                        session::Hold { store, lasting, left: Some((left, kept)), quarantine: None };
                     return Ok((
                         assignment,
                         Self { session, adopt_within, fresh, socket, guardian, names: vec![] },
@@ -90,12 +94,21 @@ impl Hold {
                 ),
             }
         }
-        names.into_iter().chain([Name::Guardian]).for_each(|name| store.remove(name));
-        drop((kept, guardian));
+        let quarantine = quarantine(ledger, &kept);
+        let held: BTreeSet<FileId> = quarantine
+            .iter()
+            .filter_map(|event| if let Event::Quarantine { file, .. } = event { Some(*file) } else { None })
+            .collect();
+        let stays = |name: &Name| matches!(name, Name::Memory(file) if held.contains(file));
+        let kept = kept.only(stays);
+        let goes = names.into_iter().filter(|name| !stays(name));
+        goes.chain([Name::Guardian]).for_each(|name| store.remove(name));
+        drop(guardian);
         store.settle();
         let assignment = assign()?;
         let lasting = Lasting::new().map_err(|error| keep_error(&Name::Ledger, error.to_string()))?;
-        let session = session::Hold { store, lasting, left: None };
+        let quarantine = (!quarantine.is_empty()).then_some((quarantine, kept));
+        let session = session::Hold { store, lasting, left: None, quarantine };
         Ok((assignment, Self { session, adopt_within, fresh: true, socket, guardian: None, names: vec![] }))
     }
 
@@ -161,6 +174,46 @@ impl Hold {
         put.map_err(|error| keep_error(&Name::Socket, error.to_string()))?;
         Ok(listener)
     }
+}
+
+/// What stays in quarantine although nobody goes on from what was kept: what the ledger has, or, where it cannot be read,
+/// every page of all memory that was kept.
+fn quarantine(ledger: Option<OwnedFd>, kept: &Kept) -> Vec<Event> {
+    let gone = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+    let known = match ledger.map(holds_in) {
+        Some(Ok(holds)) => holds,
+        Some(Err(error)) => return unknown(kept, &error.to_string()),
+        None => return unknown(kept, "no ledger was kept"),
+    };
+    let event = |(file, range, by)| {
+        let (invalidation, reason) = match by {
+            HeldBy::Open(id) => (id, gone),
+            HeldBy::Quarantine(id, reason) => (id, reason),
+        };
+        Event::Quarantine { file, range, invalidation, reason }
+    };
+    known.into_iter().map(event).collect()
+}
+
+/// All memory that was kept, in quarantine under a number for each file.
+fn unknown(kept: &Kept, why: &str) -> Vec<Event> {
+    let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+    let mut events = Vec::new();
+    for name in kept.names() {
+        let Name::Memory(file) = name else { continue };
+        let Some(Ok(found)) = kept.copy(&name).map(identity::identify) else { continue };
+        let Ok(range) = PageRange::new(0, found.size / PAGE * PAGE) else { continue };
+        let invalidation = InvalidationId(events.len() as u64 + 1);
+        events.push(Event::Quarantine { file, range, invalidation, reason });
+    }
+    if !events.is_empty() {
+        log::error!(
+            "{why}: what was in quarantine is unknown, so all {} files of memory that were kept are in quarantine until \
+             they are released",
+            events.len()
+        );
+    }
+    events
 }
 
 /// Goes on from what was kept, or says why not.

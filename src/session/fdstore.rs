@@ -150,6 +150,17 @@ impl Kept {
         self.all(name).pop()
     }
 
+    /// A copy of the one under this name; the newest where there are several.
+    pub fn copy(&self, name: &Name) -> Option<OwnedFd> {
+        self.kept.get(name)?.last()?.try_clone().ok()
+    }
+
+    /// What is kept under names of which `wanted` says so; the rest is closed.
+    pub fn only(mut self, wanted: impl Fn(&Name) -> bool) -> Self {
+        self.kept.retain(|name, _| wanted(name));
+        self
+    }
+
     /// The names of what is left.
     pub fn names(&self) -> Vec<Name> {
         self.kept.keys().cloned().collect()

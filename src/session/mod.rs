@@ -120,13 +120,22 @@ impl Session {
         hold: Option<Hold>,
     ) -> Self {
         let mut start = start(&*domain, &devices, trust.tolerant);
-        let (lasting, store, left) = match hold {
-            Some(Hold { store, lasting, left }) => (Some(lasting), Some(store), left),
-            None => (None, None, None),
+        let (lasting, store, left, quarantine) = match hold {
+            Some(Hold { store, lasting, left, quarantine }) => (Some(lasting), Some(store), left, quarantine),
+            None => (None, None, None, None),
         };
         // What the ledger has of an earlier daemon's quarantine is the same, and more.
         if left.is_none() {
             start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
+        }
+        let mut files = Files::new(trust.unsealed);
+        if let Some((events, mut kept)) = quarantine {
+            for event in &events {
+                if let Event::Quarantine { file, .. } = event {
+                    files.hold_again(*file, &mut kept);
+                }
+            }
+            start.extend(events);
         }
         let mut session = Self {
             gate: Gate::new(policy),
@@ -136,7 +145,7 @@ impl Session {
             usable: domain.usable(),
             domains: vec![domain],
             devices,
-            files: Files::new(trust.unsealed),
+            files,
             held: HeldAnswers::default(),
             quiet: None,
             border: VecDeque::new(),

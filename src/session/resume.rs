@@ -5,7 +5,9 @@ use passgate_backends::resume::Ids;
 use super::Session;
 use super::fdstore::{FdStore, Kept, Name};
 use super::lasting::{Lasting, Left};
-use crate::gate::{ClientId, DomainId, FileId, InvalidationId};
+use crate::gate::ledger::holds::gaps;
+use crate::gate::{Cause, ClientId, DomainId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
+use crate::observe::records::Records;
 
 /// By what a session outlives its process.
 #[derive(Debug)]
@@ -16,6 +18,9 @@ pub struct Hold {
     pub lasting: Lasting,
     /// What an earlier process left there, and the files that were kept for it.
     pub left: Option<(Left, Kept)>,
+    /// Where nobody goes on from an earlier process: what stays in quarantine all the same, as events for a gate without
+    /// regions, and the files that it is in.
+    pub quarantine: Option<(Vec<Event>, Kept)>,
 }
 
 impl Session {
@@ -32,6 +37,8 @@ impl Session {
         for (file, ..) in &past.holds {
             self.files.hold_again(*file, &mut kept);
         }
+        let on_disk = self.records.as_mut().map(Records::take_left).unwrap_or_default();
+        join_quarantine(&mut past, on_disk);
         self.gate.resume(past, &mut self.effects);
         // Before any of the effects: what is doubtful is being taken away, and is none of this.
         for (index, domain) in self.domains.iter().enumerate() {
@@ -92,6 +99,33 @@ impl Session {
     }
 }
 
+/// Adds what the state directory has in quarantine and the ledger has not. Nobody here can prove anything of it: it stays
+/// until it is released.
+fn join_quarantine(past: &mut Past, on_disk: Vec<Event>) {
+    for event in on_disk {
+        let Event::Quarantine { file, range, invalidation, reason } = event else { continue };
+        let mut held: Vec<_> = past
+            .holds
+            .iter()
+            .filter(|(of, held, _)| *of == file && held.overlaps(range))
+            .map(|(_, held, _)| *held)
+            .collect();
+        held.sort_unstable();
+        let missing: Vec<_> = gaps(range, held.into_iter()).collect();
+        if missing.is_empty() {
+            continue;
+        }
+        log::warn!(
+            "{} ranges are in quarantine on disk and not in the ledger: they stay there",
+            missing.len()
+        );
+        let id = InvalidationId(invalidation.0.clamp(1, u64::MAX / 2));
+        past.last_invalidation = past.last_invalidation.max(id.0);
+        let reason = Reason { cause: Cause::OwnerUnknown, ..reason };
+        past.holds.extend(missing.into_iter().map(|range| (file, range, HeldBy::Quarantine(id, reason))));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -106,6 +140,7 @@ mod tests {
     use super::*;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::protocol::verbs::AddMemory;
+    use crate::session::lasting::holds_in;
     use crate::session::start::start;
     use crate::session::{Next, SystemClock, Trust};
 
@@ -216,9 +251,14 @@ mod tests {
 
         let window = Window::new(1, 1);
         let domain = Arc::new(Windowed::new(Arc::new(sim.clone()), Arc::clone(&window)));
+        // Who does not go on from it has what was held all the same.
+        let holds = holds_in(ledger.try_clone().unwrap()).unwrap();
+        let [(file, held, HeldBy::Open(_))] = holds[..] else { panic!("{holds:?}") };
+        assert_eq!((held.start().0 / PAGE, held.pages()), (5, 1));
         let (lasting, left) = Lasting::open(ledger).unwrap();
         let mut second = session(domain, lasting);
         let found = identity::identify(&fd).unwrap();
+        assert_eq!(file, FileId { device: found.device, inode: found.inode });
         let name = Name::Memory(FileId { device: found.device, inode: found.inode });
         assert!(open(&window).is_empty());
         second.go_on(left, Kept::of(BTreeMap::from([(name, vec![fd])])));

@@ -81,11 +81,20 @@ fn quarantine_survives_kill_9_and_the_log_knows() {
     let receipt: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((code, &receipt["outcome"]["unknown"]["errno"]), (Some(0), &Value::from(5)));
 
-    // A daemon that starts without it is found out afterwards.
+    // One that is gone is unknown, also where the mark of its use is gone with it.
     std::fs::remove_file(state.join(FILE)).unwrap();
-    let daemon = start(&path, &state);
+    for _ in 0..2 {
+        let (code, said) = serve_fails(program(), &path, &arguments(&state));
+        assert!(code == Some(1) && said.contains(FILE) && said.contains("unknown"), "{code:?} {said}");
+        let marks = std::fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().path());
+        let marks = marks.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("boot-"));
+        marks.for_each(|path| std::fs::remove_file(path).unwrap());
+    }
+    // A daemon that starts without it, elsewhere, is found out afterwards.
+    let other = place.path().join("other");
+    let daemon = start(&path, &other);
     drop((add(&daemon, &memory), daemon));
-    let (code, said) = run(&["replay"], std::slice::from_ref(&state));
+    let (code, said) = run(&["replay"], &[state, other]);
     assert!(code == Some(1) && said.contains("was in quarantine when the last run ended"), "{code:?} {said}");
 }
 
@@ -102,16 +111,16 @@ fn a_person_ends_a_quarantine_for_the_next_daemon_too() {
 
     // By the gate: what the next daemon is told, and a person's word.
     let boot = Run::find(std::slice::from_ref(&state)).unwrap().pop().unwrap().head.boot;
-    let keep = Keep::new(&state, boot.clone());
-    let left = keep.load().unwrap();
+    let mut keep = Keep::new(&state, boot);
+    let left = keep.load(true).unwrap();
     assert_eq!(left.len(), 1);
-    assert!(Keep::new(&state, "another boot".into()).load().unwrap().is_empty());
+    assert!(Keep::new(&state, "another boot".into()).load(false).unwrap().is_empty());
     let (mut gate, mut effects) = (passgate::gate::Gate::new(Policy::default()), Vec::new());
     left.into_iter().for_each(|event| gate.handle(event, &mut effects));
     let caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
     let (invalidation, to) = (InvalidationId(invalidation), passgate::gate::PageState::Shared);
     gate.handle(Event::Release { caller, invalidation, to }, &mut effects);
-    keep.save(&gate.snapshot().quarantine);
+    keep.save(&gate.snapshot().quarantine, false);
 
     let daemon = start(&path, &state);
     let mut client = add(&daemon, &memory);
@@ -136,15 +145,50 @@ fn two_daemons_do_not_share_a_directory() {
 }
 
 #[test]
-fn a_quarantine_that_cannot_be_read_is_not_forgotten() {
+fn a_quarantine_that_cannot_be_read_refuses_the_start_and_keeps_nobody_waiting() {
     let place = tempfile::tempdir().unwrap();
     let (path, state) = (place.path().join("socket"), place.path().join("state"));
-    std::fs::create_dir(&state).unwrap();
-    std::fs::write(state.join(FILE), "{\"boot\":").unwrap();
+    let file = state.join(FILE);
+    drop(start(&path, &state));
+    type Spoil = fn(&Path);
+    let spoils: [(&str, Spoil); 4] = [
+        ("damaged", |file| std::fs::write(file, "{\"boot\":").unwrap()),
+        ("empty", |file| std::fs::write(file, "").unwrap()),
+        ("a FIFO", |file| {
+            let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+            rustix::fs::mknodat(rustix::fs::CWD, file, kind, mode, 0).unwrap();
+        }),
+        ("a link to what has no end", |file| std::os::unix::fs::symlink("/dev/zero", file).unwrap()),
+    ];
+    for (what, spoil) in spoils {
+        std::fs::remove_file(&file).unwrap();
+        spoil(&file);
+        let (code, said) = serve_fails(program(), &path, &arguments(&state));
+        assert_eq!(code, Some(1), "{what}: {said}");
+        assert!(said.contains(FILE) && said.contains("move the directory away"), "{what}: {said}");
+    }
+    // A file of the log that waits for a writer keeps nobody waiting either.
+    std::fs::remove_dir_all(&state).unwrap();
+    std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&state).unwrap();
+    let log = state.join("audit-00000000.jsonl");
+    rustix::fs::mknodat(rustix::fs::CWD, &log, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
     let (code, said) = serve_fails(program(), &path, &arguments(&state));
-    assert_eq!(code, Some(1));
-    assert!(said.contains(FILE) && said.contains("remove the file"), "{said}");
-    std::fs::write(state.join(FILE), "").unwrap();
+    assert!(code == Some(1) && said.contains("no regular file"), "{code:?} {said}");
+}
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let (path, state) = (place.path().join("socket"), place.path().join("state"));
+    drop(start(&path, &state));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode;
+    for bits in [0o777, 0o770, 0o702] {
+        std::fs::set_permissions(&state, mode(bits)).unwrap();
+        let (code, said) = serve_fails(program(), &path, &arguments(&state));
+        assert!(code == Some(1) && said.contains("chmod go-w"), "{code:?} {said}");
+    }
+    std::fs::set_permissions(&state, mode(0o755)).unwrap();
     drop(start(&path, &state));
 }
 

@@ -3,12 +3,14 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use passgate::client::{AddMemory, PageState};
+use passgate::client::{AddMemory, Outcome, PageState, State};
 use passgate_bindings::PAGE;
 use rustix::fs::MemfdFlags;
 
 use super::keeper::Keeper;
-use super::{Dice, GPA, LONG, PAGES, begin, comes_to_reach, convert, join, memory, service, settled};
+use super::{
+    Dice, GPA, LONG, PAGES, begin, comes_to_reach, convert, join, memory, reaches, service, settled,
+};
 
 /// Whatever comes in place of what was kept: a clean start that says why, or a clear error; never another state.
 #[test]
@@ -20,6 +22,7 @@ fn what_was_kept_is_not_believed_for_its_shape() {
         fd
     };
     type Spoil = fn(&Keeper, OwnedFd);
+    let unreadable = ["another file as the ledger", "no ledger", "a pipe as the ledger"];
     let cases: &[(&str, Spoil, &str, bool)] = &[
         (
             "another file as the ledger",
@@ -100,6 +103,25 @@ fn what_was_kept_is_not_believed_for_its_shape() {
             // It serves as one that has just begun.
             client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
         }
+        if unreadable.contains(what) {
+            // What was in quarantine is unknown: all of it is, for the next daemon too.
+            service.says("what was in quarantine is unknown");
+            assert!(!reaches(&mut client, 1), "{what}");
+            service.kill();
+            service.start();
+            client = service.client();
+            client.adopt().unwrap();
+            settled(&mut client, 0);
+            assert!((0..PAGES).all(|at| !reaches(&mut client, at)), "{what}");
+            let held = client.status().unwrap().quarantine;
+            assert_eq!(held.iter().map(|range| range.length).sum::<u64>(), PAGES * PAGE, "{what}: {held:?}");
+            let mut person = service.client();
+            for since in
+                held.iter().map(|range| range.invalidation).collect::<std::collections::BTreeSet<_>>()
+            {
+                person.release(since, State::Shared).unwrap();
+            }
+        }
         settled(&mut client, PAGES);
         assert!(comes_to_reach(&mut client, 1), "{what}");
     }
@@ -141,5 +163,67 @@ fn no_damage_to_the_ledger_keeps_a_daemon_from_serving() {
             let stat = rustix::fs::fstat(&memory).unwrap();
             service.replace(&format!("passgate.memory.{:x}.{:x}", stat.st_dev, stat.st_ino), &memory);
         }
+    }
+}
+
+/// Without its ledger nobody knows what was in quarantine: all of it is, and so it is for who comes after.
+#[test]
+fn quarantine_outlives_a_start_without_the_ledger_and_the_restarts_after_it() {
+    let place = tempfile::tempdir().unwrap();
+    for with_state in [false, true] {
+        let state = place.path().join("state");
+        let more: &[&str] = if with_state { &["--state-dir", state.to_str().unwrap()] } else { &[] };
+        let (mut service, memory) = (service(more), memory(PAGES));
+        service.start();
+        let (client, mut channel) = join(&service, &memory);
+        let lost = begin(&mut channel, 5, PageState::Private);
+        channel.end(lost, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
+        service.kill();
+        drop((client, channel));
+        service.forget("passgate.ledger");
+        service.start();
+        let mut client = service.client();
+        client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
+        assert!(!reaches(&mut client, 5));
+        drop(client);
+        for _ in 0..2 {
+            service.kill();
+            service.start();
+            let mut client = service.client();
+            let quarantine = client.status().unwrap().quarantine;
+            assert!(quarantine.iter().map(|range| range.length).sum::<u64>() >= PAGE, "{quarantine:?}");
+            _ = client.adopt();
+            assert!(!reaches(&mut client, 5));
+        }
+    }
+}
+
+/// A quarantine that came from the state directory is in the ledger, and so is the next daemon's.
+#[test]
+fn quarantine_of_the_state_directory_is_in_the_ledger() {
+    let place = tempfile::tempdir().unwrap();
+    let state = place.path().join("state");
+    let (mut service, memory) = (service(&["--state-dir", state.to_str().unwrap()]), memory(PAGES));
+    service.start();
+    let (client, mut channel) = join(&service, &memory);
+    let lost = begin(&mut channel, 5, PageState::Private);
+    channel.end(lost, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
+    service.kill();
+    drop((client, channel));
+    // The manager has lost everything: the directory is what is left.
+    for name in service.names() {
+        service.forget(&name);
+    }
+    std::fs::remove_file(&service.path).unwrap();
+    service.start();
+    let mut client = service.client();
+    client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
+    drop(client);
+    for _ in 0..3 {
+        service.kill();
+        service.start();
+        let quarantine = service.client().status().unwrap().quarantine;
+        let [held] = &quarantine[..] else { panic!("{quarantine:?}") };
+        assert_eq!((held.length, held.cause.as_str()), (PAGE, "owner-unknown"));
     }
 }

@@ -3,6 +3,8 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::observe::private;
+
 /// The file of this number.
 pub fn path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("audit-{number:08}.jsonl"))
@@ -36,7 +38,9 @@ pub fn remove_oldest(dir: &Path, keep: usize) {
 pub fn remove_unwritten(dir: &Path) -> io::Result<()> {
     for (_, path) in list(dir)? {
         let mut first = [0];
-        let got = std::fs::File::open(&path)?.read(&mut first)?;
+        let got = private::open(&path, false)
+            .and_then(|mut file| file.read(&mut first))
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
         if got == 0 || first == [0] {
             std::fs::remove_file(&path)?;
         }

@@ -12,6 +12,7 @@ use passgate_bindings::units::LIMIT;
 use super::files;
 use super::line::{Head, Line};
 use crate::gate::Event;
+use crate::observe::private;
 
 /// Bytes of one line at most: the writer's come to some hundred, but for a client that dies with all that it may have.
 const MAX_LINE: u64 = 64 << 20;
@@ -112,9 +113,9 @@ impl Run {
 }
 
 /// The head of a file; none where nothing was written to it.
-fn head(path: &Path) -> Result<Option<Head>, ReadError> {
+pub(in crate::observe) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
-    let mut file = BufReader::new(File::open(path).map_err(io)?);
+    let mut file = BufReader::new(private::open(path, true).map_err(io)?);
     let mut line = Vec::new();
     if !more(&mut file).map_err(io)? {
         return Ok(None);
@@ -162,7 +163,7 @@ impl Reader<'_> {
             if self.open.is_none() {
                 let Some(path) = self.files.next() else { return Ok(None) };
                 let io = |source| ReadError::Io { path: path.clone(), source };
-                let file = BufReader::with_capacity(256 << 10, File::open(path).map_err(io)?);
+                let file = BufReader::with_capacity(256 << 10, private::open(path, true).map_err(io)?);
                 self.open = Some(Open { path, file, line: 0 });
             }
             let Some(open) = &mut self.open else { return Ok(None) };

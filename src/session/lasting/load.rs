@@ -4,15 +4,16 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
 use passgate_backends::resume::Ids;
-use passgate_bindings::Failed;
+use passgate_bindings::units::Offset;
 use passgate_bindings::words::Words;
+use passgate_bindings::{Failed, PageRange};
 
 use super::line::{self, Aside};
 use super::slots::{Line, Slot};
 use super::{COUNTERS, DEVICES, DOMAIN, IDS, INVALIDATION, LOST, Lasting, NAMES, REGION, STOPPED};
 use crate::gate::ledger::OpenError;
 use crate::gate::ledger::{Full, Mapped, PageMap, Store};
-use crate::gate::{DeviceId, HeldBy, Past, RegionId};
+use crate::gate::{DeviceId, FileId, HeldBy, Past, RegionId};
 
 /// Why there is nothing to go on with. The text is a part of a message.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,18 @@ pub struct Left {
     /// Those of them whose ATS was known to be off while they are attached.
     pub ats_unused: Vec<String>,
     pub(in crate::session) asides: Vec<(RegionId, Aside)>,
+}
+
+/// What an earlier process held, by file.
+pub type Holds = Vec<(FileId, PageRange<Offset>, HeldBy)>;
+
+/// What was held in the ledger in this memfd, which nobody goes on from. An error where it cannot be read whole.
+pub fn holds_in(fd: OwnedFd) -> Result<Holds, LoadError> {
+    let (mut lasting, records) = Lasting::over(Store::open(Words::from_fd(fd)?)?)?;
+    let mut past = Past::default();
+    lasting.counters(&mut past)?;
+    lasting.holds_again(records.holds, &mut past)?;
+    Ok(past.holds)
 }
 
 /// The records that are there.

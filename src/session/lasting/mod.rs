@@ -29,7 +29,7 @@ use crate::gate::{
 };
 
 pub(super) use line::Aside;
-pub use load::{Left, LoadError};
+pub use load::{Holds, Left, LoadError, holds_in};
 use slots::{Slot, Slots};
 
 /// Bytes of the memory; only what is written of it takes any. 16 TiB of guest memory take 2.2 GiB at worst.
@@ -81,6 +81,8 @@ pub struct Lasting {
 pub(super) struct Touched {
     regions: bool,
     devices: bool,
+    /// Pages of which a hold may begin without a word.
+    held: Option<(FileId, PageRange<Offset>)>,
 }
 
 impl Lasting {
@@ -152,16 +154,20 @@ impl Lasting {
             | Event::Insists { .. }
             | Event::Quiet => Touched::default(),
             Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceNature { .. } => {
-                Touched { regions: false, devices: true }
+                Touched { devices: true, ..Touched::default() }
             }
-            _ => Touched { regions: true, devices: false },
+            // What an earlier daemon had in quarantine, which nobody is told of: the next must find it here.
+            Event::Quarantine { file, range, .. } => {
+                Touched { held: Some((*file, *range)), ..Touched::default() }
+            }
+            _ => Touched { regions: true, ..Touched::default() },
         }
     }
 
     /// Writes down what the gate knows now of what an event and its effects touched, before any of these is done.
     pub(super) fn follow(&mut self, touched: Touched, gate: &Gate, effects: &[Effect]) {
-        let Touched { mut regions, mut devices } = touched;
-        let mut pages: Vec<(FileId, PageRange<Offset>)> = Vec::new();
+        let Touched { mut regions, mut devices, held } = touched;
+        let mut pages: Vec<(FileId, PageRange<Offset>)> = held.into_iter().collect();
         for effect in effects {
             match effect {
                 Effect::Fence { .. } | Effect::Attach { .. } => devices = true,
@@ -213,7 +219,7 @@ impl Lasting {
         for status in gate.snapshot().quarantine {
             self.follow_holds(gate, status.file, status.range, &mut free);
         }
-        let touched = Touched { regions: true, devices: true };
+        let touched = Touched { regions: true, devices: true, held: None };
         self.follow(touched, gate, effects);
         for slot in free.into_iter().chain(std::mem::take(&mut self.stale)) {
             self.holds.clear(slot);

@@ -1,0 +1,62 @@
+//! Files in a directory of this process's own, opened as if a stranger had put them there.
+//!
+//! A name may have become a FIFO (its open waits for a writer), a link, a device or a file without end. None of them may
+//! keep a start waiting or take its memory.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+/// Opens a regular file for reading. A link is an error where `links` is false.
+pub(super) fn open(path: &Path, links: bool) -> io::Result<File> {
+    // O_NONBLOCK: without it the open of a FIFO waits for a writer. A regular file takes no notice of it.
+    let mut flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    flags.set(OFlags::NOFOLLOW, !links);
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(file.as_fd())?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    Ok(file.into())
+}
+
+/// Reads a regular file of at most `max_bytes`, which is no link.
+pub(super) fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path, false)?.take(max_bytes + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(io::Error::other(format!("it has more than {max_bytes} bytes")));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_a_regular_file_of_bounded_size_is_read_and_nothing_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, b"four").unwrap();
+        assert_eq!(read(&path, 4).unwrap(), b"four");
+        assert!(read(&path, 3).unwrap_err().to_string().contains("more than 3 bytes"));
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        for links in [false, true] {
+            assert!(open(&fifo, links).unwrap_err().to_string().contains("no regular file"));
+            assert!(open(dir.path(), links).is_err());
+        }
+        let link = dir.path().join("link");
+        symlink("/dev/zero", &link).unwrap();
+        assert!(read(&link, 4).is_err() && open(&link, true).is_err());
+        std::fs::remove_file(&link).unwrap();
+        symlink(&path, &link).unwrap();
+        assert!(open(&link, false).is_err() && open(&link, true).is_ok());
+    }
+}
