@@ -56,6 +56,11 @@ impl Segment {
         self.used as u64
     }
 
+    /// Bytes that can still be appended.
+    pub fn room(&self) -> u64 {
+        (self.len - self.used) as u64
+    }
+
     /// Appends `bytes`, or nothing of them where there is no room; whether it did. Who dies in the middle leaves
     /// nothing that a reader sees: the first byte is written last, and it reads as NUL before.
     pub fn append(&mut self, bytes: &[u8]) -> bool {

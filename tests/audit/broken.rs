@@ -60,6 +60,54 @@ fn a_line_that_is_gone_is_missed() {
     said(&problems, "is missing");
 }
 
+/// Cuts the log to its first `lines` lines; what replay says of it, and the bytes behind them as they were.
+fn cut(lines: usize, behind: &[u8]) -> Vec<Problem> {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, all) = log(dir.path());
+    assert!(lines <= all.len());
+    let text = std::fs::read(&file).unwrap();
+    let kept: Vec<u8> = text.split_inclusive(|byte| *byte == b'\n').take(lines).flatten().copied().collect();
+    std::fs::write(&file, [&kept, behind].concat()).unwrap();
+    let report = replay(&[file], |_, _| {}).unwrap();
+    assert_eq!(report.is_clean(), report.runs[0].problems.is_empty());
+    report.runs.into_iter().flat_map(|run| run.problems).collect()
+}
+
+#[test]
+fn an_end_that_is_missing_is_missed_unless_the_daemon_was_killed() {
+    let lines = {
+        let dir = tempfile::tempdir().unwrap();
+        log(dir.path()).1.len()
+    };
+    for fewer in 1..lines - 1 {
+        said(&cut(lines - fewer, b""), "its end is missing");
+        said(&cut(lines - fewer, b"{\"n\":12,\"t\""), "in the middle of a line");
+        assert_eq!(cut(lines - fewer, &[0; 64]), [], "so it is where the daemon was killed");
+    }
+}
+
+#[test]
+fn lines_that_are_missing_before_the_mark_of_the_end_are_missed() {
+    let problems = changed(|lines| {
+        let at = lines.len() - 2;
+        lines.remove(at);
+    });
+    said(&problems, "are missing");
+}
+
+#[test]
+fn a_log_without_marks_is_read_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, mut lines) = log(dir.path());
+    lines.pop();
+    lines[0].as_object_mut().unwrap().remove("format");
+    let text: Vec<String> = lines.iter().map(|line| format!("{line}\n")).collect();
+    std::fs::write(&file, text.concat()).unwrap();
+    let report = replay(&[file], |_, _| {}).unwrap();
+    assert!(report.is_clean(), "{:?}", report.runs[0].problems);
+    assert!(report.runs[0].notes.iter().any(|note| note.contains("earlier format")));
+}
+
 #[test]
 fn a_done_over_what_is_mapped_is_found_by_both() {
     let problems = changed(|lines| {
@@ -109,7 +157,8 @@ fn a_map_between_begin_and_end_and_one_over_quarantine_are_found() {
     });
     said(&problems, "which is between begin and end");
     let problems = changed(|lines| {
-        let last = lines.len() - 1;
+        // The last line is the mark of the log's end.
+        let last = lines.len() - 2;
         lines[last]["x"] = json!([map(100)]);
     });
     said(&problems, "which is in quarantine");

@@ -97,6 +97,57 @@ fn a_log_that_cannot_be_written_stops_nobody_and_shows_the_gap() {
 }
 
 #[test]
+fn a_log_that_is_never_written_again_shows_that_its_end_is_missing() {
+    for killed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        let mut play = Play::with(&state, LogOptions { segment: 1 << 20, keep: 4, ..options() }, 0);
+        // Nothing new can be made here; what is open stays so.
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::rename(&state, &elsewhere).unwrap();
+        while play.log.dropped() < 1000 {
+            play.step();
+        }
+        // As it is while the daemon lives, and so as kill -9 leaves it; or after an end in order.
+        let killed_at = dir.path().join("killed");
+        std::fs::create_dir(&killed_at).unwrap();
+        for file in std::fs::read_dir(&elsewhere).unwrap().map(|file| file.unwrap()) {
+            std::fs::copy(file.path(), killed_at.join(file.file_name())).unwrap();
+        }
+        let lost = play.log.dropped();
+        drop(play);
+        let report = replay(&[if killed { killed_at } else { elsewhere }], |_, _| {}).unwrap();
+        let [gap] = &report.runs[0].problems[..] else { panic!("{:#?}", report.runs[0].problems) };
+        let says =
+            if killed { "nothing could be written".to_owned() } else { format!("{lost} were dropped") };
+        assert!(gap.what.contains(&says) && !report.is_clean(), "{}", gap.what);
+    }
+}
+
+#[test]
+fn a_file_that_is_missing_is_missed_at_the_end_as_in_the_middle() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut play = Play::with(dir.path(), LogOptions { segment: 1 << 20, keep: 1000, ..options() }, 0);
+    while play.conversions < 20_000 {
+        play.step();
+    }
+    drop(play);
+    let mut files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() > 3);
+    let problems = |files: &[std::path::PathBuf]| {
+        let report = replay(files, |_, _| {}).unwrap();
+        report.runs.into_iter().flat_map(|run| run.problems).map(|one| one.what).collect::<Vec<_>>()
+    };
+    assert_eq!(problems(&files), [""; 0]);
+    let without_last = problems(&files[..files.len() - 1]);
+    assert!(without_last.iter().any(|what| what.contains("which is missing")), "{without_last:?}");
+    let middle = [&files[..1], &files[2..]].concat();
+    assert!(problems(&middle).iter().any(|what| what.contains("are missing")));
+}
+
+#[test]
 fn a_receipt_is_made_again_from_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let mut play = Play::new(dir.path(), 0);

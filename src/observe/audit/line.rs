@@ -16,6 +16,9 @@ use crate::gate::{
 pub struct Head {
     /// The version of passgate that wrote it.
     pub passgate: String,
+    /// The version of the format. Files of version 0 have none, and no [`Mark`]s: whether their end is there cannot be told.
+    #[serde(default)]
+    pub format: u64,
     /// Names the run of the daemon: when it started, in nanoseconds since 1970.
     pub run: u64,
     /// The kernel's boot: files have other identities after another.
@@ -36,6 +39,32 @@ pub struct Head {
     /// daemon's run.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub resumed: bool,
+}
+
+/// The version of the format that these types describe.
+pub const FORMAT: u64 = 1;
+
+/// A line about the log itself. Every file keeps room for its marks, so that one can be written where no line can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "mark", rename_all = "kebab-case")]
+pub enum Mark {
+    /// The file is full and no other could be made: what comes is dropped and counted.
+    Gap {
+        /// The number of the first line that was dropped.
+        n: u64,
+    },
+    /// The run goes on in another file.
+    More {
+        /// Which file of the run, from 0.
+        segment: u64,
+    },
+    /// The daemon has ended in order.
+    End {
+        /// One more than the number of its last line.
+        n: u64,
+        /// Lines that could not be written since the run's start.
+        dropped: u64,
+    },
 }
 
 /// Every other line.

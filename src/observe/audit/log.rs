@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use passgate_bindings::segment::Segment;
 
 use super::files;
-use super::line::{Head, Said};
+use super::line::{FORMAT, Head, Mark, Said};
 use super::spare::Spare;
 use crate::gate::{Effect, Event, Policy};
 
@@ -18,6 +18,8 @@ pub const PATIENCE: Duration = Duration::from_millis(250);
 const USUAL: usize = 64 << 10;
 /// A line longer than a file less this never fits one.
 const HEAD: u64 = 4096;
+/// Bytes at the end of a file that are kept for its marks: three, of at most 80 bytes each.
+const MARKS: u64 = 256;
 
 /// What a log is told once.
 #[derive(Debug, Clone)]
@@ -48,6 +50,8 @@ pub struct Log {
     start: Instant,
     spare: Spare,
     segment: Option<Segment>,
+    /// Set once the file that is written says that lines after it were dropped: no other line may follow.
+    gap: bool,
     /// Bytes of one.
     room: u64,
     /// When to try again, after a failure.
@@ -65,6 +69,7 @@ impl Log {
         let wall = wall();
         let head = Head {
             passgate: env!("CARGO_PKG_VERSION").into(),
+            format: FORMAT,
             run: wall,
             boot: options.boot,
             segment: 0,
@@ -81,6 +86,7 @@ impl Log {
             start: Instant::now(),
             spare: Spare::start(dir, number, options.segment, options.keep.max(2), options.patience)?,
             segment: None,
+            gap: false,
             room: options.segment,
             again: None,
             next: 0,
@@ -115,11 +121,28 @@ impl Log {
         self.line.extend_from_slice(if open == b"," { b"]}\n" } else { b"}\n" });
         let number = self.next;
         self.next += 1;
-        let written = self.segment.as_mut().is_some_and(|segment| segment.append(&self.line));
-        if written || self.overflow(number) {
+        if self.append() || self.overflow(number) {
             return;
         }
         self.dropped += 1;
+        if !self.gap {
+            self.gap = self.mark(Mark::Gap { n: number });
+        }
+    }
+
+    /// Writes the line where there is room for it besides the marks.
+    fn append(&mut self) -> bool {
+        let needed = self.line.len() as u64 + MARKS;
+        let segment = self.segment.as_mut().filter(|segment| !self.gap && segment.room() >= needed);
+        segment.is_some_and(|segment| segment.append(&self.line))
+    }
+
+    /// Writes a mark into the file that is written; false where there is none.
+    fn mark(&mut self, mark: Mark) -> bool {
+        let mut line = Vec::with_capacity(96);
+        json(&mut line, &mark);
+        line.push(b'\n');
+        self.segment.as_mut().is_some_and(|segment| segment.append(&line))
     }
 
     /// Lines that could not be written since the start.
@@ -135,16 +158,19 @@ impl Log {
         }
         self.head.first = number;
         self.turn();
-        self.segment.as_mut().is_some_and(|segment| segment.append(&self.line))
+        self.append()
     }
 
     /// Begins the next segment.
     fn turn(&mut self) {
-        if let Some(full) = self.segment.take() {
-            self.spare.finish(full);
-        }
+        // The old one is kept until there is a new one: it has the room to say that there is none.
         let failed = match self.spare.take() {
             Ok(mut segment) => {
+                self.mark(Mark::More { segment: self.head.segment });
+                if let Some(full) = self.segment.take() {
+                    self.spare.finish(full);
+                }
+                self.gap = false;
                 self.head.wall = wall();
                 let mut head = Vec::with_capacity(512);
                 json(&mut head, &self.head);
@@ -167,6 +193,12 @@ impl Log {
             }
             self.again = Some(Instant::now() + AGAIN);
         }
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.mark(Mark::End { n: self.next, dropped: self.dropped });
     }
 }
 

@@ -10,7 +10,7 @@ use passgate_bindings::PAGE;
 use passgate_bindings::units::LIMIT;
 
 use super::files;
-use super::line::{Head, Line};
+use super::line::{Head, Line, Mark};
 use crate::gate::Event;
 use crate::observe::private;
 
@@ -108,7 +108,15 @@ impl Run {
 
     /// Its lines.
     pub fn lines(&self) -> Reader<'_> {
-        Reader { files: self.files.iter(), open: None, bytes: 0, cut: false, line: Vec::new() }
+        Reader {
+            files: self.files.iter(),
+            open: None,
+            bytes: 0,
+            cut: false,
+            mark: None,
+            filled: false,
+            line: Vec::new(),
+        }
     }
 }
 
@@ -143,10 +151,22 @@ pub struct Reader<'a> {
     open: Option<Open<'a>>,
     bytes: u64,
     cut: bool,
+    mark: Option<Mark>,
+    filled: bool,
     line: Vec<u8>,
 }
 
 impl Reader<'_> {
+    /// The mark that the last line read is; none where it is none.
+    pub fn mark(&self) -> Option<Mark> {
+        self.mark
+    }
+
+    /// True where the last file read is filled up with NUL bytes, as a daemon that was killed leaves it.
+    pub fn is_filled(&self) -> bool {
+        self.filled
+    }
+
     /// Bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -170,6 +190,7 @@ impl Reader<'_> {
             let io = |source| ReadError::Io { path: open.path.to_owned(), source };
             self.line.clear();
             if more(&mut open.file).map_err(io)? {
+                self.mark = None;
                 let got = (&mut open.file).take(MAX_LINE).read_until(b'\n', &mut self.line).map_err(io)?;
                 self.bytes += got as u64;
                 open.line += 1;
@@ -178,6 +199,7 @@ impl Reader<'_> {
                 }
                 self.cut = true;
             }
+            self.filled = !open.file.fill_buf().map_err(io)?.is_empty();
             self.open = None;
         }
     }
@@ -207,6 +229,12 @@ impl Iterator for Reader<'_> {
                 Err(error) => return Some(Err(error)),
                 Ok(None) => return None,
                 Ok(Some(true)) => {}
+                Ok(Some(false)) if self.line.starts_with(b"{\"mark\":") => {
+                    self.mark = serde_json::from_slice(&self.line).ok();
+                    if self.mark.is_none() {
+                        return Some(self.parse());
+                    }
+                }
                 Ok(Some(false)) => return Some(self.parse()),
             }
         }

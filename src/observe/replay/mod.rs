@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::gate::{Effect, Effects, FileId, Gate, InvalidationId, Receipt};
-use crate::observe::audit::{Head, Line, ReadError, Run, Said};
+use crate::observe::audit::{Head, Line, Mark, ReadError, Run, Said};
 use checker::Checker;
 use spans::Spans;
 
@@ -85,7 +85,12 @@ pub fn replay(paths: &[PathBuf], mut progress: impl FnMut(u64, u64)) -> Result<R
         before += run.bytes;
         progress(before, all);
         if lines.is_cut() {
-            one.report.notes.push("it ends in the middle of a line, which is left out".to_owned());
+            one.problem(
+                one.last(),
+                "a file ends in the middle of a line: what came after it is missing".to_owned(),
+            );
+        } else {
+            one.ends(&run.head, lines.mark(), lines.is_filled());
         }
         kept = Kept { boot: run.head.boot.clone(), pages: one.end() };
         report.runs.push(one.report);
@@ -241,6 +246,39 @@ impl Replay {
                     );
                 }
             }
+        }
+    }
+
+    /// The number of the last line read.
+    fn last(&self) -> u64 {
+        self.next.saturating_sub(1)
+    }
+
+    /// Judges whether the run's end is there, by the mark that its last line is. A daemon that was killed has left none,
+    /// and a file that is `filled` up.
+    fn ends(&mut self, head: &Head, mark: Option<Mark>, filled: bool) {
+        let (last, next) = (self.last(), self.next);
+        match mark {
+            Some(Mark::End { n, dropped }) if n > next => {
+                let what =
+                    format!("lines {next} to {} are missing ({dropped} were dropped since the start)", n - 1);
+                self.problem(last, what);
+            }
+            Some(Mark::End { .. }) => {}
+            Some(Mark::Gap { n }) => self.problem(
+                last,
+                format!("from line {n} on nothing could be written: how many lines are missing is unknown"),
+            ),
+            Some(Mark::More { segment }) => {
+                self.problem(last, format!("it goes on in its file {segment}, which is missing"));
+            }
+            None if head.format == 0 => {
+                self.report.notes.push(
+                    "of an earlier format: whether lines are missing at its end cannot be told".to_owned(),
+                );
+            }
+            None if filled => {}
+            None => self.problem(last, "its end is missing: the file was cut, or changed".to_owned()),
         }
     }
 
