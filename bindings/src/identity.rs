@@ -10,10 +10,14 @@
 //! name that KVM gave its anonymous inode, later by its file system. What is left is a file of a client's own file
 //! system that is named like KVM's: it can delay fstatfs, so callers ask on a thread that may wait.
 //!
-//! Every guest_memfd has an inode number of its own, also on an anonymous inode, so device and inode name the file.
+//! Device and inode name a file only as far as the kernel's numbers go: guest_memfd and hugetlbfs count inodes in 32 bits, so
+//! that somebody who makes four thousand million files has one with the numbers of another. Where numbers are those of a
+//! file that is open here, [`same_file`] asks the kernel whether it is that file (docs/decisions/0010-file-identity.md).
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{OFlags, SealFlags};
 use rustix::io::Errno;
 
@@ -94,6 +98,17 @@ pub enum FileError {
         /// The range asked for.
         range: PageRange<Offset>,
     },
+    /// Another file that is in use has the same numbers.
+    #[error(
+        "another file that is in use has the same device and inode number ({device:#x}, {inode:#x}): make the memfd anew and \
+         pass that one"
+    )]
+    Collides {
+        /// `st_dev` of both.
+        device: u64,
+        /// `st_ino` of both.
+        inode: u64,
+    },
     /// The kernel would not say.
     #[error("cannot examine the descriptor: {0}")]
     Failed(#[from] Failed),
@@ -121,6 +136,43 @@ pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
         writable: access == OFlags::RDWR,
         seals,
     })
+}
+
+/// The inotify instance by which files are compared; nothing is ever watched for longer than that takes.
+static WATCHES: Mutex<Option<OwnedFd>> = Mutex::new(None);
+
+/// True where both descriptors are of one file (one inode), whatever its numbers are and however each was opened.
+///
+/// inotify has one watch for an inode, so that watching it twice gives the same watch descriptor (inotify(7),
+/// "inotify_add_watch"). The kernel compares inodes there, not numbers. KCMP_FILE of kcmp(2) compares open file
+/// descriptions, of which one file may have several.
+pub fn same_file(a: impl AsFd, b: impl AsFd) -> Result<bool, Failed> {
+    let failed = |call: &'static str| move |errno: Errno| Failed::new(call, errno);
+    let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
+    let inotify = match watches.take() {
+        Some(inotify) => inotify,
+        None => {
+            inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(failed("inotify_init1"))?
+        }
+    };
+    let inotify = watches.insert(inotify);
+    let watch = |fd: BorrowedFd<'_>| {
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        inotify::add_watch(&*inotify, link, WatchFlags::DELETE_SELF).map_err(failed("inotify_add_watch"))
+    };
+    let first = watch(a.as_fd())?;
+    let second = watch(b.as_fd());
+    // A watch may have gone by itself; that each is removed is all that counts.
+    _ = inotify::remove_watch(&*inotify, first);
+    if let Ok(second) = second
+        && second != first
+    {
+        _ = inotify::remove_watch(&*inotify, second);
+    }
+    // A removed watch leaves an event behind (IN_IGNORED), which nobody needs.
+    let mut events = [0; 512];
+    while rustix::io::read(&*inotify, &mut events[..]).is_ok_and(|read| read > 0) {}
+    Ok(second? == first)
 }
 
 /// The kind of a file that has seals.
@@ -173,4 +225,57 @@ pub fn check(file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(
         return Err(FileError::Shrinkable);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same file, opened anew.
+    fn reopened(fd: &OwnedFd) -> OwnedFd {
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        rustix::fs::open(link, OFlags::RDONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn one_file_is_itself_however_it_was_opened_and_no_other_is() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        let plain = || memfd_create("same", MemfdFlags::CLOEXEC).unwrap();
+        let huge = || memfd_create("same", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB);
+        let mut pairs = vec![(plain(), plain())];
+        if let (Ok(a), Ok(b)) = (huge(), huge()) {
+            pairs.push((a, b));
+        }
+        for _ in 0..100 {
+            for (a, b) in &pairs {
+                assert_eq!(same_file(a, b), Ok(false));
+                assert_eq!(same_file(a, a), Ok(true));
+                assert_eq!(same_file(a, a.try_clone().unwrap()), Ok(true));
+                assert_eq!(same_file(reopened(a), a), Ok(true));
+                assert_eq!(same_file(reopened(b), reopened(a)), Ok(false));
+            }
+        }
+    }
+
+    #[test]
+    fn a_comparison_watches_nothing_afterwards_and_many_threads_do_not_mislead_each_other() {
+        let files: Vec<OwnedFd> = (0..4)
+            .map(|_| rustix::fs::memfd_create("same", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
+            .collect();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for (i, a) in files.iter().enumerate() {
+                        for (j, b) in files.iter().enumerate() {
+                            assert_eq!(same_file(a, b), Ok(i == j));
+                        }
+                    }
+                });
+            }
+        });
+        let watches = WATCHES.lock().unwrap();
+        let fd = watches.as_ref().unwrap().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+        assert!(!info.contains("inotify wd"), "{info}");
+    }
 }

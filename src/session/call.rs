@@ -115,6 +115,8 @@ pub enum Call {
         memory: AddMemory,
         /// As they came.
         fds: Vec<OwnedFd>,
+        /// The files that are in use already.
+        held: Vec<Arc<GuestFile>>,
         /// Where they are to be kept.
         store: Option<FdStore>,
     },
@@ -272,8 +274,8 @@ impl Call {
                 // Told first: whatever counts on the attach counts on this.
                 with(news(&*device, id, believed), Event::Attached { job, errno })
             }
-            Self::Examine { caller, memory, fds, store } => {
-                let files = fds.into_iter().map(|fd| Examined { file: identity::identify(&fd), fd });
+            Self::Examine { caller, memory, fds, held, store } => {
+                let files = fds.into_iter().map(|fd| Examined { file: examine(&fd, &held), fd });
                 let files: Vec<_> = files.collect();
                 // Kept before the memory is added: whatever happens then, the next process has it.
                 for (nth, file) in files.iter().enumerate() {
@@ -304,6 +306,26 @@ fn with(news: Option<Event>, event: Event) -> Returned {
         Some(news) => Returned::Facts { events: vec![news, event], ticket: None },
         None => Returned::Fact { event, ticket: None },
     }
+}
+
+/// What a client's descriptor is. A file with the numbers of another one in use is refused here, before it is kept under
+/// these numbers.
+fn examine(fd: &OwnedFd, held: &[Arc<GuestFile>]) -> Result<Identity, FileError> {
+    let found = identity::identify(fd)?;
+    for other in held {
+        distinct(fd, &found, other)?;
+    }
+    Ok(found)
+}
+
+/// An error where a file in use has the numbers of this one and is another, or may be.
+pub(super) fn distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Result<(), FileError> {
+    let Identity { device, inode, .. } = *found;
+    let stat = rustix::fs::fstat(other).map_err(|errno| Failed::new("fstat", errno))?;
+    if (stat.st_dev, stat.st_ino) == (device, inode) && !identity::same_file(fd, other)? {
+        return Err(FileError::Collides { device, inode });
+    }
+    Ok(())
 }
 
 /// What a domain answered, and what names the operations in flight.

@@ -170,7 +170,7 @@ impl Files {
         }
         let private = private.map(|private| check_private(private, memory)).transpose()?;
         let id = FileId { device: file.device, inode: file.inode };
-        self.hold(id, fd, &file);
+        self.hold(id, fd, &file)?;
         let page = match file.kind {
             FileKind::Hugetlb(page) => page,
             FileKind::Memfd | FileKind::GuestMemfd => PAGE,
@@ -188,18 +188,30 @@ impl Files {
     }
 
     /// Holds a file. Where it is held already, the wider of the two descriptors stays: a region that is only read
-    /// may have come first.
-    fn hold(&mut self, id: FileId, fd: OwnedFd, file: &Identity) {
+    /// may have come first. Where another file with these numbers is held, it is refused: page states and mappings of the
+    /// two would be taken for each other's.
+    fn hold(&mut self, id: FileId, fd: OwnedFd, file: &Identity) -> Result<(), FileError> {
+        if let Some((held, _)) = self.held.get(&id)
+            && !identity::same_file(&fd, &**held)?
+        {
+            return Err(FileError::Collides { device: id.device, inode: id.inode });
+        }
         let known = self
             .held
             .get(&id)
             .is_some_and(|(held, _)| (held.writable() || !file.writable) && held.size() >= file.size);
         if known {
-            return;
+            return Ok(());
         }
         let in_place = file.kind == FileKind::GuestMemfd && self.probe();
         let held = GuestFile::new(fd, file.kind, file.size, file.writable);
         self.held.insert(id, (Arc::new(held), in_place));
+        Ok(())
+    }
+
+    /// Every file that is held.
+    pub(super) fn all(&self) -> Vec<Arc<GuestFile>> {
+        self.held.values().map(|(file, _)| Arc::clone(file)).collect()
     }
 
     fn probe(&mut self) -> bool {
@@ -244,11 +256,18 @@ impl Files {
         Ok(())
     }
 
-    /// Takes a file as it was kept for an earlier process: the widest descriptor of it.
+    /// Takes a file as it was kept for an earlier process: the widest descriptor of it. None where what was kept under its
+    /// name are several files: which of them it is nobody knows.
     pub(super) fn hold_again(&mut self, id: FileId, kept: &mut Kept) {
         for fd in kept.all(&Name::Memory(id)) {
             match identity::identify(&fd) {
-                Ok(file) if (file.device, file.inode) == (id.device, id.inode) => self.hold(id, fd, &file),
+                Ok(file) if (file.device, file.inode) == (id.device, id.inode) => {
+                    if let Err(error) = self.hold(id, fd, &file) {
+                        log::error!("what was kept as {}: {error}", Name::Memory(id));
+                        self.held.remove(&id);
+                        return;
+                    }
+                }
                 Ok(_) => log::warn!("what was kept as {} is another file", Name::Memory(id)),
                 Err(error) => log::warn!("what was kept as {}: {error}", Name::Memory(id)),
             }
@@ -334,7 +353,10 @@ fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, Owned
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
+    use crate::gate::Door;
 
     #[test]
     fn the_reserved_window_that_memory_meets_is_found() {
@@ -358,5 +380,60 @@ mod tests {
         assert_eq!(unusable(&high, range(PAGE, PAGE)), None);
         let error = BorderError::Unusable { gpa: Gpa(0xfee0_1000), start: msi.0, last: msi.1 }.to_string();
         assert!(error.contains("0xfee00000 to 0xfeefffff"), "{error}");
+    }
+
+    const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
+
+    fn memfd() -> OwnedFd {
+        GuestFile::memfd("files", 8 * PAGE).unwrap().as_fd().try_clone_to_owned().unwrap()
+    }
+
+    /// A file that the kernel gives the numbers of another, as it does once its 32-bit count of inodes has come round.
+    fn with_the_numbers_of(fd: OwnedFd, other: &Identity) -> Examined {
+        let Identity { device, inode, .. } = *other;
+        let file = identity::identify(&fd).map(|found| Identity { device, inode, ..found });
+        Examined { fd, file }
+    }
+
+    #[test]
+    fn a_file_with_the_numbers_of_another_in_use_is_refused_and_the_same_file_is_not() {
+        let mut files = Files::new(false);
+        let (one, other) = (memfd(), memfd());
+        let found = identity::identify(&one).unwrap();
+        let region = |gpa: u64| AddMemory::shared(gpa, 8 * PAGE);
+        let examined = |fd: &OwnedFd| {
+            let fd = fd.try_clone().unwrap();
+            vec![Examined { file: identity::identify(&fd), fd }]
+        };
+        files.admit(CALLER, &region(0), examined(&one), &[], &[]).unwrap();
+        files.admit(CALLER, &region(1 << 20), examined(&one), &[], &[]).unwrap();
+        let collides = vec![with_the_numbers_of(other.try_clone().unwrap(), &found)];
+        let error = files.admit(CALLER, &region(2 << 20), collides, &[], &[]).unwrap_err();
+        assert!(matches!(error, BorderError::File(FileError::Collides { .. })), "{error}");
+        let id = FileId { device: found.device, inode: found.inode };
+        let held = files.get(id).unwrap();
+        assert_eq!(identity::same_file(&*held, &one), Ok(true));
+        // Without the first one in use, its numbers are free.
+        drop(held);
+        files.forget(id);
+        let alone = vec![with_the_numbers_of(other, &found)];
+        files.admit(CALLER, &region(2 << 20), alone, &[], &[]).unwrap();
+    }
+
+    #[test]
+    fn of_two_files_that_were_kept_under_one_name_none_is_taken() {
+        let (one, other) = (memfd(), memfd());
+        let found = identity::identify(&one).unwrap();
+        let id = FileId { device: found.device, inode: found.inode };
+        let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let keeps = |fds: Vec<OwnedFd>| {
+            let mut files = Files::new(false);
+            files.hold_again(id, &mut Kept::of(BTreeMap::from([(Name::Memory(id), fds)])));
+            files.get(id).is_some()
+        };
+        assert!(keeps(vec![clone(&one), clone(&one)]));
+        // One of another shape or number is passed over.
+        assert!(keeps(vec![clone(&other), clone(&one)]));
+        assert!(!keeps(vec![clone(&other)]));
     }
 }

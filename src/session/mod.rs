@@ -235,7 +235,8 @@ impl Session {
     /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
     pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
         let store = self.store.clone();
-        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, store }));
+        let held = self.files.all();
+        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, held, store }));
     }
 
     /// Whether passgate may convert this range itself.

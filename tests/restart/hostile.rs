@@ -62,6 +62,16 @@ fn what_was_kept_is_not_believed_for_its_shape() {
             false,
         ),
         (
+            "other memory of the same shape",
+            |service, _| {
+                let name =
+                    service.names().into_iter().find(|name| name.starts_with("passgate.memory.")).unwrap();
+                service.replace(&name, memory(PAGES));
+            },
+            "is another file",
+            false,
+        ),
+        (
             "another socket",
             |service, other| service.replace("passgate.socket", other),
             "does not listen",
