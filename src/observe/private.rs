@@ -10,7 +10,8 @@ use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
-/// Opens a regular file for reading. A link is an error where `links` is false.
+/// Opens a regular file for reading. Where `links` is false, a link is an error, and so is a file that neither this
+/// process's user nor root owns.
 pub(super) fn open(path: &Path, links: bool) -> io::Result<File> {
     // O_NONBLOCK: without it the open of a FIFO waits for a writer. A regular file takes no notice of it.
     let mut flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -19,6 +20,10 @@ pub(super) fn open(path: &Path, links: bool) -> io::Result<File> {
     let stat = rustix::fs::fstat(file.as_fd())?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(io::Error::other("it is no regular file"));
+    }
+    let own = rustix::process::geteuid().as_raw();
+    if !links && stat.st_uid != own && stat.st_uid != 0 {
+        return Err(io::Error::other(format!("it is user {}'s", stat.st_uid)));
     }
     Ok(file.into())
 }
@@ -51,6 +56,15 @@ mod tests {
         for links in [false, true] {
             assert!(open(&fifo, links).unwrap_err().to_string().contains("no regular file"));
             assert!(open(dir.path(), links).is_err());
+        }
+        // Only root can give a file away.
+        let other = dir.path().join("other");
+        std::fs::write(&other, b"").unwrap();
+        if std::os::unix::fs::chown(&other, Some(12_345), None).is_ok()
+            && rustix::process::geteuid().is_root()
+        {
+            assert!(open(&other, false).unwrap_err().to_string().contains("user 12345's"));
+            assert!(open(&other, true).is_ok());
         }
         let link = dir.path().join("link");
         symlink("/dev/zero", &link).unwrap();

@@ -35,6 +35,8 @@ impl StateOptions {
 
 /// Write permission of anybody but the owner (S_IWGRP, S_IWOTH).
 const OTHERS_WRITE: u32 = 0o022;
+/// Only a file's owner may rename or remove it (S_ISVTX).
+const STICKY: u32 = 0o1000;
 
 /// True where a log in the directory was written on this boot: a daemon has used it, also one that left no mark.
 fn logged_on(dir: &Path, boot: &str) -> bool {
@@ -76,9 +78,15 @@ impl Records {
             errno => failed("")(errno.into()),
         })?;
         let owner = rustix::fs::fstat(&lock).map_err(|errno| failed("")(errno.into()))?;
-        if owner.st_mode & OTHERS_WRITE != 0 {
+        if owner.st_mode & OTHERS_WRITE != 0 && owner.st_mode & STICKY == 0 {
             let mend = ": others may write there, and so lift a quarantine: chmod go-w it, or name another --state-dir";
             return Err(failed(mend)(Errno::ACCESS.into()));
+        }
+        if owner.st_mode & OTHERS_WRITE != 0 {
+            let dir = options.dir.display();
+            log::warn!(
+                "{dir}: others may put files there, and so keep a daemon from starting: chmod go-w it"
+            );
         }
         let own = rustix::process::geteuid().as_raw();
         if owner.st_uid != own && owner.st_uid != 0 {

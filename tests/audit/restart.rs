@@ -188,6 +188,9 @@ fn a_directory_that_others_may_write_to_is_refused() {
         let (code, said) = serve_fails(program(), &path, &arguments(&state));
         assert!(code == Some(1) && said.contains("chmod go-w"), "{code:?} {said}");
     }
+    // Others can put files beside the daemon's, and change none.
+    std::fs::set_permissions(&state, mode(0o1777)).unwrap();
+    drop(start(&path, &state));
     std::fs::set_permissions(&state, mode(0o755)).unwrap();
     drop(start(&path, &state));
 }

@@ -229,13 +229,13 @@ impl Iterator for Reader<'_> {
                 Err(error) => return Some(Err(error)),
                 Ok(None) => return None,
                 Ok(Some(true)) => {}
-                Ok(Some(false)) if self.line.starts_with(b"{\"mark\":") => {
-                    self.mark = serde_json::from_slice(&self.line).ok();
-                    if self.mark.is_none() {
-                        return Some(self.parse());
-                    }
-                }
-                Ok(Some(false)) => return Some(self.parse()),
+                Ok(Some(false)) => match self.parse() {
+                    Ok(line) => return Some(Ok(line)),
+                    Err(error) => match serde_json::from_slice(&self.line) {
+                        Ok(mark) => self.mark = Some(mark),
+                        Err(_) => return Some(Err(error)),
+                    },
+                },
             }
         }
     }
