@@ -141,12 +141,53 @@ pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
 /// The inotify instance by which files are compared; nothing is ever watched for longer than that takes.
 static WATCHES: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
+/// `F_DUPFD_QUERY` (include/uapi/linux/fcntl.h): whether two descriptors are of one open file description. Linux 6.10.
+const DUPFD_QUERY: i32 = 1024 + 3;
+/// `KCMP_FILE` (include/uapi/linux/kcmp.h): the same question, where the kernel has kcmp(2) and lets it be asked.
+const KCMP_FILE: i32 = 0;
+
 /// True where both descriptors are of one file (one inode), whatever its numbers are and however each was opened.
 ///
-/// inotify has one watch for an inode, so that watching it twice gives the same watch descriptor (inotify(7),
-/// "inotify_add_watch"). The kernel compares inodes there, not numbers. KCMP_FILE of kcmp(2) compares open file
-/// descriptions, of which one file may have several.
+/// One open file description is of one file: a client passes the same descriptor for each of its regions, and most often
+/// that is the answer. A guest_memfd cannot be opened a second time, so that another description is another file. Else
+/// inotify is asked, which has one watch for an inode, so that watching it twice gives the same watch descriptor
+/// (inotify(7), "inotify_add_watch"); that needs leave to read the inode. The kernel compares inodes, not numbers.
 pub fn same_file(a: impl AsFd, b: impl AsFd) -> Result<bool, Failed> {
+    let (a, b) = (a.as_fd(), b.as_fd());
+    let described = same_description(a, b);
+    if described == Some(true) {
+        return Ok(true);
+    }
+    match same_inode(a, b) {
+        Err(failed) if failed.errno == Errno::ACCESS && described == Some(false) => {
+            match identify(a).is_ok_and(|file| file.kind == FileKind::GuestMemfd) {
+                true => Ok(false),
+                false => Err(failed),
+            }
+        }
+        answer => answer,
+    }
+}
+
+/// Whether both descriptors are of one open file description; none where the kernel does not say.
+fn same_description(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Option<bool> {
+    // SAFETY: the call takes two descriptors, which are open for as long as they are borrowed, and no memory.
+    match unsafe { libc::fcntl(a.as_raw_fd(), DUPFD_QUERY, b.as_raw_fd()) } {
+        0 => return Some(false),
+        1 => return Some(true),
+        _ => {}
+    }
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: as above; both descriptors are of this process, which may always look at itself.
+    match unsafe { libc::syscall(libc::SYS_kcmp, own, own, KCMP_FILE, a.as_raw_fd(), b.as_raw_fd()) } {
+        0 => Some(true),
+        1..=3 => Some(false),
+        _ => None,
+    }
+}
+
+/// Whether both descriptors are of one inode.
+fn same_inode(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Result<bool, Failed> {
     let failed = |call: &'static str| move |errno: Errno| Failed::new(call, errno);
     let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
     let inotify = match watches.take() {
@@ -160,8 +201,8 @@ pub fn same_file(a: impl AsFd, b: impl AsFd) -> Result<bool, Failed> {
         let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
         inotify::add_watch(&*inotify, link, WatchFlags::DELETE_SELF).map_err(failed("inotify_add_watch"))
     };
-    let first = watch(a.as_fd())?;
-    let second = watch(b.as_fd());
+    let first = watch(a)?;
+    let second = watch(b);
     // A watch may have gone by itself; that each is removed is all that counts.
     _ = inotify::remove_watch(&*inotify, first);
     if let Ok(second) = second
@@ -253,8 +294,29 @@ mod tests {
                 assert_eq!(same_file(a, a.try_clone().unwrap()), Ok(true));
                 assert_eq!(same_file(reopened(a), a), Ok(true));
                 assert_eq!(same_file(reopened(b), reopened(a)), Ok(false));
+                // Each way of asking by itself.
+                let (again, copy) = (reopened(a), a.try_clone().unwrap());
+                for (one, other, description, inode) in
+                    [(a, b, false, false), (a, &again, false, true), (a, &copy, true, true)]
+                {
+                    assert_eq!(same_inode(one.as_fd(), other.as_fd()), Ok(inode));
+                    let said = same_description(one.as_fd(), other.as_fd());
+                    assert!(said.is_none_or(|said| said == description), "{said:?}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn a_guest_memfd_is_itself_and_no_other_is() {
+        let make = || {
+            let vm = kvm_ioctls::Kvm::new().ok()?.create_vm().ok()?;
+            crate::guest_memfd::create(&vm, 1 << 20, crate::guest_memfd::Flags::empty()).ok()
+        };
+        // Where there is no KVM, or one without guest_memfd, there is nothing to compare.
+        let (Some(a), Some(b)) = (make(), make()) else { return };
+        let copy = a.as_fd().try_clone_to_owned().unwrap();
+        assert_eq!((same_file(&a, &b), same_file(&a, copy)), (Ok(false), Ok(true)));
     }
 
     #[test]

@@ -138,6 +138,7 @@ mod tests {
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
 
     use super::*;
+    use crate::gate::Step;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::protocol::verbs::AddMemory;
     use crate::session::lasting::holds_in;
@@ -231,6 +232,27 @@ mod tests {
                 (vec![caches.into(), plain.into()], unused.iter().map(|name| (*name).to_owned()).collect())
             );
         }
+    }
+
+    #[test]
+    fn what_only_the_disk_has_in_quarantine_joins_what_the_ledger_has_and_lasts() {
+        let file = FileId { device: 1, inode: 2 };
+        let range = |page: u64, pages: u64| PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+        let in_ledger = (file, range(2, 2), HeldBy::Quarantine(InvalidationId(4), reason));
+        let mut past = Past { holds: vec![in_ledger], last_invalidation: 5, ..Past::default() };
+        let on_disk = |page, pages, invalidation| Event::Quarantine {
+            file,
+            range: range(page, pages),
+            invalidation: InvalidationId(invalidation),
+            reason,
+        };
+        join_quarantine(&mut past, vec![on_disk(2, 2, 4)]);
+        assert_eq!((past.holds.len(), past.last_invalidation), (1, 5), "it is the same");
+        join_quarantine(&mut past, vec![on_disk(1, 4, 9)]);
+        let unknown = HeldBy::Quarantine(InvalidationId(9), Reason { cause: Cause::OwnerUnknown, ..reason });
+        let joined = [in_ledger, (file, range(1, 1), unknown), (file, range(4, 1), unknown)];
+        assert_eq!((&past.holds[..], past.last_invalidation), (&joined[..], 9));
     }
 
     #[test]

@@ -484,7 +484,7 @@ impl<'a> World<'a> {
         self.config.machine.plant.spoil(&mut left);
         let memory = BTreeMap::from([(Name::Memory(file_id()), vec![guest_fd()])]);
         let (store, _) = FdStore::detached();
-        let hold = Hold { store, lasting, left: Some((left, KeptFiles::of(memory))) };
+        let hold = Hold { store, lasting, left: Some((left, KeptFiles::of(memory))), quarantine: None };
         self.session = session(self.config, &self.kernel, &self.clock, Some(hold));
         self.session.complete(IDS);
         let snapshot = self.session.snapshot();
@@ -660,7 +660,7 @@ fn first_daemon(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<HandClock>) -
     }
     let (lasting, ledger) = ledger::fresh(config.machine.devices);
     let (store, _) = FdStore::detached();
-    let session = session(config, kernel, clock, Some(Hold { store, lasting, left: None }));
+    let session = session(config, kernel, clock, Some(Hold { store, lasting, left: None, quarantine: None }));
     session.complete(IDS);
     (session, Some(ledger))
 }
