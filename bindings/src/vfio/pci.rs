@@ -144,16 +144,16 @@ impl PciDevice {
     }
 
     /// Whether it is a TDISP interface that has left CONFIG_UNLOCKED: `tsm/bound` then names the platform's TSM
-    /// (Documentation/ABI/testing/sysfs-bus-pci). False where the kernel has no such file.
+    /// (Documentation/ABI/testing/sysfs-bus-pci). False where the kernel has no such file, true where it cannot be read.
     pub fn is_bound_tdi(&self) -> bool {
-        fs::read_to_string(self.dir.join("tsm/bound")).is_ok_and(|name| !name.trim().is_empty())
+        text(&self.dir.join("tsm/bound")).is_none_or(|name| !name.trim().is_empty())
     }
 
     /// Its IOMMU group, if it has one whose devices can be listed.
     pub fn group(&self) -> Option<IommuGroup> {
         let dir = self.dir.join("iommu_group");
         let id = name_behind(&dir)?.parse().ok()?;
-        let noiommu = fs::read_to_string(dir.join("name")).is_ok_and(|name| name.trim() == "vfio-noiommu");
+        let noiommu = text(&dir.join("name")).is_none_or(|name| name.trim() == "vfio-noiommu");
         let entries = fs::read_dir(dir.join("devices")).ok()?;
         let names = entries.map(|entry| Some(entry.ok()?.file_name())).collect::<Option<Vec<_>>>()?;
         let mut members: Vec<PciAddress> =
@@ -205,6 +205,14 @@ impl PciDevice {
     fn number(&self, name: &str) -> Option<u32> {
         let text = fs::read_to_string(self.dir.join(name)).ok()?;
         hex(text.trim().strip_prefix("0x")?)
+    }
+}
+
+/// The text of the file at `path`: empty where there is no such file, none where it cannot be read.
+fn text(path: &Path) -> Option<String> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(String::new()),
+        read => read.ok(),
     }
 }
 
@@ -292,6 +300,9 @@ mod tests {
         assert_eq!(device.group(), None, "a list without it is none of its group");
         fs::remove_dir_all(&group).unwrap();
         assert_eq!(device.group(), None, "a group that cannot be listed is not one without others");
+        fs::create_dir_all(group.join("0000:04:00.0")).unwrap();
+        fs::create_dir(sysfs.path().join("kernel/iommu_groups/7/name")).unwrap();
+        assert!(device.group().unwrap().noiommu, "a name that cannot be read may be VFIO's");
         assert_eq!((device.reserved_regions(), device.physical_function()), (vec![], None));
         assert!(!device.is_gone(), "it cannot be read");
         for (bytes, gone) in [([0xff; 64], true), ([0x10; 64], false)] {
@@ -319,5 +330,8 @@ mod tests {
         assert!(!device.is_bound_tdi(), "unlocked");
         fs::write(dir.join("tsm/bound"), "tsm0\n").unwrap();
         assert!(device.is_bound_tdi());
+        fs::remove_file(dir.join("tsm/bound")).unwrap();
+        fs::create_dir(dir.join("tsm/bound")).unwrap();
+        assert!(device.is_bound_tdi(), "what cannot be read is not unlocked");
     }
 }
