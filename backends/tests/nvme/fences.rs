@@ -1,7 +1,9 @@
 //! Fences that do not wait for anybody, and what becomes of what was under way.
 
+use passgate_backends::iommu::sim::{Call, Fault as SimFault};
 use passgate_backends::nvme::sim::{Does, Turn, When};
 use passgate_backends::{Device, FenceStep, Unmap};
+use rustix::io::Errno;
 
 use super::*;
 
@@ -85,6 +87,24 @@ fn a_fence_waits_for_no_owner() {
         took
     };
     STRONG.into_iter().for_each(|step| is_at_once(step, Duration::from_secs(1), fence));
+}
+
+/// What was in flight counts no more once it is proved that the device does no DMA, and not before.
+#[test]
+fn fence_that_fails_leaves_what_is_in_flight_in_the_window() {
+    for step in STRONG {
+        let bench = Bench::patient(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        bench.sim.fault(When::any(), Does::HoldData);
+        owner.start(1, read(0, 8), &page(0));
+        assert!(bench.sim.await_held(1, LONG));
+        bench.domain.fail_next(Call::Fence, SimFault::Errno(Errno::IO));
+        assert!(bench.drive().fence(step).is_err());
+        let busy = Unmap::Failed { errno: Errno::BUSY, bytes: 0 };
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), busy, "{step:?} has proved nothing");
+        bench.drive().fence(step).unwrap();
+        assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+    }
 }
 
 #[test]
