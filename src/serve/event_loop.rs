@@ -255,7 +255,10 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
     let mut tokens = Vec::new();
     vm = settle(core, turn, vm)?;
     loop {
-        vm.end_if_wanted();
+        if vm.end_if_wanted() {
+            // Nothing else may become ready before the end: what closes now is done here.
+            vm = settle(core, turn, vm)?;
+        }
         vm.look_again();
         vm.rearm(None);
         if let Some(result) = vm.is_over() {

@@ -297,7 +297,6 @@ impl Vm {
         }
     }
 
-    /// Closes every connection; the loop goes on until what they had is closed.
     /// The host wants a device back and waits for it. A file of it that stays open anywhere would keep it, so this daemon
     /// ends in order, and leaves nothing to a next one: its devices are stopped, its memory is closed.
     fn given_back(&mut self) {
@@ -317,13 +316,17 @@ impl Vm {
         self.ends = true;
     }
 
-    /// Begins the end that a device asked for, once everybody has been told why.
-    pub(super) fn end_if_wanted(&mut self) {
-        if std::mem::take(&mut self.ends) {
+    /// Begins the end that a device asked for, once everybody has been told why; true where it does, so that the caller
+    /// settles what that takes.
+    pub(super) fn end_if_wanted(&mut self) -> bool {
+        let ends = std::mem::take(&mut self.ends);
+        if ends {
             self.say_goodbye();
         }
+        ends
     }
 
+    /// Closes every connection; the loop goes on until what they had is closed.
     fn say_goodbye(&mut self) {
         if let Some(manager) = &self.options.manager {
             manager.stopping();
