@@ -46,17 +46,25 @@ impl Spare {
 }
 
 impl Spare {
-    /// Accepts a connection by the descriptor that is kept spare, says why it is refused, and closes it. False where that
-    /// was not possible.
-    pub(super) fn refuse(&mut self, listener: impl AsFd, errno: Errno, refusal: &[u8]) -> bool {
-        self.log(errno);
+    /// Accepts a connection by the descriptor that is kept spare, says why it is refused, and closes it; false where nobody
+    /// waits. An error where neither was possible.
+    pub(super) fn refuse(&mut self, listener: impl AsFd, refusal: &[u8]) -> Result<bool, Errno> {
         if self.fd.take().is_none() {
             self.fd = spare();
-            return false;
+            return Err(Errno::MFILE);
         }
         // Another thread may take the descriptor meanwhile. Then nobody is told anything for now.
-        let accepted = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-        let told = accepted.map(|socket| frame::send(&socket, refusal, &[])).is_ok();
+        let told = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => {
+                self.log(Errno::MFILE);
+                let _ = frame::send(&socket, refusal, &[]);
+                Ok(true)
+            }
+            // The kernel looks for a descriptor before it looks whether somebody waits (accept4 in net/socket.c), so that
+            // this is how the end of the queue shows.
+            Err(Errno::AGAIN) => Ok(false),
+            Err(errno) => Err(errno),
+        };
         self.fd = spare();
         told
     }
@@ -88,15 +96,12 @@ impl Vm {
                 self.accepted(socket);
                 true
             }
-            Err(errno @ (Errno::MFILE | Errno::NFILE)) => {
+            Err(Errno::MFILE | Errno::NFILE) => {
                 let reason = "the daemon has as many files open as it may: raise its limit (`LimitNOFILE=`), or close a \
                               connection";
                 let refusal = connection::frame(&refused(reason, Errno::MFILE.raw_os_error()));
-                let told = self.spare.refuse(listener, errno, &refusal);
-                if !told {
-                    self.starved(errno);
-                }
-                told
+                let told = self.spare.refuse(listener, &refusal);
+                self.told(told)
             }
             Err(errno) => {
                 self.starved(errno);
@@ -172,6 +177,14 @@ impl Vm {
         let refusal = connection::frame(&refused(&reason, Errno::USERS.raw_os_error()));
         // The socket of one who does not read has room for it all the same, because nothing is in it yet.
         let _ = frame::send(socket, &refusal, &[]);
+    }
+
+    /// Whether there may be more to refuse. Where it was not possible to refuse anybody, the sockets rest.
+    pub(super) fn told(&mut self, told: Result<bool, Errno>) -> bool {
+        told.unwrap_or_else(|errno| {
+            self.starved(errno);
+            false
+        })
     }
 
     /// Has the sockets rest until something is closed, or for a moment: where neither descriptors nor memory are left to

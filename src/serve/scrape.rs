@@ -139,14 +139,11 @@ impl Vm {
                 self.spare.accepted();
                 true
             }
-            Err(errno @ (Errno::MFILE | Errno::NFILE)) => {
+            Err(Errno::MFILE | Errno::NFILE) => {
                 let text = "the daemon has as many files open as it may: raise its limit (LimitNOFILE=)\n";
                 let refusal = response("503 Service Unavailable", "text/plain", text);
-                let told = self.spare.refuse(&scrape.listener, errno, &refusal);
-                if !told {
-                    self.starved(errno);
-                }
-                told
+                let told = self.spare.refuse(&scrape.listener, &refusal);
+                self.told(told)
             }
             Err(errno) => {
                 self.starved(errno);
