@@ -391,6 +391,25 @@ mod tests {
     }
 
     #[test]
+    fn guardian_that_does_not_answer_is_neither_trusted_nor_waited_for() {
+        let silent = |child| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            (Guardian { socket: ours.into(), child }, theirs)
+        };
+        let (guardian, _theirs) = silent(None);
+        let error = guardian.tell("cdev 0000:00:04.0", &[]).unwrap_err();
+        assert!(error.to_string().contains("it does not answer"), "{error}");
+        guardian.bye();
+        // One that was started here is ended, because nothing is left for it to guard.
+        let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let (guardian, _theirs) = silent(Some(child));
+        guardian.bye();
+        assert_eq!(rustix::process::test_kill_process(pid), Err(Errno::SRCH));
+    }
+
+    #[test]
     fn what_is_not_a_device_is_not_held() {
         let ended = guarded(|socket, fd| {
             assert_eq!(tell(&socket, "cdev a", &[]), NOT_HELD);
