@@ -272,3 +272,61 @@ fn blame(state: Option<RunState>) -> (bool, Cause, i32) {
         None | Some(RunState::Removing(_)) => (false, Cause::CallHangs, 0),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use passgate_bindings::PAGE;
+
+    use super::super::*;
+
+    const CALLER: Caller = Caller { client: ClientId(1), door: Door::Channel, cookie: 1 };
+
+    /// The verdict on a page in two domains: in the first its unmap fails, in the second it does not return.
+    fn verdict(first: DomainId, second: DomainId) -> Verdict {
+        let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
+        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
+        for domain in [DomainId(0), DomainId(1)] {
+            gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+        }
+        let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
+        let (gpa, initial) = (PageRange::new(0, 4 * PAGE).unwrap(), PageState::Shared);
+        let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
+        gate.handle(Event::AddRegion { caller: CALLER, spec }, &mut effects);
+        let ranges = PageRange::new(PAGE, PAGE).unwrap().into();
+        let (to, performer) = (PageState::Private, Performer::Client);
+        gate.handle(
+            Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 },
+            &mut effects,
+        );
+        let mut rungs = Step::LADDER.into_iter();
+        loop {
+            if effects.is_empty() {
+                let rung = rungs.next().expect("an answer in time");
+                let invalidation = InvalidationId(gate.last().1);
+                gate.handle(Event::Expired { invalidation, rung }, &mut effects);
+                continue;
+            }
+            match effects.remove(0) {
+                Effect::Map { job, .. } => {
+                    gate.handle(Event::Mapped { job, result: MapResult::Mapped }, &mut effects);
+                }
+                Effect::Unmap { job, domain, .. } if domain == first => {
+                    let result = UnmapResult::Failed { errno: 16, bytes: 0 };
+                    gate.handle(Event::Unmapped { job, result, took_ns: 1 }, &mut effects);
+                }
+                Effect::Unmap { domain, .. } => assert_eq!(domain, second),
+                Effect::Answer { answer: Answer::Verdict { verdict, .. }, .. } => return verdict,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_failed_in_one_domain_and_hangs_in_another_is_unknown() {
+        for (first, second) in [(DomainId(0), DomainId(1)), (DomainId(1), DomainId(0))] {
+            let verdict = verdict(first, second);
+            let Verdict::Unknown { reason, .. } = verdict else { panic!("{verdict:?}") };
+            assert_eq!(reason.cause, Cause::CallHangs);
+        }
+    }
+}

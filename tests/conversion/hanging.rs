@@ -15,6 +15,8 @@ use crate::common::{PATIENT_MS, Setup, assert_refused, dma_read, granted, memory
 
 /// An answer is given with a seventh of this left, in which it travels: enough of it where much else runs, too.
 const DEADLINE_MS: u32 = 3000;
+/// A deadline of which the first seventh alone is longer than that.
+const FAR_MS: u32 = 60_000;
 /// What a call may keep the loop is a small part of this.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -72,6 +74,29 @@ fn an_unmap_that_never_returns_is_answered_in_time_as_unknown() {
         let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
         channel.end(begun, Outcome::NotCommitted).unwrap();
     }
+}
+
+#[test]
+fn a_deadline_is_kept_beside_a_later_one() {
+    let (setup, hanging) = setup();
+    let (mut client, mut channel, _file) = setup.client(4);
+    let mut other = setup.connect();
+    let mut their_channel = other.open_channel().unwrap();
+    // A conversion that waits for a DMA, with a deadline that is far away.
+    let held = setup.device.hold_write(Iova(2 * PAGE), 8).unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| their_channel.begin(pages(2, 1), PageState::Private, Some(FAR_MS)));
+        until(&mut client, |status| status.open == 1);
+        hanging.hang_unmaps();
+        let start = Instant::now();
+        let answer = channel.begin(pages(0, 1), PageState::Private, Some(DEADLINE_MS)).unwrap();
+        assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
+        assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
+        hanging.release();
+        // A drain for the second one may have ended it.
+        let _ = held.finish(&[0; 8]);
+        granted(waits.join().unwrap());
+    });
 }
 
 #[test]

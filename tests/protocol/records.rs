@@ -2,12 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use passgate::client::{Channel, Outcome, PageState};
+use passgate::client::{AddMemory, Channel, Outcome, PageState};
 use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
+use passgate_bindings::PAGE;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::common::{LONG, PATIENT_MS, Setup, assert_refused, granted, open_files, pages, substance};
+use crate::common::{LONG, PATIENT_MS, Setup, assert_refused, granted, memory, open_files, pages, substance};
 
 const NOENT: i32 = 2;
 const FAULT: i32 = 14;
@@ -123,6 +124,19 @@ fn passgate_converts_only_what_was_given_to_it_alone() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(4);
     assert_refused(channel.convert(pages(0, 1), PageState::Hole, None), 1, "refused");
+}
+
+#[test]
+fn passgate_converts_a_batch_only_where_every_range_was_given_to_it_alone() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(4);
+    let own = AddMemory { sole_mapper: true, ..AddMemory::shared(4 * PAGE, 4 * PAGE) };
+    client.add_memory(&own, &[&*memory(4)]).unwrap();
+    client.add_memory(&AddMemory::shared(8 * PAGE, 4 * PAGE), &[&*memory(4)]).unwrap();
+    granted(channel.convert_many(&[pages(4, 1), pages(6, 1)], PageState::Hole, None));
+    assert_refused(channel.convert_many(&[pages(5, 1), pages(9, 1)], PageState::Hole, None), 1, "refused");
+    assert_refused(channel.convert(pages(7, 2), PageState::Hole, None), 1, "refused");
+    assert_refused(channel.convert(pages(3, 2), PageState::Hole, None), 1, "refused");
 }
 
 #[test]

@@ -232,6 +232,22 @@ fn memory_that_nobody_comes_back_for_is_closed() {
 }
 
 #[test]
+fn memory_is_closed_when_its_time_is_up_though_nobody_asks() {
+    let (mut service, memory) = (service(&["--adopt-within", "1"]), memory(PAGES));
+    service.start();
+    let (client, channel) = join(&service, &memory);
+    service.kill();
+    drop((client, channel));
+    service.start();
+    // Nobody connects from here on: time alone wakes the daemon. Sealing says that nothing pins or maps the memory.
+    let until = Instant::now() + LONG;
+    while rustix::fs::fcntl_add_seals(&memory, SealFlags::WRITE).is_err() {
+        assert!(Instant::now() < until, "something has it yet");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
 fn to_stop_is_to_let_go_of_what_was_held() {
     let (mut service, memory) = (service(&[]), memory(PAGES));
     service.start();

@@ -118,6 +118,20 @@ fn a_ticket_waits_only_for_what_is_in_flight_in_whatever_order_pages_were_mapped
 }
 
 #[test]
+fn what_has_ended_with_one_unmap_does_not_count_for_the_next() {
+    let bench = Bench::new(2);
+    let unmapped = [(); 3].map(|()| {
+        bench.map(0, 2);
+        let held = bench.device.hold_write(at(0), 8).unwrap();
+        (held, ticket(bench.unmap(0, 2), 2))
+    });
+    for (held, ticket) in unmapped {
+        held.finish(&[0; 8]).unwrap();
+        assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    }
+}
+
+#[test]
 fn a_ticket_taken_off_the_queue_by_the_device_still_wakes_its_owner() {
     let bench = Bench::new(2);
     bench.map(0, 2);

@@ -109,12 +109,15 @@ fn what_a_device_knows_from_before_a_map_that_failed_leads_nowhere_else() {
     assert_eq!(bench.unmap(0, 8), gone(8));
     rustix::fs::ftruncate(&file, 6 * PAGE).unwrap();
     refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
-    // Other pages in the slots of the two that were not reached.
-    bench.domain.map(iova(16, 6), PAGE, &bench.memory, Offset(0), true).unwrap();
+    // The same pages elsewhere, the last one first: in the slots of the two that were not reached, if these were free.
+    rustix::fs::ftruncate(&file, 8 * PAGE).unwrap();
+    for page in [7, 6] {
+        bench.domain.map(iova(16 + page, 1), PAGE, &bench.memory, Offset(page * PAGE), true).unwrap();
+    }
     for page in 0..8 {
         is_fault(bench.dma_store(page, 99), page);
     }
-    (0..6).for_each(|page| assert_eq!(bench.load(page), 0));
+    (0..8).for_each(|page| assert_eq!(bench.load(page), 0));
 }
 
 #[test]

@@ -78,3 +78,27 @@ fn request_whose_memory_faulted_is_asked_about_once() {
     }
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), FAILED);
 }
+
+/// The process may end between the two: a request whose mark has gone before its answer was written is done by nobody.
+#[test]
+fn mark_of_a_request_outlives_an_answer_that_cannot_be_written() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let mut queue = Queue::new(16).unwrap();
+    let (inflight, _fd) = super::super::inflight::Inflight::new(1, 16).unwrap();
+    let marked = || inflight.queue(0, 16).unwrap().recover(0).unwrap();
+    let mut ring = Ring::new(0, Arc::new(Counts::default()));
+    ring.phase = Phase::On;
+    ring.slots.resize_with(16, Slot::default);
+    ring.slots[3].status = GuestAddress(0x3000);
+    let mut tracked = inflight.queue(0, 16).unwrap();
+    assert!(tracked.recover(0).is_none());
+    tracked.begin(3);
+    ring.inflight = Some(tracked);
+    // The used ring is not in guest memory.
+    queue.try_set_used_ring_address(GuestAddress(0x10_0000)).unwrap();
+    ring.answer(&mut queue, &memory, 3, OK);
+    assert_eq!((ring.phase, marked()), (Phase::Broken, vec![3]));
+    queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+    ring.answer(&mut queue, &memory, 3, OK);
+    assert_eq!(marked(), Vec::<u16>::new());
+}

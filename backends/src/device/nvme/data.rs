@@ -358,6 +358,14 @@ mod tests {
     }
 
     #[test]
+    fn no_command_has_more_pages_than_its_list_has_room_for() {
+        let rules = Rules { most: 4 << 20, ..RULES };
+        assert_eq!(check(rules, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
+        assert_eq!(check(rules, &segments(&[(0x10_0000, 257 * 4096)])), Ok(1));
+        assert_eq!(check(rules, &segments(&[(0x10_0000, 258 * 4096)])), Ok(2));
+    }
+
+    #[test]
     fn a_request_of_any_length_is_planned_in_little_memory() {
         let all: Vec<_> = (0..126).map(|_| (0, u32::MAX / 4096 * 4096)).collect();
         let mut parts = Vec::new();
