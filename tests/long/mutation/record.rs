@@ -73,7 +73,7 @@ impl Record {
 
     /// Whether it is known that no test finds the plant, and nobody has said why.
     pub(crate) fn is_unexplained(&self, plant: &Plant) -> bool {
-        plant.why.is_empty() && self.of(plant).is_some_and(|rest| !rest.starts_with("caught"))
+        plant.why.is_empty() && self.of(plant).is_some_and(|rest| rest.starts_with("survived"))
     }
 
     pub(crate) fn put(&mut self, plant: &Plant, fate: Fate, root: &Path) -> Result<(), String> {
@@ -93,7 +93,8 @@ impl Record {
     pub(crate) fn write(&self, plants: &[Plant]) -> Result<(), String> {
         let mut text =
             String::from("# Written by tests/long/mutation/run: what became of each plant. Lines: plant,\n");
-        text.push_str("# version of its text, fate, test that finds it, time until then, date, commit.\n#\n");
+        text.push_str("# version of its text, fate, test that finds it, time until then, date, commit.\n");
+        text.push_str("# missed: not found by the expected tests, and the others have not run. Not listed: not run.\n#\n");
         for line in self.figures(plants).lines() {
             let _ = writeln!(text, "# {line}");
         }
