@@ -111,6 +111,53 @@ pub enum Outcome {
     },
 }
 
+/// What an owner says of its conversion at the end, before it is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    /// Its word: committed, not committed, or unknown.
+    pub word: Word,
+    /// The errno of its kernel call; 0 where there was none.
+    pub errno: i32,
+    /// How far into the range it got, in bytes.
+    pub offset: u64,
+}
+
+/// An owner's word at the end of its conversion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// The whole range was converted.
+    Committed,
+    /// Nothing of it was.
+    NotCommitted,
+    /// The owner cannot tell.
+    Unknown,
+}
+
+/// The highest errno there is (`include/linux/err.h`).
+const MAX_ERRNO: i32 = 4095;
+
+/// `EPROTO`: stands for an errno that is none.
+const NO_ERRNO: i32 = 71;
+
+impl Said {
+    /// The outcome of a conversion of `length` bytes. What contradicts itself is *unknown*: committed with an errno, or with
+    /// an offset other than 0 and the end; not committed with an offset other than 0; an errno that is none, an offset
+    /// beyond the range.
+    pub fn outcome(self, length: u64) -> Outcome {
+        let Self { word, errno, offset } = self;
+        let valid = (0..=MAX_ERRNO).contains(&errno) && offset <= length;
+        match word {
+            Word::Committed if valid && errno == 0 && (offset == 0 || offset == length) => Outcome::Committed,
+            // A call that failed and changed nothing has an errno.
+            Word::NotCommitted if valid && offset == 0 => Outcome::NotCommitted,
+            _ => Outcome::Unknown {
+                errno: if (0..=MAX_ERRNO).contains(&errno) { errno } else { NO_ERRNO },
+                offset: offset.min(length),
+            },
+        }
+    }
+}
+
 /// Who performs the conversion between begin and end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -319,4 +366,34 @@ pub enum Event {
         /// What the pages are: shared, private or hole.
         to: PageState,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_contradicts_itself_is_unknown() {
+        const LENGTH: u64 = 16384;
+        let says = |word, errno, offset| Said { word, errno, offset }.outcome(LENGTH);
+        let unknown = |errno, offset| Outcome::Unknown { errno, offset };
+        for offset in [0, LENGTH] {
+            assert_eq!(says(Word::Committed, 0, offset), Outcome::Committed);
+        }
+        for errno in [0, 5, MAX_ERRNO] {
+            assert_eq!(says(Word::NotCommitted, errno, 0), Outcome::NotCommitted);
+            assert_eq!(says(Word::Unknown, errno, 4096), unknown(errno, 4096));
+        }
+        assert_eq!(says(Word::Committed, 5, 0), unknown(5, 0));
+        assert_eq!(says(Word::Committed, 5, LENGTH), unknown(5, LENGTH));
+        assert_eq!(says(Word::Committed, 0, 4096), unknown(0, 4096));
+        assert_eq!(says(Word::NotCommitted, 0, 1), unknown(0, 1));
+        assert_eq!(says(Word::NotCommitted, 5, LENGTH), unknown(5, LENGTH));
+        for word in [Word::Committed, Word::NotCommitted, Word::Unknown] {
+            assert_eq!(says(word, 0, LENGTH + 1), unknown(0, LENGTH), "{word:?}");
+            for errno in [-5, MAX_ERRNO + 1, i32::MIN, i32::MAX] {
+                assert_eq!(says(word, errno, 0), unknown(NO_ERRNO, 0), "{word:?} {errno}");
+            }
+        }
+    }
 }

@@ -47,7 +47,7 @@ pub use adopt::{ORPHANS, Unended};
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
     Backing, Caller, ClientId, DeviceId, DomainId, Door, Event, FileId, InvalidationId, JobId, MapResult,
-    Outcome, Performer, RegionId, RegionSpec, UnmapResult,
+    Outcome, Performer, RegionId, RegionSpec, Said, UnmapResult, Word,
 };
 pub use fence::{Nature, OnStuckDma, Platform, Step, Steps};
 pub use hitless::{Able, Hitless};

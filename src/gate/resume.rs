@@ -267,6 +267,17 @@ impl Gate {
         (self.last_region, self.last_invalidation)
     }
 
+    /// True from an invalidation's begin until it is over.
+    pub fn is_open(&self, id: InvalidationId) -> bool {
+        self.invalidations.contains_key(&id)
+    }
+
+    /// Bytes of all ranges of an open conversion.
+    pub fn length_of(&self, id: InvalidationId) -> Option<u64> {
+        let inv = self.invalidations.get(&id).filter(|inv| inv.is_conversion())?;
+        Some(inv.receipt.ranges.len())
+    }
+
     /// The pages that an open conversion holds.
     pub fn held_by(&self, id: InvalidationId) -> &[FilePages] {
         self.invalidations.get(&id).filter(|inv| inv.is_conversion()).map_or(&[], |inv| &inv.pages)

@@ -7,7 +7,7 @@ use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::batch;
-use crate::gate::{Outcome, PageState, Ranges, RangesError};
+use crate::gate::{PageState, Ranges, RangesError, Said, Word};
 
 /// Bytes of a record.
 pub const RECORD_LEN: usize = 64;
@@ -130,8 +130,8 @@ pub enum Request {
     End {
         /// What was begun.
         invalidation: u64,
-        /// How it went.
-        outcome: Outcome,
+        /// What its owner says of it; whether that contradicts itself depends on the range.
+        said: Said,
     },
 }
 
@@ -222,13 +222,14 @@ impl Record {
             Some(Kind::End) => {
                 take(|r| (r.invalidation, r.offset) = Default::default());
                 take(|r| (r.outcome, r.errno) = Default::default());
-                let outcome = match self.outcome.get() {
-                    0 => Outcome::Committed,
-                    1 => Outcome::NotCommitted,
-                    2 => Outcome::Unknown { errno: self.errno.get(), offset: self.offset.get() },
+                let word = match self.outcome.get() {
+                    0 => Word::Committed,
+                    1 => Word::NotCommitted,
+                    2 => Word::Unknown,
                     other => return Err(RecordError::Field("outcome", other.into())),
                 };
-                Request::End { invalidation: self.invalidation.get(), outcome }
+                let said = Said { word, errno: self.errno.get(), offset: self.offset.get() };
+                Request::End { invalidation: self.invalidation.get(), said }
             }
             _ => return Err(RecordError::Kind(self.kind.get())),
         };

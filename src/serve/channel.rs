@@ -8,7 +8,9 @@ use zerocopy::little_endian::{I32, U32, U64};
 use super::connection::Channel;
 use super::poller::Interest;
 use super::vm::Vm;
-use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, Reason, Verdict};
+use crate::gate::{
+    Answer, Caller, ClientId, Door, Event, InvalidationId, Outcome, Performer, Reason, Verdict, Word,
+};
 use crate::protocol::batch::{self, MAX_DATAGRAM};
 use crate::protocol::record::{RecordError, Request, verdict};
 use crate::protocol::{Kind, Record};
@@ -67,8 +69,16 @@ impl Vm {
         let caller = Caller { client, door: Door::Channel, cookie };
         match request {
             Request::Echo => self.send(client, Record::new(Kind::Echoed, cookie)),
-            Request::End { invalidation, outcome } => {
+            Request::End { invalidation, said } => {
                 let invalidation = InvalidationId(invalidation);
+                let outcome = self.session.outcome(invalidation, said);
+                if matches!(outcome, Outcome::Unknown { .. }) && said.word != Word::Unknown {
+                    log::warn!(
+                        "client {}: the end of invalidation {} contradicts itself",
+                        client.0,
+                        invalidation.0
+                    );
+                }
                 self.session.handle(Event::End { caller, invalidation, outcome });
             }
             Request::Begin { ranges, to, deadline_ms, convert } => {

@@ -30,7 +30,7 @@ use passgate_bindings::{Gpa, Iova, PageRange};
 
 use crate::gate::{
     Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice,
-    Policy, Receipt, Snapshot, Step, Verdict,
+    Outcome, Policy, Receipt, Said, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -237,6 +237,12 @@ impl Session {
         let store = self.store.clone();
         let held = self.files.all();
         self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, held, store }));
+    }
+
+    /// Returns how an open conversion of this client's ended, from what its owner says of it. Of one that is not open it does
+    /// not matter: the gate refuses the end.
+    pub fn outcome(&self, id: InvalidationId, said: Said) -> Outcome {
+        said.outcome(self.gate.length_of(id).unwrap_or(u64::MAX))
     }
 
     /// Whether passgate may convert this range itself.

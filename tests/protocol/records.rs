@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use passgate::client::{AddMemory, Channel, Outcome, PageState};
 use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
 use passgate_bindings::PAGE;
-use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::common::{LONG, PATIENT_MS, Setup, assert_refused, granted, memory, open_files, pages, substance};
+use crate::common::{
+    LONG, PATIENT_MS, Setup, assert_faults, assert_refused, granted, memory, open_files, pages, substance,
+};
 
 const NOENT: i32 = 2;
 const FAULT: i32 = 14;
@@ -204,4 +206,46 @@ fn a_client_that_never_pauses_delays_nobody() {
         // One of them would take that long if it had to wait for a pause.
         assert!(took < LONG, "{took:?} for twenty conversions");
     });
+}
+
+#[test]
+fn an_end_that_contradicts_itself_quarantines_its_range() {
+    let setup = Setup::new();
+    let (mut client, mut channel, _file) = setup.client(16);
+    let end = |invalidation, (outcome, errno, offset)| Record {
+        invalidation: U64::new(invalidation),
+        outcome: U32::new(outcome),
+        errno: I32::new(errno),
+        offset: U64::new(offset),
+        ..Record::new(Kind::End, 7)
+    };
+    // Committed, and a call that failed; part of it; not committed, and part of it; numbers that are none.
+    let contradictions = [
+        (0, 5, 0),
+        (0, 0, PAGE),
+        (1, 0, PAGE),
+        (1, 5, 2 * PAGE),
+        (1, -5, 0),
+        (0, 0, u64::MAX),
+        (2, 1 << 20, 0),
+    ];
+    for (count, said) in (1..).zip(contradictions) {
+        let page = 2 * (count - 1);
+        let invalidation = granted(channel.begin(pages(page, 2), PageState::Private, Some(PATIENT_MS)));
+        channel.send(&end(invalidation, said)).unwrap();
+        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{said:?}");
+        assert_eq!(client.status().unwrap().quarantined, count * 2 * PAGE, "{said:?}");
+        assert_refused(channel.begin(pages(page, 2), PageState::Shared, None), 5, "at");
+        assert_faults(&setup.device, page);
+        let receipt = client.explain(invalidation).unwrap();
+        assert!(receipt["outcome"]["unknown"].is_object(), "{receipt}");
+    }
+    // What a call says that failed and changed nothing, or that got to the end.
+    for said in [(1, 5, 0), (0, 0, 2 * PAGE)] {
+        let invalidation = granted(channel.begin(pages(14, 2), PageState::Private, Some(PATIENT_MS)));
+        channel.send(&end(invalidation, said)).unwrap();
+        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{said:?}");
+    }
+    let status = client.status().unwrap();
+    assert_eq!((status.quarantined, status.regions[0].private), (14 * PAGE, 2 * PAGE));
 }
