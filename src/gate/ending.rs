@@ -32,6 +32,7 @@ impl Gate {
         for (domain, target) in unswept.flat_map(|d| targets.iter().map(move |t| (d, *t))) {
             stuck.extend(domain.mapped.live(target).map(|live| (domain.id, live, None)));
         }
+        let at = effects.len();
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
         let pages = self.invalidations.get(&id).map(|inv| inv.pages.clone()).unwrap_or_default();
         self.release(id, &pages);
@@ -40,14 +41,15 @@ impl Gate {
             let untouched = state.is_none() && is_conversion;
             let state = if untouched { Some(RunState::Cached) } else { state };
             let (known, reason) = self.reason(domain, state, rung);
-            let mut first = None;
-            for part in self.files_at(iova) {
-                first = first.or(self.asked(&pages, part));
-                if !untouched {
+            let parts = self.files_at(iova);
+            if !untouched {
+                for part in &parts {
                     self.quarantine(id, part.file, part.range, reason, effects);
                 }
             }
+            // Looked for only where it is to be told: a batch has thousands of parts.
             if worst.is_none_or(|(was_known, ..)| was_known && !known) {
+                let first = parts.into_iter().find_map(|part| self.asked(&pages, part));
                 worst = Some((known, reason, first.unwrap_or(range)));
             }
         }
@@ -58,7 +60,7 @@ impl Gate {
         if let Some(inv) = self.invalidations.get_mut(&id) {
             inv.receipt.verdict = Some(verdict);
         }
-        self.clearing.retain(|other| *other != id);
+        self.clearing.remove(&id);
         let answer = match after {
             After::AddFailed(_, Refusal::MapFailed { errno }) => {
                 Some(Answer::Refused(Refusal::HalfMapped { errno }))
@@ -67,7 +69,10 @@ impl Gate {
             After::Gone | After::Merged(_) | After::Resumed => None,
             _ => Some(Answer::Verdict { invalidation: id, verdict }),
         };
-        effects.extend(answer.map(|answer| Effect::Answer { caller, answer }));
+        if let Some(answer) = answer {
+            // It has a deadline, what everybody is told has none: thousands of ranges may be.
+            effects.insert(at, Effect::Answer { caller, answer });
+        }
         effects.push(Effect::Notice(Notice::Refused { invalidation: id, range, reason }));
         self.finish(id, effects);
         self.restore(pages, effects);
@@ -178,7 +183,7 @@ impl Gate {
     pub(super) fn abandon(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
         let (pages, targets) = (std::mem::take(&mut inv.pages), std::mem::take(&mut inv.targets));
-        self.clearing.retain(|other| *other != id);
+        self.clearing.remove(&id);
         self.release(id, &pages);
         for (domain, run) in self.runs_over(&targets) {
             self.doubt(id, domain, run, effects);

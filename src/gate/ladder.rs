@@ -5,7 +5,7 @@
 
 use super::Gate;
 use super::effect::{Effect, Effects};
-use super::event::{DomainId, InvalidationId};
+use super::event::{DomainId, InvalidationId, JobId};
 use super::fence::Step;
 use super::invalidation::Phase;
 use super::ledger::Run;
@@ -53,6 +53,7 @@ impl Gate {
 
     /// A part of the deadline is over, and with it a rung.
     pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
+        let last_job = JobId(self.last_job);
         let Some(inv) = self.invalidations.get_mut(&id).filter(|inv| inv.phase != Phase::Granted) else {
             return;
         };
@@ -60,7 +61,7 @@ impl Gate {
         let waits = inv.stopping && inv.is_conversion();
         inv.stopping = waits;
         inv.hurried = true;
-        inv.under_way = 0;
+        inv.give_up(last_job);
         if inv.phase == Phase::Converting {
             match over.above() {
                 None => self.convert_hangs(id, effects),

@@ -79,8 +79,8 @@ impl Gate {
         for run in mapped.runs(target) {
             match run.state {
                 RunState::Suspect { .. } | RunState::Cached => {
-                    // Targets overlap where a range shows a page twice: each run is tried once.
-                    if !sight.suspects.contains(&(domain.id, run)) {
+                    // A run may lie over several targets, which ascend as runs do: each run is tried once.
+                    if sight.suspects.last() != Some(&(domain.id, run)) {
                         sight.suspects.push((domain.id, run));
                     }
                 }

@@ -157,7 +157,7 @@ pub struct Gate {
     layout: BTreeMap<Gpa, RegionId>,
     invalidations: BTreeMap<InvalidationId, Invalidation>,
     /// Those of them that wait for proof.
-    clearing: Vec<InvalidationId>,
+    clearing: BTreeSet<InvalidationId>,
     jobs: BTreeMap<JobId, Job>,
     /// What the replaces under way take out.
     replacing: BTreeMap<JobId, Vec<PageRange<Iova>>>,
@@ -191,7 +191,7 @@ impl Gate {
             regions: BTreeMap::new(),
             layout: BTreeMap::new(),
             invalidations: BTreeMap::new(),
-            clearing: Vec::new(),
+            clearing: BTreeSet::new(),
             jobs: BTreeMap::new(),
             replacing: BTreeMap::new(),
             hanging: BTreeSet::new(),

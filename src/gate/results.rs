@@ -106,7 +106,7 @@ impl Gate {
                     self.jobs.remove(&job);
                 }
                 self.record(invalidation, domain, (Some(iova), run.bytes - already), result, took_ns);
-                self.came_back(invalidation, run.objects, in_flight);
+                self.came_back(invalidation, (!in_flight).then_some(job), run.objects);
                 self.changed(iova, invalidation, effects);
             }
             Some(Job::Replace { domain, invalidation }) => {
@@ -132,7 +132,7 @@ impl Gate {
                     runs.iter().for_each(|run| _ = self.went(job, domain, *run, 0, each));
                 }
                 self.record(invalidation, domain, (None, asked), result, took_ns);
-                self.came_back(invalidation, objects, false);
+                self.came_back(invalidation, Some(job), objects);
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
             Some(Job::Settle { domain, iova }) => self.settled_left(job, domain, iova, result, effects),
@@ -197,12 +197,12 @@ impl Gate {
         }
     }
 
-    /// One call of an invalidation is over. The mappings that it took away may have to come back at its end: their room
-    /// is kept.
-    fn came_back(&mut self, invalidation: InvalidationId, objects: u64, in_flight: bool) {
+    /// One call of an invalidation has returned, and with `over` nothing of it is in flight. The mappings that it took away
+    /// may have to come back at its end: their room is kept.
+    fn came_back(&mut self, invalidation: InvalidationId, over: Option<JobId>, objects: u64) {
         let Some(inv) = self.invalidations.get_mut(&invalidation) else { return };
-        if !in_flight {
-            inv.under_way = inv.under_way.saturating_sub(1);
+        if let Some(job) = over {
+            inv.came_back(job);
         }
         if inv.is_conversion() {
             self.reserve(invalidation, objects);
@@ -226,7 +226,7 @@ impl Gate {
             }
         }
         self.jobs.remove(&job);
-        self.came_back(invalidation, 0, false);
+        self.came_back(invalidation, Some(job), 0);
         self.changed(iova, invalidation, effects);
     }
 
@@ -266,7 +266,7 @@ impl Gate {
 
     /// Whether nothing is in quarantine, on its way out, or in doubt but what this invalidation itself waits for.
     fn is_alone(&self, invalidation: InvalidationId) -> bool {
-        let own = self.invalidations.get(&invalidation).map_or(0, |inv| inv.under_way as usize);
+        let own = self.invalidations.get(&invalidation).map_or(0, |inv| inv.not_back());
         let unsettled: usize = self.domains.iter().map(|domain| domain.mapped.unsettled()).sum();
         unsettled <= own
             && !self.files.values().any(|file| file.holds.quarantined())
