@@ -97,7 +97,7 @@ pub enum Effect {
         invalidation: InvalidationId,
         /// Which rung is to be over by then.
         rung: Step,
-        /// Nanoseconds from now.
+        /// Nanoseconds from now: a rung's part of the deadline, the same for each of them. Who can counts from the begin.
         after_ns: u64,
     },
     /// Answer a request.

@@ -118,6 +118,23 @@ impl Gate {
         self.domains.iter().map(|domain| self.choose(domain, spec)).collect()
     }
 
+    /// True where a region cannot come now, and only because others are being closed that lie in its way or use up a budget.
+    pub fn waits_for_close(&self, client: ClientId, spec: &RegionSpec) -> bool {
+        match self.admit(client, spec) {
+            Err(Refusal::Overlaps { .. }) => {
+                let mut over = self.regions.iter().filter(|(_, other)| other.spec.gpa.overlaps(spec.gpa));
+                over.all(|(id, _)| self.closes(*id))
+            }
+            Err(Refusal::Budget { .. }) => self.regions.keys().any(|id| self.closes(*id)),
+            _ => false,
+        }
+    }
+
+    /// True where a region that is not on its way out lies in `gpa`.
+    pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
+        self.regions.values().any(|region| !region.closing && region.spec.gpa.overlaps(gpa))
+    }
+
     /// Takes down the state of pages that no other region of the file has told before.
     fn learn(&mut self, pages: FilePages, initial: PageState) {
         let known = self.files.get(&pages.file).map_or(&[][..], |entry| &entry.regions);

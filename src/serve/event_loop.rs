@@ -33,6 +33,15 @@ const CALL: Duration = Duration::from_millis(100);
 /// Requests of one client that are done before the next client's turn.
 const BURST: usize = 32;
 
+/// How long the loop makes small calls itself before others have their turn: what is left goes to the pool.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// Small calls that are handed to the pool together.
+const CHUNK: usize = 64;
+
+/// Results of other threads that are taken before others have their turn.
+const RESULTS: usize = 256;
+
 /// What other threads hand in.
 #[derive(Debug)]
 pub(super) enum Done {
@@ -124,10 +133,19 @@ impl Core {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes everything that was handed in.
+    /// Takes what was handed in, the first [`RESULTS`] of it: the loop is wanted again for the rest.
     pub(super) fn take_done(&self) -> VecDeque<Done> {
         let _ = rustix::io::read(&self.kick, &mut [0; 8]);
-        std::mem::take(&mut self.inbox().done)
+        let mut inbox = self.inbox();
+        let taken = RESULTS.min(inbox.done.len());
+        let rest = inbox.done.split_off(taken);
+        let taken = std::mem::replace(&mut inbox.done, rest);
+        let more = !inbox.done.is_empty();
+        drop(inbox);
+        if more {
+            self.kick();
+        }
+        taken
     }
 
     /// Nothing is to be kept for a next daemon.
@@ -284,14 +302,28 @@ fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
 }
 
 /// Does all that the session wants done. None if the VM was taken over in a call.
+///
+/// However much it is, alarms are kept meanwhile, and calls beyond the first few go to the pool: one request of
+/// thousands of pages delays nobody else's.
 fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
+    let start = Instant::now();
+    let mut left = Vec::new();
     loop {
+        let now = Instant::now();
+        vm.keep_alarms(now);
         match vm.session.next_step() {
-            Next::Idle => return Some(vm),
+            Next::Idle if left.is_empty() => return Some(vm),
+            Next::Idle => vm.pool.run_all(std::mem::take(&mut left)),
             Next::Answer(caller, answer) => vm.answer(caller, answer),
             Next::Refused(caller, error) => vm.refuse(caller, &error),
             Next::Notice(notice) => vm.notice(&notice),
             Next::Call(call) if !call.is_small() => vm.pool.run(Task::Call(call)),
+            Next::Call(call) if now - start >= SLICE => {
+                left.push(call);
+                if left.len() == CHUNK {
+                    vm.pool.run_all(std::mem::take(&mut left));
+                }
+            }
             Next::Call(call) => {
                 vm.rearm(Some(CALL));
                 match core.baton.run(turn, vm, || call.run()) {

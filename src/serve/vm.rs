@@ -7,6 +7,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain};
+use passgate_bindings::PageRange;
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::accept::{STARVED, Spare};
 use super::backlog::Backlog;
@@ -271,11 +273,47 @@ impl Vm {
         false
     }
 
+    /// Tells the session of every deadline that is over by `now`.
+    pub(super) fn keep_alarms(&mut self, now: Instant) {
+        if self.session.next_deadline().is_some_and(|when| when <= now) {
+            self.session.expire(now);
+        }
+    }
+
     /// Takes what came of a call. Memory of a client that is gone meanwhile comes too late.
     pub(super) fn returned(&mut self, returned: Returned) {
-        match &returned {
-            Returned::Examined { caller, .. } if !self.connections.contains_key(&caller.client) => {}
-            _ => self.session.returned(returned),
+        match returned {
+            Returned::Examined { caller, files, .. } if !self.connections.contains_key(&caller.client) => {
+                self.session.unwanted(files);
+            }
+            Returned::Examined { caller, memory, files } => {
+                let taken = PageRange::new(memory.gpa, memory.length);
+                if taken.is_ok_and(|gpa| self.session.is_taken(gpa)) {
+                    self.hang_up_the_dead();
+                }
+                self.session.returned(Returned::Examined { caller, memory, files });
+            }
+            returned => self.session.returned(returned),
+        }
+    }
+
+    /// Closes the connections whose other end is closed, before their sockets' turn: a VMM that starts again at once finds
+    /// its memory on its way out and not in its way.
+    fn hang_up_the_dead(&mut self) {
+        let mut sockets: Vec<_> = self
+            .connections
+            .values()
+            .map(|connection| PollFd::new(&connection.socket, PollFlags::empty()))
+            .collect();
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut sockets, Some(&now)).is_err() {
+            return;
+        }
+        let over = sockets.iter().map(|socket| socket.revents().contains(PollFlags::HUP));
+        let dead: Vec<_> =
+            self.connections.keys().zip(over).filter(|(_, over)| *over).map(|(client, _)| *client).collect();
+        for client in dead {
+            self.hang_up(client);
         }
     }
 

@@ -30,6 +30,9 @@ const FEW: u64 = 16;
 /// Bytes up to which a map does.
 const SMALL_MAP: u64 = 256 << 10;
 
+/// `ENODEV`: the gate named a domain or a device that the session has not.
+const NO_DEVICE: i32 = 19;
+
 /// One call, ready to run.
 #[derive(Debug)]
 pub enum Call {
@@ -64,6 +67,8 @@ pub enum Call {
         iova: PageRange<Iova>,
         /// All that this call is for, where it is more than one.
         shares: Vec<Share>,
+        /// Bytes of the range that a joined call removed before it failed.
+        already: u64,
     },
     /// Take just these ranges away, by another page table.
     Replace {
@@ -157,6 +162,8 @@ pub enum Returned {
         /// Where operations are in flight: what names them, for all of these.
         ticket: Option<(DomainId, Ticket, Vec<JobId>)>,
     },
+    /// One call for several has failed: the calls that try each by itself.
+    Apart(Vec<Call>),
     /// What a client's descriptors are.
     Examined {
         /// Who passed them.
@@ -181,30 +188,41 @@ pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
 }
 
 impl Call {
-    /// The call that an effect asks for.
-    pub(super) fn of(effect: Effect, session: &Session) -> Option<Self> {
-        let domain = |id: DomainId| session.domains.get(usize::from(id.0)).cloned();
+    /// Returns the call that an effect asks for. Where the session has not what the call works on, `Err` is the call's
+    /// result: it fails with nothing changed. An effect that asks for no call is an error without a result.
+    pub(super) fn of(effect: Effect, session: &Session) -> Result<Self, Option<Event>> {
+        let device = |id: DeviceId| session.devices.get(usize::from(id.0)).cloned();
+        let believed = |id: DeviceId| session.gate.nature(id);
         match effect {
-            Effect::Replace { job, domain: id, gone, bytes: _ } => {
-                Some(Self::Replace { job, domain: domain(id)?, gone })
-            }
-            Effect::Fence { job, device: id, step } => {
-                let device = session.devices.get(usize::from(id.0))?.clone();
-                let believed = session.gate.nature(id)?;
-                Some(Self::Fence { job, device, id, believed, step: fence_step(step)? })
-            }
-            Effect::Attach { job, device: id } => {
-                let device = session.devices.get(usize::from(id.0))?.clone();
-                Some(Self::Attach { job, device, id, believed: session.gate.nature(id)? })
-            }
+            Effect::Replace { job, domain, gone, bytes: _ } => match session.domain_of(domain) {
+                Some(domain) => Ok(Self::Replace { job, domain, gone }),
+                None => Err(Some(failed_unmap(job))),
+            },
+            Effect::Fence { job, device: id, step } => match (device(id), believed(id), fence_step(step)) {
+                (Some(device), Some(believed), Some(step)) => {
+                    Ok(Self::Fence { job, device, id, believed, step })
+                }
+                _ => Err(Some(Event::Fenced { job, errno: NO_DEVICE, took_ns: 0 })),
+            },
+            Effect::Attach { job, device: id } => match (device(id), believed(id)) {
+                (Some(device), Some(believed)) => Ok(Self::Attach { job, device, id, believed }),
+                _ => Err(Some(Event::Attached { job, errno: NO_DEVICE })),
+            },
             Effect::Convert { invalidation, pages, to } => {
-                let held = pages.iter().filter_map(|part| {
-                    let file = session.files.get(part.file)?;
-                    Some((file, part.range, session.files.in_place(part.file)))
-                });
-                Some(Self::Convert { invalidation, pages: held.collect(), to })
+                let held: Option<Vec<_>> = pages
+                    .iter()
+                    .map(|part| {
+                        let file = session.files.get(part.file)?;
+                        Some((file, part.range, session.files.in_place(part.file)))
+                    })
+                    .collect();
+                match held {
+                    Some(pages) => Ok(Self::Convert { invalidation, pages, to }),
+                    // All or nothing: a page that is passed over would be reported as converted.
+                    None => Err(Some(Event::Converted { invalidation, outcome: Outcome::NotCommitted })),
+                }
             }
-            _ => None,
+            _ => Err(None),
         }
     }
 
@@ -250,11 +268,12 @@ impl Call {
                 let (result, _) = answered(domain.replace(&gone));
                 plain(Event::Unmapped { job, result, took_ns: took() })
             }
-            Self::Unmap { job, id, domain, iova, shares } => {
+            Self::Unmap { job, id, domain, iova, shares, already } => {
                 let (result, ticket) = answered(domain.unmap(iova));
                 if !shares.is_empty() {
-                    return joined::shared(result, ticket.map(|ticket| (id, ticket)), shares, took());
+                    return joined::shared((id, domain), result, ticket, shares, took());
                 }
+                let result = joined::with(already, result);
                 let event = Event::Unmapped { job, result, took_ns: took() };
                 Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }
@@ -326,6 +345,11 @@ pub(super) fn distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Re
         return Err(FileError::Collides { device, inode });
     }
     Ok(())
+}
+
+/// The result of an unmap that was not called.
+pub(super) fn failed_unmap(job: JobId) -> Event {
+    Event::Unmapped { job, result: UnmapResult::Failed { errno: NO_DEVICE, bytes: 0 }, took_ns: 0 }
 }
 
 /// What a domain answered, and what names the operations in flight.
@@ -479,6 +503,32 @@ mod tests {
     }
 
     #[test]
+    fn a_map_that_is_neither_made_nor_taken_back_is_unknown_and_not_refused() {
+        use passgate_backends::iommu::sim::{Call as Kind, Fault};
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let map = || Call::Map {
+            job: JobId(1),
+            domain: Arc::new(sim.clone()),
+            iova: PageRange::new(0, 4 * PAGE).unwrap(),
+            piece: PAGE,
+            file: Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap()),
+            offset: Offset(0),
+            writable: true,
+            others: vec![JobId(2)],
+        };
+        for (fault, result) in [
+            (Fault::HalfMapped(Errno::BUSY), MapResult::Unknown { errno: 16 }),
+            (Fault::Errno(Errno::NOMEM), MapResult::Refused { errno: 12 }),
+        ] {
+            sim.fail_next(Kind::Map, fault);
+            let Returned::Facts { events, .. } = map().run() else { panic!("for two") };
+            let told = [1, 2].map(|job| Event::Mapped { job: JobId(job), result });
+            assert_eq!(events, told);
+            sim.unmap(PageRange::new(0, 4 * PAGE).unwrap());
+        }
+    }
+
+    #[test]
     fn an_unmap_that_would_wait_for_io_is_not_small() {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let window = Window::new(1, 1);
@@ -492,6 +542,7 @@ mod tests {
             domain: Arc::clone(&domain),
             iova,
             shares: Vec::new(),
+            already: 0,
         };
         assert!(unmap(range(0, 4)).is_small());
         assert_eq!(window.enter(0, &[Segment { iova: Iova(PAGE), len: 1 }]), Entered::In);

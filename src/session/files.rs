@@ -289,15 +289,22 @@ impl Files {
         all.any(|(file, _)| *file == id)
     }
 
-    /// The gate has not: the file that came for nothing, where no other region is of it.
-    pub(super) fn refused(&mut self, caller: Caller) -> Option<FileId> {
+    /// The gate has not: returns the file that came for nothing and its private side.
+    pub(super) fn refused(&mut self, caller: Caller) -> Option<(FileId, Option<FileId>)> {
         let index = self.adding.iter().position(|(adding, ..)| *adding == caller)?;
-        Some(self.adding.swap_remove(index).1)
+        let (_, file, extra) = self.adding.swap_remove(index);
+        Some((file, extra.private.map(|(private, _)| private)))
     }
 
-    /// The client is gone; its regions go by themselves.
-    pub(super) fn client_gone(&mut self, client: ClientId) {
-        self.adding.retain(|(caller, ..)| caller.client != client);
+    /// The client is gone; its regions go by themselves. Returns the files, with their private sides, of what it was adding.
+    pub(super) fn client_gone(&mut self, client: ClientId) -> Vec<(FileId, Option<FileId>)> {
+        let gone = self.adding.extract_if(.., |(caller, ..)| caller.client == client);
+        gone.map(|(_, file, extra)| (file, extra.private.map(|(private, _)| private))).collect()
+    }
+
+    /// True while a region of the file is being added.
+    pub(super) fn is_adding(&self, file: FileId) -> bool {
+        self.adding.iter().any(|(_, adding, _)| *adding == file)
     }
 
     /// The region is gone; its private side, where it had one.

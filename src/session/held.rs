@@ -2,11 +2,13 @@
 //!
 //! Who hears that a conversion is over lets its guest use devices at once, and a device that comes a moment too early
 //! meets a fault. So the answer to an end (or a convert) waits for the maps that it brings, but never for long: a
-//! map that hangs is no reason to keep the client.
+//! map that hangs is no reason to keep the client. The deadline of a convert is that of its whole answer, so it bounds this
+//! wait, too; an end waits no longer than its begin would have.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use crate::gate::{Answer, Caller, Effect, Effects, JobId, Verdict};
+use crate::gate::{Answer, Caller, Effect, Effects, InvalidationId, JobId, Performer, Verdict};
 
 /// How long an answer is held at most.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -15,17 +17,60 @@ const PATIENCE: Duration = Duration::from_millis(500);
 struct Held {
     caller: Caller,
     answer: Answer,
-    maps: Vec<JobId>,
+    /// Maps that it waits for.
+    maps: usize,
     until: Instant,
+}
+
+/// How long the last answer of an invalidation may be held.
+#[derive(Debug, Clone, Copy)]
+enum Limit {
+    /// passgate converts: its answer has a deadline.
+    Until(Instant),
+    /// The client converts, and its end has no deadline of its own: as long as its begin had.
+    For(Duration),
 }
 
 /// The answers that are held.
 #[derive(Debug, Default)]
-pub(super) struct HeldAnswers(Vec<Held>);
+pub(super) struct HeldAnswers {
+    held: BTreeMap<InvalidationId, Held>,
+    /// Whose answer waits for a map.
+    of: BTreeMap<JobId, InvalidationId>,
+    order: BTreeSet<(Instant, InvalidationId)>,
+    /// Of the invalidations that are begun and not over.
+    limits: BTreeMap<InvalidationId, Limit>,
+}
 
 impl HeldAnswers {
-    /// Takes the answer out of `effects` (from `from` on), if maps come along with it.
-    pub(super) fn hold(&mut self, effects: &mut Effects, from: usize, now: Instant) {
+    /// An invalidation was begun at `now`.
+    pub(super) fn begun(
+        &mut self,
+        id: InvalidationId,
+        performer: Performer,
+        deadline: Duration,
+        now: Instant,
+    ) {
+        let limit = match performer {
+            // A seventh is left in which the answer travels, as of every deadline.
+            Performer::Passgate => Limit::Until(now + deadline / 7 * 6),
+            Performer::Client => Limit::For(deadline),
+        };
+        self.limits.insert(id, limit);
+    }
+
+    /// An invalidation is over.
+    pub(super) fn over(&mut self, id: InvalidationId) {
+        self.limits.remove(&id);
+    }
+
+    /// Takes the answer that ends `id` out of `effects` (from `from` on), if maps come along with it.
+    pub(super) fn hold(&mut self, id: InvalidationId, effects: &mut Effects, from: usize, now: Instant) {
+        let until = match self.limits.get(&id) {
+            Some(Limit::Until(until)) => (*until).min(now + PATIENCE),
+            Some(Limit::For(limit)) => now + PATIENCE.min(*limit),
+            None => now + PATIENCE,
+        };
         let new = effects.get(from..).unwrap_or_default();
         let maps: Vec<JobId> = new.iter().filter_map(map_of).collect();
         if maps.is_empty() {
@@ -33,31 +78,43 @@ impl HeldAnswers {
         }
         let Some(at) = new.iter().position(ends) else { return };
         if let Effect::Answer { caller, answer } = effects.remove(from + at) {
-            self.0.push(Held { caller, answer, maps, until: now + PATIENCE });
+            self.of.extend(maps.iter().map(|map| (*map, id)));
+            self.order.insert((until, id));
+            self.held.insert(id, Held { caller, answer, maps: maps.len(), until });
         }
     }
 
-    /// A map is over: answers that waited for it alone go out.
+    /// A map is over: an answer that waited for it alone goes out.
     pub(super) fn mapped(&mut self, job: JobId, effects: &mut Effects) {
-        for held in &mut self.0 {
-            held.maps.retain(|map| *map != job);
+        let Some(id) = self.of.remove(&job) else { return };
+        let Some(held) = self.held.get_mut(&id) else { return };
+        held.maps -= 1;
+        if held.maps == 0 {
+            self.release(id, effects);
         }
-        self.release(|held| held.maps.is_empty(), effects);
     }
 
     /// Answers that were held for long enough go out.
     pub(super) fn expire(&mut self, now: Instant, effects: &mut Effects) {
-        self.release(|held| held.until <= now, effects);
+        while let Some((_, id)) = self.order.first().copied().filter(|(until, _)| *until <= now) {
+            self.release(id, effects);
+        }
     }
 
     /// When the next one has been held for long enough.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.0.iter().map(|held| held.until).min()
+        self.order.first().map(|(until, _)| *until)
     }
 
-    fn release(&mut self, is_ripe: impl Fn(&Held) -> bool, effects: &mut Effects) {
-        let ripe = self.0.extract_if(.., |held| is_ripe(held));
-        effects.extend(ripe.map(|held| Effect::Answer { caller: held.caller, answer: held.answer }));
+    fn release(&mut self, id: InvalidationId, effects: &mut Effects) {
+        let Some(Held { caller, answer, until, .. }) = self.held.remove(&id) else { return };
+        self.order.remove(&(until, id));
+        effects.push(Effect::Answer { caller, answer });
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.limits.is_empty()
     }
 }
 

@@ -2,47 +2,62 @@
 //! side, and the kernel does them in one call.
 //!
 //! The gate knows nothing of it: it asks for each by itself and has an answer for each. An answer is believed to the byte
-//! and no further: where one call for all of them did not take away exactly what each of them was to, none of them is told
-//! as gone, and the gate tries each again.
+//! and no further: where one call for all of them did not take away exactly what each of them was to, each is tried again by a
+//! call of its own, so that one that fails spoils none of the others. What the joined call had removed before it failed counts
+//! for those it removed, from the lowest address on; so calls are joined only where the domain reports that
+//! ([`Capabilities::counts_partial`](passgate_backends::Capabilities::counts_partial)).
 
-use passgate_backends::Ticket;
+use std::sync::Arc;
+
+use passgate_backends::{Domain, Ticket};
 use passgate_bindings::{Iova, PageRange};
 
 use super::Session;
-use super::call::{Call, Returned};
-use crate::gate::{DomainId, Effect, Event, FileId, JobId, UnmapResult};
+use super::call::{self, Call, Returned};
+use crate::gate::{DomainId, Effect, Event, FileId, JobId, MapResult, UnmapResult};
 
 /// Calls that are made as one at most.
 const MOST: usize = 4096;
 
-/// `EIO`: one call for several did not take away what they were to.
-const SHORT: i32 = 5;
+/// `EBADF`: the session does not hold the file that is to be mapped.
+const NO_FILE: i32 = 9;
 
-/// An unmap that shares its call with others: its name, and the bytes that have to go.
-pub(super) type Share = (JobId, u64);
+/// An unmap that shares its call with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    job: JobId,
+    /// The whole range.
+    iova: PageRange<Iova>,
+    /// Bytes of it that have to go.
+    bytes: u64,
+}
 
 impl Session {
-    /// Takes the effects that may be done by one call with `first`, the one just taken out.
-    pub(super) fn join(&mut self, first: Effect) -> Option<Call> {
+    /// Takes the effects that may be done by one call with `first`, the one just taken out. Where there can be no call,
+    /// `Err` has the results of all that it was for: each has failed.
+    pub(super) fn join(&mut self, first: Effect) -> Result<Call, Vec<Event>> {
         self.pass_over();
         match first {
             Effect::Unmap { job, domain, mut iova, bytes } => {
+                let id = domain;
+                let Some(domain) = self.domain_of(id) else { return Err(vec![call::failed_unmap(job)]) };
+                let joins = domain.capabilities().counts_partial;
                 let mut shares = Vec::new();
-                while let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: more }) =
-                    self.effects.get(self.done)
-                    && *at == domain
+                while joins
+                    && let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: more }) =
+                        self.effects.get(self.done)
+                    && *at == id
                     && let Some(both) = touching(iova, *next)
                     && shares.len() < MOST
                 {
                     if shares.is_empty() {
-                        shares.push((job, bytes));
+                        shares.push(Share { job, iova, bytes });
                     }
-                    shares.push((*other, *more));
+                    shares.push(Share { job: *other, iova: *next, bytes: *more });
                     iova = both;
                     self.take_joined();
                 }
-                let domain_of = self.domains.get(usize::from(domain.0))?.clone();
-                Some(Call::Unmap { job, id: domain, domain: domain_of, iova, shares })
+                Ok(Call::Unmap { job, id, domain, iova, shares, already: 0 })
             }
             Effect::Map { job, domain, mut iova, piece, file, offset, writable } => {
                 let mut jobs = Vec::new();
@@ -67,11 +82,14 @@ impl Session {
                     iova = both;
                     self.take_joined();
                 }
-                let file = self.files.get(file)?;
-                let domain = self.domains.get(usize::from(domain.0))?.clone();
-                Some(Call::Map { job, domain, iova, piece, file, offset, writable, others: jobs })
+                let (Some(file), Some(domain)) = (self.files.get(file), self.domain_of(domain)) else {
+                    let result = MapResult::Refused { errno: NO_FILE };
+                    let all = std::iter::once(job).chain(jobs);
+                    return Err(all.map(|job| Event::Mapped { job, result }).collect());
+                };
+                Ok(Call::Map { job, domain, iova, piece, file, offset, writable, others: jobs })
             }
-            other => Call::of(other, self),
+            other => Call::of(other, self).map_err(|failed| failed.into_iter().collect()),
         }
     }
 
@@ -128,32 +146,74 @@ fn touching(one: PageRange<Iova>, other: PageRange<Iova>) -> Option<PageRange<Io
     beside.then(|| PageRange::between(start, one.end().max(other.end()))).flatten()
 }
 
-/// What one unmap says to each that shared it.
+/// What one unmap says to each that shared it; or the calls that try each by itself.
 pub(super) fn shared(
+    (id, domain): (DomainId, Arc<dyn Domain>),
     result: UnmapResult,
-    ticket: Option<(DomainId, Ticket)>,
-    shares: Vec<Share>,
+    ticket: Option<Ticket>,
+    mut shares: Vec<Share>,
     took_ns: u64,
 ) -> Returned {
-    let asked: u64 = shares.iter().map(|(_, bytes)| bytes).sum();
+    let asked: u64 = shares.iter().map(|share| share.bytes).sum();
     let each = |bytes: u64| match result {
-        UnmapResult::Gone { bytes: gone } if gone == asked => UnmapResult::Gone { bytes },
         UnmapResult::InFlight { bytes: gone } if gone == asked => UnmapResult::InFlight { bytes },
         // What is in flight ends before anything is told as over; how much of whose it is nobody knows.
         UnmapResult::InFlight { .. } => UnmapResult::InFlight { bytes: 0 },
-        UnmapResult::Gone { .. } => UnmapResult::Failed { errno: SHORT, bytes: 0 },
-        UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
+        _ => UnmapResult::Gone { bytes },
     };
-    let event = |(job, bytes): &Share| Event::Unmapped { job: *job, result: each(*bytes), took_ns };
+    match result {
+        UnmapResult::Gone { bytes } if bytes == asked => {}
+        UnmapResult::InFlight { .. } => {}
+        // It succeeded, and not as it should have: in what order it took away what it did nobody knows.
+        UnmapResult::Gone { .. } => return apart((id, domain), &shares, |_| 0),
+        UnmapResult::Failed { bytes, .. } => {
+            shares.sort_unstable_by_key(|share| share.iova.start());
+            let mut left = if bytes <= asked { bytes } else { 0 };
+            let lowest_first = |share: &Share| {
+                let already = share.bytes.min(left);
+                left -= already;
+                already
+            };
+            return apart((id, domain), &shares, lowest_first);
+        }
+    }
+    let event = |share: &Share| Event::Unmapped { job: share.job, result: each(share.bytes), took_ns };
     let events = shares.iter().map(event).collect();
-    let jobs = shares.into_iter().map(|(job, _)| job).collect();
-    Returned::Facts { events, ticket: ticket.map(|(domain, ticket)| (domain, ticket, jobs)) }
+    let jobs = shares.into_iter().map(|share| share.job).collect();
+    Returned::Facts { events, ticket: ticket.map(|ticket| (id, ticket, jobs)) }
+}
+
+/// A call for each share; `already` is what of it is gone by now.
+fn apart(
+    (id, domain): (DomainId, Arc<dyn Domain>),
+    shares: &[Share],
+    mut already: impl FnMut(&Share) -> u64,
+) -> Returned {
+    let call = |share: &Share| Call::Unmap {
+        job: share.job,
+        id,
+        domain: Arc::clone(&domain),
+        iova: share.iova,
+        shares: Vec::new(),
+        already: already(share),
+    };
+    Returned::Apart(shares.iter().map(call).collect())
+}
+
+/// The result of an unmap of which `already` bytes had gone before.
+pub(super) fn with(already: u64, result: UnmapResult) -> UnmapResult {
+    match result {
+        UnmapResult::Gone { bytes } => UnmapResult::Gone { bytes: bytes.saturating_add(already) },
+        UnmapResult::InFlight { bytes } => UnmapResult::InFlight { bytes: bytes.saturating_add(already) },
+        UnmapResult::Failed { errno, bytes } => {
+            UnmapResult::Failed { errno, bytes: bytes.saturating_add(already) }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
-    use std::sync::Arc;
 
     use super::*;
     use crate::gate::{
@@ -162,19 +222,39 @@ mod tests {
     use crate::protocol::verbs::AddMemory;
     use crate::session::{Next, SystemClock, Trust};
     use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
-    use passgate_backends::{Nature, StopClass};
+    use passgate_backends::{Capabilities, Nature, StopClass};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::units::Offset;
     use passgate_bindings::{PAGE, identity};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
-    fn shares() -> Vec<Share> {
-        vec![(JobId(1), PAGE), (JobId(2), 2 * PAGE), (JobId(3), PAGE)]
+    const ID: DomainId = DomainId(0);
+
+    fn share(job: u64, page: u64, pages: u64) -> Share {
+        let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        Share { job: JobId(job), iova, bytes: pages * PAGE }
     }
 
-    fn told(result: UnmapResult, ticket: Option<(DomainId, Ticket)>) -> (Vec<UnmapResult>, usize) {
-        let Returned::Facts { events, ticket } = shared(result, ticket, shares(), 7) else { unreachable!() };
+    /// In the order in which they were asked for.
+    fn shares() -> Vec<Share> {
+        vec![share(1, 5, 1), share(2, 6, 2), share(3, 4, 1)]
+    }
+
+    /// A domain that reports what a failed unmap had removed.
+    fn counting() -> Sim {
+        let counts = Capabilities { counts_partial: true, ..Sim::CAPABILITIES };
+        Sim::new(counts, Memory::new()).unwrap()
+    }
+
+    fn domain() -> Arc<dyn Domain> {
+        Arc::new(counting())
+    }
+
+    fn told(result: UnmapResult, ticket: Option<Ticket>) -> (Vec<UnmapResult>, usize) {
+        let Returned::Facts { events, ticket } = shared((ID, domain()), result, ticket, shares(), 7) else {
+            panic!("each is tried by itself")
+        };
         let results = events.into_iter().map(|event| match event {
             Event::Unmapped { result, took_ns: 7, .. } => result,
             other => panic!("{other:?}"),
@@ -187,15 +267,38 @@ mod tests {
         let gone = |bytes| UnmapResult::Gone { bytes };
         assert_eq!(told(gone(4 * PAGE), None), (vec![gone(PAGE), gone(2 * PAGE), gone(PAGE)], 0));
         for wrong in [0, PAGE, 3 * PAGE, 5 * PAGE] {
-            let (each, _) = told(gone(wrong), None);
-            assert_eq!(each, vec![UnmapResult::Failed { errno: SHORT, bytes: 0 }; 3], "{wrong} bytes");
+            assert_eq!(tried(gone(wrong)), [(1, 0), (2, 0), (3, 0)], "{wrong} bytes");
         }
-        let failed = UnmapResult::Failed { errno: 16, bytes: 2 * PAGE };
-        assert_eq!(told(failed, None).0, vec![UnmapResult::Failed { errno: 16, bytes: 0 }; 3]);
-        let ticket = Some((DomainId(0), Ticket(9)));
+        let ticket = Some(Ticket(9));
         let flying = |bytes| UnmapResult::InFlight { bytes };
         assert_eq!(told(flying(4 * PAGE), ticket), (vec![flying(PAGE), flying(2 * PAGE), flying(PAGE)], 3));
         assert_eq!(told(flying(PAGE), ticket), (vec![flying(0); 3], 3));
+    }
+
+    /// The calls that try each by itself: its job, and the pages that are gone by then.
+    fn tried(result: UnmapResult) -> Vec<(u64, u64)> {
+        let Returned::Apart(calls) = shared((ID, domain()), result, None, shares(), 7) else {
+            panic!("{result:?} is believed")
+        };
+        let call = |call| match call {
+            Call::Unmap { job, already, shares, .. } if shares.is_empty() => (job.0, already / PAGE),
+            other => panic!("{other:?}"),
+        };
+        calls.into_iter().map(call).collect()
+    }
+
+    #[test]
+    fn what_a_failed_call_removed_is_counted_from_the_lowest_address_on() {
+        let failed = |pages| UnmapResult::Failed { errno: 16, bytes: pages * PAGE };
+        assert_eq!(tried(failed(0)), [(3, 0), (1, 0), (2, 0)]);
+        assert_eq!(tried(failed(1)), [(3, 1), (1, 0), (2, 0)]);
+        assert_eq!(tried(failed(3)), [(3, 1), (1, 1), (2, 1)]);
+        assert_eq!(tried(failed(4)), [(3, 1), (1, 1), (2, 2)]);
+        // More than there was is no count at all.
+        assert_eq!(tried(failed(5)), [(3, 0), (1, 0), (2, 0)]);
+        let gone = UnmapResult::Gone { bytes: PAGE };
+        assert_eq!(with(PAGE, gone), UnmapResult::Gone { bytes: 2 * PAGE });
+        assert_eq!(with(PAGE, failed(1)), failed(2));
     }
 
     #[test]
@@ -207,7 +310,7 @@ mod tests {
     }
 
     fn session() -> Session {
-        session_over(&Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap())
+        session_over(&counting())
     }
 
     fn session_over(sim: &Sim) -> Session {
@@ -232,7 +335,7 @@ mod tests {
         let Next::Call(Call::Unmap { job, iova, shares, .. }) = session.next_step() else {
             panic!("no unmap")
         };
-        let jobs = if shares.is_empty() { vec![job] } else { shares.iter().map(|(job, _)| *job).collect() };
+        let jobs = if shares.is_empty() { vec![job] } else { shares.iter().map(|share| share.job).collect() };
         (jobs.into_iter().map(|job| job.0).collect(), iova.pages())
     }
 
@@ -340,7 +443,7 @@ mod tests {
     #[test]
     fn the_ticket_of_a_joined_unmap_ends_every_invalidation_that_shared_it() {
         for ends_first in [false, true] {
-            let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+            let sim = counting();
             let _device = sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
             let mut session = session_over(&sim);
             add(&mut session, &AddMemory { piece: PAGE, ..AddMemory::shared(0, 64 * PAGE) });
@@ -374,14 +477,22 @@ mod tests {
     }
 
     #[test]
+    fn unmaps_are_joined_only_where_a_failure_says_what_it_removed() {
+        let mut session = session_over(&Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
+        session.effects = vec![unmap(1, 4), unmap(2, 5)];
+        assert_eq!(next(&mut session), (vec![1], 1));
+        assert_eq!(next(&mut session), (vec![2], 1));
+    }
+
+    #[test]
     fn a_ticket_that_ends_before_its_call_has_returned_releases_all_that_shared_it() {
         let mut session = session();
         session.early.insert((DomainId(0), Ticket(3)));
         let flying = UnmapResult::InFlight { bytes: 4 * PAGE };
-        let returned = shared(flying, Some((DomainId(0), Ticket(3))), shares(), 1);
+        let returned = shared((ID, domain()), flying, Some(Ticket(3)), shares(), 1);
         session.returned(returned);
         assert!(session.early.is_empty() && session.tickets.is_empty());
-        session.returned(shared(flying, Some((DomainId(0), Ticket(4))), shares(), 1));
+        session.returned(shared((ID, domain()), flying, Some(Ticket(4)), shares(), 1));
         assert_eq!(session.tickets.values().map(Vec::len).collect::<Vec<_>>(), [3]);
     }
 }

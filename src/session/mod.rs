@@ -18,8 +18,9 @@ mod pool;
 mod receipts;
 mod resume;
 mod start;
+mod timers;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::RangeInclusive;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -29,8 +30,8 @@ use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use crate::gate::{
-    Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, Gate, InvalidationId, JobId, Notice,
-    Outcome, Policy, Receipt, Said, Snapshot, Step, Verdict,
+    Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
+    Notice, Outcome, Policy, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -47,9 +48,14 @@ pub use pool::{Pool, Task};
 use receipts::Receipts;
 pub use resume::Hold;
 use start::{can, start};
+use timers::Timers;
 
 /// How long nothing happens at a place until it is quiet, at least ([`Event::Quiet`]).
 const MOMENT: Duration = Duration::from_secs(1);
+
+/// How long a region waits for those to be closed that are in its way: longer than the gate gives a close
+/// ([`Policy::close_deadline_ns`]).
+const CLOSE_WAIT: Duration = Duration::from_secs(3);
 
 /// What a session wants of its owner.
 #[derive(Debug)]
@@ -65,6 +71,15 @@ pub enum Next {
     Refused(Caller, BorderError),
     /// Tell everybody who listens.
     Notice(Notice),
+}
+
+/// A region that waits for another to be closed.
+#[derive(Debug)]
+struct Waiting {
+    caller: Caller,
+    spec: RegionSpec,
+    /// Added then, whatever is in its way.
+    until: Instant,
 }
 
 /// What somebody who knows better has accepted.
@@ -93,8 +108,10 @@ pub struct Session {
     quiet: Option<Instant>,
     /// Memory that is being examined, or will not do.
     border: VecDeque<Next>,
+    /// Regions that are added once what is in their way has been closed.
+    waiting: Vec<Waiting>,
     /// When to wake the gate, and for what.
-    timers: BTreeMap<InvalidationId, (Instant, Step)>,
+    timers: Timers,
     tickets: HashMap<(DomainId, Ticket), Vec<JobId>>,
     /// Tickets that ended before their unmap had returned to us.
     early: HashSet<(DomainId, Ticket)>,
@@ -149,7 +166,8 @@ impl Session {
             held: HeldAnswers::default(),
             quiet: None,
             border: VecDeque::new(),
-            timers: BTreeMap::new(),
+            waiting: Vec::new(),
+            timers: Timers::default(),
             tickets: HashMap::new(),
             early: HashSet::new(),
             receipts: Receipts::default(),
@@ -171,10 +189,22 @@ impl Session {
 
     /// Takes one event. Ask for [`Session::next_step`] until it is idle.
     pub fn handle(&mut self, event: Event) {
+        let mut dropped = Vec::new();
         if let Event::ClientGone { client } = event {
-            self.files.client_gone(client);
+            dropped = self.files.client_gone(client);
+            self.waiting.retain(|waiting| waiting.caller.client != client);
         }
-        let ends = matches!(event, Event::End { .. } | Event::Converted { .. });
+        let ends = match event {
+            Event::End { invalidation, .. } | Event::Converted { invalidation, .. } => Some(invalidation),
+            _ => None,
+        };
+        let promised = match event {
+            // It is the next that the gate begins, where it begins it.
+            Event::Begin { performer, deadline_ns, .. } => {
+                Some((InvalidationId(self.gate.last().1 + 1), performer, Duration::from_nanos(deadline_ns)))
+            }
+            _ => None,
+        };
         let map = if let Event::Mapped { job, .. } = event { Some(job) } else { None };
         let begun = metrics::begun(&event);
         let from = self.effects.len();
@@ -187,6 +217,13 @@ impl Session {
             lasting.follow(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
         }
         self.meter.begun(begun, &self.effects[from..]);
+        if let Some((id, performer, deadline)) = promised
+            && self.gate.is_open(id)
+        {
+            let now = self.clock.now();
+            self.timers.begin(id, now);
+            self.held.begun(id, performer, deadline, now);
+        }
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
             records.after(new, || self.gate.snapshot().quarantine);
@@ -194,10 +231,19 @@ impl Session {
         if self.quiet.is_none() && self.gate.is_frayed() {
             self.quiet = Some(self.clock.now() + MOMENT);
         }
-        if ends {
-            self.held.hold(&mut self.effects, from, self.clock.now());
+        if let Some(id) = ends {
+            self.held.hold(id, &mut self.effects, from, self.clock.now());
         } else if let Some(job) = map {
             self.held.mapped(job, &mut self.effects);
+        }
+        dropped.into_iter().for_each(|file| self.forget_added(file));
+    }
+
+    /// A file that came to be added was not.
+    fn forget_added(&mut self, (file, private): (FileId, Option<FileId>)) {
+        self.forget(file);
+        if let Some(private) = private {
+            self.let_go(&Name::Private(private));
         }
     }
 
@@ -209,6 +255,7 @@ impl Session {
                 self.facts(vec![event], Some((domain, ticket, vec![job])));
             }
             Returned::Facts { events, ticket } => self.facts(events, ticket),
+            Returned::Apart(calls) => self.border.extend(calls.into_iter().map(Next::Call)),
             Returned::Examined { caller, memory, files } => {
                 let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
                 let kept: Vec<_> = if self.store.is_some() {
@@ -217,7 +264,7 @@ impl Session {
                     Vec::new()
                 };
                 match self.files.admit(caller, &memory, files, &reserved, &self.usable) {
-                    Ok(spec) => self.handle(Event::AddRegion { caller, spec }),
+                    Ok(spec) => self.add_region(caller, spec),
                     Err(error) => {
                         kept.into_iter().for_each(|name| self.let_go(&name));
                         self.border.push_back(Next::Refused(caller, error));
@@ -228,8 +275,7 @@ impl Session {
     }
 
     fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
-        let when = self.clock.now() + Duration::from_nanos(after_ns);
-        self.timers.insert(invalidation, (when, rung));
+        self.timers.arm(invalidation, rung, Duration::from_nanos(after_ns), self.clock.now());
     }
 
     /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
@@ -260,6 +306,20 @@ impl Session {
         if let Some(next) = self.border.pop_front() {
             return next;
         }
+        loop {
+            if let Some(next) = self.next_effect() {
+                return next;
+            }
+            self.effects.clear();
+            self.done = 0;
+            if !self.add_waiting() {
+                return Next::Idle;
+            }
+        }
+    }
+
+    /// Executes effects up to the next that its owner has to do something about.
+    fn next_effect(&mut self) -> Option<Next> {
         while let Some(effect) = self.effects.get_mut(self.done) {
             self.done += 1;
             // An executed effect is never looked at again; the cheapest one takes its place.
@@ -267,7 +327,7 @@ impl Session {
                 Effect::Arm { invalidation, rung, after_ns } => self.arm(invalidation, rung, after_ns),
                 Effect::Answer { caller, answer } => {
                     self.note(caller, &answer);
-                    return Next::Answer(caller, answer);
+                    return Some(Next::Answer(caller, answer));
                 }
                 Effect::Notice(notice) => {
                     if let Notice::RegionClosed { region } = notice
@@ -275,19 +335,66 @@ impl Session {
                     {
                         self.let_go(&Name::Private(private));
                     }
-                    return Next::Notice(notice);
+                    return Some(Next::Notice(notice));
                 }
                 Effect::Receipt(receipt) => self.remember(*receipt),
                 Effect::ForgetFile { file } => self.forget(file),
-                effect => {
-                    let Some(call) = self.join(effect) else { continue };
-                    return Next::Call(call);
-                }
+                effect => match self.join(effect) {
+                    Ok(call) => return Some(Next::Call(call)),
+                    // What is asked for and cannot be called is answered all the same: the gate waits for it.
+                    Err(failed) => {
+                        log::error!("a call was asked for whose file, domain or device is not here");
+                        failed.into_iter().for_each(|event| self.handle(event));
+                    }
+                },
             }
         }
-        self.effects.clear();
-        self.done = 0;
-        Next::Idle
+        None
+    }
+
+    /// Lets go of files that nobody wants to add any more.
+    pub fn unwanted(&mut self, files: Vec<Examined>) {
+        let names: Vec<_> = files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect();
+        drop(files);
+        if self.store.is_some() {
+            names.iter().for_each(|name| self.let_go(name));
+        }
+    }
+
+    /// True where a region that is not on its way out lies in `gpa`.
+    pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
+        self.gate.is_taken(gpa)
+    }
+
+    /// Adds a region, or waits with it while what is in its way is being closed.
+    fn add_region(&mut self, caller: Caller, spec: RegionSpec) {
+        if self.gate.waits_for_close(caller.client, &spec) {
+            let until = self.clock.now() + CLOSE_WAIT;
+            self.waiting.push(Waiting { caller, spec, until });
+        } else {
+            self.handle(Event::AddRegion { caller, spec });
+        }
+    }
+
+    /// Adds the regions that need not wait any more, or have waited for long enough; returns whether there were any.
+    fn add_waiting(&mut self) -> bool {
+        let before = self.waiting.len();
+        if before == 0 {
+            return false;
+        }
+        let now = self.clock.now();
+        // One by one: each that is added may be in the way of the next.
+        while let Some(at) = self.waiting.iter().position(|waiting| {
+            waiting.until <= now || !self.gate.waits_for_close(waiting.caller.client, &waiting.spec)
+        }) {
+            let Waiting { caller, spec, .. } = self.waiting.remove(at);
+            self.handle(Event::AddRegion { caller, spec });
+        }
+        self.waiting.len() < before
+    }
+
+    fn domain_of(&self, id: DomainId) -> Option<Arc<dyn Domain>> {
+        self.domains.get(usize::from(id.0)).cloned()
     }
 
     fn note(&mut self, caller: Caller, answer: &Answer) {
@@ -300,14 +407,12 @@ impl Session {
             }
             Answer::Refused(_) => {
                 self.meter.wrong();
-                if let Some(file) = self.files.refused(caller)
-                    && !self.gate.knows(file)
-                {
-                    self.forget(file);
+                if let Some(file) = self.files.refused(caller) {
+                    self.forget_added(file);
                 }
             }
             Answer::Verdict { invalidation, verdict } => {
-                self.timers.remove(invalidation);
+                self.timers.over(*invalidation);
                 self.meter.answered(*invalidation, *verdict);
                 match verdict {
                     Verdict::Done => self.totals.done += 1,
@@ -323,7 +428,8 @@ impl Session {
     }
 
     fn remember(&mut self, receipt: Receipt) {
-        self.timers.remove(&receipt.invalidation);
+        self.timers.over(receipt.invalidation);
+        self.held.over(receipt.invalidation);
         self.meter.receipt(&receipt);
         if receipt.steps.iter().any(|step| step.in_flight) {
             self.totals.late_dma_waited += 1;
@@ -333,19 +439,14 @@ impl Session {
 
     /// When the session must be woken next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.timers.values().map(|(when, _)| *when).chain(self.held.next_deadline()).chain(self.quiet).min()
+        let waiting = self.waiting.iter().map(|waiting| waiting.until);
+        let others = [self.timers.next(), self.held.next_deadline(), self.quiet];
+        others.into_iter().flatten().chain(waiting).min()
     }
 
     /// Takes every timer that is over.
     pub fn expire(&mut self, now: Instant) {
-        let over: Vec<_> = self
-            .timers
-            .iter()
-            .filter(|(_, (when, _))| *when <= now)
-            .map(|(id, (_, rung))| (*id, *rung))
-            .collect();
-        for (invalidation, rung) in over {
-            self.timers.remove(&invalidation);
+        while let Some((invalidation, rung)) = self.timers.take_due(now) {
             self.handle(Event::Expired { invalidation, rung });
         }
         self.held.expire(now, &mut self.effects);
@@ -439,3 +540,6 @@ impl Session {
         self.devices.get(usize::from(id.0)).is_some_and(|device| can(&**device, step))
     }
 }
+
+#[cfg(test)]
+mod border_tests;

@@ -86,6 +86,13 @@ impl Pool {
         }
     }
 
+    /// Runs small calls, each on whatever thread is free by then: one that hangs keeps none of the others.
+    pub fn run_all(&self, calls: Vec<Call>) {
+        let is_fence = |call: &Call| matches!(call, Call::Fence { .. } | Call::Attach { .. });
+        debug_assert!(!calls.iter().any(is_fence), "a fence is not small");
+        self.calls.run(calls.into_iter().map(Task::Call));
+    }
+
     /// Runs `task` on some thread, soon.
     pub fn run(&self, task: Task) {
         match &task {
@@ -93,7 +100,7 @@ impl Pool {
             Task::Call(_) => &self.calls,
             Task::Other(_) => &self.others,
         }
-        .run(task);
+        .run(std::iter::once(task));
     }
 }
 
@@ -107,10 +114,15 @@ impl Drop for Pool {
 }
 
 impl Lane {
-    fn run(self: &Arc<Self>, task: Task) {
+    fn run(self: &Arc<Self>, tasks: impl Iterator<Item = Task>) {
         let mut queue = self.lock();
-        queue.tasks.push_back(task);
-        if queue.idle < queue.tasks.len() && queue.threads < self.max_threads {
+        let before = queue.tasks.len();
+        queue.tasks.extend(tasks);
+        let new = queue.tasks.len() - before;
+        for _ in 0..new {
+            if queue.idle >= queue.tasks.len() || queue.threads >= self.max_threads {
+                break;
+            }
             let lane = Arc::clone(self);
             let started = std::thread::Builder::new().name(self.name.into()).spawn(move || lane.work());
             match started {
@@ -119,7 +131,10 @@ impl Lane {
                 Err(error) => log::error!("cannot start a worker thread: {error}; raise the limit of tasks"),
             }
         }
-        self.more.notify_one();
+        match new {
+            1 => self.more.notify_one(),
+            _ => self.more.notify_all(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -176,7 +191,14 @@ mod tests {
         let page = PageRange::new(0, passgate_bindings::PAGE).unwrap();
         for job in 0..hung {
             let (job, domain, shares) = (JobId(job), Arc::clone(&domain), Vec::new());
-            pool.run(Task::Call(Call::Unmap { job, id: DomainId(0), domain, iova: page, shares }));
+            pool.run(Task::Call(Call::Unmap {
+                job,
+                id: DomainId(0),
+                domain,
+                iova: page,
+                shares,
+                already: 0,
+            }));
         }
         let device =
             |name| -> Arc<dyn Device> { Arc::new(sim.device(name, StopClass::all(), Nature::default())) };

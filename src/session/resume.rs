@@ -83,7 +83,11 @@ impl Session {
         }
     }
 
+    /// Lets go of a file that nothing needs. Asked of the gate again, because it may have come back since the gate said so.
     pub(super) fn forget(&mut self, file: FileId) {
+        if self.gate.knows(file) || self.files.is_adding(file) {
+            return;
+        }
         self.files.forget(file);
         self.let_go(&Name::Memory(file));
     }

@@ -122,3 +122,29 @@ fn dma_that_ends_by_itself_in_time_is_waited_for() {
     // With a reset at the end, when the device goes.
     let _ = reader.join().unwrap();
 }
+
+#[test]
+fn a_short_deadline_is_kept_beside_a_long_one() {
+    const LONG_MS: u32 = 60_000;
+    let setup = Setup::new();
+    let (_client, mut channel, _file) = setup.client(2);
+    let mut other = setup.connect();
+    let (long, short) = (ClosedWindow::open().unwrap(), ClosedWindow::open().unwrap());
+    let in_flight = [(0, &long), (1, &short)].map(|(page, window)| {
+        let near = window.near.try_clone().unwrap();
+        setup.device.send_zc(Iova(page * PAGE), PAGE as usize, near).unwrap()
+    });
+    let ticket = channel.submit(pages(0, 1), PageState::Private, Some(LONG_MS)).unwrap();
+    // Its alarm is set once the next request is answered.
+    until(&mut other, |status| status.open == 1);
+    let start = Instant::now();
+    let answer = channel.begin(pages(1, 1), PageState::Private, Some(DEADLINE_MS)).unwrap();
+    assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
+    let Answer::Refused(failure) = answer else { panic!("{answer:?}") };
+    assert_eq!(failure.word(), "dma-in-flight");
+    drop((long, short));
+    let (first, answer) = channel.completed().unwrap();
+    assert_eq!(first, ticket);
+    assert!(matches!(answer, Ok(Answer::Granted { .. })), "{answer:?}");
+    drop(in_flight);
+}

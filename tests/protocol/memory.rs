@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use passgate::client::{AddMemory, Outcome, PageState};
+use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate_bindings::PAGE;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use serde_json::{Value, json};
@@ -180,4 +180,21 @@ fn only_its_owner_removes_a_region_and_only_once() {
     assert_refused(client.remove_memory(1), NOENT, "region 1 is not one");
     assert_eq!(setup.domain.mappings(), 0);
     client.add_memory(&AddMemory::shared(0, 4 * PAGE), &[&*file]).unwrap();
+}
+
+#[test]
+fn a_client_that_comes_back_at_once_has_its_memory() {
+    const PAGES: u64 = 1024;
+    let setup = Setup::new();
+    let file = memory(PAGES);
+    for round in 0..20 {
+        // The connection before is closed, and its memory may still be there: neither is in the way.
+        let mut client = Client::connect(setup.server.path()).unwrap();
+        let added = client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*file]);
+        let added = added.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        assert_eq!(added.mapped, PAGES * PAGE);
+        let mut channel = client.open_channel().unwrap();
+        let answer = channel.begin(pages(round, 1), PageState::Shared, Some(crate::common::PATIENT_MS));
+        channel.end(crate::common::granted(answer), Outcome::Committed).unwrap();
+    }
 }

@@ -81,6 +81,7 @@ pub const MACHINE: Machine = Machine {
         tickets: false,
         cut: false,
         replace: false,
+        counts_partial: true,
     },
     devices: 1,
     stop_class: StopClass::DETACH,

@@ -117,6 +117,11 @@ impl Truth {
         }
     }
 
+    /// True while somebody waits for memory to be added.
+    pub fn awaits_memory(&self) -> bool {
+        self.asked.iter().any(|asked| matches!(asked.what, What::Add))
+    }
+
     pub fn ask(&mut self, caller: Caller, what: What, due: Option<Instant>) {
         self.asked.push(Asked { caller, what, due });
     }

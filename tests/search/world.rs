@@ -414,25 +414,41 @@ impl<'a> World<'a> {
         if let Returned::Fact { event: Event::Converted { invalidation, outcome }, .. } = returned {
             self.truth.converted(invalidation, outcome);
         }
-        let Returned::Examined { .. } = returned else { return self.session.returned(returned) };
-        let before = self.session.snapshot().regions;
-        if before.is_empty() {
-            // No region shows the file: what its pages are is what the VM says now.
+        self.session.returned(returned);
+        self.see_regions();
+    }
+
+    /// Takes down the regions that have come: at once, or once what was in their way had been closed.
+    fn see_regions(&mut self) {
+        let snapshot = self.session.snapshot().regions;
+        let is_new = |one: &&RegionStatus| {
+            !one.closing && self.truth.regions.iter().all(|other| other.id != one.region)
+        };
+        let new: Vec<_> = snapshot
+            .iter()
+            .filter(is_new)
+            .map(|one| Region {
+                id: one.region,
+                owner: one.owner,
+                start: one.spec.gpa.start().0 / PAGE,
+                going: false,
+            })
+            .collect();
+        if !new.is_empty() && snapshot.len() == new.len() {
+            // No region showed the file: what its pages are is what the VM says now.
             self.truth.start_anew();
         }
-        self.session.returned(returned);
-        let after = self.session.snapshot().regions;
-        let is_new = |one: &&RegionStatus| before.iter().all(|other| other.region != one.region);
-        for RegionStatus { region, owner, spec, .. } in after.iter().filter(is_new) {
-            let start = spec.gpa.start().0 / PAGE;
-            self.truth.regions.push(Region { id: *region, owner: *owner, start, going: false });
-        }
+        self.truth.regions.extend(new);
     }
 
     /// Does all that the session wants done, but for its calls.
     fn drain(&mut self) -> Kept {
         loop {
-            match self.session.next_step() {
+            let next = self.session.next_step();
+            if self.truth.awaits_memory() {
+                self.see_regions();
+            }
+            match next {
                 Next::Idle => return Ok(()),
                 Next::Call(call) => {
                     self.judge_call(&call)?;

@@ -160,6 +160,8 @@ impl Domain for IommufdDomain {
             tickets: false,
             cut: matches!(self.kept, Kept::One { cuts: true, .. }),
             replace: matches!(self.kept, Kept::Two(_)),
+            // Only the VFIO-compatible call writes the byte count on an error.
+            counts_partial: matches!(self.kept, Kept::One { tells: true, .. }),
         }
     }
 

@@ -39,6 +39,8 @@ pub struct Capabilities {
     pub cut: bool,
     /// Whether [`Domain::replace`] can take ranges out.
     pub replace: bool,
+    /// True where an unmap that fails half-way reports the bytes that it removed before ([`Unmap::Failed`]).
+    pub counts_partial: bool,
 }
 
 /// Names operations in flight over pages that an unmap took out of a domain; comes back from [`Domain::poll`].
@@ -64,8 +66,8 @@ pub enum Unmap {
     Failed {
         /// The kernel's answer.
         errno: Errno,
-        /// Bytes that it says it removed before, with nothing in flight over them: whoever adds up what is gone
-        /// waits for no ticket here. 0 where that is not certain.
+        /// Bytes that it says it removed before, the lowest addresses first, with nothing in flight over them: whoever
+        /// adds up what is gone waits for no ticket here. 0 where that is not certain.
         bytes: u64,
     },
 }

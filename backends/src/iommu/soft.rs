@@ -248,6 +248,7 @@ impl Domain for SoftDomain {
             // A registered buffer is given back whole.
             cut: false,
             replace: false,
+            counts_partial: true,
         }
     }
 

@@ -124,6 +124,7 @@ impl Domain for Type1Domain {
             tickets: false,
             cut: false,
             replace: false,
+            counts_partial: true,
         }
     }
 

@@ -80,7 +80,9 @@ impl Shared {
         let gone: Vec<Mapping> = parts.into_iter().filter_map(|part| state.table.remove(part)).collect();
         let bytes = gone.iter().map(|mapping| mapping.iova.len()).sum();
         match fault {
-            Some(Fault::HalfUnmapped(errno)) => Unmap::Failed { errno, bytes: 0 },
+            Some(Fault::HalfUnmapped(errno)) => {
+                Unmap::Failed { errno, bytes: if self.capabilities.counts_partial { bytes } else { 0 } }
+            }
             Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
                 if bytes > 0 && state.ports.iter().any(Port::reaches) =>
             {

@@ -34,8 +34,8 @@ pub enum Fault {
     HalfDone(Errno),
     /// A map that fails half-way, and whose roll-back fails too: half of the pieces stay.
     HalfMapped(Errno),
-    /// An unmap, or a replace, that fails half-way without a word of what it did: the bytes are not written back, as
-    /// `IOMMU_IOAS_UNMAP` behaves.
+    /// An unmap, or a replace, that fails half-way. The bytes are not written back, as `IOMMU_IOAS_UNMAP` behaves, unless
+    /// the domain [counts them](super::Capabilities::counts_partial).
     HalfUnmapped(Errno),
     /// An unmap, or a replace, that succeeds, but removes (and reports) only half of the mappings
     /// (or of the parts of mappings).

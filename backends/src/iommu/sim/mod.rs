@@ -98,6 +98,7 @@ impl Sim {
         tickets: true,
         cut: false,
         replace: false,
+        counts_partial: false,
     };
 
     /// An empty domain over `memory`.

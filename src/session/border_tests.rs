@@ -1,0 +1,336 @@
+//! The border between gate and session: every effect that asks for a call has a result, in time, whatever happened since
+//! the gate asked for it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use passgate_backends::Capabilities;
+use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
+use passgate_bindings::memory::GuestFile;
+use passgate_bindings::{Gpa, PAGE, PageRange};
+use rustix::io::Errno;
+
+use super::*;
+use crate::gate::{Cause, ClientId, Door, PageState, Performer, Refusal, RegionId};
+
+const PAGES: u64 = 8;
+const DEADLINE: Duration = Duration::from_millis(10);
+
+/// A clock that stands still unless it is told to go on.
+#[derive(Debug)]
+struct Stopped(Mutex<Instant>);
+
+impl Stopped {
+    fn pass(&self, time: Duration) {
+        *self.0.lock().unwrap() += time;
+    }
+}
+
+impl Clock for Stopped {
+    fn now(&self) -> Instant {
+        *self.0.lock().unwrap()
+    }
+}
+
+struct World {
+    session: Session,
+    sim: Sim,
+    clock: Arc<Stopped>,
+    file: GuestFile,
+    answers: Vec<(Caller, Answer)>,
+    notices: Vec<Notice>,
+    refused: Vec<BorderError>,
+}
+
+fn caller(client: u32, cookie: u64) -> Caller {
+    Caller { client: ClientId(client), door: Door::Control, cookie }
+}
+
+fn pages(first: u64, count: u64) -> PageRange<Gpa> {
+    PageRange::new(first * PAGE, count * PAGE).unwrap()
+}
+
+impl World {
+    /// A domain without a device, and a file that is in no region yet.
+    fn new(counts_partial: bool) -> Self {
+        let sim = Sim::new(Capabilities { counts_partial, ..Sim::CAPABILITIES }, Memory::new()).unwrap();
+        let clock = Arc::new(Stopped(Mutex::new(Instant::now())));
+        let domain = Arc::new(sim.clone());
+        let session =
+            Session::new(Policy::default(), domain, vec![], Trust::default(), clock.clone(), None, None);
+        let file = GuestFile::memfd("border", PAGES * PAGE).unwrap();
+        Self { session, sim, clock, file, answers: vec![], notices: vec![], refused: vec![] }
+    }
+
+    /// The same, with the file at address 0 as client 1's.
+    fn with_region(counts_partial: bool) -> Self {
+        let mut world = Self::new(counts_partial);
+        world.add(1, 0);
+        world.settle();
+        assert!(matches!(world.take_answers()[..], [(_, Answer::RegionAdded { .. })]));
+        world
+    }
+
+    fn fd(&self) -> OwnedFd {
+        self.file.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    fn add(&mut self, client: u32, first_page: u64) {
+        let memory = AddMemory::shared(first_page * PAGE, PAGES * PAGE);
+        self.session.add_memory(caller(client, 1), memory, vec![self.fd()]);
+    }
+
+    fn begin(&mut self, range: PageRange<Gpa>, to: PageState, performer: Performer) {
+        let (ranges, deadline_ns) = (range.into(), DEADLINE.as_nanos() as u64);
+        let caller = caller(1, 10 + range.start().0 / PAGE);
+        self.session.handle(Event::Begin { caller, ranges, to, performer, deadline_ns });
+    }
+
+    /// The next call; everything before it is done.
+    fn call(&mut self) -> Option<Call> {
+        loop {
+            match self.session.next_step() {
+                Next::Idle => return None,
+                Next::Call(call) => return Some(call),
+                Next::Answer(caller, answer) => self.answers.push((caller, answer)),
+                Next::Refused(_, error) => self.refused.push(error),
+                Next::Notice(notice) => self.notices.push(notice),
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        while let Some(call) = self.call() {
+            self.session.returned(call.run());
+        }
+    }
+
+    fn take_answers(&mut self) -> Vec<(Caller, Answer)> {
+        std::mem::take(&mut self.answers)
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.clock.pass(time);
+        self.session.expire(self.clock.now());
+    }
+
+    fn file_id(&self) -> FileId {
+        let stat = rustix::fs::fstat(self.file.as_fd()).unwrap();
+        FileId { device: stat.st_dev, inode: stat.st_ino }
+    }
+
+    fn verdicts(&mut self) -> Vec<Verdict> {
+        let verdict = |(_, answer)| match answer {
+            Answer::Verdict { verdict, .. } => verdict,
+            other => panic!("{other:?}"),
+        };
+        self.take_answers().into_iter().map(verdict).collect()
+    }
+}
+
+/// The same file in one inbox: its last region is gone, and a new one of it comes before the session has let go of it.
+#[test]
+fn a_file_that_is_added_again_before_it_is_let_go_of_is_mapped_and_answered() {
+    let mut world = World::with_region(false);
+    world.add(2, 100);
+    let examined = world.call().unwrap().run();
+    world.session.handle(Event::RemoveRegion { caller: caller(1, 2), region: RegionId(1) });
+    let unmapped = world.call().unwrap().run();
+    world.session.returned(unmapped);
+    world.session.returned(examined);
+    world.settle();
+    let answers = world.take_answers();
+    let removed = (caller(1, 2), Answer::RegionRemoved { region: RegionId(1) });
+    let added = (caller(2, 1), Answer::RegionAdded { region: RegionId(2), mapped: PAGES * PAGE });
+    assert!(answers.contains(&removed) && answers.contains(&added), "{answers:?}");
+    // Nor is a page passed over that passgate converts.
+    world.file.store(0, 7).unwrap();
+    let (ranges, deadline_ns) = (pages(100, 1).into(), 1 << 40);
+    let (to, performer) = (PageState::Hole, Performer::Passgate);
+    world.session.handle(Event::Begin { caller: caller(2, 3), ranges, to, performer, deadline_ns });
+    world.settle();
+    assert_eq!(world.verdicts(), [Verdict::Done]);
+    assert_eq!(world.file.load(0).unwrap(), 0);
+    // And it goes with its last region.
+    world.session.handle(Event::RemoveRegion { caller: caller(2, 4), region: RegionId(2) });
+    world.settle();
+    assert!(world.session.files.get(world.file_id()).is_none());
+}
+
+#[test]
+fn a_convert_whose_file_is_not_held_is_refused_and_not_done() {
+    let mut world = World::with_region(false);
+    world.session.files.forget(world.file_id());
+    world.begin(pages(0, 1), PageState::Hole, Performer::Passgate);
+    world.settle();
+    let verdicts = world.verdicts();
+    assert!(
+        matches!(verdicts[..], [Verdict::Refused { reason, .. }] if reason.cause == Cause::ConvertFailed),
+        "{verdicts:?}"
+    );
+}
+
+#[test]
+fn a_map_whose_file_is_not_held_fails_and_is_told() {
+    let mut world = World::with_region(false);
+    world.begin(pages(0, 1), PageState::Private, Performer::Client);
+    world.settle();
+    assert_eq!(world.verdicts(), [Verdict::Done]);
+    world.session.files.forget(world.file_id());
+    let (invalidation, outcome) = (InvalidationId(1), Outcome::NotCommitted);
+    world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
+    world.settle();
+    assert!(matches!(world.take_answers()[..], [(_, Answer::Ended { .. })]));
+    let failed = |notice: &Notice| matches!(notice, Notice::MapFailed { errno: 9, .. });
+    assert!(world.notices.iter().any(failed), "{:?}", world.notices);
+}
+
+/// Whoever asked for it and went away leaves nothing open.
+#[test]
+fn a_file_of_a_refused_region_is_let_go_of_although_its_client_is_gone() {
+    let mut world = World::with_region(false);
+    let other = GuestFile::memfd("refused", PAGE).unwrap();
+    let memory = AddMemory::shared(0, PAGE);
+    let id = {
+        let stat = rustix::fs::fstat(other.as_fd()).unwrap();
+        FileId { device: stat.st_dev, inode: stat.st_ino }
+    };
+    world.session.add_memory(caller(2, 1), memory, vec![other.as_fd().try_clone_to_owned().unwrap()]);
+    let examined = world.call().unwrap().run();
+    world.session.returned(examined);
+    assert!(world.session.files.get(id).is_some());
+    world.session.handle(Event::ClientGone { client: ClientId(2) });
+    world.settle();
+    assert!(world.session.files.get(id).is_none(), "it is held for nobody");
+}
+
+#[test]
+fn a_convert_is_answered_within_its_deadline_although_its_map_hangs() {
+    let mut world = World::with_region(false);
+    world.begin(pages(0, 1), PageState::Private, Performer::Client);
+    world.settle();
+    let end = |invalidation, outcome| Event::End { caller: caller(1, 5), invalidation, outcome };
+    world.session.handle(end(InvalidationId(1), Outcome::Committed));
+    world.settle();
+    world.take_answers();
+
+    let begun = world.clock.now();
+    world.begin(pages(0, 1), PageState::Shared, Performer::Passgate);
+    let convert = world.call().unwrap();
+    assert!(matches!(convert, Call::Convert { .. }), "{convert:?}");
+    world.session.returned(convert.run());
+    let map = world.call().unwrap();
+    assert!(matches!(map, Call::Map { .. }), "{map:?}");
+    assert!(world.call().is_none() && world.answers.is_empty(), "it waits for the map");
+    let until = world.session.next_deadline().unwrap();
+    assert!(until < begun + DEADLINE, "{:?} after the begin", until - begun);
+    world.pass(until - begun);
+    assert!(world.call().is_none());
+    assert_eq!(world.verdicts(), [Verdict::Done]);
+    world.session.returned(map.run());
+    world.settle();
+    assert_eq!(world.verdicts(), []);
+
+    // An end waits no longer than its begin would have.
+    world.begin(pages(0, 1), PageState::Private, Performer::Client);
+    world.settle();
+    world.take_answers();
+    world.session.handle(end(InvalidationId(3), Outcome::NotCommitted));
+    let map = world.call().unwrap();
+    assert!(world.call().is_none() && world.answers.is_empty(), "it waits for the map");
+    world.pass(DEADLINE);
+    assert!(world.call().is_none());
+    assert!(matches!(world.take_answers()[..], [(_, Answer::Ended { .. })]));
+    world.session.returned(map.run());
+    world.settle();
+    assert!(world.session.held.is_empty());
+}
+
+fn burst(world: &mut World) -> Vec<Verdict> {
+    for page in 0..PAGES {
+        world.begin(pages(page, 1), PageState::Private, Performer::Client);
+    }
+    world.settle();
+    world.verdicts()
+}
+
+#[test]
+fn a_joined_unmap_that_fails_half_way_spoils_none_of_its_requests() {
+    for counts in [true, false] {
+        let mut world = World::with_region(counts);
+        world.sim.fail_next(sim::Call::Unmap, Fault::HalfUnmapped(Errno::BUSY));
+        if !counts {
+            // What does not count is not joined: a call for one page fails whole.
+            world.sim.fail_next(sim::Call::Unmap, Fault::Errno(Errno::BUSY));
+        }
+        assert_eq!(burst(&mut world), [Verdict::Done; PAGES as usize], "counts: {counts}");
+        assert_eq!((world.sim.mapping_count(), world.session.snapshot().quarantine.len()), (0, 0));
+    }
+}
+
+#[test]
+fn of_a_joined_unmap_only_the_request_that_fails_by_itself_is_refused() {
+    let mut world = World::with_region(true);
+    // The joined call takes away half; then each is tried by itself, and page 4 fails, and fails again.
+    let failed = Fault::Errno(Errno::BUSY);
+    let plan = FaultPlan::new().at(sim::Call::Unmap, 1, Fault::HalfUnmapped(Errno::BUSY));
+    world.sim.plan(plan.at(sim::Call::Unmap, 6, failed).at(sim::Call::Unmap, 10, failed));
+    let verdicts = burst(&mut world);
+    let done = verdicts.iter().filter(|verdict| **verdict == Verdict::Done).count();
+    assert_eq!((done, verdicts.len()), (7, 8), "{verdicts:?}");
+    let quarantine = world.session.snapshot().quarantine;
+    assert_eq!((quarantine.len(), quarantine[0].range.start().0), (1, 4 * PAGE));
+    assert_eq!(world.sim.mapping_count(), 1);
+}
+
+/// A short success says nothing of the order: what is not accounted for stays in doubt.
+#[test]
+fn of_a_joined_unmap_that_falls_short_only_what_is_accounted_for_is_done() {
+    let mut world = World::with_region(true);
+    world.sim.fail_next(sim::Call::Unmap, Fault::Short);
+    let verdicts = burst(&mut world);
+    let done = verdicts.iter().filter(|verdict| **verdict == Verdict::Done).count();
+    assert_eq!((done, verdicts.len()), (4, 8), "{verdicts:?}");
+}
+
+#[test]
+fn a_region_waits_for_the_one_in_its_way_to_be_closed() {
+    let mut world = World::with_region(false);
+    world.session.handle(Event::ClientGone { client: ClientId(1) });
+    let unmap = world.call().unwrap();
+    assert!(matches!(unmap, Call::Unmap { .. }), "{unmap:?}");
+    world.add(2, 0);
+    world.settle();
+    assert!(world.answers.is_empty(), "{:?}", world.answers);
+    world.session.returned(unmap.run());
+    world.settle();
+    let answers = world.take_answers();
+    assert!(matches!(answers[..], [(_, Answer::RegionAdded { mapped, .. })] if mapped == PAGES * PAGE));
+    // One that is there is waited for in no case.
+    world.add(3, 0);
+    world.settle();
+    assert!(matches!(world.take_answers()[..], [(_, Answer::Refused(Refusal::Overlaps { .. }))]));
+}
+
+#[test]
+fn a_region_is_refused_in_time_where_the_one_in_its_way_cannot_be_closed() {
+    let mut world = World::with_region(false);
+    world.session.handle(Event::ClientGone { client: ClientId(1) });
+    let _hangs = world.call().unwrap();
+    world.add(2, 0);
+    world.add(3, 0);
+    world.settle();
+    // Who gives up waits no more, and leaves nothing.
+    world.session.handle(Event::ClientGone { client: ClientId(3) });
+    let start = world.clock.now();
+    while world.answers.is_empty() {
+        let next = world.session.next_deadline().expect("somebody waits");
+        world.pass(next - world.clock.now());
+        world.settle();
+    }
+    assert!(world.clock.now() - start <= CLOSE_WAIT);
+    let answers = world.take_answers();
+    assert!(matches!(answers[..], [(_, Answer::Refused(Refusal::Overlaps { .. }))]), "{answers:?}");
+    assert!(world.session.waiting.is_empty());
+}
