@@ -150,6 +150,12 @@ pub fn one_inbox() -> Config {
     committed(Config { batches: true, kills: 1, ..Config::new("one inbox, restart") })
 }
 
+pub fn file_comes_and_goes() -> Config {
+    let config = Config::new("the file comes and goes in one inbox");
+    let conversions = Vec::new();
+    Config { batches: true, splits_calls: true, adds_alias: true, removals: 1, conversions, ..config }
+}
+
 pub fn strict_restart_between_two_conversions() -> Config {
     let config = Config::new("strict, restart between two conversions");
     two_conversions(Config { kills: 1, ..config.strict() })
@@ -255,6 +261,7 @@ pub fn walked() -> Vec<Config> {
     let two_steps = Config { name: "walk: calls in two steps", splits_calls: true, ..plain.clone() };
     let pauses = Config { piece: 4, ..pauses(Config { name: "walk: pauses", ..plain.clone() }) };
     let pauses_strictly = Config { name: "walk: pauses, strict", ..pauses.clone() }.strict();
-    let resets = resets(Config { name: "walk: every fence", ..plain.clone() });
-    vec![plain, strict, two_steps, pauses, pauses_strictly, resets]
+    let resets = resets(Config { name: "walk: every fence, one inbox", batches: true, ..plain.clone() });
+    let inbox = Config { name: "walk: one inbox, calls in two steps", batches: true, ..two_steps.clone() };
+    vec![plain, strict, two_steps, inbox, pauses, pauses_strictly, resets]
 }

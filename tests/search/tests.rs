@@ -71,6 +71,7 @@ every_order_keeps_every_promise! {
     every_fence
     calls_in_two_steps
     one_inbox
+    file_comes_and_goes
 }
 
 /// A search that finds nothing shows nothing, unless it finds what is there.

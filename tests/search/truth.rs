@@ -146,7 +146,8 @@ impl Truth {
     }
 
     pub fn client_dies(&mut self, client: ClientId) {
-        self.asked.retain(|asked| asked.caller.client != client);
+        // What it has released is released, whether it hears so or not.
+        self.asked.retain(|asked| asked.caller.client != client || matches!(asked.what, What::Release(..)));
         self.dead.push(client);
         self.regions
             .iter_mut()
@@ -209,6 +210,12 @@ impl Truth {
         let is_known =
             |page: &&mut Page| !matches!(page.quarantine, Some((_, Cause::ClientGone | Cause::OwnerUnknown)));
         self.pages.iter_mut().filter(is_known).for_each(|page| page.content = Content::Shared);
+        // Of what an operator had released before, whoever adds it now says what it is.
+        for asked in &mut self.asked {
+            if let What::Release(_, to) = &mut asked.what {
+                *to = PageState::Shared;
+            }
+        }
     }
 
     /// Whether a request over these pages waits for its answer, or a conversion of them is granted.

@@ -414,6 +414,12 @@ impl<'a> World<'a> {
         if let Returned::Fact { event: Event::Converted { invalidation, outcome }, .. } = returned {
             self.truth.converted(invalidation, outcome);
         }
+        // Memory of a client that is gone meanwhile comes too late: the loop drops it.
+        if let Returned::Examined { caller, .. } = &returned
+            && self.vm != Some(caller.client)
+        {
+            return;
+        }
         self.session.returned(returned);
         self.see_regions();
     }
