@@ -1,20 +1,14 @@
 //! The event stream: who was away hears what was told meanwhile, or how much of it is lost.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use passgate::client::{AddMemory, Client, Event, Events, Outcome, PageState};
-use passgate::serve::{Hold, Options, Server};
-use passgate::session::fdstore::{FdStore, Kept, Name};
-use passgate_backends::device::Guard;
-use passgate_backends::device::soft::SoftDevice;
+use passgate::serve::{Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
-use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, StopClass};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{Shutdown, shutdown};
 
 use crate::common::{Setup, alone, granted, memory, open_files, pages, until};
@@ -209,81 +203,4 @@ fn a_stream_that_is_to_resume_goes_on_where_it_broke_and_says_when_the_daemon_is
     server.stop().unwrap();
     assert!(events.by_ref().all(|event| event.is_ok()));
     assert!(events.next().is_none());
-}
-
-/// A device that the host may want back.
-#[derive(Debug)]
-struct Wanted {
-    inner: Arc<SoftDevice>,
-    request: Arc<OwnedFd>,
-    fences: Arc<Mutex<Vec<FenceStep>>>,
-}
-
-impl Device for Wanted {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-    fn stop_class(&self) -> StopClass {
-        self.inner.stop_class()
-    }
-    fn fence(&self, step: FenceStep) -> passgate_backends::Result<()> {
-        self.fences.lock().unwrap().push(step);
-        self.inner.fence(step)
-    }
-    fn attach(&self) -> passgate_backends::Result<()> {
-        self.inner.attach()
-    }
-    fn wanted(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.request.as_fd())
-    }
-    fn guard(&self) -> Guard<'_> {
-        self.inner.guard()
-    }
-}
-
-#[test]
-fn a_device_that_the_host_wants_back_is_told_stopped_and_let_go() {
-    let _one = alone();
-    for holds in [false, true] {
-        let (dir, domain) = (tempfile::tempdir().unwrap(), SoftDomain::open().unwrap());
-        let request = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
-        let (inner, fences) = (domain.device("soft:0").unwrap(), Arc::default());
-        let device = Arc::new(Wanted { inner, request: Arc::clone(&request), fences: Arc::clone(&fences) });
-        let left = Arc::downgrade(&device);
-        let devices: Vec<Arc<dyn Device>> = vec![device];
-        let (store, removed) = FdStore::detached();
-        let hold = holds.then(|| {
-            let assign = || {
-                let (domain, devices): (Arc<dyn Domain>, _) = (domain.clone(), devices.clone());
-                Ok(Assignment { domain, devices, drives: Vec::new() })
-            };
-            let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
-            Hold::open(store, kept, &names, Accept::default(), LONG, assign).unwrap().1
-        });
-        let options = Options::at(dir.path().join("socket"));
-        let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();
-        let mut client = Client::connect(server.path()).unwrap();
-        client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
-        let mut events = Client::connect(server.path()).unwrap().subscribe().unwrap();
-        assert!(fences.lock().unwrap().is_empty());
-        rustix::io::write(&*request, &1u64.to_ne_bytes()).unwrap();
-        let told = next(&mut events);
-        assert_eq!((told.event.as_str(), &told.details["device"]), ("device.wanted", &"soft:0".into()));
-        // It ends by itself, in order: nobody tells it to, and nothing wakes it.
-        events.by_ref().take_while(Result::is_ok).for_each(drop);
-        let since = Instant::now();
-        while fences.lock().unwrap().is_empty() && since.elapsed() < LONG {
-            std::thread::yield_now();
-        }
-        assert!(!fences.lock().unwrap().is_empty(), "nothing is done until something wakes the daemon");
-        server.stop().unwrap();
-        let removed: Vec<_> = removed.try_iter().collect();
-        assert_eq!(
-            removed.contains(&Name::Ledger) && removed.contains(&Name::Guardian),
-            holds,
-            "{removed:?}"
-        );
-        // What outlives a daemon is closed with the process.
-        assert_eq!(left.upgrade().is_some(), holds);
-    }
 }
