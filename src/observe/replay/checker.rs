@@ -14,7 +14,7 @@ use super::spans::Spans;
 use super::waiting::Waiting;
 use crate::gate::{
     Caller, ClientId, DomainId, Event, FileId, InvalidationId, JobId, MapResult, Performer, RegionId,
-    RegionSpec, UnmapResult,
+    RegionSpec, UnmapResult, Verdict,
 };
 use crate::observe::audit::{Line, Said};
 
@@ -103,7 +103,11 @@ impl Checker {
     pub(super) fn line(&mut self, line: &Line, found: &mut Vec<String>) {
         self.now = line.t;
         self.event(line);
-        for said in &line.x {
+        for (nth, said) in line.x.iter().enumerate() {
+            if matches!(said, Said::Verdict { verdict, .. } if *verdict != Verdict::Done) {
+                // The answer leaves before the notices of what it left in quarantine: all of one event is one fact.
+                line.x[nth..].iter().for_each(|later| self.quarantined_by(later));
+            }
             if let Some(to) = said.answers()
                 && !self.waiting.answered(to)
             {
@@ -283,6 +287,12 @@ impl Checker {
         Some(open)
     }
 
+    fn quarantined_by(&mut self, said: &Said<'_>) {
+        if let Said::Quarantined { file, range, .. } = said {
+            self.quarantine.entry(*file).or_default().insert(bytes(*range));
+        }
+    }
+
     fn said(&mut self, said: &Said<'_>, event: &Event) {
         match said {
             Said::Map { job, domain, iova, file, offset, .. } => {
@@ -314,9 +324,7 @@ impl Checker {
                 self.regions.retain(|region| region.caller != *to || region.id.is_some())
             }
             Said::Closed { region } => self.region_closed(*region),
-            Said::Quarantined { file, range, .. } => {
-                self.quarantine.entry(*file).or_default().insert(bytes(*range));
-            }
+            Said::Quarantined { .. } => self.quarantined_by(said),
             Said::Freed { file, range } | Said::LetGo { file, range, .. } => {
                 if let Some(spans) = self.quarantine.get_mut(file) {
                     spans.remove(bytes(*range));
