@@ -96,6 +96,7 @@ impl VhostUserBlk {
         let mut options = self.engine.complete(&opened, options);
         // The door is shut first: while there are rings, what they wait for is not failed because all ends.
         let stop_signals = std::mem::take(&mut options.stop_signals);
+        options.has_door = true;
         let Opened { assignment, hold, .. } = opened;
         let domain = Windowed::new(assignment.domain, Arc::clone(drive.window()));
         let domain = Arc::new(domain) as Arc<dyn Domain>;

@@ -83,6 +83,10 @@ impl Events {
             let client = Client::connect_within(&path, self.client.timeout);
             match client.and_then(|client| client.subscribe_after(self.sequence, Some(&self.instance))) {
                 Ok(again) => {
+                    if again.instance != self.instance {
+                        // The numbers of an earlier instance say nothing of the new one's.
+                        self.sequence = again.sequence;
+                    }
                     (self.client, self.instance) = (again.client, again.instance);
                     return true;
                 }

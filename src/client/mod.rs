@@ -317,6 +317,10 @@ impl Client {
     fn last_words(&mut self) -> Option<Error> {
         loop {
             if let Some(Frame { bytes, .. }) = self.frames.take() {
+                if self.overdue > 0 {
+                    self.overdue -= 1;
+                    continue;
+                }
                 let reply = serde_json::from_slice::<Reply>(&bytes).ok()?;
                 return check(reply).err();
             }

@@ -8,6 +8,8 @@
 //! mapped while it waited for a device to pause or to be detached; this one takes it out by an invalidation of its own,
 //! with the ladder behind it.
 
+use std::ops::Bound;
+
 use passgate_bindings::units::{Address, LIMIT, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
 
@@ -276,6 +278,11 @@ impl Gate {
     pub fn length_of(&self, id: InvalidationId) -> Option<u64> {
         let inv = self.invalidations.get(&id).filter(|inv| inv.is_conversion())?;
         Some(inv.receipt.ranges.len())
+    }
+
+    /// The invalidations that are open and were begun after this one.
+    pub fn open_since(&self, last: InvalidationId) -> impl Iterator<Item = InvalidationId> + '_ {
+        self.invalidations.range((Bound::Excluded(last), Bound::Unbounded)).map(|(id, _)| *id)
     }
 
     /// The pages that an open conversion holds.

@@ -42,7 +42,8 @@ const STICKY: u32 = 0o1000;
 fn logged_on(dir: &Path, boot: &str) -> bool {
     let newest = audit::files::list(dir).unwrap_or_default().into_iter().rev();
     let heads = newest.filter_map(|(_, path)| audit::reader::head(&path).ok().flatten());
-    heads.take(1).any(|head| head.boot == boot)
+    // A daemon of before format 1 made the file with its first quarantine only: that it is missing says nothing.
+    heads.take(1).any(|head| head.boot == boot && head.format > 0)
 }
 
 /// What a session writes down.
@@ -108,7 +109,11 @@ impl Records {
             }
             left => left?,
         };
-        keep.begin(&left)?;
+        match keep.begin(&left) {
+            // A full disk stops no VM whose ledger has everything. What cannot be saved later says so on the disk.
+            Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
+            begun => begun?,
+        }
         if !left.is_empty() {
             log::warn!("{}: {} ranges are still in quarantine", options.dir.display(), left.len());
         }

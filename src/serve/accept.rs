@@ -8,7 +8,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, accept_with};
@@ -135,12 +135,24 @@ impl Vm {
         if self.count(Place::Operator) < OPERATOR_RESERVE {
             return true;
         }
-        let idle = |connection: &mut Connection| {
-            let nothing_due = connection.waiting == Waiting::No && !connection.is_behind();
-            connection.place == Place::Operator && nothing_due && !connection.has_call()
+        let reserved = |connection: &Connection| {
+            connection.place == Place::Operator && connection.waiting == Waiting::No
         };
-        // Numbers grow, so that the first is the oldest.
+        // A call that lies in the socket is as good as one that was read.
+        let idle = |connection: &mut Connection| {
+            let unread =
+                poll(&mut [PollFd::new(&connection.socket, PollFlags::IN)], Some(&Timespec::default()));
+            reserved(connection)
+                && !connection.is_behind()
+                && !connection.has_call()
+                && unread.is_ok_and(|count| count == 0)
+        };
+        // Numbers grow, so that the first is the oldest. Where none is idle, one that does not read its answers goes.
         let oldest = self.connections.iter_mut().find_map(|(client, c)| idle(c).then_some(*client));
+        let oldest = oldest.or_else(|| {
+            let stuck = |connection: &Connection| reserved(connection) && connection.is_behind();
+            self.connections.iter().find_map(|(client, c)| stuck(c).then_some(*client))
+        });
         oldest.map(|client| self.hang_up(client)).is_some()
     }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use passgate_backends::resume::{self, Ids};
 use passgate_backends::{Accept, Assignment, Device, Domain};
@@ -195,15 +195,17 @@ fn quarantine(ledger: Option<OwnedFd>, kept: &Kept) -> Vec<Event> {
     known.into_iter().map(event).collect()
 }
 
-/// All memory that was kept, in quarantine under a number for each file.
+/// All memory that was kept, in quarantine under a number for each file, which nothing else has: neither what the state
+/// directory still has in quarantine, nor what another start has put there.
 fn unknown(kept: &Kept, why: &str) -> Vec<Event> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
     let mut events = Vec::new();
     for name in kept.names() {
         let Name::Memory(file) = name else { continue };
         let Some(Ok(found)) = kept.copy(&name).map(identity::identify) else { continue };
         let Ok(range) = PageRange::new(0, found.size / PAGE * PAGE) else { continue };
-        let invalidation = InvalidationId(events.len() as u64 + 1);
+        let invalidation = InvalidationId((now << 16) + events.len() as u64 + 1);
         events.push(Event::Quarantine { file, range, invalidation, reason });
     }
     if !events.is_empty() {

@@ -71,6 +71,8 @@ pub struct Options {
     pub state: Option<StateOptions>,
     /// Signals that stop it.
     pub stop_signals: Vec<i32>,
+    /// True where a door of this process stops the server, also where the host wants a device back.
+    pub has_door: bool,
     /// The service manager that is told when it is ready and when it stops; none for nobody.
     pub manager: Option<FdStore>,
 }
@@ -96,6 +98,7 @@ impl Options {
             unsealed: false,
             state: None,
             stop_signals: Vec::new(),
+            has_door: false,
             manager: None,
         }
     }
@@ -187,7 +190,8 @@ impl Server {
             let core = Arc::clone(&self.core);
             let over = event_loop::run(self.core, self.turn, self.vm);
             if core.keeps_nothing() {
-                if let Some(guardian) = self.guardian {
+                // As below: where the loop fails the guardian stops the devices.
+                if let Some(guardian) = self.guardian.filter(|_| over.is_ok()) {
                     guardian.bye();
                 }
                 kept.into_iter().for_each(|name| store.remove(name));

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{Mode, OFlags, fchmod, open};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
 
@@ -49,13 +49,16 @@ pub(super) struct SocketFile {
     path: PathBuf,
     /// Device and inode of the file; none where it could not be found.
     identity: Option<(u64, u64)>,
+    /// The file, open: while it is, no other file gets its inode number.
+    _pin: Option<OwnedFd>,
 }
 
 impl SocketFile {
     /// Takes the file that is at `path` now.
     pub(super) fn at(path: PathBuf) -> Self {
+        let pin = open(&path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).ok();
         let identity = identity(&path);
-        Self { path, identity }
+        Self { path, identity, _pin: pin }
     }
 
     /// Returns where it is.

@@ -131,7 +131,7 @@ impl Vm {
             poller.add(wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         }
         for request in session.requests() {
-            poller.add(request, Interest::Read, WANTED).map_err(Error::Poll)?;
+            poller.add(request, Interest::News, WANTED).map_err(Error::Poll)?;
         }
         Ok(Self {
             session,
@@ -178,6 +178,8 @@ impl Vm {
             KICK => self.kicked(),
             STOP => {
                 let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
+                // The door that stops this may have seen first what the host wants.
+                self.given_back();
                 self.say_goodbye();
                 false
             }
@@ -351,7 +353,8 @@ impl Vm {
             // Nobody comes back for what an earlier daemon's clients had.
             self.adopt_by = self.adopt_by.map(|_| Instant::now());
         }
-        self.ends = true;
+        // A door ends its requests first, and stops this then.
+        self.ends = !self.options.has_door;
     }
 
     /// Begins the end that a device asked for, once everybody has been told why; true where it does, so that the caller

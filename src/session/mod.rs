@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain, Ticket};
 use passgate_bindings::{Gpa, Iova, PageRange};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::gate::{
     Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
@@ -113,6 +114,8 @@ pub struct Session {
     /// When to wake the gate, and for what.
     timers: Timers,
     tickets: HashMap<(DomainId, Ticket), Vec<JobId>>,
+    /// The devices, by their places, of which everybody was told that the host wants them back.
+    wanted: HashSet<usize>,
     /// Tickets that ended before their unmap had returned to us.
     early: HashSet<(DomainId, Ticket)>,
     receipts: Receipts,
@@ -146,6 +149,7 @@ impl Session {
             start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
         }
         let mut files = Files::new(trust.unsealed);
+        let from_ledger = quarantine.is_some();
         if let Some((events, mut kept)) = quarantine {
             for event in &events {
                 if let Event::Quarantine { file, .. } = event {
@@ -169,6 +173,7 @@ impl Session {
             waiting: Vec::new(),
             timers: Timers::default(),
             tickets: HashMap::new(),
+            wanted: HashSet::new(),
             early: HashSet::new(),
             receipts: Receipts::default(),
             totals: Totals::default(),
@@ -181,6 +186,10 @@ impl Session {
             session.gate.keep_in(lasting.store().clone());
         }
         start.into_iter().for_each(|event| session.handle(event));
+        if from_ledger && let Some(records) = &mut session.records {
+            // The disk has only what it had: no effect tells of what the ledger adds.
+            records.go_on(&session.gate.snapshot().quarantine);
+        }
         if let Some((left, kept)) = left {
             session.go_on(left, kept);
         }
@@ -481,13 +490,21 @@ impl Session {
         self.devices.iter().filter_map(|device| device.wanted())
     }
 
-    /// Asks every device whether the host wants it back; the names of those, of which everybody is told.
+    /// Asks every device whether the host wants it back; the names of those, of which everybody is told. Each is named
+    /// once.
     pub fn wanted(&mut self) -> Vec<String> {
         let asked = |device: &Arc<dyn Device>| {
-            device.wanted().is_some_and(|request| rustix::io::read(request, &mut [0; 8]).is_ok())
+            // It stays readable: a door looks at it too.
+            let ready = |request| {
+                poll(&mut [PollFd::from_borrowed_fd(request, PollFlags::IN)], Some(&Timespec::default()))
+            };
+            device.wanted().is_some_and(|request| ready(request).is_ok_and(|count| count > 0))
         };
         let mut names = Vec::new();
         for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| asked(device)) {
+            if !self.wanted.insert(index) {
+                continue;
+            }
             names.push(device.name().to_owned());
             let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
             self.border.push_back(Next::Notice(Notice::DeviceWanted { device }));

@@ -34,11 +34,11 @@ impl Session {
                 region.closing = true;
             }
         }
+        let on_disk = self.records.as_mut().map(Records::take_left).unwrap_or_default();
+        join_quarantine(&mut past, on_disk);
         for (file, ..) in &past.holds {
             self.files.hold_again(*file, &mut kept);
         }
-        let on_disk = self.records.as_mut().map(Records::take_left).unwrap_or_default();
-        join_quarantine(&mut past, on_disk);
         self.gate.resume(past, &mut self.effects);
         // Before any of the effects: what is doubtful is being taken away, and is none of this.
         for (index, domain) in self.domains.iter().enumerate() {
@@ -144,8 +144,9 @@ mod tests {
     use super::*;
     use crate::gate::Step;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
+    use crate::observe::records::{Records, StateOptions};
     use crate::protocol::verbs::AddMemory;
-    use crate::session::lasting::holds_in;
+    use crate::session::lasting::{LoadError, holds_in};
     use crate::session::start::start;
     use crate::session::{Next, SystemClock, Trust};
 
@@ -257,6 +258,67 @@ mod tests {
         let unknown = HeldBy::Quarantine(InvalidationId(9), Reason { cause: Cause::OwnerUnknown, ..reason });
         let joined = [in_ledger, (file, range(1, 1), unknown), (file, range(4, 1), unknown)];
         assert_eq!((&past.holds[..], past.last_invalidation), (&joined[..], 9));
+    }
+
+    fn records(dir: &std::path::Path, resumed: bool) -> crate::error::Result<Records> {
+        Records::open(&StateOptions::at(dir), Policy::default(), "sim", Vec::new(), resumed)
+    }
+
+    #[test]
+    fn ledger_that_was_never_complete_is_not_read_as_empty() {
+        let lasting = Lasting::new().unwrap();
+        let fd = || lasting.fd().unwrap().try_clone_to_owned().unwrap();
+        assert!(matches!(holds_in(fd()), Err(LoadError::Incomplete)));
+        lasting.complete(Ids::Nothing, &[]);
+        assert!(holds_in(fd()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn quarantine_of_a_ledger_that_nobody_goes_on_from_is_written_to_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let reason = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+        let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
+        let held = Event::Quarantine { file, range, invalidation: InvalidationId(4), reason };
+        let (store, _removed) = FdStore::detached();
+        let quarantine = Some((vec![held.clone()], Kept::of(BTreeMap::new())));
+        let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine };
+        let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
+        let clock = Arc::new(SystemClock);
+        let opened = Some(records(dir.path(), false).unwrap());
+        let trust = Trust::default();
+        drop(Session::new(Policy::default(), domain, Vec::new(), trust, clock, opened, Some(hold)));
+        assert_eq!(records(dir.path(), false).unwrap().take_left(), [held]);
+    }
+
+    #[test]
+    fn full_disk_keeps_no_daemon_from_going_on_from_its_ledger() {
+        let dir = tempfile::tempdir().unwrap();
+        // As on a full disk the new file cannot be made.
+        std::fs::create_dir(dir.path().join("quarantine.new")).unwrap();
+        assert!(records(dir.path(), false).is_err());
+        records(dir.path(), true).unwrap();
+    }
+
+    #[test]
+    fn directory_of_a_daemon_that_made_no_file_without_a_quarantine_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(records(dir.path(), false).unwrap());
+        let files = || std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path());
+        let named = |path: &std::path::PathBuf, name: &str| {
+            path.file_name().is_some_and(|of| of.to_string_lossy().starts_with(name))
+        };
+        let log = files().find(|path| named(path, "audit-")).unwrap();
+        for path in files().filter(|path| !named(path, "audit-")) {
+            std::fs::remove_file(path).unwrap();
+        }
+        assert!(records(dir.path(), false).is_err(), "what this version has written is missing");
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert!(text.contains("\"format\":1,"));
+        std::fs::write(&log, text.replace("\"format\":1,", "")).unwrap();
+        for path in files().filter(|path| *path != log) {
+            std::fs::remove_file(path).unwrap();
+        }
+        records(dir.path(), false).unwrap();
     }
 
     #[test]

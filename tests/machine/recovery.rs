@@ -70,23 +70,33 @@ fn killed_while_it_starts(path: &Path, arguments: &[&str], after: Duration) {
 }
 
 /// An unbind from vfio-pci waits until nobody has the device open: the daemon stops the device, says so, and ends, and
-/// the unbind returns. Bound again, the device goes to the next daemon.
+/// the unbind returns. Bound again, the device goes to the next daemon. A drive, whose driver may look for the request too,
+/// and the engine.
 pub fn the_host_wants_a_device_back(rig: &Rig) {
+    let [nvme, _] = devices();
+    for device in [&nvme, &rig.edu] {
+        let arguments = rig.arguments(&["--device", &nvme]);
+        wants_back(rig, &arguments, device);
+    }
+}
+
+fn wants_back(rig: &Rig, arguments: &[&str], device: &str) {
     let driver = Path::new("/sys/bus/pci/drivers/vfio-pci");
-    let (mut daemon, mut vmm) = rig.vmm(2);
+    let mut daemon = Daemon::start(Path::new(PASSGATE), arguments);
+    let mut vmm = rig.join(&daemon, memfd(2), PAGE);
     assert!(vmm.reaches(0));
     let notices = Notices::of(&daemon);
-    let (unbind, name) = (driver.join("unbind"), rig.edu.clone());
+    let (unbind, name) = (driver.join("unbind"), device.to_owned());
     let unbinding = std::thread::spawn(move || std::fs::write(unbind, name));
     let (_, wanted) = notices.until("device.wanted");
-    assert_eq!(wanted.details["device"], rig.edu.as_str());
+    assert_eq!(wanted.details["device"], device);
     assert!(daemon.ended(LONG).success(), "{:?}", daemon.silence());
     assert!(until(LONG, || unbinding.is_finished()), "the unbind hangs");
     unbinding.join().unwrap().unwrap();
-    assert!(!driver.join(&rig.edu).exists());
-    std::fs::write(driver.join("bind"), &rig.edu).unwrap();
+    assert!(!driver.join(device).exists());
+    std::fs::write(driver.join("bind"), device).unwrap();
     drop(vmm);
-    let next = Daemon::start_at(Path::new(PASSGATE), &daemon.path, &rig.arguments(&[]));
+    let next = Daemon::start_at(Path::new(PASSGATE), &daemon.path, arguments);
     let mut vmm = rig.join(&next, memfd(2), PAGE);
     assert!(vmm.reaches(0), "a new daemon has the device");
 }

@@ -88,7 +88,7 @@ fn guest_fd() -> OwnedFd {
 fn file_id() -> FileId {
     static ID: OnceLock<FileId> = OnceLock::new();
     *ID.get_or_init(|| {
-        let found = identity::identify(&guest_fd()).expect("a memfd");
+        let found = identity::identify(guest_fd()).expect("a memfd");
         FileId { device: found.device, inode: found.inode }
     })
 }

@@ -233,9 +233,12 @@ pub fn a_detach_that_succeeds_has_stopped_dma(bench: &Bench) -> Outcome {
     })
 }
 
+/// A trial, and its name.
+type Named = (&'static str, fn(&Bench) -> Outcome);
+
 /// The trials of one domain.
-pub fn trials(kind: Kind) -> Vec<(&'static str, fn(&Bench) -> Outcome)> {
-    let mut trials: Vec<(&'static str, fn(&Bench) -> Outcome)> = vec![
+pub fn trials(kind: Kind) -> Vec<Named> {
+    let mut trials: Vec<Named> = vec![
         ("fail_nth_map_leaves_nothing_or_says_so", map_leaves_nothing_or_says_so),
         ("fail_nth_unmap_accounts_for_every_byte", unmap_accounts_for_every_byte),
     ];

@@ -55,9 +55,11 @@ pub struct Left {
 /// What an earlier process held, by file.
 pub type Holds = Vec<(FileId, PageRange<Offset>, HeldBy)>;
 
-/// What was held in the ledger in this memfd, which nobody goes on from. An error where it cannot be read whole.
+/// What was held in the ledger in this memfd, which nobody goes on from. An error where it cannot be read whole, or was
+/// kept before what it took over had been written into it.
 pub fn holds_in(fd: OwnedFd) -> Result<Holds, LoadError> {
     let (mut lasting, records) = Lasting::over(Store::open(Words::from_fd(fd)?)?)?;
+    lasting.made_of()?;
     let mut past = Past::default();
     lasting.counters(&mut past)?;
     lasting.holds_again(records.holds, &mut past)?;

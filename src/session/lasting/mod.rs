@@ -187,11 +187,12 @@ impl Lasting {
         let (last_region, last) = gate.last();
         self.count(REGION, last_region.into());
         self.count(INVALIDATION, last);
-        for id in self.last + 1..=last {
-            let held = gate.held_by(InvalidationId(id));
+        // Not number by number: what came from a file on disk may have made them jump.
+        for id in gate.open_since(InvalidationId(self.last)) {
+            let held = gate.held_by(id);
             if !held.is_empty() {
                 pages.extend(held.iter().map(|part| (part.file, part.range)));
-                self.open.insert(InvalidationId(id), held.to_vec());
+                self.open.insert(id, held.to_vec());
             }
         }
         self.last = last;

@@ -1,13 +1,12 @@
 //! A controller's registers and interrupts, wherever it is: behind VFIO, or the simulator.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::device::Region;
 use passgate_bindings::vfio::mapped::Mapped;
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::super::Device;
 use super::super::vfio::VfioDevice;
@@ -15,8 +14,6 @@ use crate::{Error, Result};
 
 /// `VFIO_PCI_MSIX_IRQ_INDEX`.
 const MSIX: u32 = 2;
-/// `VFIO_PCI_REQ_IRQ_INDEX`.
-const REQUEST: u32 = 4;
 
 /// Registers (NVM Express base specification 2.0, 3.1.3).
 pub(super) const CAP: u64 = 0x00;
@@ -76,7 +73,6 @@ pub trait Registers: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(super) struct Bar {
     doorbells: Option<Mapped>,
-    removal: Option<OwnedFd>,
     region: Region,
     vfio: Arc<VfioDevice>,
     device: Arc<dyn Device>,
@@ -94,26 +90,8 @@ impl Bar {
                 None
             }
         };
-        let removal = Self::listen(&vfio);
         let device = Arc::clone(&vfio) as Arc<dyn Device>;
-        Ok(Self { doorbells, removal, region, vfio, device })
-    }
-
-    /// Has the kernel say when it wants the device back: somebody unbinds it, or pulls it out.
-    fn listen(vfio: &VfioDevice) -> Option<OwnedFd> {
-        let file = vfio.file();
-        let listened = file.irq_info(REQUEST).and_then(|info| {
-            let removal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-            let removal = removal.map_err(|errno| Failed::new("eventfd", errno))?;
-            if info.count > 0 {
-                file.set_irqs(REQUEST, 0, &[Some(removal.as_fd())])?;
-            }
-            Ok((info.count > 0).then_some(removal))
-        });
-        listened.unwrap_or_else(|error| {
-            log::debug!("{}: nobody will say when it is wanted back: {error}", vfio.name());
-            None
-        })
+        Ok(Self { doorbells, region, vfio, device })
     }
 }
 
@@ -143,7 +121,7 @@ impl Registers for Bar {
     }
 
     fn removal(&self) -> Option<BorrowedFd<'_>> {
-        self.removal.as_ref().map(AsFd::as_fd)
+        self.vfio.wanted()
     }
 
     fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
