@@ -55,8 +55,8 @@ pub fn a_restart(rig: &Rig) {
     let memory = memfd(KILLS + 1);
     let mut client = service.client();
     client.add_memory(&AddMemory::shared(GPA, memory.size()), &[&*memory]).unwrap();
+    let mut channel = client.open_channel().unwrap();
     for n in 0..KILLS {
-        let mut channel = client.open_channel().unwrap();
         let converting = std::thread::spawn(move || {
             while let Ok(Answer::Granted { invalidation }) = channel.begin(range(n), PageState::Hole, None) {
                 if channel.end(invalidation, Outcome::NotCommitted).is_err() {
@@ -75,14 +75,14 @@ pub fn a_restart(rig: &Rig) {
         let arrives =
             |engine: &mut Engine| engine.try_write(KILLS).is_ok_and(|sent| bytes(&memory, KILLS) == sent);
         assert!(until(LONG, || arrives(&mut engine)), "kill {n}: the device does not come back");
-        let mut channel = client.open_channel().unwrap();
+        channel = client.open_channel().unwrap();
         let Answer::Granted { invalidation } = channel.begin(range(KILLS), PageState::Hole, None).unwrap()
         else {
             panic!("kill {n}: not granted")
         };
+        channel.end(invalidation, Outcome::NotCommitted).unwrap();
         let receipt = client.explain(invalidation).unwrap();
         let steps: Vec<_> = receipt["steps"].as_array().unwrap().iter().map(|step| &step["step"]).collect();
         assert_eq!(steps, ["detach", "unmap"], "kill {n}: {receipt}");
-        channel.end(invalidation, Outcome::NotCommitted).unwrap();
     }
 }
