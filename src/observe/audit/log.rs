@@ -166,16 +166,18 @@ impl Log {
         // The old one is kept until there is a new one: it has the room to say that there is none.
         let failed = match self.spare.take() {
             Ok(mut segment) => {
-                self.mark(Mark::More { segment: self.head.segment });
-                if let Some(full) = self.segment.take() {
-                    self.spare.finish(full);
-                }
-                self.gap = false;
                 self.head.wall = wall();
                 let mut head = Vec::with_capacity(512);
                 json(&mut head, &self.head);
                 head.push(b'\n');
                 let fits = segment.append(&head);
+                // Once the new one has its first line: a daemon that is killed in between leaves no mark of a file that
+                // is not there.
+                self.mark(Mark::More { segment: self.head.segment });
+                if let Some(full) = self.segment.take() {
+                    self.spare.finish(full);
+                }
+                self.gap = false;
                 self.head.segment += u64::from(fits);
                 self.segment = Some(segment);
                 self.again = None;
