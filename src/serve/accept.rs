@@ -43,9 +43,7 @@ impl Spare {
     pub(super) fn new() -> Self {
         Self { fd: spare(), full_logged: false, starved_logged: false }
     }
-}
 
-impl Spare {
     /// Accepts a connection by the descriptor that is kept spare, says why it is refused, and closes it; false where nobody
     /// waits. An error where neither was possible.
     pub(super) fn refuse(&mut self, listener: impl AsFd, refusal: &[u8]) -> Result<bool, Errno> {
