@@ -129,7 +129,7 @@ mod tests {
                     Effect::Map { job, .. } => self.tell(Event::Mapped { job, result: map }),
                     Effect::Unmap { job, bytes, .. } => {
                         let result = match unmap {
-                            None => UnmapResult::Gone { bytes },
+                            None => UnmapResult::Gone { bytes: bytes.unwrap_or(PAGE) },
                             Some(errno) => UnmapResult::Failed { errno, bytes: 0 },
                         };
                         self.tell(Event::Unmapped { job, result, took_ns: 1 });

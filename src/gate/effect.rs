@@ -51,8 +51,8 @@ pub enum Effect {
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
-        /// Bytes of it that are mapped and have to go; the rest is gaps.
-        bytes: u64,
+        /// Bytes of it that are mapped and have to go, the rest is gaps; none where nobody knows how many are.
+        bytes: Option<u64>,
     },
     /// Take just these ranges out, all at once, by a page table without them → [`super::Event::Unmapped`].
     Replace {

@@ -80,7 +80,7 @@ mod tests {
                     Effect::Map { job, .. } => self.tell(Event::Mapped { job, result: MapResult::Mapped }),
                     Effect::Unmap { job, bytes, .. } => {
                         let result = match self.fences.contains(&Step::Reset) {
-                            true => UnmapResult::Gone { bytes },
+                            true => UnmapResult::Gone { bytes: bytes.unwrap() },
                             false => UnmapResult::Failed { errno: 16, bytes: 0 },
                         };
                         self.tell(Event::Unmapped { job, result, took_ns: 1 });

@@ -473,7 +473,7 @@ mod tests {
         let jobs: Vec<_> = effects
             .drain(..)
             .filter_map(|effect| match effect {
-                Effect::Unmap { job, bytes, .. } => Some((job, bytes)),
+                Effect::Unmap { job, bytes, .. } => Some((job, bytes.unwrap())),
                 _ => None,
             })
             .collect();

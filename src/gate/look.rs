@@ -123,7 +123,7 @@ impl Gate {
         iova: PageRange<Iova>,
         effects: &mut Effects,
     ) {
-        let job = self.next_job(Job::Unmap { domain, iova, already: 0, invalidation });
+        let job = self.next_job(Job::Unmap { domain, iova, already: Some(0), invalidation });
         self.fray(domain, iova);
         let Some(mapped) = self.mapped_in(domain) else { return };
         let (already, bytes) = match mapped.at(iova.start()) {
@@ -132,13 +132,18 @@ impl Gate {
                 let RunState::Suspect { gone, .. } = run.state else { return };
                 (gone, run.bytes)
             }
-            None => (0, mapped.take(iova, RunState::Removing(job)).bytes),
+            None => (Some(0), mapped.take(iova, RunState::Removing(job)).bytes),
         };
-        if already > 0 {
+        if already != Some(0) {
             self.jobs.insert(job, Job::Unmap { domain, iova, already, invalidation });
         }
         self.waits(invalidation);
-        effects.push(Effect::Unmap { job, domain, iova, bytes: bytes.saturating_sub(already) });
+        effects.push(Effect::Unmap {
+            job,
+            domain,
+            iova,
+            bytes: already.map(|already| bytes.saturating_sub(already)),
+        });
     }
 
     /// Asks for all of `spans` to go at once, and nothing else.

@@ -53,6 +53,7 @@ pub use fence::{Nature, OnStuckDma, Platform, Step, Steps};
 pub use hitless::{Able, Hitless};
 pub use ledger::HeldBy;
 pub use ledger::PageState;
+pub(crate) use plan::{JOB_BYTES, JOB_OBJECTS};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use resume::{Past, Written};
@@ -133,8 +134,9 @@ struct DomainEntry {
 enum Job {
     /// A map over `iova` of `region`; `rest` is mapped after it.
     Map { domain: DomainId, region: RegionId, iova: PageRange<Iova>, rest: Option<PageRange<Iova>> },
-    /// An unmap over `iova`, of which `already` bytes were reported gone before; `invalidation` asked for it.
-    Unmap { domain: DomainId, iova: PageRange<Iova>, already: u64, invalidation: InvalidationId },
+    /// An unmap over `iova`, of which `already` bytes were reported gone before (none where nobody knows how many were
+    /// mapped); `invalidation` asked for it.
+    Unmap { domain: DomainId, iova: PageRange<Iova>, already: Option<u64>, invalidation: InvalidationId },
     /// One call over every run that is [`ledger::RunState::Removing`] by it; `invalidation` asked for it.
     Replace { domain: DomainId, invalidation: InvalidationId },
     /// An unmap of whatever an earlier process left at `iova`.

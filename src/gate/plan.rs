@@ -14,9 +14,9 @@ use super::ledger::{PageState, Run};
 use super::{Gate, Job};
 
 /// Kernel mappings that one map effect makes at most, so that no begin waits long for one in flight.
-const JOB_OBJECTS: u64 = 1024;
+pub(crate) const JOB_OBJECTS: u64 = 1024;
 /// Bytes that one map effect maps at most (but for a single longer piece), for the same reason.
-const JOB_BYTES: u64 = 64 << 20;
+pub(crate) const JOB_BYTES: u64 = 64 << 20;
 
 /// `ENOSPC`: the budget of mappings is used up.
 pub(super) const NO_SPACE: i32 = 28;

@@ -141,6 +141,8 @@ impl Gate {
         let mut told: Vec<_> = known
             .iter()
             .filter_map(|id| self.regions.get(id))
+            // What a region says that is about to go counts no more than if it had gone already.
+            .filter(|region| !region.closing)
             .map(|region| region.pages_at(region.iova()).range)
             .filter(|range| range.overlaps(pages.range))
             .collect();

@@ -34,7 +34,9 @@ impl Gate {
                 self.fray(domain, iova);
             }
             MapResult::Refused { .. } => _ = mapped.remove(iova.start()),
-            MapResult::Unknown { errno } => mapped.mark(iova.start(), RunState::Suspect { gone: 0, errno }),
+            MapResult::Unknown { errno } => {
+                mapped.mark(iova.start(), RunState::Suspect { gone: None, errno })
+            }
         }
         if let MapResult::Unknown { errno } = result {
             let reason = Reason {
@@ -100,12 +102,17 @@ impl Gate {
                 let Some(run) = run.filter(|run| run.state == RunState::Removing(job)) else { return };
                 let in_flight = self.went(job, domain, run, already, result);
                 if let UnmapResult::InFlight { bytes } = result {
-                    let already = already.saturating_add(bytes);
+                    let already = Some(match already {
+                        Some(already) => already.saturating_add(bytes),
+                        // As much as there was, unless it is more than there can be.
+                        None => bytes.max(run.bytes),
+                    });
                     self.jobs.insert(job, Job::Unmap { domain, iova, already, invalidation });
                 } else {
                     self.jobs.remove(&job);
                 }
-                self.record(invalidation, domain, (Some(iova), run.bytes - already), result, took_ns);
+                let asked = run.bytes.saturating_sub(already.unwrap_or(0));
+                self.record(invalidation, domain, (Some(iova), asked), result, took_ns);
                 self.came_back(invalidation, (!in_flight).then_some(job), run.objects);
                 self.changed(iova, invalidation, effects);
             }
@@ -129,7 +136,7 @@ impl Gate {
                             UnmapResult::Gone { bytes: 0 }
                         }
                     };
-                    runs.iter().for_each(|run| _ = self.went(job, domain, *run, 0, each));
+                    runs.iter().for_each(|run| _ = self.went(job, domain, *run, Some(0), each));
                 }
                 self.record(invalidation, domain, (None, asked), result, took_ns);
                 self.came_back(invalidation, Some(job), objects);
@@ -141,12 +148,19 @@ impl Gate {
     }
 
     /// Takes down what became of one run; whether operations over it are in flight.
-    fn went(&mut self, job: JobId, domain: DomainId, run: Run, already: u64, result: UnmapResult) -> bool {
+    fn went(
+        &mut self,
+        job: JobId,
+        domain: DomainId,
+        run: Run,
+        already: Option<u64>,
+        result: UnmapResult,
+    ) -> bool {
         let (UnmapResult::Gone { bytes }
         | UnmapResult::InFlight { bytes }
         | UnmapResult::Failed { bytes, .. }) = result;
-        let (gone, start) = (already.saturating_add(bytes), run.range.start());
-        let whole = gone == run.bytes;
+        let (gone, start) = (already.unwrap_or(0).saturating_add(bytes), run.range.start());
+        let whole = gone == run.bytes || already.is_none() && gone < run.bytes;
         let copies = self.keeps_copies(domain).is_some();
         let Some(mapped) = self.mapped_in(domain) else { return false };
         let errno = match result {
@@ -159,7 +173,10 @@ impl Gate {
             UnmapResult::Gone { .. } if whole => _ = mapped.remove(start),
             // Also where it came up short: what is in flight must end before the rest is tried.
             UnmapResult::InFlight { .. } => mapped.mark(start, RunState::Leaking(job)),
-            _ => mapped.mark(start, RunState::Suspect { gone: gone.min(run.bytes), errno }),
+            _ => {
+                let gone = already.map(|_| gone.min(run.bytes));
+                mapped.mark(start, RunState::Suspect { gone, errno });
+            }
         }
         matches!(result, UnmapResult::InFlight { .. })
     }
@@ -218,11 +235,12 @@ impl Gate {
         let Some(run) = mapped.at(iova.start()).filter(|run| run.state == RunState::Leaking(job)) else {
             return;
         };
-        match already == run.bytes {
+        match already == Some(run.bytes) {
             true if copies => mapped.mark(iova.start(), RunState::Cached),
             true => _ = mapped.remove(iova.start()),
             false => {
-                mapped.mark(iova.start(), RunState::Suspect { gone: already.min(run.bytes), errno: 0 });
+                let gone = already.map(|already| already.min(run.bytes));
+                mapped.mark(iova.start(), RunState::Suspect { gone, errno: 0 });
             }
         }
         self.jobs.remove(&job);

@@ -197,7 +197,7 @@ impl Gate {
         let Some(mapped) = self.mapped_in(domain) else { return };
         for between in gaps(everywhere, regions.into_iter()) {
             for live in mapped.live(between).collect::<Vec<_>>() {
-                mapped.take(live, RunState::Suspect { gone: 0, errno: 0 });
+                mapped.take(live, RunState::Suspect { gone: None, errno: 0 });
             }
         }
         for run in mapped.runs(everywhere).collect::<Vec<_>>() {
@@ -211,7 +211,7 @@ impl Gate {
         if let Some(mapped) = self.mapped_in(domain) {
             mapped.mark(iova.start(), RunState::Removing(job));
         }
-        effects.push(Effect::Unmap { job, domain, iova, bytes: iova.len() });
+        effects.push(Effect::Unmap { job, domain, iova, bytes: None });
     }
 
     /// It is gone, or was before; or it is in doubt for good.
@@ -233,8 +233,8 @@ impl Gate {
                 mapped.mark(start, RunState::Cached)
             }
             UnmapResult::Gone { bytes } if bytes <= iova.len() => _ = mapped.remove(start),
-            UnmapResult::Failed { errno, .. } => mapped.mark(start, RunState::Suspect { gone: 0, errno }),
-            _ => mapped.mark(start, RunState::Suspect { gone: 0, errno: 0 }),
+            UnmapResult::Failed { errno, .. } => mapped.mark(start, RunState::Suspect { gone: None, errno }),
+            _ => mapped.mark(start, RunState::Suspect { gone: None, errno: 0 }),
         }
         self.last_invalidation += 1;
         let (id, pages) = (InvalidationId(self.last_invalidation), self.files_at(iova));

@@ -54,7 +54,8 @@ fn pages(first: u64, count: u64) -> PageRange<Gpa> {
 impl World {
     /// A domain without a device, and a file that is in no region yet.
     fn new(counts_partial: bool) -> Self {
-        let sim = Sim::new(Capabilities { counts_partial, ..Sim::CAPABILITIES }, Memory::new()).unwrap();
+        let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
+        let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(Stopped(Mutex::new(Instant::now())));
         let domain = Arc::new(sim.clone());
         let session =
@@ -292,6 +293,41 @@ fn of_a_joined_unmap_that_falls_short_only_what_is_accounted_for_is_done() {
     let verdicts = burst(&mut world);
     let done = verdicts.iter().filter(|verdict| **verdict == Verdict::Done).count();
     assert_eq!((done, verdicts.len()), (4, 8), "{verdicts:?}");
+}
+
+/// Nobody knows how much of it was mapped: an unmap that succeeds says that nothing is.
+#[test]
+fn a_map_that_is_left_half_made_is_gone_by_the_next_unmap_that_succeeds() {
+    // The map fails half-way, and so many of the unmaps that follow: what takes it back, and what closes the region.
+    for failures in 0..3 {
+        let mut world = World::new(true);
+        let plan = FaultPlan::new().at(sim::Call::Map, 1, Fault::HalfMapped(Errno::BUSY));
+        let fails = |plan: FaultPlan, nth| plan.at(sim::Call::Unmap, nth, Fault::Errno(Errno::BUSY));
+        world.sim.plan((1..=failures).fold(plan, fails));
+        world.add(1, 0);
+        world.settle();
+        while world.answers.is_empty() {
+            let next = world.session.next_deadline().expect("somebody waits");
+            world.pass(next - world.clock.now());
+            world.settle();
+        }
+        let answers = world.take_answers();
+        let [(_, Answer::Refused(Refusal::HalfMapped { errno } | Refusal::MapFailed { errno }))] =
+            answers[..]
+        else {
+            panic!("{failures} failures: {answers:?}")
+        };
+        assert_eq!(errno, Errno::BUSY.raw_os_error());
+        let left = |world: &World| {
+            let snapshot = world.session.snapshot();
+            (snapshot.quarantine.len(), snapshot.regions.len(), world.sim.mapping_count() > 0)
+        };
+        let stuck = failures == 2;
+        assert_eq!(left(&world), (usize::from(stuck), usize::from(stuck), stuck), "{failures} failures");
+        world.session.handle(Event::ClientGone { client: ClientId(1) });
+        world.settle();
+        assert_eq!(left(&world), (0, 0, false), "{failures} failures");
+    }
 }
 
 #[test]

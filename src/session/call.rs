@@ -52,8 +52,8 @@ pub enum Call {
         offset: Offset,
         /// Whether devices may write.
         writable: bool,
-        /// What else is made by this call, neighbours of it ([`super::joined`]).
-        others: Vec<JobId>,
+        /// All that this call is for, where it is more than one: neighbours in ascending order.
+        shares: Vec<Share>,
     },
     /// Take mappings away.
     Unmap {
@@ -155,13 +155,8 @@ pub enum Returned {
         /// Where operations are in flight: what names them.
         ticket: Option<(DomainId, Ticket, JobId)>,
     },
-    /// Facts for the gate, of one call for several.
-    Facts {
-        /// The facts, in order.
-        events: Vec<Event>,
-        /// Where operations are in flight: what names them, for all of these.
-        ticket: Option<(DomainId, Ticket, Vec<JobId>)>,
-    },
+    /// Facts for the gate, in order.
+    Facts(Vec<Event>),
     /// One call for several has failed: the calls that try each by itself.
     Apart(Vec<Call>),
     /// What a client's descriptors are.
@@ -245,24 +240,40 @@ impl Call {
         let took = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let plain = |event| Returned::Fact { event, ticket: None };
         match self {
-            Self::Map { job, domain, iova, piece, file, offset, writable, others } => {
+            Self::Map { job, domain, iova, piece, file, offset, writable, shares } => {
                 let result = match domain.map(iova, piece, &file, offset, writable) {
                     Ok(()) => MapResult::Mapped,
                     Err(error) => {
                         log::warn!("{}: {error}", domain.name());
                         let errno = number(&error);
                         match error {
-                            Error::HalfMapped { .. } => MapResult::Unknown { errno },
+                            // Taking it back may have failed for once.
+                            Error::HalfMapped { .. } if !is_cleared(&*domain, iova) => {
+                                MapResult::Unknown { errno }
+                            }
                             _ => MapResult::Refused { errno },
                         }
                     }
                 };
-                if others.is_empty() {
+                if shares.is_empty() {
                     return plain(Event::Mapped { job, result });
                 }
-                let jobs = std::iter::once(job).chain(others);
-                let events = jobs.map(|job| Event::Mapped { job, result }).collect();
-                Returned::Facts { events, ticket: None }
+                if let MapResult::Refused { .. } = result {
+                    // Nothing is mapped. Tried one by one, a range that cannot be mapped does not fail its neighbours.
+                    let call = |share: &Share| Self::Map {
+                        job: share.job,
+                        domain: Arc::clone(&domain),
+                        iova: share.iova,
+                        piece,
+                        file: Arc::clone(&file),
+                        offset: Offset(offset.0 + (share.iova.start().0 - iova.start().0)),
+                        writable,
+                        shares: Vec::new(),
+                    };
+                    return Returned::Apart(shares.iter().map(call).collect());
+                }
+                let events = shares.iter().map(|share| Event::Mapped { job: share.job, result }).collect();
+                Returned::Facts(events)
             }
             Self::Replace { job, domain, gone } => {
                 let (result, _) = answered(domain.replace(&gone));
@@ -271,7 +282,7 @@ impl Call {
             Self::Unmap { job, id, domain, iova, shares, already } => {
                 let (result, ticket) = answered(domain.unmap(iova));
                 if !shares.is_empty() {
-                    return joined::shared((id, domain), result, ticket, shares, took());
+                    return joined::shared((id, domain), result, shares, took());
                 }
                 let result = joined::with(already, result);
                 let event = Event::Unmapped { job, result, took_ns: took() };
@@ -322,7 +333,7 @@ fn news(device: &dyn Device, id: DeviceId, believed: Nature) -> Option<Event> {
 /// A fact, behind what must be known before it.
 fn with(news: Option<Event>, event: Event) -> Returned {
     match news {
-        Some(news) => Returned::Facts { events: vec![news, event], ticket: None },
+        Some(news) => Returned::Facts(vec![news, event]),
         None => Returned::Fact { event, ticket: None },
     }
 }
@@ -350,6 +361,11 @@ pub(super) fn distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Re
 /// The result of an unmap that was not called.
 pub(super) fn failed_unmap(job: JobId) -> Event {
     Event::Unmapped { job, result: UnmapResult::Failed { errno: NO_DEVICE, bytes: 0 }, took_ns: 0 }
+}
+
+/// Takes away what a failed map has left of `iova`; true where nothing of it is mapped or in flight any more.
+fn is_cleared(domain: &dyn Domain, iova: PageRange<Iova>) -> bool {
+    matches!(domain.unmap(iova), Unmap::Gone { bytes } if bytes <= iova.len())
 }
 
 /// What a domain answered, and what names the operations in flight.
@@ -411,7 +427,7 @@ fn convert_by(
 
 #[cfg(test)]
 mod tests {
-    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
+    use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
     use passgate_backends::{Entered, Segment, Window, Windowed};
     use passgate_bindings::PAGE;
 
@@ -452,7 +468,7 @@ mod tests {
     fn events(returned: Returned) -> Vec<Event> {
         match returned {
             Returned::Fact { event, ticket: None } => vec![event],
-            Returned::Facts { events, ticket: None } => events,
+            Returned::Facts(events) => events,
             other => panic!("{other:?}"),
         }
     }
@@ -499,32 +515,6 @@ mod tests {
             assert_eq!(*errno != 0, fails);
             fail();
             assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing new");
-        }
-    }
-
-    #[test]
-    fn a_map_that_is_neither_made_nor_taken_back_is_unknown_and_not_refused() {
-        use passgate_backends::iommu::sim::{Call as Kind, Fault};
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let map = || Call::Map {
-            job: JobId(1),
-            domain: Arc::new(sim.clone()),
-            iova: PageRange::new(0, 4 * PAGE).unwrap(),
-            piece: PAGE,
-            file: Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap()),
-            offset: Offset(0),
-            writable: true,
-            others: vec![JobId(2)],
-        };
-        for (fault, result) in [
-            (Fault::HalfMapped(Errno::BUSY), MapResult::Unknown { errno: 16 }),
-            (Fault::Errno(Errno::NOMEM), MapResult::Refused { errno: 12 }),
-        ] {
-            sim.fail_next(Kind::Map, fault);
-            let Returned::Facts { events, .. } = map().run() else { panic!("for two") };
-            let told = [1, 2].map(|job| Event::Mapped { job: JobId(job), result });
-            assert_eq!(events, told);
-            sim.unmap(PageRange::new(0, 4 * PAGE).unwrap());
         }
     }
 
@@ -580,39 +570,72 @@ mod tests {
         assert_eq!(fails(0, Errno::IO, 0), unknown(Errno::IO, 0));
     }
 
+    /// A map of the first four pages of `file`, for one job or for more.
+    fn map(sim: &Sim, file: &Arc<GuestFile>, shares: Vec<Share>) -> Call {
+        Call::Map {
+            job: JobId(1),
+            domain: Arc::new(sim.clone()),
+            iova: PageRange::new(0, 4 * PAGE).unwrap(),
+            piece: PAGE,
+            file: Arc::clone(file),
+            offset: Offset(8 * PAGE),
+            writable: true,
+            shares,
+        }
+    }
+
+    fn share(job: u64, page: u64, pages: u64) -> Share {
+        let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
+        Share { job: JobId(job), iova, bytes: iova.len() }
+    }
+
     #[test]
     fn a_map_that_was_not_taken_back_is_unknown_and_one_that_was_is_refused() {
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let file = Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap());
-        let map = |others: &[JobId]| {
-            let call = Call::Map {
-                job: JobId(1),
-                domain: Arc::new(sim.clone()),
-                iova: PageRange::new(0, 4 * PAGE).unwrap(),
-                piece: PAGE,
-                file: Arc::clone(&file),
-                offset: Offset(0),
-                writable: true,
-                others: others.to_vec(),
-            };
-            let events = match call.run() {
-                Returned::Fact { event, ticket: None } => vec![event],
-                Returned::Facts { events, ticket: None } => events,
-                other => panic!("{other:?}"),
-            };
-            let result = |event| match event {
-                Event::Mapped { result, .. } => result,
-                other => panic!("{other:?}"),
-            };
-            events.into_iter().map(result).collect::<Vec<_>>()
+        let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
+        let unknown = MapResult::Unknown { errno: Errno::BUSY.raw_os_error() };
+        let refused = |errno: Errno| MapResult::Refused { errno: errno.raw_os_error() };
+        let run = |fault, again: Option<Fault>, shares| {
+            let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+            let plan = FaultPlan::new().at(sim::Call::Map, 1, fault);
+            sim.plan(again.into_iter().fold(plan, |plan, fault| plan.at(sim::Call::Unmap, 1, fault)));
+            map(&sim, &file, shares).run()
         };
-        let errno = Errno::NOMEM.raw_os_error();
-        for others in [&[][..], &[JobId(2), JobId(3)]] {
-            sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
-            assert_eq!(map(others), vec![MapResult::Refused { errno }; 1 + others.len()]);
-            sim.fail_next(sim::Call::Map, Fault::HalfMapped(Errno::NOMEM));
-            assert_eq!(map(others), vec![MapResult::Unknown { errno }; 1 + others.len()]);
-            let _ = sim.unmap(PageRange::new(0, 4 * PAGE).unwrap());
+        let (half, busy) = (Fault::HalfMapped(Errno::BUSY), Fault::Errno(Errno::BUSY));
+        for (fault, again, wanted) in [
+            (Fault::Errno(Errno::NOMEM), None, refused(Errno::NOMEM)),
+            (half, Some(busy), unknown),
+            // What was left was taken back at the second try.
+            (half, None, refused(Errno::BUSY)),
+        ] {
+            let returned = run(fault, again, Vec::new());
+            let Returned::Fact { event, ticket: None } = returned else { panic!("{returned:?}") };
+            assert_eq!(event, Event::Mapped { job: JobId(1), result: wanted });
         }
+        // Of several in one call nobody knows whose pages are left.
+        let shares = || vec![share(1, 0, 1), share(2, 1, 3)];
+        let returned = run(half, Some(busy), shares());
+        let Returned::Facts(events) = returned else { panic!("{returned:?}") };
+        assert_eq!(events, [1, 2].map(|job| Event::Mapped { job: JobId(job), result: unknown }));
+        assert!(matches!(run(half, None, shares()), Returned::Apart(calls) if calls.len() == 2));
+    }
+
+    #[test]
+    fn a_range_that_cannot_be_mapped_does_not_fail_its_neighbours() {
+        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
+        sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
+        let shares = vec![share(1, 0, 1), share(2, 1, 2), share(3, 3, 1)];
+        let Returned::Apart(calls) = map(&sim, &file, shares).run() else { panic!("one result for all") };
+        let mut results = Vec::new();
+        for (call, offset) in calls.into_iter().zip([8, 9, 11]) {
+            let Call::Map { job, offset: from, .. } = &call else { panic!("{call:?}") };
+            assert_eq!(*from, Offset(offset * PAGE), "of {job:?}");
+            if *job == JobId(2) {
+                sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
+            }
+            let Returned::Fact { event: Event::Mapped { job, result }, .. } = call.run() else { panic!() };
+            results.push((job.0, result == MapResult::Mapped));
+        }
+        assert_eq!(results, [(1, true), (2, false), (3, true)]);
     }
 }

@@ -2,19 +2,20 @@
 //! side, and the kernel does them in one call.
 //!
 //! The gate knows nothing of it: it asks for each by itself and has an answer for each. An answer is believed to the byte
-//! and no further: where one call for all of them did not take away exactly what each of them was to, each is tried again by a
-//! call of its own, so that one that fails spoils none of the others. What the joined call had removed before it failed counts
-//! for those it removed, from the lowest address on; so calls are joined only where the domain reports that
-//! ([`Capabilities::counts_partial`](passgate_backends::Capabilities::counts_partial)).
+//! and no further: where one call for all of them did not do exactly what each of them was to, each is tried again by a
+//! call of its own, so that one that fails spoils none of the others. What a joined unmap had removed before it failed counts
+//! for those it removed, from the lowest address on; so unmaps are joined only where the domain reports that
+//! ([`Capabilities::counts_partial`](passgate_backends::Capabilities::counts_partial)). Nor are they where operations in
+//! flight over one range would hold up its neighbours, or where nobody knows how much of a range is mapped.
 
 use std::sync::Arc;
 
-use passgate_backends::{Domain, Ticket};
+use passgate_backends::Domain;
 use passgate_bindings::{Iova, PageRange};
 
 use super::Session;
 use super::call::{self, Call, Returned};
-use crate::gate::{DomainId, Effect, Event, FileId, JobId, MapResult, UnmapResult};
+use crate::gate::{DomainId, Effect, Event, FileId, JOB_BYTES, JOB_OBJECTS, JobId, MapResult, UnmapResult};
 
 /// Calls that are made as one at most.
 const MOST: usize = 4096;
@@ -22,14 +23,14 @@ const MOST: usize = 4096;
 /// `EBADF`: the session does not hold the file that is to be mapped.
 const NO_FILE: i32 = 9;
 
-/// An unmap that shares its call with others.
+/// An unmap or a map that shares its call with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    job: JobId,
+    pub(super) job: JobId,
     /// The whole range.
-    iova: PageRange<Iova>,
-    /// Bytes of it that have to go.
-    bytes: u64,
+    pub(super) iova: PageRange<Iova>,
+    /// Bytes of it that are to be unmapped or mapped.
+    pub(super) bytes: u64,
 }
 
 impl Session {
@@ -41,13 +42,16 @@ impl Session {
             Effect::Unmap { job, domain, mut iova, bytes } => {
                 let id = domain;
                 let Some(domain) = self.domain_of(id) else { return Err(vec![call::failed_unmap(job)]) };
-                let joins = domain.capabilities().counts_partial;
+                let capabilities = domain.capabilities();
+                let joins = capabilities.counts_partial && !capabilities.tickets;
                 let mut shares = Vec::new();
                 while joins
-                    && let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: more }) =
+                    && let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: Some(more) }) =
                         self.effects.get(self.done)
-                    && *at == id
+                    && let (at, Some(bytes)) = (*at, bytes)
+                    && at == id
                     && let Some(both) = touching(iova, *next)
+                    && !domain.may_wait(both)
                     && shares.len() < MOST
                 {
                     if shares.is_empty() {
@@ -60,7 +64,7 @@ impl Session {
                 Ok(Call::Unmap { job, id, domain, iova, shares, already: 0 })
             }
             Effect::Map { job, domain, mut iova, piece, file, offset, writable } => {
-                let mut jobs = Vec::new();
+                let mut shares = Vec::new();
                 while let Some(Effect::Map {
                     job: other,
                     domain: at,
@@ -76,35 +80,26 @@ impl Session {
                     // A mapping over the seam would be one more than the gate knows of.
                     && iova.end().0.is_multiple_of(piece)
                     && let Some(both) = touching(iova, *next)
-                    && jobs.len() < MOST
+                    && both.len() <= JOB_BYTES
+                    && both.len().div_ceil(piece) <= JOB_OBJECTS
                 {
-                    jobs.push(*other);
+                    if shares.is_empty() {
+                        shares.push(Share { job, iova, bytes: iova.len() });
+                    }
+                    shares.push(Share { job: *other, iova: *next, bytes: next.len() });
                     iova = both;
                     self.take_joined();
                 }
                 let (Some(file), Some(domain)) = (self.files.get(file), self.domain_of(domain)) else {
                     let result = MapResult::Refused { errno: NO_FILE };
-                    let all = std::iter::once(job).chain(jobs);
+                    let others = shares.iter().skip(1).map(|share: &Share| share.job);
+                    let all = std::iter::once(job).chain(others);
                     return Err(all.map(|job| Event::Mapped { job, result }).collect());
                 };
-                Ok(Call::Map { job, domain, iova, piece, file, offset, writable, others: jobs })
+                Ok(Call::Map { job, domain, iova, piece, file, offset, writable, shares })
             }
             other => Call::of(other, self).map_err(|failed| failed.into_iter().collect()),
         }
-    }
-
-    /// Facts of one call; of operations in flight `ticket` says when they are over.
-    pub(super) fn facts(&mut self, events: Vec<Event>, ticket: Option<(DomainId, Ticket, Vec<JobId>)>) {
-        let mut over = Vec::new();
-        if let Some((domain, ticket, jobs)) = ticket {
-            if self.early.remove(&(domain, ticket)) {
-                over = jobs;
-            } else {
-                self.tickets.insert((domain, ticket), jobs);
-            }
-        }
-        events.into_iter().for_each(|event| self.handle(event));
-        over.into_iter().for_each(|job| self.handle(Event::Released { job }));
     }
 
     /// The effect that `done` points at is part of another call now.
@@ -150,52 +145,28 @@ fn touching(one: PageRange<Iova>, other: PageRange<Iova>) -> Option<PageRange<Io
 pub(super) fn shared(
     (id, domain): (DomainId, Arc<dyn Domain>),
     result: UnmapResult,
-    ticket: Option<Ticket>,
     mut shares: Vec<Share>,
     took_ns: u64,
 ) -> Returned {
     let asked: u64 = shares.iter().map(|share| share.bytes).sum();
-    let each = |bytes: u64| match result {
-        UnmapResult::InFlight { bytes: gone } if gone == asked => UnmapResult::InFlight { bytes },
-        // What is in flight ends before anything is told as over; how much of whose it is nobody knows.
-        UnmapResult::InFlight { .. } => UnmapResult::InFlight { bytes: 0 },
-        _ => UnmapResult::Gone { bytes },
-    };
-    match result {
-        UnmapResult::Gone { bytes } if bytes == asked => {}
-        UnmapResult::InFlight { .. } => {}
-        // It succeeded, and not as it should have: in what order it took away what it did nobody knows.
-        UnmapResult::Gone { .. } => return apart((id, domain), &shares, |_| 0),
-        UnmapResult::Failed { bytes, .. } => {
-            shares.sort_unstable_by_key(|share| share.iova.start());
-            let mut left = if bytes <= asked { bytes } else { 0 };
-            let lowest_first = |share: &Share| {
-                let already = share.bytes.min(left);
-                left -= already;
-                already
+    let mut left = match result {
+        UnmapResult::Gone { bytes } if bytes == asked => {
+            let event = |share: &Share| {
+                let result = UnmapResult::Gone { bytes: share.bytes };
+                Event::Unmapped { job: share.job, result, took_ns }
             };
-            return apart((id, domain), &shares, lowest_first);
+            return Returned::Facts(shares.iter().map(event).collect());
         }
-    }
-    let event = |share: &Share| Event::Unmapped { job: share.job, result: each(share.bytes), took_ns };
-    let events = shares.iter().map(event).collect();
-    let jobs = shares.into_iter().map(|share| share.job).collect();
-    Returned::Facts { events, ticket: ticket.map(|ticket| (id, ticket, jobs)) }
-}
-
-/// A call for each share; `already` is what of it is gone by now.
-fn apart(
-    (id, domain): (DomainId, Arc<dyn Domain>),
-    shares: &[Share],
-    mut already: impl FnMut(&Share) -> u64,
-) -> Returned {
-    let call = |share: &Share| Call::Unmap {
-        job: share.job,
-        id,
-        domain: Arc::clone(&domain),
-        iova: share.iova,
-        shares: Vec::new(),
-        already: already(share),
+        UnmapResult::Failed { bytes, .. } if bytes <= asked => bytes,
+        // It is not as it should be: in what order it took away what it did nobody knows.
+        _ => 0,
+    };
+    shares.sort_unstable_by_key(|share| share.iova.start());
+    let call = |share: &Share| {
+        let already = share.bytes.min(left);
+        left -= already;
+        let (job, iova, domain) = (share.job, share.iova, Arc::clone(&domain));
+        Call::Unmap { job, id, domain, iova, shares: Vec::new(), already }
     };
     Returned::Apart(shares.iter().map(call).collect())
 }
@@ -216,13 +187,11 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::gate::{
-        Answer, Caller, ClientId, Door, InvalidationId, PageState, Performer, Policy, Step, Verdict,
-    };
+    use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
     use crate::protocol::verbs::AddMemory;
     use crate::session::{Next, SystemClock, Trust};
-    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
-    use passgate_backends::{Capabilities, Nature, StopClass};
+    use passgate_backends::iommu::sim::{Memory, Sim};
+    use passgate_backends::{Capabilities, Entered, Segment, Ticket, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::units::Offset;
     use passgate_bindings::{PAGE, identity};
@@ -230,6 +199,8 @@ mod tests {
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
     const ID: DomainId = DomainId(0);
+
+    const COUNTING: Capabilities = Capabilities { counts_partial: true, tickets: false, ..Sim::CAPABILITIES };
 
     fn share(job: u64, page: u64, pages: u64) -> Share {
         let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
@@ -241,43 +212,40 @@ mod tests {
         vec![share(1, 5, 1), share(2, 6, 2), share(3, 4, 1)]
     }
 
-    /// A domain that reports what a failed unmap had removed.
+    /// A domain that reports what a failed unmap had removed, and leaves nothing in flight.
     fn counting() -> Sim {
-        let counts = Capabilities { counts_partial: true, ..Sim::CAPABILITIES };
-        Sim::new(counts, Memory::new()).unwrap()
+        Sim::new(COUNTING, Memory::new()).unwrap()
     }
 
     fn domain() -> Arc<dyn Domain> {
         Arc::new(counting())
     }
 
-    fn told(result: UnmapResult, ticket: Option<Ticket>) -> (Vec<UnmapResult>, usize) {
-        let Returned::Facts { events, ticket } = shared((ID, domain()), result, ticket, shares(), 7) else {
+    fn told(result: UnmapResult) -> Vec<UnmapResult> {
+        let Returned::Facts(events) = shared((ID, domain()), result, shares(), 7) else {
             panic!("each is tried by itself")
         };
         let results = events.into_iter().map(|event| match event {
             Event::Unmapped { result, took_ns: 7, .. } => result,
             other => panic!("{other:?}"),
         });
-        (results.collect(), ticket.map_or(0, |(.., jobs)| jobs.len()))
+        results.collect()
     }
 
     #[test]
     fn one_answer_is_believed_to_the_byte_and_no_further() {
         let gone = |bytes| UnmapResult::Gone { bytes };
-        assert_eq!(told(gone(4 * PAGE), None), (vec![gone(PAGE), gone(2 * PAGE), gone(PAGE)], 0));
+        assert_eq!(told(gone(4 * PAGE)), [gone(PAGE), gone(2 * PAGE), gone(PAGE)]);
         for wrong in [0, PAGE, 3 * PAGE, 5 * PAGE] {
-            assert_eq!(tried(gone(wrong)), [(1, 0), (2, 0), (3, 0)], "{wrong} bytes");
+            assert_eq!(tried(gone(wrong)), [(3, 0), (1, 0), (2, 0)], "{wrong} bytes");
         }
-        let ticket = Some(Ticket(9));
-        let flying = |bytes| UnmapResult::InFlight { bytes };
-        assert_eq!(told(flying(4 * PAGE), ticket), (vec![flying(PAGE), flying(2 * PAGE), flying(PAGE)], 3));
-        assert_eq!(told(flying(PAGE), ticket), (vec![flying(0); 3], 3));
+        // A domain that has no tickets gave one: whatever it means, nothing is believed.
+        assert_eq!(tried(UnmapResult::InFlight { bytes: 4 * PAGE }), [(3, 0), (1, 0), (2, 0)]);
     }
 
     /// The calls that try each by itself: its job, and the pages that are gone by then.
     fn tried(result: UnmapResult) -> Vec<(u64, u64)> {
-        let Returned::Apart(calls) = shared((ID, domain()), result, None, shares(), 7) else {
+        let Returned::Apart(calls) = shared((ID, domain()), result, shares(), 7) else {
             panic!("{result:?} is believed")
         };
         let call = |call| match call {
@@ -327,7 +295,7 @@ mod tests {
 
     fn unmap(job: u64, page: u64) -> Effect {
         let iova = PageRange::new(page * PAGE, PAGE).unwrap();
-        Effect::Unmap { job: JobId(job), domain: DomainId(0), iova, bytes: PAGE }
+        Effect::Unmap { job: JobId(job), domain: DomainId(0), iova, bytes: Some(PAGE) }
     }
 
     /// The jobs of the next call, and how many pages it is over.
@@ -390,8 +358,8 @@ mod tests {
     fn joined(session: &mut Session, maps: &[Effect]) -> Vec<usize> {
         session.effects = maps.to_vec();
         let mut calls = Vec::new();
-        while let Next::Call(Call::Map { others, .. }) = session.next_step() {
-            calls.push(1 + others.len());
+        while let Next::Call(Call::Map { shares, .. }) = session.next_step() {
+            calls.push(shares.len().max(1));
         }
         calls
     }
@@ -441,58 +409,74 @@ mod tests {
     }
 
     #[test]
-    fn the_ticket_of_a_joined_unmap_ends_every_invalidation_that_shared_it() {
-        for ends_first in [false, true] {
-            let sim = counting();
-            let _device = sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
-            let mut session = session_over(&sim);
-            add(&mut session, &AddMemory { piece: PAGE, ..AddMemory::shared(0, 64 * PAGE) });
-            for page in [4, 5, 6] {
-                let ranges = PageRange::new(page * PAGE, PAGE).unwrap().into();
-                let (to, performer) = (PageState::Private, Performer::Client);
-                session.handle(Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 });
-            }
-            sim.fail_next(sim::Call::Unmap, Fault::Late);
-            let Next::Call(call) = session.next_step() else { panic!("no unmap") };
-            let returned = call.run();
-            if ends_first {
-                sim.flush();
-                session.poll_domains();
-            }
-            session.returned(returned);
-            assert!(ends_first || matches!(session.next_step(), Next::Idle));
-            sim.flush();
-            session.poll_domains();
-            let mut done = 0;
-            loop {
-                match session.next_step() {
-                    Next::Idle => break,
-                    Next::Answer(_, Answer::Verdict { verdict: Verdict::Done, .. }) => done += 1,
-                    Next::Call(call) => session.returned(call.run()),
-                    _ => {}
-                }
-            }
-            assert_eq!((done, sim.calls(sim::Call::Unmap)), (3, 1), "the ticket ends first: {ends_first}");
-        }
+    fn unmaps_are_joined_only_where_each_can_be_told_apart() {
+        let apart = |capabilities: Capabilities, unmaps: [Effect; 2], why: &str| {
+            let mut session = session_over(&Sim::new(capabilities, Memory::new()).unwrap());
+            session.effects = unmaps.to_vec();
+            assert_eq!(next(&mut session), (vec![1], 1), "{why}");
+            assert_eq!(next(&mut session), (vec![2], 1), "{why}");
+        };
+        let both = [unmap(1, 4), unmap(2, 5)];
+        let uncounted = |effect: &Effect| match effect.clone() {
+            Effect::Unmap { job, domain, iova, .. } => Effect::Unmap { job, domain, iova, bytes: None },
+            other => other,
+        };
+        apart(
+            Capabilities { counts_partial: false, ..COUNTING },
+            both.clone(),
+            "a failure does not say what it removed",
+        );
+        apart(Capabilities { tickets: true, ..COUNTING }, both.clone(), "one ticket would be for both");
+        let [first, second] = both;
+        apart(COUNTING, [uncounted(&first), second.clone()], "how much of the first is mapped is unknown");
+        apart(COUNTING, [first.clone(), uncounted(&second)], "how much of the second is mapped is unknown");
     }
 
     #[test]
-    fn unmaps_are_joined_only_where_a_failure_says_what_it_removed() {
-        let mut session = session_over(&Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
-        session.effects = vec![unmap(1, 4), unmap(2, 5)];
-        assert_eq!(next(&mut session), (vec![1], 1));
-        assert_eq!(next(&mut session), (vec![2], 1));
+    fn an_unmap_that_waits_for_an_operation_is_not_joined() {
+        let sim = counting();
+        let window = Window::new(1, 1);
+        let mut session = Session::new(
+            Policy::default(),
+            Arc::new(Windowed::new(Arc::new(sim), Arc::clone(&window))),
+            Vec::new(),
+            Trust::default(),
+            Arc::new(SystemClock),
+            None,
+            None,
+        );
+        add(&mut session, &AddMemory { piece: PAGE, ..AddMemory::shared(0, 64 * PAGE) });
+        assert_eq!(window.enter(0, &[Segment { iova: Iova(5 * PAGE), len: 1 }]), Entered::In);
+        session.effects = (3..8).map(|page| unmap(page, page)).collect();
+        session.done = 0;
+        assert_eq!(next(&mut session), (vec![3, 4], 2));
+        assert_eq!(next(&mut session), (vec![5], 1));
+        assert_eq!(next(&mut session), (vec![6, 7], 2));
+        window.leave(0);
     }
 
     #[test]
-    fn a_ticket_that_ends_before_its_call_has_returned_releases_all_that_shared_it() {
+    fn joined_maps_are_no_longer_than_a_single_one_may_be() {
+        let (mut session, [one, _]) = session_with_files();
+        let maps = |pages: u64| {
+            (0..4).map(|nth| map(nth, (4096 + nth * pages, pages), one, nth * pages)).collect::<Vec<_>>()
+        };
+        assert_eq!(joined(&mut session, &maps(JOB_OBJECTS / 4)), [4]);
+        assert_eq!(joined(&mut session, &maps(JOB_OBJECTS / 2)), [2, 2]);
+    }
+
+    #[test]
+    fn a_ticket_that_ends_before_its_call_has_returned_releases_what_it_is_of() {
         let mut session = session();
         session.early.insert((DomainId(0), Ticket(3)));
-        let flying = UnmapResult::InFlight { bytes: 4 * PAGE };
-        let returned = shared((ID, domain()), flying, Some(Ticket(3)), shares(), 1);
-        session.returned(returned);
+        let returned = |ticket| {
+            let result = UnmapResult::InFlight { bytes: PAGE };
+            let event = Event::Unmapped { job: JobId(1), result, took_ns: 1 };
+            Returned::Fact { event, ticket: Some((DomainId(0), Ticket(ticket), JobId(1))) }
+        };
+        session.returned(returned(3));
         assert!(session.early.is_empty() && session.tickets.is_empty());
-        session.returned(shared((ID, domain()), flying, Some(Ticket(4)), shares(), 1));
-        assert_eq!(session.tickets.values().map(Vec::len).collect::<Vec<_>>(), [3]);
+        session.returned(returned(4));
+        assert_eq!(session.tickets.values().collect::<Vec<_>>(), [&JobId(1)]);
     }
 }

@@ -113,7 +113,7 @@ pub struct Session {
     waiting: Vec<Waiting>,
     /// When to wake the gate, and for what.
     timers: Timers,
-    tickets: HashMap<(DomainId, Ticket), Vec<JobId>>,
+    tickets: HashMap<(DomainId, Ticket), JobId>,
     /// The devices, by their places, of which everybody was told that the host wants them back.
     wanted: HashSet<usize>,
     /// Tickets that ended before their unmap had returned to us.
@@ -261,9 +261,16 @@ impl Session {
         match returned {
             Returned::Fact { event, ticket: None } => self.handle(event),
             Returned::Fact { event, ticket: Some((domain, ticket, job)) } => {
-                self.facts(vec![event], Some((domain, ticket, vec![job])));
+                let over = self.early.remove(&(domain, ticket));
+                if !over {
+                    self.tickets.insert((domain, ticket), job);
+                }
+                self.handle(event);
+                if over {
+                    self.handle(Event::Released { job });
+                }
             }
-            Returned::Facts { events, ticket } => self.facts(events, ticket),
+            Returned::Facts(events) => events.into_iter().for_each(|event| self.handle(event)),
             Returned::Apart(calls) => self.border.extend(calls.into_iter().map(Next::Call)),
             Returned::Examined { caller, memory, files } => {
                 let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
@@ -478,7 +485,7 @@ impl Session {
             let domain = DomainId(index as u16);
             for ticket in ended.drain(..) {
                 match self.tickets.remove(&(domain, ticket)) {
-                    Some(jobs) => jobs.into_iter().for_each(|job| self.handle(Event::Released { job })),
+                    Some(job) => self.handle(Event::Released { job }),
                     None => _ = self.early.insert((domain, ticket)),
                 }
             }

@@ -164,7 +164,8 @@ impl Play {
                 };
                 self.results.push_back(Event::Mapped { job: *job, result });
             }
-            Effect::Unmap { job, bytes, .. } | Effect::Replace { job, bytes, .. } => self.unmap(*job, *bytes),
+            Effect::Unmap { job, iova, bytes, .. } => self.unmap(*job, bytes.unwrap_or(iova.len())),
+            Effect::Replace { job, bytes, .. } => self.unmap(*job, *bytes),
             Effect::Fence { job, .. } => {
                 let errno = if self.goes_wrong() { 5 } else { 0 };
                 self.results.push_back(Event::Fenced { job: *job, errno, took_ns: 900 });

@@ -81,7 +81,7 @@ impl Bench {
             let next = match &effects[done] {
                 Effect::Map { job, .. } => Some(Event::Mapped { job: *job, result: MapResult::Mapped }),
                 Effect::Unmap { job, bytes, .. } => {
-                    let result = UnmapResult::Gone { bytes: *bytes };
+                    let result = UnmapResult::Gone { bytes: bytes.unwrap_or_default() };
                     Some(Event::Unmapped { job: *job, result, took_ns: 0 })
                 }
                 Effect::Answer {

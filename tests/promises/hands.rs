@@ -126,7 +126,11 @@ impl Hands {
                 };
                 Event::Mapped { job, result }
             }
-            Effect::Unmap { job, bytes, .. } | Effect::Replace { job, bytes, .. } if self.pretends => {
+            Effect::Unmap { job, iova, bytes, .. } if self.pretends => {
+                let bytes = bytes.unwrap_or(iova.len());
+                Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1000 }
+            }
+            Effect::Replace { job, bytes, .. } if self.pretends => {
                 Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1000 }
             }
             Effect::Replace { job, domain, gone, .. } => {
@@ -193,11 +197,13 @@ impl Hands {
     /// A domain that reports more gone than there was.
     pub fn boast(&mut self, index: usize) {
         let task = &mut self.tasks[index];
-        if let (Some(Effect::Unmap { bytes, .. }), Some(Event::Unmapped { result, .. })) =
+        if let (Some(Effect::Unmap { iova, bytes, .. }), Some(Event::Unmapped { result, .. })) =
             (&task.effect, &mut task.result)
-            && *result == (UnmapResult::Gone { bytes: *bytes })
         {
-            *result = UnmapResult::Gone { bytes: *bytes + PAGE };
+            let bytes = bytes.unwrap_or(iova.len());
+            if *result == (UnmapResult::Gone { bytes }) {
+                *result = UnmapResult::Gone { bytes: bytes + PAGE };
+            }
         }
     }
 

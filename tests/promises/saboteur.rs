@@ -193,7 +193,7 @@ impl Saboteur {
     fn outgoing(&mut self, effect: Effect, effects: &mut Effects) {
         match (self.plant, effect) {
             (_, Effect::Unmap { job, domain, iova, bytes }) => {
-                self.unmaps.insert(job, bytes);
+                self.unmaps.insert(job, bytes.unwrap_or(iova.len()));
                 effects.push(Effect::Unmap { job, domain, iova, bytes });
             }
             (

@@ -1,7 +1,7 @@
 //! What the gate was told about its mappings, and what that proves: a second, simpler ledger.
 //!
 //! A range is *maybe* mapped from the moment a map is asked for until it is refused or until unmaps over it have
-//! reported every byte gone. It is *in doubt* from the moment an unmap is asked for until then. On a strict platform
+//! reported every byte gone; where a map was left half made, until an unmap of just that succeeds. It is *in doubt* from the moment an unmap is asked for until then. On a strict platform
 //! what went while a device of the domain could keep a copy stays both until all such devices are detached.
 
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +36,8 @@ pub struct Domain {
     copies: RangeSet<u64>,
     /// Bytes reported gone, of ranges not yet proved gone whole.
     credits: Vec<(Range<u64>, u64)>,
+    /// Mapped in part: nobody knows how much of it.
+    half: RangeSet<u64>,
     pub filling: BTreeMap<JobId, Range<u64>>,
     /// Of an unmap with gaps, what was mapped.
     flying: BTreeMap<JobId, RangeSet<u64>>,
@@ -136,7 +138,9 @@ impl Domain {
         }
         let inside = |range: &Range<u64>| over.start <= range.start && range.end <= over.end;
         let credit: u64 = self.credits.iter().filter(|(range, _)| inside(range)).map(|(_, b)| b).sum();
-        let whole = credit.saturating_add(bytes_gone) == bytes(&self.maybe, &over);
+        let (gone, most) = (credit.saturating_add(bytes_gone), bytes(&self.maybe, &over));
+        let uncounted = self.half.gaps(&over).next().is_none();
+        let whole = gone == most || uncounted && gone < most;
         if whole && !matches!(result, UnmapResult::Failed { .. }) {
             self.credits.retain(|(range, _)| !inside(range));
             if copies {
@@ -144,6 +148,7 @@ impl Domain {
                 return;
             }
             self.maybe.remove(over.clone());
+            self.half.remove(over.clone());
             self.doubt.remove(over.clone());
             self.wide.remove(over);
         } else {
@@ -307,7 +312,10 @@ impl Told {
                 match result {
                     MapResult::Mapped => {}
                     MapResult::Refused { .. } => entry.maybe.remove(span(iova)),
-                    MapResult::Unknown { .. } => entry.doubts(span(iova)),
+                    MapResult::Unknown { .. } => {
+                        entry.half.insert(span(iova));
+                        entry.doubts(span(iova));
+                    }
                 }
             }
             Event::Unmapped { job, result, .. } => {

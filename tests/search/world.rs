@@ -656,8 +656,8 @@ fn offset_of(page: u64) -> passgate_bindings::units::Offset {
 /// A call without the objects that it is on.
 fn call_text(call: &Call) -> String {
     match call {
-        Call::Map { job, iova, piece, offset, others, .. } => {
-            format!("map {job:?} {iova:?} {piece} {offset:?} {others:?}")
+        Call::Map { job, iova, piece, offset, shares, .. } => {
+            format!("map {job:?} {iova:?} {piece} {offset:?} {shares:?}")
         }
         Call::Unmap { job, iova, shares, .. } => format!("unmap {job:?} {iova:?} {shares:?}"),
         Call::Replace { job, gone, .. } => format!("replace {job:?} {gone:?}"),

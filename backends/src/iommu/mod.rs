@@ -96,7 +96,8 @@ pub trait Domain: Send + Sync + fmt::Debug {
 
     /// Takes away what is mapped in `iova`; holes inside are no error. Where the domain can
     /// [cut](Capabilities::cut), what sticks out of `iova` stays as mappings of its own; where it cannot, a
-    /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it.
+    /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it. Unless it fails, nothing in
+    /// `iova` is mapped afterwards, whatever was; operations over what a map left half made count as in flight.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
 
     /// Returns the IOVAs that its devices can use, in order; none where that is not known. Asked once the devices are

@@ -265,6 +265,9 @@ impl Domain for SoftDomain {
 
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
         let mut table = self.table();
+        // Operations over what a failed map had made and taken back.
+        let unfinished = table.is_unfinished(iova, |ticket| self.reaper().is_running(ticket));
+        let unfinished = unfinished.then_some(Errno::INPROGRESS);
         let mut doomed = std::mem::take(&mut table.scratch);
         doomed.clear();
         let whole = read(&self.view).overlapping(iova).filter(|t| table.is_live(t.slot)).all(|t| {
@@ -274,9 +277,10 @@ impl Domain for SoftDomain {
         let answer = if !whole {
             Unmap::Failed { errno: Errno::INVAL, bytes: 0 }
         } else if doomed.is_empty() {
-            Unmap::Gone { bytes: 0 }
+            answer(0, unfinished, None)
         } else {
             let (emptied, failed) = self.empty(doomed.iter().map(|(slot, _)| *slot));
+            let failed = failed.or(unfinished);
             let gone = &doomed[..emptied];
             let bytes = gone.iter().map(|(_, len)| len).sum();
             let ticket = self.settle(&mut table, gone.iter().map(|(slot, _)| *slot), failed.is_none());

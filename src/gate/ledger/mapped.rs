@@ -281,7 +281,7 @@ impl Mapped {
 
     /// All that is known of `range` is that it may be mapped.
     fn doubt(&mut self, range: PageRange<Iova>, errno: i32) {
-        let state = RunState::Suspect { gone: 0, errno };
+        let state = RunState::Suspect { gone: None, errno };
         self.record(Run { range, bytes: range.len(), objects: 1, state });
     }
 

@@ -21,11 +21,11 @@ pub enum RunState {
     Leaking(JobId),
     /// Out of the translation, but a device that caches translations may have kept a copy of it.
     Cached,
-    /// A call failed half-way or came up short: may be mapped, in part or whole. `gone` bytes of it were
-    /// reported removed.
+    /// A call failed half-way or came up short: may be mapped, in part or whole.
     Suspect {
-        /// Bytes reported removed so far.
-        gone: u64,
+        /// Bytes reported removed so far, of those that were mapped; none where nobody knows how many were. Then an
+        /// unmap that succeeds is proof by itself.
+        gone: Option<u64>,
         /// The kernel's last answer.
         errno: i32,
     },
@@ -43,7 +43,7 @@ impl RunState {
 pub struct Run {
     /// Where.
     pub range: PageRange<Iova>,
-    /// Bytes of it that are mapped, or were before the call.
+    /// Bytes of it that are mapped, or were before the call; at most, where nobody knows how many.
     pub bytes: u64,
     /// Kernel mappings in it.
     pub objects: u64,
@@ -68,7 +68,7 @@ impl Run {
     /// Bytes of it that may be mapped.
     pub(super) fn left(&self) -> u64 {
         match self.state {
-            RunState::Suspect { gone, .. } => self.bytes.saturating_sub(gone),
+            RunState::Suspect { gone: Some(gone), .. } => self.bytes.saturating_sub(gone),
             _ => self.bytes,
         }
     }

@@ -4,7 +4,7 @@
 //! less what an unmap took away at its full length with nothing in flight), which are between begin and end, and which
 //! are in quarantine. It never looks at what the gate concluded, but to judge it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
@@ -58,6 +58,8 @@ pub(super) struct Checker {
     pub(super) held: HashMap<FileId, Spans>,
     pub(super) quarantine: HashMap<FileId, Spans>,
     jobs: HashMap<JobId, Job>,
+    /// What a map has left half made: nobody knows how much of it, so that an unmap of it that succeeds is whole.
+    half: HashSet<(DomainId, PageRange<Iova>)>,
     /// Bytes that went in part, by the ranges that were asked for.
     partly: HashMap<(DomainId, Vec<PageRange<Iova>>), u64>,
     waiting: Waiting,
@@ -91,6 +93,7 @@ impl Checker {
             held: HashMap::new(),
             quarantine: HashMap::new(),
             jobs: HashMap::new(),
+            half: HashSet::new(),
             partly: HashMap::new(),
             waiting: Waiting::new(whole),
             must: Vec::new(),
@@ -161,10 +164,13 @@ impl Checker {
             }
             Event::Begin { .. } => self.begin(line),
             Event::Mapped { job, result } => {
-                if let Some(Job { domain, ranges }) = self.jobs.remove(job)
-                    && matches!(result, MapResult::Refused { .. })
-                {
-                    ranges.into_iter().for_each(|iova| self.mapped.remove(domain, iova));
+                let Some(Job { domain, ranges }) = self.jobs.remove(job) else { return };
+                for iova in ranges {
+                    match result {
+                        MapResult::Mapped => {}
+                        MapResult::Refused { .. } => self.mapped.remove(domain, iova),
+                        MapResult::Unknown { .. } => _ = self.half.insert((domain, iova)),
+                    }
                 }
             }
             Event::Unmapped { job, result, .. } => self.unmapped(*job, *result),
@@ -241,12 +247,16 @@ impl Checker {
     /// Nothing is in flight any more: if its full length was reported gone, it is.
     fn gone_if_whole(&mut self, domain: DomainId, ranges: Vec<PageRange<Iova>>) {
         let asked = self.asked(domain, &ranges);
+        let half = matches!(ranges[..], [iova] if self.half.contains(&(domain, iova)));
         let key = (domain, ranges);
         let Some(partly) = self.partly.get_mut(&key) else { return };
         // What was mapped before the log begins goes too, and was not seen.
-        if *partly == asked || (!self.whole && *partly > asked) {
+        if *partly == asked || (half && *partly < asked) || (!self.whole && *partly > asked) {
             self.partly.remove(&key);
-            key.1.into_iter().for_each(|iova| self.mapped.remove(domain, iova));
+            for iova in key.1 {
+                self.mapped.remove(domain, iova);
+                self.half.remove(&(domain, iova));
+            }
         } else {
             *partly = (*partly).min(asked);
         }

@@ -62,7 +62,8 @@ impl World {
                     Effect::Map { job, .. } => {
                         events.push(Event::Mapped { job, result: MapResult::Mapped });
                     }
-                    Effect::Unmap { job, bytes, .. } => {
+                    Effect::Unmap { job, iova, bytes, .. } => {
+                        let bytes = bytes.unwrap_or(iova.len());
                         events.push(Event::Unmapped { job, result: (self.unmap)(bytes), took_ns: 1 });
                     }
                     Effect::Fence { job, .. } if !self.hangs => {

@@ -139,7 +139,11 @@ impl SoftDomain {
         let slot = |piece: &Piece| piece.translation.slot;
         let (emptied, failed) = self.empty(filled.iter().map(slot));
         let (emptied, left) = filled.split_at(emptied);
-        let in_flight = self.settle(&mut table, emptied.iter().map(slot), false).is_some();
+        let in_flight = self.settle(&mut table, emptied.iter().map(slot), false);
+        if let (Some(ticket), Some(first), Some(last)) = (in_flight, emptied.first(), emptied.last()) {
+            let (first, last) = (first.translation.iova, last.translation.iova);
+            table.unfinished.extend(PageRange::between(first.start(), last.end()).map(|iova| (iova, ticket)));
+        }
         emptied.iter().filter(|piece| !piece.known).for_each(|piece| table.release(slot(piece)));
         for piece in claimed {
             table.unclaim(slot(piece), piece.known.then_some(piece.translation.iova.start()));
@@ -148,7 +152,9 @@ impl SoftDomain {
         match failed {
             Some(errno) => Err(Failed::new("IORING_REGISTER_BUFFERS_UPDATE", errno)),
             // A device was quick enough to start a DMA.
-            None if in_flight => Err(Failed::new("IORING_REGISTER_BUFFERS_UPDATE", Errno::INPROGRESS)),
+            None if in_flight.is_some() => {
+                Err(Failed::new("IORING_REGISTER_BUFFERS_UPDATE", Errno::INPROGRESS))
+            }
             None => Ok(()),
         }
     }
@@ -173,6 +179,7 @@ impl SoftDomain {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::iommu::Unmap;
 
     #[test]
     fn a_map_that_fails_while_a_device_uses_what_it_has_made_is_half_made() {
@@ -195,7 +202,11 @@ mod tests {
         let held = device.hold_write(iova.start(), 8).unwrap();
         let failed = domain.roll_back(&plan, 1).unwrap_err();
         assert_eq!(failed.errno, Errno::INPROGRESS);
+        let unmap =
+            |pages| crate::Domain::unmap(&*domain, PageRange::new(iova.start().0, pages * PAGE).unwrap());
+        assert_eq!(unmap(2), Unmap::Failed { errno: Errno::INPROGRESS, bytes: 0 });
         held.finish(&[0; 8]).unwrap();
+        assert_eq!(unmap(2), Unmap::Gone { bytes: 0 });
         let plan = fill_first();
         domain.roll_back(&plan, 1).unwrap();
         assert_eq!(domain.mappings(), 0);

@@ -230,6 +230,12 @@ impl Reaper {
         Some(ticket)
     }
 
+    /// Whether operations under a ticket still run.
+    pub(crate) fn is_running(&mut self, ticket: Ticket) -> bool {
+        self.reap();
+        self.tickets.contains_key(&ticket)
+    }
+
     /// Appends the tickets that have ended.
     pub(crate) fn take_ended(&mut self, ended: &mut Vec<Ticket>) {
         if !self.ended.is_empty() {

@@ -6,11 +6,12 @@
 
 use std::sync::Arc;
 
-use passgate_bindings::Iova;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::uring::{Slot, Tag};
+use passgate_bindings::{Iova, PageRange};
 
 use super::view::View;
+use crate::iommu::Ticket;
 
 /// What a slot is for.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub(crate) struct Table {
     free: Vec<Slot>,
     live: usize,
     turn: usize,
+    /// Where operations that nobody has a ticket of may still run.
+    pub(crate) unfinished: Vec<(PageRange<Iova>, Ticket)>,
     /// Room that unmaps use again and again.
     pub(crate) scratch: Vec<(Slot, u64)>,
 }
@@ -51,8 +54,15 @@ impl Table {
             free: (0..count).rev().map(Slot).collect(),
             live: 0,
             turn: 0,
+            unfinished: Vec::new(),
             scratch: Vec::new(),
         }
+    }
+
+    /// Whether such operations over `iova` still run; `runs` says whether those of a ticket do.
+    pub(crate) fn is_unfinished(&mut self, iova: PageRange<Iova>, runs: impl Fn(Ticket) -> bool) -> bool {
+        self.unfinished.retain(|(_, ticket)| runs(*ticket));
+        self.unfinished.iter().any(|(at, _)| at.overlaps(iova))
     }
 
     /// Slots that are filled.

@@ -48,7 +48,7 @@ fn a_cut_leaves_two_and_a_gap_comes_along() {
     assert_eq!(mapped.whole(range(10, 1)), range(7, 9));
     let run = mapped.take(range(8, 14), RunState::Removing(JobId(3)));
     assert_eq!((run.bytes, run.objects), (10 * PAGE, 2));
-    mapped.mark(run.range.start(), RunState::Suspect { gone: PAGE, errno: 5 });
+    mapped.mark(run.range.start(), RunState::Suspect { gone: Some(PAGE), errno: 5 });
     assert_eq!(mapped.bytes(), (5 + 1 + 9 + 2) * PAGE);
     assert!(!mapped.is_clear(range(17, 1)), "what the call covers may not be mapped meanwhile");
 }
@@ -135,7 +135,7 @@ fn answers_what_the_plain_one_answers() {
             3 => both.take(place, state),
             4 if !both.runs.is_empty() => {
                 let start = both.runs[random(both.runs.len() as u64) as usize].start();
-                let state = RunState::Suspect { gone: PAGE * random(3), errno: 5 };
+                let state = RunState::Suspect { gone: Some(PAGE * random(3)), errno: 5 };
                 if both.plain.at(start).is_some_and(|run| run.state.unsettled()) {
                     both.tree.mark(start, state);
                     both.plain.mark(start, state);
@@ -187,7 +187,7 @@ fn what_was_under_way_when_its_process_ended_is_in_doubt() {
     let again = Mapped::in_store(&store, DomainId(1)).unwrap();
     assert!(again.live(range(0, 9000)).eq(live));
     let runs: Vec<_> = again.runs(range(0, 9000)).map(|run| (run.range, run.bytes, run.state)).collect();
-    let doubt = RunState::Suspect { gone: 0, errno: 0 };
+    let doubt = RunState::Suspect { gone: None, errno: 0 };
     assert_eq!(runs, [(range(8, 2), 2 * PAGE, doubt), (range(5000, 64), 64 * PAGE, doubt)]);
     assert_eq!((again.unsettled(), again.objects()), (2, 3 + 2));
     assert_eq!(again.whole(range(20, 1)), range(10, 502));
@@ -224,7 +224,7 @@ fn in_a_full_store_what_cannot_be_told_apart_is_in_doubt() {
     }
     let last = taken - 1;
     let runs: Vec<_> = mapped.runs(range(last * 512, 512)).collect();
-    let doubt = RunState::Suspect { gone: 0, errno: NO_SPACE };
+    let doubt = RunState::Suspect { gone: None, errno: NO_SPACE };
     assert_eq!(runs.iter().map(|run| run.state).collect::<Vec<_>>(), [doubt, RunState::Cached, doubt]);
     assert_eq!(runs.iter().map(|run| run.range.pages()).sum::<u64>(), 512, "nothing of it is forgotten");
     assert_eq!(mapped.bytes(), (1 << 18) * PAGE);
