@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -58,9 +59,14 @@ struct Place(PathBuf);
 
 impl Place {
     fn new() -> std::io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("passgate-selftest-{}", std::process::id()));
-        DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
+        let name = format!("passgate-selftest-{}", std::process::id());
+        // A selftest that was killed, with the same process ID, has left its own.
+        let mut paths = (0..1000).map(|nth| std::env::temp_dir().join(format!("{name}-{nth}")));
+        let made = paths.find_map(|path| match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => None,
+            made => Some(made.map(|()| Self(path))),
+        });
+        made.unwrap_or_else(|| Err(ErrorKind::AlreadyExists.into()))
     }
 
     fn socket(&self) -> PathBuf {

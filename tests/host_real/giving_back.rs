@@ -30,8 +30,9 @@ fn start(sysfs: &TempDir) -> (Child, Child) {
         r#"{{"sysfs":"{}","device":"{ADDRESS}","before":{{"driver":"nvme","only":"none","power":null}}}}"#,
         sysfs.path().display()
     );
+    // Whoever starts the tests may ignore signals, as nohup does, and a program inherits that.
     let mut borrower = Command::new("sh")
-        .args(["-c", "echo \"$0\"; exec sleep 1000", &order])
+        .args(["-c", "echo \"$0\"; exec env --default-signal sleep 1000", &order])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -22,7 +22,8 @@ mod ring;
 mod slot;
 mod worker;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -40,6 +41,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::Inside;
 use super::socket_file::{Mends, SocketFile, listen, socket_error};
+use crate::client::Client;
 use crate::error::{Error, Result};
 use counts::Counts;
 use frontend::{Frontend, Rings};
@@ -88,6 +90,8 @@ pub struct Options {
 const STARVED: Duration = Duration::from_millis(100);
 /// How long a front-end may take for the rest of a message that it has begun.
 const MESSAGE: Duration = Duration::from_secs(5);
+/// How long the message under way may take once the door is to be shut.
+const LAST_MESSAGE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
 /// An open door.
 #[derive(Debug)]
@@ -220,34 +224,55 @@ struct Ending {
 impl Ending {
     /// Waits until `fd` is ready; false where the door is to be shut.
     fn await_ready(&self, fd: impl AsFd) -> bool {
-        loop {
-            let mut ready = vec![PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.stopped, PollFlags::IN)];
-            ready
-                .extend(self.drive.removal().map(|removal| PollFd::from_borrowed_fd(removal, PollFlags::IN)));
-            match poll(&mut ready, None) {
-                Err(Errno::INTR) => continue,
-                Err(errno) => {
-                    log::error!("poll: {errno}");
-                    return false;
-                }
-                Ok(_) => {}
-            }
-            let is_ready = |nth: usize| ready.get(nth).is_some_and(|fd| !fd.revents().is_empty());
-            if is_ready(2) {
-                log::warn!(
-                    "the kernel wants the drive back: its front-end is let go, and this back-end ends"
-                );
-            }
-            return !is_ready(1) && !is_ready(2);
+        let [stopped, removal] = self.wait(Some(fd.as_fd()), None);
+        if removal {
+            log::warn!("the kernel wants the drive back: its front-end is let go, and this back-end ends");
         }
+        !stopped && !removal
     }
 
     /// Whether the door is to be shut.
     fn is_over(&self) -> bool {
-        let mut ready = vec![PollFd::new(&self.stopped, PollFlags::IN)];
-        ready.extend(self.drive.removal().map(|removal| PollFd::from_borrowed_fd(removal, PollFlags::IN)));
-        poll(&mut ready, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+        self.wait(None, Some(&Timespec::default())).contains(&true)
     }
+
+    /// Once the door is to be shut, ends a message that the front-end does not go on with, and answers that it does not
+    /// read. A message that takes its time is answered, and the front-end learns of the end when its memory is no
+    /// device's. `served` becomes readable when no message is answered any more.
+    fn cut_off(&self, connection: &UnixStream, served: &UnixStream) {
+        if !self.wait(Some(served.as_fd()), None).contains(&true) {
+            return;
+        }
+        while !is_ready(served, PollFlags::IN, &LAST_MESSAGE) {
+            log::warn!("vhost-user: the front-end's message is not over yet; no more are read");
+            let reads = is_ready(connection, PollFlags::OUT, &Timespec::default());
+            let _ = connection.shutdown(if reads { Shutdown::Read } else { Shutdown::Both });
+        }
+    }
+
+    /// Waits until `fd` is ready, the door is to be shut or the time is over: whether somebody here wants it shut, and
+    /// whether the kernel wants the drive back. An error of the kernel shuts the door.
+    fn wait(&self, fd: Option<BorrowedFd<'_>>, within: Option<&Timespec>) -> [bool; 2] {
+        let mut ready = vec![PollFd::new(&self.stopped, PollFlags::IN)];
+        let removal = self.drive.removal();
+        ready.extend(removal.into_iter().chain(fd).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        loop {
+            match poll(&mut ready, within) {
+                Err(Errno::INTR) => continue,
+                Err(errno) => {
+                    log::error!("poll: {errno}");
+                    return [true, false];
+                }
+                Ok(_) => {}
+            }
+            let is_ready = |nth: usize| ready.get(nth).is_some_and(|fd| !fd.revents().is_empty());
+            return [is_ready(0), removal.is_some() && is_ready(1)];
+        }
+    }
+}
+
+fn is_ready(socket: &UnixStream, what: PollFlags, within: &Timespec) -> bool {
+    poll(&mut [PollFd::new(socket, what)], Some(within)).is_ok_and(|count| count > 0)
 }
 
 /// Serves one front-end after the other.
@@ -299,15 +324,42 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
             return None;
         }
     };
+    let Ok((over, served)) = UnixStream::pair() else {
+        log::error!("vhost-user: no descriptors are left; raise the limit of files (`LimitNOFILE=`)");
+        return None;
+    };
     log::info!("vhost-user: a front-end has come");
+    let connection = &copy;
+    std::thread::scope(|scope| {
+        let cut_off = || ending.cut_off(connection, &served);
+        if let Err(error) =
+            std::thread::Builder::new().name("vhost-user-end".into()).spawn_scoped(scope, cut_off)
+        {
+            log::error!("vhost-user: {error}");
+            return;
+        }
+        serve_messages(ending, (stream, connection), client, rings, over);
+    });
+    Some(copy)
+}
+
+/// Answers a front-end's messages until it leaves, or the door is shut; closes `answering` and takes back what the
+/// front-end had.
+fn serve_messages(
+    ending: &Ending,
+    (stream, connection): (UnixStream, &UnixStream),
+    client: Client,
+    rings: &Rings,
+    answering: UnixStream,
+) {
     // Until its memory is no device's.
     let _served = ending.counted.front_end();
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client, ending.adopts))));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
-    while ending.await_ready(&copy) {
-        if iotlb::is_next(&copy) {
+    while ending.await_ready(connection) {
+        if iotlb::is_next(connection) {
             log::error!("vhost-user: {}", iotlb::REFUSAL);
-            if let Err(error) = iotlb::refuse(&copy) {
+            if let Err(error) = iotlb::refuse(connection) {
                 log::debug!("vhost-user: the refusal: {error}");
             }
             break;
@@ -324,9 +376,8 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
             }
         }
     }
-    drop(handler);
+    drop((handler, answering));
     if let Some(frontend) = Arc::into_inner(frontend) {
         frontend.into_inner().unwrap_or_else(PoisonError::into_inner).leave();
     }
-    Some(copy)
 }

@@ -511,3 +511,38 @@ fn many_connections_leave_nothing_behind() {
     let more = resident().saturating_sub(memory);
     assert!(more < 8192, "500 connections have taken {more} KiB");
 }
+
+/// The door is shut in spite of a front-end that leaves it waiting.
+#[test]
+fn a_front_end_that_says_or_reads_nothing_more_keeps_no_door_open() {
+    let stops_inside_a_header = |world: &World| {
+        let raw = Raw::greeted(&world.path());
+        assert!(raw.bytes(&halves(&[GET_FEATURES])[..3], &[]));
+        raw
+    };
+    let reads_no_answers = |world: &World| {
+        let raw = Raw::greeted(&world.path());
+        raw.says_until_nobody_reads(GET_FEATURES);
+        raw
+    };
+    type Front = fn(&World) -> Raw;
+    for (what, front) in [
+        ("stops inside a header", stops_inside_a_header as Front),
+        ("reads no answers", reads_no_answers as Front),
+    ] {
+        let mut world = World::new();
+        let raw = front(&world);
+        let (shut, is_shut) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let world = &mut world;
+            scope.spawn(move || {
+                world.shut_door();
+                let _ = shut.send(());
+            });
+            let ended = is_shut.recv_timeout(Duration::from_secs(60));
+            // Lets a door that still waits go.
+            drop(raw);
+            assert!(ended.is_ok(), "a front-end that {what} keeps it open");
+        });
+    }
+}

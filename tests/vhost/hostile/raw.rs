@@ -153,6 +153,12 @@ impl Raw {
         }
     }
 
+    /// The same request, without reading an answer, until the back-end does not read any more.
+    pub fn says_until_nobody_reads(&self, request: u32) {
+        self.socket.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+        while self.send(request, VERSION, &[], &[]) {}
+    }
+
     /// The next answer.
     pub fn hears(&self) -> Came {
         let mut header = [0; 12];
