@@ -532,17 +532,15 @@ fn a_front_end_that_says_or_reads_nothing_more_keeps_no_door_open() {
     ] {
         let mut world = World::new();
         let raw = front(&world);
-        let (shut, is_shut) = std::sync::mpsc::channel();
-        std::thread::scope(|scope| {
-            let world = &mut world;
-            scope.spawn(move || {
-                world.shut_door();
-                let _ = shut.send(());
-            });
-            let ended = is_shut.recv_timeout(Duration::from_secs(60));
-            // Lets a door that still waits go.
-            drop(raw);
-            assert!(ended.is_ok(), "a front-end that {what} keeps it open");
+        let (door, (shut, is_shut)) = (world.door.take(), std::sync::mpsc::channel());
+        let shutting = std::thread::spawn(move || {
+            drop(door);
+            let _ = shut.send(());
         });
+        let ended = is_shut.recv_timeout(Duration::from_secs(60));
+        // Lets a door that still waits go.
+        drop(raw);
+        shutting.join().unwrap();
+        assert!(ended.is_ok(), "a front-end that {what} keeps it open");
     }
 }
