@@ -9,7 +9,8 @@ use passgate_bindings::guest_memfd::Support;
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::{FileKind, GuestFile};
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Gpa, Iova, PAGE, PageRange, RangeError};
+use passgate_bindings::{Failed, Gpa, Iova, PAGE, PageRange, RangeError};
+use rustix::io::fcntl_dupfd_cloexec;
 
 use super::call::Examined;
 use super::fdstore::{Kept, Name};
@@ -188,23 +189,29 @@ impl Files {
     }
 
     /// Holds a file. Where it is held already, the wider of the two descriptors stays: a region that is only read
-    /// may have come first. Where another file with these numbers is held, it is refused: page states and mappings of the
-    /// two would be taken for each other's.
+    /// may have come first, or the file may have grown since. Where another file with these numbers is held, it is
+    /// refused: page states and mappings of the two would be taken for each other's.
     fn hold(&mut self, id: FileId, fd: OwnedFd, file: &Identity) -> Result<(), FileError> {
         if let Some((held, _)) = self.held.get(&id)
             && !identity::same_file(&fd, &**held)?
         {
             return Err(FileError::Collides { device: id.device, inode: id.inode });
         }
-        let known = self
-            .held
-            .get(&id)
-            .is_some_and(|(held, _)| (held.writable() || !file.writable) && held.size() >= file.size);
-        if known {
+        let held = self.held.get(&id).map(|(held, _)| held);
+        let writable = file.writable || held.is_some_and(|held| held.writable());
+        let size = held.map_or(file.size, |held| held.size().max(file.size));
+        if held.is_some_and(|held| (held.writable(), held.size()) == (writable, size)) {
             return Ok(());
         }
+        let fd = match held {
+            // The file has grown, and the new descriptor may not write to it.
+            Some(held) if !file.writable && held.writable() => {
+                fcntl_dupfd_cloexec(&**held, 0).map_err(|errno| Failed::new("F_DUPFD_CLOEXEC", errno))?
+            }
+            _ => fd,
+        };
         let in_place = file.kind == FileKind::GuestMemfd && self.probe();
-        let held = GuestFile::new(fd, file.kind, file.size, file.writable);
+        let held = GuestFile::new(fd, file.kind, size, writable);
         self.held.insert(id, (Arc::new(held), in_place));
         Ok(())
     }
@@ -360,7 +367,7 @@ fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, Owned
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, AsRawFd};
 
     use super::*;
     use crate::gate::Door;
@@ -425,6 +432,68 @@ mod tests {
         files.forget(id);
         let alone = vec![with_the_numbers_of(other, &found)];
         files.admit(CALLER, &region(2 << 20), alone, &[], &[]).unwrap();
+    }
+
+    /// The same file, opened to be read only.
+    fn read_only(fd: &OwnedFd) -> OwnedFd {
+        std::fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().into()
+    }
+
+    #[test]
+    fn a_file_is_held_as_wide_as_the_widest_that_was_added() {
+        const ORDERS: [[usize; 4]; 6] =
+            [[0, 1, 2, 3], [3, 2, 1, 0], [1, 2, 0, 3], [2, 1, 3, 0], [0, 3, 1, 2], [1, 0, 2, 3]];
+        for order in ORDERS {
+            let (mut files, fd) = (Files::new(false), memfd());
+            let before = identity::identify(&fd).unwrap();
+            rustix::fs::ftruncate(&fd, 16 * PAGE).unwrap();
+            let id = FileId { device: before.device, inode: before.inode };
+            // Each access, before and after the file has grown.
+            let views = [(false, 8), (false, 16), (true, 8), (true, 16)];
+            let (mut writable, mut pages) = (false, 0);
+            for view in order {
+                let (writes, size) = views[view];
+                let fd = if writes { fd.try_clone().unwrap() } else { read_only(&fd) };
+                let file = identity::identify(&fd).map(|file| Identity { size: size * PAGE, ..file });
+                let gpa = (view as u64) << 20;
+                let memory = AddMemory { writable: writes, ..AddMemory::shared(gpa, size * PAGE) };
+                files.admit(CALLER, &memory, vec![Examined { fd, file }], &[], &[]).unwrap();
+                (writable, pages) = (writable || writes, pages.max(size));
+                let held = files.get(id).unwrap();
+                assert_eq!((held.writable(), held.size() / PAGE), (writable, pages), "{order:?}: {view}");
+                assert_eq!(identity::identify(&*held).unwrap().writable, writable, "{order:?}: {view}");
+            }
+        }
+    }
+
+    #[test]
+    fn passgate_converts_what_lies_in_its_own_memory_from_the_first_page_to_the_last() {
+        let (mut files, fd) = (Files::new(false), memfd());
+        for (nth, sole_mapper) in [(1, true), (2, false), (3, true)] {
+            let caller = Caller { cookie: nth, ..CALLER };
+            let memory = AddMemory { sole_mapper, ..AddMemory::shared(nth * 8 * PAGE, 8 * PAGE) };
+            let examined = Examined { file: identity::identify(&fd), fd: fd.try_clone().unwrap() };
+            files.admit(caller, &memory, vec![examined], &[], &[]).unwrap();
+            files.added(caller, RegionId(nth as u32)).unwrap();
+        }
+        for (page, pages, foreign) in [
+            (8, 8, None),
+            (24, 8, None),
+            (7, 2, Some(7)),
+            (15, 2, Some(16)),
+            (16, 8, Some(16)),
+            (23, 2, Some(23)),
+            (8, 24, Some(16)),
+            (31, 2, Some(32)),
+        ] {
+            let result = files.may_convert(PageRange::new(page * PAGE, pages * PAGE).unwrap());
+            let found = match result {
+                Ok(()) => None,
+                Err(BorderError::NotSole { gpa }) => Some(gpa.0 / PAGE),
+                Err(error) => panic!("{error}"),
+            };
+            assert_eq!(found, foreign, "{pages} pages from {page} on");
+        }
     }
 
     #[test]
