@@ -53,6 +53,8 @@ pub struct Records {
     keep: Keep,
     /// What the last daemon left in quarantine, until it is taken.
     left: Vec<Event>,
+    /// True while the file has ranges that are not in quarantine any more.
+    outdated: bool,
     _lock: File,
 }
 
@@ -128,7 +130,7 @@ impl Records {
             resumed,
         };
         let log = Log::open(&options.dir, log).map_err(failed(writable))?;
-        Ok(Self { log, keep, left, _lock: lock })
+        Ok(Self { log, keep, left, outdated: false, _lock: lock })
     }
 
     /// What the last daemon left in quarantine, for a gate without regions.
@@ -148,24 +150,28 @@ impl Records {
     }
 
     /// Writes down what the gate made of it, before any of it is done. Whatever happens in between, the quarantine on
-    /// disk is never less than the log's.
+    /// disk is never less than the log's: what is lifted stays there until [`Records::catch_up`].
     pub fn after(&mut self, effects: &[Effect], quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
-        let (mut more, mut less) = (false, false);
+        let mut more = false;
         for effect in effects {
             match effect {
                 Effect::Notice(Notice::Quarantined { .. }) => more = true,
-                Effect::Notice(Notice::Freed { .. } | Notice::Released { .. }) => less = true,
+                Effect::Notice(Notice::Freed { .. } | Notice::Released { .. }) => self.outdated = true,
                 _ => {}
             }
         }
         if more {
             self.keep.save(&quarantine(), true);
-            self.log.finish(effects);
-        } else {
-            self.log.finish(effects);
-            if less {
-                self.keep.save(&quarantine(), false);
-            }
+            self.outdated = false;
+        }
+        self.log.finish(effects);
+    }
+
+    /// Takes what was lifted off the disk, before anybody is told of it: once for all of it, because the file is written
+    /// whole.
+    pub fn catch_up(&mut self, quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
+        if std::mem::take(&mut self.outdated) {
+            self.keep.save(&quarantine(), false);
         }
     }
 

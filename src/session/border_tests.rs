@@ -1,7 +1,9 @@
 //! The border between gate and session: every effect that asks for a call has a result, in time, whatever happened since
 //! the gate asked for it.
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -9,10 +11,12 @@ use passgate_backends::Capabilities;
 use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 
 use super::*;
-use crate::gate::{Cause, ClientId, Door, PageState, Performer, Refusal, RegionId};
+use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
+use crate::observe::records::StateOptions;
 
 const PAGES: u64 = 8;
 const DEADLINE: Duration = Duration::from_millis(10);
@@ -369,4 +373,169 @@ fn a_region_is_refused_in_time_where_the_one_in_its_way_cannot_be_closed() {
     let answers = world.take_answers();
     assert!(matches!(answers[..], [(_, Answer::Refused(Refusal::Overlaps { .. }))]), "{answers:?}");
     assert!(world.session.waiting.is_empty());
+}
+
+#[test]
+fn what_a_client_is_adding_outlives_another_that_goes() {
+    let mut world = World::with_region(false);
+    world.session.handle(Event::ClientGone { client: ClientId(1) });
+    let unmap = world.call().unwrap();
+    let own = GuestFile::memfd("own", PAGES * PAGE).unwrap();
+    let memory = AddMemory { sole_mapper: true, ..AddMemory::shared(0, PAGES * PAGE) };
+    world.session.add_memory(caller(2, 1), memory, vec![own.as_fd().try_clone_to_owned().unwrap()]);
+    world.settle();
+    assert!(world.answers.is_empty(), "it waits: {:?}", world.answers);
+    world.session.handle(Event::ClientGone { client: ClientId(3) });
+    world.session.returned(unmap.run());
+    world.settle();
+    let added = (caller(2, 1), Answer::RegionAdded { region: RegionId(2), mapped: PAGES * PAGE });
+    assert_eq!(world.take_answers(), [added]);
+    assert!(world.session.may_convert(pages(0, PAGES)).is_ok(), "it is the only one who maps it");
+}
+
+#[test]
+fn an_end_is_answered_once_all_of_its_maps_are_made() {
+    let mut world = World::with_region(false);
+    let ranges = Ranges::try_from(vec![pages(0, 1), pages(3, 1), pages(6, 1)]).unwrap();
+    let (to, performer, deadline_ns) = (PageState::Private, Performer::Client, DEADLINE.as_nanos() as u64);
+    world.session.handle(Event::Begin { caller: caller(1, 2), ranges, to, performer, deadline_ns });
+    world.settle();
+    assert_eq!(world.verdicts(), [Verdict::Done]);
+    let (invalidation, outcome) = (InvalidationId(1), Outcome::NotCommitted);
+    world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
+    let maps: Vec<Call> = std::iter::from_fn(|| world.call()).collect();
+    assert_eq!(maps.len(), 3, "{maps:?}");
+    for map in maps {
+        assert!(world.answers.is_empty(), "something of it is not mapped yet");
+        world.session.returned(map.run());
+        assert!(world.call().is_none());
+    }
+    assert_eq!(world.take_answers(), [(caller(1, 3), Answer::Ended { invalidation })]);
+    assert_eq!(world.sim.mapping_count(), PAGES);
+}
+
+#[test]
+fn what_was_split_is_one_mapping_again_each_time_it_has_been_quiet() {
+    let mut world = World::new(false);
+    let memory = AddMemory { piece: PAGES * PAGE, ..AddMemory::shared(0, PAGES * PAGE) };
+    world.session.add_memory(caller(1, 1), memory, vec![world.fd()]);
+    world.settle();
+    for round in 1..=3 {
+        assert_eq!(world.sim.mapping_count(), 1, "round {round}");
+        world.take_answers();
+        world.begin(pages(2, 1), PageState::Private, Performer::Client);
+        world.settle();
+        let invalidation = match world.take_answers()[..] {
+            [(_, Answer::Verdict { invalidation, verdict: Verdict::Done })] => invalidation,
+            ref other => panic!("round {round}: {other:?}"),
+        };
+        let outcome = Outcome::NotCommitted;
+        world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
+        world.settle();
+        assert_eq!(world.sim.mapping_count(), 3, "round {round}");
+        // The first moment is cut short, and after the second it is quiet.
+        for _ in 0..3 {
+            world.pass(MOMENT);
+            world.settle();
+        }
+    }
+    assert_eq!(world.sim.mapping_count(), 1);
+}
+
+#[test]
+fn files_of_refused_memory_are_kept_no_longer_and_those_of_a_region_are() {
+    let mut world = World::with_region(false);
+    let (store, removed) = FdStore::detached();
+    world.session.store = Some(store);
+    let other = GuestFile::memfd("refused", PAGES * PAGE).unwrap();
+    let found = passgate_bindings::identity::identify(&other).unwrap();
+    let id = FileId { device: found.device, inode: found.inode };
+    let fd = || other.as_fd().try_clone_to_owned().unwrap();
+    let beyond = AddMemory { offset: PAGES * PAGE, ..AddMemory::shared(1 << 30, PAGE) };
+    // Its second file is no guest_memfd.
+    let twofold = AddMemory { private: true, ..AddMemory::shared(1 << 30, PAGE) };
+    let of_region = world.fd();
+    for (memory, fds, names) in [
+        (&beyond, vec![fd()], vec![Name::Memory(id)]),
+        (&twofold, vec![fd(), fd()], vec![Name::Memory(id), Name::Private(id)]),
+        (&beyond, vec![of_region], vec![]),
+    ] {
+        world.session.add_memory(caller(2, 1), memory.clone(), fds);
+        world.settle();
+        assert_eq!(world.refused.drain(..).count(), 1, "{memory:?}");
+        assert_eq!(removed.try_iter().collect::<Vec<_>>(), names, "{memory:?}");
+    }
+}
+
+/// The number of times that the quarantine in a state directory was written, since this was asked last.
+fn writes(watch: &OwnedFd) -> usize {
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(watch, &mut buffer);
+    let mut count = 0;
+    while let Ok(event) = events.next() {
+        count += usize::from(event.file_name().is_some_and(|name| name.to_bytes() == b"quarantine.json"));
+    }
+    count
+}
+
+/// The number of ranges in it.
+fn kept(state: &Path) -> usize {
+    let text = std::fs::read_to_string(state.join("quarantine.json")).unwrap();
+    let kept: serde_json::Value = serde_json::from_str(&text).unwrap();
+    kept["quarantine"].as_array().unwrap().len()
+}
+
+#[test]
+fn ranges_that_are_freed_together_are_taken_off_the_disk_by_one_write_before_anybody_is_told() {
+    let state = tempfile::tempdir().unwrap();
+    let mut world = World::with_region(true);
+    let options = StateOptions::at(state.path());
+    let records = Records::open(&options, Policy::default(), "sim", Vec::new(), false).unwrap();
+    world.session.records = Some(records);
+    let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+    // With both names of a rename: the kernel makes one of the same event twice.
+    inotify::add_watch(&watch, state.path(), WatchFlags::MOVED_FROM | WatchFlags::MOVED_TO).unwrap();
+    // A quarantine that an operator releases: one conversion of every second page.
+    let ranges = Ranges::try_from((0..PAGES / 2).map(|nth| pages(2 * nth, 1)).collect::<Vec<_>>()).unwrap();
+    let (to, performer, deadline_ns) = (PageState::Private, Performer::Client, DEADLINE.as_nanos() as u64);
+    world.session.handle(Event::Begin { caller: caller(1, 2), ranges, to, performer, deadline_ns });
+    world.settle();
+    let (invalidation, outcome) = (InvalidationId(1), Outcome::Unknown { errno: 5, offset: 0 });
+    world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
+    world.settle();
+    let release = Event::Release { caller: caller(9, 4), invalidation, to: PageState::Shared };
+    free(&mut world, state.path(), &watch, (PAGES / 2) as usize, release);
+    // Quarantines that proofs end: a conversion of each page, of which every unmap fails.
+    let busy = |plan: FaultPlan, nth| plan.at(sim::Call::Unmap, nth, Fault::Errno(Errno::BUSY));
+    world.sim.plan((1..1000).fold(FaultPlan::new(), busy));
+    assert_eq!(burst(&mut world).len() as u64, PAGES);
+    world.sim.plan(FaultPlan::new());
+    let remove = Event::RemoveRegion { caller: caller(1, 5), region: RegionId(1) };
+    free(&mut world, state.path(), &watch, PAGES as usize, remove);
+}
+
+/// Handles `event`, which frees all of the `ranges` in quarantine.
+#[track_caller]
+fn free(world: &mut World, state: &Path, watch: &OwnedFd, ranges: usize, event: Event) {
+    assert_eq!((kept(state), world.session.snapshot().quarantine.len()), (ranges, ranges));
+    world.take_answers();
+    writes(watch);
+    let (mut freed, mut answered) = (0, false);
+    world.session.handle(event);
+    loop {
+        match world.session.next_step() {
+            Next::Idle => break,
+            Next::Call(call) => world.session.returned(call.run()),
+            Next::Notice(Notice::Freed { .. } | Notice::Released { .. }) => {
+                freed += 1;
+                assert_eq!(kept(state), 0, "somebody is told first");
+            }
+            Next::Answer(_, Answer::Released { .. } | Answer::RegionRemoved { .. }) => {
+                answered = true;
+                assert_eq!(kept(state), 0, "its client is told first");
+            }
+            _ => {}
+        }
+    }
+    assert_eq!((freed, answered, writes(watch)), (ranges, true, 1));
 }
