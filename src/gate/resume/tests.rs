@@ -496,6 +496,135 @@ fn stopped_devices_are_brought_back_after_a_restart() {
 }
 
 #[test]
+fn a_device_that_was_about_to_be_attached_is_attached_after_a_restart() {
+    for host in [HOSTS[1], HOSTS[3]] {
+        let mut world = World::new(host);
+        world.ask(Ask::Add(0));
+        world.settle("add");
+        world.ask(Ask::Begin(2, 1));
+        while !matches!(world.effects.first(), Some(Effect::Attach { device: DEVICE, .. })) {
+            assert!(world.step(true), "{host:?}: it was stopped for the conversion");
+        }
+        // Nothing is in doubt: nothing but this is left to do.
+        world.restart();
+        let attaches = |effect: &Effect| matches!(effect, Effect::Attach { device: DEVICE, .. });
+        assert!(world.effects.iter().any(attaches), "{host:?}: {:?}", world.effects);
+        world.settle("restart");
+        assert_eq!(world.gate.stopped().count(), 0, "{host:?}");
+    }
+}
+
+#[test]
+fn devices_are_stopped_before_a_closing_region_is_unmapped_after_a_restart() {
+    for host in HOSTS {
+        let mut world = World::new(host);
+        world.ask(Ask::Add(0));
+        world.settle("add");
+        world.tell(Event::ClientGone { client: OWNER });
+        // Nothing of it is done yet.
+        world.restart();
+        let mut stopped = false;
+        while !world.effects.is_empty() {
+            match world.effects[0] {
+                Effect::Fence { device: DEVICE, .. } => stopped = true,
+                Effect::Unmap { .. } => assert!(stopped, "{host:?}: unmapped while the device runs"),
+                _ => {}
+            }
+            world.step(true);
+        }
+        world.settle("closed");
+        assert!(stopped && world.gate.regions.is_empty() && world.kernel.pages.is_empty(), "{host:?}");
+    }
+}
+
+#[test]
+fn a_page_that_is_not_shared_does_not_stay_mapped_after_a_restart() {
+    for (host, state) in
+        HOSTS.into_iter().zip([PageState::Private, PageState::Hole, PageState::Unknown, PageState::Private])
+    {
+        let what = format!("{host:?}, {state:?}");
+        let mut world = World::new(host);
+        ALIASES.into_iter().for_each(|at| world.ask(Ask::Add(at)));
+        world.settle("add");
+        // No hold tells of it, only its state.
+        world.gate.file(FILE).pages.set(range(3, 1), state);
+        world.restart();
+        world.judge_ledger(&what);
+        world.settle(&what);
+        let mapped: Vec<u64> = world.kernel.pages.keys().copied().collect();
+        let others =
+            ALIASES.into_iter().flat_map(|at| (0..PAGES).filter(|page| *page != 3).map(move |p| at + p));
+        assert_eq!(mapped, others.collect::<Vec<_>>(), "{what}");
+    }
+}
+
+#[test]
+fn numbers_are_not_used_again_after_a_restart() {
+    each_kill(|mut world, what| {
+        let (region, invalidation) = world.gate.last();
+        world.restart();
+        let now = world.gate.last();
+        assert!(now.0 >= region && now.1 >= invalidation, "{what}: {now:?}");
+        let begun = world.gate.invalidations.keys().all(|id| id.0 > invalidation);
+        assert!(begun, "{what}: {:?}", world.gate.invalidations.keys());
+    });
+}
+
+/// Does the unmap that the gate has asked for, and tells it this of the bytes that are gone.
+fn unmap_with(world: &mut World, result: fn(u64) -> UnmapResult) {
+    let at = world.effects.iter().position(|effect| matches!(effect, Effect::Unmap { .. }));
+    let Effect::Unmap { job, iova, .. } = world.effects.remove(at.expect("an unmap")) else {
+        panic!("it is an unmap")
+    };
+    let UnmapResult::Gone { bytes } = world.kernel.unmap(iova, world.host.cut) else {
+        panic!("the kernel unmaps it")
+    };
+    world.tell(Event::Unmapped { job, result: result(bytes), took_ns: 1 });
+}
+
+#[test]
+fn a_page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
+    let mut world = World::new(HOSTS[0]);
+    world.ask(Ask::Add(0));
+    world.settle("add");
+    world.ask(Ask::Begin(2, 1));
+    let id = InvalidationId(world.gate.last().1);
+    while !matches!(world.effects.first(), Some(Effect::Unmap { .. })) {
+        assert!(world.step(true), "it is unmapped");
+    }
+    world.restart();
+    // The mapping is gone; the operations on it never end.
+    unmap_with(&mut world, |bytes| UnmapResult::InFlight { bytes });
+    world.settle("in flight");
+    assert!(!world.release(id, PageState::Private), "a device may still write there");
+    world.restart();
+    world.settle("the next restart unmaps it");
+    assert!(world.release(id, PageState::Private));
+    world.settle("released");
+}
+
+#[test]
+fn a_copy_in_a_device_outlasts_the_unmap_of_a_restart_until_the_device_is_detached() {
+    let mut world = World::new(HOSTS[3]);
+    world.ask(Ask::Add(0));
+    world.ask(Ask::Begin(2, 1));
+    let id = InvalidationId(world.gate.last().1);
+    // It is mapped, and the device uses it, before the gate hears of it.
+    assert!(matches!(world.effects.first(), Some(Effect::Map { .. })));
+    world.step(false);
+    world.restart();
+    unmap_with(&mut world, |bytes| UnmapResult::Gone { bytes });
+    world.tell(Event::Release { caller: caller(OPERATOR), invalidation: id, to: PageState::Private });
+    let refused = world.effects.iter().any(|effect| {
+        matches!(effect, Effect::Answer { answer: Answer::Refused(Refusal::StillMapped { .. }), .. })
+    });
+    assert!(refused, "the device is attached: {:?}", world.effects);
+    world.settle("detached and attached again");
+    assert!(world.release(id, PageState::Private));
+    world.settle("released");
+}
+
+#[test]
 fn a_soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
     let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Step::Unmap, errno: 0 };
     for unmapped in [true, false] {
@@ -642,6 +771,13 @@ fn an_alias_does_not_stand_for_a_page_that_is_not_the_adopters() {
         last_invalidation: id.0,
         ..Past::default()
     };
+    resume_from(&mut world, past);
+    assert_eq!(adopt(&mut world, ClientId(11)), [0; 0]);
+    assert!(!world.gate.may_settle(ClientId(11), id), "one of its pages is nobody's");
+}
+
+/// Goes on from `past` in another process, in which nothing is mapped.
+fn resume_from(world: &mut World, past: Past) {
     world.store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
     world.kernel.pages.clear();
     world.effects.clear();
@@ -649,6 +785,53 @@ fn an_alias_does_not_stand_for_a_page_that_is_not_the_adopters() {
     world.start();
     world.gate.resume(past, &mut world.effects);
     world.settle("resumed");
-    assert_eq!(adopt(&mut world, ClientId(11)), [0; 0]);
-    assert!(!world.gate.may_settle(ClientId(11), id), "one of its pages is nobody's");
+}
+
+#[test]
+fn an_adopter_does_not_settle_what_lies_in_its_memory_in_part() {
+    for (pages, settles) in [(1, false), (2, true)] {
+        let mut world = World::new(HOSTS[0]);
+        let backing = Backing { file: FILE, offset: Offset(0) };
+        let (gpa, initial) = (range(64, pages), PageState::Shared);
+        let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
+        world.ask(Ask::Add(0));
+        world.tell(Event::AddRegion { caller: caller(OWNER), spec });
+        world.settle("add");
+        world.ask(Ask::Begin(0, 2));
+        world.settle("begin");
+        let id = InvalidationId(world.gate.last().1);
+        let holds = world.gate.holds_over(FILE, range(0, PAGES));
+        // The region that it was begun in does not come back, the alias of its first pages does.
+        let past = Past {
+            regions: world.gate.written().filter(|written| written.region == RegionId(2)).collect(),
+            holds: holds.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
+            last_region: 2,
+            last_invalidation: id.0,
+            ..Past::default()
+        };
+        resume_from(&mut world, past);
+        adopt(&mut world, ClientId(11));
+        assert_eq!(world.gate.may_settle(ClientId(11), id), settles, "{pages} of 2 pages");
+    }
+}
+
+#[test]
+fn only_the_adopter_settles_what_it_has_adopted() {
+    let mut world = World::new(HOSTS[0]);
+    world.ask(Ask::Add(0));
+    world.settle("add");
+    world.ask(Ask::Begin(2, 1));
+    world.settle("begin");
+    let id = InvalidationId(world.gate.last().1);
+    world.restart();
+    world.settle("restart");
+    let (adopter, other) = (ClientId(11), ClientId(12));
+    assert_eq!(adopt(&mut world, adopter), [id.0]);
+    // The same pages show in memory of another client's.
+    let backing = Backing { file: FILE, offset: Offset(0) };
+    let (gpa, initial) = (range(64, PAGES), PageState::Shared);
+    let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
+    world.tell(Event::AddRegion { caller: caller(other), spec });
+    world.settle("add");
+    assert!(world.gate.may_settle(adopter, id) && !world.gate.may_settle(other, id));
 }

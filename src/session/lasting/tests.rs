@@ -128,6 +128,27 @@ fn a_quarantine_that_a_proof_has_lifted_is_in_no_record() {
 }
 
 #[test]
+fn of_a_conversion_that_failed_in_part_only_that_part_is_held() {
+    let mut world = World::new();
+    world.unmap = |_| UnmapResult::Failed { errno: 16, bytes: 0 };
+    let first = world.begin(pages(3, 1).into());
+    // Its mapping stays in doubt, and is tried again by itself.
+    world.tell(Event::Release { caller: CALLER, invalidation: first, to: PageState::Shared });
+    assert_eq!(world.gate.snapshot().quarantine, []);
+    world.unmap = |bytes| match bytes {
+        PAGE => UnmapResult::Failed { errno: 16, bytes: 0 },
+        bytes => UnmapResult::Gone { bytes },
+    };
+    let second = world.begin(pages(1, 5).into());
+    assert!(matches!(world.answers.last(), Some(Answer::Verdict { verdict: Verdict::Refused { .. }, .. })));
+    let (_, left) = world.end();
+    let [(FILE, held, HeldBy::Quarantine(since, _))] = left.past.holds[..] else {
+        panic!("{:?}", left.past.holds)
+    };
+    assert_eq!((held, since), (pages(3, 1), second));
+}
+
+#[test]
 fn a_ledger_that_was_full_is_not_gone_on_with() {
     let world = World::new();
     let fd = world.lasting.fd().unwrap().try_clone_to_owned().unwrap();
