@@ -148,6 +148,61 @@ fn commands_that_were_aborted_are_overdue_no_more() {
     assert!(health.aborts >= 5, "{health:?}");
 }
 
+/// The second comes back while the keeper waits for the Abort of the first.
+#[test]
+fn command_that_came_back_after_all_is_not_aborted() {
+    let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE / 2);
+    let mut owner = bench.owner(0);
+    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldCompletion);
+    bench.sim.fault(When::any().times(2), Does::HoldData);
+    start_writes(&bench, &mut owner, 2);
+    assert!(bench.sim.await_held(2, LONG));
+    // Both are overdue when their owner looks.
+    std::thread::sleep(LONG_DEADLINE / 2 + SHORT);
+    assert_eq!(owner.result(0), Ok(()), "done again after its abort");
+    assert!(bench.sim.release_next());
+    assert_eq!(owner.result(1), Ok(()));
+    bench.sim.release();
+    // The keeper deals with one after the other: with the second before with this.
+    bench.sim.fault(When::any(), Does::Foreign(9999));
+    assert_eq!(owner.run(Op::Flush, &[]), Ok(()), "done again after a reset");
+    assert_eq!(bench.drive().health().aborts, 1);
+}
+
+/// The keeper waits for an Abort while two owners report what the controller has done in the same life.
+#[test]
+fn one_reset_answers_all_faults_of_before_it() {
+    let bench = Bench::with_deadline(Options::default(), 3, LONG_DEADLINE / 2);
+    let mut owners = [0, 1, 2].map(|nth| bench.owner(nth));
+    let await_results = |owners: &mut [Owner], of: std::ops::Range<usize>| {
+        let begun = Instant::now();
+        while owners[of.clone()].iter().any(|owner| owner.results.is_empty()) {
+            assert!(begun.elapsed() < LONG, "no reset");
+            // Each parks his queue.
+            owners.iter_mut().for_each(Owner::wait);
+        }
+        owners[of].iter_mut().for_each(|owner| assert_eq!(owner.result(1), Ok(())));
+    };
+    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldCompletion);
+    bench.sim.fault(When::any(), Does::HoldData);
+    assert_eq!(owners[0].run(read(0, 8), &page(0)), Ok(()), "done again after its abort");
+    for nth in [1, 2] {
+        bench.sim.fault(When::any().on(nth + 1), Does::Foreign(9999));
+        owners[usize::from(nth)].start(1, Op::Flush, &[]);
+    }
+    assert!(bench.sim.await_taken(4, LONG));
+    // The controller posts what it has completed before it takes another command.
+    assert_eq!(owners[0].run(Op::Flush, &[]), Ok(()));
+    owners[1..].iter_mut().for_each(Owner::look);
+    bench.sim.release();
+    await_results(&mut owners, 1..3);
+    // What was reported before it the keeper has dealt with before it deals with this.
+    bench.sim.fault(When::any().on(1), Does::Foreign(9999));
+    owners[0].start(1, Op::Flush, &[]);
+    await_results(&mut owners, 0..1);
+    assert_eq!((bench.drive().health().resets, bench.sim.enabled()), (2, 3));
+}
+
 #[test]
 fn a_completion_that_belongs_to_nobody_is_answered_by_a_reset() {
     for does in [Does::Twice, Does::Foreign(9999), Does::Foreign(100)] {

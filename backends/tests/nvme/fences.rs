@@ -5,6 +5,7 @@ use passgate_backends::nvme::sim::{Does, Turn, When};
 use passgate_backends::{Device, FenceStep, Unmap};
 use rustix::io::Errno;
 
+use super::interrupted::Interrupted;
 use super::*;
 
 pub(super) const STRONG: [FenceStep; 3] = [FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
@@ -119,6 +120,7 @@ fn an_attach_that_fails_leaves_the_drive_fenced_and_the_next_one_brings_it_back(
     (0..3).for_each(|_| bench.sim.next_enable(Turn::Fatal));
     assert!(bench.drive().attach().is_err());
     assert_eq!(owner.submit(2, read(0, 8), &page(0)), Submitted::Closed);
+    assert!(bench.drive().window().is_paused(), "an owner who was about to begin would be let in");
     assert!(owner.results.is_empty());
     bench.drive().attach().unwrap();
     assert_eq!(owner.result(1), Ok(()));
@@ -136,7 +138,9 @@ fn nothing_stays_for_ever_with_a_drive_that_is_not_attached_again() {
     owner.look();
     (0..3).for_each(|_| bench.sim.next_enable(Turn::Fatal));
     assert!(bench.drive().attach().is_err(), "not by this one either");
+    let begun = Instant::now();
     while owner.results.is_empty() {
+        assert!(begun.elapsed() < LONG, "it stays");
         owner.sleep();
     }
     assert_eq!(owner.result(1), Err(Fault::Withheld));
@@ -206,4 +210,74 @@ fn a_fence_in_the_middle_of_a_recovery_is_no_reason_to_give_the_drive_up() {
         attached.max(2 * fenced)
     };
     STRONG.into_iter().for_each(|step| is_at_once(step, Duration::from_secs(2), fence_and_attach));
+}
+
+/// The next owner's commands are the first of a queue that the controller has anew.
+#[test]
+fn queue_that_was_given_back_before_a_reset_begins_anew_after_it() {
+    for step in STRONG {
+        let bench = Bench::patient(Options::default(), 1);
+        let mut first = bench.owner(0);
+        for nth in 0..3 {
+            assert_eq!(first.run(write(nth * 8, 8), &page(nth)), Ok(()));
+        }
+        drop(first);
+        bench.drive().fence(step).unwrap();
+        bench.drive().attach().unwrap();
+        let mut second = bench.owner(0);
+        let bytes = bench.fill(&page(0), 1);
+        assert_eq!(second.run(write(0, 8), &page(0)), Ok(()));
+        assert_eq!(bench.sim.medium().read(0, 8), bytes);
+        assert_eq!((bench.sim.taken(), bench.sim.enabled()), (4, 2), "{step:?}: old commands again");
+    }
+}
+
+/// A drain of a drive that is fenced changes nothing about it. The last write of a recovery is the one after which nothing
+/// is left but to let the drive go on.
+#[test]
+fn drive_fenced_at_any_write_of_a_recovery_stays_stopped_until_the_attach() {
+    for steps in [&[FenceStep::Master][..], &[FenceStep::Detach, FenceStep::Drain]] {
+        let writes = (1..).take_while(|writes| recovery_fenced_after(*writes, steps)).count();
+        assert!(writes > 0, "{steps:?}: no recovery was fenced");
+    }
+}
+
+/// Fences a drive by `steps` after so many register writes of a recovery; false where it has fewer.
+fn recovery_fenced_after(writes: u64, steps: &[FenceStep]) -> bool {
+    let mut wrapped = None;
+    let bench = Bench::behind(Options::default(), 1, LONG, |registers| {
+        let interrupted = Interrupted::new(registers);
+        wrapped = Some(Arc::clone(&interrupted));
+        interrupted
+    });
+    let (interrupted, mut owner) = (wrapped.unwrap(), bench.owner(0));
+    let bytes = bench.fill(&page(0), writes);
+    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(When::any(), Does::Foreign(9999));
+    interrupted.fence_after(writes, bench.drive(), steps);
+    owner.start(1, write(0, 8), &page(0));
+    owner.start(2, Op::Flush, &[]);
+    let begun = Instant::now();
+    let fenced = loop {
+        assert!(begun.elapsed() < LONG, "the controller is not reset");
+        owner.wait();
+        match interrupted.outcome() {
+            Some(outcome) => break outcome,
+            None if owner.results.len() == 2 => return false,
+            None => {}
+        }
+    };
+    fenced.unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < SHORT {
+        owner.wait();
+    }
+    assert!(owner.results.is_empty(), "{steps:?} after {writes} writes: {:?}", owner.results);
+    std::thread::scope(|scope| {
+        let attached = scope.spawn(|| bench.drive().attach());
+        assert_eq!((owner.result(1), owner.result(2)), (Ok(()), Ok(())), "{steps:?} after {writes} writes");
+        attached.join().unwrap().unwrap();
+    });
+    assert_eq!(bench.sim.medium().read(0, 8), bytes);
+    true
 }

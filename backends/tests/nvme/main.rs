@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use passgate_backends::iommu::sim::{Memory, Sim};
 use passgate_backends::nvme::sim::{Options, Simulated};
-use passgate_backends::nvme::{Drive, DriveOptions, Fault, Op, Queue, Submitted};
+use passgate_backends::nvme::{Drive, DriveOptions, Fault, Op, Queue, Registers, Submitted};
 use passgate_backends::{Domain, Segment, Windowed};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 mod exerciser;
 mod faults;
 mod fences;
+mod interrupted;
 mod loads;
 mod trips;
 mod window;
@@ -60,12 +61,22 @@ impl Bench {
     }
 
     fn with_deadline(options: Options, queues: u16, deadline: Duration) -> Self {
+        Self::behind(options, queues, deadline, |registers| registers)
+    }
+
+    /// A bench whose driver accesses the controller's registers through what `wrap` makes of them.
+    fn behind(
+        options: Options,
+        queues: u16,
+        deadline: Duration,
+        wrap: impl FnOnce(Arc<dyn Registers>) -> Arc<dyn Registers>,
+    ) -> Self {
         let budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let sim = Simulated::new(&domain, options).unwrap();
         let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
         let options = DriveOptions { queues, deadline, ..DriveOptions::default() };
-        let drive = Drive::open(sim.registers(), &shared, options).unwrap();
+        let drive = Drive::open(wrap(sim.registers()), &shared, options).unwrap();
         let windowed = Windowed::new(shared, Arc::clone(drive.window())).with_patience(SHORT);
         let memory = Arc::new(GuestFile::memfd("guest", PAGES * PAGE).unwrap());
         let bench =

@@ -238,6 +238,21 @@ fn a_request_that_is_longer_than_a_queue_is_done_in_turns() {
     }
 }
 
+/// A turn has half of a queue of eight entries: four commands of two pages.
+#[test]
+fn fault_of_any_turn_ends_the_request_with_its_status() {
+    let bench = Bench::patient(Options { entries: 8, mdts: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let whole = [segment(0, 64 * PAGE as u32)];
+    for (failing, turns) in [(1u64, 1), (4, 1), (5, 2), (18, 5), (32, 8)] {
+        let before = bench.sim.taken();
+        bench.sim.fault(When::io(opcode::WRITE).nth(failing), Does::Status(0x281));
+        assert_eq!(owner.run(write(0, 512), &whole), Err(Fault::Status(0x281)), "command {failing}");
+        assert_eq!(bench.sim.taken() - before, 4 * turns, "command {failing}: it went on");
+    }
+    assert_eq!(owner.run(write(0, 512), &whole), Ok(()));
+}
+
 /// Whatever comes between two turns: nothing of it is lost, and nobody waits for the turns that are to come.
 #[test]
 fn what_comes_between_two_turns_loses_nothing() {

@@ -287,3 +287,30 @@ pub(super) enum Doorbell {
     /// A completion queue's head.
     Completion = 1,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::sim::{Does, Options, Simulated, When, opcode};
+    use super::*;
+    use crate::iommu::sim::{Memory, Sim};
+
+    /// What the late one says would be taken for what the next one has come to.
+    #[test]
+    fn late_completion_of_a_command_that_was_given_up_ends_no_later_command() {
+        const INVALID_NAMESPACE: u16 = 0x0b;
+        let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
+        let sim = Simulated::new(&domain, Options::default()).unwrap();
+        let mut controller =
+            Controller::open(sim.registers(), &(Arc::new(domain) as Arc<dyn Domain>)).unwrap();
+        controller.reset().unwrap();
+        controller.come_up().unwrap();
+        sim.fault(When::admin(opcode::SET_FEATURES), Does::HoldData);
+        assert_eq!(controller.run(Command::queues(1)).unwrap(), None);
+        assert_eq!(sim.release(), 1);
+        let to = controller.memory.iova(IN);
+        for (namespace, status) in [(2, INVALID_NAMESPACE), (1, 0), (2, INVALID_NAMESPACE)] {
+            let completion = controller.run(Command::identify(namespace, to)).unwrap().unwrap();
+            assert_eq!(completion.status, status, "namespace {namespace}");
+        }
+    }
+}

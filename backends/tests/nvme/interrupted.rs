@@ -1,0 +1,82 @@
+//! A controller's registers, with a fence right after one of the writes to them: in the middle of what the driver's own
+//! thread does, wherever a test wants it.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Weak;
+
+use passgate_backends::{Device, Error, FenceStep, Result};
+
+use super::*;
+
+/// The registers.
+#[derive(Debug)]
+pub(super) struct Interrupted {
+    registers: Arc<dyn Registers>,
+    fence: Mutex<Option<FenceAfter>>,
+    outcome: Mutex<Option<Result<(), Error>>>,
+}
+
+/// Fences of a drive, and the number of writes until they come.
+#[derive(Debug)]
+struct FenceAfter {
+    writes: u64,
+    drive: Weak<Drive>,
+    steps: Vec<FenceStep>,
+}
+
+impl Interrupted {
+    pub(super) fn new(registers: Arc<dyn Registers>) -> Arc<Self> {
+        Arc::new(Self { registers, fence: Mutex::default(), outcome: Mutex::default() })
+    }
+
+    /// Fences `drive` by `steps` in turn after the `writes`th write from now on. Doorbells of I/O queues do not count.
+    pub(super) fn fence_after(&self, writes: u64, drive: &Arc<Drive>, steps: &[FenceStep]) {
+        let after = FenceAfter { writes, drive: Arc::downgrade(drive), steps: steps.to_vec() };
+        *lock(&self.fence) = Some(after);
+    }
+
+    /// The result of the fences, once they have come.
+    pub(super) fn outcome(&self) -> Option<Result<(), Error>> {
+        lock(&self.outcome).take()
+    }
+}
+
+impl Registers for Interrupted {
+    fn device(&self) -> &Arc<dyn Device> {
+        self.registers.device()
+    }
+
+    fn get(&self, at: u64) -> Result<u32> {
+        self.registers.get(at)
+    }
+
+    fn set(&self, at: u64, value: u32) -> Result<()> {
+        self.registers.set(at, value)?;
+        let due = lock(&self.fence).take_if(|fence| {
+            fence.writes -= 1;
+            fence.writes == 0
+        });
+        let Some(FenceAfter { drive, steps, .. }) = due else { return Ok(()) };
+        // A drive that is being closed has no user who would fence it.
+        let Some(drive) = drive.upgrade() else { return Ok(()) };
+        let outcome = steps.into_iter().try_for_each(|step| drive.fence(step));
+        *lock(&self.outcome) = Some(outcome);
+        Ok(())
+    }
+
+    fn ring(&self, at: u64, value: u32) -> Result<()> {
+        self.registers.ring(at, value)
+    }
+
+    fn vectors(&self) -> Result<u32> {
+        self.registers.vectors()
+    }
+
+    fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        self.registers.interrupts(eventfds)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
