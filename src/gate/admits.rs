@@ -101,7 +101,7 @@ mod tests {
     impl World {
         /// Sixteen pages at 16, of which nothing is mapped yet.
         fn new(writable: bool) -> Self {
-            let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
+            let able = Able { max_mappings: 10_000, max_piece: 1 << 30, cut: false, replace: false };
             let mut world = Self { gate: Gate::new(Policy::default()), effects: Vec::new() };
             world.tell(Event::DomainAdded { domain: DomainId(0), able });
             world.add(16, 0, writable);
@@ -113,8 +113,11 @@ mod tests {
         }
 
         fn add(&mut self, page: u64, offset: u64, writable: bool) {
+            self.add_pages(range(page, 16), offset, writable);
+        }
+
+        fn add_pages(&mut self, gpa: PageRange<Gpa>, offset: u64, writable: bool) {
             let backing = Backing { file: FILE, offset: Offset(offset * PAGE) };
-            let gpa = range(page, 16);
             let (piece, initial) = (PAGE, PageState::Shared);
             let spec = RegionSpec { gpa, backing, writable, piece, page: PAGE, initial };
             self.tell(Event::AddRegion { caller: CALLER, spec });
@@ -197,6 +200,28 @@ mod tests {
     }
 
     #[test]
+    fn a_range_over_regions_waits_for_a_conversion_in_either_of_them() {
+        for page in [31, 32] {
+            let mut world = World::new(true);
+            world.add(32, 16, true);
+            world.all_goes_well();
+            world.begin(page, 1, PageState::Private);
+            assert_eq!(world.gate.admits(range(30, 4), true), Later, "{page}");
+        }
+    }
+
+    #[test]
+    fn a_region_that_is_mapped_in_turns_is_waited_for_to_its_end() {
+        let mut world = World::new(true);
+        world.all_goes_well();
+        world.add_pages(range(64, 2048), 64, true);
+        assert!(world.gate.live(DomainId(0)).iter().all(|live| live.end() <= range(64, 1).start()));
+        assert_eq!((world.says(64), world.says(64 + 2047)), (Later, Later));
+        world.all_goes_well();
+        assert_eq!(world.gate.admits(range(64, 2048), true), Open);
+    }
+
+    #[test]
     fn a_conversion_is_waited_for_and_then_it_is_what_it_became() {
         for (to, after) in [(PageState::Private, Never), (PageState::Hole, Never), (PageState::Shared, Later)]
         {
@@ -256,6 +281,20 @@ mod tests {
         assert_eq!(world.says(20), Later);
         world.all_goes_well();
         assert_eq!(world.says(20), Open);
+    }
+
+    #[test]
+    fn a_range_with_a_quarantined_page_is_wrong_whatever_else_is_under_way_in_it() {
+        for (lost, open) in [(20, 22), (22, 20)] {
+            let mut world = World::new(true);
+            world.all_goes_well();
+            let id = world.begin(lost, 1, PageState::Private);
+            world.all_goes_well();
+            world.end(id, Outcome::Unknown { errno: 5, offset: 0 });
+            world.begin(open, 1, PageState::Private);
+            assert_eq!((world.says(lost), world.says(open)), (Never, Later));
+            assert_eq!(world.gate.admits(range(20, 4), true), Never, "{lost}, {open}");
+        }
     }
 
     #[test]

@@ -307,3 +307,6 @@ impl Gate {
         pages
     }
 }
+
+#[cfg(test)]
+mod tests;

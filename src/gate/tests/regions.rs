@@ -1,0 +1,79 @@
+//! How memory comes, and how it goes.
+
+use super::*;
+
+/// Pages in mappings of one page: more than one effect maps.
+const MANY: u64 = 2048;
+
+#[test]
+fn quarantined_page_in_a_long_region_leaves_what_is_behind_it_mapped() {
+    for page in [500, 1023, 1024, 1500] {
+        let mut world = World::new(Policy::default(), &[SPLITS]);
+        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+        let invalidation = InvalidationId(1);
+        world.tell(Event::Quarantine { file: FILE, range: range(page, 1), invalidation, reason });
+        world.add(0, MANY, 0, 1);
+        world.settle();
+        assert_eq!(world.live(0), [(0, page), (page + 1, MANY - page - 1)]);
+    }
+}
+
+#[test]
+fn nothing_more_is_mapped_of_a_region_of_which_a_part_failed() {
+    let refused = Refusal::MapFailed { errno: 12 };
+    let half = Refusal::HalfMapped { errno: 12 };
+    for (result, refusal) in
+        [(MapResult::Refused { errno: 12 }, refused), (MapResult::Unknown { errno: 12 }, half)]
+    {
+        let mut world = World::new(Policy::default(), &[SPLITS]);
+        world.add(0, MANY, 0, 1);
+        let Some(Effect::Map { job, .. }) = world.take(is_map) else { panic!("{:?}", world.calls) };
+        world.tell(Event::Mapped { job, result });
+        assert!(!world.calls.iter().any(is_map), "{result:?}: {:?}", world.calls);
+        world.settle();
+        assert_eq!(world.answers().collect::<Vec<_>>(), [&Answer::Refused(refusal)]);
+        assert!(world.gate.snapshot().regions.is_empty(), "{result:?}");
+    }
+}
+
+#[test]
+fn region_stays_while_a_conversion_is_open_behind_a_quarantined_page() {
+    for (lost, open) in [(1, 5), (5, 1)] {
+        let mut world = World::new(Policy::default(), &[SPLITS]);
+        let region = world.add(0, 8, 0, 1);
+        world.settle();
+        let id = world.begin(&[(lost, 1)], PageState::Private);
+        world.settle();
+        world.end(id, Outcome::Unknown { errno: 5, offset: 0 });
+        let invalidation = world.begin(&[(open, 1)], PageState::Private);
+        world.settle();
+        world.tell(Event::RemoveRegion { caller: OWNER, region });
+        let busy = Refusal::Busy { invalidation, gpa: Gpa(open * PAGE) };
+        assert_eq!(world.answers().last(), Some(&Answer::Refused(busy)));
+        world.end(invalidation, Outcome::Committed);
+        world.tell(Event::RemoveRegion { caller: OWNER, region });
+        world.settle();
+        assert_eq!(world.answers().last(), Some(&Answer::RegionRemoved { region }));
+    }
+}
+
+#[test]
+fn region_that_could_not_be_removed_is_closed_once_a_conversion_has_taken_its_last_page() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    let all = world.add(0, 8, 0, 1);
+    let alias = world.add(64, 1, 3, 1);
+    world.settle();
+    world.tell(Event::RemoveRegion { caller: OWNER, region: alias });
+    while let Some(unmap) = world.take(is_unmap) {
+        world.unmapped(&unmap, UnmapResult::Failed { errno: 16, bytes: 0 });
+    }
+    assert_eq!(world.quarantine(), [(3, 1, Cause::UnmapFailed)]);
+    let invalidation = InvalidationId(world.gate.last().1);
+    world.tell(Event::Release { caller: OWNER, invalidation, to: PageState::Shared });
+    let id = world.begin(&[(3, 1)], PageState::Private);
+    world.settle();
+    assert_eq!(world.verdict(id), Some(Verdict::Done));
+    let regions: Vec<_> = world.gate.snapshot().regions.iter().map(|status| status.region).collect();
+    assert_eq!(regions, [all]);
+    assert!(world.said.contains(&Effect::Notice(Notice::RegionClosed { region: alias })));
+}
