@@ -61,6 +61,11 @@ impl SimDevice {
         self.each_page(iova, size_of::<u64>(), true, |file, offset, _| file.store(offset, word))
     }
 
+    /// False while it is out of its domain.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.domain.is_attached(self.port)
+    }
+
     fn fail(&self, call: &'static str, errno: Errno) -> Error {
         Error::Device { device: self.name.clone(), source: Failed::new(call, errno), mend: "" }
     }

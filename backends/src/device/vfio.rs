@@ -240,6 +240,14 @@ impl VfioDevice {
         domain.attach(cdev).map_err(|failed| self.failed(failed))
     }
 
+    /// False where a replace of the domain's that failed has left the device detached.
+    pub(super) fn is_attached(&self) -> bool {
+        match &self.seat {
+            Seat::Cdev { cdev, domain } => domain.is_attached(cdev),
+            Seat::Group { .. } => true,
+        }
+    }
+
     /// Lets the device issue requests.
     fn run(&self) -> Result<()> {
         if self.stop.has(FenceStep::Stop) {

@@ -144,6 +144,15 @@ impl IommufdDomain {
             Kept::Two(standby) => standby.detach(cdev),
         }
     }
+
+    /// False where a replace that failed has left the device detached.
+    pub(crate) fn is_attached(&self, cdev: &Arc<Cdev>) -> bool {
+        match &self.kept {
+            // Its devices never move.
+            Kept::One { .. } => true,
+            Kept::Two(standby) => standby.is_attached(cdev),
+        }
+    }
 }
 
 impl Domain for IommufdDomain {

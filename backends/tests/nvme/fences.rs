@@ -282,3 +282,70 @@ fn recovery_fenced_after(writes: u64, steps: &[FenceStep]) -> bool {
     assert_eq!(bench.sim.medium().read(0, 8), bytes);
     true
 }
+
+/// Takes the device out of its domain as a replace that failed does: its driver is not told.
+fn strand(bench: &Bench) {
+    bench.sim.registers().device().fence(FenceStep::Detach).unwrap();
+}
+
+#[test]
+fn attach_brings_back_a_device_that_a_failed_replace_has_left_detached() {
+    for drained in [false, true] {
+        let bench = Bench::patient(Options::default(), 1);
+        let mut owner = bench.owner(0);
+        let expected = bench.fill(&page(0), 1);
+        if drained {
+            bench.drive().fence(FenceStep::Drain).unwrap();
+            bench.drive().attach().unwrap();
+            assert_eq!(bench.domain.calls(Call::Attach), 0, "a drain leaves it in its domain");
+            bench.drive().fence(FenceStep::Drain).unwrap();
+        } else {
+            bench.sim.fault(When::any(), Does::HoldData);
+            owner.start(1, write(0, 8), &page(0));
+            assert!(bench.sim.await_held(1, LONG));
+        }
+        strand(&bench);
+        owner.look();
+        std::thread::scope(|scope| {
+            let attached = scope.spawn(|| bench.drive().attach());
+            if drained {
+                owner.await_open();
+                owner.start(1, write(0, 8), &page(0));
+            }
+            assert_eq!(owner.result(1), Ok(()));
+            attached.join().unwrap().unwrap();
+        });
+        assert_eq!(bench.domain.calls(Call::Attach), 1, "drained: {drained}");
+        assert_eq!(bench.sim.medium().read(0, 8), expected);
+    }
+}
+
+#[test]
+fn command_timeout_on_a_device_left_detached_does_not_lose_the_drive() {
+    let bench = Bench::new(Options { patience: 1, ..Options::default() }, 1);
+    let mut owner = bench.owner(0);
+    let expected = bench.fill(&page(0), 1);
+    strand(&bench);
+    owner.start(1, write(0, 8), &page(0));
+    // The keeper cannot abort the command either, and stops the drive.
+    while !bench.drive().window().is_paused() {
+        owner.wait();
+    }
+    bench.drive().attach().unwrap();
+    assert_eq!(owner.result(1), Ok(()));
+    assert_eq!(bench.sim.medium().read(0, 8), expected);
+    assert!(!bench.drive().health().lost);
+}
+
+#[test]
+fn nothing_stays_for_ever_with_a_drive_whose_device_is_left_detached() {
+    let bench = Bench::new(Options::default(), 1);
+    let mut owner = bench.owner(0);
+    strand(&bench);
+    owner.start(1, write(0, 8), &page(0));
+    while owner.results.is_empty() {
+        owner.sleep();
+    }
+    assert_eq!(owner.result(1), Err(Fault::Withheld));
+    assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
+}

@@ -415,6 +415,39 @@ impl Inner {
         Ok(())
     }
 
+    /// Stops the device by `step`. What was in flight counts no more once that is done.
+    fn stop(&self, step: FenceStep) -> Result<()> {
+        {
+            let mut mode = self.mode();
+            *mode = Mode::Fenced;
+            self.window.pause();
+            let life = self.life();
+            if life.is_up() {
+                self.set_life(life.with(Life::HALTED));
+            }
+        }
+        self.registers.device().fence(step)?;
+        self.window.void();
+        self.stopped.store(now().max(1), Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes a drive whose device is not in its domain a fenced one, and returns true for it: a replace that failed has left
+    /// it detached (`iommu/iommufd/seats.rs`), which its driver was not told.
+    pub(super) fn stop_detached(&self) -> bool {
+        let detached = !self.registers.is_attached() && *self.mode() != Mode::Fenced;
+        if detached {
+            log::warn!(
+                "{}: it was left detached from its domain: it is stopped until it is attached",
+                self.name
+            );
+            if let Err(error) = self.stop(FenceStep::Detach) {
+                log::warn!("{error}");
+            }
+        }
+        detached
+    }
+
     /// Takes the queues from the controller and brings it up anew, with what `between` does while it is down.
     pub(super) fn revive(&self, controller: &mut Controller, between: impl Fn() -> Result<()>) -> Result<()> {
         self.halt()?;
@@ -475,24 +508,13 @@ impl Device for Drive {
         if !device.stop_class().has(step) {
             return device.fence(step); // which says so
         }
-        {
-            let mut mode = inner.mode();
-            *mode = Mode::Fenced;
-            inner.window.pause();
-            let life = inner.life();
-            if life.is_up() {
-                inner.set_life(life.with(Life::HALTED));
-            }
-        }
-        device.fence(step)?;
-        inner.window.void();
-        inner.stopped.store(now().max(1), Ordering::Release);
-        Ok(())
+        inner.stop(step)
     }
 
     fn attach(&self) -> Result<()> {
         let inner = &self.inner;
         let mut controller = inner.control();
+        inner.stop_detached();
         {
             let mut mode = inner.mode();
             if *mode != Mode::Fenced && inner.life().is_up() {

@@ -57,6 +57,10 @@ impl Inner {
         if self.life() != life {
             return; // it has another life by now, or none
         }
+        // Out of its domain it cannot come up: the attach brings it up anew.
+        if self.stop_detached() {
+            return;
+        }
         log::warn!("{}: {why}: the controller is reset", self.name);
         // An owner who is held up elsewhere is waited for, and nobody else has to wait for that.
         while let Err(error) = self.halt() {

@@ -40,6 +40,10 @@ pub trait Registers: Send + Sync + fmt::Debug {
     /// The device that it is a part of.
     fn device(&self) -> &Arc<dyn Device>;
 
+    /// False where its domain has left the device detached, because it did not move to another page table. While a fence
+    /// has detached it, it may say either.
+    fn is_attached(&self) -> bool;
+
     /// Reads the 32-bit register at `at`.
     fn get(&self, at: u64) -> Result<u32>;
 
@@ -98,6 +102,10 @@ impl Bar {
 impl Registers for Bar {
     fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    fn is_attached(&self) -> bool {
+        self.vfio.is_attached()
     }
 
     fn get(&self, at: u64) -> Result<u32> {

@@ -93,6 +93,12 @@ impl<D: Movable> Seats<D> {
         Ok(())
     }
 
+    /// False for a device that was detached, or that a failed switch has left so.
+    pub(super) fn is_attached(&self, cdev: &Arc<D>) -> bool {
+        let inner = self.lock();
+        inner.place(cdev).is_some_and(|at| inner.seats[at].attached)
+    }
+
     /// Moves every attached device to the table of the IOAS `to` of the two. If one does not move, all go back to
     /// where they were; one that does not even do that stays detached, its DMA blocked, until it is attached again.
     pub(super) fn switch(&self, to: usize) -> Result<(), Failed> {

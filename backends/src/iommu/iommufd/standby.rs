@@ -63,6 +63,10 @@ impl<D: Movable> Standby<D> {
         self.seats.detach(cdev)
     }
 
+    pub(super) fn is_attached(&self, cdev: &Arc<D>) -> bool {
+        self.seats.is_attached(cdev)
+    }
+
     /// Maps by `one` in the IOAS that it is given, and copies that into the other.
     pub(super) fn map(
         &self,

@@ -241,6 +241,10 @@ impl Shared {
         self.lock().ports.get(port).is_some_and(Port::reaches)
     }
 
+    pub(crate) fn is_attached(&self, port: usize) -> bool {
+        self.lock().ports.get(port).is_some_and(|port| port.attached)
+    }
+
     pub(crate) fn set_attached(&self, port: usize, attached: bool) {
         if let Some(port) = self.lock().ports.get_mut(port) {
             port.attached = attached;

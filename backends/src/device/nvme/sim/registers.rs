@@ -97,6 +97,10 @@ impl Registers for Wires {
         &self.device
     }
 
+    fn is_attached(&self) -> bool {
+        self.core.port.is_attached()
+    }
+
     fn get(&self, at: u64) -> Result<u32> {
         let mut machine = self.core.lock();
         if machine.gone {

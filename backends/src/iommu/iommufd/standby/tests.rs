@@ -319,9 +319,12 @@ fn a_device_that_neither_moves_nor_comes_back_stays_out_until_it_is_attached() {
     let failed = Unmap::Failed { errno: Errno::NOMEM, bytes: 0 };
     assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), failed);
     assert!(scene.failed() && scene.sees(&scene.devices[0]).is_none());
+    let attached = || [0, 1].map(|nth| scene.standby.is_attached(&scene.devices[nth]));
+    assert_eq!(attached(), [false, true]);
     assert_eq!(scene.standby.replace(&*scene.kernel, &gone()), Unmap::Gone { bytes: 5 * PAGE });
     assert_eq!((scene.sees(&scene.devices[0]), scene.sees(&scene.devices[1])), (None, Some(left())));
     scene.standby.attach(&*scene.kernel, &scene.devices[0]).unwrap();
+    assert_eq!(attached(), [true, true]);
     scene.is(&left());
 }
 
