@@ -4,6 +4,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use passgate_bindings::{Gpa, PAGE, PageRange};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 
+use super::fdstore::{FdStore, Name};
 use super::*;
 use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
 use crate::observe::records::StateOptions;
@@ -58,14 +60,25 @@ fn pages(first: u64, count: u64) -> PageRange<Gpa> {
 impl World {
     /// A domain without a device, and a file that is in no region yet.
     fn new(counts_partial: bool) -> Self {
+        Self::with_hold(counts_partial, None)
+    }
+
+    fn with_hold(counts_partial: bool, hold: Option<Hold>) -> Self {
         let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
         let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(Stopped(Mutex::new(Instant::now())));
         let domain = Arc::new(sim.clone());
         let session =
-            Session::new(Policy::default(), domain, vec![], Trust::default(), clock.clone(), None, None);
+            Session::new(Policy::default(), domain, vec![], Trust::default(), clock.clone(), None, hold);
         let file = GuestFile::memfd("border", PAGES * PAGE).unwrap();
         Self { session, sim, clock, file, answers: vec![], notices: vec![], refused: vec![] }
+    }
+
+    /// A session that outlives its process, and the names that it has the service manager keep no longer.
+    fn kept() -> (Self, Receiver<Name>) {
+        let (store, removed) = FdStore::detached();
+        let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine: None };
+        (Self::with_hold(false, Some(hold)), removed)
     }
 
     /// The same, with the file at address 0 as client 1's.
@@ -189,6 +202,69 @@ fn a_map_whose_file_is_not_held_fails_and_is_told() {
     assert!(matches!(world.take_answers()[..], [(_, Answer::Ended { .. })]));
     let failed = |notice: &Notice| matches!(notice, Notice::MapFailed { errno: 9, .. });
     assert!(world.notices.iter().any(failed), "{:?}", world.notices);
+}
+
+/// A service manager that takes its time: the file's last region goes after the file was put, and before its new one is added.
+#[test]
+fn file_that_is_being_added_stays_with_the_service_manager_when_its_last_region_goes() {
+    let (mut world, removed) = World::kept();
+    world.add(1, 0);
+    world.settle();
+    world.add(2, 100);
+    let examined = world.call().unwrap().run();
+    world.session.handle(Event::RemoveRegion { caller: caller(1, 2), region: RegionId(1) });
+    world.settle();
+    assert!(world.session.files.get(world.file_id()).is_none(), "no region has it");
+    world.session.returned(examined);
+    world.settle();
+    assert!(world.session.files.get(world.file_id()).is_some());
+    assert_eq!(removed.try_iter().collect::<Vec<_>>(), []);
+    // Not for ever.
+    world.session.handle(Event::RemoveRegion { caller: caller(2, 3), region: RegionId(2) });
+    world.settle();
+    assert_eq!(removed.try_iter().collect::<Vec<_>>(), [Name::Memory(world.file_id())]);
+}
+
+#[test]
+fn file_that_is_refused_or_unwanted_after_its_last_region_went_is_kept_no_longer() {
+    for unwanted in [false, true] {
+        let (mut world, removed) = World::kept();
+        world.add(1, 0);
+        world.settle();
+        // The file ends before this region does.
+        let memory = AddMemory::shared(100 * PAGE, 2 * PAGES * PAGE);
+        world.session.add_memory(caller(2, 1), memory, vec![world.fd()]);
+        let examined = world.call().unwrap().run();
+        world.session.handle(Event::RemoveRegion { caller: caller(1, 2), region: RegionId(1) });
+        world.settle();
+        assert_eq!(removed.try_iter().collect::<Vec<_>>(), []);
+        match examined {
+            Returned::Examined { files, .. } if unwanted => world.session.unwanted(files),
+            examined => world.session.returned(examined),
+        }
+        world.settle();
+        assert_eq!(world.refused.len(), usize::from(!unwanted));
+        assert_eq!(removed.try_iter().collect::<Vec<_>>(), [Name::Memory(world.file_id())]);
+    }
+}
+
+/// Its file was put, and nobody adds it any more.
+#[test]
+fn file_of_a_client_that_died_while_it_was_examined_is_kept_no_longer() {
+    let (mut world, removed) = World::kept();
+    world.add(2, 0);
+    let Returned::Examined { files, .. } = world.call().unwrap().run() else { panic!("it was examined") };
+    world.session.handle(Event::ClientGone { client: ClientId(2) });
+    world.settle();
+    world.session.unwanted(files);
+    assert_eq!(removed.try_iter().collect::<Vec<_>>(), [Name::Memory(world.file_id())]);
+    // Another's region of the same file needs it.
+    world.add(1, 0);
+    world.settle();
+    world.add(2, 100);
+    let Returned::Examined { files, .. } = world.call().unwrap().run() else { panic!("it was examined") };
+    world.session.unwanted(files);
+    assert_eq!(removed.try_iter().collect::<Vec<_>>(), []);
 }
 
 /// Whoever asked for it and went away leaves nothing open.

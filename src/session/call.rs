@@ -15,7 +15,7 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Session;
-use super::fdstore::{FdStore, Name};
+use super::fdstore::{Claim, FdStore, Name};
 use super::joined::{self, Share};
 use crate::gate::{
     Caller, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Nature, Outcome,
@@ -134,6 +134,8 @@ pub struct Examined {
     pub(super) fd: OwnedFd,
     /// What it is, or why it will not do.
     pub(super) file: Result<Identity, FileError>,
+    /// Where it was put: the claim of its name, until it is known whether the file is needed.
+    pub(super) claim: Option<Claim>,
 }
 
 impl Examined {
@@ -305,14 +307,15 @@ impl Call {
                 with(news(&*device, id, believed), Event::Attached { job, errno })
             }
             Self::Examine { caller, memory, fds, held, store } => {
-                let files = fds.into_iter().map(|fd| Examined { file: examine(&fd, &held), fd });
-                let files: Vec<_> = files.collect();
+                let files = fds.into_iter().map(|fd| Examined { file: examine(&fd, &held), fd, claim: None });
+                let mut files: Vec<_> = files.collect();
                 // Kept before the memory is added: whatever happens then, the next process has it.
-                for (nth, file) in files.iter().enumerate() {
-                    if let (Some(store), Some(name)) = (&store, file.kept_as(nth))
-                        && let Err(error) = store.put(name, file.fd.as_fd())
-                    {
-                        log::error!("guest memory is not kept ({error}): a restart will close it");
+                for (nth, file) in files.iter_mut().enumerate() {
+                    if let (Some(store), Some(name)) = (&store, file.kept_as(nth)) {
+                        file.claim = Some(store.claim(name.clone()));
+                        if let Err(error) = store.put(name, file.fd.as_fd()) {
+                            log::error!("guest memory is not kept ({error}): a restart will close it");
+                        }
                     }
                 }
                 Returned::Examined { caller, memory, files }

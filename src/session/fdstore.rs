@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use passgate_bindings::handed;
@@ -179,6 +180,34 @@ enum Ask {
 #[derive(Debug, Clone)]
 pub struct FdStore {
     keeper: Keeper,
+    claims: Claims,
+}
+
+/// The names that are claimed, and how often.
+type Claims = Arc<Mutex<BTreeMap<Name, usize>>>;
+
+/// Keeps a name from being removed until it is dropped: its file is put, and whether it is needed is not known yet. Who drops
+/// it has the name removed where it is not.
+#[derive(Debug)]
+pub struct Claim {
+    claims: Claims,
+    name: Name,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claims = lock(&self.claims);
+        if let Some(count) = claims.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                claims.remove(&self.name);
+            }
+        }
+    }
+}
+
+fn lock(claims: &Claims) -> MutexGuard<'_, BTreeMap<Name, usize>> {
+    claims.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug, Clone)]
@@ -204,14 +233,14 @@ impl FdStore {
                 Err(error) => log::error!("{error}"),
             })
             .map_err(Error::Thread)?;
-        Ok(Some(Self { keeper: Keeper::Manager(ask) }))
+        Ok(Some(Self { keeper: Keeper::Manager(ask), claims: Claims::default() }))
     }
 
     /// A store without a service manager, for a session under test: the session's owner keeps the files itself, and
     /// receives the names that are removed.
     pub fn detached() -> (Self, Receiver<Name>) {
         let (removed, names) = channel();
-        (Self { keeper: Keeper::Owner(removed) }, names)
+        (Self { keeper: Keeper::Owner(removed), claims: Claims::default() }, names)
     }
 
     /// Whether the manager says that it keeps anything: systemd does from version 254 on (`$FDSTORE`).
@@ -233,9 +262,19 @@ impl FdStore {
         told.recv_timeout(ANSWER_TIMEOUT).map_err(gone)?
     }
 
-    /// Has what is kept under this name closed there, after everything that was asked before.
+    /// Claims a name, before its file is put.
+    pub fn claim(&self, name: Name) -> Claim {
+        *lock(&self.claims).entry(name.clone()).or_default() += 1;
+        Claim { claims: Arc::clone(&self.claims), name }
+    }
+
+    /// Has what is kept under this name closed there, after everything that was asked before; not while it is claimed.
     pub fn remove(&self, name: Name) {
-        self.tell(Ask::Remove { name });
+        // Locked until it is asked: what is put after a claim is put after this.
+        let claims = lock(&self.claims);
+        if !claims.contains_key(&name) {
+            self.tell(Ask::Remove { name });
+        }
     }
 
     /// Waits until the manager has read everything that was asked before.

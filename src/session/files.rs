@@ -150,7 +150,8 @@ impl Files {
     ) -> Result<RegionSpec, BorderError> {
         let (given, wanted) = (files.len(), 1 + usize::from(memory.private));
         let mut files = files.into_iter();
-        let (Some(Examined { fd, file }), private, true) = (files.next(), files.next(), given == wanted)
+        let (Some(Examined { fd, file, claim: _claim }), private, true) =
+            (files.next(), files.next(), given == wanted)
         else {
             return Err(BorderError::Fds { given, wanted });
         };
@@ -406,7 +407,7 @@ mod tests {
     fn with_the_numbers_of(fd: OwnedFd, other: &Identity) -> Examined {
         let Identity { device, inode, .. } = *other;
         let file = identity::identify(&fd).map(|found| Identity { device, inode, ..found });
-        Examined { fd, file }
+        Examined { fd, file, claim: None }
     }
 
     #[test]
@@ -417,7 +418,7 @@ mod tests {
         let region = |gpa: u64| AddMemory::shared(gpa, 8 * PAGE);
         let examined = |fd: &OwnedFd| {
             let fd = fd.try_clone().unwrap();
-            vec![Examined { file: identity::identify(&fd), fd }]
+            vec![Examined { file: identity::identify(&fd), fd, claim: None }]
         };
         files.admit(CALLER, &region(0), examined(&one), &[], &[]).unwrap();
         files.admit(CALLER, &region(1 << 20), examined(&one), &[], &[]).unwrap();
