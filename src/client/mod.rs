@@ -78,6 +78,8 @@ pub struct Client {
     timeout: Duration,
     /// The number of calls that were given up and whose replies may still come.
     overdue: usize,
+    /// The channel of an `OpenChannel` that was given up and answered after that.
+    late_channel: Option<OwnedFd>,
 }
 
 /// How long a reply is waited for.
@@ -107,7 +109,7 @@ impl Client {
     /// Takes a connected stream socket, for a VMM that was handed one.
     pub fn from_fd(socket: OwnedFd) -> Self {
         let frames = Frames::of_at_most(MAX_REPLY);
-        Self { socket, frames, path: None, timeout: ANSWER_TIMEOUT, overdue: 0 }
+        Self { socket, frames, path: None, timeout: ANSWER_TIMEOUT, overdue: 0, late_channel: None }
     }
 
     /// Sets how long the daemon may take to answer. A call that takes as long as its work does (`AddMemory`,
@@ -130,10 +132,14 @@ impl Client {
         self.call::<Value>("RemoveMemory", &RemoveMemory { region }, &[]).map(drop)
     }
 
-    /// Opens the notification channel.
+    /// Opens the notification channel; a connection has one. Where an earlier call of this was given up, that is the one which
+    /// the daemon has opened for it.
     pub fn open_channel(&mut self) -> Result<Channel> {
-        let (_, fds) = self.round("OpenChannel", &json!({}), &[], Wait::For(self.timeout))?;
-        let fd = fds.into_iter().next();
+        let opened = self.round("OpenChannel", &json!({}), &[], Wait::For(self.timeout));
+        let fd = match self.late_channel.take() {
+            Some(late) => Some(late),
+            None => opened?.1.into_iter().next(),
+        };
         fd.map(Channel::from_fd).ok_or_else(|| Error::Protocol("OpenChannel without a descriptor".into()))
     }
 
@@ -271,6 +277,9 @@ impl Client {
             if let Some(Frame { bytes, fds }) = self.frames.take() {
                 if self.overdue > 0 {
                     self.overdue -= 1;
+                    // No other reply carries a descriptor.
+                    self.late_channel =
+                        fds.ok().and_then(|fds| fds.into_iter().next()).or(self.late_channel.take());
                     continue;
                 }
                 let reply = serde_json::from_slice(&bytes);

@@ -1,7 +1,7 @@
 //! A daemon that does not answer: every call of the library and every command ends, and says why.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use passgate::Error;
 use passgate::client::{Channel, Client, PageState};
-use passgate::protocol::{Kind, Record};
+use passgate::protocol::{Kind, Record, frame};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
@@ -111,6 +111,50 @@ fn reply_to_a_call_that_was_given_up_is_not_taken_for_that_of_the_next() {
     client.set_timeout(LONG);
     assert_eq!(client.explain(3).unwrap(), 3);
     server.join().unwrap();
+}
+
+/// The daemon opens one channel for a connection, and has opened it for the call that was given up.
+#[test]
+fn channel_whose_open_was_given_up_is_there_at_the_next_open() {
+    for other_call_between in [false, true] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::from_fd(OwnedFd::from(ours));
+        client.set_timeout(Duration::from_millis(50));
+        assert_silent(client.open_channel());
+        let server = std::thread::spawn(move || {
+            let mut theirs = theirs;
+            let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+            let (channel, given) = pair.unwrap();
+            let mut open = false;
+            loop {
+                let call = call(&mut theirs);
+                if !call.contains("OpenChannel") {
+                    if call.is_empty() {
+                        return channel;
+                    }
+                    answer(&mut theirs, "{\"receipt\":1}");
+                } else if std::mem::replace(&mut open, true) {
+                    let refusal = "{\"error\":\"io.passgate.Control.Refused\",\"parameters\":{\"message\":\"\",\"errno\":16}}\0";
+                    theirs.write_all(refusal.as_bytes()).unwrap();
+                } else {
+                    let sent = frame::send(&theirs, b"{\"parameters\":{}}\0", &[given.as_fd()]);
+                    assert!(sent.is_ok());
+                }
+            }
+        });
+        client.set_timeout(LONG);
+        if other_call_between {
+            assert_eq!(client.explain(1).unwrap(), 1);
+        }
+        let mut channel = client.open_channel().unwrap();
+        channel.submit(pages(0, 1), PageState::Private, Some(10)).unwrap();
+        // There is only one.
+        let again = client.open_channel();
+        assert!(matches!(again, Err(Error::Refused { errno: 16, .. })), "{again:?}");
+        drop(client);
+        let theirs = server.join().unwrap();
+        assert!(rustix::io::read(theirs, &mut [0; 4096]).unwrap() > 0, "it is the channel that was opened");
+    }
 }
 
 #[test]
