@@ -285,15 +285,17 @@ impl Vm {
     /// Takes what came of a call. Memory of a client that is gone meanwhile comes too late.
     pub(super) fn returned(&mut self, returned: Returned) {
         match returned {
-            Returned::Examined { caller, files, .. } if !self.connections.contains_key(&caller.client) => {
-                self.session.unwanted(files);
-            }
             Returned::Examined { caller, memory, files } => {
                 let taken = PageRange::new(memory.gpa, memory.length);
                 if taken.is_ok_and(|gpa| self.session.is_taken(gpa)) {
                     self.hang_up_the_dead();
                 }
-                self.session.returned(Returned::Examined { caller, memory, files });
+                // It may be one of these.
+                if self.connections.contains_key(&caller.client) {
+                    self.session.returned(Returned::Examined { caller, memory, files });
+                } else {
+                    self.session.unwanted(files);
+                }
             }
             returned => self.session.returned(returned),
         }

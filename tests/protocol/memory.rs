@@ -1,13 +1,18 @@
 //! `AddMemory` and `RemoveMemory`: which descriptors and ranges are taken, and which are not.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
+use passgate::Error;
 use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate_bindings::PAGE;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 
-use crate::common::{Setup, assert_refused, memory, open_files, pages, refused, substance};
+use crate::common::{Setup, alone, assert_refused, memory, open_files, pages, refused, substance};
+use crate::daemon::{Daemon, LONG};
 
 const INVAL: i32 = 22;
 const ACCES: i32 = 13;
@@ -197,4 +202,31 @@ fn a_client_that_comes_back_at_once_has_its_memory() {
         let answer = channel.begin(pages(round, 1), PageState::Shared, Some(crate::common::PATIENT_MS));
         channel.end(crate::common::granted(answer), Outcome::Committed).unwrap();
     }
+}
+
+/// Two VMMs die one after the other while the daemon is stopped; it meets the memory of the second before either end.
+#[test]
+fn memory_of_a_client_that_died_before_it_was_added_is_not_added() {
+    let _alone = alone();
+    let daemon =
+        Daemon::start(Path::new(env!("CARGO_BIN_EXE_passgate")), &["--device", "soft:0", "--no-guardian"]);
+    let (mut first, mut second) = (daemon.client(), daemon.client());
+    let memory = AddMemory::shared(0, 4 * PAGE);
+    first.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]).unwrap();
+    second.status().unwrap();
+    kill_process(daemon.pid(), Signal::STOP).unwrap();
+    let (_, stopped) = waitpid(Some(daemon.pid()), WaitOptions::UNTRACED).unwrap().unwrap();
+    assert!(stopped.stopped(), "{stopped:?}");
+    second.set_timeout(Duration::from_millis(50));
+    assert!(matches!(
+        second.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]),
+        Err(Error::NoAnswer { .. })
+    ));
+    drop((second, first));
+    kill_process(daemon.pid(), Signal::CONT).unwrap();
+    let (mut third, begun) = (daemon.client(), Instant::now());
+    while third.status().unwrap().clients > 1 {
+        assert!(begun.elapsed() < LONG, "they are gone");
+    }
+    third.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]).unwrap();
 }
