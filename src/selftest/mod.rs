@@ -201,9 +201,8 @@ fn borrow(options: &Options) -> Result<Option<Borrowed>> {
     let host = in_use::Host { sysfs, proc: Path::new("/proc"), dev: Path::new("/dev") };
     let claims =
         in_use::claim(host, address).map_err(|by| Error::InUse { device: options.device.clone(), by })?;
-    let borrowed =
-        if options.bind { Borrowed::take(sysfs, address, &options.program).map(Some) } else { Ok(None) };
-    // From here on no disk is there to be claimed by anybody.
-    drop(claims);
-    borrowed
+    if !options.bind {
+        return Ok(None);
+    }
+    Borrowed::take(sysfs, address, &options.program, claims).map(Some)
 }

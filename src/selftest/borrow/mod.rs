@@ -53,8 +53,14 @@ struct Helper {
 }
 
 impl Borrowed {
-    /// Takes the device from its driver; `program` is this program, which the helper runs.
-    pub(super) fn take(sysfs: &Path, address: PciAddress, program: &Path) -> Result<Self> {
+    /// Takes the device from its driver; `program` is this program, which the helper runs. `claims` keeps others from what
+    /// is below the device until it has lost its driver.
+    pub(super) fn take(
+        sysfs: &Path,
+        address: PciAddress,
+        program: &Path,
+        claims: impl Sized,
+    ) -> Result<Self> {
         let bus = Sysfs::new(sysfs, address);
         let device = address.to_string();
         let before = bus.read().map_err(|why| Error::Binding { device: device.clone(), why })?;
@@ -70,7 +76,10 @@ impl Borrowed {
         let helper = Helper::start(program, &order).map_err(|why| borrowed.refused(why))?;
         borrowed.helper = Some(helper);
         // Where this fails, dropping it gives back what was.
-        take(&mut borrowed.bus).map_err(|why| borrowed.refused(why))?;
+        let taken = take(&mut borrowed.bus);
+        // A node that is open keeps its disk's number from the driver that the device is given back to.
+        drop(claims);
+        taken.map_err(|why| borrowed.refused(why))?;
         Ok(borrowed)
     }
 
@@ -142,4 +151,49 @@ pub fn run() -> Result<()> {
     let device = order.device;
     give_back(&mut Sysfs::new(&order.sysfs, address), &order.before)
         .map_err(|why| Error::Binding { device, why: format!("not given back: {why}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    /// A node of a disk that is open.
+    struct Open(PathBuf);
+
+    impl Drop for Open {
+        fn drop(&mut self) {
+            fs::remove_file(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn claims_are_dropped_before_a_device_that_could_not_be_taken_is_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("bus/pci/devices/0000:04:00.0");
+        fs::create_dir_all(&device).unwrap();
+        fs::write(device.join("driver_override"), "(null)\n").unwrap();
+        // It never loses this driver: the files here are no kernel's.
+        let driver = dir.path().join("bus/pci/drivers/nvme");
+        fs::create_dir_all(&driver).unwrap();
+        symlink(&driver, device.join("driver")).unwrap();
+        // The helper takes down what is open when it is to give the device back.
+        let (node, helper, seen) =
+            (dir.path().join("node"), dir.path().join("helper"), dir.path().join("seen"));
+        let script = format!(
+            "#!/bin/sh\necho {READY}\ncat > /dev/null\nls {} > {} 2>&1\n",
+            node.display(),
+            seen.display()
+        );
+        fs::write(&helper, script).unwrap();
+        fs::set_permissions(&helper, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(&node, "").unwrap();
+        let taken =
+            Borrowed::take(dir.path(), "04:00.0".parse().unwrap(), &helper, Open(node.clone())).unwrap_err();
+        assert!(taken.to_string().contains("it went to nvme"), "{taken}");
+        let seen = fs::read_to_string(seen).unwrap();
+        assert!(seen.contains("No such file"), "{seen}");
+    }
 }
