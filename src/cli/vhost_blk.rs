@@ -100,7 +100,6 @@ impl VhostUserBlk {
         let Opened { assignment, hold, .. } = opened;
         let domain = Windowed::new(assignment.domain, Arc::clone(drive.window()));
         let domain = Arc::new(domain) as Arc<dyn Domain>;
-        let adopts = hold.is_some();
         let server = Server::holding(options, domain, assignment.devices, hold)?;
         let stopper = server.stopper()?;
         let options = vhost_blk::Options {
@@ -108,7 +107,7 @@ impl VhostUserBlk {
             queues: self.num_queues,
             read_only: self.readonly,
             polling: self.poll.into(),
-            adopts,
+            kept: server.guest_files(),
             stop_signals,
         };
         let door = Door::open(options, &drive, server.inside(), move || stopper.stop())?;

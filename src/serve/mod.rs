@@ -26,11 +26,12 @@ mod vm;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use passgate_backends::{Device, Domain};
+use passgate_bindings::memory::GuestFile;
 
 use crate::error::{Error, Result};
 use crate::gate::Policy;
@@ -176,6 +177,11 @@ impl Server {
     /// Its loop, for other threads of this process: before it runs, while it does, and after.
     pub fn inside(&self) -> Inside {
         Inside::of(&self.core)
+    }
+
+    /// The files of guest memory, where it goes on from what another had.
+    pub fn guest_files(&self) -> Vec<Weak<GuestFile>> {
+        self.vm.session.guest_files()
     }
 
     /// Serves until stopped.

@@ -1,6 +1,9 @@
 //! What a session hands on to the next process, and how it goes on from what it was handed.
 
+use std::sync::{Arc, Weak};
+
 use passgate_backends::resume::Ids;
+use passgate_bindings::memory::GuestFile;
 
 use super::Session;
 use super::fdstore::{FdStore, Kept, Name};
@@ -90,6 +93,11 @@ impl Session {
         }
         self.files.forget(file);
         self.let_go(&Name::Memory(file));
+    }
+
+    /// The files of guest memory.
+    pub fn guest_files(&self) -> Vec<Weak<GuestFile>> {
+        self.files.all().iter().map(Arc::downgrade).collect()
     }
 
     /// Whether memory of an earlier daemon's clients waits for somebody to come back for it.

@@ -112,7 +112,7 @@ impl World {
             queues: self.queues,
             read_only,
             polling,
-            adopts: false,
+            kept: Vec::new(),
             stop_signals: Vec::new(),
         };
         self.door = Some(Door::open(options, &self.drive, self.inside.clone(), || {}).unwrap());

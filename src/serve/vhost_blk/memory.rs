@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use passgate_bindings::identity::{self, FileError};
+use passgate_bindings::memory::GuestFile;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::client::{AddMemory, AdoptedRegion, Client};
 
@@ -85,6 +86,16 @@ struct Region {
     window: Arc<GuestRegionMmap>,
 }
 
+impl Region {
+    /// True where this is the region that the front-end describes. A file is this one's only where the kernel says so:
+    /// another one may have its numbers (docs/decisions/0010-file-identity.md).
+    fn is(&self, shape: Shape, numbers: (u64, u64), file: &File) -> bool {
+        let held = self.window.file_offset();
+        let same = |held: &FileOffset| identity::same_file(file, held.file()) == Ok(true);
+        self.shape == shape && self.file == numbers && held.is_some_and(same)
+    }
+}
+
 /// All regions of one front-end.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -93,14 +104,17 @@ pub(super) struct Table {
     regions: Vec<Region>,
     /// What an earlier daemon's front-end had, which a restart has kept mapped, until this one says what it has.
     adopted: Vec<AdoptedRegion>,
+    /// The files of these, and maybe others, while the session holds them.
+    kept: Vec<Weak<GuestFile>>,
 }
 
 impl Table {
-    /// An empty one. `adopts`: an earlier daemon may have left something.
-    pub(super) fn new(mut client: Client, adopts: bool) -> Self {
+    /// An empty one. `kept` are the files of what an earlier daemon has left.
+    pub(super) fn new(mut client: Client, kept: Vec<Weak<GuestFile>>) -> Self {
         // An error says that there is nothing.
-        let adopted = adopts.then(|| client.adopt().ok()).flatten();
-        Self { client, regions: Vec::new(), adopted: adopted.map(|all| all.regions).unwrap_or_default() }
+        let adopted = if kept.is_empty() { None } else { client.adopt().ok() };
+        let adopted = adopted.map(|all| all.regions).unwrap_or_default();
+        Self { client, regions: Vec::new(), adopted, kept }
     }
 
     /// Makes the table these regions. What was there and stays so is not touched. `see` is called when the workers
@@ -117,10 +131,9 @@ impl Table {
             identified.push((shape, user, file, (found.device, found.inode)));
         }
         let stays = |region: &Region| {
-            identified.iter().find(|(shape, _, _, file)| *shape == region.shape && *file == region.file)
+            identified.iter().any(|(shape, _, file, numbers)| region.is(*shape, *numbers, file))
         };
-        let (kept, gone): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.regions).into_iter().partition(|region| stays(region).is_some());
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.regions).into_iter().partition(stays);
         self.regions = kept;
         if !gone.is_empty() {
             see(self.view()?);
@@ -129,10 +142,10 @@ impl Table {
             self.let_go(region)?;
         }
         drop(gone);
-        for (shape, user, file, identity) in identified {
-            match self.regions.iter_mut().find(|region| region.shape == shape && region.file == identity) {
+        for (shape, user, file, numbers) in identified {
+            match self.regions.iter_mut().find(|region| region.is(shape, numbers, &file)) {
                 Some(region) => region.user = user,
-                None => self.take(shape, user, file, identity)?,
+                None => self.take(shape, user, file, numbers)?,
             }
         }
         see(self.view()?);
@@ -206,16 +219,21 @@ impl Table {
             return Ok(GuestMemoryMmap::new());
         }
         let mut windows: Vec<_> = self.regions.iter().map(|region| Arc::clone(&region.window)).collect();
-        windows.sort_by_key(|window| vm_memory::GuestMemoryRegion::start_addr(&**window));
+        windows.sort_by_key(|window| window.start_addr());
         GuestMemoryMmap::from_arc_regions(windows)
             .map_err(|error| MemoryError::Window { gpa: self.regions[0].shape.gpa, why: error.to_string() })
     }
 
-    fn take(&mut self, shape: Shape, user: u64, file: File, identity: (u64, u64)) -> Result<(), MemoryError> {
+    fn take(&mut self, shape: Shape, user: u64, file: File, numbers: (u64, u64)) -> Result<(), MemoryError> {
         let Shape { gpa, len, offset } = shape;
+        let is_kept = || {
+            let mut held = self.kept.iter().filter_map(Weak::upgrade);
+            held.any(|held| identity::same_file(&file, &*held) == Ok(true))
+        };
         let same = |kept: &AdoptedRegion| {
             (kept.gpa, kept.length, kept.offset, kept.writable) == (gpa, len, offset, true)
-                && (kept.device, kept.inode) == identity
+                && (kept.device, kept.inode) == numbers
+                && is_kept()
         };
         let id = match self.adopted.iter().position(same) {
             Some(kept) => self.adopted.swap_remove(kept).region,
@@ -238,7 +256,7 @@ impl Table {
                 return gone.map_err(|source| MemoryError::Gate { gpa, source }).and(Err(error));
             }
         };
-        self.regions.push(Region { shape, user, file: identity, id, window });
+        self.regions.push(Region { shape, user, file: numbers, id, window });
         Ok(())
     }
 

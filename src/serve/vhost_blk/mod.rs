@@ -27,12 +27,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use passgate_backends::nvme::Drive;
 use passgate_bindings::Failed;
+use passgate_bindings::memory::GuestFile;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -80,8 +81,8 @@ pub struct Options {
     pub read_only: bool,
     /// When workers look instead of sleeping.
     pub polling: Polling,
-    /// Whether an earlier daemon may have left memory to take over (`--restart hold`).
-    pub adopts: bool,
+    /// The files of memory that an earlier daemon may have left to take over (`--restart hold`).
+    pub kept: Vec<Weak<GuestFile>>,
     /// Signals that shut the door.
     pub stop_signals: Vec<i32>,
 }
@@ -163,7 +164,7 @@ impl Door {
         }
         let counted = Arc::new(Counted::new(Arc::clone(drive), counts));
         inside.show(Arc::downgrade(&counted));
-        let ending = Ending { stopped, drive: Arc::clone(drive), adopts: options.adopts, counted };
+        let ending = Ending { stopped, drive: Arc::clone(drive), kept: options.kept, counted };
         let run = move || {
             serve_all(&ending, entrance, &rings, &inside);
             drop(ending);
@@ -217,7 +218,7 @@ struct Ending {
     stopped: UnixStream,
     /// The kernel may want the drive back.
     drive: Arc<Drive>,
-    adopts: bool,
+    kept: Vec<Weak<GuestFile>>,
     counted: Arc<Counted>,
 }
 
@@ -354,7 +355,8 @@ fn serve_messages(
 ) {
     // Until its memory is no device's.
     let _served = ending.counted.front_end();
-    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), Table::new(client, ending.adopts))));
+    let table = Table::new(client, ending.kept.clone());
+    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), table)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
     while ending.await_ready(connection) {
         if iotlb::is_next(connection) {
