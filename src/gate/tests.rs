@@ -31,7 +31,11 @@ fn pages<A: Address>(range: PageRange<A>) -> (u64, u64) {
 fn success(effect: &Effect) -> Option<Event> {
     Some(match *effect {
         Effect::Map { job, .. } => Event::Mapped { job, result: MapResult::Mapped },
-        Effect::Unmap { job, bytes, .. } | Effect::Replace { job, bytes, .. } => {
+        Effect::Unmap { job, iova, bytes, .. } => {
+            let bytes = bytes.unwrap_or(iova.len());
+            Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1 }
+        }
+        Effect::Replace { job, bytes, .. } => {
             Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1 }
         }
         Effect::Fence { job, .. } => Event::Fenced { job, errno: 0, took_ns: 1 },

@@ -458,7 +458,7 @@ mod tests {
                 let file = identity::identify(&fd).map(|file| Identity { size: size * PAGE, ..file });
                 let gpa = (view as u64) << 20;
                 let memory = AddMemory { writable: writes, ..AddMemory::shared(gpa, size * PAGE) };
-                files.admit(CALLER, &memory, vec![Examined { fd, file }], &[], &[]).unwrap();
+                files.admit(CALLER, &memory, vec![Examined { fd, file, claim: None }], &[], &[]).unwrap();
                 (writable, pages) = (writable || writes, pages.max(size));
                 let held = files.get(id).unwrap();
                 assert_eq!((held.writable(), held.size() / PAGE), (writable, pages), "{order:?}: {view}");
@@ -473,7 +473,8 @@ mod tests {
         for (nth, sole_mapper) in [(1, true), (2, false), (3, true)] {
             let caller = Caller { cookie: nth, ..CALLER };
             let memory = AddMemory { sole_mapper, ..AddMemory::shared(nth * 8 * PAGE, 8 * PAGE) };
-            let examined = Examined { file: identity::identify(&fd), fd: fd.try_clone().unwrap() };
+            let (file, fd) = (identity::identify(&fd), fd.try_clone().unwrap());
+            let examined = Examined { fd, file, claim: None };
             files.admit(caller, &memory, vec![examined], &[], &[]).unwrap();
             files.added(caller, RegionId(nth as u32)).unwrap();
         }

@@ -22,7 +22,7 @@ fn world_of(devices: &[&[Step]]) -> World {
 /// An unmap that leaves operations in flight, and its job.
 fn leaves_dma_in_flight(world: &mut World) -> JobId {
     let unmap = world.take(is_unmap).unwrap();
-    let Effect::Unmap { job, bytes, .. } = unmap else { unreachable!() };
+    let Effect::Unmap { job, bytes: Some(bytes), .. } = unmap else { unreachable!() };
     world.unmapped(&unmap, UnmapResult::InFlight { bytes });
     job
 }

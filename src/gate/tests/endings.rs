@@ -15,7 +15,7 @@ fn client_that_goes_leaves_all_that_is_in_flight_in_quarantine() {
         while let Some(unmap) =
             world.take(|call| matches!(call, Effect::Unmap { domain: at, .. } if at.0 == domain))
         {
-            let Effect::Unmap { job, iova, bytes, .. } = unmap else { unreachable!() };
+            let Effect::Unmap { job, iova, bytes: Some(bytes), .. } = unmap else { unreachable!() };
             if pages(iova) == (first, 1) {
                 jobs.push(job);
                 world.unmapped(&unmap, UnmapResult::InFlight { bytes });
