@@ -1,6 +1,6 @@
 //! The control socket: frames that are none, verbs that are none, clients that do not read.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
@@ -11,7 +11,7 @@ use passgate_bindings::PAGE;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
-use crate::common::{Setup, assert_refused, memory, open_files, refused, until};
+use crate::common::{LONG, Setup, alone, assert_refused, memory, open_files, refused, until};
 
 /// One frame there, one back, without the client module.
 fn say(socket: &mut UnixStream, frame: &[u8]) -> Value {
@@ -220,6 +220,45 @@ fn a_client_that_does_not_read_its_answers_is_not_read_either() {
         client.status().unwrap();
     }
     assert_eq!(stuck, 1000, "the server took {sent} bytes of calls whose answers nobody reads");
+    // It was not read, and is not dropped for that: every call that it has sent is answered.
+    deaf.set_nonblocking(false).unwrap();
+    deaf.set_read_timeout(Some(LONG)).unwrap();
+    let mut answers = std::io::BufReader::new(deaf);
+    for nth in 1..=sent / call.len() {
+        let mut answer = Vec::new();
+        answers.read_until(0, &mut answer).unwrap();
+        assert_eq!(answer.pop(), Some(0), "answer {nth} of {}", sent / call.len());
+        assert_eq!(serde_json::from_slice::<Value>(&answer).unwrap()["parameters"]["clients"], 2);
+    }
+}
+
+/// Which of two clients has its turn first shows in what the last answer of the other says. Both have sent everything
+/// before the server begins.
+#[test]
+fn client_that_has_sent_many_calls_gives_way_to_the_next_client() {
+    use passgate::serve::{Options, Server};
+    use passgate_backends::iommu::soft::SoftDomain;
+    const CALLS: usize = 100;
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let server = Server::bind(Options::at(&path), SoftDomain::open().unwrap(), vec![]).unwrap();
+    let mut busy = UnixStream::connect(&path).unwrap();
+    busy.set_read_timeout(Some(LONG)).unwrap();
+    // So long that few of them are read at once, so short that all of them, and their answers, are in the sockets at once.
+    let mut call = br#"{"method":"no.such.Verb"}"#.to_vec();
+    call.resize(499, b' ');
+    call.push(0);
+    let status = &b"{\"method\":\"io.passgate.Control.Status\"}\0"[..];
+    busy.write_all(&[&call.repeat(CALLS)[..], status].concat()).unwrap();
+    drop(UnixStream::connect(&path).unwrap());
+    let server = server.spawn().unwrap();
+    for _ in 0..CALLS {
+        assert_eq!(hear(&mut busy).unwrap()["error"], "org.varlink.service.InterfaceNotFound");
+    }
+    let clients = hear(&mut busy).unwrap()["parameters"]["clients"].clone();
+    assert_eq!(clients, 1, "nobody has looked at the client that has left");
+    server.stop().unwrap();
 }
 
 #[test]

@@ -1,15 +1,21 @@
 //! The notification channel: datagrams and records that make no sense, and requests out of order.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use passgate::client::{AddMemory, Channel, Outcome, PageState};
+use passgate::client::{AddMemory, Channel, Client, Outcome, PageState};
 use passgate::protocol::record::{Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, Record};
-use passgate_bindings::PAGE;
+use passgate_backends::iommu::soft::SoftDomain;
+use passgate_bindings::{Iova, PAGE};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::common::fake::Hanging;
 use crate::common::{
     LONG, PATIENT_MS, Setup, assert_faults, assert_refused, granted, memory, open_files, pages, substance,
+    until,
 };
 
 const NOENT: i32 = 2;
@@ -177,6 +183,93 @@ fn a_channel_that_is_not_read_delays_nobody_else() {
     }
     let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, None));
     channel.end(invalidation, Outcome::Committed).unwrap();
+}
+
+/// Conversions whose verdicts are several times what the socket of a channel takes.
+const MANY: u64 = 1024;
+
+/// The next record, which must come.
+#[track_caller]
+fn next(channel: &mut Channel) -> Record {
+    let limit = Timespec::try_from(LONG).unwrap();
+    let ready = poll(&mut [PollFd::new(&*channel, PollFlags::IN)], Some(&limit)).unwrap();
+    assert_eq!(ready, 1, "no answer comes");
+    channel.recv().unwrap()
+}
+
+/// A client whose [`MANY`] conversions, each with its page as its cookie, have all been granted, and which has read no
+/// verdict. The client of another connection comes with it.
+fn with_many_verdicts_unread() -> (Setup, Client, Client, Channel) {
+    let mut hanging = None;
+    let setup = Setup::behind(
+        || SoftDomain::open().unwrap(),
+        |soft| hanging.insert(Hanging::new(soft, Iova(0))).clone(),
+        |_| {},
+    );
+    let hanging = hanging.unwrap();
+    let (mut client, mut other) = (setup.connect(), setup.connect());
+    let channel = client.open_channel().unwrap();
+    // What is begun over memory that is being mapped waits for that.
+    hanging.hang_maps();
+    std::thread::scope(|scope| {
+        let adding = scope.spawn(|| client.add_memory(&AddMemory::shared(0, MANY * PAGE), &[&*memory(MANY)]));
+        hanging.wait_inside(1);
+        for page in 0..MANY {
+            let (gpa, length) = (U64::new(page * PAGE), U64::new(PAGE));
+            let deadline_or_device = U32::new(MAX_DEADLINE_MS);
+            let record = Record::new(Kind::Begin, page);
+            channel.send(&Record { gpa, length, deadline_or_device, ..record }).unwrap();
+        }
+        until(&mut other, |status| status.open == MANY);
+        hanging.release();
+        adding.join().unwrap().unwrap();
+    });
+    let start = std::time::Instant::now();
+    while setup.domain.mappings() > 0 {
+        assert!(start.elapsed() < LONG, "not all are granted");
+        std::thread::yield_now();
+    }
+    (setup, client, other, channel)
+}
+
+#[test]
+fn answers_that_a_socket_has_no_room_for_come_as_it_is_read() {
+    let (_setup, _client, _other, mut channel) = with_many_verdicts_unread();
+    let mut seen = [false; MANY as usize];
+    for _ in 0..MANY {
+        let reply = next(&mut channel);
+        assert_eq!((reply.kind(), reply.outcome.get()), (Some(Kind::Verdict), 0), "{reply:?}");
+        assert!(!std::mem::replace(&mut seen[reply.cookie.get() as usize], true), "{reply:?} came twice");
+    }
+}
+
+/// What waits for a client is bounded by its requests under way.
+#[test]
+fn client_that_has_read_a_part_of_its_answers_is_not_read_before_it_has_read_the_rest() {
+    let (_setup, _client, mut other, mut channel) = with_many_verdicts_unread();
+    // Enough that the socket has room again, and is full again with others that wait.
+    for _ in 0..MANY / 3 {
+        next(&mut channel);
+    }
+    let flags = fcntl_getfl(channel.as_fd()).unwrap();
+    fcntl_setfl(channel.as_fd(), flags | OFlags::NONBLOCK).unwrap();
+    let (mut sent, mut stuck) = (0, 0);
+    while stuck < 1000 && sent < 10_000 {
+        match channel.send(&Record::new(Kind::Echo, MANY)) {
+            Ok(()) => (sent, stuck) = (sent + 1, 0),
+            Err(_) => stuck += 1,
+        }
+        other.status().unwrap();
+    }
+    assert_eq!(stuck, 1000, "the server took {sent} requests of a client that does not read");
+    fcntl_setfl(channel.as_fd(), flags).unwrap();
+    // Nothing is lost.
+    for _ in 0..MANY - MANY / 3 {
+        assert_eq!(next(&mut channel).kind(), Some(Kind::Verdict));
+    }
+    for _ in 0..sent {
+        assert_eq!(next(&mut channel).kind(), Some(Kind::Echoed));
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_bindings::PageRange;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::guest::{DATA, Guest, IN, OK, OUT, UNTOUCHED};
 use crate::world::World;
@@ -152,6 +153,18 @@ fn a_ring_that_is_stopped_has_ended_what_it_had() {
     // It goes on where it was.
     guest.start_ring(0).unwrap();
     assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK);
+}
+
+/// What was answered before may never have been told: by a back-end that died in between, or for want of a descriptor.
+#[test]
+fn new_call_descriptor_is_signalled_for_what_was_answered_before() {
+    let world = World::new();
+    let mut guest = world.guest();
+    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK);
+    let call = EventFd::new(EFD_NONBLOCK).unwrap();
+    use vhost::VhostBackend;
+    guest.frontend.set_vring_call(0, &call).unwrap();
+    assert_eq!(call.read().ok(), Some(1), "the guest waits for an answer that it has");
 }
 
 /// The guest chooses its cache before its driver is done, and the memory for what is in flight comes after that.

@@ -119,6 +119,34 @@ fn what_cannot_be_done_is_an_error() {
     wrong(VIRTIO_BLK_T_GET_ID, 0, &[(0x4000, 19, WRITE)]);
 }
 
+/// Never with a part of its pieces.
+#[test]
+fn request_of_more_pieces_than_a_guest_is_told_is_an_error() {
+    let memory = memory();
+    for (kind, way) in [(VIRTIO_BLK_T_IN, WRITE), (VIRTIO_BLK_T_OUT, 0)] {
+        header(&memory, HEADERS, kind, 0);
+        for count in [SEGMENTS - 1, SEGMENTS, SEGMENTS + 1, SEGMENTS + 2, 200] {
+            let data = vec![(0x4000, 512, way | NEXT); count];
+            let pieces = [&[(HEADERS, 16, NEXT)], &data[..], &[(0x3100, 1, WRITE)]].concat();
+            for (index, (addr, len, flags)) in pieces.iter().enumerate() {
+                put(&memory, INDIRECT, index as u64, (*addr, *len, *flags, index as u16 + 1));
+            }
+            put(&memory, TABLE, 0, (INDIRECT, pieces.len() as u32 * 16, TABLED, 0));
+            let (request, segments) = read(&memory, 0, false, false).unwrap();
+            let op = match way {
+                WRITE => Op::Read { first: 0, blocks: count as u32 },
+                _ => Op::Write { first: 0, blocks: count as u32, fua: false },
+            };
+            let (wanted, left) = match count <= SEGMENTS {
+                true => (Wanted::Drive(op), count),
+                false => (Wanted::Status(VIRTIO_BLK_S_IOERR as u8), 0),
+            };
+            assert_eq!((request.wanted, segments.len()), (wanted, left), "{count} pieces");
+            assert_eq!(request.status, GuestAddress(0x3100), "{count} pieces");
+        }
+    }
+}
+
 #[test]
 fn what_is_no_request_is_told_apart() {
     let memory = memory();

@@ -29,6 +29,27 @@ fn what_is_held_too_long_is_refused_and_counted() {
     assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1);
 }
 
+/// Its pages are said to be open, and are not when the drive is given it again.
+#[test]
+fn time_of_a_request_that_is_held_again_counts_from_the_first_hold() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let mut queue = Queue::new(16).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+    let mut ring = Ring::new(0, Arc::new(Counts::default()));
+    ring.slots.resize_with(16, Slot::default);
+    ring.slots[3].status = GuestAddress(0x3000);
+    ring.hold(3);
+    let held = Instant::now();
+    let between = std::iter::repeat_with(Instant::now).find(|now| *now > held).unwrap();
+    let ticket = ring.questions.pop().unwrap().ticket;
+    ring.answered(&mut queue, &memory, 3, ticket, Admits::Open);
+    ring.delayed.clear();
+    ring.hold(3);
+    ring.tick(&mut queue, &memory, between + PATIENCE);
+    assert_eq!((ring.now(), queue.next_used()), ((0, 0), 1), "it may be held for ever");
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), FAILED);
+}
+
 /// A question may be answered after its request was answered otherwise, and another was held by the same number: in this
 /// life of the ring or in the next.
 #[test]

@@ -63,7 +63,12 @@ impl Bench {
 
     /// A worker's thread for the ring.
     fn worker(&self, polling: Polling) -> (Mailbox, JoinHandle<()>) {
-        let (rings, inside) = (vec![(0, self.vring.clone())], self.server.inside());
+        self.worker_of(vec![(0, self.vring.clone())], polling)
+    }
+
+    /// A worker's thread for these rings.
+    fn worker_of(&self, rings: Vec<(u16, Vring)>, polling: Polling) -> (Mailbox, JoinHandle<()>) {
+        let inside = self.server.inside();
         Worker::spawn(self.desk(), self.memory.clone(), rings, inside, polling, Arc::default()).unwrap()
     }
 
@@ -141,6 +146,16 @@ fn sleeps(name: &str) -> bool {
     states.any(|stat| stat.contains(&format!("({name}) S")))
 }
 
+/// How often the worker's thread has gone to sleep. There is one worker at a time.
+fn sleep_count() -> u64 {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
+    let mut statuses =
+        threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("status")).ok());
+    let status = statuses.find(|status| status.starts_with("Name:\tvhost-blk\n")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+    count.trim().parse().unwrap()
+}
+
 fn await_that(otherwise: &str, that: impl Fn() -> bool) {
     let until = Instant::now() + LONG;
     while !that() {
@@ -152,6 +167,14 @@ fn await_that(otherwise: &str, that: impl Fn() -> bool) {
 /// Waits until a worker's thread sleeps. There is one worker at a time.
 fn await_sleep() {
     await_that("the worker does not sleep", || sleeps("vhost-blk"));
+}
+
+/// Waits until a worker's thread has woken up for its last order and sleeps again.
+fn await_sleep_after_orders(mailbox: &Mailbox) {
+    await_that("the worker does not wake up", || {
+        rustix::event::poll(&mut [PollFd::new(&mailbox.wake, PollFlags::IN)], Some(&NOW)) == Ok(0)
+    });
+    await_sleep();
 }
 
 const IN: u32 = 0;
@@ -180,11 +203,8 @@ fn worker_writes_to_no_memory_that_was_removed_while_it_waited_for_the_ring() {
     let vring = bench.vring.clone();
     let locked = vring.get_mut();
     mailbox.send(Order::Start { ring: 0, inflight: inflight.queue(0, ENTRIES) });
-    // It has woken up, and from there on it sleeps at the lock only.
-    await_that("the worker does not wake up", || {
-        rustix::event::poll(&mut [PollFd::new(&mailbox.wake, PollFlags::IN)], Some(&NOW)) == Ok(0)
-    });
-    await_sleep();
+    // It sleeps at the lock.
+    await_sleep_after_orders(&mailbox);
     let removed = bench.replace_memory();
     drop(locked);
     mailbox.send(Order::Leave);
@@ -299,6 +319,61 @@ fn request_that_ends_after_its_ring_was_abandoned_writes_to_no_memory() {
     mailbox.send(Order::Leave);
     thread.join().unwrap();
     assert_eq!((bench.status(0), bench.used()), (0xee, 0), "it wrote to the memory of the next front-end");
+}
+
+/// A front-end that has the base of a ring takes its memory away, or hands the ring to another back-end.
+#[test]
+fn end_of_a_ring_is_told_once_the_drive_has_none_of_its_requests() {
+    let mut bench = Bench::new();
+    bench.sim.fault(When::any().times(2), Does::HoldCompletion);
+    let (mailbox, thread) = bench.worker(Polling::Never);
+    bench.set_up();
+    bench.offer(0, FLUSH, 0);
+    bench.offer(1, FLUSH, 0);
+    mailbox.send(Order::Start { ring: 0, inflight: None });
+    assert!(bench.sim.await_held(2, LONG));
+    let (ended, end) = mpsc::channel();
+    mailbox.send(Order::Stop { ring: 0, ended });
+    await_sleep_after_orders(&mailbox);
+    assert_eq!(end.try_recv(), Err(TryRecvError::Empty), "the drive has two of its requests");
+    assert!(bench.sim.release_next());
+    bench.await_used(1);
+    // Whatever the worker does about the completion, it does behind the ring's lock.
+    drop(bench.vring.get_mut());
+    assert_eq!(end.try_recv(), Err(TryRecvError::Empty), "the drive has one of its requests");
+    assert!(bench.sim.release_next());
+    assert_eq!(end.recv_timeout(LONG), Ok(2));
+    assert_eq!((bench.status(0), bench.status(1), bench.used()), (0, 0, 2));
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
+}
+
+/// A guest that the device has not asked for a kick gives none (virtio 1.2, 2.7.10): what it has offered by the time that it
+/// is asked must be found without.
+#[test]
+fn request_offered_between_a_look_at_its_ring_and_the_sleep_needs_no_kick() {
+    let mut bench = Bench::new();
+    // A second ring, which does not begin: it is looked at after the first.
+    let other = Vring::new(bench.memory.clone(), ENTRIES).unwrap();
+    let rings = vec![(0, bench.vring.clone()), (1, other.clone())];
+    let (mailbox, thread) = bench.worker_of(rings, Polling::Never);
+    bench.set_up();
+    mailbox.send(Order::Start { ring: 0, inflight: None });
+    let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    mailbox.send(Order::Kick { ring: 0, kick: Some(kick.try_clone().unwrap()) });
+    await_sleep_after_orders(&mailbox);
+    let before = sleep_count();
+    let locked = other.get_mut();
+    // A kick for nothing.
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+    // It has looked at the first ring, and sleeps at the lock of the second.
+    await_that("the worker does not wake up", || sleep_count() > before && sleeps("vhost-blk"));
+    bench.offer(0, FLUSH, 0);
+    drop(locked);
+    bench.await_used(1);
+    assert_eq!(bench.status(0), 0);
+    mailbox.send(Order::Leave);
+    thread.join().unwrap();
 }
 
 /// The drive has not ended a request in the time that a front-end has; the next one comes, and then it ends.
