@@ -238,12 +238,18 @@ fn memory_is_closed_when_its_time_is_up_though_nobody_asks() {
     let (client, channel) = join(&service, &memory);
     service.kill();
     drop((client, channel));
+    assert!(service.names().iter().any(|name| name.starts_with("passgate.memory.")), "{:?}", service.names());
     service.start();
-    // Nobody connects from here on: time alone wakes the daemon. Sealing says that nothing pins or maps the memory.
+    // Nobody connects from here on: time alone wakes the daemon.
     let until = Instant::now() + LONG;
+    while service.names() != ["passgate.ledger", "passgate.socket"] {
+        assert!(Instant::now() < until, "{:?}", service.names());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Sealing says that nothing pins or maps the memory.
     while rustix::fs::fcntl_add_seals(&memory, SealFlags::WRITE).is_err() {
         assert!(Instant::now() < until, "something has it yet");
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
