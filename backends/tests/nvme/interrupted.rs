@@ -46,6 +46,10 @@ impl Registers for Interrupted {
         self.registers.device()
     }
 
+    fn is_attached(&self) -> bool {
+        self.registers.is_attached()
+    }
+
     fn get(&self, at: u64) -> Result<u32> {
         self.registers.get(at)
     }
