@@ -118,7 +118,8 @@ impl Gate {
         self.domains.iter().map(|domain| self.choose(domain, spec)).collect()
     }
 
-    /// True where a region cannot come now, and only because others are being closed that lie in its way or use up a budget.
+    /// True where a region had better come once others are closed: they lie in its way, use up a budget, or are of another
+    /// client's and tell the states of its pages.
     pub fn waits_for_close(&self, client: ClientId, spec: &RegionSpec) -> bool {
         match self.admit(client, spec) {
             Err(Refusal::Overlaps { .. }) => {
@@ -126,7 +127,15 @@ impl Gate {
                 over.all(|(id, _)| self.closes(*id))
             }
             Err(Refusal::Budget { .. }) => self.regions.keys().any(|id| self.closes(*id)),
-            _ => false,
+            Err(_) => false,
+            Ok(_) => self.files.get(&spec.backing.file).is_some_and(|file| {
+                let pages = spec.gpa.rebase(spec.gpa.start(), spec.backing.offset);
+                file.regions.iter().any(|id| {
+                    let other = self.regions.get(id).filter(|other| other.owner != client);
+                    let shows = |other: &Region| other.pages_at(other.iova()).range.overlaps(pages);
+                    other.is_some_and(shows) && self.closes(*id)
+                })
+            }),
         }
     }
 
@@ -141,8 +150,6 @@ impl Gate {
         let mut told: Vec<_> = known
             .iter()
             .filter_map(|id| self.regions.get(id))
-            // What a region says that is about to go counts no more than if it had gone already.
-            .filter(|region| !region.closing)
             .map(|region| region.pages_at(region.iova()).range)
             .filter(|range| range.overlaps(pages.range))
             .collect();

@@ -429,6 +429,29 @@ fn a_region_waits_for_the_one_in_its_way_to_be_closed() {
     assert!(matches!(world.take_answers()[..], [(_, Answer::Refused(Refusal::Overlaps { .. }))]));
 }
 
+/// Whoever has the file next says what the states of its pages are, and not what is being closed.
+#[test]
+fn region_waits_for_those_of_the_last_owner_that_show_its_pages_elsewhere() {
+    for hangs in [false, true] {
+        let mut world = World::with_region(false);
+        world.session.handle(Event::ClientGone { client: ClientId(1) });
+        let unmap = world.call().unwrap();
+        let memory = AddMemory { initial: PageState::Private, ..AddMemory::shared(64 * PAGE, PAGES * PAGE) };
+        world.session.add_memory(caller(2, 1), memory, vec![world.fd()]);
+        world.settle();
+        assert!(world.answers.is_empty(), "{:?}", world.answers);
+        if hangs {
+            world.pass(CLOSE_WAIT);
+        } else {
+            world.session.returned(unmap.run());
+        }
+        world.settle();
+        let answers = world.take_answers();
+        let added = matches!(answers[..], [(_, Answer::RegionAdded { mapped: 0, .. })]);
+        assert!(added || hangs && !answers.is_empty(), "{answers:?}");
+    }
+}
+
 #[test]
 fn a_region_is_refused_in_time_where_the_one_in_its_way_cannot_be_closed() {
     let mut world = World::with_region(false);

@@ -77,30 +77,3 @@ fn region_that_could_not_be_removed_is_closed_once_a_conversion_has_taken_its_la
     assert_eq!(regions, [all]);
     assert!(world.said.contains(&Effect::Notice(Notice::RegionClosed { region: alias })));
 }
-
-/// What a region says that is being closed is no state of the next owner's pages.
-#[test]
-fn state_of_a_page_is_what_its_next_owner_says_while_an_alias_is_still_being_closed() {
-    let mut world = World::new(Policy::default(), &[SPLITS]);
-    world.add(0, 2, 0, 1);
-    world.add(8, 2, 0, 1);
-    world.settle();
-    world.tell(Event::ClientGone { client: OWNER.client });
-    // The first region is gone, the unmap of the second does not return.
-    let stuck = |call: &Effect| matches!(call, Effect::Unmap { iova, .. } if iova.start().raw() >= 8 * PAGE);
-    let mut kept = Vec::new();
-    while let Some(call) = world.take(stuck) {
-        kept.push(call);
-    }
-    assert!(!kept.is_empty());
-    world.settle();
-    let next = Caller { client: ClientId(2), ..OWNER };
-    let backing = Backing { file: FILE, offset: Offset(0) };
-    let (piece, initial) = (PAGE, PageState::Private);
-    let spec = RegionSpec { gpa: range(0, 2), backing, writable: true, piece, page: PAGE, initial };
-    world.tell(Event::AddRegion { caller: next, spec });
-    assert_eq!(world.take(is_map), None, "a page that its owner calls private is mapped");
-    kept.iter().for_each(|call| world.succeeds(call));
-    world.settle();
-    assert_eq!(world.take(is_map), None);
-}
