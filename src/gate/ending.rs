@@ -60,7 +60,7 @@ impl Gate {
         if let Some(inv) = self.invalidations.get_mut(&id) {
             inv.receipt.verdict = Some(verdict);
         }
-        self.clearing.remove(&id);
+        self.clearing.remove(id, &targets);
         let answer = match after {
             After::AddFailed(_, Refusal::MapFailed { errno }) => {
                 Some(Answer::Refused(Refusal::HalfMapped { errno }))
@@ -183,7 +183,7 @@ impl Gate {
     pub(super) fn abandon(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(&id) else { return };
         let (pages, targets) = (std::mem::take(&mut inv.pages), std::mem::take(&mut inv.targets));
-        self.clearing.remove(&id);
+        self.clearing.remove(id, &targets);
         self.release(id, &pages);
         for (domain, run) in self.runs_over(&targets) {
             self.doubt(id, domain, run, effects);

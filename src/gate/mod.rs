@@ -12,6 +12,7 @@ mod admits;
 pub mod adopt;
 mod cached;
 mod canonical;
+mod clearing;
 pub mod effect;
 mod ending;
 pub mod event;
@@ -60,6 +61,7 @@ pub use resume::{Past, Written};
 pub use snapshot::{DeviceStatus, MappingStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
 
+use clearing::Clearing;
 use invalidation::Invalidation;
 use ledger::{Holds, Mapped, PageMap, Run, Store};
 use merge::Frayed;
@@ -159,7 +161,7 @@ pub struct Gate {
     layout: BTreeMap<Gpa, RegionId>,
     invalidations: BTreeMap<InvalidationId, Invalidation>,
     /// Those of them that wait for proof.
-    clearing: BTreeSet<InvalidationId>,
+    clearing: Clearing,
     jobs: BTreeMap<JobId, Job>,
     /// What the replaces under way take out.
     replacing: BTreeMap<JobId, Vec<PageRange<Iova>>>,
@@ -193,7 +195,7 @@ impl Gate {
             regions: BTreeMap::new(),
             layout: BTreeMap::new(),
             invalidations: BTreeMap::new(),
-            clearing: BTreeSet::new(),
+            clearing: Clearing::default(),
             jobs: BTreeMap::new(),
             replacing: BTreeMap::new(),
             hanging: BTreeSet::new(),

@@ -86,15 +86,14 @@ impl Gate {
     /// Where a device may still reach pages that this invalidation left in quarantine: at any alias, in any domain, by
     /// a mapping in any state. A mapping that no region is of may show any page.
     pub(super) fn reached_since(&self, invalidation: InvalidationId) -> Option<Gpa> {
-        let since = |by: HeldBy| matches!(by, HeldBy::Quarantine(since, _) if since == invalidation);
-        let held = self.files.iter().flat_map(|(file, entry)| {
-            entry.holds.iter().filter(move |(_, by)| since(*by)).map(move |(range, _)| (*file, range))
-        });
+        let held = self.files.iter();
+        let held =
+            held.flat_map(|(file, entry)| entry.holds.since(invalidation).map(|(range, _)| (*file, range)));
         let mut held = held.peekable();
         held.peek()?;
         let gpa = |iova: PageRange<Iova>| Gpa(iova.start().raw());
         let aliases = held.flat_map(|(file, range)| self.aliases(file, range));
-        let reached = |iova: &PageRange<Iova>| self.domains.iter().any(|d| !d.mapped.is_clear(*iova));
+        let reached = |iova: &PageRange<Iova>| !self.is_clear(*iova);
         aliases.filter(reached).map(gpa).next().or_else(|| self.stray().map(gpa))
     }
 

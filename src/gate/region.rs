@@ -82,6 +82,7 @@ impl Gate {
         for inv in self.invalidations.values_mut() {
             inv.targets.retain(|target| !target.overlaps(iova));
         }
+        self.clearing.forget(iova);
         self.regions.insert(id, region);
         self.layout.insert(spec.gpa.start(), id);
         if let Some(file) = self.files.get_mut(&pages.file) {
@@ -306,7 +307,11 @@ impl Gate {
 
     /// Whether the region lies in no domain any more.
     pub(super) fn unmapped_everywhere(&self, id: RegionId) -> bool {
-        let Some(iova) = self.regions.get(&id).map(Region::iova) else { return true };
+        self.regions.get(&id).map(Region::iova).is_none_or(|iova| self.is_clear(iova))
+    }
+
+    /// True where nothing is mapped at `iova`, or in doubt, in any domain.
+    pub(super) fn is_clear(&self, iova: PageRange<Iova>) -> bool {
         self.domains.iter().all(|domain| domain.mapped.is_clear(iova))
     }
 }

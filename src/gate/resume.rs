@@ -85,11 +85,9 @@ impl Gate {
         for (file, range, by) in past.holds {
             self.hold_again(file, range, by, effects);
         }
-        for id in past.unended {
-            if self.unknown_since(id).next().is_some() {
-                self.unended.insert(id, ORPHANS);
-            }
-        }
+        let unknown = self.unknown();
+        let unsettled = past.unended.into_iter().filter(|id| unknown.contains_key(id));
+        self.unended.extend(unsettled.map(|id| (id, ORPHANS)));
         self.settle_all(domain, effects);
         self.clear_forbidden(domain, effects);
         if past.regions.iter().any(|region| region.closing) {

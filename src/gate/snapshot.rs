@@ -6,6 +6,7 @@ use passgate_bindings::{Gpa, PAGE, PageRange};
 use super::event::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId, RegionSpec};
 use super::fence::{Nature, Step};
 use super::ledger::HeldBy;
+use super::region::Region;
 use super::verdict::Reason;
 use super::{FilePages, Gate};
 
@@ -75,14 +76,12 @@ pub struct DeviceStatus {
 }
 
 /// One quarantined range.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuarantineStatus {
     /// The file.
     pub file: FileId,
     /// The pages.
     pub range: PageRange<Offset>,
-    /// Where the guest sees the first of them, while a region covers it.
-    pub gpa: Option<Gpa>,
     /// Why.
     pub reason: Reason,
     /// Since which invalidation.
@@ -90,25 +89,9 @@ pub struct QuarantineStatus {
 }
 
 impl Gate {
-    /// What is known now. Costs by regions and runs of equal state, not by pages.
+    /// What is known now. Costs by regions and holds, not by pages.
     pub fn snapshot(&self) -> Snapshot {
-        let regions = self.regions.iter().map(|(id, region)| {
-            let FilePages { file, range, .. } = region.pages_at(region.iova());
-            let mut bytes = [0; 4];
-            if let Some(entry) = self.files.get(&file) {
-                for (run, state) in entry.pages.runs(range) {
-                    bytes[state as usize] += run.len();
-                }
-            }
-            RegionStatus {
-                region: *id,
-                owner: region.owner,
-                spec: region.spec,
-                pieces: region.pieces.clone(),
-                bytes,
-                closing: region.closing,
-            }
-        });
+        let regions = self.regions.iter().map(|(id, region)| self.region_status(*id, region));
         let devices = self.devices.iter().map(|(id, device)| DeviceStatus {
             device: *id,
             domain: device.domain,
@@ -116,28 +99,49 @@ impl Gate {
             lost: device.lost,
             nature: device.nature,
         });
-        let quarantine = self.files.iter().flat_map(|(file, entry)| {
-            entry.holds.iter().filter_map(move |(range, by)| match by {
-                HeldBy::Open(_) => None,
-                HeldBy::Quarantine(invalidation, reason) => {
-                    let gpa = self.gpa_of(*file, range);
-                    Some(QuarantineStatus { file: *file, range, gpa, reason, invalidation })
-                }
-            })
-        });
         Snapshot {
             regions: regions.collect(),
             devices: devices.collect(),
-            quarantine: quarantine.collect(),
+            quarantine: self.quarantined_ranges().collect(),
             open: self.invalidations.values().filter(|inv| inv.is_conversion()).count() as u64,
             mappings: (0..self.domains.len()).map(|index| self.mappings(index)).collect(),
             pinned: self.domains.iter().map(|domain| domain.mapped.bytes()).sum(),
         }
     }
 
+    /// All that is in quarantine.
+    pub fn quarantined_ranges(&self) -> impl Iterator<Item = QuarantineStatus> + '_ {
+        self.files.iter().flat_map(|(file, entry)| {
+            entry.holds.iter().filter_map(|(range, by)| match by {
+                HeldBy::Open(_) => None,
+                HeldBy::Quarantine(invalidation, reason) => {
+                    Some(QuarantineStatus { file: *file, range, reason, invalidation })
+                }
+            })
+        })
+    }
+
+    /// The number of regions, also of those that are being closed.
+    pub fn region_count(&self) -> usize {
+        self.regions.len()
+    }
+
+    pub(super) fn region_status(&self, id: RegionId, region: &Region) -> RegionStatus {
+        let FilePages { file, range, .. } = region.pages_at(region.iova());
+        let pages = self.files.get(&file).map_or([0; 4], |entry| entry.pages.counts(range));
+        RegionStatus {
+            region: id,
+            owner: region.owner,
+            spec: region.spec,
+            pieces: region.pieces.clone(),
+            bytes: pages.map(|pages| pages * PAGE),
+            closing: region.closing,
+        }
+    }
+
     fn mappings(&self, index: usize) -> MappingStatus {
         let domain = &self.domains[index];
-        let worst = |region: &super::region::Region| {
+        let worst = |region: &Region| {
             let pages = region.spec.gpa.pages();
             let piece = region.pieces.get(index).copied().unwrap_or(PAGE);
             // Where pages are never mapped by themselves, neighbours share a mapping until every other one is gone.
@@ -154,7 +158,7 @@ impl Gate {
     }
 
     /// Where the guest sees the first of these pages, while a region covers it.
-    pub(super) fn gpa_of(&self, file: FileId, range: PageRange<Offset>) -> Option<Gpa> {
+    pub fn gpa_of(&self, file: FileId, range: PageRange<Offset>) -> Option<Gpa> {
         self.aliases(file, range).next().map(|iova| Gpa(iova.start().0))
     }
 }

@@ -256,7 +256,7 @@ impl Gate {
                 let may = self.may(entry, step, self.allowed(inv));
                 *id == asker || (may && (inv.stopping || inv.rung >= step))
             };
-            if let Some(invalidation) = self.clearing.iter().copied().find(needs) {
+            if let Some(invalidation) = self.clearing.find(needs) {
                 self.fence_one(device, step, invalidation, effects);
                 break;
             }
@@ -275,7 +275,7 @@ impl Gate {
         if entry.busy.is_none()
             && !entry.is_paused()
             && let Some(step) = pause(entry).filter(|step| failed != Some(*step))
-            && let Some(invalidation) = self.clearing.iter().copied().find(waits)
+            && let Some(invalidation) = self.clearing.find(waits)
         {
             self.fence_one(device, step, invalidation, effects);
         }
@@ -347,7 +347,7 @@ impl Gate {
             return false;
         }
         let only = self.domains.len() == 1;
-        let awaited = self.clearing.iter().filter_map(|id| self.invalidations.get(id)).any(|inv| {
+        let awaited = self.clearing.iter().filter_map(|id| self.invalidations.get(&id)).any(|inv| {
             (only && inv.not_back() > 0) || inv.targets.iter().any(|target| !entry.mapped.is_clear(*target))
         });
         let left = self

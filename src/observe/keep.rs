@@ -223,7 +223,6 @@ mod tests {
         QuarantineStatus {
             file: FileId { device: 1, inode: 2 },
             range: PageRange::new(page * PAGE, PAGE).unwrap(),
-            gpa: None,
             invalidation: InvalidationId(page),
             reason: Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 5 },
         }

@@ -33,7 +33,7 @@ pub fn status(session: &Session, policy: &Policy) -> Status {
         regions: snapshot.regions.iter().map(region).collect(),
         disk: None,
         devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
-        quarantine: snapshot.quarantine.iter().take(NAMED).map(quarantined).collect(),
+        quarantine: snapshot.quarantine.iter().take(NAMED).map(|held| quarantined(session, held)).collect(),
         refused: Vec::new(),
         totals: session.totals(),
     }
@@ -124,9 +124,9 @@ fn device(session: &Session, status: &DeviceStatus) -> Device {
     }
 }
 
-fn quarantined(status: &QuarantineStatus) -> Quarantined {
+fn quarantined(session: &Session, status: &QuarantineStatus) -> Quarantined {
     Quarantined {
-        gpa: status.gpa.map(|gpa| gpa.0),
+        gpa: session.gpa_of(status).map(|gpa| gpa.0),
         offset: status.range.start().0,
         length: status.range.len(),
         cause: status.reason.cause.word().into(),

@@ -394,7 +394,7 @@ impl Vm {
         if self.holds {
             return Some(Ok(()));
         }
-        let regions = self.session.snapshot().regions.len();
+        let regions = self.session.region_count();
         if regions == 0 {
             return Some(Ok(()));
         }

@@ -121,6 +121,8 @@ pub(super) struct Files {
     held: BTreeMap<FileId, (Arc<GuestFile>, bool)>,
     adding: Vec<(Caller, FileId, Extra)>,
     regions: BTreeMap<RegionId, Extra>,
+    /// Where the guest sees each region.
+    layout: BTreeMap<Gpa, RegionId>,
     /// Whether guest_memfd converts in place here; probed at the first one.
     in_place: Option<bool>,
 }
@@ -242,7 +244,7 @@ impl Files {
         let (_, _, extra) = self.adding.swap_remove(index);
         let private = extra.private.as_ref().map(|(file, _)| *file);
         let aside = Aside { sole_mapper: extra.sole_mapper, private };
-        self.regions.insert(region, extra);
+        self.insert(region, extra);
         Some(aside)
     }
 
@@ -260,7 +262,7 @@ impl Files {
         self.check(&identity::identify(&*file)?, backing.offset.0, gpa.len(), writable)?;
         let aside = aside.unwrap_or(Aside { sole_mapper: false, private: None });
         let private = aside.private.and_then(|id| Some((id, self.private_again(id, kept)?)));
-        self.regions.insert(region.region, Extra { gpa, sole_mapper: aside.sole_mapper, page, private });
+        self.insert(region.region, Extra { gpa, sole_mapper: aside.sole_mapper, page, private });
         Ok(())
     }
 
@@ -317,7 +319,12 @@ impl Files {
 
     /// The region is gone; its private side, where it had one.
     pub(super) fn close_region(&mut self, region: RegionId) -> Option<FileId> {
-        self.regions.remove(&region)?.private.map(|(file, _)| file)
+        let extra = self.regions.remove(&region)?;
+        // Memory that came there since stays.
+        if self.layout.get(&extra.gpa.start()) == Some(&region) {
+            self.layout.remove(&extra.gpa.start());
+        }
+        extra.private.map(|(file, _)| file)
     }
 
     /// Nothing needs the file any more.
@@ -325,11 +332,22 @@ impl Files {
         self.held.remove(&file);
     }
 
+    /// The region at `gpa`.
+    fn at(&self, gpa: Gpa) -> Option<&Extra> {
+        let (_, region) = self.layout.range(..=gpa).next_back()?;
+        self.regions.get(region).filter(|extra| extra.gpa.contains(gpa))
+    }
+
+    fn insert(&mut self, region: RegionId, extra: Extra) {
+        self.layout.insert(extra.gpa.start(), region);
+        self.regions.insert(region, extra);
+    }
+
     /// Whether every part of `range` was added as passgate's own to map.
     pub(super) fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
         let mut at = range.start();
         while at < range.end() {
-            let sole = self.regions.values().find(|extra| extra.sole_mapper && extra.gpa.contains(at));
+            let sole = self.at(at).filter(|extra| extra.sole_mapper);
             let extra = sole.ok_or(BorderError::NotSole { gpa: at })?;
             let end = extra.gpa.end().min(range.end());
             if !at.0.is_multiple_of(extra.page) || !end.0.is_multiple_of(extra.page) {

@@ -32,7 +32,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::gate::{
     Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
-    Notice, Outcome, Policy, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
+    Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -188,7 +188,7 @@ impl Session {
         start.into_iter().for_each(|event| session.handle(event));
         if from_ledger && let Some(records) = &mut session.records {
             // The disk has only what it had: no effect tells of what the ledger adds.
-            records.go_on(&session.gate.snapshot().quarantine);
+            records.go_on(&session.gate.quarantined_ranges().collect::<Vec<_>>());
         }
         if let Some((left, kept)) = left {
             session.go_on(left, kept);
@@ -235,7 +235,7 @@ impl Session {
         }
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
-            records.after(new, || self.gate.snapshot().quarantine);
+            records.after(new, || self.gate.quarantined_ranges().collect());
         }
         if self.quiet.is_none() && self.gate.is_frayed() {
             self.quiet = Some(self.clock.now() + MOMENT);
@@ -531,6 +531,16 @@ impl Session {
     /// What is known now.
     pub fn snapshot(&self) -> Snapshot {
         self.gate.snapshot()
+    }
+
+    /// Where the guest sees the first page of what is in quarantine, while a region covers it.
+    pub fn gpa_of(&self, held: &QuarantineStatus) -> Option<Gpa> {
+        self.gate.gpa_of(held.file, held.range)
+    }
+
+    /// The number of regions that are there, also of those that are being closed.
+    pub fn region_count(&self) -> usize {
+        self.gate.region_count()
     }
 
     /// Totals since the start.

@@ -53,7 +53,7 @@ impl Session {
             lasting.resumed(&self.gate, &self.effects);
         }
         if let Some(records) = &mut self.records {
-            records.go_on(&self.gate.snapshot().quarantine);
+            records.go_on(&self.gate.quarantined_ranges().collect::<Vec<_>>());
         }
         for name in kept.names() {
             if let (Name::Memory(_) | Name::Private(_), Some(store)) = (&name, &self.store) {

@@ -2,7 +2,7 @@
 //!
 //! Holds never overlap. A hold keeps every mapping out, at every alias, whatever the pages' state says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use passgate_bindings::PageRange;
 use passgate_bindings::units::Offset;
@@ -23,7 +23,8 @@ pub enum HeldBy {
 #[derive(Debug, Default)]
 pub struct Holds {
     holds: BTreeMap<Offset, (PageRange<Offset>, HeldBy)>,
-    quarantined: usize,
+    /// The starts of those in quarantine, by the invalidation since which they are.
+    quarantined: BTreeSet<(InvalidationId, Offset)>,
 }
 
 impl Holds {
@@ -39,7 +40,7 @@ impl Holds {
 
     /// Whether anything is in quarantine.
     pub fn quarantined(&self) -> bool {
-        self.quarantined > 0
+        !self.quarantined.is_empty()
     }
 
     /// Every hold, in order.
@@ -82,7 +83,9 @@ impl Holds {
     }
 
     fn insert(&mut self, range: PageRange<Offset>, by: HeldBy) {
-        self.quarantined += usize::from(matches!(by, HeldBy::Quarantine(..)));
+        if let HeldBy::Quarantine(since, _) = by {
+            self.quarantined.insert((since, range.start()));
+        }
         self.holds.insert(range.start(), (range, by));
     }
 
@@ -105,18 +108,26 @@ impl Holds {
         }
     }
 
+    /// What is in quarantine since invalidation `id`, in order.
+    pub fn since(&self, id: InvalidationId) -> impl Iterator<Item = (PageRange<Offset>, Reason)> + '_ {
+        let starts = self.quarantined.range((id, Offset(0))..=(id, Offset(u64::MAX)));
+        starts.filter_map(|(_, start)| match self.holds.get(start)? {
+            (held, HeldBy::Quarantine(_, reason)) => Some((*held, *reason)),
+            (_, HeldBy::Open(_)) => None,
+        })
+    }
+
     /// Lifts the quarantine that starts at `start`: the caller has proof.
     pub fn lift(&mut self, start: Offset) {
-        if let Some((_, HeldBy::Quarantine(..))) = self.holds.get(&start) {
+        if let Some((_, HeldBy::Quarantine(since, _))) = self.holds.get(&start) {
+            self.quarantined.remove(&(*since, start));
             self.holds.remove(&start);
-            self.quarantined -= 1;
         }
     }
 
     /// Lifts every quarantine that dates from `id`, and tells where: a person vouches for it.
     pub fn lift_all(&mut self, id: InvalidationId) -> Vec<PageRange<Offset>> {
-        let since = |by: HeldBy| matches!(by, HeldBy::Quarantine(since, _) if since == id);
-        let lifted: Vec<_> = self.iter().filter(|(_, by)| since(*by)).map(|(held, _)| held).collect();
+        let lifted: Vec<_> = self.since(id).map(|(held, _)| held).collect();
         for held in &lifted {
             self.lift(held.start());
         }

@@ -83,6 +83,17 @@ pub(super) struct Touched {
     devices: bool,
     /// Pages of which a hold may begin without a word.
     held: Option<(FileId, PageRange<Offset>)>,
+    /// Conversions that may be settled by it.
+    settled: Settled,
+}
+
+/// Conversions without an end that an event may settle.
+#[derive(Debug, Default, Clone, Copy)]
+enum Settled {
+    #[default]
+    None,
+    One(InvalidationId),
+    Any,
 }
 
 impl Lasting {
@@ -160,13 +171,19 @@ impl Lasting {
             Event::Quarantine { file, range, .. } => {
                 Touched { held: Some((*file, *range)), ..Touched::default() }
             }
+            Event::Release { invalidation, .. } => {
+                Touched { regions: true, settled: Settled::One(*invalidation), ..Touched::default() }
+            }
+            Event::ClientGone { .. } | Event::Adopt { .. } => {
+                Touched { regions: true, settled: Settled::Any, ..Touched::default() }
+            }
             _ => Touched { regions: true, ..Touched::default() },
         }
     }
 
     /// Writes down what the gate knows now of what an event and its effects touched, before any of these is done.
     pub(super) fn follow(&mut self, touched: Touched, gate: &Gate, effects: &[Effect]) {
-        let Touched { mut regions, mut devices, held } = touched;
+        let Touched { mut regions, mut devices, held, settled } = touched;
         let mut pages: Vec<(FileId, PageRange<Offset>)> = held.into_iter().collect();
         for effect in effects {
             match effect {
@@ -209,7 +226,7 @@ impl Lasting {
         for (file, range) in pages {
             self.follow_holds(gate, file, range, &mut free);
         }
-        self.follow_unended(gate);
+        self.follow_unended(gate, settled);
         free.into_iter().for_each(|slot| self.holds.clear(slot));
         gone.into_iter().for_each(|slot| self.regions.clear(slot));
     }
@@ -217,10 +234,10 @@ impl Lasting {
     /// Writes down all that the gate knows, which has just gone on from what was here.
     pub(super) fn resumed(&mut self, gate: &Gate, effects: &[Effect]) {
         let mut free = Vec::new();
-        for status in gate.snapshot().quarantine {
+        for status in gate.quarantined_ranges() {
             self.follow_holds(gate, status.file, status.range, &mut free);
         }
-        let touched = Touched { regions: true, devices: true, held: None };
+        let touched = Touched { regions: true, devices: true, held: None, settled: Settled::Any };
         self.follow(touched, gate, effects);
         for slot in free.into_iter().chain(std::mem::take(&mut self.stale)) {
             self.holds.clear(slot);
@@ -277,10 +294,17 @@ impl Lasting {
 
     /// Written before the hold of an open conversion makes way for its quarantine, so that a restart in between finds
     /// the one or the other.
-    fn follow_unended(&mut self, gate: &Gate) {
-        if self.unsettled.is_empty() && gate.unended().next().is_none() {
-            return;
+    fn follow_unended(&mut self, gate: &Gate, settled: Settled) {
+        match settled {
+            Settled::None => return,
+            Settled::One(id) => {
+                let slot = if gate.is_unended(id) { None } else { self.unsettled.remove(&id) };
+                return slot.into_iter().for_each(|slot| self.unended.clear(slot));
+            }
+            Settled::Any => {}
         }
+        #[cfg(test)]
+        tests::REBUILT.set(tests::REBUILT.get() + 1);
         let now: BTreeSet<InvalidationId> = gate.unended().collect();
         for id in now.iter().filter(|id| !self.unsettled.contains_key(id)).copied().collect::<Vec<_>>() {
             match self.unended.put(line::of_unended(id)) {

@@ -1,5 +1,6 @@
 //! What the records say at every moment in which the process may end.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 
 use passgate_bindings::PAGE;
@@ -9,6 +10,11 @@ use crate::gate::{
     Able, Answer, Backing, Caller, Cause, ClientId, DeviceId, Door, Effects, Nature, OnStuckDma, Outcome,
     PageState, Performer, Policy, Ranges, Reason, RegionSpec, Step, Steps, UnmapResult, Verdict,
 };
+
+thread_local! {
+    /// How often all conversions without an end were gone through.
+    pub(super) static REBUILT: Cell<u64> = const { Cell::new(0) };
+}
 
 const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 const FILE: FileId = FileId { device: 1, inode: 1 };
@@ -213,4 +219,27 @@ fn a_restart_leaves_one_record_for_each_hold() {
         drop((gate, lasting));
         (lasting, left) = Lasting::open(fd).unwrap();
     }
+}
+
+#[test]
+fn conversions_without_an_end_are_gone_through_only_where_one_may_be_settled() {
+    let mut world = World::new();
+    let unended = world.begin(pages(2, 1).into());
+    let unmap = world.unmap;
+    let (mut lasting, left) = world.end();
+    let mut gate = Gate::new(Policy::default());
+    gate.keep_in(lasting.store().clone());
+    let (mut effects, domain) = (Effects::new(), DOMAIN);
+    let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
+    gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+    gate.resume(left.past, &mut effects);
+    lasting.resumed(&gate, &effects);
+    let mut world = World { gate, lasting, unmap, hangs: false, answers: Vec::new() };
+    let before = REBUILT.get();
+    let invalidation = world.begin(pages(4, 1).into());
+    world.tell(Event::End { caller: CALLER, invalidation, outcome: Outcome::Committed });
+    assert_eq!(REBUILT.get(), before);
+    world.tell(Event::Release { caller: CALLER, invalidation: unended, to: PageState::Shared });
+    let (_, left) = world.end();
+    assert_eq!((left.past.unended, left.past.holds), (Vec::new(), Vec::new()));
 }
