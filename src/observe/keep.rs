@@ -1,7 +1,9 @@
 //! Quarantine on disk: what must not be handed out outlives the daemon, however it ends.
 //!
-//! `quarantine.json` in the state directory is written anew, and renamed into place, before the answer that a change
-//! comes with leaves the process. The next daemon there takes it over before it takes any memory. It holds for one boot
+//! `quarantine.json` in the state directory says what was in quarantine when it was written, and what has changed since
+//! ([`format`]). A change is appended before the answer that it comes with leaves the process: a copy into the page
+//! cache, which costs what has changed and not what there is. Where the file is full it is written anew and renamed into
+//! place, with as much room again. The next daemon there takes it over before it takes any memory. It holds for one boot
 //! of the kernel: after another no device reaches old pages, and files have other identities. That is also why it is
 //! not forced to the disk: a process that dies takes nothing back, and a machine that goes down makes it void.
 //!
@@ -10,18 +12,22 @@
 //! is refused with the remedy. A daemon that cannot write down what it has put into quarantine sets the file aside
 //! (`quarantine.incomplete`), which needs no room on the disk, and so refuses the next daemon's start.
 
+mod format;
+
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use passgate_bindings::PageRange;
-use passgate_bindings::units::Offset;
+use passgate_bindings::PAGE;
+use passgate_bindings::segment::Segment;
 use rustix::fs::OFlags;
-use serde::{Deserialize, Serialize};
+use rustix::io::Errno;
 
 use super::private;
 use crate::error::{Error, Result};
-use crate::gate::{Event, FileId, InvalidationId, QuarantineStatus, Reason};
+use crate::gate::{Effect, Event, QuarantineStatus};
+use format::{Change, END, Head, Line, Range, VERSION};
 
 /// The file's name in the state directory.
 pub const FILE: &str = "quarantine.json";
@@ -29,27 +35,14 @@ pub const FILE: &str = "quarantine.json";
 pub const INCOMPLETE: &str = "quarantine.incomplete";
 /// The start of a name that says on which boot the directory was used.
 const MARK: &str = "boot-";
-/// The version of the format that this file describes. A file without one is version 0, and reads the same.
-const VERSION: u64 = 1;
-/// Bytes of the file at most: the gate holds 65 536 ranges, of some hundred bytes each.
+/// Bytes of the file at most.
 const MAX_BYTES: u64 = 64 << 20;
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Kept {
-    #[serde(default)]
-    version: u64,
-    /// The kernel's boot.
-    boot: String,
-    quarantine: Vec<Range>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Range {
-    file: FileId,
-    range: PageRange<Offset>,
-    invalidation: InvalidationId,
-    reason: Reason,
-}
+/// Bytes of the file at least.
+const MIN_BYTES: u64 = 64 << 10;
+/// Bytes of the file for each range that is in quarantine when it is written: the range takes less than half of them.
+const BYTES_PER_RANGE: u64 = 512;
+/// How long until a disk that took nothing is tried again, where the next daemon is kept from no range thereby.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The quarantine of one session on disk.
 #[derive(Debug)]
@@ -57,20 +50,51 @@ pub struct Keep {
     dir: PathBuf,
     path: PathBuf,
     boot: String,
+    /// The file, where changes can be appended to it.
+    file: Option<Segment>,
     /// Set while the file is set aside.
     incomplete: bool,
+    /// Set after a failure: when it is tried again.
+    again: Option<Instant>,
+}
+
+/// What an event has changed of the quarantine.
+#[derive(Debug)]
+pub struct Changes(Vec<Change>);
+
+impl Changes {
+    /// What these effects tell.
+    pub fn of(effects: &[Effect]) -> Self {
+        Self(effects.iter().filter_map(Change::of).collect())
+    }
+
+    /// True where nothing has changed.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// True where something is in quarantine that was not.
+    pub fn has_more(&self) -> bool {
+        self.0.iter().any(|change| matches!(change, Change::Held(_)))
+    }
 }
 
 impl Keep {
     /// The quarantine in `dir`, which is this process's own, on this boot of the kernel.
     pub fn new(dir: &Path, boot: String) -> Self {
-        Self { dir: dir.to_owned(), path: dir.join(FILE), boot, incomplete: false }
+        let path = dir.join(FILE);
+        Self { dir: dir.to_owned(), path, boot, file: None, incomplete: false, again: None }
     }
 
     /// What the last daemon left, as events for a gate without regions. What cannot be read is an error where a daemon
     /// has used the directory on this boot, because something in it may still be reachable. `used` says that one has,
     /// where nothing here does.
     pub fn load(&self, used: bool) -> Result<Vec<Event>> {
+        let kept = self.read(used)?;
+        Ok(kept.into_iter().flat_map(|kept| kept.quarantine).map(Range::event).collect())
+    }
+
+    fn read(&self, used: bool) -> Result<Option<Head>> {
         let mend =
             ": which memory was in quarantine is unknown; stop what uses it, then move the directory away";
         let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, mend };
@@ -87,11 +111,11 @@ impl Keep {
                     "{}: {why}: ignored, because no daemon has used it on this boot",
                     self.path.display()
                 );
-                Ok(Vec::new())
+                Ok(None)
             }
         };
         let bytes = match private::read(&self.path, MAX_BYTES) {
-            Err(error) if error.kind() == ErrorKind::NotFound && !used => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound && !used => return Ok(None),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return void("it is gone, and a daemon has used the directory on this boot");
             }
@@ -100,21 +124,15 @@ impl Keep {
         if bytes.iter().all(|byte| *byte == 0) {
             return void("it is empty, as after a crash of the machine");
         }
-        let kept: Kept = serde_json::from_slice(&bytes).map_err(|error| failed(&self.path, error.into()))?;
-        if kept.version > VERSION {
-            let why = format!("it is of version {}, this passgate reads up to {VERSION}", kept.version);
-            return Err(failed(&self.path, io::Error::other(why)));
-        }
+        let kept = match format::read(&bytes) {
+            // Whoever writes a version leaves a mark, too: it is of another boot, whose end has torn it.
+            Err(error) if !used && format::has_version(&bytes) => return void(&error.to_string()),
+            kept => kept.map_err(|error| failed(&self.path, error))?,
+        };
         if kept.boot != self.boot {
             return void(&format!("{} ranges of another boot of this machine", kept.quarantine.len()));
         }
-        let event = |Range { file, range, invalidation, reason }| Event::Quarantine {
-            file,
-            range,
-            invalidation,
-            reason,
-        };
-        Ok(kept.quarantine.into_iter().map(event).collect())
+        Ok(Some(kept))
     }
 
     /// Writes down what was taken over, and that the directory is used on this boot: from here on a quarantine that is
@@ -122,13 +140,8 @@ impl Keep {
     pub fn begin(&mut self, left: &[Event]) -> Result<()> {
         let mend = ": the quarantine must be written down there; make room, or name another --state-dir";
         let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, mend };
-        let range = |event: &Event| match event {
-            Event::Quarantine { file, range, invalidation, reason } => {
-                Some(Range { file: *file, range: *range, invalidation: *invalidation, reason: *reason })
-            }
-            _ => None,
-        };
-        self.replace(left.iter().filter_map(range).collect()).map_err(|error| failed(&self.path, error))?;
+        let left = left.iter().filter_map(Range::of_event).collect();
+        self.replace(left).map_err(|error| failed(&self.path, error))?;
         let mark = self.mark();
         match self.create(&mark) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -145,17 +158,36 @@ impl Keep {
         Ok(())
     }
 
+    /// Writes down what has changed. `now` is all that is in quarantine now.
+    pub fn change(&mut self, changes: Changes, now: impl FnOnce() -> Vec<QuarantineStatus>) {
+        let more = changes.has_more();
+        if self.append(&Line::Changes(changes.0)) {
+            return;
+        }
+        // The next daemon finds more in quarantine than there is, or does not start at all: that can wait.
+        let waits = self.again.is_some_and(|again| Instant::now() < again);
+        if !waits || (more && !self.incomplete) {
+            self.save(&now(), more);
+        }
+    }
+
+    /// Appends a line where there is room for it besides the last; whether there was.
+    fn append(&mut self, line: &Line) -> bool {
+        let Some(file) = &mut self.file else { return false };
+        let Ok(mut line) = serde_json::to_vec(line) else { return false };
+        line.push(b'\n');
+        #[cfg(test)]
+        tests::WRITTEN.set(tests::WRITTEN.get() + line.len() as u64);
+        file.room() >= (line.len() + END.len()) as u64 && file.append(&line)
+    }
+
     /// Writes down all that is in quarantine now. Where that fails it is logged, and where `more` is in quarantine than
     /// the file says, the file is set aside: the next daemon must not take it for the whole.
     pub fn save(&mut self, now: &[QuarantineStatus], more: bool) {
-        let range = |status: &QuarantineStatus| Range {
-            file: status.file,
-            range: status.range,
-            invalidation: status.invalidation,
-            reason: status.reason,
-        };
+        let written = self.replace(now.iter().map(Range::from).collect());
+        self.again = written.is_err().then(|| Instant::now() + RETRY);
         let path = self.path.display();
-        let Err(error) = self.replace(now.iter().map(range).collect()) else {
+        let Err(error) = written else {
             if std::mem::take(&mut self.incomplete) {
                 log::info!("{path}: written again");
                 _ = std::fs::remove_file(self.dir.join(INCOMPLETE));
@@ -179,6 +211,7 @@ impl Keep {
                 "{path}: {error}: remove it: the next daemon must not take it for the whole quarantine"
             );
         }
+        self.file = None;
     }
 
     /// Where it says that the directory is used on this boot.
@@ -195,27 +228,64 @@ impl Keep {
         options.write(true).create_new(true).mode(0o600).custom_flags(flags).open(path)
     }
 
-    fn replace(&self, quarantine: Vec<Range>) -> io::Result<()> {
+    /// Writes the file anew.
+    fn replace(&mut self, quarantine: Vec<Range>) -> io::Result<()> {
         let new = self.path.with_extension("new");
-        let bytes = serde_json::to_vec(&Kept { version: VERSION, boot: self.boot.clone(), quarantine })?;
+        let room = quarantine.len() as u64 * BYTES_PER_RANGE;
+        let bytes = room.clamp(MIN_BYTES, MAX_BYTES).next_multiple_of(PAGE);
+        let head = Head { version: VERSION, boot: self.boot.clone(), bytes, quarantine };
+        let mut line = serde_json::to_vec(&head)?;
+        line.push(b'\n');
+        #[cfg(test)]
+        tests::WRITTEN.set(tests::WRITTEN.get() + line.len() as u64);
         match std::fs::remove_file(&new) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        self.create(&new)?.write_all(&bytes)?;
-        std::fs::rename(&new, &self.path)
+        let file = match Segment::create(&new, bytes) {
+            Ok(mut file) => {
+                if !file.append(&line) {
+                    return Err(Errno::FBIG.into());
+                }
+                Some(file)
+            }
+            // A file system without fallocate: the file is written anew for each change.
+            Err(failed) if failed.errno == Errno::OPNOTSUPP => {
+                line.extend_from_slice(END);
+                self.create(&new)?.write_all(&line)?;
+                None
+            }
+            Err(failed) => return Err(failed.errno.into()),
+        };
+        std::fs::rename(&new, &self.path)?;
+        self.file = file;
+        Ok(())
+    }
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        if let Some(file) = &mut self.file {
+            file.append(END);
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
     use std::os::unix::fs::symlink;
 
-    use passgate_bindings::PAGE;
+    use passgate_bindings::PageRange;
     use rustix::fs::{FileType, Mode};
 
     use super::*;
-    use crate::gate::{Cause, Step};
+    use crate::gate::{Cause, FileId, InvalidationId, Notice, Reason, Step};
+
+    thread_local! {
+        /// Bytes that were written to the file by this thread.
+        pub(crate) static WRITTEN: Cell<u64> = const { Cell::new(0) };
+    }
 
     const BOOT: &str = "0b6e-12";
 
@@ -234,8 +304,24 @@ mod tests {
         let mut keep = Keep::new(dir.path(), BOOT.to_owned());
         assert_eq!(keep.load(false).unwrap(), []);
         keep.begin(&[]).unwrap();
-        keep.save(&[status(3)], true);
+        keep.change(held(3), || panic!("there is room for it"));
         (dir, keep)
+    }
+
+    fn held(page: u64) -> Changes {
+        let QuarantineStatus { file, range, invalidation, reason } = status(page);
+        let gpa = None;
+        Changes::of(&[Effect::Notice(Notice::Quarantined { invalidation, file, range, gpa, reason })])
+    }
+
+    fn freed(page: u64) -> Changes {
+        let QuarantineStatus { file, range, .. } = status(page);
+        Changes::of(&[Effect::Notice(Notice::Freed { file, range, gpa: None })])
+    }
+
+    /// What another daemon finds in the directory of one that goes on.
+    fn found(dir: &Path) -> Result<Vec<Event>> {
+        Keep::new(dir, BOOT.to_owned()).load(false)
     }
 
     #[test]
@@ -251,9 +337,40 @@ mod tests {
     }
 
     #[test]
+    fn quarantine_file_says_what_is_so_after_any_changes_however_its_daemon_ends() {
+        for killed in [false, true] {
+            let (dir, mut keep) = used();
+            let mut truth = std::collections::BTreeMap::from([(3, status(3))]);
+            let mut random = 1_u64;
+            for nth in 0..3000 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let page = random >> 40 & 0x1ff;
+                let change = if truth.remove(&page).is_some() {
+                    freed(page)
+                } else {
+                    truth.insert(page, status(page));
+                    held(page)
+                };
+                keep.change(change, || truth.values().copied().collect());
+                if nth % 100 == 0 {
+                    let events = truth.values().map(|status| Range::from(status).event());
+                    assert_eq!(found(dir.path()).unwrap(), events.collect::<Vec<_>>());
+                }
+            }
+            let before = found(dir.path()).unwrap();
+            if killed {
+                std::mem::forget(keep)
+            } else {
+                drop(keep)
+            }
+            assert_eq!(found(dir.path()).unwrap(), before);
+        }
+    }
+
+    #[test]
     fn a_quarantine_that_cannot_be_read_is_unknown_and_never_empty() {
         type Spoil = fn(&Path);
-        let spoils: [(&str, Spoil); 12] = [
+        let spoils: [(&str, Spoil); 13] = [
             ("gone", |file| std::fs::remove_file(file).unwrap()),
             ("empty", |file| std::fs::write(file, "").unwrap()),
             ("zeroes", |file| std::fs::write(file, [0; 64]).unwrap()),
@@ -261,9 +378,14 @@ mod tests {
                 let bytes = std::fs::read(file).unwrap();
                 std::fs::write(file, &bytes[..bytes.len() - 1]).unwrap();
             }),
+            ("cut behind a line", |file| {
+                let bytes = std::fs::read(file).unwrap();
+                let head = bytes.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+                std::fs::write(file, &bytes[..head]).unwrap();
+            }),
             ("newer", |file| {
                 let text = std::fs::read_to_string(file).unwrap();
-                std::fs::write(file, text.replace("\"version\":1", "\"version\":2")).unwrap();
+                std::fs::write(file, text.replace("\"version\":2", "\"version\":3")).unwrap();
             }),
             ("of another boot", |file| {
                 let text = std::fs::read_to_string(file).unwrap();
@@ -296,23 +418,55 @@ mod tests {
             }),
         ];
         for (what, spoil) in spoils {
+            for killed in [false, true] {
+                let (dir, keep) = used();
+                if killed {
+                    std::mem::forget(keep)
+                } else {
+                    drop(keep)
+                }
+                spoil(&dir.path().join(FILE));
+                let error = found(dir.path()).expect_err(what).to_string();
+                assert!(error.contains("move the directory away"), "{what}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_crash_of_a_machine_has_torn_stops_no_daemon_on_the_next_boot() {
+        type Tear = fn(&mut Vec<u8>);
+        let tears: [Tear; 3] =
+            [|bytes| bytes.truncate(40), |bytes| bytes[..40].fill(0), |bytes| bytes[200..210].fill(0)];
+        for tear in tears {
             let (dir, keep) = used();
-            spoil(&dir.path().join(FILE));
-            let error = keep.load(false).expect_err(what).to_string();
-            assert!(error.contains("move the directory away"), "{what}: {error}");
+            let (file, mark) = (dir.path().join(FILE), keep.mark());
+            drop(keep);
+            let mut bytes = std::fs::read(&file).unwrap();
+            tear(&mut bytes);
+            std::fs::write(&file, bytes).unwrap();
+            assert!(found(dir.path()).is_err());
+            std::fs::remove_file(mark).unwrap();
+            assert_eq!(found(dir.path()).unwrap(), []);
         }
     }
 
     #[test]
     fn an_older_format_is_read() {
         let (dir, keep) = used();
-        let text = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
-        std::fs::write(dir.path().join(FILE), text.replace("\"version\":1,", "")).unwrap();
-        assert_eq!(keep.load(false).unwrap().len(), 1);
+        let mark = keep.mark();
+        let old = r#"{"version":1,"boot":"0b6e-12","quarantine":[{"file":{"device":1,"inode":2},"range":[12288,4096],"invalidation":3,"reason":{"cause":"owner-unknown","device":null,"rung":"unmap","errno":5}}]}"#;
+        drop(keep);
+        for text in [old, &old.replace("\"version\":1,", "")] {
+            std::fs::write(dir.path().join(FILE), text).unwrap();
+            assert_eq!(found(dir.path()).unwrap(), [Range::from(&status(3)).event()]);
+        }
         // Without a mark too, as an older daemon leaves it.
-        std::fs::remove_file(keep.mark()).unwrap();
-        assert_eq!(keep.load(false).unwrap().len(), 1);
+        std::fs::remove_file(mark).unwrap();
+        assert_eq!(found(dir.path()).unwrap().len(), 1);
+        std::fs::write(dir.path().join(FILE), &old.replace("\"version\":1,", "")[..90]).unwrap();
+        assert!(found(dir.path()).is_err());
         std::fs::write(dir.path().join(FILE), "").unwrap();
+        let keep = Keep::new(dir.path(), BOOT.to_owned());
         assert!(keep.load(true).is_err(), "its log says that it was used on this boot");
         assert_eq!(keep.load(false).unwrap(), [], "a machine that went down leaves it so");
     }
@@ -325,13 +479,19 @@ mod tests {
         std::fs::create_dir(&obstacle).unwrap();
         keep.save(&[], false);
         assert_eq!(keep.load(false).unwrap().len(), 1, "less is in quarantine: the old file is safe");
-        keep.save(&[status(3), status(4)], true);
+        keep.change(held(4), || panic!("there is room for it"));
+        assert_eq!(keep.load(false).unwrap().len(), 2, "what there is has room");
+        let all: Vec<_> = (3..600).map(status).collect();
+        let many = all.iter().map(|status| Change::Held(status.into())).collect();
+        keep.change(Changes(many), || all.clone());
         let error = keep.load(false).unwrap_err().to_string();
         assert!(error.contains(INCOMPLETE) && error.contains("could not write"), "{error}");
+        keep.change(held(4), || panic!("nothing of it is believed, so it can wait"));
         assert!(keep.begin(&[]).is_err(), "a daemon that cannot write does not start");
         // It comes to itself.
         std::fs::remove_dir(&obstacle).unwrap();
-        keep.save(&[status(3), status(4)], true);
+        keep.again = Some(Instant::now());
+        keep.change(freed(3), || vec![status(4), status(5)]);
         assert_eq!(keep.load(false).unwrap().len(), 2);
     }
 }

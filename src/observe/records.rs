@@ -11,9 +11,9 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::audit::{self, Log, LogOptions};
-use super::keep::Keep;
+use super::keep::{Changes, Keep};
 use crate::error::{Error, Result};
-use crate::gate::{Effect, Event, Notice, Policy, QuarantineStatus};
+use crate::gate::{Effect, Event, Policy, QuarantineStatus};
 
 /// Where a session writes things down, and how much of it.
 #[derive(Debug, Clone)]
@@ -53,8 +53,6 @@ pub struct Records {
     keep: Keep,
     /// What the last daemon left in quarantine, until it is taken.
     left: Vec<Event>,
-    /// True while the file has ranges that are not in quarantine any more.
-    outdated: bool,
     _lock: File,
 }
 
@@ -130,7 +128,7 @@ impl Records {
             resumed,
         };
         let log = Log::open(&options.dir, log).map_err(failed(writable))?;
-        Ok(Self { log, keep, left, outdated: false, _lock: lock })
+        Ok(Self { log, keep, left, _lock: lock })
     }
 
     /// What the last daemon left in quarantine, for a gate without regions.
@@ -150,28 +148,17 @@ impl Records {
     }
 
     /// Writes down what the gate made of it, before any of it is done. Whatever happens in between, the quarantine on
-    /// disk is never less than the log's: what is lifted stays there until [`Records::catch_up`].
+    /// disk is never less than the log's. `quarantine` is all of it; it is asked for only where the file is full.
     pub fn after(&mut self, effects: &[Effect], quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
-        let mut more = false;
-        for effect in effects {
-            match effect {
-                Effect::Notice(Notice::Quarantined { .. }) => more = true,
-                Effect::Notice(Notice::Freed { .. } | Notice::Released { .. }) => self.outdated = true,
-                _ => {}
+        let changes = Changes::of(effects);
+        if changes.has_more() {
+            self.keep.change(changes, quarantine);
+            self.log.finish(effects);
+        } else {
+            self.log.finish(effects);
+            if !changes.is_empty() {
+                self.keep.change(changes, quarantine);
             }
-        }
-        if more {
-            self.keep.save(&quarantine(), true);
-            self.outdated = false;
-        }
-        self.log.finish(effects);
-    }
-
-    /// Takes what was lifted off the disk, before anybody is told of it: once for all of it, because the file is written
-    /// whole.
-    pub fn catch_up(&mut self, quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
-        if std::mem::take(&mut self.outdated) {
-            self.keep.save(&quarantine(), false);
         }
     }
 

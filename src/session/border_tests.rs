@@ -1,9 +1,7 @@
 //! The border between gate and session: every effect that asks for a call has a result, in time, whatever happened since
 //! the gate asked for it.
 
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,12 +10,12 @@ use passgate_backends::Capabilities;
 use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 
 use super::fdstore::{FdStore, Name};
 use super::*;
 use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
+use crate::observe::keep::tests::WRITTEN;
 use crate::observe::records::StateOptions;
 
 const PAGES: u64 = 8;
@@ -60,17 +58,17 @@ fn pages(first: u64, count: u64) -> PageRange<Gpa> {
 impl World {
     /// A domain without a device, and a file that is in no region yet.
     fn new(counts_partial: bool) -> Self {
-        Self::with_hold(counts_partial, None)
+        Self::with(counts_partial, PAGES, None, None)
     }
 
-    fn with_hold(counts_partial: bool, hold: Option<Hold>) -> Self {
+    fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Hold>) -> Self {
         let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
         let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(Stopped(Mutex::new(Instant::now())));
         let domain = Arc::new(sim.clone());
         let session =
-            Session::new(Policy::default(), domain, vec![], Trust::default(), clock.clone(), None, hold);
-        let file = GuestFile::memfd("border", PAGES * PAGE).unwrap();
+            Session::new(Policy::default(), domain, vec![], Trust::default(), clock.clone(), records, hold);
+        let file = GuestFile::memfd("border", pages * PAGE).unwrap();
         Self { session, sim, clock, file, answers: vec![], notices: vec![], refused: vec![] }
     }
 
@@ -78,7 +76,7 @@ impl World {
     fn kept() -> (Self, Receiver<Name>) {
         let (store, removed) = FdStore::detached();
         let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine: None };
-        (Self::with_hold(false, Some(hold)), removed)
+        (Self::with(false, PAGES, None, Some(hold)), removed)
     }
 
     /// The same, with the file at address 0 as client 1's.
@@ -566,75 +564,49 @@ fn files_of_refused_memory_are_kept_no_longer_and_those_of_a_region_are() {
     }
 }
 
-/// The number of times that the quarantine in a state directory was written, since this was asked last.
-fn writes(watch: &OwnedFd) -> usize {
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let mut events = inotify::Reader::new(watch, &mut buffer);
-    let mut count = 0;
-    while let Ok(event) = events.next() {
-        count += usize::from(event.file_name().is_some_and(|name| name.to_bytes() == b"quarantine.json"));
+/// Puts `count` pages apart into quarantine because their unmaps do not return, by one begin or by one for each page,
+/// and lets these return one by one. Returns the bytes written to `quarantine.json` until all are there, and after.
+fn bytes_written(count: u64, by_one_begin: bool) -> [u64; 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StateOptions { audit_segment: 1 << 20, ..StateOptions::at(dir.path()) };
+    let records = Records::open(&options, Policy::default(), "sim", Vec::new(), false).unwrap();
+    let mut world = World::with(false, 2 * count, Some(records), None);
+    let memory = AddMemory { piece: PAGE, ..AddMemory::shared(0, 2 * count * PAGE) };
+    world.session.add_memory(caller(1, 1), memory, vec![world.fd()]);
+    world.settle();
+    assert!(matches!(world.take_answers()[..], [(_, Answer::RegionAdded { .. })]), "{:?}", world.refused);
+    let apart: Vec<_> = (0..count).map(|nth| pages(2 * nth, 1)).collect();
+    if by_one_begin {
+        let (ranges, deadline_ns) = (Ranges::try_from(apart).unwrap(), DEADLINE.as_nanos() as u64);
+        let (to, performer) = (PageState::Private, Performer::Client);
+        world.session.handle(Event::Begin { caller: caller(1, 2), ranges, to, performer, deadline_ns });
+    } else {
+        apart.into_iter().for_each(|page| world.begin(page, PageState::Private, Performer::Client));
     }
-    count
-}
-
-/// The number of ranges in it.
-fn kept(state: &Path) -> usize {
-    let text = std::fs::read_to_string(state.join("quarantine.json")).unwrap();
-    let kept: serde_json::Value = serde_json::from_str(&text).unwrap();
-    kept["quarantine"].as_array().unwrap().len()
+    let hanging: Vec<_> = std::iter::from_fn(|| world.call()).collect();
+    assert_eq!(hanging.len() as u64, count, "{:?}", world.answers);
+    let before = WRITTEN.get();
+    for _ in 0..Step::LADDER.len() {
+        world.pass(DEADLINE / 7 + Duration::from_nanos(1));
+        assert!(world.call().is_none());
+    }
+    assert!(world.verdicts().iter().all(|verdict| matches!(verdict, Verdict::Unknown { .. })));
+    assert_eq!(world.session.snapshot().quarantine.len() as u64, count);
+    let between = WRITTEN.get();
+    for call in hanging {
+        world.session.returned(call.run());
+        world.settle();
+    }
+    assert_eq!(world.session.snapshot().quarantine, []);
+    [between - before, WRITTEN.get() - between]
 }
 
 #[test]
-fn ranges_that_are_freed_together_are_taken_off_the_disk_by_one_write_before_anybody_is_told() {
-    let state = tempfile::tempdir().unwrap();
-    let mut world = World::with_region(true);
-    let options = StateOptions::at(state.path());
-    let records = Records::open(&options, Policy::default(), "sim", Vec::new(), false).unwrap();
-    world.session.records = Some(records);
-    let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
-    // With both names of a rename: the kernel makes one of the same event twice.
-    inotify::add_watch(&watch, state.path(), WatchFlags::MOVED_FROM | WatchFlags::MOVED_TO).unwrap();
-    // A quarantine that an operator releases: one conversion of every second page.
-    let ranges = Ranges::try_from((0..PAGES / 2).map(|nth| pages(2 * nth, 1)).collect::<Vec<_>>()).unwrap();
-    let (to, performer, deadline_ns) = (PageState::Private, Performer::Client, DEADLINE.as_nanos() as u64);
-    world.session.handle(Event::Begin { caller: caller(1, 2), ranges, to, performer, deadline_ns });
-    world.settle();
-    let (invalidation, outcome) = (InvalidationId(1), Outcome::Unknown { errno: 5, offset: 0 });
-    world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
-    world.settle();
-    let release = Event::Release { caller: caller(9, 4), invalidation, to: PageState::Shared };
-    free(&mut world, state.path(), &watch, (PAGES / 2) as usize, release);
-    // Quarantines that proofs end: a conversion of each page, of which every unmap fails.
-    let busy = |plan: FaultPlan, nth| plan.at(sim::Call::Unmap, nth, Fault::Errno(Errno::BUSY));
-    world.sim.plan((1..1000).fold(FaultPlan::new(), busy));
-    assert_eq!(burst(&mut world).len() as u64, PAGES);
-    world.sim.plan(FaultPlan::new());
-    let remove = Event::RemoveRegion { caller: caller(1, 5), region: RegionId(1) };
-    free(&mut world, state.path(), &watch, PAGES as usize, remove);
-}
-
-/// Handles `event`, which frees all of the `ranges` in quarantine.
-#[track_caller]
-fn free(world: &mut World, state: &Path, watch: &OwnedFd, ranges: usize, event: Event) {
-    assert_eq!((kept(state), world.session.snapshot().quarantine.len()), (ranges, ranges));
-    world.take_answers();
-    writes(watch);
-    let (mut freed, mut answered) = (0, false);
-    world.session.handle(event);
-    loop {
-        match world.session.next_step() {
-            Next::Idle => break,
-            Next::Call(call) => world.session.returned(call.run()),
-            Next::Notice(Notice::Freed { .. } | Notice::Released { .. }) => {
-                freed += 1;
-                assert_eq!(kept(state), 0, "somebody is told first");
-            }
-            Next::Answer(_, Answer::Released { .. } | Answer::RegionRemoved { .. }) => {
-                answered = true;
-                assert_eq!(kept(state), 0, "its client is told first");
-            }
-            _ => {}
+fn quarantine_file_is_written_in_proportion_to_what_changes() {
+    for by_one_begin in [true, false] {
+        let [few, many] = [64, 512].map(|count| bytes_written(count, by_one_begin));
+        for (few, many) in few.into_iter().zip(many) {
+            assert!(many < 16 * few, "one begin: {by_one_begin}: {few} bytes for 64 ranges, {many} for 512");
         }
     }
-    assert_eq!((freed, answered, writes(watch)), (ranges, true, 1));
 }

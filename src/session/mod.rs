@@ -319,15 +319,6 @@ impl Session {
 
     /// What to do next.
     pub fn next_step(&mut self) -> Next {
-        let next = self.next();
-        // What is handed out may be the news of it.
-        if let Some(records) = &mut self.records {
-            records.catch_up(|| self.gate.snapshot().quarantine);
-        }
-        next
-    }
-
-    fn next(&mut self) -> Next {
         if let Some(next) = self.border.pop_front() {
             return next;
         }

@@ -6,13 +6,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use passgate_backends::{Capabilities, Domain, Result, Ticket, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
-use passgate_bindings::{Iova, PageRange};
+use passgate_bindings::{Iova, PAGE, PageRange};
 
-/// Calls that touch this address hang until [`Hanging::release`].
+/// Calls that touch these addresses hang until [`Hanging::release`].
 #[derive(Debug)]
 pub struct Hanging {
     inner: Arc<dyn Domain>,
-    at: Iova,
+    at: PageRange<Iova>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -26,6 +26,10 @@ struct State {
 
 impl Hanging {
     pub fn new(inner: Arc<dyn Domain>, at: Iova) -> Arc<Self> {
+        Self::over(inner, PageRange::new(at.0 / PAGE * PAGE, PAGE).unwrap())
+    }
+
+    pub fn over(inner: Arc<dyn Domain>, at: PageRange<Iova>) -> Arc<Self> {
         Arc::new(Self { inner, at, state: Mutex::default(), changed: Condvar::new() })
     }
 
@@ -52,7 +56,7 @@ impl Hanging {
 
     fn pass(&self, iova: PageRange<Iova>, hangs: impl Fn(&State) -> bool) {
         let mut state = self.state.lock().unwrap();
-        if !iova.contains(self.at) || !hangs(&state) {
+        if !iova.overlaps(self.at) || !hangs(&state) {
             return;
         }
         state.inside += 1;

@@ -23,3 +23,4 @@ mod records;
 mod release;
 mod silence;
 mod sockets;
+mod state;
