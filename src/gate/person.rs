@@ -98,7 +98,7 @@ impl Gate {
     }
 
     /// The first mapping that no region is of.
-    fn stray(&self) -> Option<PageRange<Iova>> {
+    pub(super) fn stray(&self) -> Option<PageRange<Iova>> {
         let everywhere = PageRange::<Iova>::new(0, LIMIT).ok()?;
         let regions: Vec<_> =
             self.layout.values().filter_map(|id| Some(self.regions.get(id)?.iova())).collect();

@@ -2,10 +2,11 @@
 //!
 //! A result is believed to the byte and no further: short is not gone, an error is not "nothing happened".
 
+use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PageRange};
 
 use super::effect::{Effect, Effects, FilePages, Notice};
-use super::event::{DomainId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
+use super::event::{DomainId, FileId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
 use super::fence::Step;
 use super::invalidation::After;
 use super::ledger::holds::gaps;
@@ -316,11 +317,7 @@ impl Gate {
                 if !clear || self.lasts(since, reason) {
                     continue;
                 }
-                let gpa = self.gpa_of(part.file, range);
-                if let Some(file) = self.files.get_mut(&part.file) {
-                    file.holds.lift(range.start());
-                }
-                effects.push(Effect::Notice(Notice::Freed { file: part.file, range, gpa }));
+                self.lift(part.file, range, effects);
                 self.reconcile(part.file, range, effects);
             }
             self.forget_file(part.file, effects);
@@ -328,6 +325,15 @@ impl Gate {
         if closing {
             self.settle_closing(iova, effects);
         }
+    }
+
+    /// Lifts a quarantine whose cause is disproved.
+    pub(super) fn lift(&mut self, file: FileId, range: PageRange<Offset>, effects: &mut Effects) {
+        if let Some(entry) = self.files.get_mut(&file) {
+            entry.holds.lift(range.start());
+        }
+        let gpa = self.gpa_of(file, range);
+        effects.push(Effect::Notice(Notice::Freed { file, range, gpa }));
     }
 
     /// Forgets closing regions over `iova` that are clear, and goes on with those of a dead client that are not.

@@ -4,6 +4,8 @@
 //! says that it succeeded, nothing is left there, whatever was. Conversions that were open end as their client's
 //! going does: nobody here knows what the pages are.
 //!
+//! A quarantine that nothing in the ledger bears out any more was disproved when the earlier gate ended, and is lifted.
+//!
 //! Of what was mapped, no page stays so that is held or not shared. The earlier gate may have held a page and left it
 //! mapped while it waited for a device to pause or to be detached; this one takes it out by an invalidation of its own,
 //! with the ladder behind it.
@@ -25,6 +27,7 @@ use super::ledger::holds::gaps;
 use super::ledger::{HeldBy, PageState, RunState, Store};
 use super::ranges::Ranges;
 use super::region::Region;
+use super::snapshot::QuarantineStatus;
 use super::verdict::{Cause, Reason};
 use super::{Gate, Job};
 
@@ -90,6 +93,7 @@ impl Gate {
         self.unended.extend(unsettled.map(|id| (id, ORPHANS)));
         self.settle_all(domain, effects);
         self.clear_forbidden(domain, effects);
+        self.lift_disproved(effects);
         if past.regions.iter().any(|region| region.closing) {
             self.leaving.push(LEFT);
         }
@@ -138,6 +142,26 @@ impl Gate {
                 self.quarantine(id, file, range, reason, effects);
                 self.unended.insert(id, ORPHANS);
             }
+        }
+    }
+
+    /// Lifts the quarantines whose cause was disproved, where the earlier gate has ended before it lifted them: nothing
+    /// that comes back will. What no region shows stays, and so does everything while a mapping is left that no region is
+    /// of, which may show any page.
+    fn lift_disproved(&mut self, effects: &mut Effects) {
+        let quarantined = self.files.values().any(|file| file.holds.quarantined());
+        if !quarantined || self.stray().is_some() {
+            return;
+        }
+        let disproved = |held: &QuarantineStatus| {
+            let mut aliases = self.aliases(held.file, held.range).peekable();
+            !self.lasts(held.invalidation, held.reason)
+                && aliases.peek().is_some()
+                && aliases.all(|alias| self.is_clear(alias))
+        };
+        let lifted: Vec<_> = self.quarantined_ranges().filter(disproved).collect();
+        for QuarantineStatus { file, range, .. } in lifted {
+            self.lift(file, range, effects);
         }
     }
 

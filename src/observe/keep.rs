@@ -52,6 +52,8 @@ pub struct Keep {
     boot: String,
     /// The file, where changes can be appended to it.
     file: Option<Segment>,
+    /// The ledger that is told of each change before the file is.
+    ledger: Option<u64>,
     /// Set while the file is set aside.
     incomplete: bool,
     /// Set after a failure: when it is tried again.
@@ -83,15 +85,26 @@ impl Keep {
     /// The quarantine in `dir`, which is this process's own, on this boot of the kernel.
     pub fn new(dir: &Path, boot: String) -> Self {
         let path = dir.join(FILE);
-        Self { dir: dir.to_owned(), path, boot, file: None, incomplete: false, again: None }
+        Self { dir: dir.to_owned(), path, boot, file: None, ledger: None, incomplete: false, again: None }
     }
 
     /// What the last daemon left, as events for a gate without regions. What cannot be read is an error where a daemon
     /// has used the directory on this boot, because something in it may still be reachable. `used` says that one has,
     /// where nothing here does.
     pub fn load(&self, used: bool) -> Result<Vec<Event>> {
+        self.load_with_ledger(used).map(|(events, _)| events)
+    }
+
+    /// The same, and which ledger has all of it, where one has.
+    pub fn load_with_ledger(&self, used: bool) -> Result<(Vec<Event>, Option<u64>)> {
         let kept = self.read(used)?;
-        Ok(kept.into_iter().flat_map(|kept| kept.quarantine).map(Range::event).collect())
+        let ledger = kept.as_ref().and_then(|kept| kept.ledger);
+        Ok((kept.into_iter().flat_map(|kept| kept.quarantine).map(Range::event).collect(), ledger))
+    }
+
+    /// This ledger is told of each change from now on, before the file is: it has all that is in quarantine.
+    pub fn follow(&mut self, ledger: Option<u64>) {
+        self.ledger = ledger;
     }
 
     fn read(&self, used: bool) -> Result<Option<Head>> {
@@ -233,7 +246,7 @@ impl Keep {
         let new = self.path.with_extension("new");
         let room = quarantine.len() as u64 * BYTES_PER_RANGE;
         let bytes = room.clamp(MIN_BYTES, MAX_BYTES).next_multiple_of(PAGE);
-        let head = Head { version: VERSION, boot: self.boot.clone(), bytes, quarantine };
+        let head = Head { version: VERSION, boot: self.boot.clone(), bytes, ledger: self.ledger, quarantine };
         let mut line = serde_json::to_vec(&head)?;
         line.push(b'\n');
         #[cfg(test)]

@@ -53,6 +53,8 @@ pub struct Records {
     keep: Keep,
     /// What the last daemon left in quarantine, until it is taken.
     left: Vec<Event>,
+    /// The ledger that has all of that, where one has.
+    left_in: Option<u64>,
     _lock: File,
 }
 
@@ -102,13 +104,15 @@ impl Records {
             .trim()
             .to_owned();
         let mut keep = Keep::new(&options.dir, boot.clone());
-        let left = match keep.load(logged_on(&options.dir, &boot)) {
+        let (left, left_in) = match keep.load_with_ledger(logged_on(&options.dir, &boot)) {
             Err(error) if resumed => {
                 log::error!("{error} (the ledger that was kept has it)");
-                Vec::new()
+                (Vec::new(), None)
             }
             left => left?,
         };
+        // Nothing has changed yet. Who goes on without that ledger tells it of no change.
+        keep.follow(left_in.filter(|_| resumed));
         match keep.begin(&left) {
             // A full disk stops no VM whose ledger has everything. What cannot be saved later says so on the disk.
             Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
@@ -128,7 +132,7 @@ impl Records {
             resumed,
         };
         let log = Log::open(&options.dir, log).map_err(failed(writable))?;
-        Ok(Self { log, keep, left, _lock: lock })
+        Ok(Self { log, keep, left, left_in, _lock: lock })
     }
 
     /// What the last daemon left in quarantine, for a gate without regions.
@@ -136,9 +140,17 @@ impl Records {
         std::mem::take(&mut self.left)
     }
 
-    /// This is in quarantine, as an earlier daemon's ledger had it.
-    pub fn go_on(&mut self, quarantine: &[QuarantineStatus]) {
+    /// What of that an earlier daemon's `ledger` may not have: nothing where it has been told of each change before the
+    /// disk was. What is on the disk alone was lifted then, and the daemon has ended before it could write that down.
+    pub fn take_left_beside(&mut self, ledger: Option<u64>) -> Vec<Event> {
+        let left = self.take_left();
+        if ledger.is_some() && ledger == self.left_in { Vec::new() } else { left }
+    }
+
+    /// This is in quarantine, and in `ledger`, which is told of each change from now on before this is.
+    pub fn go_on(&mut self, quarantine: &[QuarantineStatus], ledger: Option<u64>) {
         self.left.clear();
+        self.keep.follow(ledger);
         self.keep.save(quarantine, true);
     }
 

@@ -149,7 +149,6 @@ impl Session {
             start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
         }
         let mut files = Files::new(trust.unsealed);
-        let from_ledger = quarantine.is_some();
         if let Some((events, mut kept)) = quarantine {
             for event in &events {
                 if let Event::Quarantine { file, .. } = event {
@@ -186,12 +185,10 @@ impl Session {
             session.gate.keep_in(lasting.store().clone());
         }
         start.into_iter().for_each(|event| session.handle(event));
-        if from_ledger && let Some(records) = &mut session.records {
-            // The disk has only what it had: no effect tells of what the ledger adds.
-            records.go_on(&session.gate.quarantined_ranges().collect::<Vec<_>>());
-        }
-        if let Some((left, kept)) = left {
-            session.go_on(left, kept);
+        match left {
+            Some((left, kept)) => session.go_on(left, kept),
+            // The disk has only what it had: no effect tells of what an earlier ledger adds.
+            None => session.write_quarantine(),
         }
         session
     }

@@ -10,7 +10,6 @@ use super::fdstore::{FdStore, Kept, Name};
 use super::lasting::{Lasting, Left};
 use crate::gate::ledger::holds::gaps;
 use crate::gate::{Cause, ClientId, DomainId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
-use crate::observe::records::Records;
 
 /// By what a session outlives its process.
 #[derive(Debug)]
@@ -37,7 +36,9 @@ impl Session {
                 region.closing = true;
             }
         }
-        let on_disk = self.records.as_mut().map(Records::take_left).unwrap_or_default();
+        let ledger = self.lasting.as_ref().and_then(Lasting::id);
+        let on_disk =
+            self.records.as_mut().map(|records| records.take_left_beside(ledger)).unwrap_or_default();
         join_quarantine(&mut past, on_disk);
         for (file, ..) in &past.holds {
             self.files.hold_again(*file, &mut kept);
@@ -52,13 +53,18 @@ impl Session {
         if let Some(lasting) = &mut self.lasting {
             lasting.resumed(&self.gate, &self.effects);
         }
-        if let Some(records) = &mut self.records {
-            records.go_on(&self.gate.quarantined_ranges().collect::<Vec<_>>());
-        }
+        self.write_quarantine();
         for name in kept.names() {
             if let (Name::Memory(_) | Name::Private(_), Some(store)) = (&name, &self.store) {
                 store.remove(name);
             }
+        }
+    }
+
+    /// Has the disk say what is in quarantine, and that the ledger has it.
+    pub(super) fn write_quarantine(&mut self) {
+        if let (Some(records), Some(lasting)) = (&mut self.records, &self.lasting) {
+            records.go_on(&self.gate.quarantined_ranges().collect::<Vec<_>>(), lasting.id());
         }
     }
 
@@ -150,8 +156,8 @@ mod tests {
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
 
     use super::*;
-    use crate::gate::Step;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
+    use crate::gate::{QuarantineStatus, Step};
     use crate::observe::records::{Records, StateOptions};
     use crate::protocol::verbs::AddMemory;
     use crate::session::lasting::{LoadError, holds_in};
@@ -270,6 +276,41 @@ mod tests {
 
     fn records(dir: &std::path::Path, resumed: bool) -> crate::error::Result<Records> {
         Records::open(&StateOptions::at(dir), Policy::default(), "sim", Vec::new(), resumed)
+    }
+
+    #[test]
+    fn only_quarantine_that_the_ledger_may_not_have_joins_it_from_disk() {
+        for named in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let lasting = Lasting::new().unwrap();
+            lasting.complete(Ids::Type1 { entries: 65_535 }, &[]);
+            let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+            let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
+            let held = QuarantineStatus { file, range, invalidation: InvalidationId(4), reason };
+            // The ledger has it no more: the daemon has ended before it could write that down on disk.
+            let mut first = records(dir.path(), false).unwrap();
+            first.go_on(&[held], if named { lasting.id() } else { Lasting::new().unwrap().id() });
+            drop(first);
+            let fd = lasting.fd().unwrap().try_clone_to_owned().unwrap();
+            drop(lasting);
+            let (lasting, left) = Lasting::open(fd).unwrap();
+            let (store, _removed) = FdStore::detached();
+            let left = Some((left, Kept::of(BTreeMap::new())));
+            let hold = Hold { store, lasting, left, quarantine: None };
+            let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
+            let opened = Some(records(dir.path(), true).unwrap());
+            let (policy, clock) = (Policy::default(), Arc::new(SystemClock));
+            let session =
+                Session::new(policy, domain, Vec::new(), Trust::default(), clock, opened, Some(hold));
+            assert_eq!(session.snapshot().quarantine.is_empty(), named);
+            drop(session);
+            // Who goes on without the ledger has what the disk says, and the ledger has not that.
+            let mut without = records(dir.path(), false).unwrap();
+            assert_eq!(without.take_left().is_empty(), named);
+            drop(without);
+            let mut again = records(dir.path(), true).unwrap();
+            assert_eq!(again.take_left_beside(Some(1)).is_empty(), named);
+        }
     }
 
     #[test]

@@ -835,3 +835,40 @@ fn only_the_adopter_settles_what_it_has_adopted() {
     world.settle("add");
     assert!(world.gate.may_settle(adopter, id) && !world.gate.may_settle(other, id));
 }
+
+/// An earlier daemon heard of both unmaps of a quarantined page, or of the first alone, and ended before it could say so.
+#[test]
+fn quarantine_that_was_disproved_when_the_daemon_ended_is_lifted_at_the_restart() {
+    for heard in [&ALIASES[..], &ALIASES[..1]] {
+        let mut world = World::new(HOSTS[0]);
+        world.ask(Ask::Add(ALIASES[0]));
+        world.ask(Ask::Add(ALIASES[1]));
+        world.settle("add");
+        world.ask(Ask::Begin(2, 1));
+        world.settle("begin");
+        world.ask(Ask::End(Outcome::Unknown { errno: 5, offset: 0 }));
+        world.settle("end");
+        let unknown = world.quarantined();
+        world.kernel.fails = (1..1000).collect();
+        world.ask(Ask::Begin(5, 1));
+        world.settle("begin");
+        assert_eq!(world.quarantined().len(), 2);
+        for alias in heard {
+            let mapped = world.gate.mapped_in(DOMAIN).unwrap();
+            for run in mapped.runs(range(*alias, PAGES)).collect::<Vec<_>>() {
+                mapped.remove(run.range.start());
+                let pages = run.range.start().0 / PAGE..run.range.end().0 / PAGE;
+                pages.for_each(|page| _ = world.kernel.pages.remove(&page));
+            }
+        }
+        world.kernel.fails.clear();
+        world.restart();
+        let lifted = heard.len() == ALIASES.len();
+        assert_eq!(world.quarantined() == unknown, lifted, "what nobody proved stays");
+        let told = |effect: &Effect| matches!(effect, Effect::Notice(Notice::Freed { .. }));
+        assert_eq!(world.effects.iter().any(told), lifted);
+        world.settle("resumed");
+        assert_eq!(world.quarantined(), unknown);
+        assert!(ALIASES.iter().all(|alias| world.kernel.pages.contains_key(&(alias + 5))));
+    }
+}

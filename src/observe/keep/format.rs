@@ -28,6 +28,9 @@ pub(super) struct Head {
     /// Bytes of the file while changes are appended to it: by them one that was cut is told from one that is whole.
     #[serde(default)]
     pub(super) bytes: u64,
+    /// The ledger that has all that the file says, and what has changed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) ledger: Option<u64>,
     pub(super) quarantine: Vec<Range>,
 }
 

@@ -18,9 +18,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use passgate_backends::resume::Ids;
-use passgate_bindings::PageRange;
 use passgate_bindings::units::Offset;
 use passgate_bindings::words::Words;
+use passgate_bindings::{Failed, PageRange};
 
 use crate::gate::ledger::{Full, Key, Mapped, Store, Table};
 use crate::gate::{
@@ -54,6 +54,7 @@ const REGION: usize = 1;
 const INVALIDATION: usize = 2;
 const STOPPED: usize = 3;
 const LOST: usize = 4;
+const NAME: usize = 5;
 /// Devices of which a stop is remembered; there are never so many.
 const DEVICES: usize = 64;
 
@@ -103,7 +104,12 @@ impl Lasting {
         store.reserve(Key { kind: META, a: 0, b: 0 }, (NAMES + DEVICES) as u32)?;
         // There is room for it now: what is mapped must never be left out.
         Mapped::in_store(&store, DOMAIN)?;
-        Self::over(store).map(|(lasting, _)| lasting)
+        let mut name = [0; 8];
+        rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::empty())
+            .map_err(|errno| Failed::new("getrandom", errno))?;
+        let (lasting, _) = Self::over(store)?;
+        lasting.count(NAME, u64::from_ne_bytes(name));
+        Ok(lasting)
     }
 
     /// Handles to what is in `store`, and the records that are there.
@@ -137,6 +143,12 @@ impl Lasting {
     /// The memory, for the gate's page states.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// A number that no other ledger has. None of one that an earlier version made.
+    pub fn id(&self) -> Option<u64> {
+        let name = self.meta.line(COUNTERS)?[NAME].load(Relaxed);
+        (name != 0).then_some(name)
     }
 
     /// Its memfd.
