@@ -531,7 +531,7 @@ pub(super) mod tests {
         }
         let before = ASKED.get();
         for effect in std::mem::take(&mut effects) {
-            let Effect::Unmap { job, bytes, .. } = effect else { continue };
+            let Effect::Unmap { job, bytes: Some(bytes), .. } = effect else { continue };
             gate.handle(
                 Event::Unmapped { job, result: UnmapResult::Gone { bytes }, took_ns: 1 },
                 &mut effects,
