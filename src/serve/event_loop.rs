@@ -47,6 +47,8 @@ const RESULTS: usize = 256;
 pub(super) enum Done {
     /// A call of the gate's has returned.
     Call(Returned),
+    /// So has one for which the loop's thread was given up.
+    LateCall(Returned),
     /// A device has done, or not done, its DMA.
     Dma { client: ClientId, cookie: u64, result: Result<DmaDone, passgate_backends::Error> },
     /// Another thread wants to know what a page is.
@@ -234,7 +236,8 @@ fn watch(core: &Arc<Core>) {
             match core.baton.take_over(PATIENCE) {
                 Found::Owned => break,
                 Found::Young => std::thread::sleep(PATIENCE),
-                Found::Yours(vm, turn) => {
+                Found::Yours(mut vm, turn) => {
+                    vm.late_calls += 1;
                     log::warn!("a kernel call has not returned for too long: going on without its thread");
                     let mut threads = core.threads();
                     threads.looping = threads.supervisor.take();
@@ -318,7 +321,8 @@ fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
             Next::Refused(caller, error) => vm.refuse(caller, &error),
             Next::Notice(notice) => vm.notice(&notice),
             Next::Call(call) if !call.is_small() => vm.pool.run(Task::Call(call)),
-            Next::Call(call) if now - start >= SLICE => {
+            // Where one does not return, the next may not either.
+            Next::Call(call) if now - start >= SLICE || vm.late_calls > 0 => {
                 left.push(call);
                 if left.len() == CHUNK {
                     vm.pool.run_all(std::mem::take(&mut left));
@@ -332,7 +336,7 @@ fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
                         vm.returned(returned);
                     }
                     Err(returned) => {
-                        core.deliver(Done::Call(returned));
+                        core.deliver(Done::LateCall(returned));
                         return None;
                     }
                 }

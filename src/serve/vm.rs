@@ -62,6 +62,8 @@ pub(super) struct Vm {
     last_client: u32,
     pub(super) backlog: Backlog,
     pub(super) scrape: Option<Scrape>,
+    /// Calls for which a thread of the loop was given up and that have not returned.
+    pub(super) late_calls: usize,
     /// The disk that is served, while it is.
     disk: Weak<Counted>,
     /// Until when nobody is accepted.
@@ -147,6 +149,7 @@ impl Vm {
             last_client: 0,
             backlog: Backlog::new()?,
             scrape: scrape.map(Scrape::new),
+            late_calls: 0,
             disk: Weak::new(),
             starved: None,
             spare: Spare::new(),
@@ -259,6 +262,10 @@ impl Vm {
         for done in self.core.take_done() {
             match done {
                 Done::Call(returned) => self.returned(returned),
+                Done::LateCall(returned) => {
+                    self.late_calls -= 1;
+                    self.returned(returned);
+                }
                 Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
                 Done::Ask(ask) => self.asked(ask),
                 Done::Connect(socket) => self.connected(socket),
