@@ -249,10 +249,7 @@ impl Call {
                         log::warn!("{}: {error}", domain.name());
                         let errno = number(&error);
                         match error {
-                            // Taking it back may have failed for once.
-                            Error::HalfMapped { .. } if !is_cleared(&*domain, iova) => {
-                                MapResult::Unknown { errno }
-                            }
+                            Error::HalfMapped { .. } => MapResult::Unknown { errno },
                             _ => MapResult::Refused { errno },
                         }
                     }
@@ -366,11 +363,6 @@ pub(super) fn failed_unmap(job: JobId) -> Event {
     Event::Unmapped { job, result: UnmapResult::Failed { errno: NO_DEVICE, bytes: 0 }, took_ns: 0 }
 }
 
-/// Takes away what a failed map has left of `iova`; true where nothing of it is mapped or in flight any more.
-fn is_cleared(domain: &dyn Domain, iova: PageRange<Iova>) -> bool {
-    matches!(domain.unmap(iova), Unmap::Gone { bytes } if bytes <= iova.len())
-}
-
 /// What a domain answered, and what names the operations in flight.
 fn answered(went: Unmap) -> (UnmapResult, Option<Ticket>) {
     match went {
@@ -430,7 +422,7 @@ fn convert_by(
 
 #[cfg(test)]
 mod tests {
-    use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
+    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
     use passgate_backends::{Entered, Segment, Window, Windowed};
     use passgate_bindings::PAGE;
 
@@ -597,29 +589,21 @@ mod tests {
         let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
         let unknown = MapResult::Unknown { errno: Errno::BUSY.raw_os_error() };
         let refused = |errno: Errno| MapResult::Refused { errno: errno.raw_os_error() };
-        let run = |fault, again: Option<Fault>, shares| {
+        let run = |fault, shares| {
             let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-            let plan = FaultPlan::new().at(sim::Call::Map, 1, fault);
-            sim.plan(again.into_iter().fold(plan, |plan, fault| plan.at(sim::Call::Unmap, 1, fault)));
+            sim.fail_next(sim::Call::Map, fault);
             map(&sim, &file, shares).run()
         };
-        let (half, busy) = (Fault::HalfMapped(Errno::BUSY), Fault::Errno(Errno::BUSY));
-        for (fault, again, wanted) in [
-            (Fault::Errno(Errno::NOMEM), None, refused(Errno::NOMEM)),
-            (half, Some(busy), unknown),
-            // What was left was taken back at the second try.
-            (half, None, refused(Errno::BUSY)),
-        ] {
-            let returned = run(fault, again, Vec::new());
+        let half = Fault::HalfMapped(Errno::BUSY);
+        for (fault, wanted) in [(Fault::Errno(Errno::NOMEM), refused(Errno::NOMEM)), (half, unknown)] {
+            let returned = run(fault, Vec::new());
             let Returned::Fact { event, ticket: None } = returned else { panic!("{returned:?}") };
             assert_eq!(event, Event::Mapped { job: JobId(1), result: wanted });
         }
         // Of several in one call nobody knows whose pages are left.
-        let shares = || vec![share(1, 0, 1), share(2, 1, 3)];
-        let returned = run(half, Some(busy), shares());
+        let returned = run(half, vec![share(1, 0, 1), share(2, 1, 3)]);
         let Returned::Facts(events) = returned else { panic!("{returned:?}") };
         assert_eq!(events, [1, 2].map(|job| Event::Mapped { job: JobId(job), result: unknown }));
-        assert!(matches!(run(half, None, shares()), Returned::Apart(calls) if calls.len() == 2));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What the gate was told about its mappings, and what that proves: a second, simpler ledger.
 //!
 //! A range is *maybe* mapped from the moment a map is asked for until it is refused or until unmaps over it have
-//! reported every byte gone; where a map was left half made, until an unmap of just that succeeds. It is *in doubt* from the moment an unmap is asked for until then. On a strict platform
-//! what went while a device of the domain could keep a copy stays both until all such devices are detached.
+//! reported every byte gone; where a map was left half made, until an unmap of just that succeeds. It is *in doubt* from
+//! the moment an unmap is asked for until then. On a strict platform what went while a device of the domain could keep a
+//! copy stays both until all such devices are detached.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;

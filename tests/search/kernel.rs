@@ -117,9 +117,10 @@ impl Kernel {
     }
 
     pub fn devices(self: &Arc<Self>) -> Vec<Arc<dyn Device>> {
-        let device = |port| {
+        let device = |port: usize| {
             let name = format!("0000:00:{port:02x}.0");
-            Arc::new(ModelDevice { kernel: Arc::clone(self), name, port }) as Arc<dyn Device>
+            let was_attached = self.state().ports[port].attached;
+            Arc::new(ModelDevice { kernel: Arc::clone(self), name, port, was_attached }) as Arc<dyn Device>
         };
         (0..self.machine.devices).map(device).collect()
     }
@@ -329,6 +330,8 @@ struct ModelDevice {
     kernel: Arc<Kernel>,
     name: String,
     port: usize,
+    /// Whether it was when its daemon came.
+    was_attached: bool,
 }
 
 impl std::fmt::Debug for ModelDevice {
@@ -355,8 +358,7 @@ impl Device for ModelDevice {
 
     fn nature(&self) -> Nature {
         let Machine { ats, plant, .. } = self.kernel.machine;
-        let enabled = self.kernel.state().ports[self.port].attached;
-        Nature { ats: ats && (enabled || plant != Plant::LiveAts), tdi: false }
+        Nature { ats: ats && (self.was_attached || plant != Plant::LiveAts), tdi: false }
     }
 
     fn fence(&self, step: FenceStep) -> Result<()> {

@@ -7,7 +7,7 @@ use passgate::session::lasting::Left;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plant {
     Nothing,
-    /// ATS is read from the enable bit, which is off while a device is detached.
+    /// ATS is read once, when the daemon comes, from the enable bit, which is off while a device is detached.
     LiveAts,
     /// An unmap says that it succeeded and does nothing.
     UnmapLies,
