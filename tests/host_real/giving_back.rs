@@ -31,8 +31,8 @@ fn start(sysfs: &TempDir) -> (Child, Child) {
         sysfs.path().display()
     );
     // Whoever starts the tests may ignore signals, as nohup does, and a program inherits that.
-    let mut borrower = Command::new("sh")
-        .args(["-c", "echo \"$0\"; exec env --default-signal sleep 1000", &order])
+    let mut borrower = Command::new("env")
+        .args(["--default-signal", "sh", "-c", "echo \"$0\"; exec sleep 1000", &order])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
