@@ -24,6 +24,9 @@ impl Gate {
         let invalidation = InvalidationId(invalidation.0.min(u64::MAX / 2));
         self.last_invalidation = self.last_invalidation.max(invalidation.0);
         self.last_of_earlier = self.last_of_earlier.max(invalidation.0);
+        // A later daemon that goes on with this one's ledger must not take it for one of this gate's own.
+        let cause = if reason.cause == Cause::ClientGone { reason.cause } else { Cause::OwnerUnknown };
+        let reason = Reason { cause, ..reason };
         let entry = self.file(file);
         entry.pages.set(range, PageState::Unknown);
         entry.holds.hold(range, HeldBy::Quarantine(invalidation, reason));

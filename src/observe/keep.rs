@@ -380,6 +380,24 @@ pub(crate) mod tests {
         }
     }
 
+    /// A line is written from its second byte on, and whoever dies in it has not told anybody of it.
+    #[test]
+    fn line_that_its_daemon_died_in_is_none() {
+        let (dir, keep) = used();
+        std::mem::forget(keep);
+        let before = found(dir.path()).unwrap();
+        assert_eq!(before.len(), 1);
+        let path = dir.path().join(FILE);
+        let bytes = std::fs::read(&path).unwrap();
+        let end = bytes.iter().position(|byte| *byte == 0).expect("there is room");
+        for torn in [1, 2, 20] {
+            let mut bytes = bytes.clone();
+            bytes[end + 1..end + 1 + torn].fill(b'x');
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(found(dir.path()).unwrap(), before, "{torn} bytes");
+        }
+    }
+
     #[test]
     fn a_quarantine_that_cannot_be_read_is_unknown_and_never_empty() {
         type Spoil = fn(&Path);

@@ -57,6 +57,8 @@ struct Lane {
 pub struct Pool {
     calls: Arc<Lane>,
     fences: Arc<Lane>,
+    /// Questions about clients' files, whose file systems may never answer.
+    examinations: Arc<Lane>,
     others: Arc<Lane>,
 }
 
@@ -66,6 +68,7 @@ impl fmt::Debug for Pool {
         f.debug_struct("Pool")
             .field("calls", &threads(&self.calls))
             .field("fences", &threads(&self.fences))
+            .field("examinations", &threads(&self.examinations))
             .field("others", &threads(&self.others))
             .finish()
     }
@@ -82,6 +85,7 @@ impl Pool {
         Self {
             calls: lane("worker", MAX_CALL_THREADS),
             fences: lane("fence", MAX_FENCE_THREADS),
+            examinations: lane("examination", MAX_OTHER_THREADS),
             others: lane("task", MAX_OTHER_THREADS),
         }
     }
@@ -90,6 +94,9 @@ impl Pool {
     pub fn run_all(&self, calls: Vec<Call>) {
         let is_fence = |call: &Call| matches!(call, Call::Fence { .. } | Call::Attach { .. });
         debug_assert!(!calls.iter().any(is_fence), "a fence is not small");
+        let is_examination = |call: &Call| matches!(call, Call::Examine { .. });
+        let (examinations, calls): (Vec<_>, Vec<_>) = calls.into_iter().partition(is_examination);
+        self.examinations.run(examinations.into_iter().map(Task::Call));
         self.calls.run(calls.into_iter().map(Task::Call));
     }
 
@@ -97,6 +104,7 @@ impl Pool {
     pub fn run(&self, task: Task) {
         match &task {
             Task::Call(Call::Fence { .. } | Call::Attach { .. }) => &self.fences,
+            Task::Call(Call::Examine { .. }) => &self.examinations,
             Task::Call(_) => &self.calls,
             Task::Other(_) => &self.others,
         }
@@ -106,7 +114,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        for lane in [&self.calls, &self.fences, &self.others] {
+        for lane in [&self.calls, &self.fences, &self.examinations, &self.others] {
             lane.lock().closed = true;
             lane.more.notify_all();
         }
@@ -174,7 +182,7 @@ mod tests {
     use passgate_bindings::PageRange;
 
     use super::*;
-    use crate::gate::{DeviceId, DomainId, Event, JobId};
+    use crate::gate::{Caller, ClientId, DeviceId, DomainId, Door, Event, JobId};
 
     /// Longer than any machine takes to start a thread: only what never comes reaches it.
     const NEVER: Duration = Duration::from_secs(60);
@@ -230,6 +238,20 @@ mod tests {
             attached,
             Returned::Fact { event: Event::Attached { job: JobId(102), errno: 0 }, .. }
         ));
+        let memory = crate::protocol::verbs::AddMemory::shared(0, passgate_bindings::PAGE);
+        let caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
+        let examine = || Call::Examine {
+            caller,
+            memory: memory.clone(),
+            fds: Vec::new(),
+            held: Vec::new(),
+            store: None,
+        };
+        pool.run(Task::Call(examine()));
+        pool.run_all(vec![examine()]);
+        for _ in 0..2 {
+            assert!(matches!(results.recv_timeout(NEVER).unwrap(), Returned::Examined { .. }));
+        }
         let (ran, other) = mpsc::channel();
         pool.run(Task::Other(Box::new(move || _ = ran.send(()))));
         other.recv_timeout(NEVER).unwrap();

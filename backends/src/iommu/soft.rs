@@ -284,6 +284,10 @@ impl Domain for SoftDomain {
             let gone = &doomed[..emptied];
             let bytes = gone.iter().map(|(_, len)| len).sum();
             let ticket = self.settle(&mut table, gone.iter().map(|(slot, _)| *slot), failed.is_none());
+            if failed.is_some() {
+                // Nobody has the ticket.
+                table.unfinished.extend(ticket.map(|ticket| (iova, ticket)));
+            }
             answer(bytes, failed, ticket)
         };
         table.scratch = doomed;

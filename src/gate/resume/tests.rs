@@ -872,3 +872,21 @@ fn quarantine_that_was_disproved_when_the_daemon_ended_is_lifted_at_the_restart(
         assert!(ALIASES.iter().all(|alias| world.kernel.pages.contains_key(&(alias + 5))));
     }
 }
+
+/// It was on disk when the ledger began: of what mapped it then nothing is known at any later restart either.
+#[test]
+fn quarantine_from_before_the_ledger_outlasts_every_restart_whatever_its_cause() {
+    for cause in [Cause::UnmapFailed, Cause::CallHangs, Cause::DmaInFlight, Cause::HalfMapped] {
+        let mut world = World::new(HOSTS[0]);
+        let reason = Reason { cause, device: None, rung: Step::Unmap, errno: 16 };
+        let invalidation = InvalidationId(7);
+        world.tell(Event::Quarantine { file: FILE, range: range(2, 1), invalidation, reason });
+        ALIASES.into_iter().for_each(|alias| world.ask(Ask::Add(alias)));
+        world.settle("add");
+        for _ in 0..3 {
+            world.restart();
+            world.settle("resumed");
+            assert_eq!(world.quarantined(), BTreeSet::from([invalidation]), "{cause:?}");
+        }
+    }
+}

@@ -205,7 +205,14 @@ mod tests {
         let unmap =
             |pages| crate::Domain::unmap(&*domain, PageRange::new(iova.start().0, pages * PAGE).unwrap());
         assert_eq!(unmap(2), Unmap::Failed { errno: Errno::INPROGRESS, bytes: 0 });
+        // Of what else was there another operation is in flight, which is nobody's to wait for either.
+        let second = PageRange::new(iova.start().0 + PAGE, PAGE).unwrap();
+        domain.make(&Want { iova: second, offset: Offset(PAGE), ..want }).unwrap();
+        let other = device.hold_write(second.start(), 8).unwrap();
+        assert_eq!(unmap(2), Unmap::Failed { errno: Errno::INPROGRESS, bytes: 0 });
         held.finish(&[0; 8]).unwrap();
+        assert_eq!(unmap(2), Unmap::Failed { errno: Errno::INPROGRESS, bytes: 0 });
+        other.finish(&[0; 8]).unwrap();
         assert_eq!(unmap(2), Unmap::Gone { bytes: 0 });
         let plan = fill_first();
         domain.roll_back(&plan, 1).unwrap();
