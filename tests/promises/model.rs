@@ -197,7 +197,8 @@ impl Model {
                 self.earlier = self.earlier.max(invalidation.0);
                 // Only a person can end it, whatever its cause was.
                 let keeps = reason.cause == Cause::ClientGone;
-                let reason = Reason { cause: if keeps { reason.cause } else { Cause::OwnerUnknown }, ..reason };
+                let reason =
+                    Reason { cause: if keeps { reason.cause } else { Cause::OwnerUnknown }, ..reason };
                 let Some(entry) = self.truth.file(file) else { return };
                 entry.held = true;
                 for range in entry.free_of_quarantine(range) {

@@ -44,7 +44,7 @@ use super::Inside;
 use super::socket_file::{Mends, SocketFile, listen, socket_error};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use counts::Counts;
+use counts::{Counts, FrontEnd};
 use frontend::{Frontend, Rings};
 use memory::Table;
 use ring::{Desk, LONGEST, MOST, Vring};
@@ -311,8 +311,14 @@ fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside
     }
 }
 
-/// Serves a front-end until it leaves, or the door is shut. Its connection, still open; none where it was not served.
-fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside) -> Option<UnixStream> {
+/// Serves a front-end until it leaves, or the door is shut. Its connection, still open, and what counts it until that is
+/// closed; none where it was not served.
+fn serve_one<'a>(
+    ending: &'a Ending,
+    stream: UnixStream,
+    rings: &Rings,
+    inside: &Inside,
+) -> Option<(UnixStream, FrontEnd<'a>)> {
     let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
     let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
         ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
@@ -330,6 +336,8 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
         return None;
     };
     log::info!("vhost-user: a front-end has come");
+    // Until its memory is no device's, and its connection is closed.
+    let counted = ending.counted.front_end();
     let connection = &copy;
     std::thread::scope(|scope| {
         let cut_off = || ending.cut_off(connection, &served);
@@ -341,7 +349,7 @@ fn serve_one(ending: &Ending, stream: UnixStream, rings: &Rings, inside: &Inside
         }
         serve_messages(ending, (stream, connection), client, rings, over);
     });
-    Some(copy)
+    Some((copy, counted))
 }
 
 /// Answers a front-end's messages until it leaves, or the door is shut; closes `answering` and takes back what the
@@ -353,8 +361,6 @@ fn serve_messages(
     rings: &Rings,
     answering: UnixStream,
 ) {
-    // Until its memory is no device's.
-    let _served = ending.counted.front_end();
     let table = Table::new(client, ending.kept.clone());
     let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), table)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
