@@ -6,8 +6,8 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use passgate_backends::Capabilities;
 use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
+use passgate_backends::{Capabilities, StopClass};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 use rustix::io::Errno;
@@ -609,5 +609,25 @@ fn quarantine_file_is_written_in_proportion_to_what_changes() {
         for (few, many) in few.into_iter().zip(many) {
             assert!(many < 16 * few, "one begin: {by_one_begin}: {few} bytes for 64 ranges, {many} for 512");
         }
+    }
+}
+
+#[test]
+fn operations_that_end_before_their_unmap_has_returned_end_after_it() {
+    for ends_first in [false, true] {
+        let mut world = World::with_region(false);
+        let _device = world.sim.device("sim:0", StopClass::all(), passgate_backends::Nature::default());
+        world.begin(pages(4, 1), PageState::Private, Performer::Client);
+        world.sim.fail_next(sim::Call::Unmap, Fault::Late);
+        let returned = world.call().unwrap().run();
+        if ends_first {
+            world.sim.flush();
+            world.session.poll_domains();
+        }
+        world.session.returned(returned);
+        world.sim.flush();
+        world.session.poll_domains();
+        world.settle();
+        assert_eq!(world.verdicts(), [Verdict::Done], "the operation ends first: {ends_first}");
     }
 }
