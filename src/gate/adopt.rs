@@ -27,7 +27,7 @@ pub struct Unended {
 /// Pages in quarantine, by the conversion without an end that left them there.
 type Unknown = BTreeMap<InvalidationId, Vec<(FileId, PageRange<Offset>)>>;
 
-/// Where a client's memory shows the pages of one file.
+/// The addresses at which a client's memory shows the pages of one file.
 #[derive(Debug, Default)]
 struct Shown {
     /// Each region's pages and where the guest sees the first of them, in order.
@@ -132,7 +132,7 @@ impl Gate {
         unknown
     }
 
-    /// Which pages this client's memory shows, by their file.
+    /// The pages that this client's memory shows, by their file.
     fn shown_to(&self, client: ClientId) -> BTreeMap<FileId, Shown> {
         let mut shown: BTreeMap<FileId, Shown> = BTreeMap::new();
         for region in self.regions.values().filter(|region| region.owner == client && !region.closing) {
@@ -195,7 +195,7 @@ pub(super) mod tests {
     use super::*;
 
     thread_local! {
-        /// How often quarantined pages were compared with a region or another conversion.
+        /// The number of times that quarantined pages were compared with a region or another conversion.
         pub(super) static COMPARED: Cell<u64> = const { Cell::new(0) };
     }
 

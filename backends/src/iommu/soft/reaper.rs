@@ -230,7 +230,7 @@ impl Reaper {
         Some(ticket)
     }
 
-    /// Whether operations under a ticket still run.
+    /// True while operations under a ticket run.
     pub(crate) fn is_running(&mut self, ticket: Ticket) -> bool {
         self.reap();
         self.tickets.contains_key(&ticket)

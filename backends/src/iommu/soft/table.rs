@@ -40,7 +40,7 @@ pub(crate) struct Table {
     free: Vec<Slot>,
     live: usize,
     turn: usize,
-    /// Where operations that nobody has a ticket of may still run.
+    /// Addresses over which operations that nobody has a ticket of may still run.
     pub(crate) unfinished: Vec<(PageRange<Iova>, Ticket)>,
     /// Room that unmaps use again and again.
     pub(crate) scratch: Vec<(Slot, u64)>,
@@ -59,7 +59,7 @@ impl Table {
         }
     }
 
-    /// Whether such operations over `iova` still run; `runs` says whether those of a ticket do.
+    /// True while such operations over `iova` run; `runs` is true while those of a ticket do.
     pub(crate) fn is_unfinished(&mut self, iova: PageRange<Iova>, runs: impl Fn(Ticket) -> bool) -> bool {
         self.unfinished.retain(|(_, ticket)| runs(*ticket));
         self.unfinished.iter().any(|(at, _)| at.overlaps(iova))
