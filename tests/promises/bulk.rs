@@ -2,6 +2,7 @@
 //! `PASSGATE_SEED=n` runs one world again, and tells what happened in it.
 
 use std::collections::VecDeque;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Instant;
 
 use passgate::gate::{Able, Hitless, OnStuckDma, Platform, Policy};
@@ -104,6 +105,7 @@ fn a_million_random_events_break_no_promise() {
     let wanted = number("PASSGATE_EVENTS").unwrap_or(1_000_000);
     let started = Instant::now();
     let (mut events, mut worlds, mut kinds, mut verdicts) = (0, 0, [0; KINDS.len()], [0; 3]);
+    let mut digest = DefaultHasher::new();
     let seeds = match number("PASSGATE_SEED") {
         Some(seed) => seed..seed + 1,
         None => number("PASSGATE_FIRST_SEED").unwrap_or(0)..u64::MAX,
@@ -115,6 +117,7 @@ fn a_million_random_events_break_no_promise() {
         }
         events += world.events;
         worlds += 1;
+        world.gate.digest().hash(&mut digest);
         verdicts.iter_mut().zip(world.verdicts).for_each(|(all, one)| *all += one);
         kinds.iter_mut().zip(world.kinds).for_each(|(all, one)| *all += one);
         if events >= wanted {
@@ -124,6 +127,7 @@ fn a_million_random_events_break_no_promise() {
     let seconds = started.elapsed().as_secs_f64();
     println!("{events} events in {worlds} worlds, {:.0} a second", events as f64 / seconds);
     println!("verdicts: {} done, {} refused, {} unknown", verdicts[0], verdicts[1], verdicts[2]);
+    println!("digest of all events and effects: {:016x}", digest.finish());
     for (kind, count) in KINDS.iter().zip(kinds) {
         println!("{count:>9} {kind}");
     }

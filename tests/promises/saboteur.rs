@@ -1,6 +1,7 @@
 //! A gate with one fault planted at its seam, so that the checker can be seen to find it.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use passgate::gate::{
     Able, Answer, Caller, ClientId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, MapResult,
@@ -79,6 +80,8 @@ pub struct Saboteur {
     callers: HashMap<u64, PageState>,
     files: HashMap<ClientId, Vec<FileId>>,
     withheld: Vec<Effect>,
+    /// Of every event that the gate was given, and every effect that it wanted.
+    digest: DefaultHasher,
 }
 
 impl Saboteur {
@@ -91,7 +94,13 @@ impl Saboteur {
         };
         let (unmaps, masters, mastered, shared, callers, files, withheld) = Default::default();
         let gate = Gate::new(policy);
-        Self { gate, plant, unmaps, masters, mastered, shared, callers, files, withheld }
+        let digest = DefaultHasher::new();
+        Self { gate, plant, unmaps, masters, mastered, shared, callers, files, withheld, digest }
+    }
+
+    /// Returns a number that two runs share only if the gate was given the same events and wanted the same effects.
+    pub fn digest(&self) -> u64 {
+        self.digest.finish()
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -100,7 +109,11 @@ impl Saboteur {
 
     pub fn handle(&mut self, event: Event, effects: &mut Effects) {
         if self.plant == Plant::Nothing {
-            return self.gate.handle(event, effects);
+            let (from, said) = (effects.len(), format!("{event:?}"));
+            self.gate.handle(event, effects);
+            said.hash(&mut self.digest);
+            format!("{:?}", &effects[from..]).hash(&mut self.digest);
+            return;
         }
         let Some(event) = self.incoming(event, effects) else { return };
         let from = effects.len();

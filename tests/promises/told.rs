@@ -40,8 +40,16 @@ pub struct Domain {
     /// Mapped in part: nobody knows how much of it.
     half: RangeSet<u64>,
     pub filling: BTreeMap<JobId, Range<u64>>,
-    /// Of an unmap with gaps, what was mapped.
-    flying: BTreeMap<JobId, RangeSet<u64>>,
+    flying: BTreeMap<JobId, Flight>,
+}
+
+/// An unmap whose operations have not ended.
+#[derive(Debug)]
+struct Flight {
+    /// The whole range with its gaps, which nobody may use before the operations have ended either.
+    wide: Range<u64>,
+    /// What of it was mapped.
+    parts: RangeSet<u64>,
 }
 
 #[derive(Debug)]
@@ -99,13 +107,17 @@ fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
 impl Domain {
     /// Whether `over` is proved free of mappings and of operations in flight.
     pub fn proved(&self, over: &Range<u64>) -> bool {
-        !self.maybe.overlaps(over) && !self.flying.values().any(|flying| flying.overlaps(over))
+        !self.maybe.overlaps(over) && !self.flies(over)
+    }
+
+    fn flies(&self, over: &Range<u64>) -> bool {
+        self.flying.values().any(|flight| flight.parts.overlaps(over))
     }
 
     /// Whether every call over `over` came back and said plainly how it is.
     pub fn settled(&self, over: &Range<u64>) -> bool {
         let under_way = self.filling.values().any(|range| meet(range, over))
-            || self.flying.values().any(|flying| flying.overlaps(over));
+            || self.flying.values().any(|flight| meet(&flight.wide, over));
         !self.wide.overlaps(over) && !under_way
     }
 
@@ -123,19 +135,19 @@ impl Domain {
     /// The parts of `over` that are in doubt, in flight or under way.
     pub fn doubtful(&self, over: &Range<u64>) -> Vec<Range<u64>> {
         let filling = self.filling.values().filter(|part| meet(part, over));
-        let flying = self.flying.values().flat_map(|flying| flying.overlapping(over));
+        let flying = self.flying.values().flat_map(|flight| flight.parts.overlapping(over));
         self.doubt.overlapping(over).chain(filling).chain(flying).map(|part| clip(part, over)).collect()
     }
 
     /// Whether what was to go from `over` is not proved gone. A map that takes its time is none of that.
     pub fn stuck(&self, over: &Range<u64>) -> bool {
-        self.doubt.overlaps(over) || self.flying.values().any(|flying| flying.overlaps(over))
+        self.doubt.overlaps(over) || self.flies(over)
     }
 
     fn unmapped(&mut self, over: Range<u64>, bytes_gone: u64, result: UnmapResult, job: JobId, copies: bool) {
         if let UnmapResult::InFlight { .. } = result {
             let parts = self.maybe.overlapping(&over).map(|part| clip(part, &over)).collect();
-            self.flying.insert(job, parts);
+            self.flying.insert(job, Flight { wide: over.clone(), parts });
         }
         let inside = |range: &Range<u64>| over.start <= range.start && range.end <= over.end;
         let credit: u64 = self.credits.iter().filter(|(range, _)| inside(range)).map(|(_, b)| b).sum();
