@@ -171,10 +171,11 @@ impl World {
             effects: Effects::new(),
         };
         world.hands.pretends = plant == Plant::PretendUnmaps;
-        for _ in 0..FILES {
+        for inode in 1..=FILES as u64 {
             let file = Arc::new(GuestFile::memfd("world", FILE_PAGES * PAGE).expect("a memfd"));
             let key = FileKey::of(&file).expect("fstat of a memfd");
-            let id = FileId { device: key.device, inode: key.inode };
+            // Not the kernel's number: a seed tells all that happens.
+            let id = FileId { device: 1, inode };
             world.hands.files.insert(id, (key, file));
             world.model.truth.files.push(File::new(id, key));
         }
