@@ -9,7 +9,7 @@ use passgate_bindings::guest_memfd::{self, Flags};
 use passgate_bindings::kvm::VmType;
 use passgate_bindings::memory::GuestFile;
 
-use super::rig::{Engine, GPA, PASSGATE, Rig, Vmm, memfd, range};
+use super::rig::{Engine, GPA, PASSGATE, Rig, UNHURRIED, Vmm, memfd, range};
 use crate::daemon::Daemon;
 
 /// The page of which nobody knows, and one that is as any other.
@@ -68,7 +68,7 @@ pub fn cannot_say(rig: &Rig) {
         let invalidation = vmm.begin(FINE, PageState::Hole);
         vmm.end(invalidation);
         assert!(matches!(
-            vmm.channel.begin(range(FINE), PageState::Shared, None),
+            vmm.channel.begin(range(FINE), PageState::Shared, UNHURRIED),
             Ok(Answer::Granted { .. })
         ));
         next.kill();

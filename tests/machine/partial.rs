@@ -16,7 +16,7 @@ use passgate::error::Error;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
-use super::rig::{GPA, PASSGATE, Rig, Vmm, memfd};
+use super::rig::{GPA, PASSGATE, Rig, UNHURRIED, Vmm, memfd};
 use crate::daemon::Daemon;
 
 const PAGES: u64 = 16_384;
@@ -126,8 +126,8 @@ fn begin(vmm: &mut Vmm, runs: &[Pages], to: PageState) -> u64 {
     let range = |run: &Pages| PageRange::new(GPA + run.start * PAGE, (run.end - run.start) * PAGE).unwrap();
     let ranges: Vec<PageRange<Gpa>> = runs.iter().map(range).collect();
     let answer = match ranges[..] {
-        [range] => vmm.channel.begin(range, to, None),
-        _ => vmm.channel.begin_many(&ranges, to, None),
+        [range] => vmm.channel.begin(range, to, UNHURRIED),
+        _ => vmm.channel.begin_many(&ranges, to, UNHURRIED),
     };
     match answer.unwrap() {
         Answer::Granted { invalidation } => invalidation,

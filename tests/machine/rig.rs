@@ -78,10 +78,14 @@ pub struct Vmm {
     pub engine: Engine,
 }
 
+/// The deadline, in milliseconds, of a conversion that must be granted: the longest there is. A machine under a load has
+/// an emulated processor that may stand still for longer than the default of a second, and this is no test of that.
+pub const UNHURRIED: Option<u32> = Some(60_000);
+
 impl Vmm {
     /// Begins a conversion that must be granted.
     pub fn begin(&mut self, page: u64, to: PageState) -> u64 {
-        match self.channel.begin(range(page), to, None).unwrap() {
+        match self.channel.begin(range(page), to, UNHURRIED).unwrap() {
             Answer::Granted { invalidation } => invalidation,
             other => panic!("page {page} is not granted: {other:x?}"),
         }

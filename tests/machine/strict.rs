@@ -6,7 +6,7 @@ use std::time::Duration;
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate_bindings::PAGE;
 
-use super::rig::{Engine, GPA, PASSGATE, Rig, Vmm, bytes, fresh, memfd, range};
+use super::rig::{Engine, GPA, PASSGATE, Rig, UNHURRIED, Vmm, bytes, fresh, memfd, range};
 use crate::daemon::{Daemon, LONG, serve_fails, until};
 use crate::keeper::Keeper;
 
@@ -76,7 +76,8 @@ pub fn a_restart(rig: &Rig) {
             |engine: &mut Engine| engine.try_write(KILLS).is_ok_and(|sent| bytes(&memory, KILLS) == sent);
         assert!(until(LONG, || arrives(&mut engine)), "kill {n}: the device does not come back");
         channel = client.open_channel().unwrap();
-        let Answer::Granted { invalidation } = channel.begin(range(KILLS), PageState::Hole, None).unwrap()
+        let Answer::Granted { invalidation } =
+            channel.begin(range(KILLS), PageState::Hole, UNHURRIED).unwrap()
         else {
             panic!("kill {n}: not granted")
         };

@@ -122,7 +122,10 @@ impl<'a> Folder<'a> {
 
     /// Reads every file again.
     pub fn verify(&self) -> Result<(), Wrong> {
-        self.files.keys().try_for_each(|name| self.read(name, true))?;
+        for name in self.files.keys() {
+            self.read(name, true)?;
+            self.watch.verified.fetch_add(1, Ordering::Relaxed);
+        }
         let found = fs::read_dir(&self.path).map_err(|e| format!("{}: {e}", self.path.display()))?;
         let found = found.filter_map(Result::ok).filter(|entry| entry.file_name() != "new").count();
         if found == self.files.len() { Ok(()) } else { Err(format!("{found} files of {}", self.files.len())) }

@@ -127,6 +127,7 @@ impl<'a> Blocks<'a> {
                 fill(&mut block, self.seed, self.first + index, self.versions[index as usize]);
                 total = sum(total, &block);
             }
+            self.watch.verified.fetch_add(len, Ordering::Relaxed);
         }
         Ok(total)
     }

@@ -1,7 +1,8 @@
 //! Writes and verifies until told to stop: several threads over raw blocks, several over files.
 //!
-//! Says once a second how far it is, and at the end what is on the disk, by sums that the other side checks. A call that
-//! takes longer than [`HANGS`] is a failure, said at once.
+//! Says once a second how far it is, also while it verifies, and at the end what is on the disk, by sums that the other side
+//! checks. It never stops before each kind of thread has done something. A call that takes longer than [`HANGS`] is a
+//! failure, said at once.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -36,6 +37,8 @@ pub struct Watch {
     pub stop: AtomicBool,
     pub raw: AtomicU64,
     pub files: AtomicU64,
+    /// Blocks and files read again at the end.
+    pub verified: AtomicU64,
     begun: Instant,
     /// Every call under way, by the milliseconds at which it began.
     calls: Mutex<Vec<u64>>,
@@ -48,6 +51,7 @@ impl Watch {
             stop: AtomicBool::new(false),
             raw: AtomicU64::new(0),
             files: AtomicU64::new(0),
+            verified: AtomicU64::new(0),
             begun: Instant::now(),
             calls: Mutex::new(Vec::new()),
             slowest: AtomicU64::new(0),
@@ -83,11 +87,30 @@ impl Watch {
 
     fn says(&self) -> Value {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        json!({ "raw": read(&self.raw), "files": read(&self.files), "slowest_ms": read(&self.slowest) })
+        json!({
+            "raw": read(&self.raw), "files": read(&self.files), "verified": read(&self.verified),
+            "slowest_ms": read(&self.slowest),
+        })
+    }
+
+    /// True once there is something of each kind to verify.
+    fn has_done_each(&self) -> bool {
+        self.raw.load(Ordering::Relaxed) > 0 && self.files.load(Ordering::Relaxed) > 0
+    }
+
+    /// Says how far it is. A call that hangs ends the guest: its thread cannot be ended.
+    fn report(&self, channel: &Channel) {
+        channel.say(&json!({ "progress": self.says() }));
+        if let Some(ms) = self.hanging() {
+            channel.say(&json!({ "failed": format!("a call has taken {ms} ms and goes on") }));
+            std::thread::sleep(Duration::from_secs(5));
+            let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
+        }
     }
 }
 
-/// Soaks for `seconds`, or until told `stop`, with `threads` of each kind, over `blocks` raw blocks.
+/// Soaks for `seconds`, or until told `stop`, but until each kind of thread has done something; with `threads` of each
+/// kind, over `blocks` raw blocks.
 pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<Value, Wrong> {
     let number = |name: &str, default: u64| asked[name].as_u64().unwrap_or(default);
     let (seconds, threads) = (number("seconds", 10), number("threads", 2).max(1));
@@ -115,8 +138,10 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
         let mut working: Vec<_> =
             raw.iter_mut().map(|b| scope.spawn(|| b.work().map(drop).unwrap_or_else(fails))).collect();
         working.extend(folders.iter_mut().map(|f| scope.spawn(|| f.work().unwrap_or_else(fails))));
+        let mut ends = false;
         while !working.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-            if watch.begun.elapsed() > Duration::from_secs(seconds) {
+            ends |= watch.begun.elapsed() > Duration::from_secs(seconds);
+            if ends && watch.has_done_each() {
                 watch.stop.store(true, Ordering::Relaxed);
             }
             match told.recv_timeout(Duration::from_secs(1)) {
@@ -125,30 +150,24 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
                         &super::memory().map_or_else(|w| json!({ "failed": w }), |k| json!({ "memory": k })),
                     );
                 }
-                Ok(_) | Err(RecvTimeoutError::Disconnected) => watch.stop.store(true, Ordering::Relaxed),
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => ends = true,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            channel.say(&json!({ "progress": watch.says() }));
-            if let Some(ms) = watch.hanging() {
-                // The threads that hang cannot be ended: this is the last word.
-                channel.say(&json!({ "failed": format!("a call has taken {ms} ms and goes on") }));
-                std::thread::sleep(Duration::from_secs(5));
-                let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
-            }
+            watch.report(channel);
         }
     });
     if let Some(what) = wrong.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(what);
     }
 
-    // Everything once more, the file system by way of a fresh mount.
-    let mut total = 0;
-    for blocks in &mut raw {
-        total = blocks.verify(total)?;
-    }
-    unmount(MOUNTED, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
-    attach()?;
-    folders.iter().try_for_each(Folder::verify)?;
+    let total = std::thread::scope(|scope| {
+        let verifying = scope.spawn(|| verify(&mut raw, &folders));
+        while !verifying.is_finished() {
+            std::thread::sleep(Duration::from_secs(1));
+            watch.report(channel);
+        }
+        verifying.join().unwrap_or_else(|_| Err("the verification has panicked".into()))
+    })?;
     let listed: Vec<Value> = folders
         .iter()
         .flat_map(|folder| {
@@ -164,6 +183,18 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
     Ok(
         json!({ "did": watch.says(), "first": RAW, "blocks": share * threads, "sum": format!("{total:016x}"), "files": listed.len() }),
     )
+}
+
+/// Reads everything once more, the file system by way of a fresh mount. Returns the sum of all blocks.
+fn verify(raw: &mut [Blocks<'_>], folders: &[Folder<'_>]) -> Result<u64, Wrong> {
+    let mut total = 0;
+    for blocks in raw {
+        total = blocks.verify(total)?;
+    }
+    unmount(MOUNTED, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
+    attach()?;
+    folders.iter().try_for_each(Folder::verify)?;
+    Ok(total)
 }
 
 /// Makes a file system with a journal at the start of the disk, and mounts it.
