@@ -156,10 +156,7 @@ impl Keep {
         let left = left.iter().filter_map(Range::of_event).collect();
         self.replace(left).map_err(|error| failed(&self.path, error))?;
         let mark = self.mark();
-        match self.create(&mark) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            result => _ = result.map_err(|error| failed(&mark, error))?,
-        }
+        self.make(&mark).map_err(|error| failed(&mark, error))?;
         // Of another boot, and void.
         _ = std::fs::remove_file(self.dir.join(INCOMPLETE));
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
@@ -169,6 +166,24 @@ impl Keep {
             }
         }
         Ok(())
+    }
+
+    /// What lies there cannot be read, and stays until [`Keep::save`] has written all that is in quarantine in its place. The
+    /// directory is used on this boot all the same: a daemon that ends before that keeps others from starting.
+    pub fn begin_unread(&mut self) {
+        let mark = self.mark();
+        if let Err(error) = self.make(&mark) {
+            log::error!("{}: {error}", mark.display());
+        }
+        self.incomplete = true;
+    }
+
+    /// Makes a file that is there from then on, if it was not before.
+    fn make(&self, path: &Path) -> io::Result<()> {
+        match self.create(path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            made => made.map(drop),
+        }
     }
 
     /// Writes down what has changed. `now` is all that is in quarantine now.

@@ -105,19 +105,25 @@ impl Records {
             .to_owned();
         let mut keep = Keep::new(&options.dir, boot.clone());
         let (left, left_in) = match keep.load_with_ledger(logged_on(&options.dir, &boot)) {
+            // What lies there stays until what the ledger has is written in its place ([`Records::go_on`]): a daemon that
+            // ends before that must leave nothing that the next could take for the whole quarantine.
             Err(error) if resumed => {
                 log::error!("{error} (the ledger that was kept has it)");
+                keep.begin_unread();
                 (Vec::new(), None)
             }
-            left => left?,
+            left => {
+                let (left, left_in) = left?;
+                // Nothing has changed yet. Who goes on without that ledger tells it of no change.
+                keep.follow(left_in.filter(|_| resumed));
+                match keep.begin(&left) {
+                    // A full disk stops no VM whose ledger has everything. What cannot be saved later says so on the disk.
+                    Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
+                    begun => begun?,
+                }
+                (left, left_in)
+            }
         };
-        // Nothing has changed yet. Who goes on without that ledger tells it of no change.
-        keep.follow(left_in.filter(|_| resumed));
-        match keep.begin(&left) {
-            // A full disk stops no VM whose ledger has everything. What cannot be saved later says so on the disk.
-            Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
-            begun => begun?,
-        }
         if !left.is_empty() {
             log::warn!("{}: {} ranges are still in quarantine", options.dir.display(), left.len());
         }

@@ -349,6 +349,31 @@ mod tests {
     }
 
     #[test]
+    fn unreadable_quarantine_stays_until_the_ledgers_is_written_in_its_place() {
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+        let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
+        let held = QuarantineStatus { file, range, invalidation: InvalidationId(4), reason };
+        for set_aside in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("quarantine.json");
+            let mut first = records(dir.path(), false).unwrap();
+            first.go_on(&[held], None);
+            drop(first);
+            match set_aside {
+                true => std::fs::rename(&path, dir.path().join("quarantine.incomplete")).unwrap(),
+                false => std::fs::write(&path, "damaged").unwrap(),
+            }
+            // One that has the ledger ends before it has written that down: the next does not start without the ledger.
+            drop(records(dir.path(), true).unwrap());
+            assert!(records(dir.path(), false).is_err(), "set aside: {set_aside}");
+            let mut resumed = records(dir.path(), true).unwrap();
+            resumed.go_on(&[held], Some(7));
+            drop(resumed);
+            assert_eq!(records(dir.path(), false).unwrap().take_left().len(), 1, "set aside: {set_aside}");
+        }
+    }
+
+    #[test]
     fn directory_of_a_daemon_that_made_no_file_without_a_quarantine_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         drop(records(dir.path(), false).unwrap());
