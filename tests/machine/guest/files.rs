@@ -125,6 +125,7 @@ impl<'a> Folder<'a> {
         for name in self.files.keys() {
             self.read(name, true)?;
             self.watch.verified.fetch_add(1, Ordering::Relaxed);
+            self.watch.report_at_times();
         }
         let found = fs::read_dir(&self.path).map_err(|e| format!("{}: {e}", self.path.display()))?;
         let found = found.filter_map(Result::ok).filter(|entry| entry.file_name() != "new").count();

@@ -128,6 +128,7 @@ impl<'a> Blocks<'a> {
                 total = sum(total, &block);
             }
             self.watch.verified.fetch_add(len, Ordering::Relaxed);
+            self.watch.report_at_times();
         }
         Ok(total)
     }

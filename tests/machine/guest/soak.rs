@@ -43,10 +43,13 @@ pub struct Watch {
     /// Every call under way, by the milliseconds at which it began.
     calls: Mutex<Vec<u64>>,
     slowest: AtomicU64,
+    /// When it was last said how far it is, in milliseconds.
+    reported: AtomicU64,
+    channel: Channel,
 }
 
 impl Watch {
-    fn new() -> Self {
+    fn new(channel: &Channel) -> Self {
         Self {
             stop: AtomicBool::new(false),
             raw: AtomicU64::new(0),
@@ -55,6 +58,8 @@ impl Watch {
             begun: Instant::now(),
             calls: Mutex::new(Vec::new()),
             slowest: AtomicU64::new(0),
+            reported: AtomicU64::new(0),
+            channel: channel.clone(),
         }
     }
 
@@ -98,8 +103,18 @@ impl Watch {
         self.raw.load(Ordering::Relaxed) > 0 && self.files.load(Ordering::Relaxed) > 0
     }
 
+    /// Says how far it is, once a second at most. It needs no timer for that: one of an emulated processor may be late.
+    pub fn report_at_times(&self) {
+        let (now, last) = (self.now(), self.reported.load(Ordering::Relaxed));
+        if now >= last + 1000 {
+            self.reported.store(now, Ordering::Relaxed);
+            self.report();
+        }
+    }
+
     /// Says how far it is. A call that hangs ends the guest: its thread cannot be ended.
-    fn report(&self, channel: &Channel) {
+    fn report(&self) {
+        let channel = &self.channel;
         channel.say(&json!({ "progress": self.says() }));
         if let Some(ms) = self.hanging() {
             channel.say(&json!({ "failed": format!("a call has taken {ms} ms and goes on") }));
@@ -115,7 +130,7 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
     let number = |name: &str, default: u64| asked[name].as_u64().unwrap_or(default);
     let (seconds, threads) = (number("seconds", 10), number("threads", 2).max(1));
     let (blocks, seed) = (number("blocks", 2048), number("seed", 1));
-    let watch = Watch::new();
+    let watch = Watch::new(channel);
     channel.say(&json!({ "progress": watch.says() }));
     make_file_system()?;
     let flags = OFlags::DIRECT.bits() as i32;
@@ -153,21 +168,14 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
                 Ok(_) | Err(RecvTimeoutError::Disconnected) => ends = true,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            watch.report(channel);
+            watch.report();
         }
     });
     if let Some(what) = wrong.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(what);
     }
 
-    let total = std::thread::scope(|scope| {
-        let verifying = scope.spawn(|| verify(&mut raw, &folders));
-        while !verifying.is_finished() {
-            std::thread::sleep(Duration::from_secs(1));
-            watch.report(channel);
-        }
-        verifying.join().unwrap_or_else(|_| Err("the verification has panicked".into()))
-    })?;
+    let total = verify(&mut raw, &folders)?;
     let listed: Vec<Value> = folders
         .iter()
         .flat_map(|folder| {
