@@ -57,6 +57,16 @@ fn passgate(iommu: &str) -> BackEnd {
     BackEnd::start(Which::Passgate(vec!["--iommu".into(), iommu.into()]), &drive(), QUEUES)
 }
 
+/// Has the guest work while this happens, and for [`soak`] at least. It is told to stop, because whoever waits for something
+/// else of it would miss that it has stopped by itself.
+fn soaks_beside(guest: &mut Guest, happens: impl FnOnce(&mut Guest)) {
+    let begun = Instant::now();
+    guest.tell(&json!({ "do": "soak", "seconds": 3600 }));
+    happens(guest);
+    std::thread::sleep(Duration::from_secs(soak()).saturating_sub(begun.elapsed()));
+    guest.tell(&json!({ "do": "stop" }));
+}
+
 /// What the guest found on its disk at the end, once it has stopped by itself.
 fn result(guest: &mut Guest, listed: &mut Vec<Value>) -> Value {
     let (mut since, mut before) = (Instant::now(), [0; 3]);
@@ -90,11 +100,12 @@ fn judge(soaked: &Value, listed: &[Value]) -> Disk {
 pub fn stock_back_end() {
     let mut back_end = BackEnd::start(Which::Stock { thread: false }, &drive(), QUEUES);
     let mut guest = Guest::boot(&back_end.socket(), QUEUES);
-    guest.tell(&json!({ "do": "soak", "seconds": soak() }));
-    for _ in 0..hotplugs() {
-        guest.add_memory("dimm1");
-        guest.remove_memory("dimm1");
-    }
+    soaks_beside(&mut guest, |guest| {
+        for _ in 0..hotplugs() {
+            guest.add_memory("dimm1");
+            guest.remove_memory("dimm1");
+        }
+    });
     let mut listed = Vec::new();
     let soaked = result(&mut guest, &mut listed);
     guest.off();
@@ -150,9 +161,10 @@ pub fn with_the_platform_feature(iommu: &str) {
     let mut guest = Guest::boot_with(&back_end.socket(), QUEUES, ",disable-legacy=on,iommu_platform=on");
     let features = guest.ready["disk"]["features"].as_str().unwrap();
     assert_eq!(features.as_bytes().get(33), Some(&b'1'), "it was not negotiated: {features}");
-    guest.tell(&json!({ "do": "soak", "seconds": soak() }));
-    guest.add_memory("dimm1");
-    guest.remove_memory("dimm1");
+    soaks_beside(&mut guest, |guest| {
+        guest.add_memory("dimm1");
+        guest.remove_memory("dimm1");
+    });
     let mut listed = Vec::new();
     let soaked = result(&mut guest, &mut listed);
     guest.off();
