@@ -1,4 +1,4 @@
-//! What went wrong, for a person: which object, and what to do about it.
+//! The error type of this crate. Messages name the object and the remedy.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,82 +10,82 @@ use rustix::io::Errno;
 use crate::protocol::frame::FrameError;
 use crate::protocol::record::RecordError;
 
-/// This crate's result.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong. The text is the message that the user reads.
+/// An error of this crate. Its text is the error message for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A device or an IOMMU.
+    /// An error of a device or an IOMMU.
     #[error(transparent)]
     Backend(#[from] passgate_backends::Error),
-    /// A device is not free.
+    /// A device is in use.
     #[error("{device}: {source}; {mend}")]
     Taken {
-        /// Its address.
+        /// The address of the device.
         device: String,
-        /// What the kernel answered.
+        /// The failed call.
         source: Failed,
-        /// Who has it, and what to do about it.
+        /// Its user, and the remedy.
         mend: String,
     },
-    /// The socket cannot be made or reached.
+    /// The socket cannot be created or connected to.
     #[error("{path}: {source}{mend}")]
     Socket {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         source: io::Error,
-        /// What to do about it, or empty.
+        /// The remedy, or empty.
         mend: &'static str,
     },
-    /// No Unix socket can have this path.
+    /// A Unix socket cannot have this path.
     #[error("{path}: {why}")]
     SocketPath {
         /// The path.
         path: PathBuf,
-        /// The reason, and what to do about it.
+        /// The reason and the remedy.
         why: String,
     },
-    /// The state directory, or what is in it, cannot be used.
+    /// The state directory, or a file in it, cannot be used.
     #[error("{path}: {source}{mend}")]
     State {
-        /// Which file or directory.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         source: io::Error,
-        /// What to do about it, or empty.
+        /// The remedy, or empty.
         mend: &'static str,
     },
     /// An audit log cannot be read.
     #[error(transparent)]
     Log(#[from] crate::observe::audit::ReadError),
-    /// An audit log has no such receipt.
+    /// An audit log has no receipt of the invalidation.
     #[error(
-        "no receipt of invalidation {invalidation} follows from this log: it is not over there, or its run's \
+        "this log has no receipt of invalidation {invalidation}: the invalidation has not ended in it, or its run's \
          beginning was rotated away"
     )]
     NoReceipt {
-        /// Which.
+        /// The id of the invalidation.
         invalidation: u64,
     },
-    /// A kernel call of the daemon's own.
+    /// A kernel call of the daemon failed.
     #[error("{0}")]
     Call(#[from] Failed),
-    /// Guest memory cannot be made or touched.
+    /// Guest memory cannot be created or accessed.
     #[error("guest memory: {0}")]
     Memory(Failed),
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}; raise the limit of tasks (`ulimit -u`, `TasksMax=`)")]
     Thread(io::Error),
-    /// A thread ended in a panic: a bug of passgate's.
+    /// A thread panicked, which is a bug of passgate.
     #[error("the {0} thread panicked; this is a bug of passgate, please report it")]
     Panicked(&'static str),
-    /// Nothing can be waited for.
+    /// The event loop cannot wait for events.
     #[error("cannot wait for events: {0}; raise the limit of files (`LimitNOFILE=`)")]
     Poll(io::Error),
-    /// The loop of a VM has ended.
-    #[error("the VM's session is over: nothing is done for it any more")]
+    /// The event loop of a VM has ended.
+    #[error("the VM's session has ended: nothing is done for it any more")]
     Over,
     /// A signal handler cannot be set.
     #[error("cannot watch for signals: {0}")]
@@ -93,109 +93,110 @@ pub enum Error {
     /// The result cannot be printed.
     #[error("cannot write the result: {0}")]
     Output(io::Error),
-    /// The guardian process cannot be started or spoken to.
+    /// The guardian process cannot be started, or does not answer.
     #[error(
         "cannot start the guardian process: {source}; without it devices outlive a killed daemon (--no-guardian)"
     )]
     Guardian {
-        /// Why.
+        /// The reason.
         source: io::Error,
     },
-    /// What is to outlive this process cannot be kept.
+    /// The service manager cannot store an object that is to outlive this process.
     #[error(
-        "`{name}` cannot be kept by the service manager ({why}): serve with --restart stop, or see its log"
+        "the service manager cannot store `{name}` ({why}): serve with --restart stop, or see the manager's log"
     )]
     Keep {
-        /// What.
+        /// The name of the object.
         name: String,
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// What the service manager says it hands over is not there.
+    /// The descriptors that the service manager announced are not there.
     #[error(
-        "what the service manager handed over cannot be taken ({source}): LISTEN_FDS and what this process inherits \
-         do not fit; start it by the manager, or without LISTEN_FDS"
+        "cannot take the service manager's descriptors ({source}): LISTEN_FDS does not match those that this process \
+         inherited; start it by the manager, or without LISTEN_FDS"
     )]
     Handed {
-        /// Why.
+        /// The reason.
         source: Failed,
     },
-    /// A device that is to be tested is used by somebody.
+    /// A device that is to be tested is in use.
     #[error("{device} is in use: {by}")]
     InUse {
-        /// The device.
+        /// The name of the device.
         device: String,
-        /// By whom, and what to do about it.
+        /// Its user, and the remedy.
         by: String,
     },
-    /// A device that caches translations cannot be detached, and a stale write would do harm.
+    /// A device caches translations (ATS), cannot be detached, and the platform is strict.
     #[error(
         "{device} caches translations (ATS) and nothing here detaches it, so that under --strict no unmap of its \
          memory would be certain: use --iommu iommufd, or accept that every conversion is refused \
          (--allow-unstoppable)"
     )]
     Uncertain {
-        /// The device.
+        /// The name of the device.
         device: String,
     },
-    /// A device is not taken from its driver, or not given back.
+    /// A device cannot be unbound from its driver, or not be bound to it again.
     #[error("{device}: {why}")]
     Binding {
-        /// The device.
+        /// The name of the device.
         device: String,
-        /// Why, and what to do about it.
+        /// The reason and the remedy.
         why: String,
     },
-    /// What was asked makes no sense.
+    /// The request or the command line is not valid.
     #[error("{0}")]
     Usage(String),
-    /// The daemon was stopped and some memory would not go.
+    /// The daemon was stopped, and some regions could not be closed.
     #[error(
-        "{regions} regions could not be closed in time: devices may still reach them until this process is gone"
+        "{regions} regions could not be closed in time: devices may still access them until this process ends"
     )]
     StillOpen {
-        /// How many.
+        /// The number of regions.
         regions: usize,
     },
-    /// The peer sent what is no frame.
+    /// The peer sent an invalid frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// The peer sent what is no record.
+    /// The peer sent an invalid record.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// Not a page range.
+    /// Two numbers are not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
-    /// The connection broke.
+    /// The connection to the daemon is broken.
     #[error("the connection to passgate broke ({0}): is the daemon still running?")]
     Connection(Errno),
     /// The daemon does not answer.
     #[error(
-        "{daemon}: no answer within {} s, and what was asked may yet be done: see the daemon's log; continue it \
-         where it is stopped (kill -CONT), restart it where it hangs",
+        "{daemon}: no answer within {} s; the request may still be executed: see the daemon's log; continue it if it \
+         is stopped (kill -CONT), restart it if it hangs",
         within.as_secs_f32()
     )]
     NoAnswer {
-        /// The socket, and the process that serves there where it is known.
+        /// The socket, and the process that serves it where that is known.
         daemon: String,
-        /// How long the answer was waited for.
+        /// The time waited for the answer.
         within: Duration,
     },
-    /// passgate said that the request was wrong.
+    /// passgate refused the request.
     #[error("{message}")]
     Refused {
-        /// Its words.
+        /// The daemon's error message.
         message: String,
-        /// Its number.
+        /// The daemon's errno.
         errno: i32,
     },
-    /// passgate said something that is not in the protocol.
+    /// passgate sent an answer that the protocol does not have.
     #[error("passgate answered {0}, which is not in the protocol: are client and daemon of one version?")]
     Protocol(String),
 }
 
 impl Error {
-    /// The exit code that says it: 3 where the host is not able, 2 where what was named is no log, else 1.
+    /// Returns the exit code of the command: 3 where the host or a device cannot do what was requested, 2 for a usage error,
+    /// an invalid path or an invalid log, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Backend(_)

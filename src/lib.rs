@@ -1,8 +1,8 @@
-//! passgate stands between passthrough devices and guest memory.
+//! passgate controls the DMA of passthrough devices into guest memory.
 //!
-//! A device's DMA into guest memory is never a long-term pin here: it is a mapping that can be taken back. When
-//! the owner of the memory announces that a range is about to be converted, punched or moved, passgate takes the
-//! range out of every IOMMU domain, proves that DMA has stopped, and answers done, refused or unknown.
+//! Memory is mapped for devices revocably, never pinned for the lifetime of a device. When its owner announces that a range
+//! is about to be converted, punched or moved, passgate unmaps the range from every IOMMU domain, proves that DMA has
+//! stopped, and answers *done*, *refused* or *unknown*.
 
 #![forbid(unsafe_code)]
 

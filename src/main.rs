@@ -1,4 +1,4 @@
-//! The `passgate` command: parse, dispatch, say what went wrong in one line.
+//! The `passgate` command: parses the command line, runs the subcommand, and prints an error in one line.
 
 use std::process::ExitCode;
 

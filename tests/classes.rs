@@ -1,5 +1,5 @@
-//! Bug classes of others (docs/bug-classes.md) that no other test is named for: against a real daemon, with the
-//! software device.
+//! Known bug classes of other projects (docs/bug-classes.md) that no other test is named after: against a real daemon, with
+//! the software device.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -20,6 +20,7 @@ const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 8;
 const DEVICE: &str = "soft:0";
 
+/// A VMM: its memory, its two connections, and the id of its region.
 struct Vmm {
     memory: Arc<GuestFile>,
     client: Client,
@@ -45,7 +46,7 @@ impl Vmm {
     fn begin(&mut self, number: u64, to: PageState) -> u64 {
         match self.channel.begin(page(number), to, Some(20_000)).unwrap() {
             Answer::Granted { invalidation } => invalidation,
-            other => panic!("page {number} was not given: {other:?}"),
+            other => panic!("page {number} is not granted: {other:?}"),
         }
     }
 
@@ -60,10 +61,10 @@ impl Vmm {
     }
 }
 
-/// QEMU 852f0048f3: a page that was discarded and comes back is a new one, and a device that still has the old one
-/// reads and writes memory that nobody else sees.
+/// QEMU 852f0048f3: a discarded page that is used again is a new page; a device that still has the old one pinned reads and
+/// writes memory that nobody else sees.
 #[test]
-fn class_3_a_discarded_page_that_comes_back_is_the_one_that_the_device_sees() {
+fn class_3_device_sees_page_restored_after_discard() {
     let (_daemon, mut vmm) = vmm();
     for round in 1..=50 {
         for number in 0..PAGES {
@@ -74,48 +75,58 @@ fn class_3_a_discarded_page_that_comes_back_is_the_one_that_the_device_sees() {
             vmm.memory.punch(number * PAGE, PAGE).unwrap();
             vmm.convert(number, PageState::Shared);
             vmm.memory.store(number * PAGE, new).unwrap();
-            assert_eq!(vmm.device_reads(number), new, "the device has the page that was discarded");
+            assert_eq!(vmm.device_reads(number), new, "the device still has the discarded page");
             vmm.client.dma_write(DEVICE, GPA + number * PAGE, &u64::to_le_bytes(written)).unwrap();
-            assert_eq!(vmm.memory.load(number * PAGE).unwrap(), written, "it wrote to the one discarded");
+            assert_eq!(
+                vmm.memory.load(number * PAGE).unwrap(),
+                written,
+                "the device wrote to the discarded page"
+            );
         }
     }
 }
 
-/// CVE-2026-86567: a name that is kept after what it named is gone must name nothing, whatever came after it.
+/// CVE-2026-86567: an id of an object that no longer exists must identify nothing, whatever is created after it.
 #[test]
-fn class_10_a_name_of_what_is_over_never_names_anything_again() {
+fn class_10_ids_are_never_reused() {
     let (_daemon, mut vmm) = vmm();
-    let (mut over, mut regions) = (BTreeSet::new(), BTreeSet::from([vmm.region]));
+    let (mut ended_ids, mut regions) = (BTreeSet::new(), BTreeSet::from([vmm.region]));
     for round in 0..20 {
         let invalidation = vmm.begin(round % PAGES, PageState::Shared);
-        assert!(!over.contains(&invalidation), "invalidation {invalidation} is named twice");
-        for old in &over {
-            let ended = vmm.channel.end(*old, Outcome::Committed);
-            assert!(matches!(ended, Err(Error::Refused { .. })), "{old} was ended twice: {ended:?}");
+        assert!(!ended_ids.contains(&invalidation), "the id of invalidation {invalidation} was used before");
+        for old in &ended_ids {
+            let end_result = vmm.channel.end(*old, Outcome::Committed);
+            assert!(
+                matches!(end_result, Err(Error::Refused { .. })),
+                "{old} was ended twice: {end_result:?}"
+            );
         }
         vmm.channel.end(invalidation, Outcome::NotCommitted).unwrap();
-        over.insert(invalidation);
+        ended_ids.insert(invalidation);
 
         vmm.client.remove_memory(vmm.region).unwrap();
         let add = AddMemory::shared(GPA, PAGES * PAGE);
         vmm.region = vmm.client.add_memory(&add, &[&*vmm.memory]).unwrap().region;
         for old in &regions {
-            let removed = vmm.client.remove_memory(*old);
-            assert!(matches!(removed, Err(Error::Refused { .. })), "{old} was removed twice: {removed:?}");
+            let remove_result = vmm.client.remove_memory(*old);
+            assert!(
+                matches!(remove_result, Err(Error::Refused { .. })),
+                "{old} was removed twice: {remove_result:?}"
+            );
         }
-        assert!(regions.insert(vmm.region), "region {} is named twice", vmm.region);
+        assert!(regions.insert(vmm.region), "the id of region {} was used before", vmm.region);
     }
     assert_eq!(vmm.client.status().unwrap().regions.len(), 1);
 }
 
-/// CVE-2023-41051: what is read from guest memory twice may differ the second time. No decision of passgate's reads
-/// guest memory at all (the vhost-user door, which must, is not built yet): whatever a guest scribbles into it
-/// meanwhile, every answer is the same.
+/// CVE-2023-41051: guest memory that is read twice may differ the second time. No decision about conversions reads guest
+/// memory: whatever a guest writes there meanwhile, every answer is the same. The vhost-user back-end, which must read it, has
+/// its own test (`descriptors_are_read_once`).
 #[test]
-fn class_12_a_guest_that_scribbles_all_the_time_changes_no_answer() {
+fn class_12_guest_memory_writes_change_no_answer() {
     let (_daemon, mut vmm) = vmm();
     let stop = Arc::new(AtomicBool::new(false));
-    let scribbler = {
+    let writer = {
         let (memory, stop) = (Arc::clone(&vmm.memory), Arc::clone(&stop));
         std::thread::spawn(move || {
             let mut word: u64 = 1;
@@ -130,7 +141,7 @@ fn class_12_a_guest_that_scribbles_all_the_time_changes_no_answer() {
         vmm.convert(round % PAGES, PageState::Shared);
     }
     stop.store(true, Ordering::Relaxed);
-    scribbler.join().unwrap();
+    writer.join().unwrap();
     let status = vmm.client.status().unwrap();
     assert_eq!((status.totals.done, status.totals.refused, status.totals.unknown), (1000, 0, 0));
     assert_eq!((status.regions[0].shared, status.quarantine.len()), (PAGES * PAGE, 0));

@@ -1,5 +1,5 @@
-//! Whoever dies, nothing of the guest's memory stays behind in his hands: natively, with the software device.
-//! `machine.rs` shows the same of real devices.
+//! The death of daemon, client and guardian: no process keeps guest memory pinned or mapped. Natively, with the software
+//! device; `machine.rs` tests the same with real devices.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use daemon::{Daemon, LONG, Notices, children, serve_fails, until};
+use daemon::{Daemon, Notices, TIMEOUT, children, serve_fails, wait_until};
 use passgate::client::{AddMemory, Client};
 use passgate::session::guardian::Watch;
 use passgate_backends::device::Guard;
@@ -19,7 +19,7 @@ use passgate_bindings::PAGE;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, Signal, getpid, kill_process};
 
-const SOFT: [&str; 5] = ["--iommu", "soft", "--device", "soft:0", "--allow-dma"];
+const SOFT_DEVICE_ARGS: [&str; 5] = ["--iommu", "soft", "--device", "soft:0", "--allow-dma"];
 const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 16;
 
@@ -27,7 +27,7 @@ fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_passgate"))
 }
 
-/// Memory that nobody here maps, so that only pins and mappings of others keep it from being sealed.
+/// Returns memory that this process does not map, so that only pins and mappings of other processes prevent F_SEAL_WRITE.
 fn memory() -> OwnedFd {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = rustix::fs::memfd_create("death", flags).unwrap();
@@ -37,135 +37,138 @@ fn memory() -> OwnedFd {
     fd
 }
 
-fn added(daemon: &Daemon, memory: &OwnedFd) -> Client {
+/// Returns a client that has added the memory.
+fn client_with_memory(daemon: &Daemon, memory: &OwnedFd) -> Client {
     let mut client = daemon.client();
     client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[memory]).unwrap();
     client
 }
 
-/// Whether nothing pins or maps the memory: the kernel's own word. It cannot be unsaid, so ask last.
-fn is_free(memory: &OwnedFd) -> bool {
+/// Returns true if F_SEAL_WRITE succeeds: then nothing pins the memory or maps it writable. A seal cannot be removed, so this
+/// must be the last check.
+fn seal_succeeds(memory: &OwnedFd) -> bool {
     rustix::fs::fcntl_add_seals(memory, SealFlags::WRITE).is_ok()
 }
 
-/// DMA all the time, until the daemon is gone or says no.
-fn dma(daemon: &Daemon) -> std::thread::JoinHandle<u64> {
+/// Writes to the memory by DMA, on a thread of its own, until the daemon has ended or refuses. The thread returns the number
+/// of writes.
+fn write_continuously(daemon: &Daemon) -> std::thread::JoinHandle<u64> {
     let mut client = daemon.client();
     std::thread::spawn(move || {
-        let mut went = 0;
-        while client.dma_write("soft:0", GPA + went % PAGES * PAGE, &went.to_le_bytes()).is_ok() {
-            went += 1;
+        let mut writes = 0;
+        while client.dma_write("soft:0", GPA + writes % PAGES * PAGE, &writes.to_le_bytes()).is_ok() {
+            writes += 1;
         }
-        went
+        writes
     })
 }
 
 #[test]
-fn a_killed_daemon_leaves_no_pin_and_another_takes_its_place() {
+fn killed_daemon_leaves_no_pins_and_its_socket_is_replaced() {
     let memory = memory();
-    let mut daemon = Daemon::start(program(), &SOFT);
-    let client = added(&daemon, &memory);
-    assert!(!is_free(&memory), "the device has it");
-    let writer = dma(&daemon);
-    // DMA goes when a reading sees what the writer wrote.
+    let mut daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
+    let client = client_with_memory(&daemon, &memory);
+    assert!(!seal_succeeds(&memory), "the memory must be pinned for the device");
+    let writer = write_continuously(&daemon);
+    // DMA runs once a read sees what the writer wrote.
     let mut reader = daemon.client();
-    assert!(until(LONG, || reader.dma_read("soft:0", GPA + PAGE, 1).unwrap() != b"A"));
+    assert!(wait_until(TIMEOUT, || reader.dma_read("soft:0", GPA + PAGE, 1).unwrap() != b"A"));
     daemon.kill();
     assert!(writer.join().unwrap() > 0);
     drop(client);
-    let begun = Instant::now();
-    assert!(until(LONG, || is_free(&memory)), "still pinned");
-    eprintln!("the pins were gone after {:?}", begun.elapsed());
+    let started = Instant::now();
+    assert!(wait_until(TIMEOUT, || seal_succeeds(&memory)), "still pinned");
+    eprintln!("the pins were gone after {:?}", started.elapsed());
 
     assert!(daemon.path.exists(), "a killed daemon cannot remove its socket");
-    let next = Daemon::start_at(program(), &daemon.path, &SOFT);
-    let fresh = self::memory();
-    let mut client = added(&next, &fresh);
+    let next = Daemon::start_at(program(), &daemon.path, &SOFT_DEVICE_ARGS);
+    let new_memory = self::memory();
+    let mut client = client_with_memory(&next, &new_memory);
     assert_eq!(client.dma_read("soft:0", GPA, 4).unwrap(), b"AAAA");
 }
 
 #[test]
-fn a_second_daemon_at_one_socket_is_refused_and_the_first_goes_on() {
-    let daemon = Daemon::start(program(), &SOFT);
-    let (code, said) = serve_fails(program(), &daemon.path, &SOFT);
+fn second_daemon_at_same_socket_is_refused() {
+    let daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
+    let (code, stderr) = serve_fails(program(), &daemon.path, &SOFT_DEVICE_ARGS);
     assert_eq!(code, Some(1));
-    assert!(said.contains("another daemon serves there; choose another --socket-path"), "{said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(stderr.contains("another daemon serves there; choose another --socket-path"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert_eq!(daemon.client().status().unwrap().iommu, "soft");
 }
 
 #[test]
-fn what_is_no_socket_is_left_alone() {
+fn existing_non_socket_file_is_not_replaced() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "precious").unwrap();
-    let (code, said) = serve_fails(program(), file.path(), &SOFT);
+    let (code, stderr) = serve_fails(program(), file.path(), &SOFT_DEVICE_ARGS);
     assert_eq!(code, Some(1));
-    assert!(said.contains("that is no socket; choose another --socket-path"), "{said}");
+    assert!(stderr.contains("that is no socket; choose another --socket-path"), "{stderr}");
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "precious");
 }
 
 #[test]
-fn sigterm_ends_a_daemon_in_time_with_its_memory_free_and_its_socket_gone() {
+fn sigterm_frees_memory_and_removes_socket() {
     let memory = memory();
-    let mut daemon = Daemon::start(program(), &SOFT);
-    let client = added(&daemon, &memory);
-    let writer = dma(&daemon);
+    let mut daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
+    let client = client_with_memory(&daemon, &memory);
+    let writer = write_continuously(&daemon);
     daemon.terminate();
-    let status = daemon.ended(LONG);
+    let status = daemon.wait_exit(TIMEOUT);
     assert!(status.success(), "{status}");
-    assert!(is_free(&memory), "still pinned");
+    assert!(seal_succeeds(&memory), "still pinned");
     assert!(!daemon.path.exists());
     writer.join().unwrap();
     drop(client);
 }
 
 #[test]
-fn sigint_ends_a_daemon_as_well() {
-    let mut daemon = Daemon::start(program(), &SOFT);
+fn sigint_ends_daemon() {
+    let mut daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
     kill_process(daemon.pid(), Signal::INT).unwrap();
-    assert!(daemon.ended(LONG).success());
+    assert!(daemon.wait_exit(TIMEOUT).success());
 }
 
-/// The client is `passgate events`, which holds a connection, and this process, which holds one with memory.
+/// Two clients die: `passgate events`, which has a connection only, and a connection of this process, which has memory.
 #[test]
-fn a_killed_client_takes_only_its_own_memory_with_it() {
-    let (lost, kept) = (memory(), memory());
-    let daemon = Daemon::start(program(), &SOFT);
-    let notices = Notices::of(&daemon);
+fn killed_client_loses_only_its_own_memory() {
+    let (client_memory, other_memory) = (memory(), memory());
+    let daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
+    let notices = Notices::subscribe(&daemon);
     let mut other = daemon.client();
-    other.add_memory(&AddMemory::shared(GPA + PAGES * PAGE, PAGES * PAGE), &[&kept]).unwrap();
-    let mut watcher = std::process::Command::new(program())
+    other.add_memory(&AddMemory::shared(GPA + PAGES * PAGE, PAGES * PAGE), &[&other_memory]).unwrap();
+    let mut events_command = std::process::Command::new(program())
         .args(["events", "--socket-path"])
         .arg(&daemon.path)
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    let client = added(&daemon, &lost);
+    let client = client_with_memory(&daemon, &client_memory);
     let mut status = daemon.client();
-    assert!(until(LONG, || status.status().unwrap().clients >= 5), "all have come");
-    watcher.kill().unwrap();
-    watcher.wait().unwrap();
+    assert!(wait_until(TIMEOUT, || status.status().unwrap().clients >= 5), "a connection is missing");
+    events_command.kill().unwrap();
+    events_command.wait().unwrap();
     drop(client);
-    notices.until("session.closed");
-    assert!(is_free(&lost), "session.closed was told too early");
-    assert!(!is_free(&kept), "the other's memory is in use");
-    let now = status.status().unwrap();
-    assert_eq!(now.regions.len(), 1);
-    assert_eq!(now.regions[0].gpa, GPA + PAGES * PAGE);
+    notices.wait_for("session.closed");
+    assert!(seal_succeeds(&client_memory), "session.closed was sent too early");
+    assert!(!seal_succeeds(&other_memory), "the other's memory is in use");
+    let after = status.status().unwrap();
+    assert_eq!(after.regions.len(), 1);
+    assert_eq!(after.regions[0].gpa, GPA + PAGES * PAGE);
     assert_eq!(other.dma_read("soft:0", GPA + PAGES * PAGE, 4).unwrap(), b"AAAA");
-    assert!(status.dma_read("soft:0", GPA, 4).is_err(), "nothing is there any more");
+    assert!(status.dma_read("soft:0", GPA, 4).is_err(), "the memory must be unmapped");
 }
 
-/// The kernel's word on every thread of the daemon: no capability but CAP_IPC_LOCK (bit 14), and no way to another.
+/// Every thread of the daemon has no capability but CAP_IPC_LOCK (bit 14), and no_new_privs is set (proc_pid_status(5)).
 #[test]
-fn a_serving_daemon_has_no_privilege_left() {
+fn serving_daemon_has_dropped_privileges() {
     let memory = memory();
-    let daemon = Daemon::start(program(), &SOFT);
-    let mut client = added(&daemon, &memory);
+    let daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
+    let mut client = client_with_memory(&daemon, &memory);
     assert_eq!(client.dma_read("soft:0", GPA, 4).unwrap(), b"AAAA");
     let mut threads = 0;
     for thread in std::fs::read_dir(format!("/proc/{}/task", daemon.pid().as_raw_nonzero())).unwrap() {
-        // A worker may have ended meanwhile.
+        // A worker thread may have ended in the meantime.
         let Ok(status) = std::fs::read_to_string(thread.unwrap().path().join("status")) else { continue };
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -183,16 +186,16 @@ fn a_serving_daemon_has_no_privilege_left() {
 
 #[test]
 fn software_devices_need_no_guardian() {
-    let daemon = Daemon::start(program(), &SOFT);
+    let daemon = Daemon::start(program(), &SOFT_DEVICE_ARGS);
     daemon.client().status().unwrap();
     assert_eq!(daemon.guardian(), None);
 }
 
-/// A device that a guardian holds: the writing end of a pipe, which tells its reader when all copies are closed.
+/// A device whose descriptor is the write end of a pipe: its reader sees when every duplicate is closed, the guardian's too.
 #[derive(Debug)]
-struct Held(std::io::PipeWriter);
+struct GuardedPipe(std::io::PipeWriter);
 
-impl Device for Held {
+impl Device for GuardedPipe {
     fn name(&self) -> &str {
         "held"
     }
@@ -210,6 +213,7 @@ impl Device for Held {
     }
 }
 
+/// Returns the guardian processes of this one.
 fn guardians() -> Vec<Pid> {
     let is_one = |pid: &Pid| {
         let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
@@ -218,25 +222,37 @@ fn guardians() -> Vec<Pid> {
     children(getpid()).into_iter().filter(is_one).collect()
 }
 
-fn closes(reader: BorrowedFd<'_>) {
-    let limit = rustix::time::Timespec::try_from(LONG).unwrap();
+/// Waits until every write end of the pipe is closed.
+fn wait_closed(reader: BorrowedFd<'_>) {
+    let limit = rustix::time::Timespec::try_from(TIMEOUT).unwrap();
     let mut fds = [rustix::event::PollFd::new(&reader, rustix::event::PollFlags::IN)];
-    assert_eq!(rustix::event::poll(&mut fds, Some(&limit)).unwrap(), 1, "somebody still holds the device");
+    assert_eq!(
+        rustix::event::poll(&mut fds, Some(&limit)).unwrap(),
+        1,
+        "a process still has the device open"
+    );
 }
 
 #[test]
-fn a_guardian_holds_what_it_is_given_hears_no_sigterm_and_is_replaced_when_it_dies() {
+fn guardian_ignores_signals_and_is_replaced_when_killed() {
     let (reader, writer) = std::io::pipe().unwrap();
-    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Held(writer))];
-    let watch = Watch::start(PathBuf::from(program()), devices).unwrap().unwrap();
+    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(GuardedPipe(writer))];
+    let guardian_watch = Watch::start(PathBuf::from(program()), devices).unwrap().unwrap();
     let first = guardians()[0];
-    assert_eq!(rustix::process::getsid(Some(first)).unwrap(), first, "it leads a session of its own");
-    for deaf in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
-        kill_process(first, deaf).unwrap();
+    assert_eq!(
+        rustix::process::getsid(Some(first)).unwrap(),
+        first,
+        "the guardian must lead its own session"
+    );
+    for ignored in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        kill_process(first, ignored).unwrap();
     }
     kill_process(first, Signal::KILL).unwrap();
-    assert!(until(LONG, || guardians().first().is_some_and(|now| *now != first)), "no new one came");
-    watch.bye();
+    assert!(
+        wait_until(TIMEOUT, || guardians().first().is_some_and(|current| *current != first)),
+        "no new guardian was started"
+    );
+    guardian_watch.bye();
     assert_eq!(guardians(), []);
-    closes(reader.as_fd());
+    wait_closed(reader.as_fd());
 }

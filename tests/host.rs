@@ -1,5 +1,5 @@
-//! What passgate sees of a real host, and leaves as it was: processes, block devices, drivers. Runs as root; a test that
-//! cannot run here says why and counts as skipped.
+//! Detection of device users on a real host (processes, block devices, network interfaces), and the return of borrowed
+//! devices. Runs as root; a test that cannot run here reports the reason and counts as skipped.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -7,59 +7,57 @@ mod host_real;
 
 use std::process::ExitCode;
 
-use host_real::{disks, giving_back, interfaces, namespaces};
+use host_real::{disks, give_back, interfaces, namespaces};
 use libtest_mimic::{Arguments, Trial};
 
-/// A name, a test, and why it cannot run here.
+/// A test: its name, its function, and a function that returns the reason why it cannot run here, if there is one.
 type Test = (&'static str, fn(), fn() -> Option<String>);
 
 const TESTS: [Test; 10] = [
     (
-        "an_interface_that_is_down_and_has_an_address_is_in_use",
-        interfaces::an_address_on_an_interface_that_is_down_is_use,
+        "down_interface_with_address_is_in_use",
+        interfaces::down_interface_with_address_is_in_use,
         interfaces::missing,
     ),
-    ("a_borrower_that_dies_gives_its_device_back", giving_back::a_borrower_that_dies_gives_back, || None),
-    ("a_device_that_is_not_given_back_is_told", giving_back::a_device_that_is_not_given_back_is_told, || {
-        None
-    }),
     (
-        "a_process_outside_the_initial_pid_namespace_knows_that_it_sees_no_holders",
-        namespaces::holders_are_unseen,
+        "borrowed_device_is_returned_when_borrower_dies",
+        give_back::borrowed_device_is_returned_when_borrower_dies,
+        || None,
+    ),
+    ("failed_return_of_device_is_reported", give_back::failed_return_of_device_is_reported, || None),
+    (
+        "hidden_processes_are_detected_in_pid_namespace",
+        namespaces::hidden_processes_are_detected_in_pid_namespace,
         namespaces::missing,
     ),
-    ("a_claim_of_a_disk_keeps_others_out", disks::a_claim_keeps_others_out, disks::missing),
+    ("disk_claim_is_exclusive", disks::disk_claim_is_exclusive, disks::missing),
     (
-        "every_device_of_a_mounted_btrfs_is_in_use",
-        disks::every_device_of_a_btrfs_is_in_use,
+        "every_device_of_mounted_btrfs_is_in_use",
+        disks::every_device_of_mounted_btrfs_is_in_use,
         disks::btrfs_missing,
     ),
+    ("device_mapper_member_is_in_use", disks::device_mapper_member_is_in_use, disks::mapper_missing),
+    ("swap_disk_is_in_use", disks::swap_disk_is_in_use, disks::swap_missing),
     (
-        "a_part_of_a_device_mapper_table_is_in_use",
-        disks::a_part_of_a_device_mapper_table_is_in_use,
-        disks::mapper_missing,
-    ),
-    ("a_disk_that_is_swapped_to_is_in_use", disks::what_is_swapped_to_is_in_use, disks::swap_missing),
-    (
-        "a_disk_mounted_in_another_mount_namespace_is_in_use",
-        disks::what_another_mount_namespace_has_mounted_is_in_use,
+        "disk_mounted_in_other_namespace_is_in_use",
+        disks::disk_mounted_in_other_namespace_is_in_use,
         disks::mount_missing,
     ),
     (
-        "a_disk_that_a_process_has_open_is_in_use_under_any_name",
-        disks::what_a_process_has_open_is_in_use_under_any_name,
+        "disk_open_in_process_is_in_use_under_any_name",
+        disks::disk_open_in_process_is_in_use_under_any_name,
         disks::missing,
     ),
 ];
 
 fn main() -> ExitCode {
-    if let Some(code) = namespaces::inside().or_else(interfaces::inside) {
+    if let Some(code) = namespaces::child_mode().or_else(interfaces::child_mode) {
         return code;
     }
     let trials = TESTS.into_iter().map(|(name, test, missing)| {
         let missing = missing();
-        if let Some(why) = &missing {
-            eprintln!("{name}: skipped, {why}");
+        if let Some(reason) = &missing {
+            eprintln!("{name}: skipped, {reason}");
         }
         let run = move || {
             test();
@@ -68,8 +66,8 @@ fn main() -> ExitCode {
         Trial::test(name, run).with_ignored_flag(missing.is_some())
     });
     let mut arguments = Arguments::from_args();
-    // A test that makes a mount namespace of its own copies the mounts of the others, which are then in use for as long as it
-    // lives.
+    // One at a time: a test that creates a mount namespace copies the mounts of the other tests into it, and so keeps their
+    // disks in use.
     arguments.test_threads = Some(1);
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

@@ -1,4 +1,4 @@
-//! What other threads of the daemon's process ask of a VM's loop.
+//! Queries and connections of other threads of the daemon's process to a VM's loop (`passgate::serve::Inside`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -16,9 +16,9 @@ use passgate_backends::iommu::sim::{Call, Fault, Memory, Sim};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
-use common::{alone, granted, memory};
+use common::{exclusive, granted, memory};
 
-const SOON: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn range(page: u64, pages: u64) -> PageRange<Iova> {
     PageRange::new(page * PAGE, pages * PAGE).unwrap()
@@ -28,18 +28,19 @@ fn page(page: u64) -> PageRange<Gpa> {
     PageRange::new(page * PAGE, PAGE).unwrap()
 }
 
-fn ask(inside: &Inside, pages: &[PageRange<Iova>], writes: bool) -> Receiver<Admits> {
-    let (told, answer) = channel();
-    inside.ask(pages.to_vec(), writes, Box::new(move |admits| _ = told.send(admits)));
+/// Asks whether devices may access these pages; the receiver gets the answer.
+fn query(inside: &Inside, pages: &[PageRange<Iova>], writes: bool) -> Receiver<Admits> {
+    let (sender, answer) = channel();
+    inside.ask(pages.to_vec(), writes, Box::new(move |admits| _ = sender.send(admits)));
     answer
 }
 
-/// The answer, where it comes at once.
-fn says(inside: &Inside, page: u64) -> Admits {
-    ask(inside, &[range(page, 1)], true).recv_timeout(SOON).unwrap()
+/// Returns the answer for one page, which must come at once.
+fn access_to_page(inside: &Inside, page: u64) -> Admits {
+    query(inside, &[range(page, 1)], true).recv_timeout(TIMEOUT).unwrap()
 }
 
-/// A server without a socket over a simulated domain.
+/// Starts a server without a socket over a simulated domain.
 fn serve(sim: &Sim, policy: Policy) -> (Handle, Inside) {
     let device = sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
     let options = Options { policy, ..Options::nowhere() };
@@ -53,8 +54,8 @@ fn sim() -> Sim {
 }
 
 #[test]
-fn a_server_without_a_socket_serves_its_own_process() {
-    let _one = alone();
+fn server_without_socket_serves_its_own_process() {
+    let _exclusive = exclusive();
     let sim = sim();
     let (server, inside) = serve(&sim, Policy::default());
     assert_eq!(server.path(), std::path::Path::new(""));
@@ -62,10 +63,10 @@ fn a_server_without_a_socket_serves_its_own_process() {
     let added = first.add_memory(&AddMemory::shared(0, 4 * PAGE), &[&*memory(4)]).unwrap();
     second.add_memory(&AddMemory::shared(16 * PAGE, 4 * PAGE), &[&*memory(4)]).unwrap();
     assert_eq!(second.status().unwrap().regions.len(), 2);
-    assert!(second.remove_memory(added.region).is_err(), "it is the other's");
-    // What a connection added goes with it.
+    assert!(second.remove_memory(added.region).is_err(), "the region belongs to the other connection");
+    // Memory is removed with the connection that added it.
     drop(first);
-    common::until(&mut second, |status| status.regions.len() == 1);
+    common::wait_for_status(&mut second, |status| status.regions.len() == 1);
     server.stop().unwrap();
     assert_eq!(sim.mapping_count(), 0);
     assert!(second.status().is_err());
@@ -73,59 +74,59 @@ fn a_server_without_a_socket_serves_its_own_process() {
 }
 
 #[test]
-fn own_connections_count_for_no_limit() {
-    let _one = alone();
+fn in_process_connections_are_exempt_from_client_limit() {
+    let _exclusive = exclusive();
     let options = Options { max_clients: 0, ..Options::nowhere() };
     let server = Server::bind(options, Arc::new(sim()), vec![]).unwrap();
     let inside = server.inside();
-    // Also before it runs.
-    let early = inside.connect().unwrap();
+    // A connection may be made before the server runs, too.
+    let connected_before = inside.connect().unwrap();
     let _server = server.spawn().unwrap();
-    for mut client in [early, inside.connect().unwrap()] {
+    for mut client in [connected_before, inside.connect().unwrap()] {
         client.status().unwrap();
     }
 }
 
 #[test]
-fn what_is_certain_is_answered_at_once() {
-    let _one = alone();
+fn decided_access_is_answered_immediately() {
+    let _exclusive = exclusive();
     let (_server, inside) = serve(&sim(), Policy::default());
     let mut client = inside.connect().unwrap();
-    assert_eq!(says(&inside, 0), Admits::Never);
+    assert_eq!(access_to_page(&inside, 0), Admits::Never);
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let hole = AddMemory { initial: State::Hole, ..AddMemory::shared(8 * PAGE, 8 * PAGE) };
     client.add_memory(&hole, &[&*memory(8)]).unwrap();
-    assert_eq!((says(&inside, 0), says(&inside, 8)), (Admits::Open, Admits::Never));
-    let over = |ranges: &[_]| ask(&inside, ranges, false).recv_timeout(SOON).unwrap();
-    assert_eq!(over(&[range(0, 2), range(4, 4)]), Admits::Open);
-    assert_eq!(over(&[range(0, 2), range(7, 2), range(4, 1)]), Admits::Never);
-    assert_eq!(over(&[]), Admits::Open);
+    assert_eq!((access_to_page(&inside, 0), access_to_page(&inside, 8)), (Admits::Open, Admits::Never));
+    let access_to = |ranges: &[_]| query(&inside, ranges, false).recv_timeout(TIMEOUT).unwrap();
+    assert_eq!(access_to(&[range(0, 2), range(4, 4)]), Admits::Open);
+    assert_eq!(access_to(&[range(0, 2), range(7, 2), range(4, 1)]), Admits::Never);
+    assert_eq!(access_to(&[]), Admits::Open);
 }
 
 #[test]
-fn a_question_about_a_conversion_is_answered_by_its_end() {
-    let _one = alone();
+fn access_query_during_conversion_is_answered_at_its_end() {
+    let _exclusive = exclusive();
     let (_server, inside) = serve(&sim(), Policy::default());
     let mut client = inside.connect().unwrap();
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let mut channel = client.open_channel().unwrap();
-    for (outcome, wanted) in [(Outcome::NotCommitted, Admits::Open), (Outcome::Committed, Admits::Never)] {
+    for (outcome, expected) in [(Outcome::NotCommitted, Admits::Open), (Outcome::Committed, Admits::Never)] {
         let id = granted(channel.begin(page(3), PageState::Private, None));
-        let waiting = [ask(&inside, &[range(2, 2)], true), ask(&inside, &[range(3, 1)], false)];
-        assert_eq!(says(&inside, 2), Admits::Open, "the loop has seen the two");
+        let waiting = [query(&inside, &[range(2, 2)], true), query(&inside, &[range(3, 1)], false)];
+        assert_eq!(access_to_page(&inside, 2), Admits::Open, "the loop has handled the two queries before");
         for answer in &waiting {
             assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
         }
         channel.end(id, outcome).unwrap();
         for answer in waiting {
-            assert_eq!(answer.recv_timeout(SOON).unwrap(), wanted, "{outcome:?}");
+            assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), expected, "{outcome:?}");
         }
     }
 }
 
 #[test]
-fn a_question_is_answered_when_a_map_that_takes_its_time_is_made() {
-    let _one = alone();
+fn access_query_is_answered_when_slow_map_completes() {
+    let _exclusive = exclusive();
     let sim = sim();
     let (_server, inside) = serve(&sim, Policy::default());
     let mut client = inside.connect().unwrap();
@@ -136,63 +137,67 @@ fn a_question_is_answered_when_a_map_that_takes_its_time_is_made() {
         while sim.hanging() == 0 {
             std::thread::yield_now();
         }
-        // The loop itself is in that call, and is taken over.
-        let answer = ask(&inside, &[range(0, 8)], true);
-        while says(&inside, 100) != Admits::Never {}
+        // The thread of the loop is in the hanging call: the supervisor takes the loop over.
+        let answer = query(&inside, &[range(0, 8)], true);
+        while access_to_page(&inside, 100) != Admits::Never {}
         assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
         sim.release();
-        assert_eq!(answer.recv_timeout(SOON).unwrap(), Admits::Open);
+        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), Admits::Open);
         adding.join().unwrap().unwrap();
     });
 }
 
 #[test]
-fn more_questions_than_are_remembered_are_answered_later() {
-    let _one = alone();
+fn queries_beyond_limit_are_answered_later() {
+    let _exclusive = exclusive();
     let (_server, inside) = serve(&sim(), Policy::default());
     let mut client = inside.connect().unwrap();
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let mut channel = client.open_channel().unwrap();
     let id = granted(channel.begin(page(3), PageState::Private, None));
-    let waiting: Vec<_> = (0..4096).map(|_| ask(&inside, &[range(3, 1)], true)).collect();
-    assert_eq!(says(&inside, 3), Admits::Later);
-    assert_eq!(says(&inside, 2), Admits::Open);
+    let waiting: Vec<_> = (0..4096).map(|_| query(&inside, &[range(3, 1)], true)).collect();
+    assert_eq!(access_to_page(&inside, 3), Admits::Later);
+    assert_eq!(access_to_page(&inside, 2), Admits::Open);
     channel.end(id, Outcome::NotCommitted).unwrap();
     for answer in waiting {
-        assert_eq!(answer.recv_timeout(SOON).unwrap(), Admits::Open);
+        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), Admits::Open);
     }
     let id = granted(channel.begin(page(3), PageState::Private, None));
-    let again = ask(&inside, &[range(3, 1)], true);
+    let later_answer = query(&inside, &[range(3, 1)], true);
     channel.end(id, Outcome::NotCommitted).unwrap();
-    assert_eq!(again.recv_timeout(SOON).unwrap(), Admits::Open, "there is room again");
+    assert_eq!(
+        later_answer.recv_timeout(TIMEOUT).unwrap(),
+        Admits::Open,
+        "answered queries make room for new ones"
+    );
 }
 
 #[test]
-fn every_question_is_answered_also_by_the_end() {
-    let _one = alone();
+fn pending_queries_are_answered_at_shutdown() {
+    let _exclusive = exclusive();
     let (server, inside) = serve(&sim(), Policy::default());
     let mut client = inside.connect().unwrap();
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let mut channel = client.open_channel().unwrap();
     let _id = granted(channel.begin(page(3), PageState::Private, None));
-    let waiting = ask(&inside, &[range(3, 1)], true);
-    assert_eq!(says(&inside, 2), Admits::Open);
+    let waiting = query(&inside, &[range(3, 1)], true);
+    assert_eq!(access_to_page(&inside, 2), Admits::Open);
     server.stop().unwrap();
-    assert_eq!(waiting.recv_timeout(SOON).unwrap(), Admits::Never);
-    assert_eq!(says(&inside, 3), Admits::Never, "after the end");
-    // And one that never ran.
+    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), Admits::Never);
+    assert_eq!(access_to_page(&inside, 3), Admits::Never, "after the end");
+    // The same for a server that never ran.
     let server = Server::bind(Options::nowhere(), Arc::new(self::sim()), vec![]).unwrap();
     let inside = server.inside();
-    let waiting = ask(&inside, &[range(3, 1)], true);
+    let waiting = query(&inside, &[range(3, 1)], true);
     drop(server);
-    assert_eq!(waiting.recv_timeout(SOON).unwrap(), Admits::Never);
+    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), Admits::Never);
     assert!(matches!(inside.connect(), Err(Error::Over)));
 }
 
-/// The same, of a client that hears a no: it hears one.
+/// An ordinary client can be refused: a removal whose unmap is not proved is answered with an error.
 #[test]
-fn a_removal_that_is_not_proved_is_an_error() {
-    let _one = alone();
+fn unproven_removal_is_an_error() {
+    let _exclusive = exclusive();
     let sim = sim();
     let device = Arc::new(sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false }));
     let dir = tempfile::tempdir().unwrap();
@@ -205,18 +210,19 @@ fn a_removal_that_is_not_proved_is_an_error() {
     common::assert_refused(client.remove_memory(region), 16, "could not be removed");
     let status = client.status().unwrap();
     assert!(status.regions[0].closing && status.quarantine.len() == 1);
-    // It goes with the proof, whenever that comes.
+    // The region is removed once the unmap is proved.
     sim.unstick();
-    common::until(&mut client, |status| status.regions.is_empty() && status.quarantine.is_empty());
+    common::wait_for_status(&mut client, |status| status.regions.is_empty() && status.quarantine.is_empty());
 }
 
-/// What only a reset ends, and a policy that never resets.
+/// The removal by an in-process connection cannot be refused: the device is reset although the policy is `refuse`, which never
+/// resets.
 #[test]
-fn what_an_own_connection_removes_goes_whatever_it_takes() {
-    let _one = alone();
+fn in_process_removal_forces_unmap() {
+    let _exclusive = exclusive();
     let sim = sim();
-    let ends = StopClass::all() - StopClass::DETACH;
-    let device = Arc::new(sim.device("sim:0", ends, Nature { ats: false, tdi: false }));
+    let stop_classes = StopClass::all() - StopClass::DETACH;
+    let device = Arc::new(sim.device("sim:0", stop_classes, Nature { ats: false, tdi: false }));
     let policy = Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
     let options = Options { policy, ..Options::nowhere() };
     let server = Server::bind(options, Arc::new(sim.clone()), vec![device]).unwrap();

@@ -1,18 +1,19 @@
 //! The real `passgate serve`, driven by its client over the socket, with a real IOMMU, real devices and a DMA
-//! engine: runs inside the machines that tests/vm boots. docs/guide/rig.md says how.
+//! engine: runs inside the machines that tests/vm boots (docs/guide/rig.md).
 //!
-//! `PASSGATE_RIG` says what the machine has (`iommufd`, or `type1` alone) and `PASSGATE_EDU` the addresses of its
-//! engines. Where it is unset no trial is offered. Memory is the oracle, never a log or a return code: the engine
-//! cannot tell that its DMA faulted.
+//! `PASSGATE_RIG` names the IOMMU API of the machine (`iommufd`, which includes type1, or `type1` alone), `PASSGATE_EDU` the
+//! addresses of its edu devices, whose DMA engines the trials use. Without `PASSGATE_RIG` no trial is offered. Memory is the
+//! oracle, never a log or a return code: the engine does not report that its DMA faulted.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the trial
 #![allow(unreachable_pub)] // its modules are one program
 
 mod daemon;
-#[path = "common/keeper.rs"]
-mod keeper;
 mod nested;
+#[path = "common/service_manager.rs"]
+mod service_manager;
 mod machine {
+    pub mod all_devices;
     pub mod conversion;
     pub mod death;
     pub mod list;
@@ -25,114 +26,119 @@ mod machine {
     pub mod rig;
     pub mod selftest;
     pub mod strict;
-    pub mod together;
     pub mod vhost_blk;
 }
 
 use libtest_mimic::{Arguments, Trial};
 use machine::rig::Rig;
 use machine::{
-    conversion, death, list, owner, partial, programs, recovery, refusals, restart, selftest, strict,
-    together, vhost_blk,
+    all_devices, conversion, death, list, owner, partial, programs, recovery, refusals, restart, selftest,
+    strict, vhost_blk,
 };
 
 type Run = fn(&Rig);
 
-/// What holds with either interface to the IOMMU.
-const EVERY_DOMAIN: &[(&str, Run)] = &[
-    ("unasked_a_punch_leaves_the_device_in_the_old_page", conversion::unasked),
-    ("asked_first_no_device_sees_an_old_page", conversion::asked_first),
-    ("neighbours_keep_their_dma_while_a_page_is_converted", conversion::neighbours_keep_their_dma),
-    ("what_is_left_of_a_large_piece_is_mapped_again", conversion::the_rest_of_a_piece_is_mapped_again),
-    ("a_conversion_that_did_not_happen_gives_the_page_back", conversion::not_committed),
-    ("a_conversion_of_unknown_end_is_quarantined", conversion::unknown),
-    ("a_killed_daemon_leaves_its_devices_stopped", death::a_killed_daemon),
-    ("without_the_guardian_they_would_go_on", death::without_the_guardian),
-    ("a_guardian_that_dies_is_replaced", death::the_guardian_is_replaced),
-    ("a_killed_client_loses_its_devices_then_its_memory", death::a_killed_client),
-    ("sigterm_frees_memory_and_devices_in_time", death::sigterm),
-    ("after_a_session_the_memory_can_be_sealed", death::the_memory_can_be_sealed),
-    ("no_device_meets_a_page_that_is_away", together::every_device),
-    ("strictly_a_device_with_ats_is_detached_first", strict::a_device_with_ats),
-    ("every_device_passes_its_selftest", selftest::every_device),
-    ("a_device_that_is_not_free_is_refused_with_the_mend", refusals::not_free),
-    ("a_taken_device_is_waited_for_and_its_holder_named", refusals::waited_for),
-    ("what_a_user_has_no_right_to_is_named", refusals::without_rights),
-    ("every_device_is_listed_with_its_stop_class_and_owner", list::every_device),
-    ("a_user_without_rights_is_told_what_it_cannot_know", list::without_rights),
-    ("a_restart_goes_on_under_dma", restart::goes_on),
-    ("a_restart_that_never_comes_stops_the_devices", restart::let_go),
-    ("a_split_loses_dma_and_the_judge_sees_it", partial::split),
-    ("a_split_under_a_drained_drive_loses_nothing", partial::drained),
-    ("after_any_crash_loop_the_next_start_has_the_devices", recovery::a_crash_loop),
-    ("an_unbind_gets_the_device_and_ends_the_daemon", recovery::the_host_wants_a_device_back),
+/// The trials that run with iommufd and with type1.
+const BOTH_APIS: &[(&str, Run)] = &[
+    ("punch_without_begin_leaves_device_on_old_page", conversion::punch_without_begin),
+    ("punch_after_begin_leaves_no_stale_dma", conversion::punch_after_begin),
+    ("neighbours_keep_dma_during_conversion", conversion::neighbours_keep_dma),
+    ("remainder_of_large_piece_is_remapped", conversion::remainder_is_remapped),
+    ("not_committed_conversion_remaps_page", conversion::not_committed),
+    ("unknown_outcome_quarantines_page", conversion::unknown_outcome),
+    ("killed_daemon_leaves_devices_stopped", death::killed_daemon),
+    ("dma_continues_after_kill_without_guardian", death::kill_without_guardian),
+    ("killed_guardian_is_replaced", death::guardian_is_replaced),
+    ("killed_client_loses_devices_before_memory", death::killed_client),
+    ("sigterm_frees_memory_and_devices", death::sigterm),
+    ("memory_can_be_sealed_after_session", death::memory_can_be_sealed),
+    ("no_device_reaches_converted_page", all_devices::convert_under_dma),
+    ("strict_detaches_ats_device_before_unmap", strict::ats_device),
+    ("selftest_passes_on_every_device", selftest::every_device),
+    ("busy_device_is_refused_with_remedy", refusals::busy_device),
+    ("busy_device_is_waited_for_and_holder_named", refusals::wait_for_device),
+    ("missing_permission_is_named", refusals::missing_permission),
+    ("list_shows_stop_class_and_owner_of_every_device", list::every_device),
+    ("unprivileged_list_marks_unknown_owner", list::unprivileged),
+    ("restart_keeps_dma_running", restart::dma_continues),
+    ("abandoned_restart_stops_devices", restart::abandoned),
+    ("split_loses_dma_and_oracle_detects_it", partial::split),
+    ("split_with_drained_drive_loses_no_dma", partial::drained),
+    ("crash_loop_leaves_devices_usable", recovery::crash_loop),
+    ("unbind_request_ends_daemon_and_returns_device", recovery::device_request),
 ];
 
-/// What type1 alone cannot do.
-const TYPE1: &[(&str, Run)] = &[
-    ("what_nothing_stops_is_refused_unless_accepted", refusals::unstoppable),
-    ("a_device_whose_holder_cannot_be_seen_is_not_reset", refusals::unseen_holder),
+/// The trials of what is missing in type1 only.
+const TYPE1_ONLY: &[(&str, Run)] = &[
+    ("unstoppable_device_is_refused_unless_allowed", refusals::unstoppable),
+    ("device_with_unseen_holder_is_not_reset", refusals::unseen_holder),
 ];
 
-/// What type1 cannot do at all.
-const IOMMUFD: &[(&str, Run)] = &[
-    ("a_cut_loses_no_dma_beside_it", partial::cut),
-    ("strictly_the_next_daemon_still_detaches_first", strict::a_restart),
-    ("a_replace_takes_away_what_it_must", partial::replace),
+/// The trials of what type1 cannot do.
+const IOMMUFD_ONLY: &[(&str, Run)] = &[
+    ("cut_loses_no_neighbouring_dma", partial::cut),
+    ("strict_detaches_first_after_restart", strict::restart),
+    ("replace_unmaps_requested_pages", partial::replace),
 ];
 
-type OnGuest = fn(&str);
+type RunOnGuest = fn(&str);
 
-/// What needs a guest of a stock VMM: the only trials of a machine that has [`GUESTS_RUN`] set.
-const GUESTS: &[(&str, OnGuest)] = &[
-    ("a_guests_disk_works_while_its_memory_changes", vhost_blk::works_while_memory_changes),
-    ("a_guests_disk_outlives_its_back_end_being_killed", vhost_blk::killed),
-    ("a_guests_memory_stays_mapped_while_its_back_end_restarts", vhost_blk::restarted),
-    ("a_guests_vmm_that_is_killed_leaves_nothing_behind", vhost_blk::front_end_killed),
+/// The trials that need a guest of a stock VMM: the only ones of a machine where [`GUESTS_ENV`] is set.
+const GUEST_TRIALS: &[(&str, RunOnGuest)] = &[
+    ("guest_disk_works_during_hotplug_and_conversions", vhost_blk::hotplug_and_conversions),
+    ("guest_disk_survives_back_end_kill", vhost_blk::back_end_killed),
+    ("guest_memory_stays_mapped_across_back_end_restart", vhost_blk::back_end_restarted),
+    ("killed_vmm_leaves_no_memory_mapped", vhost_blk::front_end_killed),
 ];
 
-/// Set where guests run, and nothing else: that machine has one processor (tests/vm/boot says why).
-const GUESTS_RUN: &str = "PASSGATE_GUESTS";
+/// Set in the machine that runs only trials with guests: it has one processor (tests/vm/boot gives the reason).
+const GUESTS_ENV: &str = "PASSGATE_GUESTS";
 
-/// Why a trial cannot run here, where it cannot.
-type Excuse = fn() -> Option<&'static str>;
+/// Returns the reason why a trial cannot run here, if there is one.
+type SkipReason = fn() -> Option<&'static str>;
 
-/// What needs no device.
-const ONCE: &[(&str, fn(), Excuse)] = &[
-    ("the_demo_shows_no_stale_dma", programs::demo, || None),
-    ("a_guest_converts_under_dma", programs::minimal_vmm, programs::no_vmm),
-    ("what_kvm_refuses_is_not_converted", programs::kvm_refuses, programs::no_private_memory),
+/// The trials that need no device.
+const WITHOUT_DEVICE: &[(&str, fn(), SkipReason)] = &[
+    ("demo_shows_no_stale_dma", programs::demo, || None),
+    ("guest_converts_under_software_dma", programs::minimal_vmm, programs::no_vmm),
+    ("conversion_refused_by_kvm_is_not_committed", programs::kvm_refuses, programs::no_private_memory),
 ];
 
 fn main() {
-    if let Some(path) = std::env::var_os(death::VICTIM) {
-        return death::victim(path.as_ref());
+    if let Some(path) = std::env::var_os(death::CLIENT_SOCKET_ENV) {
+        return death::client_process(path.as_ref());
     }
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1); // they share the devices
+    arguments.test_threads = Some(1); // the trials share the devices
     let mut trials = Vec::new();
     match std::env::var("PASSGATE_RIG") {
         Err(_) => eprintln!(
             "PASSGATE_RIG is unset: this is not one of the machines of tests/vm, no trial is offered"
         ),
-        Ok(_) if std::env::var_os(GUESTS_RUN).is_some() => trials = guests(),
-        Ok(has) => {
+        Ok(_) if std::env::var_os(GUESTS_ENV).is_some() => trials = guests(),
+        Ok(rig_api) => {
             for iommu in ["iommufd", "type1"] {
-                let missing = (iommu == "iommufd" && has == "type1").then_some("this kernel has no iommufd");
-                let own = if iommu == "type1" { TYPE1 } else { IOMMUFD };
-                trials
-                    .extend(EVERY_DOMAIN.iter().chain(own).map(|&(name, run)| on(iommu, name, run, missing)));
-                let (name, run) = ("a_guest_converts_under_its_dma", programs::minimal_vmm_with_the_engine);
-                trials.push(on(iommu, name, run, missing.or_else(programs::no_vmm)));
-                let (name, run) =
-                    ("a_page_leaves_a_huge_page_and_comes_back", conversion::a_page_of_a_huge_page as Run);
-                trials.push(on(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
-                let (name, run) = ("a_borrowed_drive_is_given_back_as_it_was", selftest::borrowed as Run);
-                trials.push(on(iommu, name, run, missing.or_else(selftest::no_driver)));
-                let (name, run) = ("what_its_owner_cannot_say_outlives_the_daemon", owner::cannot_say as Run);
-                trials.push(on(iommu, name, run, missing.or_else(programs::no_private_memory)));
+                let missing =
+                    (iommu == "iommufd" && rig_api == "type1").then_some("this kernel has no iommufd");
+                let specific = if iommu == "type1" { TYPE1_ONLY } else { IOMMUFD_ONLY };
+                trials.extend(
+                    BOTH_APIS
+                        .iter()
+                        .chain(specific)
+                        .map(|&(name, run)| device_trial(iommu, name, run, missing)),
+                );
+                let (name, run) = ("guest_converts_under_hardware_dma", programs::minimal_vmm_with_edu);
+                trials.push(device_trial(iommu, name, run, missing.or_else(programs::no_vmm)));
+                let (name, run) = ("page_leaves_and_rejoins_huge_page", conversion::page_of_huge_page as Run);
+                trials.push(device_trial(iommu, name, run, missing.or_else(conversion::no_huge_pages)));
+                let (name, run) = ("borrowed_drive_is_returned_unchanged", selftest::borrowed as Run);
+                trials.push(device_trial(iommu, name, run, missing.or_else(selftest::no_driver)));
+                let (name, run) = ("unknown_outcome_survives_daemon_restart", owner::unknown_outcome as Run);
+                trials.push(device_trial(iommu, name, run, missing.or_else(programs::no_private_memory)));
             }
-            trials.extend(ONCE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())));
+            trials.extend(
+                WITHOUT_DEVICE.iter().map(|&(name, run, missing)| trial(name.to_owned(), run, missing())),
+            );
         }
     }
     libtest_mimic::run(&arguments, trials).exit();
@@ -140,22 +146,23 @@ fn main() {
 
 fn guests() -> Vec<Trial> {
     let missing = vhost_blk::no_guest();
-    let stock = "a_stock_back_end_keeps_what_the_guest_wrote".to_owned();
+    let stock = "stock_back_end_preserves_guest_writes".to_owned();
     let mut trials = vec![trial(stock, vhost_blk::stock_back_end, missing)];
     for iommu in ["iommufd", "type1"] {
-        let on = |&(name, run): &(_, OnGuest)| trial(format!("{iommu}::{name}"), move || run(iommu), missing);
-        trials.extend(GUESTS.iter().map(on));
+        let guest_trial =
+            |&(name, run): &(_, RunOnGuest)| trial(format!("{iommu}::{name}"), move || run(iommu), missing);
+        trials.extend(GUEST_TRIALS.iter().map(guest_trial));
     }
-    let platform = "iommufd::guest_that_demands_platform_access_works_its_disk".to_owned();
-    trials.push(trial(platform, || vhost_blk::with_the_platform_feature("iommufd"), missing));
+    let platform = "iommufd::guest_requiring_platform_access_uses_disk".to_owned();
+    trials.push(trial(platform, || vhost_blk::with_platform_access("iommufd"), missing));
     trials
 }
 
-fn on(iommu: &'static str, name: &str, run: Run, missing: Option<&str>) -> Trial {
+fn device_trial(iommu: &'static str, name: &str, run: Run, missing: Option<&str>) -> Trial {
     trial(format!("{iommu}::{name}"), move || run(&Rig::new(iommu)), missing)
 }
 
-/// One that cannot run here is counted as skipped, and says why.
+/// Returns a trial. If it cannot run here, its reason is printed and it counts as skipped.
 fn trial(name: String, run: impl FnOnce() + Send + 'static, missing: Option<&str>) -> Trial {
     if let Some(reason) = missing {
         eprintln!("{name}: skipped, {reason}");

@@ -1,5 +1,5 @@
-//! kill -9 at random, under DMA and in the middle of conversions, again and again: the next daemon always starts, and
-//! no page that was said to be out of reach is ever written by a device. `PASSGATE_STORM` sets how often.
+//! A daemon is killed (SIGKILL) at random times, under DMA and during conversions: the next daemon always starts, and no device
+//! ever writes to a page that was granted to its owner. `PASSGATE_STORM` sets the number of kills.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -18,14 +18,14 @@ use passgate_bindings::{Gpa, PAGE, PageRange};
 
 const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 32;
-/// Pages that are away at a time.
-const AWAY: usize = 8;
-const KILLS: u64 = 1000;
+/// The maximum number of private pages at a time.
+const MAX_PRIVATE_PAGES: usize = 8;
+const DEFAULT_KILLS: u64 = 1000;
 
-/// xorshift64*: the same storm for the same seed.
-struct Random(u64);
+/// A reproducible random number generator (xorshift64*).
+struct Rng(u64);
 
-impl Random {
+impl Rng {
     fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -38,67 +38,67 @@ fn page(number: u64) -> PageRange<Gpa> {
     PageRange::new(GPA + number * PAGE, PAGE).unwrap()
 }
 
-/// Pages that are away, each with what the owner wrote there when it was told that no device sees it.
-type Away = BTreeMap<u64, u64>;
+/// The private pages, each with the word that the owner wrote to it at the grant.
+type PrivatePages = BTreeMap<u64, u64>;
 
-/// What a VMM does until its daemon dies; what was away then, and how many conversions went.
-fn convert(memory: &GuestFile, mut channel: Channel, random: &mut Random) -> (Away, u64) {
-    let (mut away, mut went) = (Away::new(), 0);
+/// Converts pages as a VMM does, until the daemon dies. Returns the pages that were private then, and the number of conversions.
+fn convert(memory: &GuestFile, mut channel: Channel, rng: &mut Rng) -> (PrivatePages, u64) {
+    let (mut private, mut converted) = (PrivatePages::new(), 0);
     loop {
-        let number = random.below(PAGES);
-        let back = away.contains_key(&number) || away.len() >= AWAY;
-        let number = if back { *away.keys().next().unwrap() } else { number };
-        let to = if back { PageState::Shared } else { PageState::Private };
+        let number = rng.below(PAGES);
+        let to_shared = private.contains_key(&number) || private.len() >= MAX_PRIVATE_PAGES;
+        let number = if to_shared { *private.keys().next().unwrap() } else { number };
+        let to = if to_shared { PageState::Shared } else { PageState::Private };
         let invalidation = match channel.begin(page(number), to, Some(20_000)) {
             Ok(Answer::Granted { invalidation }) => invalidation,
-            Ok(other) => panic!("a page of memory was not given: {other:?}"),
-            Err(_) => return (away, went),
+            Ok(other) => panic!("a begin was not granted: {other:?}"),
+            Err(_) => return (private, converted),
         };
-        if back {
-            check(memory, &away);
-            away.remove(&number);
+        if to_shared {
+            check(memory, &private);
+            private.remove(&number);
         } else {
-            let canary = random.below(u64::MAX >> 34) << 32 | number;
+            let canary = rng.below(u64::MAX >> 34) << 32 | number;
             memory.store(number * PAGE, canary).unwrap();
-            away.insert(number, canary);
+            private.insert(number, canary);
         }
         if channel.end(invalidation, Outcome::Committed).is_err() {
-            return (away, went);
+            return (private, converted);
         }
-        went += 1;
+        converted += 1;
     }
 }
 
-/// No device has been where none may be.
-fn check(memory: &GuestFile, away: &Away) {
-    for (number, canary) in away {
+/// Checks that no device has written to a private page.
+fn check(memory: &GuestFile, private: &PrivatePages) {
+    for (number, canary) in private {
         let now = memory.load(number * PAGE).unwrap();
-        assert_eq!(now, *canary, "a device wrote to page {number}, which it was said not to see");
+        assert_eq!(now, *canary, "a device wrote to page {number}, which was granted to its owner");
     }
 }
 
-/// DMA to every page, until the daemon dies.
+/// Writes to every page by DMA, until the daemon dies. Returns the number of writes that succeeded.
 fn dma(mut client: Client) -> u64 {
-    let mut wrote = 0;
+    let mut written = 0;
     for number in (0..PAGES).cycle() {
         match client.dma_write("soft:0", GPA + number * PAGE, &u64::MAX.to_le_bytes()) {
-            Ok(()) => wrote += 1,
-            Err(Error::Refused { .. }) => {} // it faulted: the page is away
+            Ok(()) => written += 1,
+            Err(Error::Refused { .. }) => {} // it faulted: the page is private
             Err(_) => break,
         }
     }
-    wrote
+    written
 }
 
 #[test]
-fn killed_at_random_under_dma_no_page_is_met_and_the_next_start_always_goes() {
-    let kills = std::env::var("PASSGATE_STORM").map_or(KILLS, |kills| kills.parse().unwrap());
+fn random_kills_under_dma_leak_no_page_and_every_start_succeeds() {
+    let kills = std::env::var("PASSGATE_STORM").map_or(DEFAULT_KILLS, |kills| kills.parse().unwrap());
     let program = Path::new(env!("CARGO_BIN_EXE_passgate"));
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("passgate.sock");
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("passgate.sock");
+    let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
     let (mut conversions, mut writes, begun) = (0, 0, Instant::now());
-    // Where the machine is slow some more, until it was a storm.
+    // On a slow machine some kills come before anything was converted: more of them, until enough was.
     for kill in 0..10 * kills {
         if kill >= kills && conversions > kills && writes > kills {
             break;
@@ -110,22 +110,22 @@ fn killed_at_random_under_dma_no_page_is_met_and_the_next_start_always_goes() {
         client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
         let channel = client.open_channel().unwrap();
         let writer = daemon.client();
-        let (seed, wait) = (random.below(u64::MAX >> 34) + 1, Duration::from_micros(random.below(10_000)));
-        let (away, went, wrote) = thread::scope(|scope| {
-            let owner = scope.spawn(|| convert(&memory, channel, &mut Random(seed)));
+        let (seed, wait) = (rng.below(u64::MAX >> 34) + 1, Duration::from_micros(rng.below(10_000)));
+        let (private, converted, written) = thread::scope(|scope| {
+            let owner = scope.spawn(|| convert(&memory, channel, &mut Rng(seed)));
             let writer = scope.spawn(|| dma(writer));
             thread::sleep(wait);
             daemon.kill();
-            let (away, went) = owner.join().unwrap();
-            (away, went, writer.join().unwrap())
+            let (private, converted) = owner.join().unwrap();
+            (private, converted, writer.join().unwrap())
         });
-        check(&memory, &away);
-        conversions += went;
-        writes += wrote;
+        check(&memory, &private);
+        conversions += converted;
+        writes += written;
     }
     assert!(
         conversions > kills && writes > kills,
-        "{conversions} conversions, {writes} DMA writes: no storm"
+        "{conversions} conversions, {writes} DMA writes: too few for {kills} kills"
     );
     println!(
         "{kills} kills and more in {:?}: {conversions} conversions, {writes} DMA writes",

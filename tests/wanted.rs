@@ -1,5 +1,5 @@
-//! A device that the host wants back. A program of its own: with `--restart hold` its domain stays open until the process
-//! ends, and the tests of a daemon count what is open.
+//! A device that the host requests back (VFIO_PCI_REQ_IRQ_INDEX). A test program of its own: with `--restart hold` the domain
+//! stays open until the process ends, which would disturb tests that count open files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
@@ -18,21 +18,21 @@ use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Longer than any alarm of an idle daemon is set for.
-const IDLE: Duration = Duration::from_secs(2);
+/// The time after which a daemon without requests has no armed alarm.
+const IDLE_TIME: Duration = Duration::from_secs(2);
 
-/// Longer than anything takes here: whoever waits in vain fails after that.
-const LIMIT: Duration = Duration::from_secs(60);
+/// The longest time that the test waits for anything.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A device that the host may want back.
+/// A software device that the test can request back by an eventfd.
 #[derive(Debug)]
-struct Wanted {
+struct RequestedDevice {
     inner: Arc<SoftDevice>,
     request: Arc<OwnedFd>,
     fences: Arc<Mutex<Vec<FenceStep>>>,
 }
 
-impl Device for Wanted {
+impl Device for RequestedDevice {
     fn name(&self) -> &str {
         self.inner.name()
     }
@@ -55,28 +55,29 @@ impl Device for Wanted {
 }
 
 #[test]
-fn a_device_that_the_host_wants_back_is_told_stopped_and_let_go() {
-    // A stream of events blocks until one comes: whoever waits in vain ends this program instead of hanging.
+fn device_request_is_reported_and_device_stopped_and_closed() {
+    // The event stream blocks until an event comes: this watchdog ends the program instead of letting it hang.
     std::thread::spawn(|| {
-        std::thread::sleep(2 * LIMIT);
+        std::thread::sleep(2 * TIMEOUT);
         eprintln!("the daemon does not end");
         std::process::abort();
     });
-    for holds in [false, true] {
+    for restart_hold in [false, true] {
         let (dir, domain) = (tempfile::tempdir().unwrap(), SoftDomain::open().unwrap());
         let request = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
         let (inner, fences) = (domain.device("soft:0").unwrap(), Arc::default());
-        let device = Arc::new(Wanted { inner, request: Arc::clone(&request), fences: Arc::clone(&fences) });
-        let left = Arc::downgrade(&device);
+        let device =
+            Arc::new(RequestedDevice { inner, request: Arc::clone(&request), fences: Arc::clone(&fences) });
+        let device_ref = Arc::downgrade(&device);
         let devices: Vec<Arc<dyn Device>> = vec![device];
         let (store, removed) = FdStore::detached();
-        let hold = holds.then(|| {
+        let hold = restart_hold.then(|| {
             let assign = || {
                 let (domain, devices): (Arc<dyn Domain>, _) = (domain.clone(), devices.clone());
                 Ok(Assignment { domain, devices, drives: Vec::new() })
             };
             let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
-            Hold::open(store, kept, &names, Accept::default(), LIMIT, assign).unwrap().1
+            Hold::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
         });
         let options = Options::at(dir.path().join("socket"));
         let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();
@@ -85,26 +86,26 @@ fn a_device_that_the_host_wants_back_is_told_stopped_and_let_go() {
         client.add_memory(&AddMemory::shared(0, PAGE), &[&memory]).unwrap();
         let mut events = Client::connect(server.path()).unwrap().subscribe().unwrap();
         assert!(fences.lock().unwrap().is_empty());
-        // An alarm that the last call has set would wake the daemon: it is idle once that is over.
-        std::thread::sleep(IDLE);
+        // An alarm that the last call has armed would wake the daemon: wait until it has expired.
+        std::thread::sleep(IDLE_TIME);
         rustix::io::write(&*request, &1u64.to_ne_bytes()).unwrap();
-        let told = events.next().unwrap().unwrap();
-        assert_eq!((told.event.as_str(), &told.details["device"]), ("device.wanted", &"soft:0".into()));
-        // It ends by itself, in order: nobody tells it to, and nothing wakes it.
+        let notice = events.next().unwrap().unwrap();
+        assert_eq!((notice.event.as_str(), &notice.details["device"]), ("device.wanted", &"soft:0".into()));
+        // The daemon ends by itself: no client asks it to, and nothing but the request wakes it.
         events.by_ref().take_while(Result::is_ok).for_each(drop);
-        let since = Instant::now();
-        while fences.lock().unwrap().is_empty() && since.elapsed() < LIMIT {
+        let started = Instant::now();
+        while fences.lock().unwrap().is_empty() && started.elapsed() < TIMEOUT {
             std::thread::yield_now();
         }
-        assert!(!fences.lock().unwrap().is_empty(), "nothing is done until something wakes the daemon");
+        assert!(!fences.lock().unwrap().is_empty(), "the request did not wake the daemon");
         server.stop().unwrap();
         let removed: Vec<_> = removed.try_iter().collect();
         assert_eq!(
             removed.contains(&Name::Ledger) && removed.contains(&Name::Guardian),
-            holds,
+            restart_hold,
             "{removed:?}"
         );
-        // What outlives a daemon is closed with the process.
-        assert_eq!(left.upgrade().is_some(), holds);
+        // Descriptors for the next daemon stay open until the process ends.
+        assert_eq!(device_ref.upgrade().is_some(), restart_hold);
     }
 }

@@ -1,9 +1,9 @@
-//! What the soft domain costs beside the bare kernel calls: `cargo bench -p passgate-backends --bench soft`.
+//! The cost of the soft domain compared with the bare kernel calls: `cargo bench -p passgate-backends --bench soft`.
 //!
-//! Every figure is the median of single timings, in nanoseconds, with the 99th percentile beside it; the clock's own
-//! cost is taken off.
+//! Every figure is the median of single timings, in nanoseconds, with the 99th percentile; the cost of reading the
+//! clock is subtracted.
 
-#![allow(clippy::unwrap_used)] // a bench that cannot run says so by panicking
+#![allow(clippy::unwrap_used)] // a bench that cannot run panics
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use passgate_bindings::{Iova, PageRange, guest_memfd};
 const ROUNDS: usize = 50_000;
 const PAGES: u64 = 1024;
 
-/// Timings of one thing.
+/// The timings of one operation, in nanoseconds.
 struct Timings(Vec<u64>);
 
 impl Timings {
@@ -27,14 +27,14 @@ impl Timings {
         Self(Vec::with_capacity(ROUNDS))
     }
 
-    fn time<T>(&mut self, what: impl FnOnce() -> T) -> T {
+    fn time<T>(&mut self, operation: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
-        let result = what();
+        let result = operation();
         self.0.push(begin.elapsed().as_nanos() as u64);
         result
     }
 
-    /// The median, less what the clock takes.
+    /// Returns the median, minus `clock`, the cost of reading the clock.
     fn median(&mut self, clock: u64) -> u64 {
         self.0.sort_unstable();
         self.0[self.0.len() / 2].saturating_sub(clock)
@@ -71,7 +71,7 @@ fn main() {
     under_load(&memory);
 }
 
-/// The kernel calls by themselves.
+/// Times the bare kernel calls.
 fn bare(memory: &Arc<GuestFile>, clock: u64) -> u64 {
     let (ring, _submissions, mut completions) = Ring::open(64, 16_384).unwrap();
     let (mut fill, mut clear) = (Timings::new(), Timings::new());
@@ -87,7 +87,7 @@ fn bare(memory: &Arc<GuestFile>, clock: u64) -> u64 {
     clear.print("bare clear and reap", clock)
 }
 
-/// The same through the domain, and one device.
+/// Times the same operations through the domain, and those of a device.
 fn domain(memory: &Arc<GuestFile>, clock: u64) -> u64 {
     let domain = SoftDomain::open().unwrap();
     let device = domain.device("soft:0").unwrap();
@@ -122,7 +122,7 @@ fn domain(memory: &Arc<GuestFile>, clock: u64) -> u64 {
     unmap
 }
 
-/// How both fare together: one device at work all the time, one thread that maps and unmaps.
+/// Measures the throughput of a device that does DMA all the time and of a thread that unmaps and maps.
 fn under_load(memory: &Arc<GuestFile>) {
     let domain = SoftDomain::open().unwrap();
     let device = domain.device("soft:0").unwrap();

@@ -1,10 +1,10 @@
-//! What an iommufd domain's kinds of page tables cost, in the machines of tests/vm:
-//! `tests/vm/run --bench tables`. Outside of them it says that it has no device, and ends.
+//! The cost of the kinds of page tables of an iommufd domain, in the machines of tests/vm: `tests/vm/run --bench
+//! tables`. Outside of them it has no device, and exits.
 //!
-//! Every figure is the median of single timings in microseconds, with the 99th percentile beside it. The IOMMU is an
-//! emulated one: compare figures of one run only.
+//! Every figure is the median of single timings in microseconds, with the 99th percentile. The IOMMU is emulated: only
+//! figures of one run are comparable.
 
-#![allow(clippy::unwrap_used)] // a bench that cannot run says so by panicking
+#![allow(clippy::unwrap_used)] // a bench that cannot run panics
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,28 +18,28 @@ use passgate_bindings::{Iova, PageRange};
 const BASE: u64 = 0x1_0000_0000;
 const MIB: u64 = 1 << 20;
 const ROUNDS: usize = 200;
-/// Rounds of what takes long.
-const FEW: usize = 10;
+/// The number of rounds of slow operations.
+const SLOW_ROUNDS: usize = 10;
 
 fn range(offset: u64, len: u64) -> PageRange<Iova> {
     PageRange::new(BASE + offset, len).unwrap()
 }
 
-/// Timings of one thing.
+/// The timings of one operation, in microseconds.
 #[derive(Default)]
 struct Timings(Vec<f64>);
 
 impl Timings {
-    fn time<T>(&mut self, what: impl FnOnce() -> T) -> T {
+    fn time<T>(&mut self, operation: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
-        let result = what();
+        let result = operation();
         self.0.push(begin.elapsed().as_secs_f64() * 1e6);
         result
     }
 
     fn print(&mut self, name: &str) {
         self.0.sort_unstable_by(f64::total_cmp);
-        let at = |share: usize| self.0[(self.0.len() - 1) * share / 100];
+        let at = |percentile: usize| self.0[(self.0.len() - 1) * percentile / 100];
         println!("{name:<60}{:>11.1} us{:>11.1} us", at(50), at(99));
     }
 }
@@ -70,7 +70,7 @@ impl Bench {
         unmap.print(&format!("{name}: unmap it"));
     }
 
-    /// Cuts a page out of 64 MiB and gives it back.
+    /// Cuts a page out of 64 MiB and maps it again.
     fn cut(&self, name: &str) {
         let (mut cut, mut back) = (Timings::default(), Timings::default());
         self.map(range(0, 64 * MIB), 64 * MIB);
@@ -84,7 +84,7 @@ impl Bench {
         back.print(&format!("{name}: map it again"));
     }
 
-    /// Unmaps 2 MiB and maps what is left without a page in its midst.
+    /// Unmaps 2 MiB and maps all of it again except one page.
     fn split(&self, name: &str) {
         let mut split = Timings::default();
         let (whole, hole) = (range(0, 2 * MIB), range(100 * PAGE, PAGE));
@@ -103,7 +103,7 @@ impl Bench {
     fn replace(&self, name: &str, pages: u64, piece: u64) {
         let mut replace = Timings::default();
         let gone: Vec<_> = (0..pages).map(|n| range((1 + n * (16384 / pages)) * PAGE, PAGE)).collect();
-        for _ in 0..FEW {
+        for _ in 0..SLOW_ROUNDS {
             self.map(range(0, 64 * MIB), piece);
             let went = replace.time(|| self.domain.replace(&gone));
             assert_eq!(went, Unmap::Gone { bytes: pages * PAGE });
@@ -121,7 +121,7 @@ fn main() {
         return;
     };
     let file = Arc::new(GuestFile::memfd("bench", 256 * MIB).unwrap());
-    // Every page is there before it is pinned.
+    // Allocates every page, so that the timings include no page faults.
     (0..256 * MIB).step_by(PAGE as usize).for_each(|offset| file.store(offset, 1).unwrap());
     for (name, tables) in [("small", Tables::Small), ("large", Tables::Large), ("standby", Tables::Standby)] {
         let accept = Accept { unstoppable: true, scratch: true, ..Accept::default() };
@@ -129,9 +129,9 @@ fn main() {
             assign(Kind::Iommufd, std::slice::from_ref(&edu), accept, tables).unwrap();
         let bench = Bench { domain, file: Arc::clone(&file) };
         let can = bench.domain.capabilities();
-        bench.whole(name, 256 * MIB, 256 * MIB, FEW);
+        bench.whole(name, 256 * MIB, 256 * MIB, SLOW_ROUNDS);
         bench.whole(name, 2 * MIB, 2 * MIB, ROUNDS);
-        bench.whole(name, 2 * MIB, PAGE, FEW);
+        bench.whole(name, 2 * MIB, PAGE, SLOW_ROUNDS);
         if can.cut {
             bench.cut(name);
         }

@@ -1,7 +1,7 @@
-//! What the window costs a request: `cargo bench -p passgate-backends --bench window`.
+//! The cost of the admission window for a request: `cargo bench -p passgate-backends --bench window`.
 //!
-//! Enter and leave together, in nanoseconds, of one thread whose window nobody closes, and what a look at all slots
-//! costs the gate's side.
+//! Enter and leave together, in nanoseconds, by one thread while no page is closed, and the cost of a scan of all slots
+//! on the gate's side.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -10,16 +10,16 @@ use passgate_backends::{Entered, Segment, Window};
 use passgate_bindings::{Iova, PAGE, PageRange};
 
 const ROUNDS: u32 = 2_000_000;
-const BEST_OF: u32 = 5;
+const RUNS: u32 = 5;
 
-/// The least of a few runs, in nanoseconds per round.
+/// Returns the time of the fastest of [`RUNS`] runs, in nanoseconds per round.
 fn least(mut round: impl FnMut()) -> f64 {
     let run = |_| {
         let start = Instant::now();
         (0..ROUNDS).for_each(|_| round());
         start.elapsed().as_nanos() as f64 / f64::from(ROUNDS)
     };
-    (0..BEST_OF).map(run).reduce(f64::min).unwrap_or(f64::NAN)
+    (0..RUNS).map(run).reduce(f64::min).unwrap_or(f64::NAN)
 }
 
 fn main() {
@@ -51,9 +51,9 @@ fn main() {
     let Ok(one) = PageRange::new(0x4000_0000, PAGE) else { return };
     let start = Instant::now();
     (0..1000).for_each(|_| _ = black_box(window.overlapping(black_box(one))));
-    println!("a look at 4096 slots, all free: {:.1} us", start.elapsed().as_nanos() as f64 / 1e6);
+    println!("a scan of 4096 slots, all free: {:.1} us", start.elapsed().as_nanos() as f64 / 1e6);
     (0..4096).for_each(|slot| _ = window.enter(slot, &shapes[3].1));
     let start = Instant::now();
     (0..1000).for_each(|_| _ = black_box(window.overlapping(black_box(one))));
-    println!("a look at 4096 slots of 32 ranges each: {:.1} us", start.elapsed().as_nanos() as f64 / 1e6);
+    println!("a scan of 4096 slots of 32 ranges each: {:.1} us", start.elapsed().as_nanos() as f64 / 1e6);
 }

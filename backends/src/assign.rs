@@ -1,4 +1,4 @@
-//! One VM's domain and its devices, from their names: which backend, which driver.
+//! Opens the domain and the devices of one VM by the devices' names: selects the backend and the drivers.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,44 +17,44 @@ use crate::iommu::soft::SoftDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Device, Domain, Error, Result};
 
-/// Which backend.
+/// A backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kind {
-    /// iommufd where this kernel has it and a cdev for each device, else type1; soft where no real device is named.
+    /// iommufd if this kernel has it and a cdev for each device, else type1; soft if no PCI device is named.
     #[default]
     Auto,
     /// One IOAS of an iommufd.
     Iommufd,
-    /// A VFIO container.
+    /// A VFIO container with the type1 IOMMU driver.
     Type1,
-    /// The kernel's io_uring registered buffers, with software devices.
+    /// Registered buffers of an io_uring, with software devices.
     Soft,
 }
 
-/// A domain with its devices attached. Each device holds the domain, so the order of dropping is of no matter.
+/// A domain with its devices attached. Each device has a reference to the domain, so they may be dropped in any order.
 #[derive(Debug)]
 pub struct Assignment {
     /// The domain.
     pub domain: Arc<dyn Domain>,
     /// The devices, in the order of their names.
     pub devices: Vec<Arc<dyn Device>>,
-    /// Those of them that are drives to be served ([`Accept::drive`]).
+    /// The devices that are served as block devices ([`Accept::drive`]); each of them is in `devices` too.
     pub drives: Vec<Arc<nvme::Drive>>,
 }
 
-/// What somebody who knows better has accepted of the devices.
+/// The risks that the operator has accepted for the devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Accept {
-    /// Devices that cannot be stopped for certain. Without it they are [`Error::Unstoppable`].
+    /// Devices without a fence that reliably stops them. They are refused otherwise ([`Error::Unstoppable`]).
     pub unstoppable: bool,
-    /// That drivers overwrite the last blocks of a drive, for DMA of given bytes.
+    /// Drivers may overwrite the last blocks of a drive, for DMA on demand with given bytes.
     pub scratch: bool,
-    /// That drives are driven as block devices, for a door that serves them, and do no DMA on demand.
+    /// Set to serve drives as block devices (vhost-user-blk). They do no DMA on demand then.
     pub drive: Option<DriveOptions>,
 }
 
-/// Opens a domain of this kind and attaches the devices with these names: PCI addresses, or `soft:N`. `tables` is
-/// for iommufd alone; no other backend has the choice.
+/// Opens a domain of this kind and attaches the devices with these names (PCI addresses, or `soft:N`). `tables` applies
+/// to iommufd only. A device that was attached before an error is closed again.
 pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) -> Result<Assignment> {
     match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
         Choice::Soft(names) => {
@@ -81,7 +81,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
         }
         Choice::Type1(names) => {
             let first = names.first().ok_or_else(|| Error::Host {
-                what: "a type1 domain needs a device: its kernel object maps nothing before".to_owned(),
+                what: "a type1 domain needs a device: an empty container maps nothing".to_owned(),
                 mend: "name one with --device, or use --iommu iommufd or soft",
             })?;
             let candidate = candidate(Path::new(SYSFS), first)?;
@@ -100,11 +100,12 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
     }
 }
 
-/// Why nothing on type1 can be detached.
+/// The reason for which no device on type1 can be detached, with the remedy.
 pub const TYPE1_DETACHES_NOTHING: &str =
     "type1 detaches nothing: use --iommu iommufd (Linux 6.6, CONFIG_VFIO_DEVICE_CDEV)";
 
-/// The device, if it can be stopped for certain or somebody has accepted that it cannot.
+/// Returns the device if it has a reliable fence or `accept` permits one without; `why` gives the reason for which it
+/// cannot be detached.
 fn stoppable(
     device: Arc<dyn Device>,
     accept: Accept,
@@ -124,18 +125,20 @@ fn stoppable(
     Ok(device)
 }
 
-/// Why a device that is assigned with the devices `together` cannot be detached.
+/// Returns the reason for which a device that is assigned with the devices `together` cannot be detached, or an empty
+/// text.
 fn why_not_detached(name: &str, together: &[PciAddress]) -> Result<String> {
     let found = candidate(Path::new(SYSFS), name)?;
     Ok(found.stays(together).map(shares_its_group).unwrap_or_default())
 }
 
-/// Why a device whose group holds `other`, which does not come with it, cannot be detached.
+/// Returns the reason for which a device cannot be detached whose IOMMU group includes `other`, which is not assigned
+/// with it.
 pub fn shares_its_group(other: PciAddress) -> String {
     format!("{other} shares its IOMMU group, so that detaching it proves nothing: serve {other} with it")
 }
 
-/// A driver of ours.
+/// A driver in this crate.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Driver {
     Nvme,
@@ -145,7 +148,8 @@ pub(crate) enum Driver {
     Gpu,
 }
 
-/// The driver for the device's kind, if there is one.
+/// Returns this crate's driver for the device, by class code or by vendor and device id; none if there is no such
+/// driver.
 pub(crate) fn driver_of(device: &VfioDevice) -> Result<Option<Driver>> {
     if device.class()? == nvme::CLASS {
         return Ok(Some(Driver::Nvme));
@@ -159,7 +163,8 @@ pub(crate) fn driver_of(device: &VfioDevice) -> Result<Option<Driver>> {
     })
 }
 
-/// Gives the device the driver for its kind, if there is one. A drive that is to be served is put into `drives` as well.
+/// Starts this crate's driver for the device, or returns the device itself if there is none. A drive that is served as
+/// a block device is added to `drives` too.
 pub(crate) fn drive(
     device: VfioDevice,
     domain: Arc<dyn Domain>,
@@ -182,7 +187,7 @@ pub(crate) fn drive(
     })
 }
 
-/// A backend and the full names of its devices.
+/// A selected backend and the full names of its devices.
 #[derive(Debug, PartialEq, Eq)]
 enum Choice {
     Soft(Vec<String>),
@@ -190,6 +195,7 @@ enum Choice {
     Type1(Vec<String>),
 }
 
+/// Selects the backend for these devices and checks their names; `iommufd` is true if the kernel has iommufd.
 fn choose(kind: Kind, devices: &[String], sysfs: &Path, iommufd: bool) -> Result<Choice> {
     let (mut soft, mut real) = (Vec::new(), Vec::new());
     for name in devices {
@@ -256,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_what_the_host_and_the_names_allow() {
+    fn auto_selects_the_backend_that_host_and_names_allow() {
         let sysfs = tempfile::tempdir().unwrap();
         let cdev = sysfs.path().join("bus/pci/devices/0000:04:00.0/vfio-dev/vfio0");
         fs::create_dir_all(&cdev).unwrap();
@@ -273,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_do_not_go_together_are_refused_in_one_line() {
+    fn conflicting_device_names_are_refused_in_one_line() {
         for (kind, devices, says) in [
             (Kind::Auto, &["soft:0", "04:00.0"][..], "soft:0 and 0000:04:00.0 cannot be in one domain"),
             (Kind::Auto, &["04:00.0", "0000:04:00.0"], "0000:04:00.0 is named twice"),
@@ -292,7 +298,7 @@ mod tests {
     fn software_devices_are_opened_by_their_names() {
         let soft =
             match assign(Kind::Auto, &names(&["soft:0", "soft:7"]), Accept::default(), Tables::default()) {
-                Err(Error::Ring(_)) => return, // no io_uring here: the soft domain's own tests say so
+                Err(Error::Ring(_)) => return, // no io_uring here, which the tests of the soft domain report
                 other => other.unwrap(),
             };
         assert_eq!(soft.domain.name(), "soft");
@@ -302,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_stopped_is_refused_unless_accepted() {
+    fn unstoppable_device_is_refused_unless_accepted() {
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let device = |class| Arc::new(domain.device("sim:0", class, Nature::default())) as Arc<dyn Device>;
         let none = device(StopClass::empty());
@@ -314,7 +320,7 @@ mod tests {
             "{error}"
         );
         assert!(!error.contains('\n'), "{error}");
-        let unused = || -> Result<String> { panic!("nobody asks") };
+        let unused = || -> Result<String> { panic!("the reason is not needed") };
         assert!(stoppable(none, Accept { unstoppable: true, ..Accept::default() }, unused).is_ok());
         for class in
             [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER, StopClass::DETACH, StopClass::RESET]
@@ -324,13 +330,13 @@ mod tests {
     }
 
     #[test]
-    fn a_type1_domain_without_a_device_is_refused() {
+    fn type1_domain_without_a_device_is_refused() {
         let error = assign(Kind::Type1, &[], Accept::default(), Tables::default()).unwrap_err().to_string();
         assert!(error.contains("needs a device"), "{error}");
     }
 
     #[test]
-    fn a_device_that_is_not_there_is_refused_whatever_the_kind() {
+    fn missing_device_is_refused_by_every_backend() {
         for kind in [Kind::Auto, Kind::Type1] {
             let error = assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default(), Tables::default())
                 .unwrap_err()

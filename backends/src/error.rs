@@ -1,47 +1,47 @@
-//! What went wrong at a device or an IOMMU: on which object, and what to do about it.
+//! Errors of devices and IOMMUs: the object, the cause, and the remedy.
 
 use passgate_bindings::uring::RingError;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
-/// This crate's result.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong at a device or an IOMMU. The text is the message that the user reads.
+/// An error of a device or an IOMMU. Its `Display` text is the message that the user reads.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A mapping was not made; nothing of it is left.
+    /// A map failed; no part of it remains mapped.
     #[error("cannot map IOVA {iova}: {source}{mend}")]
     Map {
-        /// The range asked for.
+        /// The requested range.
         iova: PageRange<Iova>,
-        /// The kernel's answer.
+        /// The failed call and its errno.
         source: Failed,
-        /// What to do about it, or empty.
+        /// The remedy, or empty.
         mend: &'static str,
     },
-    /// A mapping was not made, nothing of it is left: its pages may not be pinned.
+    /// A map failed because pinning its pages would exceed RLIMIT_MEMLOCK; no part of it remains mapped.
     #[error(
         "cannot map IOVA {iova}: pinning {need} bytes more goes beyond RLIMIT_MEMLOCK, {limit} bytes for this user: \
          raise it (`ulimit -l`, `LimitMEMLOCK=` in a systemd unit) or give the process CAP_IPC_LOCK"
     )]
     Memlock {
-        /// The range asked for.
+        /// The requested range.
         iova: PageRange<Iova>,
         /// Its length in bytes.
         need: u64,
-        /// The limit in bytes, which everything that the user has pinned counts against.
+        /// The limit in bytes. All memory that the user has pinned counts against it.
         limit: u64,
     },
-    /// A mapping was made in part and could not be taken back whole: the range is unknown.
-    #[error("cannot take back the half-made mapping of IOVA {iova}: {source}; the range is unknown")]
+    /// A map was made in part and its roll-back failed: what of the range is mapped is unknown.
+    #[error("cannot roll back a partial mapping of IOVA {iova}: {source}; its state is unknown")]
     HalfMapped {
-        /// The range asked for.
+        /// The requested range.
         iova: PageRange<Iova>,
-        /// The kernel's answer to the roll-back.
+        /// The failed call of the roll-back and its errno.
         source: Failed,
     },
-    /// The device is not bound to VFIO.
+    /// The device is not bound to a VFIO driver.
     #[error(
         "{device} is bound to {driver}, not to vfio-pci; bind it: \
          echo vfio-pci > /sys/bus/pci/devices/{device}/driver_override; \
@@ -49,86 +49,87 @@ pub enum Error {
          echo {device} > /sys/bus/pci/drivers_probe"
     )]
     Unbound {
-        /// The device's name.
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
-        /// The driver that has it, or `no driver`.
+        /// The driver that it is bound to, or `no driver`.
         driver: String,
     },
-    /// Nothing stops the device for certain, and nobody has accepted that.
+    /// The device has no fence that reliably stops it, and [`crate::Accept::unstoppable`] is not set.
     #[error(
         "{device} cannot be stopped for certain: it has neither a reset, nor PCI Express's Transactions Pending, nor \
          a migration state, and {why}; or accept that (serve --allow-unstoppable)"
     )]
     Unstoppable {
-        /// The device's name.
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
-        /// Why it cannot be detached either, and what to do about it.
+        /// The reason for which it cannot be detached either, and the remedy.
         why: String,
     },
-    /// The device does not answer: every register reads as all ones.
+    /// The device does not respond: every register reads as all ones.
     #[error(
         "{device} does not answer: its registers read as all ones, as of a device that was removed or has no power \
          (D3cold); put it back, or take it off the bus and have it found again: \
          echo 1 > /sys/bus/pci/devices/{device}/remove; echo 1 > /sys/bus/pci/rescan"
     )]
     Gone {
-        /// The device's name.
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
     },
-    /// The device cannot do this.
+    /// The device does not support the operation.
     #[error("{device}: {what} is not supported by this device")]
     Unsupported {
-        /// The device's name (BDF, or `soft:N`).
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
-        /// What was asked.
+        /// The operation that was requested.
         what: &'static str,
     },
-    /// A DMA found nothing mapped, or not for its direction; it did nothing.
+    /// A DMA faulted: nothing is mapped at its address, or not for its direction. Nothing was transferred there.
     #[error("{device}: DMA fault at IOVA {iova}: nothing is mapped there for this access")]
     Fault {
-        /// The device's name.
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
-        /// Where.
+        /// The first address of the DMA, or of the part of it that faulted.
         iova: Iova,
     },
-    /// There is no ring for a soft domain.
+    /// The io_uring of a soft domain cannot be set up.
     #[error(transparent)]
     Ring(#[from] RingError),
     /// A device call failed.
     #[error("{device}: {source}{mend}")]
     Device {
-        /// The device's name.
+        /// The device's name (PCI address, or `soft:N`).
         device: String,
-        /// The kernel's answer.
+        /// The failed call and its errno.
         source: Failed,
-        /// What to do about it, or empty.
+        /// The remedy, or empty.
         mend: &'static str,
     },
     /// The host lacks what this backend needs.
     #[error("{what}: {mend}")]
     Host {
-        /// What is missing.
+        /// The missing or unsuitable object.
         what: String,
-        /// What to do about it.
+        /// The remedy.
         mend: &'static str,
     },
 }
 
 impl Error {
-    /// The device and the call where it may be free in a moment: another process has it, perhaps a daemon's
-    /// guardian about to let go of it, or it is being reset, or has not come to itself after that.
+    /// Returns the device and the failed call if retrying may succeed: another process has the device open (for example
+    /// the guardian of a daemon, which is about to close it), or the device is in reset or not ready after one.
     pub fn taken(&self) -> Option<(&str, Failed)> {
         let Self::Device { device, source, .. } = self else { return None };
         let open_elsewhere = match source.errno {
             Errno::BUSY | Errno::AGAIN | Errno::TIMEDOUT => true,
-            // Binding a cdev that is open elsewhere, putting a group into a second container.
+            // The kernel's errno for binding a cdev that is open elsewhere, and for a group that is in another
+            // container.
             Errno::INVAL => source.call.contains("BIND") || source.call.contains("SET_CONTAINER"),
             _ => false,
         };
         open_elsewhere.then_some((device, *source))
     }
 
-    /// The errno behind it, where there is one.
+    /// Returns the errno of the failed call, or the one that describes the error best; none for an error without one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Map { source, .. } | Self::HalfMapped { source, .. } | Self::Device { source, .. } => {
@@ -148,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_be_free_in_a_moment_is_told_from_what_stays() {
+    fn only_errors_of_busy_devices_are_reported_as_taken() {
         let error = |call, errno| Error::Device {
             device: "0000:01:00.0".into(),
             source: Failed::new(call, errno),

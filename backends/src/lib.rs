@@ -1,8 +1,8 @@
-//! Everything of passgate that touches a device or an IOMMU, behind two traits.
+//! The part of passgate that accesses devices and IOMMUs, behind two traits.
 //!
-//! A [`Domain`] is what a device's DMA sees (IOAS, container, ring table): it maps and unmaps, and says honestly
-//! how an unmap went. A [`Device`] does DMA and can, more or less surely, be stopped. Backends never decide
-//! anything and never see the gate: they execute one call and report it whole.
+//! A [`Domain`] is an I/O address space (IOAS, VFIO container, io_uring buffer table): it maps and unmaps, and reports
+//! the exact result of each unmap. A [`Device`] does DMA and has fences that stop it; its [`StopClass`] lists them.
+//! Backends take no decisions and never call the gate: they execute one call and report its complete result.
 
 #![forbid(unsafe_code)]
 

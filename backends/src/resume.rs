@@ -1,12 +1,12 @@
 //! Taking over a domain and its devices from a process that has ended, with mappings live and DMA running.
 //!
-//! The kernel keeps all of it as long as somebody holds the files; it lists neither the ids of its objects nor the
-//! mappings. So what is handed on are the files ([`Left`], by [`leave`]) and the ids ([`Ids`]), and the gate's ledger
-//! beside them.
+//! The kernel preserves all of it while any process has the files open, but it lists neither the ids of its objects nor
+//! the mappings. So the files ([`Left`], made by [`leave`]) and the ids ([`Ids`]) are handed over, together with the
+//! gate's ledger.
 //!
-//! A plain VFIO device goes on undisturbed: it is neither bound, attached nor reset, and bus mastering is left as it
-//! is. A device with a driver of ours has its queues in the memory of the process that is gone: that one device is
-//! stopped, the queues are taken out of the domain, and its driver begins anew.
+//! A VFIO device without a driver in this crate continues undisturbed: it is neither bound, attached nor reset, and its
+//! bus mastering stays as it is. A device with such a driver has its queues in the memory of the process that has
+//! ended: the device is stopped, the queues are unmapped, and its driver starts again.
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -22,51 +22,54 @@ use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Device, Domain, Error, Result};
 
-/// What a process must know of a domain that it did not make.
+/// The ids and probed properties of a domain that a process needs in order to take it over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ids {
     /// An IOAS of an iommufd.
     Iommufd {
-        /// Its id there.
+        /// Its object id in the iommufd.
         ioas: u32,
-        /// Whether files are mapped by file, as probed when it was made.
+        /// True if the kernel maps by file and offset (`IOMMU_IOAS_MAP_FILE`), as probed when the IOAS was made.
         by_file: bool,
-        /// Whether the VFIO-compatible unmap works on it, as probed then,
-        tells: bool,
-        /// and cuts.
+        /// True if the VFIO-compatible unmap works on it, as probed when the IOAS was made.
+        compat_unmap: bool,
+        /// True if that unmap also cuts mappings, as probed when the IOAS was made.
         cuts: bool,
     },
     /// A VFIO container.
     Type1 {
-        /// Mappings that it can hold.
+        /// The maximum number of mappings in it.
         entries: u64,
     },
-    /// Nothing of it outlives its process: an io_uring cannot be passed on, and of two page tables nobody else knows which
-    /// one devices are in.
+    /// A domain that ends with its process: an io_uring cannot be handed over, and of the two page tables of a standby
+    /// domain ([`crate::Tables::Standby`]) no other process knows which one the devices are attached to.
     Nothing,
 }
 
 impl Ids {
-    /// As two numbers, for a record.
+    /// Encodes the ids as two numbers, for a record in the ledger. The low byte of the first is the kind; bits 8 to 10
+    /// are the flags of [`Ids::Iommufd`].
     pub fn words(self) -> [u64; 2] {
         match self {
             Self::Nothing => [0, 0],
-            Self::Iommufd { ioas, by_file, tells, cuts } => {
-                let bits =
-                    [by_file, tells, cuts].into_iter().rev().fold(0, |bits, bit| bits << 1 | u64::from(bit));
+            Self::Iommufd { ioas, by_file, compat_unmap, cuts } => {
+                let bits = [by_file, compat_unmap, cuts]
+                    .into_iter()
+                    .rev()
+                    .fold(0, |bits, bit| bits << 1 | u64::from(bit));
                 [1 | bits << 8, ioas.into()]
             }
             Self::Type1 { entries } => [2, entries],
         }
     }
 
-    /// Back from two numbers; none where they are none of [`Ids::words`].
+    /// Decodes [`Ids::words`]; none for any other numbers.
     pub fn from_words([kind, value]: [u64; 2]) -> Option<Self> {
         match (kind & 0xff, u32::try_from(value)) {
             (0, Ok(0)) if kind == 0 => Some(Self::Nothing),
             (1, Ok(ioas)) if kind >> 11 == 0 => {
                 let bit = |bit: u32| kind >> bit & 1 == 1;
-                Some(Self::Iommufd { ioas, by_file: bit(8), tells: bit(9), cuts: bit(10) })
+                Some(Self::Iommufd { ioas, by_file: bit(8), compat_unmap: bit(9), cuts: bit(10) })
             }
             (2, _) if kind == 2 => Some(Self::Type1 { entries: value }),
             _ => None,
@@ -74,22 +77,22 @@ impl Ids {
     }
 }
 
-/// What of a domain and its devices outlives a process that hands it on.
+/// The files of a domain and its devices that one process hands over to the next, and the state of the devices.
 #[derive(Debug, Default)]
 pub struct Left {
-    /// The iommufd or the container; none for a domain of which nothing outlives its process.
+    /// The iommufd or the container; none for [`Ids::Nothing`].
     pub domain: Option<OwnedFd>,
-    /// The groups in the container, by their numbers.
+    /// The groups in the container, each with its number.
     pub groups: Vec<(u32, OwnedFd)>,
-    /// The devices by their names, in their order.
+    /// The devices, each with its name, in the order of their assignment.
     pub devices: Vec<(String, OwnedFd)>,
-    /// Those of them that the process had stopped or was about to stop: they may be detached.
+    /// The names of the devices that the process had stopped or was about to stop: they may be detached.
     pub stopped: Vec<String>,
-    /// Those of them whose ATS the process knew to be off while they are attached.
+    /// The names of the devices whose ATS was read as off after their last attach.
     pub ats_unused: Vec<String>,
 }
 
-/// Copies of all that [`resume`] needs, while domain and devices go on; nothing where nothing outlives this process.
+/// Duplicates the files that [`resume`] needs; domain and devices stay in use here. Empty for [`Ids::Nothing`].
 pub fn leave(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> io::Result<(Left, Ids)> {
     let (mut left, ids) = domain.leave()?;
     if ids == Ids::Nothing {
@@ -105,13 +108,13 @@ pub fn leave(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> io::Result<(Le
     Ok((left, ids))
 }
 
-/// Takes over what [`leave`] gave. Where that fails the devices are left as they are, but for one whose driver was
-/// about to begin anew.
+/// Takes over what [`leave`] returned in an earlier process. On an error the devices stay as they are, except those
+/// whose driver in this crate was to be started: they are stopped.
 pub fn resume(left: Left, ids: Ids, accept: Accept) -> Result<Assignment> {
     let Left { domain, groups, devices, stopped, ats_unused } = left;
     let missing = |what: &str| Error::Host {
-        what: format!("of what an earlier process left, {what} is missing"),
-        mend: "its devices are stopped by now or about to be; stop the service for good, then start it",
+        what: format!("{what} is missing from what an earlier process handed over"),
+        mend: "its devices have been stopped or are about to be; stop the service for good, then start it",
     };
     let fd = domain.ok_or_else(|| missing("the iommufd or container"))?;
     let together: Vec<PciAddress> = devices.iter().filter_map(|(name, _)| name.parse().ok()).collect();
@@ -126,7 +129,7 @@ pub fn resume(left: Left, ids: Ids, accept: Accept) -> Result<Assignment> {
                     VfioDevice::resume_cdev(&name, fd, &domain, &together, unused).map(ManuallyDrop::new)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            go_on(domain, opened, &stopped, accept)
+            start_drivers(domain, opened, &stopped, accept)
         }
         Ids::Type1 { .. } => {
             let domain = Type1Domain::resume(fd, groups, ids)?;
@@ -137,17 +140,20 @@ pub fn resume(left: Left, ids: Ids, accept: Accept) -> Result<Assignment> {
                     VfioDevice::resume_group(&name, fd, &domain, unused).map(ManuallyDrop::new)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            go_on(domain, opened, &stopped, accept)
+            start_drivers(domain, opened, &stopped, accept)
         }
     }
 }
 
-/// Gives drivers to the devices that have one. No driver begins while another's device may still write to queues at
-/// the same addresses. A device that is dropped is stopped: here none is.
+/// Starts the drivers of the devices that have one in this crate. All such devices are stopped and all old queues
+/// unmapped before the first driver starts: the drivers of one process share an IOVA range, so a device that still runs
+/// might write to another driver's queues. Dropping a [`VfioDevice`] would stop the device; [`ManuallyDrop`] prevents
+/// that on an error.
 ///
-/// A driver needs its device attached. One that may be detached is attached here, before the gate has settled what is in
-/// doubt: the driver does no DMA but to memory of its own, and the gate takes the device for one that may be attached.
-fn go_on(
+/// A driver needs its device attached. A device that may be detached is attached here, before the gate has resolved its
+/// uncertain mappings: the driver does DMA to its own memory only, and the gate assumes that the device may be
+/// attached.
+fn start_drivers(
     domain: Arc<dyn Domain>,
     opened: Vec<ManuallyDrop<VfioDevice>>,
     stopped: &[String],
@@ -155,7 +161,7 @@ fn go_on(
 ) -> Result<Assignment> {
     for device in &opened {
         if driver_of(device)?.is_some() {
-            device.quieten()?;
+            device.quiesce()?;
         }
     }
     own::clear(&*domain)?;
@@ -167,7 +173,7 @@ fn go_on(
                 if stopped.iter().any(|name| name == device.name()) {
                     device.attach()?
                 } else {
-                    device.wake()?
+                    device.enable_requests()?
                 }
             }
             drive(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept, &mut drives)
@@ -181,11 +187,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_come_back_as_they_went_and_others_are_none() {
+    fn ids_survive_encoding_and_other_words_are_rejected() {
         let mut all = vec![Ids::Nothing, Ids::Type1 { entries: u64::MAX }, Ids::Type1 { entries: 0 }];
         for bits in 0..8 {
-            let [by_file, tells, cuts] = [1, 2, 4].map(|bit| bits & bit != 0);
-            all.push(Ids::Iommufd { ioas: u32::MAX, by_file, tells, cuts });
+            let [by_file, compat_unmap, cuts] = [1, 2, 4].map(|bit| bits & bit != 0);
+            all.push(Ids::Iommufd { ioas: u32::MAX, by_file, compat_unmap, cuts });
         }
         for ids in all {
             assert_eq!(Ids::from_words(ids.words()), Some(ids));
@@ -196,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_told() {
+    fn resume_without_the_domain_file_names_what_is_missing() {
         for ids in [Ids::Nothing, Ids::Type1 { entries: 1 }] {
             let error = resume(Left::default(), ids, Accept::default()).unwrap_err().to_string();
             assert!(

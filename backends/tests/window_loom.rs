@@ -1,8 +1,8 @@
-//! The window under every interleaving and every reordering that the memory model allows.
+//! The admission window under every interleaving and every reordering that the memory model allows.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p passgate-backends --test window_loom --target-dir target/loom`; without the
-//! cfg there is nothing here. What is promised: whoever closes a page and then sees nothing in flight over it may
-//! take it away, for no request is in, and none comes in.
+//! cfg this file is empty. The property: after a page was closed and no request in flight over it was found, the page
+//! may be unmapped, for no request over it is in flight, and none enters later.
 #![cfg(loom)]
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn over(start: u64) -> Segment {
     Segment { iova: Iova(start), len: 0x1000 }
 }
 
-/// A window of one slot with pages open, and a flag per page: whether DMA into it is under way.
+/// A window of one slot with open pages, and a flag per page that is set while DMA to it is in flight.
 struct World {
     window: Arc<Window>,
     busy: [AtomicBool; 3],
@@ -41,7 +41,7 @@ impl World {
         &self.busy[(start >> 13) as usize]
     }
 
-    /// One request over these pages; says whether it ran.
+    /// Runs one request over these pages. Returns true if it entered.
     fn request(&self, pages: &[u64]) -> bool {
         let segments: Vec<_> = pages.iter().map(|start| over(*start)).collect();
         if self.window.enter(0, &segments) != Entered::In {
@@ -53,20 +53,20 @@ impl World {
         true
     }
 
-    /// Takes a page away, if nothing is in flight over it: then no DMA runs, now or later.
-    fn take(&self, start: u64, taken: &AtomicBool) {
+    /// Closes a page and unmaps it, if no request in flight over it is found: then no DMA to it may run.
+    fn unmap(&self, start: u64, unmapped: &AtomicBool) {
         self.window.close(page(start));
         if !self.window.overlapping(page(start)) {
-            assert!(!self.busy(start).load(Ordering::Relaxed), "DMA runs into a page that is being taken");
-            taken.store(true, Ordering::Relaxed);
+            assert!(!self.busy(start).load(Ordering::Relaxed), "DMA to a page that is unmapped");
+            unmapped.store(true, Ordering::Relaxed);
         }
     }
 }
 
-/// Never both: in over the page, and the closing side saw nothing. The request stays in flight to the end here, so
-/// that nothing but the window can keep the two apart.
+/// A request that has entered is always found by the closing side. The request stays in flight to the end here, so that
+/// only the window separates the two.
 #[test]
-fn one_enters_or_the_other_sees_it() {
+fn request_enters_or_close_finds_none() {
     loom::model(|| {
         let world = World::new(&[A]);
         let other = Arc::clone(&world);
@@ -74,37 +74,37 @@ fn one_enters_or_the_other_sees_it() {
         world.window.close(page(A));
         let clear = !world.window.overlapping(page(A));
         let entered = enters.join().expect("joined");
-        assert!(!(entered && clear), "in over a page of which nothing was seen");
+        assert!(!(entered && clear), "a request in flight over the page was not found");
         assert_eq!(world.window.overlapping(page(A)), entered);
     });
 }
 
-/// A slot is left and used again, with more ranges and fewer, while it is looked at: no request in flight over the
-/// page is overlooked, whichever of them it is.
+/// A slot is reused, with more and with fewer ranges, while it is scanned: no request in flight over the page is
+/// missed, neither the first nor the second.
 #[test]
-fn a_slot_used_again_hides_nothing() {
+fn reused_slot_hides_no_request() {
     for (first, second) in [(&[A][..], &[B, A][..]), (&[B, A], &[A]), (&[B, C], &[A]), (&[A], &[B])] {
         loom::model(move || {
             let world = World::new(&[A, B, C]);
-            let taken = Arc::new(AtomicBool::new(false));
-            let (other, gone) = (Arc::clone(&world), Arc::clone(&taken));
+            let unmapped = Arc::new(AtomicBool::new(false));
+            let (other, gone) = (Arc::clone(&world), Arc::clone(&unmapped));
             let io = thread::spawn(move || {
                 other.request(first);
-                // The last one stays in flight.
+                // The second one stays in flight.
                 let segments: Vec<_> = second.iter().map(|start| over(*start)).collect();
                 let entered = other.window.enter(0, &segments) == Entered::In;
                 (entered && second.contains(&A), gone)
             });
-            world.take(A, &taken);
+            world.unmap(A, &unmapped);
             let (over_a, gone) = io.join().expect("joined");
-            assert!(!(over_a && gone.load(Ordering::Relaxed)), "{second:?} is in after {first:?}, unseen");
+            assert!(!(over_a && gone.load(Ordering::Relaxed)), "{second:?} after {first:?} was not found");
         });
     }
 }
 
-/// Whoever reads bounds that a later request wrote knows that the earlier one's DMA has ended.
+/// If the closing side reads bounds of a later request, the DMA of the earlier one has ended.
 #[test]
-fn what_was_seen_to_have_left_has_ended() {
+fn bounds_of_a_later_request_prove_the_end_of_the_earlier() {
     loom::model(|| {
         let world = World::new(&[A, B]);
         let other = Arc::clone(&world);
@@ -112,22 +112,22 @@ fn what_was_seen_to_have_left_has_ended() {
             other.request(&[A]);
             other.request(&[B]);
         });
-        world.take(A, &AtomicBool::new(false));
+        world.unmap(A, &AtomicBool::new(false));
         io.join().expect("joined");
         assert!(world.window.idle());
     });
 }
 
-/// While paused and idle nothing is in; after the pause something can be.
+/// While the window is paused and idle no DMA runs; after the pause requests enter again.
 #[test]
-fn a_pause_is_kept() {
+fn paused_and_idle_window_has_no_dma() {
     loom::model(|| {
         let world = World::new(&[A]);
         let other = Arc::clone(&world);
         let io = thread::spawn(move || other.request(&[A]));
         world.window.pause();
         if world.window.idle() {
-            assert!(!world.busy(A).load(Ordering::Relaxed), "DMA runs in a pause that was seen idle");
+            assert!(!world.busy(A).load(Ordering::Relaxed), "DMA during a pause with an idle window");
         }
         world.window.lift();
         io.join().expect("joined");
@@ -135,10 +135,10 @@ fn a_pause_is_kept() {
     });
 }
 
-/// What was entered before a void counts no more; what is entered after its pause counts, also where its thread slept
-/// through pause and void.
+/// Requests entered before a void do not count any more; requests that enter after its pause do, also if their thread
+/// was preempted during pause and void.
 #[test]
-fn a_void_ends_what_was_before_it_and_nothing_else() {
+fn void_ends_exactly_the_requests_before_it() {
     loom::model(|| {
         let world = World::new(&[A]);
         let other = Arc::clone(&world);
@@ -150,9 +150,10 @@ fn a_void_ends_what_was_before_it_and_nothing_else() {
         world.window.close(page(A));
         let clear = !world.window.overlapping(page(A));
         let entered = io.join().expect("joined");
-        assert!(before || !(entered && clear), "in since the void, and unseen");
+        assert!(before || !(entered && clear), "a request that entered after the void was not found");
         if before && entered {
-            // Whether before the void or after it (the look may have met an attempt) is all the same now:
+            // The request may have entered before the void or after it, because the scan may have found a failed
+            // attempt.
             world.window.pause();
             world.window.void();
             assert!(world.window.idle());
@@ -160,16 +161,16 @@ fn a_void_ends_what_was_before_it_and_nothing_else() {
     });
 }
 
-/// Who saw a page open and mapped reads what the mapping wrote.
+/// A thread that has entered a page also sees the effects of the map before the page was opened.
 #[test]
-fn what_is_entered_was_opened_before() {
+fn enter_synchronizes_with_open() {
     loom::model(|| {
         let world = World::new(&[]);
         let mapped = Arc::new(AtomicBool::new(false));
         let (other, done) = (Arc::clone(&world), Arc::clone(&mapped));
         let io = thread::spawn(move || {
             if other.window.enter(0, &[over(A)]) == Entered::In {
-                assert!(done.load(Ordering::Relaxed), "in before it was mapped");
+                assert!(done.load(Ordering::Relaxed), "entered before it was mapped");
             }
         });
         mapped.store(true, Ordering::Relaxed);

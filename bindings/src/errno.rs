@@ -1,39 +1,39 @@
-//! How a kernel call failed: which call, with what errno, and what it had done by then.
+//! Errors of kernel calls: the call, its errno, and the output that the kernel wrote before the call failed.
 
 use rustix::io::Errno;
 
-/// A kernel call that failed, with the partial outputs `T` that it had written back before.
+/// A kernel call that failed, with the partial output `T` that the kernel had written by then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{call}: {errno}")]
 pub struct Failed<T = ()> {
     /// The call, as its uAPI header names it (`IOMMU_IOAS_UNMAP`).
     pub call: &'static str,
-    /// What the kernel answered.
+    /// The errno that the kernel returned.
     pub errno: Errno,
-    /// What the kernel had written back all the same (for an unmap: bytes).
+    /// The output that the kernel wrote although the call failed (for an unmap: the number of bytes unmapped).
     pub partial: T,
 }
 
 impl Failed {
-    /// The failure of `call` with the calling thread's current errno.
+    /// Returns the failure of `call` with the calling thread's current errno and no partial output.
     pub fn last(call: &'static str) -> Self {
         Self::last_with(call, ())
     }
 
-    /// The failure of `call` with `errno`, nothing written back.
+    /// Returns the failure of `call` with `errno` and no partial output.
     pub fn new(call: &'static str, errno: Errno) -> Self {
         Self { call, errno, partial: () }
     }
 }
 
 impl<T> Failed<T> {
-    /// The failure of `call` with the calling thread's current errno and its partial outputs.
+    /// Returns the failure of `call` with the calling thread's current errno and its partial output.
     pub fn last_with(call: &'static str, partial: T) -> Self {
         let raw = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
         Self { call, errno: Errno::from_raw_os_error(raw), partial }
     }
 
-    /// The same failure with what was written back left out.
+    /// Returns the same failure without its partial output.
     pub fn without_partial(self) -> Failed {
         Failed { call: self.call, errno: self.errno, partial: () }
     }

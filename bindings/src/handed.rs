@@ -1,5 +1,7 @@
-//! What a service manager hands over when it starts this process (`sd_listen_fds(3)`): open descriptors from 3 on,
-//! how many in `LISTEN_FDS`, for whom in `LISTEN_PID`, their names in `LISTEN_FDNAMES`.
+//! File descriptors that this process inherits by exec.
+//!
+//! A service manager passes descriptors as sd_listen_fds(3) describes: numbered from 3 on, their count in `LISTEN_FDS`,
+//! the process that they are for in `LISTEN_PID`, their names in `LISTEN_FDNAMES`.
 
 use std::env;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -10,21 +12,24 @@ use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
 use crate::Failed;
 
-/// The variables that say what was handed over: no child's business.
+/// The environment variables of sd_listen_fds(3). A child process must not inherit them.
 pub const VARIABLES: [&str; 3] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"];
 
 /// The first descriptor (`SD_LISTEN_FDS_START`).
-const FIRST: RawFd = 3;
+const FIRST_FD: RawFd = 3;
 
-/// Descriptors that are taken at most: more than any limit of a service manager's store.
-const MOST: RawFd = 65_536;
+/// The maximum number of descriptors: more than any service manager's descriptor store may have.
+const MAX_FDS: RawFd = 65_536;
 
-/// A descriptor that was handed over, and the name that the service manager knows it by; empty where it told none.
+/// An inherited descriptor with its name in the service manager's descriptor store; empty for none.
 pub type Handed = (String, OwnedFd);
 
-/// Takes what was handed over to this process, close-on-exec from here on; the second time there is nothing left.
-/// Call it before this process opens anything: what is close-on-exec already was opened here, and is left alone.
-/// `EINVAL` where the variables are no numbers, `EBADF` where a descriptor that they promise is not there.
+/// Takes the descriptors that the service manager passed to this process and sets them close-on-exec. Returns none where
+/// `LISTEN_PID` names another process or is not set, and at every further call. Must be called before this process opens a
+/// file: a descriptor in the range that is close-on-exec already was opened by this process and is not taken.
+///
+/// `EINVAL` where a variable is not a number or the count is out of range, `EBADF` where a descriptor in the range is
+/// not open or was opened by this process.
 pub fn take() -> Result<Vec<Handed>, Failed> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     const CALL: &str = "LISTEN_FDS";
@@ -39,21 +44,21 @@ pub fn take() -> Result<Vec<Handed>, Failed> {
     if i64::from(pid) != i64::from(std::process::id()) || TAKEN.swap(true, Ordering::AcqRel) {
         return Ok(Vec::new());
     }
-    if !(0..=MOST).contains(&count) {
+    if !(0..=MAX_FDS).contains(&count) {
         return Err(Failed::new(CALL, Errno::INVAL));
     }
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':').map(str::to_owned);
     let mut handed = Vec::new();
-    for fd in FIRST..FIRST + count {
+    for fd in FIRST_FD..FIRST_FD + count {
         let name = names.next().unwrap_or_default();
-        // SAFETY: borrowed for the one call that asks whether it is open, which is no error where it is not.
+        // SAFETY: borrowed for this one call, which returns EBADF where the descriptor is not open.
         let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).map_err(|e| Failed::new(CALL, e))?;
         if flags.contains(FdFlags::CLOEXEC) {
             return Err(Failed::new(CALL, Errno::BADF));
         }
-        // SAFETY: it is open and came through exec, since all that this process opens is close-on-exec; whoever
-        // started us named it as handed over, and `TAKEN` lets nobody take it twice. So it is nobody else's.
+        // SAFETY: it is open and was inherited by exec, since every file that this process opens is close-on-exec. The
+        // parent passed it by LISTEN_FDS, and `TAKEN` prevents a second owner: nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(|e| Failed::new(CALL, e))?;
         handed.push((name, fd));
@@ -61,24 +66,24 @@ pub fn take() -> Result<Vec<Handed>, Failed> {
     Ok(handed)
 }
 
-/// Takes the descriptor with this number, which whoever started this process left open for it and named to it; once.
-/// Call it before this process opens anything else. `EBADF` where there is none, or it was opened here (what this process
-/// opens is close-on-exec), or it is one of the first three.
+/// Takes the descriptor `number`, which the parent process passed by exec. Must be called before this process opens a
+/// file. `EBADF` where it is not open, was taken already, was opened by this process (then it is close-on-exec), or is
+/// one of the three standard streams.
 pub fn by_number(number: RawFd) -> Result<OwnedFd, Failed> {
     static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
     let failed = |errno| Failed::new("taking an inherited descriptor", errno);
     let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if number < FIRST || taken.contains(&number) {
+    if number < FIRST_FD || taken.contains(&number) {
         return Err(failed(Errno::BADF));
     }
-    // SAFETY: borrowed for the one call that asks whether it is open, which is no error where it is not.
+    // SAFETY: borrowed for this one call, which returns EBADF where the descriptor is not open.
     let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) }).map_err(failed)?;
     if flags.contains(FdFlags::CLOEXEC) {
         return Err(failed(Errno::BADF));
     }
     taken.push(number);
-    // SAFETY: it is open and came through exec, since all that this process opens is close-on-exec; `TAKEN` lets nobody
-    // take it twice, so it is nobody else's.
+    // SAFETY: it is open and was inherited by exec, since every file that this process opens is close-on-exec, and
+    // `TAKEN` prevents a second owner: nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(failed)?;
     Ok(fd)

@@ -1,18 +1,18 @@
-//! Which file a foreign descriptor is, and whether it will do as guest memory.
+//! The identity of a file that a client passes, and the check that it may back guest memory.
 //!
-//! A client passes descriptors; before any is mapped or pinned, [`identify`] asks the kernel what it is and
-//! [`check`] judges the answer. Nothing that a file system in user space could delay, shrink or fake is let past:
-//! only tmpfs, hugetlbfs and guest_memfd.
+//! Before a client's descriptor is mapped or pinned, [`identify`] queries the kernel about it and [`check`] validates the
+//! result. Only tmpfs, hugetlbfs and guest_memfd are accepted: a file system in user space (FUSE) could delay, shrink or
+//! fake its files.
 //!
-//! The order of the questions matters: a file system in user space may answer fstat and fstatfs late or never,
-//! so the questions that the kernel answers by itself come first (open mode, seals, the name in `/proc`). Only a
-//! file on tmpfs or hugetlbfs has seals to report. A guest_memfd has none; up to Linux 6.18 it is known by the
-//! name that KVM gave its anonymous inode, later by its file system. What is left is a file of a client's own file
-//! system that is named like KVM's: it can delay fstatfs, so callers ask on a thread that may wait.
+//! The order of the queries matters: a FUSE file system may answer fstat and fstatfs late or never, so the queries that
+//! the kernel answers by itself come first (open mode, seals, the name in `/proc`). Only files on tmpfs and hugetlbfs
+//! report seals. A guest_memfd has none; up to Linux 6.18 it is recognised by the name that KVM gives its anonymous
+//! inode, later by its file system. One case remains: a file of a FUSE file system that is named like KVM's can delay
+//! fstatfs, so callers query on a thread that may block.
 //!
-//! Device and inode name a file only as far as the kernel's numbers go: guest_memfd and hugetlbfs count inodes in 32 bits, so
-//! that somebody who makes four thousand million files has one with the numbers of another. Where numbers are those of a
-//! file that is open here, [`same_file`] asks the kernel whether it is that file (docs/decisions/0010-file-identity.md).
+//! Device and inode number do not identify a file for certain: guest_memfd and hugetlbfs have 32-bit inode numbers, so a
+//! client that creates 2^32 files gets one with the numbers of another. Where the numbers are those of a file that is
+//! open here, [`same_file`] compares the two inodes (docs/decisions/0010-file-identity.md).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
@@ -25,35 +25,36 @@ use crate::Failed;
 use crate::memory::FileKind;
 use crate::units::{Offset, PageRange};
 
-/// `TMPFS_MAGIC`.
+/// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
 const TMPFS: u64 = 0x0102_1994;
-/// `HUGETLBFS_MAGIC`.
+/// `HUGETLBFS_MAGIC` (include/uapi/linux/magic.h).
 const HUGETLBFS: u64 = 0x9584_58f6;
-/// `GUEST_MEMFD_MAGIC`: "GMEM".
+/// `GUEST_MEMFD_MAGIC` (include/uapi/linux/magic.h): "GMEM".
 const GUEST_MEMFD: u64 = 0x474d_454d;
-/// What `/proc/self/fd` shows for a guest_memfd on an anonymous inode.
+/// The link target in `/proc/self/fd` of a guest_memfd on an anonymous inode.
 const ANON_GUEST_MEMFD: &str = "anon_inode:[kvm-gmem]";
-/// How it begins for a file of an in-kernel file system that KVM may have made; then the magic decides.
-const UNNAMED: &str = "/[";
+/// The prefix of the link target of a file on a file system that the kernel mounts for itself. Such a file may be KVM's;
+/// the magic number of its file system decides.
+const KERNEL_MOUNT_PREFIX: &str = "/[";
 
-/// What the kernel says of a file: facts, no judgement.
+/// The properties of a file as the kernel reports them, not validated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// What backs it.
+    /// The kind of file.
     pub kind: FileKind,
-    /// `st_dev`; with `inode` the file's name for as long as anyone has it open.
+    /// `st_dev`; with `inode` the file's identity while it is open (but see [`same_file`]).
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
-    /// Bytes.
+    /// Its size in bytes.
     pub size: u64,
-    /// Whether the descriptor was opened for reading and writing.
+    /// True where the descriptor was opened for reading and writing.
     pub writable: bool,
     /// Its seals; none for a guest_memfd, which cannot shrink.
     pub seals: SealFlags,
 }
 
-/// Why a file will not do as guest memory. The text is the message that the client reads.
+/// The reason why a file cannot back guest memory. Its text is the error message for the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
     /// It is not on tmpfs, hugetlbfs or guest_memfd.
@@ -62,30 +63,30 @@ pub enum FileError {
         /// Its name in `/proc/self/fd`.
         name: String,
     },
-    /// O_PATH or O_WRONLY.
+    /// It was opened with O_PATH or O_WRONLY.
     #[error("the descriptor cannot be read: open it O_RDWR (or O_RDONLY for memory that devices only read)")]
     Unreadable,
-    /// Opened read-only, for a mapping that devices write to.
+    /// It was opened read-only, for memory that devices write to.
     #[error("the descriptor is read-only: open it O_RDWR, or add the memory as read-only")]
     ReadOnly,
-    /// Sealed against writing, for a mapping that devices write to.
+    /// It is sealed against writing, for memory that devices write to.
     #[error(
         "the file is sealed against writing: pass one without F_SEAL_WRITE and F_SEAL_FUTURE_WRITE, or add the memory as read-only"
     )]
     WriteSealed,
-    /// Anyone could truncate it under the device.
+    /// It is not sealed against shrinking: it could be truncated while a device uses it.
     #[error(
         "the file may be shrunk: seal it with fcntl(F_ADD_SEALS, F_SEAL_SHRINK) before passing it (memfd_create needs MFD_ALLOW_SEALING)"
     )]
     Shrinkable,
-    /// The range is not pages of it.
+    /// The range is not a [`PageRange`].
     #[error("offset {offset:#x} and length {len:#x} are not a range of whole pages: {source}")]
     Range {
-        /// Where it starts.
+        /// The first byte of the range.
         offset: u64,
-        /// Its length in bytes.
+        /// The length of the range in bytes.
         len: u64,
-        /// What is wrong.
+        /// The reason.
         source: crate::RangeError,
     },
     /// The file ends before the range.
@@ -93,9 +94,9 @@ pub enum FileError {
         "the file has {size:#x} bytes and the range {range} ends behind it: ftruncate it to its full size first"
     )]
     TooShort {
-        /// The file's size.
+        /// The file's size in bytes.
         size: u64,
-        /// The range asked for.
+        /// The requested range.
         range: PageRange<Offset>,
     },
     /// Another file that is in use has the same numbers.
@@ -109,12 +110,12 @@ pub enum FileError {
         /// `st_ino` of both.
         inode: u64,
     },
-    /// The kernel would not say.
+    /// A query failed.
     #[error("cannot examine the descriptor: {0}")]
     Failed(#[from] Failed),
 }
 
-/// Asks the kernel what `fd` is.
+/// Queries the kernel for the kind and properties of the file behind `fd`.
 pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
     let fd = fd.as_fd();
     let open = rustix::fs::fcntl_getfl(fd).map_err(|e| Failed::new("F_GETFL", e))?;
@@ -123,8 +124,8 @@ pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
         return Err(FileError::Unreadable);
     }
     let (kind, seals) = match rustix::fs::fcntl_get_seals(fd) {
-        Ok(seals) => (sealable(fd)?, seals),
-        Err(Errno::INVAL) => (sealless(fd)?, SealFlags::empty()),
+        Ok(seals) => (kind_with_seals(fd)?, seals),
+        Err(Errno::INVAL) => (kind_without_seals(fd)?, SealFlags::empty()),
         Err(errno) => return Err(Failed::new("F_GET_SEALS", errno).into()),
     };
     let stat = rustix::fs::fstat(fd).map_err(|e| Failed::new("fstat", e))?;
@@ -138,28 +139,28 @@ pub fn identify(fd: impl AsFd) -> Result<Identity, FileError> {
     })
 }
 
-/// The inotify instance by which files are compared; nothing is ever watched for longer than that takes.
-static WATCHES: Mutex<Option<OwnedFd>> = Mutex::new(None);
+/// The inotify instance that compares files. A watch lasts no longer than one comparison.
+static INOTIFY: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
-/// `F_DUPFD_QUERY` (include/uapi/linux/fcntl.h): whether two descriptors are of one open file description. Linux 6.10.
+/// `F_DUPFD_QUERY` (include/uapi/linux/fcntl.h, Linux 6.10): compares the open file descriptions of two descriptors.
 const DUPFD_QUERY: i32 = 1024 + 3;
-/// `KCMP_FILE` (include/uapi/linux/kcmp.h): the same question, where the kernel has kcmp(2) and lets it be asked.
+/// `KCMP_FILE` (include/uapi/linux/kcmp.h): the same comparison, where kcmp(2) is available and permitted.
 const KCMP_FILE: i32 = 0;
 
-/// True where both descriptors are of one file (one inode), whatever its numbers are and however each was opened.
+/// Returns true where both descriptors refer to one inode, whatever its numbers are and however each was opened.
 ///
-/// One open file description is of one file: a client passes the same descriptor for each of its regions, and most often
-/// that is the answer. A guest_memfd cannot be opened a second time, so that another description is another file. Else
-/// inotify is asked, which has one watch for an inode, so that watching it twice gives the same watch descriptor
-/// (inotify(7), "inotify_add_watch"); that needs leave to read the inode. The kernel compares inodes, not numbers.
+/// Descriptors of one open file description refer to one file; that is the usual case, since a client passes the same
+/// descriptor for each of its regions. A guest_memfd cannot be reopened, so another description of one is another file.
+/// Otherwise inotify decides: it has one watch per inode, so adding a watch twice returns the same watch descriptor
+/// (inotify_add_watch(2)). That needs read permission on the inode. All three compare inodes, not their numbers.
 pub fn same_file(a: impl AsFd, b: impl AsFd) -> Result<bool, Failed> {
     let (a, b) = (a.as_fd(), b.as_fd());
-    let described = same_description(a, b);
-    if described == Some(true) {
+    let one_description = same_description(a, b);
+    if one_description == Some(true) {
         return Ok(true);
     }
     match same_inode(a, b) {
-        Err(failed) if failed.errno == Errno::ACCESS && described == Some(false) => {
+        Err(failed) if failed.errno == Errno::ACCESS && one_description == Some(false) => {
             match identify(a).is_ok_and(|file| file.kind == FileKind::GuestMemfd) {
                 true => Ok(false),
                 false => Err(failed),
@@ -169,55 +170,56 @@ pub fn same_file(a: impl AsFd, b: impl AsFd) -> Result<bool, Failed> {
     }
 }
 
-/// Whether both descriptors are of one open file description; none where the kernel does not say.
+/// Returns true where both descriptors refer to one open file description, none where the kernel cannot compare them.
 fn same_description(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Option<bool> {
-    // SAFETY: the call takes two descriptors, which are open for as long as they are borrowed, and no memory.
+    // SAFETY: the call takes two descriptors, which are open while they are borrowed, and no pointer.
     match unsafe { libc::fcntl(a.as_raw_fd(), DUPFD_QUERY, b.as_raw_fd()) } {
         0 => return Some(false),
         1 => return Some(true),
         _ => {}
     }
     let own = rustix::process::getpid().as_raw_nonzero().get();
-    // SAFETY: as above; both descriptors are of this process, which may always look at itself.
+    // SAFETY: as above; both descriptors belong to this process.
     match unsafe { libc::syscall(libc::SYS_kcmp, own, own, KCMP_FILE, a.as_raw_fd(), b.as_raw_fd()) } {
         0 => Some(true),
+        // Less, greater, or different without an order (kcmp(2)).
         1..=3 => Some(false),
         _ => None,
     }
 }
 
-/// Whether both descriptors are of one inode.
+/// Returns true where both descriptors refer to one inode.
 fn same_inode(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Result<bool, Failed> {
     let failed = |call: &'static str| move |errno: Errno| Failed::new(call, errno);
-    let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
-    let inotify = match watches.take() {
+    let mut shared = INOTIFY.lock().unwrap_or_else(PoisonError::into_inner);
+    let inotify = match shared.take() {
         Some(inotify) => inotify,
         None => {
             inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(failed("inotify_init1"))?
         }
     };
-    let inotify = watches.insert(inotify);
+    let inotify = shared.insert(inotify);
     let watch = |fd: BorrowedFd<'_>| {
         let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
         inotify::add_watch(&*inotify, link, WatchFlags::DELETE_SELF).map_err(failed("inotify_add_watch"))
     };
     let first = watch(a)?;
     let second = watch(b);
-    // A watch may have gone by itself; that each is removed is all that counts.
+    // An error means that the kernel has removed the watch already.
     _ = inotify::remove_watch(&*inotify, first);
     if let Ok(second) = second
         && second != first
     {
         _ = inotify::remove_watch(&*inotify, second);
     }
-    // A removed watch leaves an event behind (IN_IGNORED), which nobody needs.
+    // Each removed watch queues an IN_IGNORED event: discard it, so that the queue does not grow.
     let mut events = [0; 512];
     while rustix::io::read(&*inotify, &mut events[..]).is_ok_and(|read| read > 0) {}
     Ok(second? == first)
 }
 
-/// The kind of a file that has seals.
-fn sealable(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
+/// Returns the kind of a file that has seals.
+fn kind_with_seals(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
     match file_system(fd)? {
         (TMPFS, _) => Ok(FileKind::Memfd),
         (HUGETLBFS, page) => Ok(FileKind::Hugetlb(page)),
@@ -225,21 +227,22 @@ fn sealable(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
     }
 }
 
-/// The kind of a file that has none.
-fn sealless(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
+/// Returns the kind of a file that has no seals.
+fn kind_without_seals(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
     let name = name(fd)?;
-    let known = name == ANON_GUEST_MEMFD || (name.starts_with(UNNAMED) && file_system(fd)?.0 == GUEST_MEMFD);
-    if known { Ok(FileKind::GuestMemfd) } else { Err(FileError::Foreign { name }) }
+    let is_guest_memfd = name == ANON_GUEST_MEMFD
+        || (name.starts_with(KERNEL_MOUNT_PREFIX) && file_system(fd)?.0 == GUEST_MEMFD);
+    if is_guest_memfd { Ok(FileKind::GuestMemfd) } else { Err(FileError::Foreign { name }) }
 }
 
-/// Type and block size of the file system.
+/// Returns the file system's magic number and its block size in bytes.
 fn file_system(fd: BorrowedFd<'_>) -> Result<(u64, u64), Failed> {
     let fs = rustix::fs::fstatfs(fd).map_err(|e| Failed::new("fstatfs", e))?;
-    // Both are of another width, and signed or not, on every architecture.
+    // Width and signedness of both fields depend on the architecture.
     Ok((fs.f_type as u64 & 0xffff_ffff, fs.f_bsize as u64))
 }
 
-/// What `/proc/self/fd` shows. Only the kernel's own files have names that are no path.
+/// Returns the link target in `/proc/self/fd`. Only files of the kernel itself have a target that is not a path.
 fn name(fd: BorrowedFd<'_>) -> Result<String, Failed> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     rustix::fs::readlink(link, Vec::new())
@@ -247,8 +250,8 @@ fn name(fd: BorrowedFd<'_>) -> Result<String, Failed> {
         .map_err(|e| Failed::new("readlink(/proc/self/fd)", e))
 }
 
-/// Whether `len` bytes from `offset` of the file may become guest memory, which devices write to where
-/// `writable`. Pure: everything it judges is in `file`.
+/// Checks that `len` bytes of the file from `offset` on may back guest memory, which devices write to if `writable`. Makes
+/// no system call: everything that it needs is in `file`.
 pub fn check(file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(), FileError> {
     let range =
         PageRange::<Offset>::new(offset, len).map_err(|source| FileError::Range { offset, len, source })?;
@@ -261,7 +264,7 @@ pub fn check(file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(
     if writable && file.seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
         return Err(FileError::WriteSealed);
     }
-    // A guest_memfd has no truncate at all.
+    // A guest_memfd cannot be truncated.
     if file.kind != FileKind::GuestMemfd && !file.seals.contains(SealFlags::SHRINK) {
         return Err(FileError::Shrinkable);
     }
@@ -272,14 +275,14 @@ pub fn check(file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(
 mod tests {
     use super::*;
 
-    /// The same file, opened anew.
+    /// Returns another open file description of the same file.
     fn reopened(fd: &OwnedFd) -> OwnedFd {
         let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
         rustix::fs::open(link, OFlags::RDONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap()
     }
 
     #[test]
-    fn one_file_is_itself_however_it_was_opened_and_no_other_is() {
+    fn same_file_compares_inodes_across_reopened_descriptors() {
         use rustix::fs::{MemfdFlags, memfd_create};
         let plain = || memfd_create("same", MemfdFlags::CLOEXEC).unwrap();
         let huge = || memfd_create("same", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB);
@@ -294,33 +297,33 @@ mod tests {
                 assert_eq!(same_file(a, a.try_clone().unwrap()), Ok(true));
                 assert_eq!(same_file(reopened(a), a), Ok(true));
                 assert_eq!(same_file(reopened(b), reopened(a)), Ok(false));
-                // Each way of asking by itself.
+                // Each comparison by itself.
                 let (again, copy) = (reopened(a), a.try_clone().unwrap());
                 for (one, other, description, inode) in
                     [(a, b, false, false), (a, &again, false, true), (a, &copy, true, true)]
                 {
                     assert_eq!(same_inode(one.as_fd(), other.as_fd()), Ok(inode));
-                    let said = same_description(one.as_fd(), other.as_fd());
-                    assert!(said.is_none_or(|said| said == description), "{said:?}");
+                    let answer = same_description(one.as_fd(), other.as_fd());
+                    assert!(answer.is_none_or(|answer| answer == description), "{answer:?}");
                 }
             }
         }
     }
 
     #[test]
-    fn a_guest_memfd_is_itself_and_no_other_is() {
+    fn same_file_compares_guest_memfds() {
         let make = || {
             let vm = kvm_ioctls::Kvm::new().ok()?.create_vm().ok()?;
             crate::guest_memfd::create(&vm, 1 << 20, crate::guest_memfd::Flags::empty()).ok()
         };
-        // Where there is no KVM, or one without guest_memfd, there is nothing to compare.
+        // Without KVM, or with a KVM without guest_memfd, there is nothing to compare.
         let (Some(a), Some(b)) = (make(), make()) else { return };
         let copy = a.as_fd().try_clone_to_owned().unwrap();
         assert_eq!((same_file(&a, &b), same_file(&a, copy)), (Ok(false), Ok(true)));
     }
 
     #[test]
-    fn a_comparison_watches_nothing_afterwards_and_many_threads_do_not_mislead_each_other() {
+    fn same_file_is_right_in_concurrent_threads_and_leaves_no_watch() {
         let files: Vec<OwnedFd> = (0..4)
             .map(|_| rustix::fs::memfd_create("same", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
             .collect();
@@ -335,8 +338,8 @@ mod tests {
                 });
             }
         });
-        let watches = WATCHES.lock().unwrap();
-        let fd = watches.as_ref().unwrap().as_raw_fd();
+        let shared = INOTIFY.lock().unwrap();
+        let fd = shared.as_ref().unwrap().as_raw_fd();
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
         assert!(!info.contains("inotify wd"), "{info}");
     }

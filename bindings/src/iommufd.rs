@@ -1,8 +1,9 @@
-//! iommufd (`<linux/iommufd.h>`): the calls on `/dev/iommu` that the published crates lack or swallow.
+//! iommufd (include/uapi/linux/iommufd.h): the calls on `/dev/iommu` that the published crates lack or implement with
+//! loss of information.
 //!
-//! Every mapping is made from a [`GuestFile`] and an offset, never from a bare address, so that all of this is
-//! safe to call: pages of a file that only devices and volatile copies touch are all that a device can be
-//! given. A file mapped by address stays open until its mapping is confirmed gone (`windows.rs`).
+//! Every mapping is made from a [`GuestFile`] and an offset, never from a bare address. That makes all calls safe: a device
+//! can reach only pages of a file that Rust code accesses by volatile or atomic copies alone. A file that was mapped by
+//! address stays open until the kernel has confirmed its unmap (`address_mappings.rs`).
 
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -15,9 +16,9 @@ use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::vfio_iommu_type1_dma_unmap;
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr, ioctl_with_mut_ref};
 
+use crate::address_mappings::{AddressMappings, check};
 use crate::memory::GuestFile;
 use crate::units::Offset;
-use crate::windows::{Windows, check};
 use crate::{Failed, Iova, PageRange, vfio};
 
 mod options;
@@ -26,25 +27,25 @@ mod table;
 pub use options::RlimitMode;
 pub use table::{DeviceId, HwptId, PageTable};
 
-/// Names an IOAS, the kernel's I/O address space object, within its iommufd.
+/// The id of an IOAS (I/O address space object) within its iommufd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IoasId(pub u32);
 
-/// What IOVAs an IOAS can map (`IOMMU_IOAS_IOVA_RANGES`).
+/// The IOVAs that an IOAS can map (`IOMMU_IOAS_IOVA_RANGES`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IovaRanges {
-    /// The usable ranges, both ends included, in ascending order; they narrow with each device attached.
+    /// The usable ranges, both ends included, in ascending order. Attaching a device may narrow them.
     pub ranges: Vec<RangeInclusive<Iova>>,
-    /// Both ends of a mapping must be multiples of this many bytes.
+    /// The alignment of both ends of a mapping, in bytes.
     pub alignment: u64,
 }
 
-/// An open iommufd: the owner of IOASes, and what devices are bound to.
+/// An open iommufd: it owns IOASes, and devices are bound to it.
 #[derive(Debug)]
 pub struct Iommufd {
     fd: OwnedFd,
-    windows: Windows,
-    /// The IOAS that [`Iommufd::cut`] works on, plus one; 0 while this value has set none.
+    mappings: AddressMappings,
+    /// The id of the IOAS that [`Iommufd::cut`] works on, plus one; 0 until [`Iommufd::set_compat_ioas`] has set one.
     compat: AtomicU32,
 }
 
@@ -56,13 +57,12 @@ impl Iommufd {
             .map_err(|errno| Failed::new("open /dev/iommu", errno))
     }
 
-    /// Takes an iommufd that somebody with the right to open one has passed. A file of another kind answers
-    /// every call with `ENOTTY`.
+    /// Takes an iommufd that another process opened and passed. On a file of another kind every call fails with `ENOTTY`.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd, windows: Windows::default(), compat: AtomicU32::new(0) }
+        Self { fd, mappings: AddressMappings::default(), compat: AtomicU32::new(0) }
     }
 
-    /// A new, empty IOAS (`IOMMU_IOAS_ALLOC`).
+    /// Allocates an empty IOAS (`IOMMU_IOAS_ALLOC`).
     pub fn ioas_alloc(&self) -> Result<IoasId, Failed> {
         let mut arg = uapi::iommu_ioas_alloc { size: size::<uapi::iommu_ioas_alloc>(), ..Default::default() };
         // SAFETY: the call's own structure, without pointers.
@@ -70,18 +70,18 @@ impl Iommufd {
         Ok(IoasId(arg.out_ioas_id))
     }
 
-    /// Destroys an IOAS that no device is attached to, with all its mappings (`IOMMU_DESTROY`).
+    /// Destroys an IOAS, to which no device is attached, with all its mappings (`IOMMU_DESTROY`).
     pub fn ioas_destroy(&self, ioas: IoasId) -> Result<(), Failed> {
-        let mark = self.windows.mark();
+        let mark = self.mappings.mark();
         let mut arg = uapi::iommu_destroy { size: size::<uapi::iommu_destroy>(), id: ioas.0 };
         // SAFETY: the call's own structure, without pointers.
         unsafe { self.call("IOMMU_DESTROY", uapi::IOMMUFD_CMD_DESTROY, &mut arg) }?;
-        self.windows.release_all(ioas.0, mark);
+        self.mappings.remove_all(ioas.0, mark);
         Ok(())
     }
 
-    /// Maps `iova` to the pages of `file` from `offset` on, by their address in this process
-    /// (`IOMMU_IOAS_MAP`). For files that the kernel does not map by themselves: guest_memfd.
+    /// Maps `iova` to the pages of `file` from `offset` on, by their address in this process (`IOMMU_IOAS_MAP`). Needed for
+    /// files that [`Iommufd::map_file`] does not support: guest_memfd.
     pub fn map(
         &self,
         ioas: IoasId,
@@ -101,15 +101,15 @@ impl Iommufd {
             length: iova.len(),
             iova: iova.start().0,
         };
-        // SAFETY: user_va..user_va+length lies in the window of `file`, as `check` has seen, which only volatile
-        // copies and devices touch; `windows` keeps it mapped for as long as the kernel may pin through it.
+        // SAFETY: `check` ensures that user_va..user_va+length lies in this process's mapping of `file`, which only
+        // devices and the copies of `GuestFile` access; `mappings` keeps it mapped while the kernel may pin through it.
         unsafe { self.call(CALL, uapi::IOMMUFD_CMD_IOAS_MAP, &mut arg) }?;
-        self.windows.hold(ioas.0, iova, Arc::clone(file));
+        self.mappings.add(ioas.0, iova, Arc::clone(file));
         Ok(())
     }
 
-    /// Maps `iova` to the pages of `file` from `offset` on, by file (`IOMMU_IOAS_MAP_FILE`, Linux 6.14). The
-    /// kernel takes memfd and hugetlbfs, and keeps the file itself; a guest_memfd is `EINVAL`.
+    /// Maps `iova` to the pages of `file` from `offset` on, by file (`IOMMU_IOAS_MAP_FILE`, Linux 6.14). The kernel
+    /// supports memfd and hugetlbfs and keeps its own reference to the file; `EINVAL` for a guest_memfd.
     pub fn map_file(
         &self,
         ioas: IoasId,
@@ -119,7 +119,7 @@ impl Iommufd {
         writable: bool,
     ) -> Result<(), Failed> {
         const CALL: &str = "IOMMU_IOAS_MAP_FILE";
-        // The kernel itself looks neither at the open mode nor at seals.
+        // The kernel checks neither the open mode nor the seals.
         check(file, offset, iova.len(), writable).map_err(|errno| Failed::new(CALL, errno))?;
         let mut arg = uapi::iommu_ioas_map_file {
             size: size::<uapi::iommu_ioas_map_file>(),
@@ -130,13 +130,13 @@ impl Iommufd {
             length: iova.len(),
             iova: iova.start().0,
         };
-        // SAFETY: the call's own structure, without pointers; the pages are those of a GuestFile, which only
-        // volatile copies and devices touch.
+        // SAFETY: the call's own structure, without pointers; the pages are those of a GuestFile, which only devices and
+        // its own copies access.
         unsafe { self.call(CALL, uapi::IOMMUFD_CMD_IOAS_MAP_FILE, &mut arg) }
     }
 
-    /// Maps at `to` what `from` maps already, without pinning it again (`IOMMU_IOAS_COPY`). `from` may be part
-    /// of a mapping.
+    /// Maps at `to` the pages that `from` maps already, without pinning them again (`IOMMU_IOAS_COPY`). `from` may be a
+    /// part of a mapping.
     pub fn copy(
         &self,
         from: (IoasId, PageRange<Iova>),
@@ -154,15 +154,15 @@ impl Iommufd {
         };
         // SAFETY: the call's own structure, without pointers; the pages were mapped through this interface.
         unsafe { self.call("IOMMU_IOAS_COPY", uapi::IOMMUFD_CMD_IOAS_COPY, &mut arg) }?;
-        self.windows.copy((from.0.0, from.1), (to.0.0, to.1));
+        self.mappings.copy((from.0.0, from.1), (to.0.0, to.1));
         Ok(())
     }
 
-    /// Takes away every mapping in `iova` and returns its bytes (`IOMMU_IOAS_UNMAP`). `ENOENT` both where
-    /// nothing is mapped and where `iova` would cut a mapping. On an error the kernel does not say what it had
-    /// removed before, so the partial count is always 0 and the range is unknown.
+    /// Unmaps every mapping in `iova` and returns the number of bytes (`IOMMU_IOAS_UNMAP`). `ENOENT` both where nothing is
+    /// mapped and where `iova` would cut a mapping. The kernel does not report what it had unmapped before an error: the
+    /// partial count is always 0, and the state of the range is unknown.
     pub fn unmap(&self, ioas: IoasId, iova: PageRange<Iova>) -> Result<u64, Failed<u64>> {
-        let mark = self.windows.mark();
+        let mark = self.mappings.mark();
         let mut arg = uapi::iommu_ioas_unmap {
             size: size::<uapi::iommu_ioas_unmap>(),
             ioas_id: ioas.0,
@@ -172,18 +172,18 @@ impl Iommufd {
         // SAFETY: the call's own structure, without pointers.
         unsafe { self.call("IOMMU_IOAS_UNMAP", uapi::IOMMUFD_CMD_IOAS_UNMAP, &mut arg) }
             .map_err(|failed| Failed { call: failed.call, errno: failed.errno, partial: 0 })?;
-        self.windows.release(ioas.0, iova, mark);
+        self.mappings.remove(ioas.0, iova, mark);
         Ok(arg.length)
     }
 
-    /// Takes away, with the VFIO-compatible call on the iommufd (`VFIO_IOMMU_UNMAP_DMA`), every mapping in
-    /// `iova` of the compatibility IOAS ([`Iommufd::set_compat_ioas`]) and returns its bytes, 0 for none. Unlike
-    /// [`Iommufd::unmap`] it says what it had removed before an error. With [`Iommufd::set_huge_pages`] off it
-    /// *cuts* mappings at both ends of `iova`; otherwise one that sticks out is `ENOENT`.
+    /// Unmaps every mapping in `iova` of the compatibility IOAS ([`Iommufd::set_compat_ioas`]) by the VFIO-compatible call
+    /// on the iommufd (`VFIO_IOMMU_UNMAP_DMA`), and returns the number of bytes, 0 for none. Unlike [`Iommufd::unmap`] it
+    /// reports the bytes that it had unmapped before an error. With [`Iommufd::set_huge_pages`] off it *cuts* mappings at
+    /// both ends of `iova`; otherwise a mapping that extends beyond `iova` is `ENOENT`.
     ///
-    /// The maintainer calls this call legacy: probe it, never depend on it.
+    /// The kernel's maintainer considers this call legacy: callers probe it and have a fallback.
     pub fn cut(&self, iova: PageRange<Iova>) -> Result<u64, Failed<u64>> {
-        let (mark, compat) = (self.windows.mark(), self.compat.load(Ordering::Acquire));
+        let (mark, compat) = (self.mappings.mark(), self.compat.load(Ordering::Acquire));
         let mut arg = vfio_iommu_type1_dma_unmap {
             argsz: size::<vfio_iommu_type1_dma_unmap>(),
             flags: 0,
@@ -191,32 +191,32 @@ impl Iommufd {
             size: iova.len(),
             ..Default::default()
         };
-        // SAFETY: the call's own structure, without pointers; no flag asks for the trailing bitmap.
+        // SAFETY: the call's own structure, without pointers; no flag requests the trailing bitmap.
         if unsafe { ioctl_with_mut_ref(&self.fd, vfio::number::IOMMU_UNMAP_DMA(), &mut arg) } < 0 {
-            // An error before the unmap began leaves the size as it was asked for.
+            // The kernel writes the number of bytes unmapped into `size`, but not where it fails before the unmap begins:
+            // then `size` still has the requested length.
             let partial = if arg.size == iova.len() { 0 } else { arg.size };
             return Err(Failed::last_with("VFIO_IOMMU_UNMAP_DMA", partial));
         }
         if let Some(space) = compat.checked_sub(1) {
-            self.windows.release(space, iova, mark);
+            self.mappings.remove(space, iova, mark);
         }
         Ok(arg.size)
     }
 
-    /// The IOAS that the VFIO-compatible calls work on (`IOMMU_VFIO_IOAS_GET`); `ENODEV` where none is set.
+    /// Returns the IOAS that the VFIO-compatible calls work on (`IOMMU_VFIO_IOAS_GET`); `ENODEV` where none is set.
     pub fn compat_ioas(&self) -> Result<IoasId, Failed> {
         self.vfio_ioas(uapi::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_GET, 0).map(IoasId)
     }
 
-    /// Makes `ioas` the one that the VFIO-compatible calls work on (`IOMMU_VFIO_IOAS_SET`): for whoever holds
-    /// this iommufd.
+    /// Sets the IOAS that the VFIO-compatible calls work on (`IOMMU_VFIO_IOAS_SET`), for all users of this iommufd.
     pub fn set_compat_ioas(&self, ioas: IoasId) -> Result<(), Failed> {
         self.vfio_ioas(uapi::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET, ioas.0)?;
         self.compat.store(ioas.0 + 1, Ordering::Release);
         Ok(())
     }
 
-    /// What IOVAs the IOAS can map now (`IOMMU_IOAS_IOVA_RANGES`).
+    /// Returns the IOVAs that the IOAS can map now (`IOMMU_IOAS_IOVA_RANGES`).
     pub fn iova_ranges(&self, ioas: IoasId) -> Result<IovaRanges, Failed> {
         let mut found = vec![uapi::iommu_iova_range::default(); 16];
         loop {
@@ -227,10 +227,11 @@ impl Iommufd {
                 allowed_iovas: found.as_mut_ptr() as u64,
                 ..Default::default()
             };
-            // SAFETY: the kernel writes at most num_iovas ranges to allowed_iovas; the vector is that long and
-            // outlives the call.
+            // SAFETY: the kernel writes at most num_iovas ranges to allowed_iovas; the vector has that many and outlives
+            // the call.
             match unsafe { self.call("IOMMU_IOAS_IOVA_RANGES", uapi::IOMMUFD_CMD_IOAS_IOVA_RANGES, &mut arg) }
             {
+                // EMSGSIZE reports the number of ranges in num_iovas. The list may have grown since: try again.
                 Err(failed) if failed.errno == Errno::MSGSIZE && arg.num_iovas as usize > found.len() => {
                     found.resize(arg.num_iovas as usize, uapi::iommu_iova_range::default());
                 }
@@ -244,8 +245,8 @@ impl Iommufd {
         }
     }
 
-    /// Keeps `ranges` mappable: a device that would narrow them cannot be attached any more
-    /// (`IOMMU_IOAS_ALLOW_IOVAS`). Replaces the list given before; an empty one lifts it.
+    /// Reserves `ranges` for mappings: attaching a device that would narrow them fails from now on
+    /// (`IOMMU_IOAS_ALLOW_IOVAS`). Replaces the earlier list; an empty list removes the restriction.
     pub fn allow_iovas(&self, ioas: IoasId, ranges: &[PageRange<Iova>]) -> Result<(), Failed> {
         const CALL: &str = "IOMMU_IOAS_ALLOW_IOVAS";
         let list: Vec<_> = ranges
@@ -259,13 +260,12 @@ impl Iommufd {
             allowed_iovas: list.as_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the kernel reads num_iovas ranges from allowed_iovas; the vector is that long and outlives
-        // the call.
+        // SAFETY: the kernel reads num_iovas ranges from allowed_iovas; the vector has that many and outlives the call.
         unsafe { self.call(CALL, uapi::IOMMUFD_CMD_IOAS_ALLOW_IOVAS, &mut arg) }
     }
 
-    /// Moves the accounting of every pinned page to this process (`IOMMU_IOAS_CHANGE_PROCESS`, Linux 6.14).
-    /// `EINVAL` if any mapping of the iommufd was made by address.
+    /// Moves the locked-memory accounting of all pinned pages to this process (`IOMMU_IOAS_CHANGE_PROCESS`, Linux 6.14).
+    /// `EINVAL` where a mapping of the iommufd was made by address.
     pub fn change_process(&self) -> Result<(), Failed> {
         let mut arg = uapi::iommu_ioas_change_process {
             size: size::<uapi::iommu_ioas_change_process>(),
@@ -279,7 +279,7 @@ impl Iommufd {
         let mut arg = uapi::iommu_vfio_ioas {
             size: size::<uapi::iommu_vfio_ioas>(),
             ioas_id: id,
-            op: op as u16, // the kernel's enum, 0 to 2
+            op: op as u16, // enum iommufd_vfio_ioas_op, 0 to 2
             __reserved: 0,
         };
         // SAFETY: the call's own structure, without pointers.
@@ -287,11 +287,13 @@ impl Iommufd {
         Ok(arg.ioas_id)
     }
 
+    /// Makes the call `command`.
+    ///
     /// # Safety
-    /// `arg` is the structure of the call `command`, its size field holds its size, and each pointer in it is
-    /// good for what the call does with it.
+    /// `arg` must be the structure of `command`, with its size in its size field, and each pointer in it must be valid for
+    /// the accesses of the call.
     unsafe fn call<T>(&self, name: &'static str, command: u32, arg: &mut T) -> Result<(), Failed> {
-        // SAFETY: the caller's promise; a file that is no iommufd does not know the number (`ENOTTY`).
+        // SAFETY: ensured by the caller; a file that is not an iommufd does not support the number (`ENOTTY`).
         match unsafe { ioctl_with_mut_ref(&self.fd, number(command), arg) } {
             0.. => Ok(()),
             _ => Err(Failed::last(name)),
@@ -305,13 +307,13 @@ impl AsFd for Iommufd {
     }
 }
 
-/// `_IO(IOMMUFD_TYPE, command)`: iommufd puts the size into the structure, not into the number.
+/// Returns `_IO(IOMMUFD_TYPE, command)`: in iommufd the structure carries its size, not the ioctl number.
 fn number(command: u32) -> std::ffi::c_ulong {
     ioctl_expr(_IOC_NONE, u32::from(uapi::IOMMUFD_TYPE), command, 0)
 }
 
 fn size<T>() -> u32 {
-    size_of::<T>() as u32 // a structure of some dozen bytes
+    size_of::<T>() as u32 // less than 100 bytes
 }
 
 fn map_flags(writable: bool) -> u32 {
@@ -327,7 +329,7 @@ mod tests {
     use crate::units::PAGE;
 
     #[test]
-    fn the_numbers_are_those_of_the_header() {
+    fn ioctl_numbers_match_the_header() {
         assert_eq!(number(uapi::IOMMUFD_CMD_DESTROY), 0x3b80);
         assert_eq!(number(uapi::IOMMUFD_CMD_IOAS_MAP), 0x3b85);
         assert_eq!(number(uapi::IOMMUFD_CMD_IOAS_UNMAP), 0x3b86);
@@ -336,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_kind_knows_no_call() {
+    fn calls_on_another_file_fail_with_enotty() {
         let memfd = GuestFile::memfd("not-iommu", PAGE).unwrap();
         let iommufd = Iommufd::from_fd(memfd.as_fd().try_clone_to_owned().unwrap());
         assert_eq!(iommufd.ioas_alloc(), Err(Failed::new("IOMMU_IOAS_ALLOC", Errno::NOTTY)));
@@ -348,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_beyond_the_file_is_ever_offered_to_the_kernel() {
+    fn map_beyond_the_file_fails_before_the_kernel_call() {
         let file = Arc::new(GuestFile::memfd("two", 2 * PAGE).unwrap());
         let iommufd = Iommufd::from_fd(file.as_fd().try_clone_to_owned().unwrap());
         let range = PageRange::new(0, 2 * PAGE).unwrap();
@@ -357,7 +359,7 @@ mod tests {
         let failed = iommufd.map_file(IoasId(1), range, &file, Offset(u64::MAX), false).unwrap_err();
         assert_eq!(failed, Failed::new("IOMMU_IOAS_MAP_FILE", Errno::INVAL));
         let failed = iommufd.map(IoasId(1), range, &file, Offset(0), true).unwrap_err();
-        assert_eq!(failed.errno, Errno::NOTTY, "this one reaches the kernel");
-        assert_eq!(Arc::strong_count(&file), 1, "a mapping that failed holds nothing");
+        assert_eq!(failed.errno, Errno::NOTTY, "this call reaches the kernel");
+        assert_eq!(Arc::strong_count(&file), 1, "a failed map keeps no file open");
     }
 }

@@ -1,8 +1,7 @@
-//! A VM of our own: its type, and the files behind its memory.
+//! KVM virtual machines: their types, and their memory slots.
 //!
-//! `kvm-ioctls` leaves one thing to its callers that no caller can keep by care alone: KVM goes on using the
-//! user-space address of a memory slot for as long as any descriptor of the VM lives, which no lifetime in Rust can
-//! follow. So [`attach`] takes memory that stays for good.
+//! KVM uses the user-space address of a memory slot as long as any descriptor of the VM is open, which no Rust lifetime can
+//! express and `kvm-ioctls` leaves to its caller. So [`attach`] takes memory that is never unmapped.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -17,17 +16,17 @@ use crate::guest_memfd::Unavailable;
 use crate::memory::GuestFile;
 use crate::{Failed, Gpa, PageRange};
 
-/// The types of VM that need no confidential hardware.
+/// The VM types that need no confidential-computing hardware (include/uapi/asm/kvm.h on x86).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmType {
-    /// `KVM_X86_DEFAULT_VM`: every page is shared, and leaves by being punched out of its file.
+    /// `KVM_X86_DEFAULT_VM`: every page is shared; a page is taken away by punching it out of its file.
     Default,
-    /// `KVM_X86_SW_PROTECTED_VM`: pages are shared or private by attribute, each from a file of its own.
+    /// `KVM_X86_SW_PROTECTED_VM`: an attribute makes a page shared or private; each state has a file of its own.
     SwProtected,
 }
 
 impl VmType {
-    /// The kernel's number for it.
+    /// Returns its number in the kernel's header.
     fn raw(self) -> u32 {
         match self {
             Self::Default => KVM_X86_DEFAULT_VM,
@@ -35,7 +34,7 @@ impl VmType {
         }
     }
 
-    /// Its name in the kernel's header, less the prefix.
+    /// Returns its name: the one in the kernel's header, without the prefix.
     pub fn word(self) -> &'static str {
         match self {
             Self::Default => "default",
@@ -43,35 +42,35 @@ impl VmType {
         }
     }
 
-    /// Whether this kernel makes VMs of this type (`KVM_CAP_VM_TYPES`).
-    pub fn is_offered(self) -> Result<bool, Unavailable> {
+    /// Returns true where the kernel supports this type (`KVM_CAP_VM_TYPES`).
+    pub fn is_supported(self) -> Result<bool, Unavailable> {
         let types = open()?.check_extension_raw(KVM_CAP_VM_TYPES.into());
-        // Before the capability there was one type, and a call that fails knows of no other.
+        // A kernel without the capability has the default type (bit 0) only.
         let types = u64::try_from(types).ok().filter(|types| *types != 0).unwrap_or(1);
         Ok(types >> self.raw() & 1 == 1)
     }
 
-    /// A VM of this type, without memory or processors.
+    /// Creates a VM of this type, without memory or vCPUs.
     pub fn create(self) -> Result<VmFd, Unavailable> {
         let vm = open()?.create_vm_with_type(self.raw().into());
         vm.map_err(|e| failed("KVM_CREATE_VM", e).into())
     }
 }
 
-/// Puts memory into a VM as one slot (`KVM_SET_USER_MEMORY_REGION2`): `window` from its start on is what the host
-/// sees, `private` the guest_memfd that the guest's own pages come from. Where one guest_memfd is both, give it
-/// twice. The window is borrowed for good, because the VM uses its address for as long as it lives. `EINVAL` where
-/// a file is shorter than the slot.
+/// Adds memory to a VM as one slot (`KVM_SET_USER_MEMORY_REGION2`): `shared`, from its start on, backs the shared pages,
+/// and `private` is the guest_memfd that backs the private ones. A guest_memfd that backs both is passed twice. `shared`
+/// is borrowed for `'static`, because the VM uses its address while any descriptor of the VM is open. `EINVAL` where a
+/// file is shorter than the slot or `shared` is not writable.
 pub fn attach(
     vm: &VmFd,
     slot: u32,
     gpa: PageRange<Gpa>,
-    window: &'static GuestFile,
+    shared: &'static GuestFile,
     private: Option<&GuestFile>,
 ) -> Result<(), Failed> {
     const CALL: &str = "KVM_SET_USER_MEMORY_REGION2";
     let short = |file: &GuestFile| file.size() < gpa.len();
-    if short(window) || private.is_some_and(short) || !window.writable() {
+    if short(shared) || private.is_some_and(short) || !shared.writable() {
         return Err(Failed::new(CALL, Errno::INVAL));
     }
     let fd = private.map(|file| file.as_fd().as_raw_fd());
@@ -80,13 +79,13 @@ pub fn attach(
         flags: if fd.is_some() { KVM_MEM_GUEST_MEMFD } else { 0 },
         guest_phys_addr: gpa.start().0,
         memory_size: gpa.len(),
-        userspace_addr: window.address(0)?,
+        userspace_addr: shared.address(0)?,
         guest_memfd: fd.and_then(|fd| u32::try_from(fd).ok()).unwrap_or(0),
         ..Default::default()
     };
-    // SAFETY: `userspace_addr` and the `memory_size` bytes behind it are the window of a `&'static GuestFile`: mapped
-    // writable, as long as the slot (both just checked), and never unmapped, so that they outlive the VM whoever
-    // keeps it. What the guest writes there races with nothing that Rust relies on (see `GuestFile`).
+    // SAFETY: the `memory_size` bytes at `userspace_addr` are this process's mapping of a `&'static GuestFile`: writable
+    // and at least as long as the slot (both checked above), and never unmapped, so that they outlive every descriptor of
+    // the VM. Writes by the guest race only with the volatile and atomic accesses of `GuestFile`.
     unsafe { vm.set_user_memory_region2(region) }.map_err(|e| failed(CALL, e))
 }
 

@@ -1,10 +1,11 @@
-//! The kernel interfaces that passgate needs and the published crates lack or swallow.
+//! The kernel interfaces that passgate needs and that the published crates lack or implement with loss of information.
 //!
-//! This is the only crate of passgate with `unsafe` in it; each block names the invariant it rests on and who
-//! keeps it. Structures come from `iommufd-bindings`, `vfio-bindings` and `kvm-bindings`; here are the calls.
-//! Every call answers with a `Result` that keeps the errno *and* what the kernel wrote back before it failed
-//! ([`Failed`]): half a success is the one thing that a gate may never lose.
+//! This is the only crate of passgate that contains `unsafe`; each block states its invariant and what ensures it.
+//! Structures come from `iommufd-bindings`, `vfio-bindings` and `kvm-bindings`; this crate makes the calls. Every call
+//! returns the errno *and* the output that the kernel wrote before it failed ([`Failed`]), because the gate must know
+//! about a partial success.
 
+mod address_mappings;
 pub mod errno;
 pub mod guest_memfd;
 pub mod handed;
@@ -16,7 +17,6 @@ pub mod segment;
 pub mod units;
 pub mod uring;
 pub mod vfio;
-mod windows;
 pub mod words;
 
 pub use errno::Failed;

@@ -1,8 +1,8 @@
-//! Guest memory of this process: a file that backs it, and the window through which the CPU sees it.
+//! Files that back guest memory, and this process's mappings of them.
 //!
-//! [`GuestFile`] is what a domain maps for a device: file, kind, identity, and (for the kernels and back-ends
-//! that pin by address) a window of this process's address space over it. The daemon never touches the bytes;
-//! owners (VMM, demo, tests) read and write them through [`GuestFile::read`] and [`GuestFile::write`].
+//! A domain maps a [`GuestFile`] for a device. For kernels and backends that pin by address, the file is also mapped into
+//! this process. The daemon never accesses the contents; owners (VMM, demo, tests) read and write them by
+//! [`GuestFile::read`] and [`GuestFile::write`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -13,54 +13,54 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::Failed;
 
-/// What kind of file backs guest memory (`fstatfs`).
+/// The kind of a file that backs guest memory (fstatfs(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
-    /// tmpfs, as `memfd_create` makes it.
+    /// A memfd, or another file on tmpfs.
     Memfd,
-    /// hugetlbfs, with its page size in bytes.
+    /// A file on hugetlbfs, with its page size in bytes.
     Hugetlb(u64),
-    /// KVM's guest_memfd.
+    /// A guest_memfd of KVM.
     GuestMemfd,
 }
 
-/// A file that backs guest memory, and this process's window over the whole of it.
+/// A file that backs guest memory, and this process's mapping of the whole file, made when it is first needed.
 #[derive(Debug)]
 pub struct GuestFile {
     fd: OwnedFd,
     kind: FileKind,
     len: u64,
     writable: bool,
-    window: OnceLock<Window>,
+    mapping: OnceLock<Mapping>,
 }
 
 #[derive(Debug)]
-struct Window {
+struct Mapping {
     base: *mut u8,
     len: usize,
 }
 
-// SAFETY: the window is plain shared memory; every access goes through `GuestFile`, which bounds it and copies
-// byte by byte without forming references, so that no thread relies on what another (or a device) writes.
-unsafe impl Send for Window {}
+// SAFETY: the mapping is plain shared memory. Every access goes through `GuestFile`, which checks its bounds and makes
+// volatile or atomic accesses only, so that concurrent writes by other threads or by a device are no data race.
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for Window {}
+unsafe impl Sync for Mapping {}
 
-impl Drop for Window {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: base and len are those of our own mmap, unmapped only here; no pointer into it outlives the
-        // GuestFile, whose methods hand out none but the address that a domain pins (`address`).
+        // SAFETY: base and len are those of our own mmap, unmapped only here. No pointer into it outlives the GuestFile,
+        // whose methods return none but the address that a domain pins (`address`).
         let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.len) };
     }
 }
 
 impl GuestFile {
-    /// Takes `fd`, `len` bytes long, of a kind that the caller has checked.
+    /// Takes the file `fd` of `len` bytes. The caller has checked its kind.
     pub fn new(fd: OwnedFd, kind: FileKind, len: u64, writable: bool) -> Self {
-        Self { fd, kind, len, writable, window: OnceLock::new() }
+        Self { fd, kind, len, writable, mapping: OnceLock::new() }
     }
 
-    /// A new memfd of `len` bytes, sealed against shrinking.
+    /// Creates a memfd of `len` bytes, sealed against shrinking.
     pub fn memfd(name: &str, len: u64) -> Result<Self, Failed> {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|e| Failed::new("memfd_create", e))?;
@@ -69,10 +69,12 @@ impl GuestFile {
         Ok(Self::new(fd, FileKind::Memfd, len, true))
     }
 
-    /// A new memfd of `len` bytes on hugetlbfs, of pages of `page` bytes (2 MiB or 1 GiB; the kernel calls other
-    /// sizes `EINVAL`, and those it does not offer `ENODEV`), sealed against shrinking. `len` is a multiple of
-    /// `page`. The pages are reserved by the window, at the first call that needs it: `ENOMEM` then where
-    /// /proc/sys/vm/nr_hugepages (or hugepages-1048576kB/nr_hugepages in /sys/kernel/mm/hugepages) has too few.
+    /// Creates a memfd of `len` bytes on hugetlbfs, sealed against shrinking. `page` is the page size in bytes: 2 MiB or
+    /// 1 GiB, `EINVAL` otherwise, `ENODEV` where the kernel does not support it. `len` is a multiple of `page`.
+    ///
+    /// The pages are reserved when the file is first mapped into this process, by the first call that needs that: it
+    /// returns `ENOMEM` where /proc/sys/vm/nr_hugepages (or hugepages-1048576kB/nr_hugepages in
+    /// /sys/kernel/mm/hugepages) is too low.
     pub fn memfd_huge(name: &str, len: u64, page: u64) -> Result<Self, Failed> {
         const CALL: &str = "memfd_create(MFD_HUGETLB)";
         let size = match page {
@@ -90,49 +92,49 @@ impl GuestFile {
         Ok(Self::new(fd, FileKind::Hugetlb(page), len, true))
     }
 
-    /// What the file is.
+    /// Returns the kind of the file.
     pub fn kind(&self) -> FileKind {
         self.kind
     }
 
-    /// Bytes of the file that are guest memory.
+    /// Returns the size of the file in bytes, all of which may be guest memory.
     pub fn size(&self) -> u64 {
         self.len
     }
 
-    /// Whether a device may write to it.
+    /// Returns true where devices may write to the file.
     pub fn writable(&self) -> bool {
         self.writable
     }
 
-    /// The user-space address of `offset`, for a domain that pins by address. The window lives as long as this
-    /// value. `EINVAL` beyond the file, the errno of `mmap` where the file cannot be mapped.
+    /// Returns the address of `offset` in this process, for a domain that pins by address. Valid as long as this value.
+    /// `EINVAL` beyond the file, the errno of mmap(2) where the file cannot be mapped.
     pub fn address(&self, offset: u64) -> Result<u64, Failed> {
         if offset >= self.len {
             return Err(Failed::new("address", Errno::INVAL));
         }
-        Ok(self.window()?.base as u64 + offset)
+        Ok(self.mapping()?.base as u64 + offset)
     }
 
-    /// Copies `bytes.len()` bytes from `offset` into `bytes`. The file must be touchable there: a private page
-    /// of a guest_memfd, or a truncated file, is SIGBUS.
+    /// Copies `bytes.len()` bytes from `offset` into `bytes`. `EINVAL` beyond the file. An access to a private page of a
+    /// guest_memfd, or to a part that was truncated, raises SIGBUS.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Failed> {
         let from = self.span(offset, bytes.len())?;
         for (i, byte) in bytes.iter_mut().enumerate() {
-            // SAFETY: `span` has checked offset + len against the window, which lives as long as self.
+            // SAFETY: `span` has checked that offset + len lies in the mapping, which lives as long as self.
             *byte = unsafe { from.add(i).read_volatile() };
         }
         Ok(())
     }
 
-    /// Copies `bytes` to `offset`. As [`GuestFile::read`]; `EACCES` on a read-only file.
+    /// Copies `bytes` to `offset`. Errors as in [`GuestFile::read`], and `EACCES` for a read-only file.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Failed> {
         if !self.writable {
             return Err(Failed::new("write", Errno::ACCESS));
         }
         let to = self.span(offset, bytes.len())?;
         for (i, byte) in bytes.iter().enumerate() {
-            // SAFETY: as in `read`; the window was mapped PROT_WRITE because the file is writable.
+            // SAFETY: as in `read`; the mapping has PROT_WRITE because the file is writable.
             unsafe { to.add(i).write_volatile(*byte) };
         }
         Ok(())
@@ -141,8 +143,8 @@ impl GuestFile {
     /// Reads the naturally aligned `u64` at `offset` in one access.
     pub fn load(&self, offset: u64) -> Result<u64, Failed> {
         let at = self.word(offset)?;
-        // SAFETY: bounds and alignment checked by `word`; shared memory is only ever accessed atomically or
-        // byte-wise volatile through this type.
+        // SAFETY: `word` has checked bounds and alignment; this type accesses the memory only atomically or by volatile
+        // bytes.
         Ok(unsafe { &*at }.load(std::sync::atomic::Ordering::Acquire))
     }
 
@@ -152,16 +154,16 @@ impl GuestFile {
             return Err(Failed::new("store", Errno::ACCESS));
         }
         let at = self.word(offset)?;
-        // SAFETY: as in `load`; writable.
+        // SAFETY: as in `load`; the mapping has PROT_WRITE because the file is writable.
         unsafe { &*at }.store(value, std::sync::atomic::Ordering::Release);
         Ok(())
     }
 
-    /// Gives the pages of `offset..offset+len` back to the file system; the next touch finds zeroes.
-    /// `fallocate(2)` with PUNCH_HOLE and KEEP_SIZE. It succeeds whatever pins exist.
+    /// Frees the pages of `offset..offset+len` by fallocate(2) with PUNCH_HOLE and KEEP_SIZE; later accesses find zeroes.
+    /// Succeeds even while the pages are pinned.
     ///
-    /// `EINVAL` for a part of a page of hugetlbfs, and the kernel is not asked: it frees whole pages only, writes
-    /// zeroes into the rest, which keeps its memory, and returns 0 (`hugetlbfs_punch_hole` in fs/hugetlbfs/inode.c).
+    /// `EINVAL`, without a system call, for a part of a hugetlbfs page: the kernel frees whole pages only. It would write
+    /// zeroes to the rest without freeing it, and return 0 (`hugetlbfs_punch_hole` in fs/hugetlbfs/inode.c).
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), Failed> {
         if let FileKind::Hugetlb(page) = self.kind
             && !(offset.is_multiple_of(page) && len.is_multiple_of(page))
@@ -174,6 +176,7 @@ impl GuestFile {
             .map_err(|e| Failed::new("fallocate(PUNCH_HOLE)", e))
     }
 
+    /// Returns a pointer to the aligned `u64` at `offset`; `EINVAL` where it is not aligned or beyond the file.
     fn word(&self, offset: u64) -> Result<*const std::sync::atomic::AtomicU64, Failed> {
         if !offset.is_multiple_of(8) {
             return Err(Failed::new("word", Errno::INVAL));
@@ -181,19 +184,20 @@ impl GuestFile {
         Ok(self.span(offset, 8)?.cast_const().cast())
     }
 
+    /// Returns a pointer to the `len` bytes at `offset`; `EINVAL` beyond the file.
     fn span(&self, offset: u64, len: usize) -> Result<*mut u8, Failed> {
         match offset.checked_add(len as u64) {
-            // SAFETY: offset + len lies within the window, as just checked.
-            Some(end) if end <= self.len => Ok(unsafe { self.window()?.base.add(offset as usize) }),
+            // SAFETY: offset + len lies within the mapping, as just checked.
+            Some(end) if end <= self.len => Ok(unsafe { self.mapping()?.base.add(offset as usize) }),
             _ => Err(Failed::new("span", Errno::INVAL)),
         }
     }
 
-    /// The window, made at the first call that succeeds. A failure is not kept: memory that is short now may be there
-    /// for the next call.
-    fn window(&self) -> Result<&Window, Failed> {
-        if let Some(window) = self.window.get() {
-            return Ok(window);
+    /// Returns this process's mapping of the file, which the first successful call makes. A failure is not stored: the next
+    /// call may find enough memory.
+    fn mapping(&self) -> Result<&Mapping, Failed> {
+        if let Some(mapping) = self.mapping.get() {
+            return Ok(mapping);
         }
         let prot = if self.writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let len = usize::try_from(self.len).map_err(|_| Failed::new("mmap", Errno::INVAL))?;
@@ -201,9 +205,9 @@ impl GuestFile {
         let base =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &self.fd, 0) }
                 .map_err(|errno| Failed::new("mmap", errno))?;
-        let made = Window { base: base.cast(), len };
-        // Where another thread was faster, its window stays, and this one is dropped with the closure.
-        Ok(self.window.get_or_init(move || made))
+        let made = Mapping { base: base.cast(), len };
+        // If another thread was faster, its mapping stays, and this one is dropped (and unmapped) with the closure.
+        Ok(self.mapping.get_or_init(move || made))
     }
 }
 
@@ -220,9 +224,9 @@ mod tests {
     const HUGE: u64 = 2 << 20;
 
     #[test]
-    fn a_part_of_a_huge_page_is_not_punched() {
+    fn punch_of_a_partial_huge_page_is_refused() {
         let file = match GuestFile::memfd_huge("huge", 2 * HUGE, HUGE) {
-            // This kernel has no hugetlbfs: there is nothing to punch.
+            // The kernel has no hugetlbfs.
             Err(failed) if matches!(failed.errno, Errno::NODEV | Errno::NOSYS) => return,
             file => file.unwrap(),
         };
@@ -236,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_memfd_is_made_of_whole_pages_of_a_size_that_there_is() {
+    fn memfd_huge_refuses_partial_pages_and_unknown_page_sizes() {
         for (len, page) in [(0, HUGE), (HUGE + 4096, HUGE), (HUGE, 4096), (1 << 30, 16 << 20)] {
             let failed = GuestFile::memfd_huge("huge", len, page).unwrap_err();
             assert_eq!(failed, Failed::new("memfd_create(MFD_HUGETLB)", Errno::INVAL));

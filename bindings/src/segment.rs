@@ -1,8 +1,8 @@
-//! A file that is written through memory: what was appended outlives the process, whatever ends it.
+//! A file that is appended to through a shared mapping, so that appended data survives the death of the process.
 //!
-//! The file is allocated whole and mapped shared. An append is a copy into the page cache, without a system call;
-//! kill -9 takes nothing back. What was not written yet reads as NUL bytes. A crash of the machine is another matter:
-//! the file system writes back when it likes.
+//! The file is fully allocated and mapped shared. An append copies into the page cache without a system call, so that not
+//! even SIGKILL loses it. The part that is not written yet reads as NUL bytes. After a crash of the machine the file has
+//! only what the file system had written back.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::Failed;
 
 /// A file of fixed length, filled from its start on.
 ///
-/// The caller keeps others from shortening the file while it is open: a write to what is cut off is SIGBUS.
+/// The caller must ensure that nothing truncates the file while it is open: a write to the truncated part raises SIGBUS.
 #[derive(Debug)]
 pub struct Segment {
     base: *mut u8,
@@ -25,12 +25,12 @@ pub struct Segment {
     file: OwnedFd,
 }
 
-// SAFETY: the mapping belongs to this value alone, and writing takes `&mut self`.
+// SAFETY: this value alone owns the mapping, and writing takes `&mut self`.
 unsafe impl Send for Segment {}
 
 impl Segment {
-    /// Makes the file (mode 0600; `EEXIST` where there is one), gives it `len` bytes of disk (`ENOSPC` where there are
-    /// none left, `EOPNOTSUPP` where the file system cannot), and maps it. Where that fails nothing is left of it.
+    /// Creates the file with mode 0600 (`EEXIST` where it exists), allocates `len` bytes on disk (`ENOSPC`, or `EOPNOTSUPP`
+    /// where the file system does not support that), and maps it. On an error the file is removed again.
     pub fn create(path: &Path, len: u64) -> Result<Self, Failed> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
@@ -51,29 +51,30 @@ impl Segment {
         Ok(Self { base: base.cast(), len, used: 0, file })
     }
 
-    /// Bytes written so far.
+    /// Returns the number of bytes appended so far.
     pub fn used(&self) -> u64 {
         self.used as u64
     }
 
-    /// Bytes that can still be appended.
+    /// Returns the number of bytes that can still be appended.
     pub fn room(&self) -> u64 {
         (self.len - self.used) as u64
     }
 
-    /// Appends `bytes`, or nothing of them where there is no room; whether it did. Who dies in the middle leaves
-    /// nothing that a reader sees: the first byte is written last, and it reads as NUL before.
+    /// Appends all of `bytes` and returns true, or appends nothing and returns false where there is no room. The first byte
+    /// is written last and reads as NUL before, so that a reader never sees an append that the death of this process
+    /// interrupted.
     pub fn append(&mut self, bytes: &[u8]) -> bool {
         let Some((first, rest)) = bytes.split_first() else { return true };
         if bytes.len() > self.len - self.used {
             return false;
         }
-        // SAFETY: `used + bytes.len() <= len`, as just checked, within our own mapping, which `bytes` cannot overlap:
-        // no reference into it is ever handed out. That the file is not shortened is the caller's promise.
+        // SAFETY: `used + bytes.len() <= len`, as just checked, within our own mapping, which `bytes` cannot overlap: no
+        // reference into it is ever returned. The caller ensures that the file is not truncated.
         unsafe {
             let at = self.base.add(self.used);
             std::ptr::copy_nonoverlapping(rest.as_ptr(), at.add(1), rest.len());
-            // Only the order as this thread's own instructions have it matters: a process that dies keeps it.
+            // A compiler fence is enough: a process that dies leaves the stores of a thread in program order.
             compiler_fence(Ordering::Release);
             at.write_volatile(*first);
         }
@@ -86,7 +87,7 @@ impl Drop for Segment {
     fn drop(&mut self) {
         // SAFETY: base and len are those of our own mmap, unmapped only here.
         let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.len) };
-        // What was never written is given back. It is no loss where that fails: a reader stops at the first NUL.
+        // Frees the unused part. An error does no harm: a reader stops at the first NUL.
         let _ = rustix::fs::ftruncate(&self.file, self.used as u64);
     }
 }
@@ -96,12 +97,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn holds_what_was_appended_and_no_more() {
+    fn appended_bytes_are_in_the_file_before_and_after_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("segment");
         let mut segment = Segment::create(&path, 4096).unwrap();
         assert!(segment.append(b"one\n") && segment.append(b"two\n"));
-        // As a process that was killed leaves it: whole, with NULs behind.
+        // The same as a killed process leaves: the whole length, with NUL bytes after the data.
         let seen = std::fs::read(&path).unwrap();
         assert_eq!((&seen[..8], seen.len()), (&b"one\ntwo\n"[..], 4096));
         assert!(seen[8..].iter().all(|byte| *byte == 0));
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_no_file_that_is_there_and_leaves_none_that_fails() {
+    fn create_refuses_an_existing_file_and_removes_one_that_fails() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("segment");
         std::fs::write(&path, b"old").unwrap();

@@ -1,23 +1,24 @@
-//! The units that every layer speaks: addresses that cannot be mixed up, and page ranges checked once.
+//! The units of every layer: address types that cannot be confused, and page ranges that are checked once.
 //!
-//! A [`PageRange`] is half-open, not empty, page-aligned and below [`LIMIT`]: whoever holds one need not check
-//! again. It is made at the border ([`PageRange::new`]) and only cut, never stretched, after that.
+//! A [`PageRange`] is half-open, not empty, page-aligned and ends at or below [`LIMIT`]. Numbers from outside are checked
+//! in [`PageRange::new`]; all other operations only shrink or shift a range, so that no later check is needed.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Bytes in a page: the granularity of guest_memfd and of every conversion.
+/// The size of a page in bytes: the granularity of guest_memfd and of every conversion.
 pub const PAGE: u64 = 4096;
 
-/// No address or offset reaches this (2^62): sums of two never overflow, and offsets fit the kernel's `loff_t`.
+/// The upper bound of addresses and offsets in bytes (2^62): the sum of two never overflows, and offsets fit the kernel's
+/// `loff_t`.
 pub const LIMIT: u64 = 1 << 62;
 
-/// An address or offset that a [`PageRange`] can be made of.
+/// An address or offset: the unit of a [`PageRange`].
 pub trait Address: Copy + Ord + fmt::LowerHex {
-    /// The address with this number of bytes from zero.
+    /// Returns the address that is `raw` bytes from zero.
     fn from_raw(raw: u64) -> Self;
-    /// Bytes from zero.
+    /// Returns the number of bytes from zero.
     fn raw(self) -> u64;
 }
 
@@ -60,7 +61,7 @@ address! {
     Gpa
 }
 address! {
-    /// An I/O virtual address: what a device puts on the bus, in bytes.
+    /// An I/O virtual address, in bytes: the address in a device's DMA requests.
     Iova
 }
 address! {
@@ -68,13 +69,13 @@ address! {
     Offset
 }
 
-/// Why two numbers are not a page range.
+/// The reason why two numbers are not a page range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
-    /// The range has no byte.
+    /// The length is 0.
     #[error("the range at {start:#x} is empty: give a length of at least {PAGE} bytes")]
     Empty {
-        /// Where it starts.
+        /// Its first address in bytes.
         start: u64,
     },
     /// Start or length is not a multiple of [`PAGE`].
@@ -82,22 +83,22 @@ pub enum RangeError {
         "the range {start:#x}+{len:#x} is not page-aligned: start and length must be multiples of {PAGE}"
     )]
     Unaligned {
-        /// Where it starts.
+        /// Its first address in bytes.
         start: u64,
         /// Its length in bytes.
         len: u64,
     },
-    /// The end lies beyond [`LIMIT`] or overflows.
+    /// The end lies above [`LIMIT`], or overflows.
     #[error("the range {start:#x}+{len:#x} reaches beyond {LIMIT:#x}")]
     TooHigh {
-        /// Where it starts.
+        /// Its first address in bytes.
         start: u64,
         /// Its length in bytes.
         len: u64,
     },
 }
 
-/// A half-open, page-aligned range that holds at least one page and ends below [`LIMIT`].
+/// A half-open, page-aligned range of at least one page that ends at or below [`LIMIT`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageRange<A> {
     start: A,
@@ -105,7 +106,7 @@ pub struct PageRange<A> {
 }
 
 impl<A: Address> PageRange<A> {
-    /// The range of `len` bytes from `start`, checked. This is the border: nothing behind it checks again.
+    /// Returns the range of `len` bytes from `start`. Numbers from outside are checked here and nowhere else.
     pub fn new(start: u64, len: u64) -> Result<Self, RangeError> {
         if len == 0 {
             return Err(RangeError::Empty { start });
@@ -119,54 +120,55 @@ impl<A: Address> PageRange<A> {
         }
     }
 
-    /// The range from `start` to `end`, or none where it would be empty. Both are page-aligned by the caller.
+    /// Returns the range from `start` to `end`, or none where it would be empty. The caller ensures that both are
+    /// page-aligned and at most [`LIMIT`].
     pub fn between(start: A, end: A) -> Option<Self> {
         debug_assert!(start.raw().is_multiple_of(PAGE) && end.raw().is_multiple_of(PAGE));
         (start < end).then_some(Self { start, end })
     }
 
-    /// The first byte.
+    /// Returns the address of the first byte.
     pub fn start(self) -> A {
         self.start
     }
 
-    /// The byte after the last.
+    /// Returns the address after the last byte.
     pub fn end(self) -> A {
         self.end
     }
 
-    /// Length in bytes; never 0.
+    /// Returns the length in bytes; never 0.
     #[allow(clippy::len_without_is_empty)] // it is never empty
     pub fn len(self) -> u64 {
         self.end.raw() - self.start.raw()
     }
 
-    /// Length in pages; never 0.
+    /// Returns the length in pages; never 0.
     pub fn pages(self) -> u64 {
         self.len() / PAGE
     }
 
-    /// Whether the two share a page.
+    /// Returns true where the two ranges have a page in common.
     pub fn overlaps(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end
     }
 
-    /// Whether `other` lies wholly inside.
+    /// Returns true where `other` lies entirely inside.
     pub fn covers(self, other: Self) -> bool {
         self.start <= other.start && other.end <= self.end
     }
 
-    /// Whether `address` lies inside.
+    /// Returns true where `address` lies inside.
     pub fn contains(self, address: A) -> bool {
         self.start <= address && address < self.end
     }
 
-    /// The pages that both hold.
+    /// Returns the pages that both have in common, or none.
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::between(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// What is left of `self` before and after `cut`.
+    /// Returns the parts of `self` before and after `cut`.
     pub fn without(self, cut: Self) -> [Option<Self>; 2] {
         if !self.overlaps(cut) {
             return [Some(self), None];
@@ -174,8 +176,8 @@ impl<A: Address> PageRange<A> {
         [Self::between(self.start, cut.start), Self::between(cut.end, self.end)]
     }
 
-    /// The same pages counted from another origin: `from` in this space is `to` in the other.
-    /// `from` must not lie behind the start.
+    /// Returns the same pages in another address space, in which the address `from` is `to`. `from` must not lie above
+    /// the start.
     pub fn rebase<B: Address>(self, from: A, to: B) -> PageRange<B> {
         let shift = |a: A| B::from_raw(a.raw() - from.raw() + to.raw());
         PageRange { start: shift(self.start), end: shift(self.end) }
@@ -194,14 +196,14 @@ impl<A: Address> fmt::Display for PageRange<A> {
     }
 }
 
-/// As `[start, length]`, in bytes.
+/// Serialized as `[start, length]`, in bytes.
 impl<A: Address> Serialize for PageRange<A> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         (self.start.raw(), self.len()).serialize(serializer)
     }
 }
 
-/// Checked as [`PageRange::new`] checks.
+/// Checked as in [`PageRange::new`].
 impl<'de, A: Address> Deserialize<'de> for PageRange<A> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let (start, len) = <(u64, u64)>::deserialize(deserializer)?;

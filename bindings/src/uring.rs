@@ -1,14 +1,14 @@
-//! io_uring's registered buffers: a table of long-term pins that can be taken back one by one.
+//! io_uring's registered buffers: a table of long-term pins that can be removed one by one.
 //!
-//! Of io_uring this module opens only what the soft domain and its devices need: a sparse buffer table whose
-//! slots are filled and cleared ([`Ring`]), operations on those slots ([`Submissions`]), and what the kernel says
-//! afterwards ([`Completions`]). Clearing a slot **proves nothing**: an operation in flight keeps the pages and
-//! still writes to them. Only the slot's [`Tag`] in the completions says that the kernel has let go.
+//! This module has only the part of io_uring that the soft domain and its devices need: a sparse buffer table whose slots
+//! are filled and cleared ([`Ring`]), operations on those slots ([`Submissions`]), and their completions
+//! ([`Completions`]). Clearing a slot **proves nothing**: an operation in flight keeps the pages pinned and can still write
+//! to them. Only the completion with the slot's [`Tag`] proves that the kernel has unpinned them.
 //!
-//! All of it is safe to call: the kernel bounds every operation by the slot that it names (`EFAULT` outside), and
-//! what it touches are pages pinned when the slot was filled, never an address of this process. The kernel's
-//! interface is `io_uring_register(2)` and `io_uring_enter(2)`; the published crate drops the count that a buffer
-//! update writes back, so that call is made here.
+//! All calls are safe: the kernel checks every operation against the slot that it names (`EFAULT` outside), and accesses
+//! pages that were pinned when the slot was filled, never an address of this process. The interface is
+//! io_uring_register(2) and io_uring_enter(2). The published crate discards the count that a buffer update returns, so
+//! that call is made here.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -28,25 +28,25 @@ mod queue;
 
 pub use queue::{Completion, Completions, Op, OpId, Span, Submissions};
 
-/// Most slots that the kernel gives one ring (`IORING_MAX_REG_BUFFERS`).
+/// The maximum number of slots of a ring (the kernel's `IORING_MAX_REG_BUFFERS`).
 pub const MAX_SLOTS: u32 = 1 << 14;
 
-/// Longest buffer that one slot holds, in bytes.
+/// The maximum length of a slot's buffer in bytes (`io_buffer_validate` in io_uring/rsrc.c).
 pub const MAX_SLOT_LEN: u64 = 1 << 30;
 
-/// Completions that the ring holds before the kernel has to keep them aside.
-const COMPLETIONS: u32 = 4096;
+/// The number of entries of the completion queue. The kernel stores further completions in an overflow list.
+const CQ_ENTRIES: u32 = 4096;
 
-/// `IORING_REGISTER_BUFFERS_UPDATE` of `linux/io_uring.h`.
+/// `IORING_REGISTER_BUFFERS_UPDATE` (include/uapi/linux/io_uring.h).
 const REGISTER_BUFFERS_UPDATE: libc::c_uint = 16;
 
-/// `IORING_ENTER_GETEVENTS`.
+/// `IORING_ENTER_GETEVENTS` (include/uapi/linux/io_uring.h).
 const ENTER_GETEVENTS: u32 = 1;
 
-/// Says in a completion that an operation on a slot, or a slot itself, is meant: tags have it, operations not.
-const TAG: u64 = 1 << 63;
+/// The bit of `user_data` that distinguishes completions: set in the tag of a slot, clear in the id of an operation.
+const TAG_BIT: u64 = 1 << 63;
 
-/// `struct iovec` as the register call reads it, without the pointer type that would keep it out of a static.
+/// `struct iovec` as the register call reads it, with an integer in place of the pointer, so that it can be in a static.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Buffer {
@@ -65,66 +65,69 @@ struct Update {
     resv2: u32,
 }
 
-/// What a slot is filled with to be empty, as many as one call clears.
+/// The maximum time that [`Ring::cancel`] waits for the operation to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Empty buffers, with which slots are cleared: the number that one call clears.
 static EMPTY: [Buffer; 256] = [Buffer { base: 0, len: 0 }; 256];
 
-/// An index into the ring's buffer table.
+/// An index into a ring's buffer table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u16);
 
-/// Names one filling of one slot; comes back as [`Completion::Released`] once the kernel has unpinned it.
+/// The id of one registration of a slot. Reported as [`Completion::Released`] once the kernel has unpinned its pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(u64);
 
-/// Why there is no ring. The text is the message that the user reads.
+/// The reason why a ring cannot be created. Its text is the error message for the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// The kernel has no io_uring, or this process may not use it.
+    /// The kernel has no io_uring, or this process is not permitted to use it.
     #[error(
         "io_uring is not available ({errno}): set `sysctl kernel.io_uring_disabled=0`, and where a container's \
          seccomp profile forbids io_uring_setup, allow it there"
     )]
     Disabled {
-        /// The kernel's answer.
+        /// The errno that the kernel returned.
         errno: Errno,
     },
-    /// The locked-memory limit does not even hold the ring.
+    /// The locked-memory limit is too low for the ring itself.
     #[error(
         "io_uring needs {need} bytes of locked memory and RLIMIT_MEMLOCK is {limit}: raise it (`ulimit -l`, \
          `LimitMEMLOCK=` in a systemd unit) or give the process CAP_IPC_LOCK"
     )]
     Memlock {
-        /// Bytes that the ring itself takes.
+        /// The size of the ring in bytes.
         need: u64,
-        /// The limit in bytes, for all rings of this user together.
+        /// The limit in bytes, for all rings of this user in total.
         limit: u64,
     },
-    /// The kernel is too old for a sparse table with tags.
+    /// The kernel does not support a sparse table with tags.
     #[error(
         "io_uring's sparse buffer table is not supported by this kernel ({errno}): Linux 5.19 or newer is needed"
     )]
-    Old {
-        /// The kernel's answer.
+    Unsupported {
+        /// The errno that the kernel returned.
         errno: Errno,
     },
-    /// Anything else.
+    /// Another call failed.
     #[error(transparent)]
     Other(#[from] Failed),
 }
 
-/// The bytes that this process may lock, or none where CAP_IPC_LOCK frees it of the limit. The kernel decides
-/// when the ring is made, by the calling thread, and counts all rings of the user together.
+/// Returns the locked-memory limit in bytes, or none where CAP_IPC_LOCK lifts it. The kernel applies the credentials of the
+/// thread that creates the ring, and counts all rings of the user in total.
 pub fn memlock_limit() -> Option<u64> {
-    let free = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
-    if free { None } else { getrlimit(Resource::Memlock).current }
+    let unlimited = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+    if unlimited { None } else { getrlimit(Resource::Memlock).current }
 }
 
-/// A ring with a sparse buffer table: the table's side.
+/// A ring with a sparse buffer table: the handle to the table.
 pub struct Ring {
     io: IoUring,
     slots: u32,
-    tags: AtomicU64,
-    ops: AtomicU64,
+    next_tag: AtomicU64,
+    next_op: AtomicU64,
 }
 
 impl std::fmt::Debug for Ring {
@@ -134,54 +137,56 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring of `entries` submissions and `slots` empty slots, and the only two handles to its queues.
+    /// Creates a ring with `entries` submission queue entries and `slots` empty slots, and the only handles to its two
+    /// queues.
     pub fn open(entries: u32, slots: u32) -> Result<(Arc<Self>, Submissions, Completions), RingError> {
         let limit = memlock_limit();
         let io: IoUring =
-            IoUring::builder().setup_cqsize(COMPLETIONS).build(entries).map_err(|e| match errno(&e) {
+            IoUring::builder().setup_cqsize(CQ_ENTRIES).build(entries).map_err(|e| match errno(&e) {
                 errno @ (Errno::NOSYS | Errno::PERM | Errno::ACCESS) => RingError::Disabled { errno },
                 Errno::NOMEM => match limit {
-                    // Submissions and their index of 68 bytes each, completions of 16, and the head page.
+                    // 68 bytes per submission (its entry and its index), 16 per completion, and a page for the heads.
                     Some(limit) => {
-                        RingError::Memlock { need: u64::from(entries * 68 + COMPLETIONS * 16) + 4096, limit }
+                        RingError::Memlock { need: u64::from(entries * 68 + CQ_ENTRIES * 16) + 4096, limit }
                     }
                     None => Failed::new("io_uring_setup", Errno::NOMEM).into(),
                 },
                 errno => Failed::new("io_uring_setup", errno).into(),
             })?;
         io.submitter().register_buffers_sparse(slots).map_err(|e| match errno(&e) {
-            errno @ Errno::INVAL => RingError::Old { errno },
+            errno @ Errno::INVAL => RingError::Unsupported { errno },
             errno => Failed::new("IORING_REGISTER_BUFFERS2", errno).into(),
         })?;
-        let ring = Arc::new(Self { io, slots, tags: AtomicU64::new(1), ops: AtomicU64::new(1) });
-        let queues = queue::pair(&ring);
+        let ring = Arc::new(Self { io, slots, next_tag: AtomicU64::new(1), next_op: AtomicU64::new(1) });
+        let queues = queue::handles(&ring);
         Ok((ring, queues.0, queues.1))
     }
 
-    /// Slots in the table.
+    /// Returns the number of slots in the table.
     pub fn slots(&self) -> u32 {
         self.slots
     }
 
-    /// A name for an operation, never given twice.
+    /// Returns an id for an operation. No id is returned twice.
     pub fn name_op(&self) -> OpId {
-        OpId::new(self.ops.fetch_add(1, Ordering::Relaxed))
+        OpId::new(self.next_op.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Pins `len` bytes of `file` from `offset` on, for writing, into `slot`; what was there goes as if cleared.
-    /// `ENOMEM`: the locked-memory limit. `EFAULT`: the file is read-only there, private, or ends before.
+    /// Pins `len` bytes of `file` from `offset` on, for writing, and registers them in `slot`; an earlier registration of
+    /// the slot is cleared. `ENOMEM` at the locked-memory limit; `EFAULT` where the file is read-only or private there, or
+    /// ends before.
     ///
-    /// The address of a later [`Span`] is [`GuestFile::address`]; keep `file` until the tag has come back, so
-    /// that no other file can appear at that address.
+    /// The address of a later [`Span`] is [`GuestFile::address`]. The caller keeps `file` until the completion with the tag,
+    /// so that no other file can be mapped at that address.
     pub fn fill(&self, slot: Slot, file: &GuestFile, offset: u64, len: u64) -> Result<Tag, Failed> {
         let buffer = Buffer { base: file.address(offset)?, len };
-        let tag = TAG | self.tags.fetch_add(1, Ordering::Relaxed);
+        let tag = TAG_BIT | self.next_tag.fetch_add(1, Ordering::Relaxed);
         self.update(slot, &[buffer], Some(&[tag])).map_err(Failed::without_partial)?;
         Ok(Tag(tag))
     }
 
-    /// Empties `count` slots from `first` on. From here on an operation on them is `EFAULT`; operations already
-    /// under way go on. On failure the partial output is the number of slots emptied before.
+    /// Clears `count` slots from `first` on. Later operations on them fail with `EFAULT`; operations in flight continue. The
+    /// partial output of a failure is the number of slots cleared before.
     pub fn clear(&self, first: Slot, count: u32) -> Result<(), Failed<u32>> {
         let mut done = 0;
         while done < count {
@@ -198,25 +203,27 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks the kernel to end an operation (`IORING_REGISTER_SYNC_CANCEL`), and whether it found one to end. Its
-    /// completion comes as ever.
+    /// Cancels an operation (`IORING_REGISTER_SYNC_CANCEL`). Returns false where no such operation is in flight. The
+    /// operation's completion is reported as usual.
     pub fn cancel(&self, id: OpId) -> Result<bool, Failed> {
-        let patience = types::Timespec::from(Duration::from_secs(1));
+        let timeout = types::Timespec::from(CANCEL_TIMEOUT);
         match self
             .io
             .submitter()
-            .register_sync_cancel(Some(patience), types::CancelBuilder::user_data(id.raw()))
+            .register_sync_cancel(Some(timeout), types::CancelBuilder::user_data(id.raw()))
         {
             Ok(()) => Ok(true),
             Err(e) => match errno(&e) {
                 Errno::NOENT => Ok(false),
-                // It was found, marked, and has not ended yet: its completion will say.
+                // The operation was found and is being cancelled, but has not ended yet: its completion reports that.
                 Errno::ALREADY | Errno::TIME => Ok(true),
                 errno => Err(Failed::new("IORING_REGISTER_SYNC_CANCEL", errno)),
             },
         }
     }
 
+    /// Replaces the slots from `first` on, with one tag per buffer where `tags` is given. The partial output of a failure is
+    /// the number of slots replaced before.
     fn update(&self, first: Slot, buffers: &[Buffer], tags: Option<&[u64]>) -> Result<(), Failed<u32>> {
         const CALL: &str = "IORING_REGISTER_BUFFERS_UPDATE";
         debug_assert!(tags.is_none_or(|tags| tags.len() == buffers.len()));
@@ -228,10 +235,10 @@ impl Ring {
             nr: buffers.len() as u32,
             resv2: 0,
         };
-        // SAFETY: `update` is the structure that this call reads, of the size given; its two pointers are to
-        // slices that outlive the call, of `nr` elements each (asserted above, kept by fill and clear). The
-        // buffers named are windows of a GuestFile, which the kernel pins or refuses: after the call it holds
-        // pages, no address.
+        // SAFETY: `update` is the structure that this call reads, with its size as last argument. Its two pointers refer
+        // to slices that outlive the call and have `nr` elements each (asserted above, ensured by fill and clear). The
+        // buffers lie in this process's mapping of a GuestFile; the kernel pins their pages within the call and does not
+        // use the addresses later.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_register,
@@ -243,19 +250,20 @@ impl Ring {
         };
         match u32::try_from(done) {
             Err(_) => Err(Failed::last_with(CALL, 0)),
+            // An error after the first slots is reported as their number alone.
             Ok(done) if done < update.nr => Err(Failed { call: CALL, errno: Errno::AGAIN, partial: done }),
             Ok(_) => Ok(()),
         }
     }
 
     fn enter(&self, submit: u32, flags: u32) -> io::Result<usize> {
-        // SAFETY: no argument is passed, so there is no pointer; the count is what `Submissions` has pushed.
+        // SAFETY: no signal mask is passed, so there is no pointer; `submit` counts entries that `Submissions` has pushed.
         unsafe { self.io.submitter().enter::<libc::sigset_t>(submit, 0, flags, None) }
     }
 }
 
 impl AsFd for Ring {
-    /// Readable while completions wait.
+    /// Returns the ring's descriptor, which is readable while the completion queue is not empty.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the fd belongs to `self.io`, which closes it only when self is dropped.
         unsafe { BorrowedFd::borrow_raw(self.io.as_raw_fd()) }

@@ -1,9 +1,8 @@
-//! Memory that is only ever read and written in atomic words: zeroed, and taken from the machine page by page as it
-//! is first written.
+//! Zeroed memory that is accessed only as atomic 64-bit words, and whose pages are allocated when first written.
 //!
-//! In a memfd it outlives the process: whoever has the descriptor opens it as it was at the last store. The file's
-//! length is sealed, so that no access can run past its end; what it *holds* is as trustworthy as whoever had the
-//! descriptor, and its reader judges it.
+//! In a memfd it outlives the process: a process that has the descriptor finds it as the last store left it. The file's
+//! length is sealed, so that no access can run past its end. The *contents* are only as trustworthy as every process that
+//! had the descriptor; the reader must validate them.
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,12 +15,12 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::Failed;
 
-/// `TMPFS_MAGIC`: what a memfd is on.
+/// `TMPFS_MAGIC` (include/uapi/linux/magic.h): the file system of a memfd.
 const TMPFS: u64 = 0x0102_1994;
-/// Bytes of a word.
-const WORD: u64 = size_of::<AtomicU64>() as u64;
+/// The size of a word in bytes.
+const WORD_BYTES: u64 = size_of::<AtomicU64>() as u64;
 
-/// A fixed number of atomic words, zero until written.
+/// A fixed number of atomic 64-bit words, zero until written.
 #[derive(Debug)]
 pub struct Words {
     base: NonNull<AtomicU64>,
@@ -29,26 +28,27 @@ pub struct Words {
     file: Option<OwnedFd>,
 }
 
-// SAFETY: the memory is this value's own mapping, and nobody gets at it but as `&[AtomicU64]`, which any thread (and,
-// for a memfd, any process) may use at once.
+// SAFETY: the memory is this value's own mapping, and is accessible only as `&[AtomicU64]`, which any thread (and, for a
+// memfd, any process) may access concurrently.
 unsafe impl Send for Words {}
 // SAFETY: as above.
 unsafe impl Sync for Words {}
 
 impl Words {
-    /// `bytes` (a multiple of 8, not 0) of this process's own memory. Nothing is reserved: a page counts once it is
-    /// written.
+    /// Maps `bytes` bytes (a multiple of 8, not 0; `EINVAL` otherwise) of private memory. Nothing is reserved: a page is
+    /// allocated when it is first written.
     pub fn anonymous(bytes: u64) -> Result<Self, Failed> {
-        let len = length(bytes)?;
+        let len = mapping_length(bytes)?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
-        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no other.
         let base = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, flags) };
-        Self::over(base.map_err(|errno| Failed::new("mmap", errno))?, len, None)
+        Self::from_mapping(base.map_err(|errno| Failed::new("mmap", errno))?, len, None)
     }
 
-    /// A new memfd of `bytes` (a multiple of 8, not 0), called `name` in `/proc`, its length sealed for good.
+    /// Creates a memfd of `bytes` bytes (a multiple of 8, not 0; `EINVAL` otherwise), named `name` in `/proc`, with its
+    /// length sealed.
     pub fn memfd(name: &str, bytes: u64) -> Result<Self, Failed> {
-        length(bytes)?;
+        mapping_length(bytes)?;
         let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|errno| Failed::new("memfd_create", errno))?;
         rustix::fs::ftruncate(&file, bytes).map_err(|errno| Failed::new("ftruncate", errno))?;
@@ -56,13 +56,13 @@ impl Words {
         Self::from_fd(file)
     }
 
-    /// The words of a memfd that [`Words::memfd`] made, in whatever process. `EINVAL` where it is no memfd or its
-    /// length is none, `EPERM` where its length is not sealed, `EACCES` where it is not open for reading and writing.
+    /// Maps a memfd that [`Words::memfd`] of this or another process created. `EINVAL` where it is not a memfd or its length
+    /// is not valid, `EPERM` where its length is not sealed, `EACCES` where it is not open for reading and writing.
     pub fn from_fd(file: OwnedFd) -> Result<Self, Failed> {
-        // Seals first: only tmpfs and hugetlbfs answer, and neither can be a client's own file system.
+        // Seals first: only tmpfs and hugetlbfs have them. fstatfs and fstat of a FUSE file could block.
         let seals = rustix::fs::fcntl_get_seals(&file).map_err(|errno| Failed::new("F_GET_SEALS", errno))?;
         let fs = rustix::fs::fstatfs(&file).map_err(|errno| Failed::new("fstatfs", errno))?;
-        // Of another width, and signed or not, on every architecture.
+        // Width and signedness of the field depend on the architecture.
         if fs.f_type as u64 & 0xffff_ffff != TMPFS {
             return Err(Failed::new("fstatfs", Errno::INVAL));
         }
@@ -70,32 +70,33 @@ impl Words {
             return Err(Failed::new("F_GET_SEALS", Errno::PERM));
         }
         let stat = rustix::fs::fstat(&file).map_err(|errno| Failed::new("fstat", errno))?;
-        let len = length(u64::try_from(stat.st_size).unwrap_or(0))?;
+        let len = mapping_length(u64::try_from(stat.st_size).unwrap_or(0))?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours; the seals keep the file
-        // as long as it is, so that no access to it is SIGBUS.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no other; the seals fix the length of the
+        // file, so that no access raises SIGBUS.
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, &file, 0) };
-        Self::over(base.map_err(|errno| Failed::new("mmap", errno))?, len, Some(file))
+        Self::from_mapping(base.map_err(|errno| Failed::new("mmap", errno))?, len, Some(file))
     }
 
-    /// The memfd that holds them; none where they are this process's own.
+    /// Returns the memfd, or none for private memory.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.as_ref().map(AsFd::as_fd)
     }
 
-    fn over(base: *mut std::ffi::c_void, len: usize, file: Option<OwnedFd>) -> Result<Self, Failed> {
+    /// Takes the mapping of `len` bytes at `base`.
+    fn from_mapping(base: *mut std::ffi::c_void, len: usize, file: Option<OwnedFd>) -> Result<Self, Failed> {
         let base = NonNull::new(base.cast()).ok_or(Failed::new("mmap", Errno::NOMEM))?;
         Ok(Self { base, words: len / size_of::<AtomicU64>(), file })
     }
 }
 
-/// What keeps the file as long as it is.
+/// The seals that fix the length of the file.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// `bytes` as the length of a mapping in whole words.
-fn length(bytes: u64) -> Result<usize, Failed> {
+/// Returns `bytes` as the length of a mapping; `EINVAL` unless it is a positive number of whole words.
+fn mapping_length(bytes: u64) -> Result<usize, Failed> {
     match usize::try_from(bytes) {
-        Ok(len) if bytes > 0 && bytes.is_multiple_of(WORD) => Ok(len),
+        Ok(len) if bytes > 0 && bytes.is_multiple_of(WORD_BYTES) => Ok(len),
         _ => Err(Failed::new("mmap", Errno::INVAL)),
     }
 }
@@ -104,15 +105,15 @@ impl Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: base and words are those of our own mapping, page-aligned, zeroed by the kernel, and mapped until this
-        // value is dropped; every bit pattern is an AtomicU64, and no other kind of reference into it is ever made.
+        // SAFETY: base and words are those of our own mapping, which is page-aligned, zeroed by the kernel, and mapped until
+        // this value is dropped. Every bit pattern is a valid AtomicU64, and there are no references of another type.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.words) }
     }
 }
 
 impl Drop for Words {
     fn drop(&mut self) {
-        // SAFETY: base and length are those of our own mmap, unmapped only here; borrows of it end with this value.
+        // SAFETY: base and length are those of our own mmap, unmapped only here; borrows of it end before this value.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.words * size_of::<AtomicU64>()) };
     }
 }
@@ -123,14 +124,14 @@ mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
     #[test]
-    fn a_memfd_keeps_its_words_for_the_next_who_opens_it() {
+    fn memfd_words_survive_a_reopen() {
         let words = Words::memfd("words", 1 << 30).unwrap();
         assert_eq!(words.len(), 1 << 27);
         words[0].store(7, Relaxed);
         words[(1 << 27) - 1].store(9, Relaxed);
         let fd = words.fd().unwrap().try_clone_to_owned().unwrap();
         let blocks = rustix::fs::fstat(&fd).unwrap().st_blocks;
-        assert!(blocks * 512 <= 3 * 4096, "only what was written takes memory, not {blocks} blocks");
+        assert!(blocks * 512 <= 3 * 4096, "only written pages are allocated, not {blocks} blocks");
         drop(words);
         let again = Words::from_fd(fd).unwrap();
         assert_eq!((again[0].load(Relaxed), again[1].load(Relaxed)), (7, 0));
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_no_descriptor_whose_length_may_change() {
+    fn descriptor_without_sealed_length_is_refused() {
         let errno = |file: OwnedFd| Words::from_fd(file).unwrap_err().errno;
         let memfd = || rustix::fs::memfd_create("words", MemfdFlags::ALLOW_SEALING).unwrap();
         let sealed = |file: OwnedFd| {
@@ -148,10 +149,10 @@ mod tests {
         let unsealed = memfd();
         rustix::fs::ftruncate(&unsealed, 4096).unwrap();
         assert_eq!(errno(unsealed), Errno::PERM);
-        assert_eq!(errno(sealed(memfd())), Errno::INVAL, "it is empty");
+        assert_eq!(errno(sealed(memfd())), Errno::INVAL, "the file is empty");
         let odd = memfd();
         rustix::fs::ftruncate(&odd, 4095).unwrap();
-        assert_eq!(errno(sealed(odd)), Errno::INVAL, "it ends within a word");
+        assert_eq!(errno(sealed(odd)), Errno::INVAL, "the file ends within a word");
         let plain = tempfile::tempfile_in("/proc/self/cwd").unwrap();
         assert!([Errno::INVAL, Errno::PERM].contains(&errno(plain.into())));
         let words = Words::memfd("words", 4096).unwrap();
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn its_own_memory_starts_as_zeroes() {
+    fn anonymous_words_are_zeroed() {
         let words = Words::anonymous(1 << 32).unwrap();
         assert!(words.fd().is_none());
         assert_eq!(words.len(), 1 << 29);

@@ -1,6 +1,6 @@
-//! guest_memfd as the running kernel has it.
+//! guest_memfd on the running kernel.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 #[path = "../../tests/common/skip.rs"]
 mod skip;
@@ -14,13 +14,13 @@ use passgate_bindings::{Failed, PageRange};
 use rustix::io::Errno;
 use skip::skip;
 
-/// The memory, or why not.
+/// Returns shared memory in a guest_memfd; none, with the reason printed, where that is not available.
 fn memory(pages: u64) -> Option<GuestFile> {
     shared(pages * PAGE).map_err(skip).map(|(_, file)| file).ok()
 }
 
 #[test]
-fn shared_memory_is_ordinary_memory_until_it_is_punched() {
+fn punched_page_of_guest_memfd_reads_as_zeroes() {
     let Some(memory) = memory(4) else { return };
     memory.store(PAGE, 7).unwrap();
     memory.store(3 * PAGE, 8).unwrap();
@@ -29,7 +29,7 @@ fn shared_memory_is_ordinary_memory_until_it_is_punched() {
 }
 
 #[test]
-fn the_probe_and_the_calls_agree() {
+fn probed_guest_memfd_support_matches_the_calls() {
     let support = match Support::probe() {
         Ok(support) => support,
         Err(why) => return skip(why),

@@ -1,6 +1,6 @@
-//! The border check of a client's descriptor, on files of every sort that a client could pass.
+//! The check of a client's descriptor, on every kind of file that a client could pass.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 #[path = "../../tests/common/skip.rs"]
 mod skip;
@@ -26,45 +26,45 @@ fn reopen(fd: &OwnedFd, flags: OFlags) -> OwnedFd {
         .unwrap()
 }
 
-fn known(fd: impl AsFd) -> Identity {
+fn identity(fd: impl AsFd) -> Identity {
     identify(fd).unwrap()
 }
 
 #[test]
-fn a_sealed_memfd_will_do() {
+fn sealed_memfd_is_accepted() {
     let fd = memfd(SealFlags::SHRINK, MemfdFlags::empty());
-    let file = known(&fd);
+    let file = identity(&fd);
     assert_eq!((file.kind, file.size, file.writable), (FileKind::Memfd, 4 << 20, true));
     assert_eq!(check(&file, 0, 4 << 20, true), Ok(()));
     assert_eq!(check(&file, PAGE, PAGE, true), Ok(()));
-    let other = known(memfd(SealFlags::SHRINK, MemfdFlags::empty()));
+    let other = identity(memfd(SealFlags::SHRINK, MemfdFlags::empty()));
     assert_ne!((file.device, file.inode), (other.device, other.inode));
-    assert_eq!(file, known(fd.try_clone().unwrap()));
+    assert_eq!(file, identity(fd.try_clone().unwrap()));
 }
 
 #[test]
-fn a_file_that_can_shrink_will_not() {
-    let file = known(memfd(SealFlags::GROW, MemfdFlags::empty()));
+fn file_without_shrink_seal_is_refused() {
+    let file = identity(memfd(SealFlags::GROW, MemfdFlags::empty()));
     let error = check(&file, 0, PAGE, true).unwrap_err();
     assert_eq!(error, FileError::Shrinkable);
     assert!(error.to_string().contains("F_SEAL_SHRINK"));
 }
 
 #[test]
-fn what_devices_write_to_must_be_writable() {
+fn read_only_file_is_refused_for_writable_memory() {
     let fd = memfd(SealFlags::SHRINK, MemfdFlags::empty());
-    let read_only = known(reopen(&fd, OFlags::RDONLY));
+    let read_only = identity(reopen(&fd, OFlags::RDONLY));
     assert_eq!(check(&read_only, 0, PAGE, true), Err(FileError::ReadOnly));
     assert_eq!(check(&read_only, 0, PAGE, false), Ok(()));
     for seal in [SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
-        let sealed = known(memfd(SealFlags::SHRINK | seal, MemfdFlags::empty()));
+        let sealed = identity(memfd(SealFlags::SHRINK | seal, MemfdFlags::empty()));
         assert_eq!(check(&sealed, 0, PAGE, true), Err(FileError::WriteSealed));
         assert_eq!(check(&sealed, 0, PAGE, false), Ok(()));
     }
 }
 
 #[test]
-fn descriptors_that_do_not_read_will_not() {
+fn unreadable_descriptor_is_refused() {
     let fd = memfd(SealFlags::SHRINK, MemfdFlags::empty());
     for flags in [OFlags::WRONLY, OFlags::PATH] {
         assert_eq!(identify(reopen(&fd, flags)), Err(FileError::Unreadable));
@@ -72,8 +72,8 @@ fn descriptors_that_do_not_read_will_not() {
 }
 
 #[test]
-fn ranges_are_whole_pages_inside_the_file() {
-    let file = known(memfd(SealFlags::SHRINK, MemfdFlags::empty()));
+fn range_of_partial_pages_or_beyond_the_file_is_refused() {
+    let file = identity(memfd(SealFlags::SHRINK, MemfdFlags::empty()));
     let range = |offset, len| match check(&file, offset, len, true).unwrap_err() {
         FileError::Range { source, .. } => source,
         other => panic!("{other}"),
@@ -86,7 +86,7 @@ fn ranges_are_whole_pages_inside_the_file() {
 }
 
 #[test]
-fn other_files_are_foreign() {
+fn file_of_another_kind_is_refused() {
     let (pipe, _inlet) = rustix::pipe::pipe().unwrap();
     let files: [OwnedFd; 6] = [
         pipe,
@@ -101,37 +101,37 @@ fn other_files_are_foreign() {
         assert!(matches!(error, FileError::Foreign { .. }), "{error}");
         assert!(error.to_string().contains("memfd_create"));
     }
-    // tmpfs, but nobody can seal it.
+    // On tmpfs, but it cannot be sealed.
     if let Ok(shm) = tempfile::tempfile_in("/dev/shm") {
         shm.set_len(PAGE).unwrap();
-        assert_eq!(check(&known(shm), 0, PAGE, true), Err(FileError::Shrinkable));
+        assert_eq!(check(&identity(shm), 0, PAGE, true), Err(FileError::Shrinkable));
     }
 }
 
 #[test]
-fn a_hugetlb_memfd_says_its_page_size() {
-    let file = known(memfd(SealFlags::SHRINK, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB));
+fn hugetlb_memfd_has_its_page_size() {
+    let file = identity(memfd(SealFlags::SHRINK, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB));
     assert_eq!(file.kind, FileKind::Hugetlb(2 << 20));
     assert_eq!(check(&file, 0, 4 << 20, true), Ok(()));
 }
 
 #[test]
-fn a_guest_memfd_is_known_and_named_by_its_inode() {
+fn guest_memfd_is_identified_by_its_inode() {
     let made = guest_memfd::shared(4 * PAGE);
     let (vm, file) = match made {
         Ok(made) => made,
         Err(why) => return skip(why),
     };
-    let facts = known(&file);
+    let facts = identity(&file);
     assert_eq!((facts.kind, facts.size, facts.writable), (FileKind::GuestMemfd, 4 * PAGE, true));
     assert_eq!(check(&facts, 0, 4 * PAGE, true), Ok(()));
     assert!(matches!(check(&facts, 0, 5 * PAGE, true), Err(FileError::TooShort { .. })));
-    assert_eq!(known(file.as_fd().try_clone_to_owned().unwrap()), facts);
-    // Neither another file of the same VM nor one of another has the same name.
+    assert_eq!(identity(file.as_fd().try_clone_to_owned().unwrap()), facts);
+    // No other file, of the same VM or of another, has the same numbers.
     let flags = guest_memfd::Flags::MMAP | guest_memfd::Flags::INIT_SHARED;
     let sibling = guest_memfd::create(&vm, PAGE, flags).unwrap();
-    let (_vm, stranger): (_, GuestFile) = guest_memfd::shared(PAGE).unwrap();
-    let mut names = [known(&sibling), known(&stranger), facts].map(|facts| (facts.device, facts.inode));
-    names.sort();
-    assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+    let (_vm, other): (_, GuestFile) = guest_memfd::shared(PAGE).unwrap();
+    let mut numbers = [identity(&sibling), identity(&other), facts].map(|facts| (facts.device, facts.inode));
+    numbers.sort();
+    assert!(numbers.windows(2).all(|pair| pair[0] != pair[1]), "{numbers:?}");
 }

@@ -1,6 +1,6 @@
-//! VMs as the running kernel makes them.
+//! VM types and memory slots on the running kernel.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 #[path = "../../tests/common/skip.rs"]
 mod skip;
@@ -12,28 +12,28 @@ use passgate_bindings::{Failed, PAGE, PageRange};
 use rustix::io::Errno;
 use skip::skip;
 
-fn for_good(file: GuestFile) -> &'static GuestFile {
+fn leaked(file: GuestFile) -> &'static GuestFile {
     Box::leak(Box::new(file))
 }
 
 #[test]
-fn a_type_that_is_offered_can_be_made_and_no_other() {
+fn only_supported_vm_types_can_be_created() {
     for vm_type in [VmType::Default, VmType::SwProtected] {
-        match vm_type.is_offered() {
-            Ok(offered) => assert_eq!(vm_type.create().is_ok(), offered, "{vm_type:?}"),
+        match vm_type.is_supported() {
+            Ok(supported) => assert_eq!(vm_type.create().is_ok(), supported, "{vm_type:?}"),
             Err(why) => return skip(why),
         }
     }
 }
 
 #[test]
-fn a_slot_takes_files_that_are_long_enough() {
+fn slot_refuses_files_shorter_than_itself() {
     let vm = match VmType::Default.create() {
         Ok(vm) => vm,
         Err(why) => return skip(why),
     };
     let pages = |count: u64| PageRange::new(0, count * PAGE).unwrap();
-    let memfd = for_good(GuestFile::memfd("slot", 2 * PAGE).unwrap());
+    let memfd = leaked(GuestFile::memfd("slot", 2 * PAGE).unwrap());
     let short = Err(Failed::new("KVM_SET_USER_MEMORY_REGION2", Errno::INVAL));
     assert_eq!(attach(&vm, 0, pages(3), memfd, None), short);
     assert_eq!(attach(&vm, 0, pages(2), memfd, None), Ok(()));
@@ -41,7 +41,7 @@ fn a_slot_takes_files_that_are_long_enough() {
     let Ok(file) = guest_memfd::create(&vm, PAGE, Flags::MMAP | Flags::INIT_SHARED) else {
         return skip("no mappable guest_memfd here");
     };
-    let file = for_good(file);
+    let file = leaked(file);
     let elsewhere = PageRange::new(16 * PAGE, 2 * PAGE).unwrap();
     assert_eq!(attach(&vm, 1, elsewhere, memfd, Some(file)), short);
     assert_eq!(attach(&vm, 1, PageRange::new(16 * PAGE, PAGE).unwrap(), file, Some(file)), Ok(()));

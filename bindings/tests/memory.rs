@@ -1,20 +1,21 @@
-//! Guest memory where this process has no room for it: alone in its program, because it limits the whole process.
+//! Guest memory at the address space limit. The only test of its program, because the limit applies to the whole process.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 use passgate_bindings::memory::GuestFile;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Bytes of a file of which nothing is allocated; more than the limit, less than the address space.
-const LEN: u64 = 1 << 40;
-const LIMIT: u64 = 64 << 30;
+/// The size in bytes of a file without allocated pages: more than the limit, less than the address space.
+const FILE_BYTES: u64 = 1 << 40;
+/// The address space limit in bytes.
+const LIMIT_BYTES: u64 = 64 << 30;
 
 #[test]
-fn failed_mmap_is_tried_again_by_the_next_call() {
-    let file = GuestFile::memfd("memory", LEN).unwrap();
+fn failed_mmap_is_retried_by_the_next_call() {
+    let file = GuestFile::memfd("memory", FILE_BYTES).unwrap();
     let before = getrlimit(Resource::As);
-    setrlimit(Resource::As, Rlimit { current: Some(LIMIT), ..before }).unwrap();
+    setrlimit(Resource::As, Rlimit { current: Some(LIMIT_BYTES), ..before }).unwrap();
     let failed = file.address(0).unwrap_err();
     setrlimit(Resource::As, before).unwrap();
     assert_eq!((failed.call, failed.errno), ("mmap", Errno::NOMEM));

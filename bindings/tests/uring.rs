@@ -1,6 +1,6 @@
-//! What the kernel says of registered buffers, and that nothing of it is lost.
+//! Registered buffers on the running kernel: every result and every completion is reported.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -16,29 +16,29 @@ fn ring() -> (Arc<Ring>, Submissions, Completions) {
     Ring::open(8, 16).unwrap()
 }
 
-fn reaped(completions: &mut Completions) -> Vec<Completion> {
+fn all_completions(completions: &mut Completions) -> Vec<Completion> {
     let mut all = Vec::new();
     completions.reap(|completion| all.push(completion));
     all
 }
 
 #[test]
-fn a_filling_is_released_once_and_by_its_own_tag() {
+fn replaced_or_cleared_slot_reports_its_tag_once() {
     let (ring, _submissions, mut completions) = ring();
     let memory = GuestFile::memfd("uring", 2 * PAGE).unwrap();
     let first = ring.fill(Slot(3), &memory, 0, PAGE).unwrap();
-    assert_eq!(reaped(&mut completions), []);
+    assert_eq!(all_completions(&mut completions), []);
     let second = ring.fill(Slot(3), &memory, PAGE, PAGE).unwrap();
     assert_ne!(first, second);
-    assert_eq!(reaped(&mut completions), [Completion::Released(first)], "replaced");
+    assert_eq!(all_completions(&mut completions), [Completion::Released(first)], "replaced");
     ring.clear(Slot(0), 16).unwrap();
-    assert_eq!(reaped(&mut completions), [Completion::Released(second)]);
+    assert_eq!(all_completions(&mut completions), [Completion::Released(second)]);
     ring.clear(Slot(0), 16).unwrap();
-    assert_eq!(reaped(&mut completions), []);
+    assert_eq!(all_completions(&mut completions), []);
 }
 
 #[test]
-fn more_tags_than_the_queue_holds_all_arrive() {
+fn tags_beyond_the_queue_size_are_all_reported() {
     let (ring, _submissions, mut completions) = Ring::open(8, 16_384).unwrap();
     let memory = GuestFile::memfd("uring", PAGE).unwrap();
     let mut tags = Vec::new();
@@ -50,11 +50,11 @@ fn more_tags_than_the_queue_holds_all_arrive() {
         }
     }
     ring.clear(Slot(0), 16_384).unwrap();
-    assert_eq!(reaped(&mut completions), tags);
+    assert_eq!(all_completions(&mut completions), tags);
 }
 
 #[test]
-fn what_cannot_be_filled_or_cleared_is_said() {
+fn failed_fill_and_clear_report_errno() {
     let (ring, _submissions, mut completions) = ring();
     let memory = GuestFile::memfd("uring", 2 * PAGE).unwrap();
     let call = "IORING_REGISTER_BUFFERS_UPDATE";
@@ -63,11 +63,11 @@ fn what_cannot_be_filled_or_cleared_is_said() {
     assert_eq!(ring.fill(Slot(0), &memory, 0, 2 << 30).unwrap_err().errno, Errno::FAULT);
     let failed = ring.clear(Slot(10), 7).unwrap_err();
     assert_eq!((failed.errno, failed.partial), (Errno::INVAL, 0));
-    assert_eq!(reaped(&mut completions), []);
+    assert_eq!(all_completions(&mut completions), []);
 }
 
 #[test]
-fn an_operation_is_bounded_by_its_slot() {
+fn operation_outside_its_slot_faults() {
     let (ring, mut submissions, mut completions) = ring();
     let memory = GuestFile::memfd("uring", 4 * PAGE).unwrap();
     let (outlet, inlet) = rustix::pipe::pipe().unwrap();
@@ -87,18 +87,18 @@ fn an_operation_is_bounded_by_its_slot() {
         let op = Op::Fill(outlet.as_fd(), Span { slot: Slot(slot), address, len });
         submissions.submit(op, id).unwrap();
         let fault = Completion::Op { id, result: Err(Errno::FAULT), more: false };
-        assert_eq!(reaped(&mut completions), [fault]);
+        assert_eq!(all_completions(&mut completions), [fault]);
     }
     let id = ring.name_op();
     let op = Op::Fill(outlet.as_fd(), Span { slot: Slot(0), address: page + PAGE - 8, len: 8 });
     submissions.submit(op, id).unwrap();
-    assert_eq!(reaped(&mut completions), [Completion::Op { id, result: Ok(8), more: false }]);
+    assert_eq!(all_completions(&mut completions), [Completion::Op { id, result: Ok(8), more: false }]);
     assert_eq!(memory.load(2 * PAGE - 8).unwrap(), 0x0101_0101_0101_0101);
     assert_eq!((memory.load(PAGE - 8).unwrap(), memory.load(2 * PAGE).unwrap()), (0, 0));
 }
 
 #[test]
-fn cancelling_says_whether_there_was_something() {
+fn cancel_reports_whether_the_operation_was_in_flight() {
     let (ring, mut submissions, mut completions) = ring();
     let memory = GuestFile::memfd("uring", PAGE).unwrap();
     let (outlet, _inlet) = rustix::pipe::pipe().unwrap();
@@ -107,10 +107,10 @@ fn cancelling_says_whether_there_was_something() {
     let span = Span { slot: Slot(0), address: memory.address(0).unwrap(), len: 8 };
     submissions.submit(Op::Fill(outlet.as_fd(), span), id).unwrap();
     ring.clear(Slot(0), 1).unwrap();
-    assert_eq!(reaped(&mut completions), [], "cleared, and still in flight");
+    assert_eq!(all_completions(&mut completions), [], "cleared, and still in flight");
     assert_eq!(ring.cancel(ring.name_op()), Ok(false));
     assert_eq!(ring.cancel(id), Ok(true));
-    let mut all = reaped(&mut completions);
+    let mut all = all_completions(&mut completions);
     all.sort_by_key(|completion| matches!(completion, Completion::Released(_)));
     let cancelled = Completion::Op { id, result: Err(Errno::CANCELED), more: false };
     assert_eq!(all, [cancelled, Completion::Released(tag)]);
@@ -118,19 +118,20 @@ fn cancelling_says_whether_there_was_something() {
 }
 
 #[test]
-fn a_filled_slot_alone_pins_the_file() {
+fn filled_slot_alone_pins_the_file() {
     let (ring, _submissions, _completions) = ring();
     let memory = GuestFile::memfd("uring", PAGE).unwrap();
-    let witness: OwnedFd = memory.as_fd().try_clone_to_owned().unwrap();
+    let file: OwnedFd = memory.as_fd().try_clone_to_owned().unwrap();
     ring.fill(Slot(0), &memory, 0, PAGE).unwrap();
-    // No window is left, so what the seal minds is the pin.
+    // The file is mapped nowhere any more, so only the pin prevents the seal.
     drop(memory);
-    assert_eq!(rustix::fs::fcntl_add_seals(&witness, SealFlags::WRITE), Err(Errno::BUSY));
+    assert_eq!(rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE), Err(Errno::BUSY));
     ring.clear(Slot(0), 1).unwrap();
-    assert_eq!(rustix::fs::fcntl_add_seals(&witness, SealFlags::WRITE), Ok(()));
+    assert_eq!(rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE), Ok(()));
 }
 
-/// A seccomp filter for the calling thread alone, as a container's profile is for all: io_uring_setup is EPERM.
+/// Installs a seccomp filter on the calling thread that makes io_uring_setup fail with EPERM, as a container's profile does
+/// for all its threads.
 fn forbid_io_uring() {
     let op = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let mut filter = [
@@ -148,7 +149,7 @@ fn forbid_io_uring() {
 }
 
 #[test]
-fn where_io_uring_is_forbidden_the_error_says_how_to_allow_it() {
+fn forbidden_io_uring_error_names_the_remedy() {
     let error = std::thread::spawn(|| {
         forbid_io_uring();
         Ring::open(8, 16).unwrap_err()

@@ -1,8 +1,8 @@
-//! The device: DMA on random pages, all the time, on a connection of its own; and what each operation proves.
+//! The device: continuous DMA to random pages on a connection of its own, and a check of every operation.
 //!
-//! It is the daemon's device that does the DMA (`Dma`), by its translations alone. Whoever asks for it knows what a
-//! page must hold at least. An operation that faults proves nothing wrong; one that reads an older stamp, or the
-//! guest's own, or writes where nobody looks, is stale.
+//! The daemon's device performs the DMA (`Dma`) through its IOMMU mappings alone. The VMM's state of a page (`pages.rs`) gives
+//! the values that an operation may see. A fault is always allowed. An operation is stale if it reads an older stamp or
+//! that of a private page, or if its write does not appear in the shared page.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,85 +11,90 @@ use passgate::client::Client;
 use rustix::io::Errno;
 
 use crate::Result;
-use crate::guest::{self, MARK, PAGES};
+use crate::guest::{self, MARK_OFFSET, PAGES};
 use crate::machine::Machine;
 use crate::pages::Pages;
 
-/// A device of the daemon's.
+/// A device of the daemon.
 pub(crate) struct Device {
     client: Client,
     name: String,
-    /// Whether it is told that its DMA faulted. On a PCI bus nobody is: a read brings zeroes, a write goes nowhere.
-    tells: bool,
+    /// True where the device reports a fault of its DMA. A PCI device cannot: there a faulting read returns zeroes, and a
+    /// faulting write is discarded.
+    reports_faults: bool,
 }
 
-/// What came of the DMA.
+/// The results of the DMA.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Tally {
-    /// Operations.
+    /// The number of operations.
     pub(crate) ops: u64,
-    /// Those that faulted.
+    /// The number of operations that faulted.
     pub(crate) faults: u64,
-    /// Those that touched a page that had been taken away.
+    /// The number of operations that accessed a page after its unmap.
     pub(crate) stale: u64,
 }
 
 impl Device {
-    /// The device called `name`, over `client`.
+    /// Returns the device `name`, driven over the connection `client`.
     pub(crate) fn new(client: Client, name: &str) -> Self {
-        Self { client, name: name.to_owned(), tells: name.starts_with("soft:") }
+        Self { client, name: name.to_owned(), reports_faults: name.starts_with("soft:") }
     }
 
-    /// Reads the start of a page; none where that faults.
+    /// Reads the first 8 bytes of a page by DMA; none where that faults.
     pub(crate) fn read(&mut self, page: u64) -> Result<Option<u64>> {
         match self.client.dma_read(&self.name, guest::iova(page, 0).0, 8) {
             Ok(bytes) => {
                 let bytes =
                     <[u8; 8]>::try_from(&bytes[..]).map_err(|_| "a DMA of another length came back")?;
                 let read = u64::from_le_bytes(bytes);
-                Ok((self.tells || read != 0).then_some(read))
+                // A stamp is never 0, so without fault reports a 0 is a fault.
+                Ok((self.reports_faults || read != 0).then_some(read))
             }
             Err(error) => faulted(error).map(|()| None),
         }
     }
 
-    /// Leaves a mark in a page; whether it got there, as far as the device can tell.
+    /// Writes a mark into a page by DMA. Returns false where the device reports a fault.
     fn write(&mut self, page: u64, mark: u64) -> Result<bool> {
-        match self.client.dma_write(&self.name, guest::iova(page, MARK).0, &mark.to_le_bytes()) {
+        match self.client.dma_write(&self.name, guest::iova(page, MARK_OFFSET).0, &mark.to_le_bytes()) {
             Ok(()) => Ok(true),
             Err(error) => faulted(error).map(|()| false),
         }
     }
 
-    /// Whether the device reads the stamp of `generation` in a page.
-    pub(crate) fn sees(&mut self, page: u64, generation: u32) -> Result<bool> {
+    /// Returns true where the device reads the stamp of `generation` in a page.
+    pub(crate) fn reads_stamp(&mut self, page: u64, generation: u32) -> Result<bool> {
         Ok(self.read(page)? == Some(guest::stamp(page, generation)))
     }
 
-    /// Does DMA until told to stop.
+    /// Performs DMA until `stop` is set.
     pub(crate) fn work(&mut self, machine: &Machine, pages: &Pages, stop: &AtomicBool) -> Result<Tally> {
         let mut tally = Tally::default();
-        let mut draw = 0x9e37_79b9_7f4a_7c15u64;
+        // xorshift64
+        let mut random = 0x9e37_79b9_7f4a_7c15u64;
         while !stop.load(Ordering::Acquire) {
-            draw ^= draw << 13;
-            draw ^= draw >> 7;
-            draw ^= draw << 17;
-            let page = (draw >> 8) % PAGES;
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let page = (random >> 8) % PAGES;
             let before = pages.generation(page);
-            let sound = if draw & 1 == 0 {
+            // None for a fault, else whether the access was allowed.
+            let valid = if random & 1 == 0 {
                 let read = self.read(page)?;
-                read.map(|read| is_sound(page, read, before, pages.generation(page)))
+                read.map(|read| is_valid_read(page, read, before, pages.generation(page)))
             } else {
-                // Never zero in its lower half, so that the guest cannot miss it.
+                // The guest reads the lower 16 bits; bit 0 is set, so that they are never 0.
                 let mark = tally.ops << 1 | 1;
                 let wrote = self.write(page, mark)?;
-                let there = machine.load(page, MARK)? == mark;
-                // Where the page has been away meanwhile, the mark may have gone with it.
-                let told = wrote && (there || self.tells);
-                told.then(|| there || before % 2 == 1 || pages.generation(page) != before)
+                let found = machine.load(page, MARK_OFFSET)? == mark;
+                // Without fault reports, a write that is not found counts as a fault. A conversion in the meantime removes
+                // the mark with the page's contents.
+                let reached = wrote && (found || self.reports_faults);
+                reached.then(|| found || before % 2 == 1 || pages.generation(page) != before)
             };
             tally.ops += 1;
-            match sound {
+            match valid {
                 None => tally.faults += 1,
                 Some(true) => {}
                 Some(false) => tally.stale += 1,
@@ -98,32 +103,34 @@ impl Device {
         Ok(tally)
     }
 
-    /// Looks at every page once more, now that nothing changes: the device sees each shared one and no other.
+    /// Checks every page while no conversion is in progress: the device can access each shared page and no other.
     pub(crate) fn check(&mut self, pages: &Pages) -> Result<()> {
         for page in 0..PAGES {
             let generation = pages.generation(page);
-            if pages.is_shared(page) && !self.sees(page, generation)? {
-                return Err(format!("page {page} is shared again, and the device does not see it").into());
+            if pages.is_shared(page) && !self.reads_stamp(page, generation)? {
+                return Err(format!("page {page} is shared, but the device cannot access it").into());
             }
             if !pages.is_shared(page) && self.read(page)?.is_some() {
-                return Err(format!("page {page} is private or in quarantine, and the device sees it").into());
+                return Err(
+                    format!("page {page} is private or in quarantine, but the device can access it").into()
+                );
             }
         }
         Ok(())
     }
 }
 
-/// Whether a device may have read this, if the page was at `before` then and is at `after` now.
-fn is_sound(page: u64, read: u64, before: u32, after: u32) -> bool {
+/// Returns true where a device may have read `read`: the generation of the page was `before` then and is `after` now.
+fn is_valid_read(page: u64, read: u64, before: u32, after: u32) -> bool {
     if before == after && before.is_multiple_of(2) {
         return read == guest::stamp(page, before);
     }
-    // Mapped again and not yet stamped, or half stamped; but never the guest's own, and never an older one.
+    // Generation 0: mapped again and not stamped yet. Else it must be a shared generation that is not older.
     let generation = (read >> 32) as u32;
     generation == 0 || (generation.is_multiple_of(2) && generation >= before.next_multiple_of(2))
 }
 
-/// The device's DMA faulted, and that is all.
+/// Returns success where `error` reports a fault of the DMA, else the error.
 fn faulted(error: Error) -> Result<()> {
     match error {
         Error::Refused { errno, .. } if errno == Errno::FAULT.raw_os_error() => Ok(()),

@@ -1,8 +1,8 @@
-//! The VM: one processor, its memory, and what a conversion is for its type.
+//! The VM: one vCPU, its memory, and the conversion of pages for its type.
 //!
-//! A VM of the type that has private memory gets two backings, a memfd for what is shared and a guest_memfd for
-//! what is private, and converts by attribute. The default type has one guest_memfd, shared and mappable: there a
-//! page becomes private by leaving the file, and what the guest then touches is a fresh page.
+//! A VM type with private memory has two files, a memfd for shared pages and a guest_memfd for private ones, and converts by
+//! attribute. The default type has one shared, mappable guest_memfd: there a page becomes private when it is punched out of
+//! the file, and the guest's next access allocates a new page.
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use passgate::client::{AddMemory, Client, Outcome};
@@ -15,25 +15,26 @@ use rustix::io::Errno;
 use crate::Result;
 use crate::guest::{self, CODE, CODE_AT, MEMORY, PAGES};
 
-/// Three pages below 4 GiB that KVM wants for itself on some processors.
-const TSS: usize = 0xfffb_d000;
+/// The address of three pages below 4 GiB that KVM needs on Intel processors (KVM_SET_TSS_ADDR).
+const TSS_ADDRESS: usize = 0xfffb_d000;
 
-/// A VM with one processor.
+/// A VM with one vCPU.
 pub(crate) struct Machine {
     vm: VmFd,
     vm_type: VmType,
-    /// What devices are given.
+    /// The file that devices may access.
     shared: &'static GuestFile,
-    /// Where private pages come from, where that is another file.
+    /// The file of private pages; none where that is `shared`, too.
     private: Option<GuestFile>,
 }
 
 impl Machine {
-    /// A VM of the given type, or else of the best that this kernel has; its pages shared and stamped.
+    /// Creates a VM of the given type, or by default of a type with private memory where the kernel has one. All pages are
+    /// shared and stamped.
     pub(crate) fn new(vm_type: Option<VmType>) -> Result<(Self, VcpuFd)> {
         let vm_type = match vm_type {
             Some(vm_type) => vm_type,
-            None if VmType::SwProtected.is_offered()? => VmType::SwProtected,
+            None if VmType::SwProtected.is_supported()? => VmType::SwProtected,
             None => VmType::Default,
         };
         let vm = vm_type.create()?;
@@ -45,38 +46,39 @@ impl Machine {
                 (GuestFile::memfd("minimal-vmm", len)?, Some(private))
             }
         };
-        // KVM uses their addresses for as long as the VM lives, and that is as long as this process does.
+        // Leaked: KVM uses their addresses as long as the VM exists, which is as long as this process.
         let shared: &'static GuestFile = Box::leak(Box::new(shared));
         let code: &'static GuestFile = Box::leak(Box::new(GuestFile::memfd("minimal-vmm-code", PAGE)?));
         code.write(0, &CODE)?;
         for page in 0..PAGES {
-            shared.store(page * PAGE, guest::stamp(page, guest::FIRST))?;
+            shared.store(page * PAGE, guest::stamp(page, guest::FIRST_GENERATION))?;
         }
-        vm.set_tss_address(TSS)?;
+        vm.set_tss_address(TSS_ADDRESS)?;
         attach(&vm, 0, PageRange::new(CODE_AT, PAGE)?, code, None)?;
         attach(&vm, 1, PageRange::new(MEMORY, len)?, shared, Some(private.as_ref().unwrap_or(shared)))?;
 
-        let processor = vm.create_vcpu(0)?;
-        let mut sregs = processor.get_sregs()?;
+        let vcpu = vm.create_vcpu(0)?;
+        let mut sregs = vcpu.get_sregs()?;
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        processor.set_sregs(&sregs)?;
-        let mut regs = processor.get_regs()?;
+        vcpu.set_sregs(&sregs)?;
+        let mut regs = vcpu.get_regs()?;
+        // Bit 1 of RFLAGS is always 1.
         (regs.rip, regs.rflags) = (CODE_AT, 2);
-        processor.set_regs(&regs)?;
-        Ok((Self { vm, vm_type, shared, private }, processor))
+        vcpu.set_regs(&regs)?;
+        Ok((Self { vm, vm_type, shared, private }, vcpu))
     }
 
-    /// Its type.
+    /// Returns the type of the VM.
     pub(crate) fn vm_type(&self) -> VmType {
         self.vm_type
     }
 
-    /// How it converts: `attributes` or `punch`.
+    /// Returns the kind of its conversions: `attributes` or `punch`.
     pub(crate) fn kind(&self) -> &'static str {
         if self.private.is_some() { "attributes" } else { "punch" }
     }
 
-    /// Tells passgate of the memory.
+    /// Adds the memory to passgate.
     pub(crate) fn add_to(&self, client: &mut Client) -> passgate::Result<()> {
         let memory = AddMemory::shared(MEMORY, PAGES * PAGE);
         match &self.private {
@@ -88,22 +90,22 @@ impl Machine {
         Ok(())
     }
 
-    /// The word at byte `at` of a page, as the host sees it.
+    /// Returns the 8 bytes at byte `at` of a page in the shared file.
     pub(crate) fn load(&self, page: u64, at: u64) -> Result<u64, Failed> {
         self.shared.load(page * PAGE + at)
     }
 
-    /// Makes a page private, or shared again. Whichever way, what was in it is gone.
+    /// Converts a page. Its contents are lost in both directions.
     pub(crate) fn convert(&self, page: u64, to: Conversion) -> Result<(), Failed> {
         let at = page * PAGE;
         let Some(private) = &self.private else { return self.shared.punch(at, PAGE) };
         let gpa = guest::gpa(page).map_err(|_| Failed::new("convert", Errno::INVAL))?;
         guest_memfd::set_attributes(&self.vm, gpa, to)?;
-        let left = if to == Conversion::ToPrivate { self.shared } else { private };
-        left.punch(at, PAGE)
+        let old = if to == Conversion::ToPrivate { self.shared } else { private };
+        old.punch(at, PAGE)
     }
 
-    /// The call that converts, with a length that KVM cannot but refuse.
+    /// Makes the call that converts, with a length that KVM refuses; none where KVM accepts it.
     pub(crate) fn fail_to_convert(&self, pages: PageRange<Gpa>) -> Option<Failed> {
         let attributes = kvm_bindings::kvm_memory_attributes {
             address: pages.start().0,
@@ -116,9 +118,9 @@ impl Machine {
     }
 }
 
-/// What passgate is told of a conversion. A kernel that lacks the call (`ENOTTY`) and one that dislikes its arguments
-/// (`EINVAL`) say so before anything is touched; of every other failure a VMM cannot say how far it got, and must not
-/// guess.
+/// Returns the outcome to report for a conversion. `ENOTTY` (the kernel lacks the call) and `EINVAL` (invalid arguments) are
+/// returned before anything is changed. After every other failure the VMM cannot know how far the conversion got, and
+/// reports *unknown*.
 pub(crate) fn outcome(converted: Result<(), Failed>) -> Outcome {
     match converted {
         Ok(()) => Outcome::Committed,
@@ -132,27 +134,25 @@ pub(crate) fn outcome(converted: Result<(), Failed>) -> Outcome {
     }
 }
 
-/// What the guest did that the VMM must see to.
+/// An exit of the guest that the VMM must handle.
 pub(crate) enum Exit<'a> {
-    /// It put these bytes on a port.
+    /// The guest has written these bytes to an I/O port.
     Out(u16, &'a [u8]),
-    /// It wants bytes from a port.
+    /// The guest reads these bytes from an I/O port.
     In(u16, &'a mut [u8]),
 }
 
-/// Runs the guest until it wants something.
-pub(crate) fn run(processor: &mut VcpuFd) -> Result<Option<Exit<'_>>> {
-    match processor.run() {
+/// Runs the guest until its next exit; none for an interrupted run.
+pub(crate) fn run(vcpu: &mut VcpuFd) -> Result<Option<Exit<'_>>> {
+    match vcpu.run() {
         Ok(VcpuExit::IoOut(port, bytes)) => Ok(Some(Exit::Out(port, bytes))),
         Ok(VcpuExit::IoIn(port, bytes)) => Ok(Some(Exit::In(port, bytes))),
-        Ok(other) => Err(format!("the guest stopped in a way that its code does not: {other:?}").into()),
-        Err(error) if [libc_errno(Errno::INTR), libc_errno(Errno::AGAIN)].contains(&error.errno()) => {
-            Ok(None)
-        }
+        Ok(other) => Err(format!("unexpected exit of the guest: {other:?}").into()),
+        Err(error) if [raw(Errno::INTR), raw(Errno::AGAIN)].contains(&error.errno()) => Ok(None),
         Err(error) => Err(format!("KVM_RUN: {error}").into()),
     }
 }
 
-fn libc_errno(errno: Errno) -> i32 {
+fn raw(errno: Errno) -> i32 {
     errno.raw_os_error()
 }

@@ -1,12 +1,12 @@
-//! A VMM that does no more than convert memory, in the right order. The guest (`guest.rs`) asks for one conversion
-//! after the other, the VMM (`machine.rs`) relays each to passgate (`relay.rs`) and carries out what is granted,
-//! and a device (`device.rs`) does DMA to the same pages all the while. docs/guide/vmm.md walks through it.
+//! A VMM that does nothing but convert memory, in the right order. The guest (`guest.rs`) requests one conversion after the
+//! other; the VMM relays each to passgate (`relay.rs`) and performs those that are granted (`machine.rs`); a device
+//! (`device.rs`) does DMA to the same pages meanwhile. docs/guide/vmm.md explains it.
 //!
 //! ```text
 //! cargo run --example minimal-vmm -- --conversions 10000
 //! ```
 //!
-//! Exits with 0 if all was well, 1 if a single DMA was stale or anything failed, 3 if this host cannot run a VM.
+//! Exit codes: 0 for success, 1 if a DMA operation was stale or anything failed, 3 if this host cannot run a VM.
 
 #![forbid(unsafe_code)]
 
@@ -31,35 +31,35 @@ use passgate_bindings::kvm::VmType;
 use serde_json::json;
 
 use device::{Device, Tally};
-use guest::{ASK, REFUSED, Request, STAMPED};
+use guest::{REFUSED, REQUEST_PORT, Request, STAMPED_PORT};
 use machine::{Exit, Machine};
 use pages::Pages;
 use relay::Relay;
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// The device of the daemon that this program starts itself.
+/// The name of the device of the daemon that this program starts itself.
 const OWN_DEVICE: &str = "soft:0";
 
-/// A VM whose guest converts its memory all the time, through passgate, under a device's DMA
+/// A VM whose guest converts its memory through passgate while a device does DMA to it
 #[derive(Parser)]
 struct Args {
-    /// Conversions after which to end
+    /// End after this number of conversions
     #[arg(long, default_value_t = 2000)]
     conversions: u64,
-    /// The daemon (`passgate serve --allow-dma`); one inside this process where none is named
+    /// Socket of the daemon (`passgate serve --allow-dma`); by default a daemon inside this process
     #[arg(long)]
     socket_path: Option<PathBuf>,
-    /// The daemon's device that does the DMA
+    /// Device of the daemon that does the DMA
     #[arg(long, default_value = OWN_DEVICE)]
     device: String,
-    /// The type of VM; the best that this kernel has where none is named
+    /// VM type; by default one with private memory if the kernel has one
     #[arg(long)]
     vm_type: Option<Type>,
-    /// First have KVM refuse two conversions, and check what comes of their pages
+    /// First make KVM refuse two conversions, and check the state of their pages
     #[arg(long)]
     fail_attributes: bool,
-    /// The summary as JSON
+    /// Print the summary as JSON
     #[arg(long)]
     json: bool,
 }
@@ -82,13 +82,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the whole; whether no DMA was stale.
+/// Runs the program. Returns true where no DMA was stale.
 fn run(args: &Args) -> Result<bool> {
     let vm_type = args.vm_type.map(|vm_type| match vm_type {
         Type::Default => VmType::Default,
         Type::SwProtected => VmType::SwProtected,
     });
-    let (machine, processor) = Machine::new(vm_type)?;
+    let (machine, vcpu) = Machine::new(vm_type)?;
 
     let directory = tempfile::tempdir()?;
     let (path, _daemon) = match &args.socket_path {
@@ -108,7 +108,7 @@ fn run(args: &Args) -> Result<bool> {
         drill::run(&machine, &pages, &mut client, &mut channel, &mut device)?;
     }
     let mut relay = Relay::new(&machine, &pages, channel);
-    let tally = beside(&mut device, &machine, &pages, || convert(processor, &mut relay, args.conversions))?;
+    let tally = with_device(&mut device, &machine, &pages, || convert(vcpu, &mut relay, args.conversions))?;
     let checked = device.check(&pages);
 
     let stale = tally.stale + relay.stale;
@@ -130,7 +130,7 @@ fn run(args: &Args) -> Result<bool> {
     Ok(stale == 0)
 }
 
-/// A daemon in this process, with a software device.
+/// Starts a daemon in this process, with a software device.
 fn serve(path: &Path) -> Result<Handle> {
     let domain = SoftDomain::open()?;
     let device = domain.device(OWN_DEVICE)?;
@@ -138,8 +138,8 @@ fn serve(path: &Path) -> Result<Handle> {
     Ok(Server::bind(options, domain, vec![device])?.spawn()?)
 }
 
-/// Runs `work` with the device at work beside it.
-fn beside(
+/// Runs `work` while the device does DMA in another thread.
+fn with_device(
     device: &mut Device,
     machine: &Machine,
     pages: &Pages,
@@ -147,36 +147,37 @@ fn beside(
 ) -> Result<Tally> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let beside = scope.spawn(|| device.work(machine, pages, &stop));
-        let worked = work();
+        let dma = scope.spawn(|| device.work(machine, pages, &stop));
+        let result = work();
         stop.store(true, Ordering::Release);
-        let tally = beside.join().unwrap_or_else(|_| Err("the device's thread panicked".into()));
-        // Where the guest's side failed, that is the news.
-        worked.and(tally)
+        let tally = dma.join().unwrap_or_else(|_| Err("the device's thread panicked".into()));
+        // An error of `work` comes first: it may be the cause of one of the device.
+        result.and(tally)
     })
 }
 
-/// Runs the guest until it has had so many conversions.
-fn convert(mut processor: VcpuFd, relay: &mut Relay<'_>, conversions: u64) -> Result<()> {
+/// Runs the guest until it has made `conversions` conversions and stamped the last page.
+fn convert(mut vcpu: VcpuFd, relay: &mut Relay<'_>, conversions: u64) -> Result<()> {
     let mut answer = REFUSED;
     while relay.conversions < conversions || relay.is_stamping() {
-        match machine::run(&mut processor)? {
+        match machine::run(&mut vcpu)? {
             None => {}
-            Some(Exit::Out(ASK, bytes)) => {
-                let request = Request::parse(bytes).ok_or_else(|| format!("{bytes:x?} is no request"))?;
-                answer = relay.ask(request)?;
+            Some(Exit::Out(REQUEST_PORT, bytes)) => {
+                let request = Request::parse(bytes).ok_or_else(|| format!("{bytes:x?} is not a request"))?;
+                answer = relay.request(request)?;
             }
-            Some(Exit::In(ASK, bytes)) => match <&mut [u8; 4]>::try_from(bytes) {
+            Some(Exit::In(REQUEST_PORT, bytes)) => match <&mut [u8; 4]>::try_from(bytes) {
                 Ok(bytes) => *bytes = answer.to_le_bytes(),
-                Err(_) => return Err("the guest wants an answer of another length".into()),
+                Err(_) => return Err("the guest reads an answer of another length".into()),
             },
-            Some(Exit::Out(STAMPED, _)) => relay.stamped(),
+            Some(Exit::Out(STAMPED_PORT, _)) => relay.stamped(),
             Some(Exit::Out(port, _) | Exit::In(port, _)) => {
-                return Err(format!("the guest used port {port:#x}, where nothing is").into());
+                return Err(format!("the guest used the unknown port {port:#x}").into());
             }
         }
+        // Ends a run in which almost no conversion is granted.
         if relay.refused > conversions + 1000 {
-            return Err(format!("passgate refuses nearly everything: {} times", relay.refused).into());
+            return Err(format!("passgate refused too many conversions: {}", relay.refused).into());
         }
     }
     Ok(())

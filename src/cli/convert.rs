@@ -1,28 +1,28 @@
-//! `passgate convert`.
+//! `passgate convert`: has a daemon convert a range.
 
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{Daemon, Output, To, number};
+use super::{ControlSocket, Output, PageStateArg, parse_size};
 use crate::client::{Convert, Converted};
 use crate::error::Result;
 
-/// Has a daemon convert a range itself.
+/// Has a daemon convert a range of guest memory.
 #[derive(Debug, Args)]
 pub(super) struct ConvertRange {
     #[command(flatten)]
-    daemon: Daemon,
-    /// First guest-physical address
-    #[arg(long, value_parser = number, value_name = "ADDRESS")]
+    control: ControlSocket,
+    /// Guest-physical address of the range
+    #[arg(long, value_parser = parse_size, value_name = "ADDRESS")]
     gpa: u64,
-    /// Length in bytes
-    #[arg(long, value_parser = number, value_name = "BYTES")]
+    /// Length of the range
+    #[arg(long, value_parser = parse_size, value_name = "BYTES")]
     length: u64,
-    /// What it is to be
+    /// State that its pages get
     #[arg(long, value_enum)]
-    to: To,
-    /// Within how many milliseconds the answer must come; 0 for the default
+    to: PageStateArg,
+    /// Deadline of the answer in milliseconds; 0 for the default
     #[arg(long, value_name = "MS", default_value_t = 0)]
     deadline_ms: u32,
     #[command(flatten)]
@@ -33,7 +33,7 @@ impl ConvertRange {
     pub(super) fn run(self) -> Result<ExitCode> {
         let convert =
             Convert { gpa: self.gpa, length: self.length, to: self.to.into(), deadline_ms: self.deadline_ms };
-        let converted = self.daemon.connect()?.convert(&convert)?;
+        let converted = self.control.connect()?.convert(&convert)?;
         self.output.print(&converted, text)?;
         Ok(if converted.verdict == "done" { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

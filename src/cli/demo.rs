@@ -1,4 +1,4 @@
-//! `passgate demo`.
+//! `passgate demo`: see [`crate::demo`].
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,13 +10,13 @@ use super::Output;
 use crate::demo::{self, Counters, Options};
 use crate::error::Result;
 
-/// Shows the main job on this machine, without hardware.
+/// Converts memory under DMA, without passthrough hardware.
 #[derive(Debug, Args)]
 pub(super) struct Demo {
-    /// How long to run
+    /// Duration in seconds
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Do it the old way: pin the memory for the device, and see the stale DMA
+    /// Map the memory once and never unmap it, and see the stale DMA
     #[arg(long)]
     pins: bool,
     #[command(flatten)]
@@ -29,7 +29,7 @@ impl Demo {
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {msg}") {
             bar.set_style(style);
         }
-        // Hidden by itself where stderr is no terminal.
+        // indicatif hides the bar itself if stderr is not a terminal.
         bar.enable_steady_tick(Duration::from_millis(200));
         let progress = |seconds: f64, counters: &Counters| {
             bar.set_position((seconds * 10.0) as u64);
@@ -38,7 +38,7 @@ impl Demo {
         let summary = demo::run(Options { seconds: self.seconds, pins: self.pins }, progress)?;
         bar.finish_and_clear();
         if let Some(instead) = &summary.instead {
-            super::note(&format!("no guest_memfd here, going on with a memfd: {instead}"));
+            super::note(&format!("no guest_memfd on this machine, a memfd is used: {instead}"));
         }
         self.output.print(&summary, demo::Summary::text)?;
         Ok(if summary.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,4 +1,4 @@
-//! `passgate explain`: of a running daemon, or from its audit log.
+//! `passgate explain`: prints the receipt of one invalidation, from a running daemon or from its audit log.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,35 +15,35 @@ use crate::observe::{events, replay};
 #[derive(Debug, Args)]
 pub(super) struct ExplainOne {
     #[command(flatten)]
-    from: From,
+    source: ReceiptSource,
     #[command(flatten)]
     timeout: Timeout,
-    /// The invalidation, as answers, events and status name it
+    /// Id of the invalidation, as answers, events and `status` print it
     #[arg(long, value_name = "ID")]
     invalidation: u64,
     #[command(flatten)]
     output: Output,
 }
 
-/// Who knows.
+/// The source of the receipt.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-struct From {
-    /// The daemon's socket
+struct ReceiptSource {
+    /// Control socket of the daemon
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
-    /// An audit log, or the state directory that it is in: the receipt is made again from it
+    /// Files of an audit log, or its state directory: the receipt is reconstructed from it
     #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
     log: Vec<PathBuf>,
 }
 
 impl ExplainOne {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let receipt = match &self.from.socket_path {
+        let receipt = match &self.source.socket_path {
             Some(path) => self.timeout.connect(path)?.explain(self.invalidation)?,
             None => {
                 let id = self.invalidation;
-                let found = replay::explain(&self.from.log, InvalidationId(id))?;
+                let found = replay::explain(&self.source.log, InvalidationId(id))?;
                 let (receipt, head) = found.ok_or(Error::NoReceipt { invalidation: id })?;
                 events::receipt(&receipt, &head)
             }

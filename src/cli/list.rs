@@ -1,4 +1,4 @@
-//! `passgate list`.
+//! `passgate list`: prints the PCI devices of this host.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,9 +9,9 @@ use passgate_bindings::vfio::pci::SYSFS;
 
 use super::{Output, note};
 use crate::error::Result;
-use crate::host::inventory::{Listed, inventory};
+use crate::host::inventory::{ListedDevice, inventory};
 
-/// Lists the host's PCI devices.
+/// Lists PCI devices: holders, steps that stop their DMA, refusals.
 #[derive(Debug, Args)]
 pub(super) struct List {
     #[command(flatten)]
@@ -38,7 +38,7 @@ impl List {
 const HEADING: &str =
     "ADDRESS       IDS        CLASS                     DRIVER            GROUP  NODE  RESET";
 
-fn text(devices: &[Listed]) -> String {
+fn text(devices: &[ListedDevice]) -> String {
     let mut text = if devices.is_empty() { String::new() } else { HEADING.to_owned() };
     for device in devices {
         let number = |number: Option<u32>| number.map_or("-".to_owned(), |number| number.to_string());
@@ -60,29 +60,26 @@ fn text(devices: &[Listed]) -> String {
     text
 }
 
-/// What else there is to say of a device, a line each.
-fn notes(device: &Listed) -> Vec<String> {
+/// Returns the lines that follow the row of a device.
+fn notes(device: &ListedDevice) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some(refused) = &device.refused {
         let bound = device.driver.as_deref().is_some_and(|driver| driver.contains("vfio"));
-        notes.push(format!("not taken: {}", if bound { refused } else { short(refused, &device.address) }));
+        notes.push(format!("not taken: {}", if bound { refused } else { shorten(refused, &device.address) }));
     } else {
         let stop = &device.stop;
         notes.push(format!("stopped by {} (type1: {})", stop.iommufd.join(", "), stop.type1.join(", ")));
     }
     if device.unstoppable.is_some() {
-        notes.push(
-            "nothing stops it for certain here: taken with serve --allow-unstoppable only (--json says why)"
-                .to_owned(),
-        );
+        notes.push("nothing stops it for certain: needs serve --allow-unstoppable (see --json)".to_owned());
     }
     if let Some(group) = device.group.as_ref().filter(|group| !group.isolated) {
         notes.push(format!("not alone in its group: {}", group.companions.join(", ")));
     }
     let caches = match (device.ats, device.pri) {
-        (Some(true), Some(true)) => Some("caches translations (ATS) and asks for pages (PRI)"),
+        (Some(true), Some(true)) => Some("caches translations (ATS) and requests pages (PRI)"),
         (Some(true), _) => Some("caches translations (ATS)"),
-        (_, Some(true)) => Some("asks for pages (PRI)"),
+        (_, Some(true)) => Some("requests pages (PRI)"),
         _ => None,
     };
     notes.extend(caches.map(str::to_owned));
@@ -99,8 +96,8 @@ fn notes(device: &Listed) -> Vec<String> {
     notes
 }
 
-/// A refusal without the address, which stands beside it, and without the mend, which `--json` has.
-fn short<'a>(refusal: &'a str, address: &str) -> &'a str {
+/// Returns a refusal without the address, which its row has, and without the remedy, which `--json` prints.
+fn shorten<'a>(refusal: &'a str, address: &str) -> &'a str {
     let text = refusal.strip_prefix(address).unwrap_or(refusal).trim_start_matches([':', ' ']);
     let end = [text.find("; "), text.find(": ")].into_iter().flatten().min().unwrap_or(text.len());
     &text[..end]
@@ -110,11 +107,11 @@ fn short<'a>(refusal: &'a str, address: &str) -> &'a str {
 mod tests {
     use super::*;
     use crate::host::holder::Process;
-    use crate::host::inventory::{Group, Stop};
+    use crate::host::inventory::{Group, StopSteps};
     use crate::host::sight::Blind;
 
-    fn device() -> Listed {
-        Listed {
+    fn device() -> ListedDevice {
+        ListedDevice {
             address: "0000:01:00.0".into(),
             class: "NVMe drive",
             class_code: "010802".into(),
@@ -132,7 +129,7 @@ mod tests {
             ats: Some(true),
             pri: None,
             tdi: false,
-            stop: Stop { iommufd: vec!["unmap", "reset"], type1: vec!["unmap"] },
+            stop: StopSteps { iommufd: vec!["unmap", "reset"], type1: vec!["unmap"] },
             owner: vec![Process { pid: 57, command: "passgate serve".into() }],
             owner_known: true,
             owner_unknown: None,
@@ -142,9 +139,9 @@ mod tests {
     }
 
     #[test]
-    fn a_row_for_each_device_and_a_line_for_what_is_worth_one() {
-        let said = text(&[device()]);
-        let lines: Vec<_> = said.lines().collect();
+    fn list_prints_row_per_device_and_line_per_note() {
+        let printed = text(&[device()]);
+        let lines: Vec<_> = printed.lines().collect();
         assert_eq!(lines[0], HEADING);
         assert_eq!(
             lines[1..],
@@ -160,22 +157,27 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_that_cannot_be_seen_is_unknown_and_not_nobody() {
-        let words = Blind::Namespace.words();
-        let hidden = Listed { owner: vec![], owner_known: false, owner_unknown: Some(words), ..device() };
-        assert_eq!(notes(&hidden).pop().unwrap(), format!("owner unknown: {words}"));
+    fn invisible_owner_is_listed_as_unknown() {
+        let reason = Blind::Namespace.describe();
+        let hidden =
+            ListedDevice { owner: vec![], owner_known: false, owner_unknown: Some(reason), ..device() };
+        assert_eq!(notes(&hidden).pop().unwrap(), format!("owner unknown: {reason}"));
     }
 
     #[test]
-    fn a_refusal_is_short_where_the_driver_says_it_already() {
+    fn refusal_is_shortened_unless_bound_to_vfio() {
         let whole = "0000:01:00.0 is bound to nvme, not to vfio-pci; bind it: echo vfio-pci > /sys";
         let refused = |driver: &str| {
-            let device = Listed { driver: Some(driver.into()), refused: Some(whole.into()), ..device() };
+            let device =
+                ListedDevice { driver: Some(driver.into()), refused: Some(whole.into()), ..device() };
             notes(&device).remove(0)
         };
         assert_eq!(refused("nvme"), "not taken: is bound to nvme, not to vfio-pci");
         assert_eq!(refused("vfio-pci"), format!("not taken: {whole}"));
         let shared = "0000:04:00.0: its IOMMU group 4 also holds 0000:04:00.1, which snd has: bind";
-        assert_eq!(short(shared, "0000:04:00.0"), "its IOMMU group 4 also holds 0000:04:00.1, which snd has");
+        assert_eq!(
+            shorten(shared, "0000:04:00.0"),
+            "its IOMMU group 4 also holds 0000:04:00.1, which snd has"
+        );
     }
 }

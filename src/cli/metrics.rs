@@ -1,22 +1,22 @@
-//! `passgate metrics`.
+//! `passgate metrics`: prints the metrics of a daemon.
 
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{Daemon, line};
+use super::{ControlSocket, print_line};
 use crate::error::Result;
 
-/// Prints what a daemon counts and times, in OpenMetrics text.
+/// Prints the metrics of a daemon as OpenMetrics text.
 #[derive(Debug, Args)]
 pub(super) struct MetricsOf {
     #[command(flatten)]
-    daemon: Daemon,
+    control: ControlSocket,
 }
 
 impl MetricsOf {
     pub(super) fn run(self) -> Result<ExitCode> {
-        line(self.daemon.connect()?.metrics()?.trim_end())?;
+        print_line(self.control.connect()?.metrics()?.trim_end())?;
         Ok(ExitCode::SUCCESS)
     }
 }

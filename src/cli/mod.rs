@@ -1,11 +1,11 @@
 //! The command line: one file per command.
 //!
-//! Exit codes: 0 good, 1 the job failed, 2 usage, 3 the host is not able. Results go to stdout, everything else to
-//! stderr; with `--json` stdout has nothing but JSON.
+//! Exit codes: 0 success, 1 the command failed, 2 wrong usage, 3 the host cannot do it. Results go to stdout, everything
+//! else to stderr; with `--json` stdout contains only JSON.
 
 mod convert;
+mod daemon;
 mod demo;
-mod engine;
 mod events;
 mod explain;
 mod list;
@@ -34,7 +34,7 @@ use rustix::io::Errno;
 use crate::client::{Client, State};
 use crate::error::{Error, Result};
 
-/// Takes pages of confidential VMs out of device DMA, with proof, before they are converted.
+/// Unmaps memory of confidential VMs from device DMA, with proof, before it is converted.
 #[derive(Debug, Parser)]
 #[command(name = "passgate", version, propagate_version = true)]
 pub struct Cli {
@@ -44,97 +44,97 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Shows the main job on this machine, without hardware
+    /// Converts memory under DMA, without passthrough hardware
     Demo(demo::Demo),
-    /// Runs one VM's daemon
+    /// Runs the daemon of one VM
     Serve(serve::Serve),
-    /// Serves an NVMe drive to a VMM as a virtio block device (vhost-user-blk)
+    /// Serves an NVMe drive as a virtio block device (vhost-user-blk)
     VhostUserBlk(vhost_blk::VhostUserBlk),
-    /// Lists this host's PCI devices: who has them, how their DMA can be stopped, why one would not be taken
+    /// Lists PCI devices: holders, steps that stop their DMA, refusals
     List(list::List),
-    /// Says what a daemon knows: regions, devices, quarantine, limits
+    /// Prints a daemon's regions, devices, quarantine and limits
     Status(status::StatusOf),
-    /// Prints what happens in a daemon, as it happens
+    /// Prints the events of a daemon as they occur
     Events(events::EventsOf),
-    /// Has a daemon convert a range itself
+    /// Has a daemon convert a range of guest memory
     Convert(convert::ConvertRange),
     /// Prints the evidence of one invalidation
     Explain(explain::ExplainOne),
-    /// Tests how a device of this host can be stopped, by doing it
+    /// Tests on a device of this host what stops its DMA
     Selftest(selftest::Selftest),
-    /// Takes a range out of quarantine, by a person who knows what its pages are
+    /// Releases a range from quarantine, by decision of an operator
     Release(release::ReleaseRange),
-    /// Prints what a daemon counts and times, in OpenMetrics text
+    /// Prints the metrics of a daemon as OpenMetrics text
     Metrics(metrics::MetricsOf),
-    /// Shows what a daemon does, live
+    /// Shows the activity of a daemon, live
     Top(top::Top),
-    /// Checks an audit log: by a gate again, and by what its calls returned
+    /// Checks an audit log: replays the gate, checks call results
     Replay(replay::Replay),
     /// Prints completions for a shell
     Completions(shell::Completions),
     /// Prints the manual page
     Man,
-    /// Stops devices when their daemon dies; started by `serve`
+    /// Stops the devices of a daemon that has died; started by `serve`
     #[command(hide = true)]
     Guardian,
-    /// Gives a device back to its driver when a test ends or dies; started by `selftest --bind`
-    #[command(hide = true, name = crate::selftest::borrow::SUBCOMMAND)]
+    /// Binds a device to its earlier driver when a test ends or dies; started by `selftest --bind`
+    #[command(hide = true, name = crate::selftest::rebind::SUBCOMMAND)]
     GiveBack {
-        /// The device, for whoever looks at the list of processes
+        /// Address of the device, shown in the list of processes
         device: String,
     },
-    /// Runs a command that ends with its parent; started by `selftest`
+    /// Runs a command that is killed when its parent dies; started by `selftest`
     #[command(hide = true, name = crate::selftest::crash::SUBCOMMAND)]
     UntilParentDies {
-        /// The parent
+        /// Process ID of the parent
         parent: u32,
-        /// The command
+        /// Arguments of the command
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<std::ffi::OsString>,
     },
 }
 
-/// What pages are, as the command line names it.
+/// The state of pages, as the command line names it.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum To {
-    /// Devices may see them
+enum PageStateArg {
+    /// Devices may access the pages
     Shared,
-    /// Only the guest may
+    /// Only the guest may access the pages
     Private,
-    /// Nothing is there
+    /// The pages are punched out of the file
     Hole,
 }
 
-impl From<To> for State {
-    fn from(to: To) -> Self {
+impl From<PageStateArg> for State {
+    fn from(to: PageStateArg) -> Self {
         match to {
-            To::Shared => Self::Shared,
-            To::Private => Self::Private,
-            To::Hole => Self::Hole,
+            PageStateArg::Shared => Self::Shared,
+            PageStateArg::Private => Self::Private,
+            PageStateArg::Hole => Self::Hole,
         }
     }
 }
 
-/// Which daemon.
+/// The control socket of the daemon that a command talks to.
 #[derive(Debug, Args)]
-struct Daemon {
-    /// The daemon's socket
+struct ControlSocket {
+    /// Control socket of the daemon
     #[arg(long, value_name = "PATH")]
     socket_path: PathBuf,
     #[command(flatten)]
     timeout: Timeout,
 }
 
-impl Daemon {
+impl ControlSocket {
     fn connect(&self) -> Result<Client> {
         self.timeout.connect(&self.socket_path)
     }
 }
 
-/// How long a daemon may take to answer.
+/// The time in which a daemon must answer.
 #[derive(Debug, Clone, Copy, Args)]
 struct Timeout {
-    /// How long the daemon may take to answer
+    /// Time in which the daemon must answer
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     timeout: u32,
 }
@@ -145,7 +145,7 @@ impl Timeout {
     }
 }
 
-/// How the result is printed.
+/// The format of the result.
 #[derive(Debug, Clone, Copy, Args)]
 struct Output {
     /// Print JSON
@@ -154,24 +154,24 @@ struct Output {
 }
 
 impl Output {
-    /// Prints `value` as JSON, or else `text` of it.
+    /// Prints `value` as JSON if `--json` is given, else as `text` formats it.
     fn print<T: serde::Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
-        let said = if self.json {
+        let text = if self.json {
             serde_json::to_string(value).map_err(|error| Error::Protocol(error.to_string()))?
         } else {
             text(value)
         };
-        line(&said)
+        print_line(&text)
     }
 }
 
-/// Prints one line of a result; a reader that has gone away is no error, because the exit code says the result too.
-fn line(text: &str) -> Result<()> {
-    next_line(text).map(drop)
+/// Prints the line of a result. It is no error if stdout is closed, because the exit code reports the result too.
+fn print_line(text: &str) -> Result<()> {
+    print_next_line(text).map(drop)
 }
 
-/// Prints one line of many; where nobody reads any more, it says so, and the command is to end.
-fn next_line(text: &str) -> Result<ControlFlow<()>> {
+/// Prints one line of many. Returns [`ControlFlow::Break`] if stdout is closed: then the command must end.
+fn print_next_line(text: &str) -> Result<ControlFlow<()>> {
     match writeln!(std::io::stdout(), "{text}") {
         Ok(()) => Ok(ControlFlow::Continue(())),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
@@ -179,53 +179,56 @@ fn next_line(text: &str) -> Result<ControlFlow<()>> {
     }
 }
 
-/// What a command that goes on has waited for.
+/// The event that ended a [`wait`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Woken {
-    /// The time is over.
-    Time,
-    /// This one of the descriptors is ready.
+enum WaitResult {
+    /// The timeout has expired.
+    TimedOut,
+    /// The descriptor of this index is readable, or closed by its peer.
     Ready(usize),
-    /// Nobody reads what is printed any more.
-    Unread,
+    /// Stdout is closed: nobody reads the output any more.
+    OutputClosed,
 }
 
-/// Waits until one of these descriptors is readable, or `until`, or until the reader of stdout has gone.
-fn wait(fds: &[BorrowedFd<'_>], until: Option<Instant>) -> Result<Woken> {
+/// Waits until one of the descriptors is readable, until the time `until`, or until stdout is closed.
+fn wait(fds: &[BorrowedFd<'_>], until: Option<Instant>) -> Result<WaitResult> {
     let stdout = std::io::stdout();
     loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let left =
-            left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let remaining = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let remaining = remaining
+            .map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() });
         let mut all: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        // The end of a pipe's reader is told without being asked for (POLLERR).
+        // POLLERR, which the end of a pipe's reader causes, is reported without being requested: poll(2).
         all.push(PollFd::new(&stdout, PollFlags::empty()));
-        match poll(&mut all, left.as_ref()) {
+        match poll(&mut all, remaining.as_ref()) {
             Err(Errno::INTR) => {}
             Err(errno) => return Err(Failed::new("poll", errno).into()),
-            Ok(0) => return Ok(Woken::Time),
+            Ok(0) => return Ok(WaitResult::TimedOut),
             Ok(_) => {
                 let ready = all.iter().position(|fd| !fd.revents().is_empty());
-                return Ok(ready.filter(|nth| *nth < fds.len()).map_or(Woken::Unread, Woken::Ready));
+                return Ok(ready
+                    .filter(|index| *index < fds.len())
+                    .map_or(WaitResult::OutputClosed, WaitResult::Ready));
             }
         }
     }
 }
 
-/// Says something beside the result. Nobody may be there to read it, and that is no error.
+/// Prints a message to stderr, beside the result. It is no error if stderr is closed.
 pub fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "passgate: {text}");
 }
 
-/// The name by which a management program starts a back-end, which it cannot tell a subcommand (docs/guide/vhost-user-blk.md).
-const BACKEND: &str = "passgate-vhost-user-blk";
+/// The program name by which a management program starts the back-end, since it cannot give it a subcommand
+/// (docs/guide/vhost-user-blk.md).
+const VHOST_USER_BLK_PROGRAM: &str = "passgate-vhost-user-blk";
 
 impl Cli {
-    /// The command line of this process.
+    /// Parses the command line of this process.
     pub fn of_process() -> Self {
         let mut words: Vec<_> = std::env::args_os().collect();
         let name = words.first().map(PathBuf::from);
-        if name.is_some_and(|name| name.file_name().is_some_and(|name| name == BACKEND)) {
+        if name.is_some_and(|name| name.file_name().is_some_and(|name| name == VHOST_USER_BLK_PROGRAM)) {
             words.insert(1, "vhost-user-blk".into());
         }
         Self::parse_from(words)
@@ -237,7 +240,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Demo(demo) => demo.run(),
         Command::Serve(serve) => serve.run(),
-        Command::VhostUserBlk(door) => door.run(),
+        Command::VhostUserBlk(vhost_user_blk) => vhost_user_blk.run(),
         Command::List(list) => list.run(),
         Command::Status(status) => status.run(),
         Command::Events(events) => events.run(),
@@ -251,16 +254,16 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),
-        Command::GiveBack { .. } => crate::selftest::borrow::run().map(|()| ExitCode::SUCCESS),
+        Command::GiveBack { .. } => crate::selftest::rebind::run().map(|()| ExitCode::SUCCESS),
         Command::UntilParentDies { parent, words } => {
             crate::selftest::crash::run(parent, &words).map(|()| ExitCode::SUCCESS)
         }
     }
 }
 
-/// A number of bytes or an address: decimal, `0x…`, or with a suffix K, M, G.
-fn number(text: &str) -> Result<u64, String> {
-    let wrong = || format!("`{text}` is no number: write 4096, 0x1000, 4K, 2M or 1G");
+/// Parses a number of bytes or an address: decimal, `0x…`, or decimal with a suffix K, M or G.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is not a number: write 4096, 0x1000, 4K, 2M or 1G");
     if let Some(hex) = text.strip_prefix("0x") {
         return u64::from_str_radix(hex, 16).map_err(|_| wrong());
     }
@@ -280,18 +283,18 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn numbers_are_read_as_people_write_them() {
-        assert_eq!(number("0x1000"), Ok(4096));
-        assert_eq!(number("4K"), Ok(4096));
-        assert_eq!(number("2M"), Ok(2 << 20));
-        assert_eq!(number("17"), Ok(17));
+    fn sizes_are_parsed_in_decimal_hexadecimal_and_with_suffix() {
+        assert_eq!(parse_size("0x1000"), Ok(4096));
+        assert_eq!(parse_size("4K"), Ok(4096));
+        assert_eq!(parse_size("2M"), Ok(2 << 20));
+        assert_eq!(parse_size("17"), Ok(17));
         for wrong in ["", "K", "-1", "0x", "99999999999G", "12k"] {
-            assert!(number(wrong).is_err(), "{wrong}");
+            assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }
 }

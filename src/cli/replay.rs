@@ -1,5 +1,5 @@
-//! `passgate replay`: whether a log bears out what its daemon said. Exit code 0 if so, 1 if not, 2 if it cannot be
-//! read.
+//! `passgate replay`: checks that an audit log supports the answers of its daemon. Exit code 0 if it does, 1 if it does
+//! not, 2 if it cannot be read.
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -13,10 +13,10 @@ use super::Output;
 use crate::error::Result;
 use crate::observe::replay::{Report, RunReport, replay};
 
-/// Checks an audit log: by a gate again, and by what its calls returned.
+/// Checks an audit log: replays the gate, checks call results.
 #[derive(Debug, Args)]
 pub(super) struct Replay {
-    /// Files of a log, or the state directory that it is in
+    /// Files of an audit log, or its state directory
     #[arg(value_name = "LOG", required = true)]
     log: Vec<PathBuf>,
     #[command(flatten)]
@@ -26,7 +26,9 @@ pub(super) struct Replay {
 impl Replay {
     pub(super) fn run(self) -> Result<ExitCode> {
         let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{bytes} of {total_bytes} ({eta} left) {wide_bar}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{bytes} of {total_bytes} ({eta} remaining) {wide_bar}")
+        {
             bar.set_style(style);
         }
         let report = replay(&self.log, |read, all| {
@@ -46,9 +48,9 @@ fn text(report: &Report) -> String {
 }
 
 fn run(run: &RunReport) -> String {
-    let broken = run.problems.len() as u64 + run.more;
-    let word = if broken == 0 { "clean".to_owned() } else { format!("{broken} problems") };
-    let mut text = format!("run {}: {} lines, {} answers: {word}", run.run, run.lines, run.answers);
+    let problems = run.problems.len() as u64 + run.more;
+    let result = if problems == 0 { "clean".to_owned() } else { format!("{problems} problems") };
+    let mut text = format!("run {}: {} lines, {} answers: {result}", run.run, run.lines, run.answers);
     for note in &run.notes {
         _ = write!(text, "\n  note: {note}");
     }

@@ -1,32 +1,32 @@
-//! `passgate selftest`.
+//! `passgate selftest`: see [`crate::selftest`].
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::engine::Iommu;
-use super::{Output, line};
+use super::daemon::Iommu;
+use super::{Output, print_line};
 use crate::error::Result;
 use crate::selftest::{self, Options, Report, Row};
 
-/// Tests how a device of this host can be stopped, by doing it.
+/// Tests on a device of this host what stops its DMA.
 #[derive(Debug, Args)]
 pub(super) struct Selftest {
-    /// The device: a PCI address, or soft:0
+    /// Device to test: a PCI address, or soft:0
     #[arg(long, value_name = "BDF")]
     device: String,
-    /// The IOMMU interface
+    /// IOMMU interface
     #[arg(long, value_enum, default_value_t = Iommu::Auto)]
     iommu: Iommu,
-    /// Take the device from its driver for the test, and give it back, also
-    /// where the test is killed
+    /// Unbind the device from its driver for the test, and bind it again, even
+    /// if the test is killed
     #[arg(long)]
     bind: bool,
-    /// Overwrite the last blocks of a drive, to see what it reads; without, it only writes memory
+    /// Allow overwriting the last blocks of a drive, to check what it reads from memory
     #[arg(long)]
     scratch: bool,
-    /// Leave the crash of a daemon out
+    /// Skip the check that kills a daemon
     #[arg(long)]
     no_crash: bool,
     #[command(flatten)]
@@ -44,13 +44,13 @@ impl Selftest {
             crash: !self.no_crash,
         };
         let json = self.output.json;
-        // Each line as it comes: some checks take seconds.
-        let mut tell = |row: &Row| {
+        // Each row as soon as its check has ended: some checks take seconds.
+        let mut report_row = |row: &Row| {
             if !json {
-                let _ = line(&row.text());
+                let _ = print_line(&row.text());
             }
         };
-        let report = selftest::run(&options, &mut tell)?;
+        let report = selftest::run(&options, &mut report_row)?;
         self.output.print(&report, Report::summary)?;
         Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

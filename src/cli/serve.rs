@@ -1,4 +1,4 @@
-//! `passgate serve`: one VM's daemon.
+//! `passgate serve`: the daemon of one VM. And the guardian, which it starts.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,44 +6,44 @@ use std::process::ExitCode;
 use clap::Args;
 use passgate_backends::assign::Accept;
 
-use super::engine::{Engine, Opened};
+use super::daemon::{DaemonArgs, Opened};
 use crate::error::Result;
 use crate::serve::{Options, Server};
 use crate::session::guardian::{self, Ended};
 
-/// Runs one VM's daemon.
+/// Runs the daemon of one VM.
 #[derive(Debug, Args)]
 pub(super) struct Serve {
-    /// Where the control socket is made (mode 0600)
+    /// Path of the control socket, created with mode 0600
     #[arg(long, value_name = "PATH")]
     socket_path: PathBuf,
-    /// A device to assign: a PCI address bound to vfio-pci, or soft:N; may be given again
+    /// Device to assign: a PCI address bound to vfio-pci, or soft:N; may be repeated
     #[arg(long = "device", value_name = "BDF")]
     devices: Vec<String>,
-    /// Let clients have devices do DMA on demand (for tests; off by default)
+    /// Allow clients to have devices do DMA on demand (for tests)
     #[arg(long)]
     allow_dma: bool,
-    /// With --allow-dma: overwrite the last blocks of a drive, where DMA of given bytes takes that
+    /// With --allow-dma: allow overwriting the last blocks of a drive, if DMA of given bytes requires it
     #[arg(long, requires = "allow_dma")]
     scratch: bool,
     #[command(flatten)]
-    engine: Engine,
+    daemon: DaemonArgs,
 }
 
 impl Serve {
     pub(super) fn run(self) -> Result<ExitCode> {
-        self.engine.check(&[&self.socket_path])?;
+        self.daemon.check(&[&self.socket_path])?;
         let accept = Accept { scratch: self.scratch, ..Accept::default() };
-        let opened = self.engine.open(&self.devices, accept)?;
+        let opened = self.daemon.open(&self.devices, accept)?;
         let options = Options { allow_dma: self.allow_dma, ..Options::at(self.socket_path) };
-        let options = self.engine.complete(&opened, options);
-        let Opened { assignment, hold, .. } = opened;
-        Server::holding(options, assignment.domain, assignment.devices, hold)?.run()?;
+        let options = self.daemon.complete(&opened, options);
+        let Opened { assignment, takeover, .. } = opened;
+        Server::holding(options, assignment.domain, assignment.devices, takeover)?.run()?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Holds the devices of a daemon, which is at its standard input.
+/// Runs the guardian of the daemon that is connected to standard input.
 pub(super) fn guardian() -> Result<ExitCode> {
     match guardian::run(std::io::stdin())? {
         Ended::Dismissed | Ended::Blocked => Ok(ExitCode::SUCCESS),

@@ -1,4 +1,5 @@
-//! `passgate completions` and `passgate man`: made from the command line itself, so that they are never behind.
+//! `passgate completions` and `passgate man`: generated from the definition of the command line, so that they always
+//! match it.
 
 use std::process::ExitCode;
 
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 /// Prints completions for a shell.
 #[derive(Debug, Args)]
 pub(super) struct Completions {
-    /// Which shell
+    /// Shell
     shell: Shell,
 }
 
@@ -19,17 +20,17 @@ impl Completions {
     pub(super) fn run(self) -> Result<ExitCode> {
         let mut bytes = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "passgate", &mut bytes);
-        print(&bytes)
+        print_bytes(&bytes)
     }
 }
 
 pub(super) fn man() -> Result<ExitCode> {
     let mut bytes = Vec::new();
     clap_mangen::Man::new(Cli::command()).render(&mut bytes).map_err(Error::Output)?;
-    print(&bytes)
+    print_bytes(&bytes)
 }
 
-fn print(bytes: &[u8]) -> Result<ExitCode> {
-    super::line(&String::from_utf8_lossy(bytes))?;
+fn print_bytes(bytes: &[u8]) -> Result<ExitCode> {
+    super::print_line(&String::from_utf8_lossy(bytes))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,27 +1,27 @@
-//! `passgate status`.
+//! `passgate status`: prints the state of a daemon.
 
 use std::fmt::Write;
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{Daemon, Output};
+use super::{ControlSocket, Output};
 use crate::client::Status;
 use crate::error::Result;
 use crate::protocol::verbs::Disk;
 
-/// Says what a daemon knows.
+/// Prints a daemon's regions, devices, quarantine and limits.
 #[derive(Debug, Args)]
 pub(super) struct StatusOf {
     #[command(flatten)]
-    daemon: Daemon,
+    control: ControlSocket,
     #[command(flatten)]
     output: Output,
 }
 
 impl StatusOf {
     pub(super) fn run(self) -> Result<ExitCode> {
-        let status = self.daemon.connect()?.status()?;
+        let status = self.control.connect()?.status()?;
         self.output.print(&status, text)?;
         Ok(ExitCode::SUCCESS)
     }
@@ -29,11 +29,16 @@ impl StatusOf {
 
 fn text(status: &Status) -> String {
     let mut text = format!(
-        "passgate {}, {}: {} of {} mappings in use ({} at worst), {} mapped, {} conversions open, {} connections\n\
-         when DMA does not stop: {}; platform: {}; hitless: {}; instance {}, {} events so far\n\
-         conversions: {} done, {} refused, {} unknown; {} waited for DMA in flight; {} requests were wrong",
+        "passgate {}, {}, instance {}, {} events\n\
+         {} of {} mappings in use ({} at worst), {} mapped\n\
+         {} conversions open, {} connections\n\
+         when DMA does not stop: {}; platform: {}; hitless: {}\n\
+         conversions: {} done, {} refused, {} unknown; {} waited for DMA in flight\n\
+         {} invalid requests",
         status.version,
         status.iommu,
+        status.instance,
+        status.sequence,
         status.mappings,
         status.max_mappings,
         status.forecast,
@@ -43,8 +48,6 @@ fn text(status: &Status) -> String {
         status.on_stuck_dma,
         status.platform,
         status.hitless,
-        status.instance,
-        status.sequence,
         status.totals.done,
         status.totals.refused,
         status.totals.unknown,
@@ -57,7 +60,7 @@ fn text(status: &Status) -> String {
         let stop = device.stop.join(", ");
         _ = write!(text, "\ndevice {}: can be stopped by {stop}{only}{fenced}", device.device);
         if device.lost {
-            text += ", LOST (could not be brought back)";
+            text += ", LOST (could not be attached again)";
         }
         if device.ats {
             text += ", caches translations (ATS)";
@@ -112,7 +115,7 @@ fn text(status: &Status) -> String {
     text
 }
 
-/// How a disk is now, in words.
+/// Returns the state of a virtio disk as text.
 pub(super) fn disk(disk: &Disk) -> String {
     let drive = if disk.lost { ", THE DRIVE IS GIVEN UP" } else { "" };
     let front_end = if disk.connected { "a front-end" } else { "no front-end" };
@@ -120,7 +123,7 @@ pub(super) fn disk(disk: &Disk) -> String {
     format!("disk: {front_end}{drive}; requests: {in_flight} in flight, {held} held")
 }
 
-/// Bytes as a person reads them; exact, because pages are.
+/// Returns a number of bytes with the largest unit in which it is exact; all numbers are multiples of a page.
 pub(super) fn bytes(bytes: u64) -> String {
     match bytes {
         _ if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),

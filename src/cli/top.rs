@@ -1,5 +1,5 @@
-//! `passgate top`: what a daemon does, live. Everything it shows is a difference of two looks at `Status` and
-//! `Metrics`; it keeps nothing else.
+//! `passgate top`: shows the activity of a daemon, live. Rates are differences of two successive samples of the metrics;
+//! it stores nothing else.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
@@ -14,31 +14,31 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::status::{bytes, disk};
-use super::{Daemon, Woken, next_line, note, wait};
+use super::{ControlSocket, WaitResult, note, print_next_line, wait};
 use crate::client::{Client, Event, Status};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
-/// Events that are shown.
-const EVENTS: usize = 8;
-/// Cursor to the top left, and everything below it away (ECMA-48: CUP, ED).
+/// The maximum number of events that are shown.
+const MAX_EVENTS: usize = 8;
+/// Moves the cursor to the top left and erases everything below it: CUP and ED of ECMA-48.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
-/// Shows what a daemon does, live.
+/// Shows the activity of a daemon, live.
 #[derive(Debug, Args)]
 pub(super) struct Top {
     #[command(flatten)]
-    daemon: Daemon,
-    /// How long to look before each new view
+    control: ControlSocket,
+    /// Time between two views
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
     interval: Duration,
-    /// Look once, and end
+    /// Print one view, and exit
     #[arg(long)]
     once: bool,
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is no number of seconds"))?;
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is not a number of seconds"))?;
     if (0.1..=3600.0).contains(&seconds) {
         Ok(Duration::from_secs_f64(seconds))
     } else {
@@ -55,34 +55,34 @@ impl Top {
         }
         match self.watch(&interrupted) {
             Err(Error::Frame(FrameError::Closed) | Error::Connection(_)) => {
-                note("the daemon has gone");
+                note("the daemon has closed the connection");
                 Ok(ExitCode::SUCCESS)
             }
             result => result.map(|()| ExitCode::SUCCESS),
         }
     }
 
-    /// Until it is interrupted, or the daemon goes.
+    /// Prints views until it is interrupted. Returns an error if the daemon closes the connection.
     fn watch(&self, interrupted: &UnixStream) -> Result<()> {
-        let told = events(self.daemon.connect()?)?;
-        let mut client = self.daemon.connect()?;
+        let events = events(self.control.connect()?)?;
+        let mut client = self.control.connect()?;
         let mut last = VecDeque::new();
         let mut before = Sample::take(&mut client)?;
         loop {
             match wait(&[interrupted.as_fd(), client.as_fd()], Some(Instant::now() + self.interval))? {
-                Woken::Time => {}
-                // Nothing is asked of the daemon now, so what its socket has is its end.
-                Woken::Ready(1) => return Err(Error::Frame(FrameError::Closed)),
-                Woken::Ready(_) | Woken::Unread => return Ok(()),
+                WaitResult::TimedOut => {}
+                // No request is pending, so the socket can only be readable because the daemon has closed it.
+                WaitResult::Ready(1) => return Err(Error::Frame(FrameError::Closed)),
+                WaitResult::Ready(_) | WaitResult::OutputClosed => return Ok(()),
             }
             let status = client.status()?;
             let now = Sample::take(&mut client)?;
-            for event in told.try_iter() {
+            for event in events.try_iter() {
                 last.push_back(super::events::text(&event));
             }
-            last.drain(..last.len().saturating_sub(EVENTS));
-            let shown = show(&view(&status, &before, &now, last.make_contiguous()))?;
-            if self.once || shown.is_break() {
+            last.drain(..last.len().saturating_sub(MAX_EVENTS));
+            let printed = show(&view(&status, &before, &now, last.make_contiguous()))?;
+            if self.once || printed.is_break() {
                 return Ok(());
             }
             if !std::io::stdout().is_terminal() {
@@ -93,32 +93,37 @@ impl Top {
     }
 }
 
-/// The events, read on a thread of their own; what is not taken in time is let go by.
+/// Receives the events on a thread of its own. Events are dropped while the channel is full.
 fn events(client: Client) -> Result<Receiver<Event>> {
     let events = client.subscribe()?;
-    let (tell, told) = sync_channel(64 * EVENTS);
+    let (sender, receiver) = sync_channel(64 * MAX_EVENTS);
     let read = move || {
         for event in events.map_while(Result::ok) {
-            let _ = tell.try_send(event);
+            let _ = sender.try_send(event);
         }
     };
     std::thread::Builder::new().name("events".into()).spawn(read).map_err(Error::Thread)?;
-    Ok(told)
+    Ok(receiver)
 }
 
 fn show(view: &str) -> Result<ControlFlow<()>> {
-    if std::io::stdout().is_terminal() { next_line(&format!("{CLEAR}{view}")) } else { next_line(view) }
+    if std::io::stdout().is_terminal() {
+        print_next_line(&format!("{CLEAR}{view}"))
+    } else {
+        print_next_line(view)
+    }
 }
 
-/// What `Metrics` said at one moment.
+/// The metrics of a daemon at one time.
 #[derive(Debug, Clone)]
 struct Sample {
-    when: Instant,
-    /// Conversions by verdict.
+    taken_at: Instant,
+    /// The number of conversions by verdict.
     conversions: BTreeMap<String, f64>,
-    /// Requests of the disk that were answered.
+    /// The number of requests of the disk that were answered.
     requests: f64,
-    /// Begins answered within so many nanoseconds; the last is all of them.
+    /// The number of begins that were answered within a number of nanoseconds, as the buckets of the histogram count
+    /// them; the last bucket has all of them.
     answered: BTreeMap<u64, f64>,
 }
 
@@ -135,30 +140,30 @@ impl Sample {
             if series.starts_with("passgate_conversions_total{") {
                 *conversions.entry(label(series, "verdict").to_owned()).or_default() += value;
             } else if series.starts_with("passgate_verdict_seconds_bucket{") {
-                let within = label(series, "le").parse::<f64>().unwrap_or(f64::INFINITY);
-                *answered.entry((within * 1e9).round() as u64).or_default() += value;
+                let limit = label(series, "le").parse::<f64>().unwrap_or(f64::INFINITY);
+                *answered.entry((limit * 1e9).round() as u64).or_default() += value;
             } else if series.starts_with("passgate_disk_requests_total{") {
                 requests += value;
             }
         }
-        Self { when: Instant::now(), conversions, requests, answered }
+        Self { taken_at: Instant::now(), conversions, requests, answered }
     }
 
-    /// Conversions with this verdict.
-    fn said(&self, verdict: &str) -> f64 {
+    /// Returns the number of conversions with this verdict.
+    fn conversions_with(&self, verdict: &str) -> f64 {
         self.conversions.get(verdict).copied().unwrap_or(0.0)
     }
 }
 
-/// The value of a label of a series; empty where it has none.
+/// Returns the value of a label of a series; empty if it has no such label.
 fn label<'a>(series: &'a str, name: &str) -> &'a str {
     let after = series.split_once(&format!("{name}=\"")).map_or("", |(_, after)| after);
     after.split('"').next().unwrap_or("")
 }
 
-/// Within what time this share of the begins between two looks was answered, as the histogram's buckets tell;
-/// none where there were none.
-fn within(before: &Sample, now: &Sample, share: f64) -> Option<Duration> {
+/// Returns the time within which this quantile of the begins between two samples was answered, from the buckets of the
+/// histogram; none if there was no begin.
+fn latency_quantile(before: &Sample, now: &Sample, quantile: f64) -> Option<Duration> {
     let new = |(ns, count): (&u64, &f64)| (*ns, count - before.answered.get(ns).copied().unwrap_or(0.0));
     let all = now.answered.iter().next_back().map(new)?.1;
     if all < 1.0 {
@@ -167,30 +172,31 @@ fn within(before: &Sample, now: &Sample, share: f64) -> Option<Duration> {
     now.answered
         .iter()
         .map(new)
-        .find(|(_, count)| *count >= all * share)
+        .find(|(_, count)| *count >= all * quantile)
         .map(|(ns, _)| Duration::from_nanos(ns))
 }
 
 fn view(status: &Status, before: &Sample, now: &Sample, events: &[String]) -> String {
-    let seconds = now.when.duration_since(before.when).as_secs_f64().max(1e-6);
-    let rate = |verdict: &str| (now.said(verdict) - before.said(verdict)) / seconds;
-    let took = |share| match within(before, now, share) {
+    let seconds = now.taken_at.duration_since(before.taken_at).as_secs_f64().max(1e-6);
+    let rate = |verdict: &str| (now.conversions_with(verdict) - before.conversions_with(verdict)) / seconds;
+    let latency = |quantile| match latency_quantile(before, now, quantile) {
         None => "-".to_owned(),
         Some(time) if time > Duration::from_secs(60) => "over 8 s".to_owned(),
         Some(time) => format!("within {time:?}"),
     };
     let mut text = format!(
         "passgate {}, {}, instance {}\n\
-         conversions/s: {:.0} done, {:.0} refused, {:.0} unknown; half answered {}, 99 % {}\n\
-         mappings: {} of {} ({} at worst); {} mapped, {} in quarantine; {} conversions open, {} connections",
+         conversions/s: {:.0} done, {:.0} refused, {:.0} unknown; p50 {}, p99 {}\n\
+         mappings: {} of {} ({} at worst); {} mapped, {} in quarantine\n\
+         {} conversions open, {} connections",
         status.version,
         status.iommu,
         status.instance,
         rate("done"),
         rate("refused"),
         rate("unknown"),
-        took(0.5),
-        took(0.99),
+        latency(0.5),
+        latency(0.99),
         status.mappings,
         status.max_mappings,
         status.forecast,
@@ -236,17 +242,17 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_between_two_looks_is_shown() {
+    fn top_shows_difference_of_two_samples() {
         let (before, now) = (sample(1000, 1000), sample(1060, 1100));
-        assert_eq!(now.said("done") - before.said("done"), 160.0);
+        assert_eq!(now.conversions_with("done") - before.conversions_with("done"), 160.0);
         assert_eq!(now.requests - before.requests, 160.0);
-        assert_eq!(within(&before, &now, 0.5), Some(Duration::from_micros(1)));
-        assert_eq!(within(&before, &now, 0.99), Some(Duration::from_micros(2)));
-        assert_eq!(within(&now, &now, 0.5), None, "nothing happened");
+        assert_eq!(latency_quantile(&before, &now, 0.5), Some(Duration::from_micros(1)));
+        assert_eq!(latency_quantile(&before, &now, 0.99), Some(Duration::from_micros(2)));
+        assert_eq!(latency_quantile(&now, &now, 0.5), None, "nothing happened");
     }
 
     #[test]
-    fn intervals_are_bounded() {
+    fn interval_out_of_range_is_refused() {
         assert_eq!(interval("0.5"), Ok(Duration::from_millis(500)));
         for wrong in ["0", "-1", "x", "1e9", "NaN"] {
             assert!(interval(wrong).is_err(), "{wrong}");

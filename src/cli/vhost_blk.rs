@@ -1,4 +1,4 @@
-//! `passgate vhost-user-blk`: a virtio block device over an assigned NVMe drive, for a VMM that speaks vhost-user.
+//! `passgate vhost-user-blk`: serves an assigned NVMe drive as a virtio block device, to a VMM with a vhost-user front-end.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -10,61 +10,61 @@ use passgate_backends::nvme::DriveOptions;
 use passgate_backends::{Accept, Domain, Windowed};
 use passgate_bindings::handed;
 
-use super::engine::{Engine, Opened};
+use super::daemon::{DaemonArgs, Opened};
 use crate::error::{Error, Result};
 use crate::serve::vhost_blk::{self, Door, Polling, Socket};
 use crate::serve::{Options, Server};
 
-/// What a management program reads of a back-end (docs/interop/vhost-user.json of QEMU).
+/// The capabilities that a management program reads from a back-end (docs/interop/vhost-user.json of QEMU).
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
 
-/// Serves an NVMe drive to a VMM as a virtio block device.
+/// Serves an NVMe drive as a virtio block device (vhost-user-blk).
 #[derive(Debug, Args)]
 pub(super) struct VhostUserBlk {
-    /// Where front-ends connect (made with mode 0600)
+    /// Path of the socket for front-ends, created with mode 0600
     #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"])]
     socket_path: Option<PathBuf>,
-    /// The front-end's socket, or one that listens for it, as an inherited descriptor
+    /// Inherited descriptor of the front-end's socket, or of one that listens for it
     #[arg(long, value_name = "N", conflicts_with = "socket_path")]
     fd: Option<RawFd>,
-    /// The drive: a PCI address bound to vfio-pci
+    /// Drive: a PCI address bound to vfio-pci
     #[arg(long, value_name = "BDF", required_unless_present = "print_capabilities")]
     device: Option<String>,
-    /// The namespace that is served
+    /// NVMe namespace to serve
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     namespace: u32,
-    /// Queues that front-ends are offered at most
+    /// Maximum number of queues that are offered to front-ends
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     num_queues: u16,
-    /// Let nobody write to the drive
+    /// Refuse writes to the drive
     #[arg(long, alias = "read-only")]
     readonly: bool,
-    /// Where a control socket for conversions is made (mode 0600): `status`, `convert` and the rest talk to it
+    /// Path of a control socket for `status`, `convert` and the other commands, created with mode 0600
     #[arg(long, value_name = "PATH")]
     control_path: Option<PathBuf>,
-    /// Whether to look for work instead of sleeping: as long as it pays, always (a processor for each queue), never
-    #[arg(long, value_enum, default_value_t = Poll::Auto)]
-    poll: Poll,
-    /// Print what a management program asks of a back-end, and leave
+    /// Polling of the rings instead of sleeping: adaptive, always (one processor per queue), or never
+    #[arg(long, value_enum, default_value_t = PollMode::Auto)]
+    poll: PollMode,
+    /// Print the capabilities of the back-end for a management program, and exit
     #[arg(long)]
     print_capabilities: bool,
     #[command(flatten)]
-    engine: Engine,
+    daemon: DaemonArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Poll {
+enum PollMode {
     Auto,
     Always,
     Never,
 }
 
-impl From<Poll> for Polling {
-    fn from(poll: Poll) -> Self {
+impl From<PollMode> for Polling {
+    fn from(poll: PollMode) -> Self {
         match poll {
-            Poll::Auto => Self::Auto,
-            Poll::Always => Self::Always,
-            Poll::Never => Self::Never,
+            PollMode::Auto => Self::Auto,
+            PollMode::Always => Self::Always,
+            PollMode::Never => Self::Never,
         }
     }
 }
@@ -72,13 +72,13 @@ impl From<Poll> for Polling {
 impl VhostUserBlk {
     pub(super) fn run(self) -> Result<ExitCode> {
         if self.print_capabilities {
-            super::line(CAPABILITIES)?;
+            super::print_line(CAPABILITIES)?;
             return Ok(ExitCode::SUCCESS);
         }
         let paths: Vec<_> = self.socket_path.iter().chain(&self.control_path).collect();
-        self.engine.check(&paths)?;
+        self.daemon.check(&paths)?;
         let socket = match (self.fd, self.socket_path) {
-            // Before anything is opened here.
+            // Before this process opens anything else, which might get that number.
             (Some(number), _) => Socket::Handed(handed::by_number(number).map_err(|failed| {
                 Error::Usage(format!("--fd {number}: {failed}: start this with a socket open at that number"))
             })?),
@@ -89,18 +89,19 @@ impl VhostUserBlk {
         let options =
             DriveOptions { namespace: self.namespace, queues: self.num_queues, ..DriveOptions::default() };
         let accept = Accept { drive: Some(options), ..Accept::default() };
-        let opened = self.engine.open(std::slice::from_ref(&device), accept)?;
+        let opened = self.daemon.open(std::slice::from_ref(&device), accept)?;
         let drive = opened.assignment.drives.first().cloned();
         let drive = drive.ok_or_else(|| Error::Usage(format!("{device} is no NVMe drive")))?;
         let options = self.control_path.map_or_else(Options::nowhere, Options::at);
-        let mut options = self.engine.complete(&opened, options);
-        // The door is shut first: while there are rings, what they wait for is not failed because all ends.
+        let mut options = self.daemon.complete(&opened, options);
+        // The signals stop the vhost-user socket first, and that stops the server: requests that wait in the rings must
+        // not fail because the session ends.
         let stop_signals = std::mem::take(&mut options.stop_signals);
         options.has_door = true;
-        let Opened { assignment, hold, .. } = opened;
+        let Opened { assignment, takeover, .. } = opened;
         let domain = Windowed::new(assignment.domain, Arc::clone(drive.window()));
         let domain = Arc::new(domain) as Arc<dyn Domain>;
-        let server = Server::holding(options, domain, assignment.devices, hold)?;
+        let server = Server::holding(options, domain, assignment.devices, takeover)?;
         let stopper = server.stopper()?;
         let options = vhost_blk::Options {
             socket,

@@ -1,4 +1,4 @@
-//! The stream of notices, as the daemon tells them.
+//! The stream of the daemon's events.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -10,87 +10,89 @@ use super::{Client, Wait, check};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
-/// Between two tries to reach a daemon that has gone.
-const PAUSE: Duration = Duration::from_millis(50);
+/// The time between two attempts to reconnect.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(50);
 
-/// One notice.
+/// An event.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Event {
-    /// Counts every notice of the daemon; a gap says that some are missing.
+    /// The sequence number, which counts all events of the daemon; the event `gap` reports missing ones.
     pub sequence: u64,
-    /// When it happened, in milliseconds since 1970 (UTC) by the host's clock, which may be set. 0 from a daemon that does
-    /// not say.
+    /// The time of the event in milliseconds since 1970 (UTC), by the host's clock, which may be set: order events by
+    /// `sequence`. 0 where the daemon does not report it.
     #[serde(default)]
     pub time_ms: u64,
-    /// What happened: `range.refused`, `range.quarantined`, `session.closed`, `gap`, … (docs/protocol.md).
+    /// The name of the event: `range.refused`, `range.quarantined`, `session.closed`, `gap`, … (docs/protocol.md).
     pub event: String,
-    /// Where, why, by whom.
+    /// The details, an object whose fields depend on the event (docs/protocol.md).
     #[serde(default)]
     pub details: Value,
 }
 
-/// The stream of notices: blocks for the next one, for as long as nothing happens; ends when the daemon does, or after
-/// an error.
+/// The stream of events. The iterator blocks until the next event, without a timeout; it ends when the daemon closes the
+/// connection, or after an error.
 #[derive(Debug)]
 pub struct Events {
     client: Client,
-    over: bool,
+    ended: bool,
     instance: String,
     sequence: u64,
+    /// The socket to reconnect to, and the time that reconnecting may take; see [`Events::resuming`].
     resume: Option<(PathBuf, Duration)>,
 }
 
 impl Events {
     pub(super) fn new(client: Client, first: Event) -> Self {
         let instance = first.details["instance"].as_str().unwrap_or_default().to_owned();
-        Self { client, over: false, instance, sequence: first.sequence, resume: None }
+        Self { client, ended: false, instance, sequence: first.sequence, resume: None }
     }
 
-    /// The stream goes on where it breaks: it connects to `path` again and asks for what came meanwhile, for as
-    /// long as `patience` each time. What is lost all the same is told as the event `gap`; so is a daemon that is
-    /// another by then.
-    pub fn resuming(mut self, path: impl Into<PathBuf>, patience: Duration) -> Self {
-        self.resume = Some((path.into(), patience));
+    /// Makes the stream resume after a broken connection: it connects to `path` again, for up to `timeout` each time, and
+    /// requests the events since the last one. The event `gap` reports events that are lost, and a daemon that was
+    /// restarted.
+    pub fn resuming(mut self, path: impl Into<PathBuf>, timeout: Duration) -> Self {
+        self.resume = Some((path.into(), timeout));
         self
     }
 
-    /// Which daemon this is: new with every start.
+    /// Returns the daemon's instance name, which is new with every start.
     pub fn instance(&self) -> &str {
         &self.instance
     }
 
-    /// The sequence number of the last event heard, for [`Client::subscribe_after`].
+    /// Returns the sequence number of the last event received, for [`Client::subscribe_after`].
     pub fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// True where the next event has been read already, so that the socket need not become readable for it.
+    /// Returns true where the next event has been read already: then the socket need not become readable.
     pub fn has_next(&self) -> bool {
         self.client.frames.has_frame()
     }
 
     fn receive(&mut self) -> Result<Event> {
         let (reply, _) = self.client.receive(Wait::Event)?;
-        self.over = !reply.continues;
+        self.ended = !reply.continues;
         serde_json::from_value(check(reply)?).map_err(|error| Error::Protocol(error.to_string()))
     }
 
-    /// Connects again, and goes on behind the last event heard; whether that was possible in time.
-    fn again(&mut self) -> bool {
-        let Some((path, patience)) = self.resume.clone() else { return false };
-        let begun = Instant::now();
+    /// Connects again and subscribes to the events after the last one received. Returns false where that was not possible
+    /// in time.
+    fn reconnect(&mut self) -> bool {
+        let Some((path, timeout)) = self.resume.clone() else { return false };
+        let start = Instant::now();
         loop {
             let client = Client::connect_within(&path, self.client.timeout);
             match client.and_then(|client| client.subscribe_after(self.sequence, Some(&self.instance))) {
-                Ok(again) => {
-                    if again.instance != self.instance {
-                        // The numbers of an earlier instance say nothing of the new one's.
-                        self.sequence = again.sequence;
+                Ok(events) => {
+                    if events.instance != self.instance {
+                        // Sequence numbers of different instances are not comparable.
+                        self.sequence = events.sequence;
                     }
-                    (self.client, self.instance) = (again.client, again.instance);
+                    (self.client, self.instance) = (events.client, events.instance);
                     return true;
                 }
-                Err(_) if begun.elapsed() < patience => std::thread::sleep(PAUSE),
+                Err(_) if start.elapsed() < timeout => std::thread::sleep(RECONNECT_INTERVAL),
                 Err(_) => return false,
             }
         }
@@ -101,15 +103,15 @@ impl Iterator for Events {
     type Item = Result<Event>;
 
     fn next(&mut self) -> Option<Result<Event>> {
-        while !self.over {
+        while !self.ended {
             match self.receive() {
                 Ok(event) => {
                     self.sequence = event.sequence;
                     return Some(Ok(event));
                 }
-                Err(Error::Frame(_) | Error::Connection(_)) if self.again() => {}
+                Err(Error::Frame(_) | Error::Connection(_)) if self.reconnect() => {}
                 Err(error) => {
-                    self.over = true;
+                    self.ended = true;
                     return match error {
                         Error::Frame(FrameError::Closed) => None,
                         error => Some(Err(error)),

@@ -1,9 +1,9 @@
-//! What the author of a VMM links: connect, add memory, ask before every conversion, say how it went.
+//! The client library for a VMM: it connects to a daemon, adds memory, announces every conversion and reports its outcome.
 //!
-//! Two sockets, as docs/protocol.md has them: [`Client`] is the control socket, one blocking call at a time;
-//! [`Channel`] is the notification channel for the hot path; [`Events`] is the stream of notices. The client never
-//! converts anything by itself, and where the daemon is gone every call is an error: without it no conversion
-//! happens. A daemon that is there and does not answer is an error, too ([`Error::NoAnswer`]): no call waits for ever.
+//! [`Client`] is the control socket, with one blocking call at a time; [`Channel`] is the notification channel for the hot
+//! path; [`Events`] is the stream of events (docs/protocol.md). The library never converts memory by itself. If the daemon
+//! has ended every call is an error, so that no conversion happens without it. If the daemon does not answer, calls fail
+//! with [`Error::NoAnswer`] ([`Client::set_timeout`]).
 //!
 //! ```no_run
 //! use passgate::client::{AddMemory, Answer, Client, Outcome};
@@ -47,7 +47,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::protocol::address::address;
-use crate::protocol::frame::{self, Frame, Frames, MAX_REPLY};
+use crate::protocol::frame::{self, Frame, Frames, MAX_REPLY_BYTES};
 use crate::protocol::record::DEFAULT_DEADLINE_MS;
 use crate::protocol::verbs::{
     Call, Dma, DmaDone, Explain, INTERFACE, Metrics, Release, Released, RemoveMemory, Reply, Subscribe,
@@ -60,36 +60,36 @@ pub use crate::protocol::verbs::{
 pub use channel::{Answer, Channel, Failure, Ticket};
 pub use events::{Event, Events};
 
-/// How long the daemon may take to answer, unless [`Client::set_timeout`] says otherwise.
+/// The default time in which the daemon must answer; see [`Client::set_timeout`].
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long after its deadline an answer may still be on its way.
-const GRACE: Duration = Duration::from_secs(2);
+/// The time after its deadline in which an answer may still arrive.
+const ANSWER_GRACE: Duration = Duration::from_secs(2);
 
-/// A connection to one VM's daemon. What it added goes when it is closed.
+/// A connection to one VM's daemon. Closing it removes the memory that it added.
 ///
-/// Where the daemon does not answer in time, the call is given up with [`Error::NoAnswer`] and the connection stays:
-/// what it added is still the daemon's, and a later call may be answered. What was asked may still be done.
+/// If the daemon does not answer in time, a call returns [`Error::NoAnswer`] and the connection stays open: the memory that
+/// it added remains, the daemon may still execute the call, and later calls may succeed.
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
     frames: Frames,
-    /// The daemon's socket; none where this connection was not made here.
+    /// The path of the daemon's socket; none where the connection was made by [`Client::from_fd`].
     path: Option<PathBuf>,
     timeout: Duration,
-    /// The number of calls that were given up and whose replies may still come.
+    /// The number of calls that returned [`Error::NoAnswer`] and whose replies may still arrive.
     overdue: usize,
-    /// The channel of an `OpenChannel` that was given up and answered after that.
+    /// The channel of an `OpenChannel` whose reply arrived after the call had returned [`Error::NoAnswer`].
     late_channel: Option<OwnedFd>,
 }
 
-/// How long a reply is waited for.
+/// The time that a call waits for its reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wait {
-    /// So long: the daemon answers at once.
+    /// This time: the daemon answers the call at once.
     For(Duration),
-    /// As long as the daemon answers others: the call takes as long as its work.
+    /// As long as the daemon answers other connections: the call takes as long as its work.
     WhileServed,
-    /// For ever: nothing is due.
+    /// Without a limit: the next event may come at any time.
     Event,
 }
 
@@ -99,43 +99,42 @@ impl Client {
         Self::connect_within(path, ANSWER_TIMEOUT)
     }
 
-    /// As [`Client::connect`], where connecting and every answer may take so long.
+    /// As [`Client::connect`], with the time in which the connection and every answer must be completed.
     pub fn connect_within(path: impl AsRef<Path>, timeout: Duration) -> Result<Self> {
         let path = path.as_ref();
-        let socket = dial(path, timeout)?;
+        let socket = connect_socket(path, timeout)?;
         Ok(Self { path: Some(path.to_owned()), timeout, ..Self::from_fd(socket) })
     }
 
-    /// Takes a connected stream socket, for a VMM that was handed one.
+    /// Takes a connected stream socket that another process opened and passed.
     pub fn from_fd(socket: OwnedFd) -> Self {
-        let frames = Frames::of_at_most(MAX_REPLY);
+        let frames = Frames::with_max_frame(MAX_REPLY_BYTES);
         Self { socket, frames, path: None, timeout: ANSWER_TIMEOUT, overdue: 0, late_channel: None }
     }
 
-    /// Sets how long the daemon may take to answer. A call that takes as long as its work does (`AddMemory`,
-    /// `RemoveMemory`, `Adopt`, `Release`, `Dma`) goes on for as long as the daemon answers other connections; on a
-    /// connection that was made by [`Client::from_fd`] that is not asked.
+    /// Sets the time in which the daemon must answer. A call that takes as long as its work (`AddMemory`, `RemoveMemory`,
+    /// `Adopt`, `Release`, `Dma`) waits as long as the daemon answers other connections, and without a limit on a
+    /// connection made by [`Client::from_fd`], where that cannot be checked.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }
 
-    /// Adds memory. `fds` is what devices are given, and where `memory.private` is set also the guest_memfd of the
-    /// private side. The reply comes when it is mapped.
+    /// Adds memory, and returns once it is mapped. `fds` has the file that devices may access; where `memory.private` is set
+    /// it also has the guest_memfd with the private pages.
     pub fn add_memory(&mut self, memory: &AddMemory, fds: &[&dyn AsFd]) -> Result<MemoryAdded> {
         let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
         self.call("AddMemory", memory, &fds)
     }
 
-    /// Takes memory away again; returns when no device sees it any more. An error says nothing of the kind: devices may
-    /// still reach it.
+    /// Removes memory, and returns once no device can access it any more. After an error devices may still access it.
     pub fn remove_memory(&mut self, region: u32) -> Result<()> {
         self.call::<Value>("RemoveMemory", &RemoveMemory { region }, &[]).map(drop)
     }
 
-    /// Opens the notification channel; a connection has one. Where an earlier call of this was given up, that is the one which
-    /// the daemon has opened for it.
+    /// Opens the notification channel; a connection has one. After a call that returned [`Error::NoAnswer`], the next one
+    /// returns the channel that the daemon has opened for it.
     pub fn open_channel(&mut self) -> Result<Channel> {
-        let opened = self.round("OpenChannel", &json!({}), &[], Wait::For(self.timeout));
+        let opened = self.round_trip("OpenChannel", &json!({}), &[], Wait::For(self.timeout));
         let fd = match self.late_channel.take() {
             Some(late) => Some(late),
             None => opened?.1.into_iter().next(),
@@ -143,43 +142,43 @@ impl Client {
         fd.map(Channel::from_fd).ok_or_else(|| Error::Protocol("OpenChannel without a descriptor".into()))
     }
 
-    /// Has passgate change a range itself; only in memory added with `sole_mapper`.
+    /// passgate itself converts a range. Allowed only in memory that was added with `sole_mapper`.
     pub fn convert(&mut self, convert: &Convert) -> Result<Converted> {
         let deadline_ms = if convert.deadline_ms == 0 { DEFAULT_DEADLINE_MS } else { convert.deadline_ms };
-        let within = Duration::from_millis(deadline_ms.into()) + GRACE;
-        let (reply, _) = self.round("Convert", convert, &[], Wait::For(within.max(self.timeout)))?;
+        let timeout = Duration::from_millis(deadline_ms.into()) + ANSWER_GRACE;
+        let (reply, _) = self.round_trip("Convert", convert, &[], Wait::For(timeout.max(self.timeout)))?;
         parse("Convert", reply)
     }
 
-    /// Takes over the memory that this client, or another, had with an earlier daemon, which a restart has kept
-    /// (`serve --restart hold`). It is closed if nobody does so in time (`--adopt-within`).
+    /// Takes over the memory of the earlier daemon's clients that a restart has preserved (`serve --restart hold`). The daemon
+    /// closes the memory if no client adopts it in time (`--adopt-within`).
     pub fn adopt(&mut self) -> Result<Adopted> {
         self.call("Adopt", &json!({}), &[])
     }
 
-    /// What the daemon knows now.
+    /// Returns the present state of the daemon.
     pub fn status(&mut self) -> Result<Status> {
         self.call("Status", &json!({}), &[])
     }
 
-    /// What is counted and timed, in OpenMetrics text.
+    /// Returns the metrics in OpenMetrics text.
     pub fn metrics(&mut self) -> Result<String> {
         Ok(self.call::<Metrics>("Metrics", &json!({}), &[])?.text)
     }
 
-    /// Takes what an invalidation left in quarantine out of it: the caller knows that its pages are `to` now. The
-    /// bytes that came free. Refused on a connection that has added memory or opened a channel.
+    /// Ends the quarantine of an invalidation's pages, which the operator states to be `to`. Returns the number of bytes
+    /// released. Refused on a connection that has added memory or opened a channel.
     pub fn release(&mut self, invalidation: u64, to: State) -> Result<u64> {
         Ok(self.call::<Released>("Release", &Release { invalidation, to }, &[])?.bytes)
     }
 
-    /// The evidence of one invalidation, while it is remembered, as JSON.
+    /// Returns the receipt of an invalidation in JSON, as long as the daemon stores it.
     pub fn explain(&mut self, invalidation: u64) -> Result<Value> {
         let mut reply: Value = self.call("Explain", &Explain { invalidation }, &[])?;
         Ok(reply["receipt"].take())
     }
 
-    /// Has a device read `len` bytes at `iova` by DMA (`serve --allow-dma`).
+    /// Makes a device read `len` bytes at `iova` by DMA, and returns them (`serve --allow-dma`).
     pub fn dma_read(&mut self, device: &str, iova: u64, len: u32) -> Result<Vec<u8>> {
         let dma = Dma { device: device.into(), iova, write: None, read: Some(len) };
         let done: DmaDone = self.call("Dma", &dma, &[])?;
@@ -187,22 +186,22 @@ impl Client {
         read.ok_or_else(|| Error::Protocol("Dma without the bytes read".into()))
     }
 
-    /// Has a device write `bytes` at `iova` by DMA (`serve --allow-dma`).
+    /// Makes a device write `bytes` at `iova` by DMA (`serve --allow-dma`).
     pub fn dma_write(&mut self, device: &str, iova: u64, bytes: &[u8]) -> Result<()> {
         let write = Some(crate::protocol::hex::encode(bytes));
         let dma = Dma { device: device.into(), iova, write, read: None };
         self.call::<DmaDone>("Dma", &dma, &[]).map(drop)
     }
 
-    /// Turns the connection into the stream of notices. What the connection added stays for as long as the
-    /// stream is held.
+    /// Turns the connection into the stream of events. The memory that the connection added remains until the stream is
+    /// dropped.
     pub fn subscribe(self) -> Result<Events> {
         self.listen(&Subscribe::default())
     }
 
-    /// As [`Client::subscribe`], but first what was told after the event of that sequence number, as far as the
-    /// daemon still has it. Where some of it is missing the first event is `gap`. `instance` says of which daemon
-    /// the number is ([`Events::instance`]): to another everything it has is new, and a gap comes before it.
+    /// As [`Client::subscribe`], but the stream starts with the events after the one with the sequence number `after`, as far
+    /// as the daemon still stores them; where some are missing it starts with the event `gap`. `instance` is the daemon
+    /// instance that `after` is from ([`Events::instance`]). Another instance sends `gap`, then all events that it stores.
     pub fn subscribe_after(self, after: u64, instance: Option<&str>) -> Result<Events> {
         self.listen(&Subscribe { after: Some(after), instance: instance.map(str::to_owned) })
     }
@@ -210,13 +209,13 @@ impl Client {
     fn listen(mut self, subscribe: &Subscribe) -> Result<Events> {
         let call = Call { more: true, ..call_of("Subscribe", subscribe)? };
         self.send(&call, &[])?;
-        // The first reply says that the subscription stands: whatever happens from here on is in the stream.
+        // The first reply confirms the subscription: all later events are in the stream.
         let (first, _) = self.receive(Wait::For(self.timeout))?;
         let first = serde_json::from_value(check(first)?);
         Ok(Events::new(self, first.map_err(|error| Error::Protocol(error.to_string()))?))
     }
 
-    /// Calls a verb of passgate's interface with any parameters.
+    /// Calls a method of passgate's interface with any parameters.
     pub fn call<T: DeserializeOwned>(
         &mut self,
         verb: &str,
@@ -227,11 +226,11 @@ impl Client {
             "AddMemory" | "RemoveMemory" | "Adopt" | "Release" | "Convert" | "Dma" => Wait::WhileServed,
             _ => Wait::For(self.timeout),
         };
-        let (parameters, _) = self.round(verb, parameters, fds, wait)?;
+        let (parameters, _) = self.round_trip(verb, parameters, fds, wait)?;
         parse(verb, parameters)
     }
 
-    fn round(
+    fn round_trip(
         &mut self,
         verb: &str,
         parameters: &impl Serialize,
@@ -246,38 +245,39 @@ impl Client {
     fn send(&mut self, call: &Call, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let mut bytes = serde_json::to_vec(call).map_err(|error| Error::Protocol(error.to_string()))?;
         bytes.push(0);
-        let until = Instant::now() + self.timeout;
-        let mut gone = 0;
-        while gone < bytes.len() {
-            match frame::send(&self.socket, &bytes[gone..], if gone == 0 { fds } else { &[] }) {
-                Ok(sent) => gone += sent,
-                Err(Errno::AGAIN) if self.is_ready(PollFlags::OUT, Some(until))? => {}
+        let deadline = Instant::now() + self.timeout;
+        let mut sent_bytes = 0;
+        while sent_bytes < bytes.len() {
+            match frame::send(&self.socket, &bytes[sent_bytes..], if sent_bytes == 0 { fds } else { &[] }) {
+                Ok(sent) => sent_bytes += sent,
+                Err(Errno::AGAIN) if self.is_ready(PollFlags::OUT, Some(deadline))? => {}
                 Err(Errno::AGAIN) => {
-                    if gone > 0 {
-                        // The daemon would take the next call for the rest of this one.
+                    if sent_bytes > 0 {
+                        // Close the connection: the daemon would read the next call as the rest of this one.
                         let _ = shutdown(&self.socket, Shutdown::Both);
                     }
                     return Err(self.no_answer(self.timeout));
                 }
-                // It may have said why before it hung up.
-                Err(errno) => return Err(self.last_words().unwrap_or(errno.into())),
+                // The daemon may have sent the reason before it closed the connection.
+                Err(errno) => return Err(self.pending_error().unwrap_or(errno.into())),
             }
         }
         Ok(())
     }
 
     fn receive(&mut self, wait: Wait) -> Result<(Reply, Vec<OwnedFd>)> {
-        let within = match wait {
-            Wait::For(within) => Some(within),
+        let timeout = match wait {
+            Wait::For(timeout) => Some(timeout),
             Wait::WhileServed => Some(self.timeout),
             Wait::Event => None,
         };
-        let mut until = within.map(|within| Instant::now() + within);
+        let mut deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             if let Some(Frame { bytes, fds }) = self.frames.take() {
+                // Calls are answered in order: first come the replies to those that returned NoAnswer.
                 if self.overdue > 0 {
                     self.overdue -= 1;
-                    // No other reply carries a descriptor.
+                    // Only a reply to OpenChannel has a descriptor.
                     self.late_channel =
                         fds.ok().and_then(|fds| fds.into_iter().next()).or(self.late_channel.take());
                     continue;
@@ -285,45 +285,45 @@ impl Client {
                 let reply = serde_json::from_slice(&bytes);
                 return Ok((reply.map_err(|error| Error::Protocol(error.to_string()))?, fds?));
             }
-            if self.frames.read(&self.socket)? || self.is_ready(PollFlags::IN, until)? {
+            if self.frames.read(&self.socket)? || self.is_ready(PollFlags::IN, deadline)? {
                 continue;
             }
             if wait == Wait::WhileServed && self.is_served() {
-                until = Some(Instant::now() + self.timeout);
+                deadline = Some(Instant::now() + self.timeout);
                 continue;
             }
             self.overdue += 1;
-            return Err(self.no_answer(within.unwrap_or_default()));
+            return Err(self.no_answer(timeout.unwrap_or_default()));
         }
     }
 
-    /// Waits until the socket is ready; false where it was not in time.
-    fn is_ready(&self, flags: PollFlags, until: Option<Instant>) -> Result<bool> {
+    /// Waits until the socket is ready, and returns true; false where it is not ready by `deadline`.
+    fn is_ready(&self, flags: PollFlags, deadline: Option<Instant>) -> Result<bool> {
         loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let left = left
-                .map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }));
-            match poll(&mut [PollFd::new(&self.socket, flags)], left.as_ref()) {
+            let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let remaining = remaining
+                .map(|time| Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }));
+            match poll(&mut [PollFd::new(&self.socket, flags)], remaining.as_ref()) {
                 Err(Errno::INTR) => {}
                 ready => return Ok(ready? > 0),
             }
         }
     }
 
-    /// True unless the daemon answers nobody: asked on a connection of its own, which a limit of connections may
-    /// refuse, and that is an answer.
+    /// Returns false where the daemon answers no connection. Checked by a call on another connection; if the limit of
+    /// connections refuses that, it is an answer, too.
     fn is_served(&self) -> bool {
         let Some(path) = &self.path else { return true };
-        let asked = Self::connect_within(path, self.timeout).and_then(|mut other| {
+        let answer = Self::connect_within(path, self.timeout).and_then(|mut other| {
             let call = Call { method: "org.varlink.service.GetInfo".into(), ..call_of("", &json!({}))? };
             other.send(&call, &[])?;
             other.receive(Wait::For(other.timeout))
         });
-        !matches!(asked, Err(Error::NoAnswer { .. }))
+        !matches!(answer, Err(Error::NoAnswer { .. }))
     }
 
-    /// Returns the error that the daemon has sent before it hung up, where it has.
-    fn last_words(&mut self) -> Option<Error> {
+    /// Returns the error that the daemon sent before it closed the connection, if it sent one.
+    fn pending_error(&mut self) -> Option<Error> {
         loop {
             if let Some(Frame { bytes, .. }) = self.frames.take() {
                 if self.overdue > 0 {
@@ -340,6 +340,7 @@ impl Client {
         }
     }
 
+    /// Returns the error of a call that was not answered `within` this time.
     fn no_answer(&self, within: Duration) -> Error {
         let path = self.path.as_ref().map_or("passgate".into(), |path| path.display().to_string());
         let daemon = match socket_peercred(&self.socket) {
@@ -356,7 +357,8 @@ impl AsFd for Client {
     }
 }
 
-fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd> {
+/// Connects to the socket at `path`, within `timeout`.
+fn connect_socket(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     let address = address(path)?;
     let failed = |errno: Errno| Error::Socket {
         path: path.to_owned(),
@@ -369,12 +371,12 @@ fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     };
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let socket = socket.map_err(failed)?;
-    let until = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout;
     loop {
-        // So long the kernel waits for room in a queue of connections that is full (unix_stream_connect in
-        // net/unix/af_unix.c). Zero would be for ever.
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        set_socket_timeout(&socket, Timeout::Send, Some(left)).map_err(failed)?;
+        // While the listen backlog is full the kernel waits for the send timeout, 0 for no limit (unix_stream_connect in
+        // net/unix/af_unix.c).
+        let remaining = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        set_socket_timeout(&socket, Timeout::Send, Some(remaining)).map_err(failed)?;
         match connect(&socket, &address) {
             Ok(()) => return Ok(socket),
             Err(Errno::INTR) => {}
@@ -386,16 +388,18 @@ fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     }
 }
 
+/// Returns the parameters of a reply as `T`.
 fn parse<T: DeserializeOwned>(verb: &str, parameters: Value) -> Result<T> {
     serde_json::from_value(parameters).map_err(|error| Error::Protocol(format!("{verb}: {error}")))
 }
 
+/// Returns a call of a method of passgate's interface.
 fn call_of(verb: &str, parameters: &impl Serialize) -> Result<Call> {
     let parameters = serde_json::to_value(parameters).map_err(|error| Error::Protocol(error.to_string()))?;
     Ok(Call { method: format!("{INTERFACE}.{verb}"), parameters, more: false, oneway: false, upgrade: false })
 }
 
-/// The values of a reply, or the error that it is.
+/// Returns the parameters of a reply, or [`Error::Refused`] where it is an error.
 fn check(reply: Reply) -> Result<Value> {
     let Some(error) = reply.error else { return Ok(reply.parameters) };
     let message = match reply.parameters["message"].as_str() {

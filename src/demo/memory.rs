@@ -1,7 +1,7 @@
-//! The demo's guest memory: real guest_memfd where there is one, and what each page ought to hold.
+//! The guest memory of the demo: guest_memfd where the kernel has it, and the contents that each page must have.
 //!
-//! A page begins with a *stamp*: its number and its generation. The generation goes up by two with each
-//! conversion; it is odd while the page is away. The device writes its *mark* into a cache line of its own.
+//! A page begins with a *stamp*: its number and its generation. The generation increases by two with each conversion, and is
+//! odd while the page is punched. The device writes its *mark*, a number that increases, to another cache line of the page.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,52 +11,55 @@ use passgate_bindings::{PAGE, guest_memfd};
 
 use crate::error::{Error, Result};
 
-/// Where in a page the stamp is: number, then generation, eight bytes each.
-pub(super) const STAMP: u64 = 0;
-/// Bytes of a stamp.
+/// The offset of the stamp in a page: the number, then the generation, eight bytes each.
+pub(super) const STAMP_OFFSET: u64 = 0;
+/// The size of a stamp in bytes.
 pub(super) const STAMP_LEN: usize = 16;
-/// Where in a page the device leaves its mark, eight bytes.
-pub(super) const MARK: u64 = 64;
-/// Set in the number of every stamped page, so that a fresh page is no stamp.
-const STAMPED: u64 = 0x7061_7373_0000_0000;
+/// The offset of the mark in a page, eight bytes.
+pub(super) const MARK_OFFSET: u64 = 64;
+/// The upper half of the number in every stamp, so that a fresh page (all zero) has none.
+const STAMP_MAGIC: u64 = 0x7061_7373_0000_0000;
 
-/// The demo's guest memory.
+/// The guest memory of the demo.
 pub(super) struct Memory {
-    /// Its file.
+    /// The file.
     pub(super) file: Arc<GuestFile>,
-    /// Whether it is guest_memfd.
+    /// True if the file is a guest_memfd.
     pub(super) guest_memfd: bool,
-    /// Why it is not, where it is not.
-    pub(super) instead: Option<String>,
-    /// Keeps the VM that a guest_memfd belongs to.
+    /// The reason why it is a memfd instead; none if it is a guest_memfd.
+    pub(super) fallback_reason: Option<String>,
+    /// The VM that a guest_memfd belongs to: open for as long as the file.
     _vm: Option<Box<dyn Send + Sync>>,
+    /// The generation of each page.
     generations: Vec<AtomicU64>,
-    /// The device's newest mark.
-    issued: AtomicU64,
-    /// What that was when a page came to be, per page: no older mark may ever turn up in it.
-    born: Vec<AtomicU64>,
+    /// The newest mark that the device has used.
+    last_mark: AtomicU64,
+    /// The value of `last_mark` when each page was restored: an older mark in the page is stale.
+    mark_at_restore: Vec<AtomicU64>,
 }
 
 impl Memory {
-    /// `pages` pages, stamped.
+    /// Allocates `pages` pages and stamps them.
     pub(super) fn new(pages: u64) -> Result<Self> {
         let len = pages * PAGE;
-        let (file, vm, instead): (GuestFile, Option<Box<dyn Send + Sync>>, _) = match guest_memfd::shared(len)
-        {
-            Ok((vm, file)) => (file, Some(Box::new(vm)), None),
-            Err(why) => {
-                (GuestFile::memfd("passgate-demo", len).map_err(Error::Memory)?, None, Some(why.to_string()))
-            }
-        };
+        let (file, vm, fallback_reason): (GuestFile, Option<Box<dyn Send + Sync>>, _) =
+            match guest_memfd::shared(len) {
+                Ok((vm, file)) => (file, Some(Box::new(vm)), None),
+                Err(why) => (
+                    GuestFile::memfd("passgate-demo", len).map_err(Error::Memory)?,
+                    None,
+                    Some(why.to_string()),
+                ),
+            };
         let fresh = || (0..pages).map(|_| AtomicU64::new(0)).collect();
         let memory = Self {
             file: Arc::new(file),
-            guest_memfd: instead.is_none(),
-            instead,
+            guest_memfd: fallback_reason.is_none(),
+            fallback_reason,
             _vm: vm,
             generations: fresh(),
-            issued: AtomicU64::new(0),
-            born: fresh(),
+            last_mark: AtomicU64::new(0),
+            mark_at_restore: fresh(),
         };
         for page in 0..pages {
             memory.stamp(page, 0)?;
@@ -64,66 +67,66 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Pages of it.
+    /// Returns the number of pages.
     pub(super) fn pages(&self) -> u64 {
         self.generations.len() as u64
     }
 
-    /// The generation of a page; odd while it is away.
+    /// Returns the generation of a page; odd while the page is punched.
     pub(super) fn generation(&self, page: u64) -> u64 {
         self.generations[page as usize].load(Ordering::Acquire)
     }
 
-    /// The page goes away, or is there again with its next stamp.
-    pub(super) fn turn(&self, page: u64) {
+    /// Marks a page as punched, or as restored.
+    pub(super) fn advance_generation(&self, page: u64) {
         self.generations[page as usize].fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Writes the stamp. The number is written last: without it a page has no stamp yet.
     fn stamp(&self, page: u64, generation: u64) -> Result<()> {
-        let at = page * PAGE + STAMP;
-        self.file.store(at + 8, generation).map_err(Error::Memory)?;
-        self.file.store(at, STAMPED | page).map_err(Error::Memory)
+        let offset = page * PAGE + STAMP_OFFSET;
+        self.file.store(offset + 8, generation).map_err(Error::Memory)?;
+        self.file.store(offset, STAMP_MAGIC | page).map_err(Error::Memory)
     }
 
-    /// Takes the page away: what is found there next is fresh.
+    /// Punches the page out of the file: the next access finds a fresh one.
     pub(super) fn punch(&self, page: u64) -> Result<()> {
         self.file.punch(page * PAGE, PAGE).map_err(Error::Memory)
     }
 
-    /// Brings a page that was taken away, with its next stamp.
-    pub(super) fn bring(&self, page: u64) -> Result<()> {
+    /// Stamps a page that was punched with its next generation.
+    pub(super) fn restore(&self, page: u64) -> Result<()> {
         self.stamp(page, self.generation(page) + 1)?;
-        self.born[page as usize].store(self.issued.load(Ordering::Acquire), Ordering::Release);
+        self.mark_at_restore[page as usize].store(self.last_mark.load(Ordering::Acquire), Ordering::Release);
         Ok(())
     }
 
-    /// The generation in a stamp, if it is one of this page.
+    /// Returns the generation in a stamp; none if it is not a stamp of this page.
     pub(super) fn read_stamp(page: u64, bytes: &[u8; STAMP_LEN]) -> Option<u64> {
         let word = |at: usize| bytes[at..at + 8].try_into().map(u64::from_le_bytes).unwrap_or(0);
-        (word(0) == STAMPED | page).then(|| word(8))
+        (word(0) == STAMP_MAGIC | page).then(|| word(8))
     }
 
-    /// The device's mark, as the owner sees it.
+    /// Returns the mark in a page, as the owner sees it.
     pub(super) fn mark(&self, page: u64) -> Result<u64> {
-        self.file.load(page * PAGE + MARK).map_err(Error::Memory)
+        self.file.load(page * PAGE + MARK_OFFSET).map_err(Error::Memory)
     }
 
-    fn owners_stamp(&self, page: u64) -> Result<Option<u64>> {
+    fn stamp_of(&self, page: u64) -> Result<Option<u64>> {
         let mut bytes = [0; STAMP_LEN];
-        self.file.read(page * PAGE + STAMP, &mut bytes).map_err(Error::Memory)?;
+        self.file.read(page * PAGE + STAMP_OFFSET, &mut bytes).map_err(Error::Memory)?;
         Ok(Self::read_stamp(page, &bytes))
     }
 
-    /// The device's next mark.
+    /// Returns a new mark.
     pub(super) fn next_mark(&self) -> u64 {
-        self.issued.fetch_add(1, Ordering::AcqRel) + 1
+        self.last_mark.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// Whether the owner finds in a page what must be there, before it takes it away: its own stamp, and no mark
-    /// from before the page came to be.
-    pub(super) fn is_sound(&self, page: u64) -> Result<bool> {
+    /// Returns true if the owner finds the current stamp in a page, and no mark that is older than the page.
+    pub(super) fn is_intact(&self, page: u64) -> Result<bool> {
         let mark = self.mark(page)?;
-        let old = mark != 0 && mark < self.born[page as usize].load(Ordering::Acquire);
-        Ok(!old && self.owners_stamp(page)? == Some(self.generation(page)))
+        let is_stale = mark != 0 && mark < self.mark_at_restore[page as usize].load(Ordering::Acquire);
+        Ok(!is_stale && self.stamp_of(page)? == Some(self.generation(page)))
     }
 }

@@ -1,11 +1,11 @@
-//! `passgate demo`: the main job on this machine, without hardware.
+//! `passgate demo`: conversions under DMA on this machine, without passthrough hardware.
 //!
-//! An *owner* (what a VMM is) converts random pages of real guest_memfd through a real control socket, while a
-//! software *device* reads and writes random pages all the time through io_uring's registered buffers, which are
-//! real long-term pins. Every page carries its number and generation; the device checks them on every read, and
-//! the owner's view is checked after every write. Neither looks at passgate's ledger.
+//! An *owner*, which does what a VMM does, converts random pages of a guest_memfd through a control socket. Meanwhile a
+//! software *device* reads and writes random pages without a break through registered buffers of io_uring, which are
+//! long-term pins of the kernel. Every page contains its number and generation: the device checks them on every read, and
+//! the owner's view is checked after every write. Neither consults passgate's ledger.
 //!
-//! `--pins` does it the old way (mapped once, never taken back) and shows what happens then.
+//! `--pins` maps the memory once and never unmaps it, as is done without passgate, and shows the stale DMA.
 
 mod device;
 mod memory;
@@ -20,55 +20,55 @@ use std::time::{Duration, Instant};
 use passgate_backends::iommu::soft::SoftDomain;
 
 use crate::error::Result;
-use device::Engine;
+use device::DmaThread;
 use memory::Memory;
 use owner::Owner;
 use raw::RawLoop;
 pub use report::{Counters, Summary};
 
-/// Pages of the demo's guest memory: few enough that the device meets every one of them often.
+/// The number of pages of the guest memory: few enough that the device accesses each of them often.
 const PAGES: u64 = 256;
-/// How long passgate and the raw loop take turns.
-const TURN: Duration = Duration::from_millis(50);
+/// The duration of one turn: passgate and the raw loop are measured in turns.
+const TURN_DURATION: Duration = Duration::from_millis(50);
 
-/// What the demo is asked for.
+/// The options of the demo.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// How long to run, in seconds.
+    /// The duration in seconds.
     pub seconds: u64,
-    /// Whether to do it the old way.
+    /// True if the memory is mapped once and never unmapped.
     pub pins: bool,
 }
 
-/// Runs the demo; `progress` is called several times a second with the seconds gone and the counters.
+/// Runs the demo. Calls `progress` several times a second, with the elapsed seconds and the counters.
 pub fn run(options: Options, mut progress: impl FnMut(f64, &Counters)) -> Result<Summary> {
     let memory = Arc::new(Memory::new(PAGES)?);
     let counters = Arc::new(Counters::default());
     let domain = SoftDomain::open()?;
     let mut owner =
-        if options.pins { Owner::pinning(&memory, &domain)? } else { Owner::asking(&memory, &domain)? };
+        if options.pins { Owner::pinned(&memory, &domain)? } else { Owner::revocable(&memory, &domain)? };
     let mut raw = RawLoop::new()?;
-    let engine = Engine::start(domain.device("soft:0")?, &memory, &counters)?;
-    let (start, length) = (Instant::now(), Duration::from_secs(options.seconds));
-    let mut shown = Duration::ZERO;
+    let dma = DmaThread::start(domain.device("soft:0")?, &memory, &counters)?;
+    let (start, duration) = (Instant::now(), Duration::from_secs(options.seconds));
+    let mut reported = Duration::ZERO;
     let mut turns = report::Turns::default();
-    while start.elapsed() < length && !engine.ended() {
-        turns.passgate(owner.turn(TURN, &counters)?);
+    while start.elapsed() < duration && !dma.has_ended() {
+        turns.passgate(owner.turn(TURN_DURATION, &counters)?);
         if !options.pins {
-            turns.raw(raw.turn(TURN)?);
+            turns.raw(raw.turn(TURN_DURATION)?);
         }
-        let gone = start.elapsed();
-        if gone - shown > Duration::from_millis(200) {
-            shown = gone;
-            progress(gone.as_secs_f64(), &counters);
+        let elapsed = start.elapsed();
+        if elapsed - reported > Duration::from_millis(200) {
+            reported = elapsed;
+            progress(elapsed.as_secs_f64(), &counters);
         }
     }
-    owner.settle(&counters)?;
-    engine.stop()?;
+    owner.finish(&counters)?;
+    dma.stop()?;
     let seconds = start.elapsed().as_secs_f64();
     owner.close()?;
     Ok(Summary::new(options, &memory, seconds, &counters, turns))
 }
 
-/// `Relaxed` is enough for numbers that are only counted.
+/// The ordering of all counters: they order no other access, so `Relaxed` is enough.
 const COUNT: Ordering = Ordering::Relaxed;

@@ -1,4 +1,4 @@
-//! The demo's owner: what a VMM does. Asks through the real socket, converts, says how it went.
+//! The owner of the demo, which does what a VMM does: it begins an invalidation through the socket, converts, and ends it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,23 +17,23 @@ use crate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 use crate::error::{Error, Result};
 use crate::serve::{Handle, Options, Server};
 
-/// Pages that are kept away for a while, so that the device meets them.
-const AWAY: usize = 8;
-/// One conversion in so many takes a page away for a while.
-const KEEP: u64 = 16;
+/// The maximum number of pages that are holes at a time, so that the device accesses some.
+const MAX_HOLES: usize = 8;
+/// One conversion in this many leaves a hole for some time.
+const HOLE_INTERVAL: u64 = 16;
 
-/// The owner of the demo's memory.
+/// The owner of the guest memory.
 pub(super) struct Owner {
     memory: Arc<Memory>,
     random: Box<dyn FnMut() -> u64>,
-    way: Way,
+    mode: Mode,
 }
 
-enum Way {
-    /// Through passgate.
-    Asking { server: Box<Daemon>, away: VecDeque<u64> },
-    /// Mapped once, for the device's life.
-    Pinning,
+enum Mode {
+    /// Conversions go through passgate. `holes` are the punched pages, oldest first.
+    Revocable { server: Box<Daemon>, holes: VecDeque<u64> },
+    /// The memory is mapped once, for the life of the device.
+    Pinned,
 }
 
 /// The daemon and the owner's two sockets to it.
@@ -41,13 +41,13 @@ struct Daemon {
     handle: Handle,
     client: Client,
     channel: Channel,
-    _place: Place,
+    _dir: SocketDir,
 }
 
-/// A directory for the socket, removed with it.
-struct Place(std::path::PathBuf);
+/// A directory for the socket. It is removed when this is dropped.
+struct SocketDir(std::path::PathBuf);
 
-impl Drop for Place {
+impl Drop for SocketDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
@@ -58,39 +58,38 @@ fn page(number: u64) -> Result<PageRange<Gpa>> {
 }
 
 impl Owner {
-    /// An owner that asks passgate: a session of its own over `domain`, reached by its socket.
-    pub(super) fn asking(memory: &Arc<Memory>, domain: &Arc<SoftDomain>) -> Result<Self> {
-        let place = std::env::temp_dir().join(format!("passgate-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&place).map_err(|source| Error::Socket {
-            path: place.clone(),
+    /// Returns an owner that converts through passgate: through the socket of a daemon of its own, over `domain`.
+    pub(super) fn revocable(memory: &Arc<Memory>, domain: &Arc<SoftDomain>) -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("passgate-demo-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(|source| Error::Socket {
+            path: dir.clone(),
             source,
             mend: ": set TMPDIR to a directory that is writable",
         })?;
-        let place = Place(place);
+        let dir = SocketDir(dir);
         let device = domain.device("soft:1")?;
-        let server =
-            Server::bind(Options::at(place.0.join("socket")), Arc::clone(domain) as _, vec![device])?;
+        let server = Server::bind(Options::at(dir.0.join("socket")), Arc::clone(domain) as _, vec![device])?;
         let handle = server.spawn()?;
         let mut client = Client::connect(handle.path())?;
         let added = AddMemory::shared(0, memory.pages() * PAGE);
         client.add_memory(&added, &[&*memory.file])?;
         let channel = client.open_channel()?;
-        let server = Box::new(Daemon { handle, client, channel, _place: place });
-        Ok(Self::new(memory, Way::Asking { server, away: VecDeque::new() }))
+        let server = Box::new(Daemon { handle, client, channel, _dir: dir });
+        Ok(Self::new(memory, Mode::Revocable { server, holes: VecDeque::new() }))
     }
 
-    /// An owner of the old way: everything is mapped, and stays so.
-    pub(super) fn pinning(memory: &Arc<Memory>, domain: &Arc<SoftDomain>) -> Result<Self> {
+    /// Returns an owner without passgate: all memory is mapped, and is never unmapped.
+    pub(super) fn pinned(memory: &Arc<Memory>, domain: &Arc<SoftDomain>) -> Result<Self> {
         let all = PageRange::<Iova>::new(0, memory.pages() * PAGE)?;
         domain.map(all, PAGE, &memory.file, Offset(0), true)?;
-        Ok(Self::new(memory, Way::Pinning))
+        Ok(Self::new(memory, Mode::Pinned))
     }
 
-    fn new(memory: &Arc<Memory>, way: Way) -> Self {
-        Self { memory: Arc::clone(memory), random: Box::new(random()), way }
+    fn new(memory: &Arc<Memory>, mode: Mode) -> Self {
+        Self { memory: Arc::clone(memory), random: Box::new(random()), mode }
     }
 
-    /// Converts random pages for `time`.
+    /// Converts random pages for `time`. Returns the number and the durations of the conversions.
     pub(super) fn turn(&mut self, time: Duration, counters: &Counters) -> Result<Turn> {
         let mut turn = Turn::default();
         let start = Instant::now();
@@ -98,10 +97,10 @@ impl Owner {
         while now.duration_since(start) < time {
             let draw = (self.random)();
             let page = (draw >> 8) % self.memory.pages();
-            if self.convert(page, draw.is_multiple_of(KEEP), counters)? {
+            if self.convert(page, draw.is_multiple_of(HOLE_INTERVAL), counters)? {
                 turn.rounds += 1;
                 let after = Instant::now();
-                turn.each.push(after.duration_since(now).as_secs_f32() * 1e6);
+                turn.latencies_us.push(after.duration_since(now).as_secs_f32() * 1e6);
                 now = after;
             } else {
                 now = Instant::now();
@@ -111,42 +110,42 @@ impl Owner {
         Ok(turn)
     }
 
-    /// Converts one page: takes it away and brings a fresh one, at once or (`keep`) a few conversions later.
-    /// False where nothing was converted.
-    fn convert(&mut self, page: u64, keep: bool, counters: &Counters) -> Result<bool> {
-        match &mut self.way {
-            Way::Pinning => {
-                self.memory.turn(page);
+    /// Converts one page: punches it and restores a fresh one, at once or (with `leave_hole`) some conversions later.
+    /// Returns false if no page was converted.
+    fn convert(&mut self, page: u64, leave_hole: bool, counters: &Counters) -> Result<bool> {
+        match &mut self.mode {
+            Mode::Pinned => {
+                self.memory.advance_generation(page);
                 self.memory.punch(page)?;
-                self.memory.bring(page)?;
-                self.memory.turn(page);
+                self.memory.restore(page)?;
+                self.memory.advance_generation(page);
                 counters.conversions.fetch_add(1, COUNT);
                 Ok(true)
             }
-            Way::Asking { server, away } => {
-                if away.contains(&page) {
+            Mode::Revocable { server, holes } => {
+                if holes.contains(&page) {
                     return Ok(false);
                 }
-                if keep
-                    && away.len() == AWAY
-                    && let Some(back) = away.pop_front()
+                if leave_hole
+                    && holes.len() == MAX_HOLES
+                    && let Some(hole) = holes.pop_front()
                 {
-                    return server.bring_back(&self.memory, back, counters);
+                    return server.refill(&self.memory, hole, counters);
                 }
-                let to = if keep { PageState::Hole } else { PageState::Shared };
+                let to = if leave_hole { PageState::Hole } else { PageState::Shared };
                 let Some(invalidation) = server.begin(page, to, counters)? else { return Ok(false) };
-                if !self.memory.is_sound(page)? {
+                if !self.memory.is_intact(page)? {
                     counters.stale_dma.fetch_add(1, COUNT);
                 }
-                self.memory.turn(page);
+                self.memory.advance_generation(page);
                 self.memory.punch(page)?;
-                if keep {
-                    away.push_back(page);
+                if leave_hole {
+                    holes.push_back(page);
                     server.channel.end(invalidation, Outcome::Committed)?;
                 } else {
-                    self.memory.bring(page)?;
+                    self.memory.restore(page)?;
                     server.channel.end(invalidation, Outcome::Committed)?;
-                    self.memory.turn(page);
+                    self.memory.advance_generation(page);
                 }
                 counters.conversions.fetch_add(1, COUNT);
                 Ok(true)
@@ -154,11 +153,11 @@ impl Owner {
         }
     }
 
-    /// Brings back what is away, and takes over what the daemon counted.
-    pub(super) fn settle(&mut self, counters: &Counters) -> Result<()> {
-        let Way::Asking { server, away } = &mut self.way else { return Ok(()) };
-        while let Some(back) = away.pop_front() {
-            server.bring_back(&self.memory, back, counters)?;
+    /// Restores all holes, and reads the counters of the daemon.
+    pub(super) fn finish(&mut self, counters: &Counters) -> Result<()> {
+        let Mode::Revocable { server, holes } = &mut self.mode else { return Ok(()) };
+        while let Some(hole) = holes.pop_front() {
+            server.refill(&self.memory, hole, counters)?;
         }
         let status = server.client.status()?;
         counters.late_dma_waited.store(status.totals.late_dma_waited, COUNT);
@@ -166,21 +165,21 @@ impl Owner {
         Ok(())
     }
 
-    /// Lets go of everything.
+    /// Closes the sockets and stops the daemon.
     pub(super) fn close(self) -> Result<()> {
-        match self.way {
-            Way::Asking { server, .. } => {
-                let Daemon { handle, client, channel, _place } = *server;
+        match self.mode {
+            Mode::Revocable { server, .. } => {
+                let Daemon { handle, client, channel, _dir } = *server;
                 drop((client, channel));
                 handle.stop()
             }
-            Way::Pinning => Ok(()),
+            Mode::Pinned => Ok(()),
         }
     }
 }
 
 impl Daemon {
-    /// Asks; the invalidation's name where it is granted.
+    /// Begins an invalidation. Returns its id; none if it was refused.
     fn begin(&mut self, number: u64, to: PageState, counters: &Counters) -> Result<Option<u64>> {
         match self.channel.begin(page(number)?, to, None)? {
             Answer::Granted { invalidation } => {
@@ -194,12 +193,12 @@ impl Daemon {
         }
     }
 
-    /// Brings a page back that was away.
-    fn bring_back(&mut self, memory: &Memory, number: u64, counters: &Counters) -> Result<bool> {
+    /// Restores a page that is a hole. Returns false if that was refused.
+    fn refill(&mut self, memory: &Memory, number: u64, counters: &Counters) -> Result<bool> {
         let Some(invalidation) = self.begin(number, PageState::Shared, counters)? else { return Ok(false) };
-        memory.bring(number)?;
+        memory.restore(number)?;
         self.channel.end(invalidation, Outcome::Committed)?;
-        memory.turn(number);
+        memory.advance_generation(number);
         counters.conversions.fetch_add(1, COUNT);
         Ok(true)
     }

@@ -1,7 +1,7 @@
-//! The loop to compare with: what a conversion costs without passgate, in raw kernel calls.
+//! The loop to compare with: the cost of a conversion in kernel calls, without passgate.
 //!
-//! Per round: a message to another thread and back (asking), clear the slot and see its tag, punch, touch, fill
-//! the slot, and there and back again (ending).
+//! Each round sends a message to another thread and back (the begin), clears the slot and waits for its tag, punches the
+//! page, touches it, fills the slot, and sends a message and back again (the end).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use super::report::Turn;
 use crate::error::{Error, Result};
 use crate::protocol::RECORD_LEN;
 
-/// The raw loop: memory, ring and echoing thread of its own.
+/// The raw loop, with memory, a ring and an echo thread of its own.
 pub(super) struct RawLoop {
     file: Arc<GuestFile>,
     _memory: Memory,
@@ -32,7 +32,7 @@ pub(super) struct RawLoop {
 }
 
 impl RawLoop {
-    /// Everything mapped, ready to go.
+    /// Allocates the memory, maps all of it, and starts the echo thread.
     pub(super) fn new() -> Result<Self> {
         let memory = Memory::new(PAGES)?;
         let file = Arc::clone(&memory.file);
@@ -42,11 +42,11 @@ impl RawLoop {
             ring.fill(Slot(page as u16), &file, page * PAGE, PAGE).map_err(Error::Call)?;
         }
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-        let (socket, theirs) = pair.map_err(|errno| Error::Call(Failed::new("socketpair", errno)))?;
+        let (socket, peer) = pair.map_err(|errno| Error::Call(Failed::new("socketpair", errno)))?;
         let echo = move || {
             let mut record = [0; RECORD_LEN];
-            while let Ok((_, got)) = recv(&theirs, &mut record, RecvFlags::empty()) {
-                if got == 0 || send(&theirs, &record[..got], SendFlags::NOSIGNAL).is_err() {
+            while let Ok((_, len)) = recv(&peer, &mut record, RecvFlags::empty()) {
+                if len == 0 || send(&peer, &record[..len], SendFlags::NOSIGNAL).is_err() {
                     return;
                 }
             }
@@ -63,7 +63,7 @@ impl RawLoop {
         })
     }
 
-    /// Rounds for `time`.
+    /// Does rounds for `time`. Returns their number.
     pub(super) fn turn(&mut self, time: Duration) -> Result<Turn> {
         let mut turn = Turn::default();
         let start = Instant::now();
@@ -78,7 +78,7 @@ impl RawLoop {
 
     fn round(&mut self, page: u64) -> Result<()> {
         let slot = Slot(page as u16);
-        self.there_and_back()?;
+        self.round_trip()?;
         self.ring.clear(slot, 1).map_err(|failed| Error::Call(failed.without_partial()))?;
         let mut released = false;
         while !released {
@@ -87,10 +87,10 @@ impl RawLoop {
         self.file.punch(page * PAGE, PAGE).map_err(Error::Memory)?;
         self.file.store(page * PAGE, page).map_err(Error::Memory)?;
         self.ring.fill(slot, &self.file, page * PAGE, PAGE).map_err(Error::Call)?;
-        self.there_and_back()
+        self.round_trip()
     }
 
-    fn there_and_back(&self) -> Result<()> {
+    fn round_trip(&self) -> Result<()> {
         let mut record = [0; RECORD_LEN];
         send(&self.socket, &record, SendFlags::NOSIGNAL)?;
         recv(&self.socket, &mut record, RecvFlags::empty())?;

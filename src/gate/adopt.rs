@@ -1,4 +1,4 @@
-//! Memory without an owner, after a restart: whoever comes back for it takes it over, or it is closed.
+//! Adoption: after a restart a client takes over the memory that has no owner, or it is closed.
 
 use std::collections::BTreeMap;
 
@@ -7,32 +7,31 @@ use passgate_bindings::{Gpa, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages};
-use super::event::{Caller, ClientId, FileId, InvalidationId};
+use super::event::Caller;
+use super::ids::{ClientId, FileId, InvalidationId, ORPHANS};
 use super::ledger::HeldBy;
 use super::ledger::holds::gaps;
+use super::memory::Region;
 use super::verdict::{Cause, Reason, Refusal};
-
-/// Whose the regions are that an earlier daemon's clients had. No connection has this number.
-pub const ORPHANS: ClientId = ClientId(0);
 
 /// A conversion that was open when its daemon ended: only its owner knows what the pages are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unended {
     /// The invalidation, for a `Release`.
     pub invalidation: InvalidationId,
-    /// Where the guest sees the pages.
+    /// The guest-physical addresses of the pages.
     pub range: PageRange<Gpa>,
 }
 
 /// Pages in quarantine, by the conversion without an end that left them there.
 type Unknown = BTreeMap<InvalidationId, Vec<(FileId, PageRange<Offset>)>>;
 
-/// The addresses at which a client's memory shows the pages of one file.
+/// The guest-physical addresses at which a client's memory shows the pages of one file.
 #[derive(Debug, Default)]
 struct Shown {
-    /// Each region's pages and where the guest sees the first of them, in order.
+    /// Each region's pages and the guest-physical address of the first of them, in order.
     regions: Vec<(PageRange<Offset>, Gpa)>,
-    /// Bytes of the largest region: what begins that far before a page does not show it.
+    /// The length in bytes of the largest region: one that begins that far before a page does not show it.
     longest: u64,
 }
 
@@ -42,7 +41,7 @@ impl Shown {
         self.longest = self.regions.iter().map(|(range, _)| range.len()).max().unwrap_or(0);
     }
 
-    /// The regions that show a page of `range`, in order.
+    /// Returns the regions that show a page of `range`, in order.
     fn over(&self, range: PageRange<Offset>) -> impl Iterator<Item = (PageRange<Offset>, Gpa)> + '_ {
         let from = range.start().raw().saturating_sub(self.longest);
         let first = self.regions.partition_point(|(shown, _)| shown.start().raw() < from);
@@ -54,7 +53,7 @@ impl Shown {
         })
     }
 
-    /// Everywhere where it shows a part of `range`.
+    /// Returns every address at which it shows a part of `range`.
     fn at(&self, range: PageRange<Offset>) -> impl Iterator<Item = PageRange<Gpa>> + '_ {
         let part = move |(shown, gpa): (PageRange<Offset>, Gpa)| {
             Some(shown.intersection(range)?.rebase(shown.start(), gpa))
@@ -63,7 +62,7 @@ impl Shown {
     }
 }
 
-/// True while every one of these pages is shown.
+/// True if every one of these pages is shown.
 fn show_all(shown: &BTreeMap<FileId, Shown>, pages: &[(FileId, PageRange<Offset>)]) -> bool {
     pages.iter().all(|(file, range)| {
         let shown = shown.get(file).into_iter().flat_map(|shown| shown.over(*range).map(|(part, _)| part));
@@ -75,75 +74,66 @@ fn show_all(shown: &BTreeMap<FileId, Shown>, pages: &[(FileId, PageRange<Offset>
 impl Gate {
     /// Every orphan is this client's from now on.
     pub(super) fn adopt(&mut self, caller: Caller, effects: &mut Effects) {
-        let answer = match self.adoptable(caller.client) {
+        let answer = match self.check_adopt(caller.client) {
             Err(refusal) => Answer::Refused(refusal),
             Ok(()) => {
-                let orphans =
-                    self.regions.values_mut().filter(|region| region.owner == ORPHANS && !region.closing);
-                orphans.for_each(|region| region.owner = caller.client);
+                self.memory.change_owner(ORPHANS, caller.client);
                 let (unknown, shown) = (self.unknown(), self.shown_to(caller.client));
-                self.claim_unended(caller.client, &unknown, &shown);
-                let regions = self.regions.iter();
-                let regions = regions.filter(|(_, region)| region.owner == caller.client && !region.closing);
-                let regions = regions.map(|(id, region)| self.region_status(*id, region)).collect();
+                // Of a conversion of which not all pages lie in this memory nobody here is the owner.
+                self.quarantine.adopt_unended(caller.client, |id| {
+                    unknown.get(&id).is_some_and(|pages| show_all(&shown, pages))
+                });
+                let regions = self.memory.regions();
+                let regions =
+                    regions.filter(|(_, region)| region.owner() == caller.client && !region.is_closing());
+                let regions = regions.map(|(id, region)| self.region_status(id, region)).collect();
                 Answer::Adopted { regions, unended: self.unended_of(caller.client, &unknown, &shown) }
             }
         };
         effects.push(Effect::Answer { caller, answer });
     }
 
-    fn adoptable(&self, client: ClientId) -> Result<(), Refusal> {
-        if self.leaving.contains(&client) {
+    fn check_adopt(&self, client: ClientId) -> Result<(), Refusal> {
+        if self.clients.is_leaving(client) {
             return Err(Refusal::Closing);
         }
-        let left = self.regions.values().any(|region| region.owner == ORPHANS && !region.closing);
-        if left { Ok(()) } else { Err(Refusal::NoOrphans) }
+        let left = |region: &Region| region.owner() == ORPHANS && !region.is_closing();
+        if self.memory.regions().any(|(_, region)| left(region)) { Ok(()) } else { Err(Refusal::NoOrphans) }
     }
 
-    /// Whether anything is left to adopt.
+    /// True while memory is left to adopt.
     pub fn has_orphans(&self) -> bool {
-        self.adoptable(ORPHANS).is_ok()
+        self.check_adopt(ORPHANS).is_ok()
     }
 
-    /// Has this client settle the conversions of which all pages lie in memory that it has just adopted. Of the others
-    /// nobody here is the owner.
-    fn claim_unended(&mut self, client: ClientId, unknown: &Unknown, shown: &BTreeMap<FileId, Shown>) {
-        self.unended.retain(|id, owner| {
-            if *owner == ORPHANS {
-                *owner = client;
-                return unknown.get(id).is_some_and(|pages| show_all(shown, pages));
-            }
-            true
-        });
-    }
-
-    /// The pages that conversions without an end left in quarantine, by these.
+    /// Returns the pages that conversions without an end left in quarantine, by these.
     pub(super) fn unknown(&self) -> Unknown {
         let mut unknown = Unknown::new();
-        for (file, entry) in &self.files {
-            for (range, by) in entry.holds.iter() {
+        for (file, excluded) in self.memory.exclusions() {
+            for (range, by) in excluded.iter() {
                 if let HeldBy::Quarantine(since, reason) = by
                     && reason.cause == Cause::ClientGone
                 {
-                    unknown.entry(since).or_default().push((*file, range));
+                    unknown.entry(since).or_default().push((file, range));
                 }
             }
         }
         unknown
     }
 
-    /// The pages that this client's memory shows, by their file.
+    /// Returns the pages that this client's memory shows, by their file.
     fn shown_to(&self, client: ClientId) -> BTreeMap<FileId, Shown> {
         let mut shown: BTreeMap<FileId, Shown> = BTreeMap::new();
-        for region in self.regions.values().filter(|region| region.owner == client && !region.closing) {
-            let FilePages { file, range, gpa } = region.pages_at(region.iova());
+        let own = |region: &Region| region.owner() == client && !region.is_closing();
+        for (_, region) in self.memory.regions().filter(|(_, region)| own(region)) {
+            let FilePages { file, range, gpa } = region.file_pages();
             shown.entry(file).or_default().regions.push((range, gpa));
         }
         shown.values_mut().for_each(Shown::sort);
         shown
     }
 
-    /// The conversions that this client may settle, at every address where its memory shows them.
+    /// Returns the conversions that this client may settle, at every address where its memory shows them.
     fn unended_of(
         &self,
         client: ClientId,
@@ -151,7 +141,8 @@ impl Gate {
         shown: &BTreeMap<FileId, Shown>,
     ) -> Vec<Unended> {
         let mut unended = Vec::new();
-        for invalidation in self.unended.iter().filter(|(_, owner)| **owner == client).map(|(id, _)| *id) {
+        let own = self.quarantine.unended().filter(|(_, owner)| *owner == client);
+        for (invalidation, _) in own {
             for (file, range) in unknown.get(&invalidation).into_iter().flatten() {
                 let at = shown.get(file).into_iter().flat_map(|shown| shown.at(*range));
                 unended.extend(at.map(|range| Unended { invalidation, range }));
@@ -160,14 +151,14 @@ impl Gate {
         unended
     }
 
-    /// Conversions that were open when an earlier daemon ended and are not settled.
+    /// Returns the conversions that were open when an earlier daemon ended and are not settled.
     pub fn unended(&self) -> impl ExactSizeIterator<Item = InvalidationId> + '_ {
-        self.unended.keys().copied()
+        self.quarantine.unended().map(|(id, _)| id)
     }
 
     /// True for a conversion that was open when an earlier daemon ended and is not settled.
     pub fn is_unended(&self, id: InvalidationId) -> bool {
-        self.unended.contains_key(&id)
+        self.quarantine.is_unended(id)
     }
 
     /// True where this client, which speaks for a VM, may say all the same what pages are that this invalidation left
@@ -175,11 +166,11 @@ impl Gate {
     /// adopted, and they still do.
     pub fn may_settle(&self, client: ClientId, invalidation: InvalidationId) -> bool {
         let gone = |(_, reason): &(PageRange<Offset>, Reason)| reason.cause == Cause::ClientGone;
-        let pages = self.files.iter().flat_map(|(file, entry)| {
-            entry.holds.since(invalidation).filter(gone).map(|(range, _)| (*file, range))
+        let pages = self.memory.exclusions().flat_map(|(file, excluded)| {
+            excluded.since(invalidation).filter(gone).map(move |(range, _)| (file, range))
         });
         let pages: Vec<_> = pages.collect();
-        self.unended.get(&invalidation) == Some(&client)
+        self.quarantine.is_unended_of(invalidation, client)
             && !pages.is_empty()
             && show_all(&self.shown_to(client), &pages)
     }

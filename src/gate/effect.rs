@@ -1,13 +1,14 @@
-//! What the gate wants done: calls on domains and devices, answers, notices.
+//! Effects: calls on domains and devices, answers, notices.
 //!
-//! The session executes effects in the order in which they stand. Effects with a job id end in an event with the
-//! same id, whatever happens, unless the call never returns: the gate counts on nothing but its timers then.
+//! The session executes effects in the order in which they stand. An effect with a job number ends in an event with the
+//! same number, whatever happens, unless the call never returns: then the gate depends on nothing but its timers.
 
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
-use super::event::{Caller, ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId};
+use super::event::Caller;
 use super::fence::Step;
+use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::receipt::Receipt;
 use super::verdict::{Reason, Refusal, Verdict};
@@ -17,101 +18,102 @@ use super::verdict::{Reason, Refusal, Verdict};
 pub struct FilePages {
     /// The file.
     pub file: FileId,
-    /// Which pages of it.
+    /// The pages of it.
     pub range: PageRange<Offset>,
-    /// Where the guest sees the first of them.
+    /// The guest-physical address of the first of them.
     pub gpa: Gpa,
 }
 
-/// What the gate wants done.
+/// An effect that the gate asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
     /// Make mappings of `piece` bytes over `iova` → [`super::Event::Mapped`].
     Map {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
         /// Bytes per kernel mapping: their borders are the multiples of it.
         piece: u64,
-        /// Of this file,
+        /// The file that is mapped.
         file: FileId,
-        /// from this offset on.
+        /// The offset in the file, in bytes, of the first page.
         offset: Offset,
-        /// Whether devices may write.
+        /// True if devices may write.
         writable: bool,
     },
-    /// Take every mapping in `iova` away → [`super::Event::Unmapped`].
+    /// Remove every mapping in `iova` → [`super::Event::Unmapped`].
     Unmap {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
-        /// Bytes of it that are mapped and have to go, the rest is gaps; none where nobody knows how many are.
+        /// Bytes of it that are mapped and have to be removed, the rest is unmapped; none where nobody knows how many are.
         bytes: Option<u64>,
     },
-    /// Take just these ranges out, all at once, by a page table without them → [`super::Event::Unmapped`].
+    /// Remove exactly these ranges, all at once, by a page table without them → [`super::Event::Unmapped`].
     Replace {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
-        /// What goes: ascending, apart. Nothing else goes.
+        /// The ranges: ascending, apart.
         gone: Vec<PageRange<Iova>>,
-        /// Bytes that are mapped in them and have to go.
+        /// Bytes that are mapped in them and have to be removed.
         bytes: u64,
     },
     /// Do one fence on one device → [`super::Event::Fenced`].
     Fence {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
         /// The device.
         device: DeviceId,
-        /// Which fence.
+        /// The fence.
         step: Step,
     },
-    /// Put a fenced device back into its domain → [`super::Event::Attached`].
+    /// Attach a fenced device to its domain again, with its DMA enabled → [`super::Event::Attached`].
     Attach {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
         /// The device.
         device: DeviceId,
     },
-    /// Change these pages now (punch, or in place) → [`super::Event::Converted`].
+    /// Convert these pages now (punch a hole, or in place) → [`super::Event::Converted`].
     Convert {
-        /// Names the result.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// What changes.
+        /// The pages.
         pages: Vec<FilePages>,
-        /// What it will be.
+        /// The state that they will have.
         to: PageState,
     },
     /// Wake the gate with [`super::Event::Expired`] once `after_ns` have passed since now. A timer of an
     /// invalidation that is answered meanwhile may be dropped or delivered; the gate ignores it.
     Arm {
-        /// For which invalidation.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// Which rung is to be over by then.
+        /// The rung that is to be over by then.
         rung: Step,
-        /// Nanoseconds from now: a rung's part of the deadline, the same for each of them. Who can counts from the begin.
+        /// Nanoseconds from now: one rung's part of the deadline, the same for each. The session counts from the begin
+        /// instead, so that delays do not add up.
         after_ns: u64,
     },
     /// Answer a request.
     Answer {
-        /// Whom.
+        /// The caller.
         caller: Caller,
-        /// What.
+        /// The answer.
         answer: Answer,
     },
-    /// Tell everybody who listens.
+    /// Report to every listener.
     Notice(Notice),
     /// The evidence of one invalidation, complete.
     Receipt(Box<Receipt>),
-    /// No region and no quarantine needs this file any more: let go of it.
+    /// No region and no quarantine needs this file any more: close it.
     ForgetFile {
         /// The file.
         file: FileId,
@@ -123,26 +125,26 @@ pub enum Effect {
 pub enum Answer {
     /// The region is there. Pages under an open invalidation or in quarantine will be mapped once they may be.
     RegionAdded {
-        /// Its name.
+        /// Its number.
         region: RegionId,
         /// Bytes mapped by now, summed over the domains.
         mapped: u64,
     },
     /// The region is gone, and no device sees any of it.
     RegionRemoved {
-        /// Its name.
+        /// Its number.
         region: RegionId,
     },
-    /// What became of a begin (or of a convert, after the conversion).
+    /// The verdict on a begin (or on a convert, after the conversion).
     Verdict {
-        /// Names the invalidation; for a client's `end`. 0 only where none came about.
+        /// The number of the invalidation, for a client's `end`. 0 only where none began.
         invalidation: InvalidationId,
-        /// The word.
+        /// The verdict.
         verdict: Verdict,
     },
-    /// The end is taken down.
+    /// The end is recorded.
     Ended {
-        /// Of which invalidation.
+        /// The invalidation.
         invalidation: InvalidationId,
     },
     /// The range is out of quarantine.
@@ -152,112 +154,119 @@ pub enum Answer {
     },
     /// These regions are the client's now.
     Adopted {
-        /// Which, and what of them is known.
-        regions: Vec<super::snapshot::RegionStatus>,
-        /// Conversions in them of which only their owner knows how they ended.
+        /// The regions.
+        regions: Vec<super::status::RegionStatus>,
+        /// Conversions in them whose end only their owner knows.
         unended: Vec<super::adopt::Unended>,
     },
     /// The request itself was wrong; nothing changed.
     Refused(Refusal),
 }
 
-/// What everybody who listens is told.
+/// A report to every listener.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notice {
     /// A range was refused: no conversion took place.
     Refused {
         /// The invalidation.
         invalidation: InvalidationId,
-        /// What was asked.
+        /// The first range that failed.
         range: PageRange<Gpa>,
-        /// Why, where, by whom.
+        /// The reason.
         reason: Reason,
     },
     /// A range must not be handed out again.
     Quarantined {
         /// The invalidation that failed.
         invalidation: InvalidationId,
-        /// Pages of this file,
+        /// The file.
         file: FileId,
-        /// these,
+        /// The pages of it.
         range: PageRange<Offset>,
-        /// where the guest sees the first of them, while a region covers it.
+        /// The guest-physical address of the first of them, while a region covers it.
         gpa: Option<Gpa>,
-        /// Why.
+        /// The reason.
         reason: Reason,
     },
     /// Proof came: a quarantined range may be used again.
     Freed {
-        /// Pages of this file,
+        /// The file.
         file: FileId,
-        /// these,
+        /// The pages of it.
         range: PageRange<Offset>,
-        /// where the guest sees the first of them, while a region covers it.
+        /// The guest-physical address of the first of them, while a region covers it.
         gpa: Option<Gpa>,
     },
-    /// A person took a range out of quarantine.
+    /// An operator ended the quarantine of a range.
     Released {
-        /// On whose connection.
+        /// The client on whose connection the operator asked.
         client: ClientId,
-        /// Since which invalidation it was there.
+        /// The invalidation that the quarantine dated from.
         invalidation: InvalidationId,
-        /// Pages of this file,
+        /// The file.
         file: FileId,
-        /// these,
+        /// The pages of it.
         range: PageRange<Offset>,
-        /// where the guest sees the first of them, while a region covers it.
+        /// The guest-physical address of the first of them, while a region covers it.
         gpa: Option<Gpa>,
-        /// What they are, as the person said.
+        /// The state of the pages, as the operator said.
         to: PageState,
     },
     /// The fence that comes next ends the device's TDI: its guest must attest it again.
     TdiEnded {
-        /// Which device.
+        /// The device.
         device: DeviceId,
-        /// Which fence.
+        /// The fence.
         step: Step,
     },
     /// A device was stopped.
     DeviceFenced {
-        /// Which.
+        /// The device.
         device: DeviceId,
-        /// How.
+        /// The fence.
         step: Step,
-        /// 0, or why the fence failed.
+        /// The kernel's errno; 0 for success.
         errno: i32,
     },
-    /// A stopped device is back in its domain, or could not be brought back.
+    /// A stopped device is attached to its domain again, or could not be attached.
     DeviceAttached {
-        /// Which.
+        /// The device.
         device: DeviceId,
-        /// 0, or why not: the device stays out.
+        /// 0, or the errno because of which the device stays out of its domain.
         errno: i32,
     },
-    /// The host wants a device back, and waits until this daemon lets go of it. Of the session's, not of the gate's.
+    /// The host wants a device back, and waits until this daemon closes it. Reported by the session, never by the gate.
     DeviceWanted {
-        /// Which.
+        /// The device.
         device: DeviceId,
     },
     /// A wanted mapping could not be made: devices fault there until it can.
     MapFailed {
-        /// Where.
+        /// The domain.
         domain: DomainId,
-        /// What.
+        /// The addresses.
         iova: PageRange<Iova>,
-        /// The kernel's answer; `ENOSPC` where the budget of mappings is used up.
+        /// The kernel's errno; `ENOSPC` where the budget of mappings is used up.
         errno: i32,
+    },
+    /// The gate's own records contradict each other, which is a fault of passgate's. It goes on with the pages in quarantine.
+    Inconsistent {
+        /// The contradiction.
+        what: &'static str,
+        /// The addresses that it is about, where it is about any.
+        iova: Option<PageRange<Iova>>,
     },
     /// A region is gone, and no device sees any of it.
     RegionClosed {
-        /// Which.
+        /// The region.
         region: RegionId,
     },
-    /// All that a client had is closed: its devices were stopped first, then its mappings went.
+    /// All memory of a client that is gone is closed: its devices were stopped first, then its mappings removed.
     SessionClosed {
-        /// Which client.
+        /// The client.
         client: ClientId,
     },
 }
 
-/// What [`super::Gate::handle`] wants done, in order. Kept by the caller so that its memory is reused.
+/// The effects that [`super::Gate::handle`] asks for, in order. The caller owns the list so that its memory is reused.
 pub type Effects = Vec<Effect>;

@@ -1,7 +1,7 @@
-//! What happens to the gate: requests of clients, results of effects, and time passing.
+//! Events: requests of clients, results of effects, and time passing.
 //!
-//! An event tells a fact; the gate has no other source of facts. Results carry what the kernel really answered
-//! and how long it took, so that a log of events replays to the same state.
+//! An event states a fact; the gate has no other source of facts. Results carry the kernel's answer as it was and how long the
+//! call took, so that a log of events replays to the same state.
 
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
@@ -9,43 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::fence::{Nature, Step, Steps};
 use super::hitless::Able;
+use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
 use super::verdict::Reason;
 
-macro_rules! names {
-    ($($(#[$doc:meta])* $name:ident($raw:ty);)*) => {$(
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        pub struct $name(pub $raw);
-    )*};
-}
-
-names! {
-    /// A connection that may ask: it began what it may end, and owns the memory that it added.
-    ClientId(u32);
-    /// A guest memory region.
-    RegionId(u32);
-    /// An IOVA domain.
-    DomainId(u16);
-    /// A device.
-    DeviceId(u16);
-    /// One invalidation, from begin to end. Never used twice, never 0.
-    InvalidationId(u64);
-    /// One effect whose result the gate waits for. Never used twice.
-    JobId(u64);
-}
-
-/// The identity of a file (`st_dev`, `st_ino`): two descriptors of one file are one identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct FileId {
-    /// `st_dev`.
-    pub device: u64,
-    /// `st_ino`.
-    pub inode: u64,
-}
-
-/// Through which of a client's sockets a request came; its answer goes the same way.
+/// The socket through which a client's request came; its answer goes the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Door {
@@ -55,15 +24,22 @@ pub enum Door {
     Channel,
 }
 
-/// Whom to answer. The cookie is the caller's own and comes back untouched.
+/// The origin of a request, and the address of its answer. The cookie comes back untouched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Caller {
     /// The connection.
     pub client: ClientId,
-    /// Which of its sockets.
+    /// The socket.
     pub door: Door,
     /// The caller's own number for the request.
     pub cookie: u64,
+}
+
+impl Caller {
+    /// Stands for a client where nobody waits for an answer.
+    pub(super) fn internal(client: ClientId) -> Self {
+        Self { client, door: Door::Control, cookie: 0 }
+    }
 }
 
 /// Pages of a file, from an offset on.
@@ -71,29 +47,29 @@ pub struct Caller {
 pub struct Backing {
     /// The file.
     pub file: FileId,
-    /// Where in it the region starts; page-aligned.
+    /// The offset in bytes at which the region starts; page-aligned.
     pub offset: Offset,
 }
 
-/// A guest memory region as its owner describes it. Device DMA sees it at IOVA = guest-physical address.
+/// A guest memory region as its owner describes it. Devices see it at IOVA = guest-physical address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionSpec {
-    /// Where the guest sees it.
+    /// Its guest-physical addresses.
     pub gpa: PageRange<Gpa>,
-    /// What devices are given: a shared memfd, or a guest_memfd that can be mapped.
+    /// The memory that is mapped for devices: a shared memfd, or a guest_memfd that can be mapped.
     pub backing: Backing,
-    /// Whether devices may write.
+    /// True if devices may write.
     pub writable: bool,
-    /// Bytes per kernel mapping at most: a power of two, at least a page; 0 leaves it to the gate. Pages convert
+    /// The maximum of bytes per kernel mapping: a power of two, at least a page; 0 leaves it to the gate. Pages convert
     /// singly whatever this is.
     pub piece: u64,
-    /// Bytes of the file's own pages (hugetlbfs); a power of two, at least a page.
+    /// The size in bytes of the file's own pages (hugetlbfs); a power of two, at least 4096.
     pub page: u64,
-    /// The state of pages that the ledger does not know yet (from no other region of the file).
+    /// The state of pages that no other region of the file has described before.
     pub initial: PageState,
 }
 
-/// How the owner's side of a conversion ended.
+/// The end of a conversion on its owner's side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
@@ -101,35 +77,35 @@ pub enum Outcome {
     Committed,
     /// Nothing of the range changed.
     NotCommitted,
-    /// Neither is certain: the range is quarantined. `errno` and `offset` (bytes into the range) are the
-    /// owner's evidence and go into the receipt.
+    /// Neither is certain: the range is quarantined. `errno` and `offset` are the owner's evidence and go into the
+    /// receipt.
     Unknown {
-        /// What the owner's kernel call answered; 0 where there was none.
+        /// The errno of the owner's kernel call; 0 where there was none.
         errno: i32,
-        /// How far into the range it got, in bytes.
+        /// The number of bytes of the range that it reached.
         offset: u64,
     },
 }
 
-/// What an owner says of its conversion at the end, before it is checked.
+/// The end of a conversion as its owner reports it, before it is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Said {
-    /// Its word: committed, not committed, or unknown.
+    /// The reported outcome.
     pub word: Word,
     /// The errno of its kernel call; 0 where there was none.
     pub errno: i32,
-    /// How far into the range it got, in bytes.
+    /// The number of bytes of the range that it reached.
     pub offset: u64,
 }
 
-/// An owner's word at the end of its conversion.
+/// An outcome as an owner reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Word {
     /// The whole range was converted.
     Committed,
     /// Nothing of it was.
     NotCommitted,
-    /// The owner cannot tell.
+    /// The owner does not know.
     Unknown,
 }
 
@@ -140,9 +116,9 @@ const MAX_ERRNO: i32 = 4095;
 const NO_ERRNO: i32 = 71;
 
 impl Said {
-    /// The outcome of a conversion of `length` bytes. What contradicts itself is *unknown*: committed with an errno, or with
-    /// an offset other than 0 and the end; not committed with an offset other than 0; an errno that is none, an offset
-    /// beyond the range.
+    /// Returns the outcome of a conversion of `length` bytes. A report that contradicts itself is *unknown*: committed with an errno, or
+    /// with an offset other than 0 and `length`; not committed with an offset other than 0; an errno outside 0 to 4095, or an
+    /// offset beyond the range.
     pub fn outcome(self, length: u64) -> Outcome {
         let Self { word, errno, offset } = self;
         let valid = (0..=MAX_ERRNO).contains(&errno) && offset <= length;
@@ -158,7 +134,7 @@ impl Said {
     }
 }
 
-/// Who performs the conversion between begin and end.
+/// The party that converts the pages between begin and end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Performer {
@@ -168,31 +144,31 @@ pub enum Performer {
     Passgate,
 }
 
-/// How an unmap went, as the domain said it.
+/// The result of an unmap, as the domain reported it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UnmapResult {
-    /// `bytes` gone, nothing in flight.
+    /// It succeeded: `bytes` are unmapped, and nothing is in flight.
     Gone {
-        /// Bytes removed.
+        /// Bytes unmapped.
         bytes: u64,
     },
-    /// `bytes` gone from the translation; [`Event::Released`] with the same job follows once what was in
-    /// flight has ended.
+    /// It succeeded: `bytes` are unmapped, but operations over them are in flight. [`Event::Released`] with the same job follows
+    /// once they have ended.
     InFlight {
-        /// Bytes removed.
+        /// Bytes unmapped.
         bytes: u64,
     },
-    /// The call failed; what is left is unknown.
+    /// The call failed; it is unknown which pages are still mapped.
     Failed {
         /// The kernel's answer.
         errno: i32,
-        /// Bytes removed before.
+        /// Bytes unmapped before the failure.
         bytes: u64,
     },
 }
 
-/// How a map went.
+/// The result of a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MapResult {
@@ -203,119 +179,119 @@ pub enum MapResult {
         /// The kernel's answer.
         errno: i32,
     },
-    /// Some of it may be.
+    /// It failed, and some of the range may be mapped.
     Unknown {
-        /// The kernel's answer to the roll-back.
+        /// The errno of the call that was to undo the map.
         errno: i32,
     },
 }
 
-/// What happens to the gate.
+/// An event of the gate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
     /// A domain exists. Before any region or device.
     DomainAdded {
-        /// Its name from now on.
+        /// Its number from now on.
         domain: DomainId,
-        /// What it can do.
+        /// Its capabilities.
         able: Able,
     },
     /// A device is attached to a domain and can be stopped by these steps.
     DeviceAdded {
-        /// Its name from now on.
+        /// Its number from now on.
         device: DeviceId,
-        /// Where it is attached.
+        /// The domain that it is attached to.
         domain: DomainId,
-        /// Its stop class.
+        /// The fences that it has.
         steps: Steps,
-        /// What bears on them.
+        /// The traits that decide which of them prove anything.
         nature: Nature,
     },
     /// A client adds memory.
     AddRegion {
-        /// Whom to answer; also the region's owner.
+        /// The caller; it will own the region.
         caller: Caller,
         /// The region.
         spec: RegionSpec,
     },
     /// A client takes memory away: every mapping of the region goes, then the region.
     RemoveRegion {
-        /// Whom to answer; must be the owner.
+        /// The caller; must be the owner.
         caller: Caller,
         /// The region.
         region: RegionId,
     },
-    /// A client announces that a range is about to change.
+    /// A client announces that ranges are about to be converted.
     Begin {
-        /// Whom to answer; only this client may end it.
+        /// The caller; only this client may end it.
         caller: Caller,
-        /// What changes; may cross regions, may not touch addresses without a region.
+        /// The ranges; may cross regions, may not touch addresses without a region.
         ranges: Ranges,
-        /// What the pages will be.
+        /// The state that the pages will have.
         to: PageState,
-        /// Who makes the change.
+        /// The party that converts them.
         performer: Performer,
-        /// Within how many nanoseconds the answer must come.
+        /// The time in nanoseconds within which the answer must come.
         deadline_ns: u64,
     },
-    /// The client that began says how it went.
+    /// The client that began reports the end of its conversion.
     End {
-        /// Whom to answer.
+        /// The caller.
         caller: Caller,
-        /// What it began.
+        /// The invalidation that it began.
         invalidation: InvalidationId,
-        /// How it went.
+        /// The outcome.
         outcome: Outcome,
     },
-    /// [`super::Effect::Convert`] is done.
+    /// [`super::Effect::Convert`] has returned.
     Converted {
-        /// Of which invalidation.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// How it went.
+        /// The outcome.
         outcome: Outcome,
     },
-    /// [`super::Effect::Map`] is done.
+    /// [`super::Effect::Map`] has returned.
     Mapped {
-        /// Which one.
+        /// The call.
         job: JobId,
-        /// How it went.
+        /// The result.
         result: MapResult,
     },
-    /// [`super::Effect::Unmap`] or [`super::Effect::Replace`] is done.
+    /// [`super::Effect::Unmap`] or [`super::Effect::Replace`] has returned.
     Unmapped {
-        /// Which one.
+        /// The call.
         job: JobId,
-        /// How it went.
+        /// The result.
         result: UnmapResult,
-        /// How long the call took, in nanoseconds.
+        /// The duration of the call in nanoseconds.
         took_ns: u64,
     },
-    /// What was in flight over the pages of an unmap has ended.
+    /// The operations that were in flight over the pages of an unmap have ended.
     Released {
         /// The unmap.
         job: JobId,
     },
-    /// [`super::Effect::Fence`] is done.
+    /// [`super::Effect::Fence`] has returned.
     Fenced {
-        /// Which one.
+        /// The call.
         job: JobId,
-        /// The kernel's answer; 0 for success.
+        /// The kernel's errno; 0 for success.
         errno: i32,
-        /// How long the call took, in nanoseconds.
+        /// The duration of the call in nanoseconds.
         took_ns: u64,
     },
-    /// [`super::Effect::Attach`] is done.
+    /// [`super::Effect::Attach`] has returned.
     Attached {
-        /// Which one.
+        /// The call.
         job: JobId,
-        /// The kernel's answer; 0 for success.
+        /// The kernel's errno; 0 for success.
         errno: i32,
     },
-    /// What bears on a device's fences was read again: before the result of every attach, and where it is not what the
-    /// gate believed.
+    /// The ATS and TDI state of a device was read again: before the result of every attach, and whenever it is found to have
+    /// changed.
     DeviceNature {
-        /// Which device.
+        /// The device.
         device: DeviceId,
         /// As [`Nature::ats`].
         ats: bool,
@@ -324,46 +300,46 @@ pub enum Event {
     },
     /// The time that [`super::Effect::Arm`] asked for has passed.
     Expired {
-        /// Of which invalidation.
+        /// The invalidation.
         invalidation: InvalidationId,
         /// The rung that was to be over by now.
         rung: Step,
     },
-    /// A moment has passed ([`super::Gate::is_frayed`]): what was quiet meanwhile is mapped in large pieces again.
+    /// A tick has passed ([`super::Gate::is_fragmented`]): mappings that were quiet meanwhile are merged.
     Quiet,
     /// A connection is gone, at whatever point.
     ClientGone {
-        /// Which.
+        /// The client.
         client: ClientId,
     },
     /// Pages that an earlier daemon had in quarantine. Before any region.
     Quarantine {
-        /// Of which file.
+        /// The file.
         file: FileId,
-        /// Which.
+        /// The pages.
         range: PageRange<Offset>,
-        /// Since which invalidation; ids of this gate count on from the highest.
+        /// The invalidation since which they are in quarantine; numbers of this gate count on from the highest.
         invalidation: InvalidationId,
-        /// Why.
+        /// The reason.
         reason: Reason,
     },
     /// A client takes over the memory that an earlier daemon's clients had ([`super::adopt`]).
     Adopt {
-        /// Whom to answer; also the new owner.
+        /// The caller; it will own the memory.
         caller: Caller,
     },
-    /// This client cannot be told no: what it removes, or leaves behind, goes whatever that takes. Before anything else of it.
+    /// This client cannot be refused: what it removes, or leaves behind, is unmapped by every means. Before anything else of it.
     Insists {
-        /// Which.
+        /// The client.
         client: ClientId,
     },
-    /// A person takes what an invalidation left in quarantine out of it, and says what it is now.
+    /// An operator ends the quarantine that an invalidation left, and says what the pages are now.
     Release {
-        /// Whom to answer.
+        /// The caller.
         caller: Caller,
         /// The invalidation that the quarantine dates from.
         invalidation: InvalidationId,
-        /// What the pages are: shared, private or hole.
+        /// The state of the pages: shared, private or hole.
         to: PageState,
     },
 }
@@ -373,7 +349,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_that_contradicts_itself_is_unknown() {
+    fn end_that_contradicts_itself_is_unknown() {
         const LENGTH: u64 = 16384;
         let says = |word, errno, offset| Said { word, errno, offset }.outcome(LENGTH);
         let unknown = |errno, offset| Outcome::Unknown { errno, offset };

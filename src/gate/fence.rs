@@ -25,11 +25,11 @@ pub enum Step {
 }
 
 impl Step {
-    /// All of them, weakest first.
+    /// All steps, weakest first.
     pub const LADDER: [Step; 6] =
         [Step::Unmap, Step::Drain, Step::Stop, Step::Master, Step::Detach, Step::Reset];
 
-    /// In words, for messages and for JSON.
+    /// Returns its name in messages and in JSON.
     pub fn word(self) -> &'static str {
         match self {
             Self::Unmap => "unmap",
@@ -41,12 +41,12 @@ impl Step {
         }
     }
 
-    /// Whether it would end a TDI in CONFIG_LOCKED or RUN (PCIe 6.1, 11.2.8: the interface goes to ERROR).
+    /// True if it ends a TDI in CONFIG_LOCKED or RUN (PCIe 6.1, 11.2.8: the interface goes to ERROR).
     pub fn ends_tdi(self) -> bool {
         matches!(self, Self::Master | Self::Reset)
     }
 
-    /// The rung above.
+    /// Returns the rung above; none at the top.
     pub fn above(self) -> Option<Step> {
         Self::LADDER.get(self as usize + 1).copied()
     }
@@ -57,10 +57,10 @@ impl Step {
 pub struct Steps(u8);
 
 impl Steps {
-    /// What leaves the devices' state alone.
+    /// Every step that keeps the devices' state.
     pub const ALL_BUT_RESET: Steps = Steps::of(&[Step::Drain, Step::Stop, Step::Master, Step::Detach]);
 
-    /// A set of these.
+    /// Returns the set of these steps.
     pub const fn of(steps: &[Step]) -> Self {
         let mut bits = 0;
         let mut i = 0;
@@ -71,18 +71,18 @@ impl Steps {
         Self(bits)
     }
 
-    /// Whether the set has it.
+    /// True if the set has it.
     pub fn has(self, step: Step) -> bool {
         step == Step::Unmap || self.0 & (1 << step as u8) != 0
     }
 
-    /// What either set has.
+    /// Returns the steps of either set.
     pub fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 }
 
-/// What of a device bears on which fences prove anything.
+/// The traits of a device that decide which fences prove anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Nature {
     /// It caches translations of its own (PCI ATS is on, or it has ATS and nobody knows that it is off): an unmap alone
@@ -90,42 +90,6 @@ pub struct Nature {
     pub ats: bool,
     /// It is a TDISP interface in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,
-    /// A DMA of it that meets a page which is gone for a moment does no harm: it is tried again, or told.
+    /// A DMA of it that meets a gap does no harm: it is tried again, or reported.
     pub tolerant: bool,
-}
-
-/// What a stale write does here, and so what counts as proof.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Platform {
-    /// It faults, noisy but harmless (AMD SEV-SNP, Arm): an unmap at its full length is proof.
-    #[default]
-    Contained,
-    /// It may take the host down (Intel TDX: a machine check): a device that caches translations must have been
-    /// detached, and may be, whatever [`OnStuckDma`] says.
-    Strict,
-}
-
-/// How far passgate goes by itself when DMA does not stop (`--on-stuck-dma`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnStuckDma {
-    /// Ask the device to end what it does; then refuse.
-    #[default]
-    Refuse,
-    /// Also stop the devices: migration STOP, bus mastering off, out of their domain.
-    Fence,
-    /// Also reset the devices.
-    Reset,
-}
-
-impl OnStuckDma {
-    /// The rungs that this policy allows.
-    pub fn allows(self) -> Steps {
-        match self {
-            Self::Refuse => Steps::of(&[Step::Drain]),
-            Self::Fence => Steps::ALL_BUT_RESET,
-            Self::Reset => Steps::ALL_BUT_RESET.or(Steps::of(&[Step::Reset])),
-        }
-    }
 }

@@ -1,186 +1,93 @@
-//! Large mappings that lost pages, and how they become large again.
+//! Merging large mappings that have lost pages ([`super::mappings`] tracks them).
 //!
-//! Where pages leave a mapping, its place on the grid is *frayed*: it takes more kernel mappings than it need. Once it has
-//! been quiet for a while and all of it is shared again, it is unmapped as a whole and mapped as one. That is a window, so
-//! it is done only where windows are allowed ([`Hitless`]), and never while anything is under way.
-//! A place that keeps being split is mapped page by page meanwhile, so that it need not be split again.
-
-use std::collections::BTreeMap;
+//! Once a fragmented place has been quiet for a while and all of it is shared again, it is unmapped as a whole and mapped as
+//! one. That is a gap in the DMA of its pages, so it is done only where gaps are allowed ([`Hitless`]), and never while
+//! anything is in progress.
 
 use passgate_bindings::units::Address;
-use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::Effects;
-use super::event::{Caller, ClientId, DomainId, Door};
-use super::hitless::Hitless;
-use super::invalidation::After;
+use super::event::Caller;
+use super::ids::{ClientId, DomainId, RegionId};
+use super::invalidations::{New, Purpose};
 use super::ledger::PageState;
 use super::ledger::mapped::objects;
-
-/// Moments ([`super::Event::Quiet`]) without a change after which a place is quiet: more than one, for the first is cut short.
-const QUIET: u32 = 2;
-/// Splits of one place, without a quiet moment, from which on it is mapped page by page.
-const HOT: u32 = 4;
-/// Places that are mapped anew in one moment.
-const AT_ONCE: usize = 16;
-/// Places that are remembered; of what frays beyond them nothing is merged.
-const MOST: usize = 65_536;
-/// The longest place that is mapped page by page.
-const CHURN: u64 = 2 << 20;
-
-/// What frayed in one domain, by where on the grid of its region's mappings.
-#[derive(Debug, Default)]
-pub(super) struct Frayed {
-    places: BTreeMap<Iova, Place>,
-    now: u32,
-}
-
-#[derive(Debug)]
-struct Place {
-    touched: u32,
-    splits: u32,
-}
-
-impl Frayed {
-    pub(super) fn is_empty(&self) -> bool {
-        self.places.is_empty()
-    }
-
-    /// Something changed in the place at `start`.
-    fn touch(&mut self, start: Iova, split: bool) {
-        if self.places.len() >= MOST && !self.places.contains_key(&start) {
-            return;
-        }
-        let place = self.places.entry(start).or_insert(Place { touched: 0, splits: 0 });
-        place.touched = self.now;
-        place.splits = place.splits.saturating_add(u32::from(split));
-    }
-
-    fn is_hot(&self, start: Iova) -> bool {
-        self.places.get(&start).is_some_and(|place| place.splits >= HOT)
-    }
-
-    /// The first place in `range` that keeps being split, behind its start.
-    pub(super) fn first_hot(&self, range: PageRange<Iova>) -> Option<Iova> {
-        let mut within = self.places.range(range.start()..range.end());
-        within.find(|(_, place)| place.splits >= HOT).map(|(at, _)| *at)
-    }
-
-    /// Time passes; the places that have been quiet, as many as may be done at once.
-    fn quiet(&mut self) -> Vec<Iova> {
-        self.now = self.now.wrapping_add(1);
-        let now = self.now;
-        let quiet = |place: &Place| now.wrapping_sub(place.touched) >= QUIET;
-        let ripe: Vec<_> =
-            self.places.iter().filter(|(_, p)| quiet(p)).map(|(at, _)| *at).take(AT_ONCE).collect();
-        ripe.iter().for_each(|at| _ = self.places.remove(at));
-        ripe
-    }
-}
-
-/// The place of a grid of `piece` bytes at which `at` lies.
-fn place(at: Iova, piece: u64) -> Iova {
-    Iova(at.raw() / piece * piece)
-}
+use super::policy::Hitless;
 
 impl Gate {
-    /// Whether something waits for a quiet moment ([`super::Event::Quiet`]).
-    pub fn is_frayed(&self) -> bool {
-        self.domains.iter().any(|domain| !domain.frayed.is_empty())
+    /// True while something waits for a tick ([`super::Event::Quiet`]).
+    pub fn is_fragmented(&self) -> bool {
+        self.mappings.is_fragmented()
     }
 
-    /// Pages of `range` come or go: takes down where its ends lie inside a place on the grid.
-    pub(super) fn fray(&mut self, domain: DomainId, range: PageRange<Iova>) {
-        let Some((index, piece)) = self.grid(domain, range.start()) else { return };
-        if piece == PAGE || !self.merges(domain) {
-            return;
-        }
-        let entry = &mut self.domains[index];
-        let split = !entry.able.cut;
-        let last = Iova(range.end().raw() - PAGE);
-        for (edge, end) in [(range.start(), range.start()), (last, range.end())] {
-            if !end.raw().is_multiple_of(piece) {
-                entry.frayed.touch(place(edge, piece), split);
-            }
+    /// Pages of `range` come or go: records where that fragments a mapping that will be merged.
+    pub(super) fn record_split(&mut self, domain: DomainId, range: PageRange<Iova>) {
+        let region = self.memory.region_id_at(Gpa(range.start().raw()));
+        let merges = self.may_merge(domain);
+        let Some(domain) = self.mappings.get_mut(domain) else { return };
+        if let Some(piece) = region.and_then(|id| domain.piece(id)).filter(|_| merges) {
+            domain.record_split(range, piece);
         }
     }
 
-    /// Whether what frayed in a domain is merged. Where pages are cut it costs a window to gain little (IOMMU pages are small
-    /// either way, and mappings not counted), so only where windows are no matter.
-    fn merges(&self, domain: DomainId) -> bool {
-        let cuts = self.domain(domain).is_some_and(|entry| entry.able.cut);
-        self.windows(domain) && (!cuts || self.policy.hitless == Hitless::Off)
+    /// True if fragmented places of a domain are merged. Where pages are cut it costs a gap to gain little (IOMMU pages are
+    /// small either way, and mappings not counted), so only where gaps do not matter.
+    fn may_merge(&self, domain: DomainId) -> bool {
+        let cuts = self.mappings.get(domain).is_some_and(|domain| domain.caps().cut);
+        self.gaps_allowed(domain) && (!cuts || self.policy.hitless == Hitless::Off)
     }
 
-    /// The domain's index, and the bytes per kernel mapping at `at`, while a region is there.
-    fn grid(&self, domain: DomainId, at: Iova) -> Option<(usize, u64)> {
-        let index = self.domains.iter().position(|entry| entry.id == domain)?;
-        Some((index, *self.region_at(Gpa(at.raw()))?.pieces.get(index)?))
-    }
-
-    /// Whether the place at `at` is mapped page by page for now, and where it ends.
-    pub(super) fn churns(&self, domain: DomainId, at: Iova, piece: u64) -> Option<Iova> {
-        let entry = self.domain(domain)?;
-        let start = place(at, piece);
-        let room = entry.able.max_mappings.saturating_sub(entry.mapped.objects() + entry.reserved);
-        let fits = piece <= CHURN && piece / PAGE <= room;
-        (fits && entry.frayed.is_hot(start)).then_some(Iova(start.raw() + piece))
-    }
-
-    /// A moment has passed: what has been quiet in it is mapped in large pieces again.
-    pub(super) fn quiet(&mut self, effects: &mut Effects) {
-        for index in 0..self.domains.len() {
-            let domain = self.domains[index].id;
-            let ready = self.clearing.is_empty()
-                && self.domains[index].mapped.unsettled() + self.domains[index].mapped.filling() == 0
-                && !self.busy(domain);
-            if !ready {
+    /// A tick has passed: what has been quiet is mapped in large pieces again.
+    pub(super) fn merge_quiet(&mut self, effects: &mut Effects) {
+        for id in self.mappings.ids() {
+            let (busy, waited) = (self.devices.is_busy(id), !self.invalidations.waiting().is_empty());
+            let may = self.may_merge(id) && self.ats_active(id).is_none();
+            let Some(domain) = self.mappings.get_mut(id) else { continue };
+            if busy || waited || domain.mapped().unsettled() + domain.mapped().filling() > 0 {
                 continue;
             }
-            let may = self.merges(domain) && self.keeps_copies(domain).is_none();
-            let ripe = self.domains[index].frayed.quiet();
-            for start in ripe.into_iter().filter(|_| may) {
-                self.merge(domain, start, effects);
+            for start in domain.take_quiet().into_iter().filter(|_| may) {
+                self.merge(id, start, effects);
             }
         }
     }
 
     /// Maps the place at `start` as one, where all of it is shared and mapped in parts.
-    fn merge(&mut self, domain: DomainId, start: Iova, effects: &mut Effects) {
-        let Some((index, piece)) = self.grid(domain, start).or_else(|| self.behind(domain, start)) else {
+    fn merge(&mut self, domain_id: DomainId, start: Iova, effects: &mut Effects) {
+        let Some(region_id) = self.region_of_place(start) else { return };
+        let (Some(region), Some(domain)) = (self.memory.region(region_id), self.mappings.get(domain_id))
+        else {
             return;
         };
+        let Some(piece) = domain.piece(region_id).filter(|_| !region.is_closing()) else { return };
         let Some(whole) = PageRange::between(start, Iova(start.raw() + piece)) else { return };
-        let region = self.region_at(Gpa(start.raw())).or_else(|| self.region_from(start));
-        let Some(region) = region.filter(|region| !region.closing) else { return };
         let Some(range) = region.iova().intersection(whole) else { return };
         let pages = region.pages_at(range);
-        let shared = self.files.get(&pages.file).is_some_and(|file| {
-            file.holds.is_clear(pages.range)
-                && file.pages.runs(pages.range).all(|(_, state)| state == PageState::Shared)
-        });
-        let mapped = &self.domains[index].mapped;
+        let free = self.memory.excluded(pages.file).is_some_and(|excluded| excluded.is_clear(pages.range));
+        let is_shared = |(_, state): (_, PageState)| state == PageState::Shared;
+        let shared = free && self.memory.states(pages.file, pages.range).all(is_shared);
+        let mapped = domain.mapped();
         let in_parts = mapped.live(range).eq([range]) && mapped.starts(range) > objects(range, piece);
         if !shared || !in_parts {
             return;
         }
-        let caller = Caller { client: ClientId(0), door: Door::Control, cookie: 0 };
-        let gpa = range.rebase(Iova(0), Gpa(0));
-        let deadline = self.policy.close_deadline_ns;
-        let id =
-            self.start(caller, gpa.into(), PageState::Shared, After::Merged(domain), vec![range], deadline);
-        self.clear(id, effects);
+        let id = self.invalidations.start(New {
+            caller: Caller::internal(ClientId(0)),
+            ranges: range.rebase(Iova(0), Gpa(0)).into(),
+            to: PageState::Shared,
+            purpose: Purpose::Merge(domain_id),
+            pages: Vec::new(),
+            targets: vec![range],
+            deadline_ns: self.policy.close_deadline_ns,
+        });
+        self.start_clearing(id, effects);
     }
 
-    /// As [`Gate::grid`], where the place begins before its region does.
-    fn behind(&self, domain: DomainId, start: Iova) -> Option<(usize, u64)> {
-        self.grid(domain, self.region_from(start)?.iova().start())
-    }
-
-    /// The first region that begins at or behind `at`.
-    fn region_from(&self, at: Iova) -> Option<&super::region::Region> {
-        let (_, id) = self.layout.range(Gpa(at.raw())..).next()?;
-        self.regions.get(id)
+    /// Returns the region of a place, which may begin before its region does.
+    fn region_of_place(&self, start: Iova) -> Option<RegionId> {
+        let gpa = Gpa(start.raw());
+        self.memory.region_id_at(gpa).or_else(|| self.memory.first_region_from(gpa))
     }
 }

@@ -1,26 +1,26 @@
-//! What one invalidation is about: a range of guest memory, or a batch of them.
+//! The ranges of one invalidation: one range of guest memory, or a batch.
 
 use std::sync::Arc;
 
 use passgate_bindings::{Gpa, PageRange};
 use serde::{Deserialize, Serialize};
 
-/// One range, or several: ascending, none touching another's pages, at least one.
+/// One range, or several: ascending, none overlapping another, at least one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<PageRange<Gpa>>", into = "Vec<PageRange<Gpa>>")]
 pub struct Ranges(Inner);
 
-/// The common case needs no memory of its own.
+/// One range, the common case, needs no memory of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Inner {
     One(PageRange<Gpa>),
     Many(Arc<[PageRange<Gpa>]>),
 }
 
-/// Why ranges are no batch. The text is the message that the user reads.
+/// The reason for which ranges are no batch. The text is the message that the user reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RangesError {
-    /// None at all.
+    /// There is no range.
     #[error("a batch has at least one range")]
     Empty,
     /// Out of order, or overlapping.
@@ -29,12 +29,12 @@ pub enum RangesError {
 }
 
 impl Ranges {
-    /// In order.
+    /// Returns the ranges in order.
     pub fn iter(&self) -> impl Iterator<Item = PageRange<Gpa>> + '_ {
         self.as_slice().iter().copied()
     }
 
-    /// In order; never empty.
+    /// Returns the ranges in order; never empty.
     pub fn as_slice(&self) -> &[PageRange<Gpa>] {
         match &self.0 {
             Inner::One(range) => std::slice::from_ref(range),
@@ -42,7 +42,7 @@ impl Ranges {
         }
     }
 
-    /// The first of them.
+    /// Returns the first range.
     pub fn first(&self) -> PageRange<Gpa> {
         match &self.0 {
             Inner::One(range) => *range,
@@ -50,7 +50,7 @@ impl Ranges {
         }
     }
 
-    /// Bytes of all together.
+    /// Returns the bytes of all ranges together.
     pub fn len(&self) -> u64 {
         self.iter().map(|range| range.len()).sum()
     }
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_in_order_and_not_empty() {
+    fn batch_is_ascending_and_not_empty() {
         assert_eq!(Ranges::try_from(vec![]), Err(RangesError::Empty));
         assert_eq!(Ranges::try_from(vec![page(4, 2), page(5, 1)]), Err(RangesError::Order(1)));
         assert_eq!(Ranges::try_from(vec![page(4, 2), page(1, 1)]), Err(RangesError::Order(1)));

@@ -2,35 +2,36 @@
 
 use passgate_bindings::{Iova, PageRange};
 
-use super::event::{Caller, DeviceId, DomainId, InvalidationId, Outcome};
+use super::event::{Caller, Outcome};
 use super::fence::Step;
+use super::ids::{DeviceId, DomainId, InvalidationId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
 use super::verdict::Verdict;
 
-/// Steps that one receipt records; further ones are only counted.
+/// The maximum number of steps that one receipt records; further ones are only counted.
 pub const MAX_STEPS: usize = 32;
 
 /// One step of the evidence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
-    /// Which rung.
+    /// The rung.
     pub step: Step,
-    /// In which domain.
+    /// The domain.
     pub domain: DomainId,
-    /// On which device, for a fence.
+    /// The device, for a fence.
     pub device: Option<DeviceId>,
-    /// Over which addresses, for an unmap of one range.
+    /// The addresses, for an unmap of one range.
     pub iova: Option<PageRange<Iova>>,
-    /// Bytes that had to go, for an unmap.
+    /// Bytes that had to be unmapped.
     pub asked: u64,
-    /// Bytes that went.
+    /// Bytes that were unmapped.
     pub gone: u64,
-    /// Whether operations were still in flight when the call returned.
+    /// True if operations were still in flight when the call returned.
     pub in_flight: bool,
-    /// The kernel's answer; 0 for success.
+    /// The kernel's errno; 0 for success.
     pub errno: i32,
-    /// How long the call took, in nanoseconds.
+    /// The duration of the call in nanoseconds.
     pub took_ns: u64,
 }
 
@@ -39,24 +40,24 @@ pub struct Evidence {
 pub struct Receipt {
     /// The invalidation.
     pub invalidation: InvalidationId,
-    /// Who asked.
+    /// The caller.
     pub caller: Caller,
-    /// For what.
+    /// The ranges.
     pub ranges: Ranges,
-    /// What the pages were to become.
+    /// The state that the pages were to have.
     pub to: PageState,
-    /// What each step returned, in order; at most [`MAX_STEPS`].
+    /// The result of each step, in order; at most [`MAX_STEPS`].
     pub steps: Vec<Evidence>,
-    /// Steps beyond those.
+    /// The number of further steps.
     pub more_steps: u32,
-    /// What was answered; none where the client went away before.
+    /// The verdict; none where the client was gone before.
     pub verdict: Option<Verdict>,
-    /// How the owner's side ended; none where it never came to that.
+    /// The outcome that the owner reported; none where there was no conversion.
     pub outcome: Option<Outcome>,
 }
 
 impl Receipt {
-    /// Takes down one step.
+    /// Records one step.
     pub fn record(&mut self, evidence: Evidence) {
         if self.steps.len() < MAX_STEPS {
             self.steps.push(evidence);

@@ -1,72 +1,68 @@
-//! What came of the gate's own effects on mappings.
+//! Results of the calls on mappings.
 //!
-//! A result is believed to the byte and no further: short is not gone, an error is not "nothing happened".
+//! A result is believed to the byte and no further: short is not gone, an error is not "nothing happened". A result of a call
+//! that is not in progress is late or invented, and changes nothing.
 
-use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PageRange};
 
+use super::Gate;
+use super::calls::Call;
 use super::effect::{Effect, Effects, FilePages, Notice};
-use super::event::{DomainId, FileId, InvalidationId, JobId, MapResult, RegionId, UnmapResult};
+use super::event::{MapResult, UnmapResult};
 use super::fence::Step;
-use super::invalidation::After;
+use super::ids::{DomainId, InvalidationId, JobId, RegionId};
+use super::ledger::Run;
 use super::ledger::holds::gaps;
-use super::ledger::{HeldBy, Run, RunState};
+use super::mappings::EPROTO;
 use super::receipt::Evidence;
-use super::region::Region;
-use super::verdict::{Cause, Reason, Refusal};
-use super::{Gate, Job};
+use super::verdict::{Cause, Reason};
 
-/// Bytes of `range` that none of `gone` has.
-fn left(range: PageRange<Iova>, gone: &[PageRange<Iova>]) -> u64 {
+/// Bytes of `range` that none of `gone` covers.
+fn bytes_beside(range: PageRange<Iova>, gone: &[PageRange<Iova>]) -> u64 {
     gaps(range, gone.iter().copied().filter(|gone| gone.overlaps(range))).map(PageRange::len).sum()
 }
 
-/// `EPROTO`: a domain reported more bytes gone than were mapped.
-const PROTOCOL_ERROR: i32 = 71;
-
 impl Gate {
+    /// A map has returned.
     pub(super) fn mapped(&mut self, job: JobId, result: MapResult, effects: &mut Effects) {
-        let Some(Job::Map { domain, region, iova, rest }) = self.jobs.get(&job).copied() else { return };
-        self.jobs.remove(&job);
-        let Some(mapped) = self.mapped_in(domain) else { return };
+        let Some(&Call::Map { domain, region, iova, rest }) = self.calls.get(job) else { return };
+        self.calls.end(job);
+        let result = if self.mappings.end_map(domain, job, iova, result) {
+            result
+        } else {
+            self.inconsistent("a map returned whose run is not being mapped", domain, iova, effects);
+            MapResult::Unknown { errno: 0 }
+        };
         match result {
-            MapResult::Mapped => {
-                mapped.made(iova.start());
-                self.fray(domain, iova);
-            }
-            MapResult::Refused { .. } => _ = mapped.remove(iova.start()),
-            MapResult::Unknown { errno } => {
-                mapped.mark(iova.start(), RunState::Suspect { gone: None, errno })
-            }
-        }
-        if let MapResult::Unknown { errno } = result {
-            let reason = Reason {
-                cause: Cause::HalfMapped,
-                device: self.suspect_device(domain),
-                rung: Step::Unmap,
-                errno,
-            };
-            // A number of its own, by which a person can release it.
-            self.last_invalidation += 1;
-            for part in self.files_at(iova) {
-                self.quarantine(
-                    InvalidationId(self.last_invalidation),
-                    part.file,
-                    part.range,
-                    reason,
-                    effects,
-                );
-            }
+            MapResult::Mapped => self.record_split(domain, iova),
+            MapResult::Refused { .. } => {}
+            MapResult::Unknown { errno } => self.quarantine_half_mapped(domain, iova, errno, effects),
         }
         // Taken down now, where anything is to be settled: the region may be gone by then.
-        let pages = if self.unsettled() { self.files_at(iova) } else { Vec::new() };
+        let pages = if self.is_unsettled() { self.memory.pages_at(iova) } else { Vec::new() };
         self.advance_over(iova, effects);
-        self.filled(domain, region, iova, result, rest, effects);
+        self.map_ended(domain, region, iova, result, rest, effects);
         self.settle(iova, pages, effects);
     }
 
-    /// Counts a map towards the region that it is of.
-    fn filled(
+    fn quarantine_half_mapped(
+        &mut self,
+        domain: DomainId,
+        iova: PageRange<Iova>,
+        errno: i32,
+        effects: &mut Effects,
+    ) {
+        let device = self.devices.first_of(domain);
+        let reason = Reason { cause: Cause::HalfMapped, device, rung: Step::Unmap, errno };
+        // A number of its own, by which an operator can release it.
+        let id = self.invalidations.number();
+        for part in self.memory.pages_at(iova) {
+            self.put_in_quarantine(id, part.file, part.range, reason, effects);
+        }
+    }
+
+    /// Counts a map towards its region, and maps the rest of what is wanted.
+    fn map_ended(
         &mut self,
         domain: DomainId,
         id: RegionId,
@@ -75,115 +71,125 @@ impl Gate {
         rest: Option<PageRange<Iova>>,
         effects: &mut Effects,
     ) {
-        let Some(region) = self.regions.get_mut(&id) else { return };
-        region.filling -= 1;
-        match result {
-            MapResult::Mapped => region.mapped += iova.len(),
-            MapResult::Refused { errno } | MapResult::Unknown { errno } if region.adding.is_some() => {
-                let half = matches!(result, MapResult::Unknown { .. });
-                region.failed =
-                    Some(if half { Refusal::HalfMapped { errno } } else { Refusal::MapFailed { errno } });
-            }
-            MapResult::Refused { errno } | MapResult::Unknown { errno } => {
-                effects.push(Effect::Notice(Notice::MapFailed { domain, iova, errno }));
-            }
+        let reports = self.memory.map_ended(id, iova.len(), result);
+        if let (true, MapResult::Refused { errno } | MapResult::Unknown { errno }) = (reports, result) {
+            effects.push(Effect::Notice(Notice::MapFailed { domain, iova, errno }));
         }
-        if region.failed.is_none()
-            && let Some(rest) = rest
+        if let Some(rest) = rest
+            && self.memory.region(id).is_some_and(|region| !region.has_failed())
         {
-            self.fill(domain, id, rest, effects);
+            self.map_wanted(domain, id, rest, effects);
         }
         self.answer_added(id, effects);
     }
 
+    /// An unmap or a replace has returned.
     pub(super) fn unmapped(&mut self, job: JobId, result: UnmapResult, took_ns: u64, effects: &mut Effects) {
-        match self.jobs.get(&job).copied() {
-            Some(Job::Unmap { domain, iova, already, invalidation }) => {
-                let run = self.domain(domain).and_then(|entry| entry.mapped.at(iova.start()));
-                let Some(run) = run.filter(|run| run.state == RunState::Removing(job)) else { return };
-                let in_flight = self.went(job, domain, run, already, result);
+        match self.calls.get(job).cloned() {
+            Some(Call::Unmap { domain, iova, already, invalidation }) => {
+                let entry = self.mappings.get(domain);
+                let Some(run) = entry.and_then(|domain| domain.removing(iova.start(), job)) else {
+                    // A second result, of a call whose operations are in flight, is invented.
+                    if entry.and_then(|domain| domain.in_flight(iova.start(), job)).is_none() {
+                        self.unmap_inconsistent(job, domain, iova, invalidation, effects);
+                    }
+                    return;
+                };
+                self.end_unmap(job, domain, run, already, result);
+                let in_flight = matches!(result, UnmapResult::InFlight { .. });
                 if let UnmapResult::InFlight { bytes } = result {
                     let already = Some(match already {
                         Some(already) => already.saturating_add(bytes),
                         // As much as there was, unless it is more than there can be.
                         None => bytes.max(run.bytes),
                     });
-                    self.jobs.insert(job, Job::Unmap { domain, iova, already, invalidation });
+                    self.calls.record(job, Call::Unmap { domain, iova, already, invalidation });
                 } else {
-                    self.jobs.remove(&job);
+                    self.calls.end(job);
                 }
                 let asked = run.bytes.saturating_sub(already.unwrap_or(0));
-                self.record(invalidation, domain, (Some(iova), asked), result, took_ns);
-                self.came_back(invalidation, (!in_flight).then_some(job), run.objects);
+                self.record_evidence(invalidation, domain, (Some(iova), asked), result, took_ns);
+                self.call_ended(invalidation, (!in_flight).then_some(job), run.objects);
                 self.changed(iova, invalidation, effects);
             }
-            Some(Job::Replace { domain, invalidation }) => {
-                self.jobs.remove(&job);
-                let gone = self.replacing.remove(&job).unwrap_or_default();
-                let Some(entry) = self.domain(domain) else { return };
-                let runs = entry.mapped.in_state(RunState::Removing(job));
-                let (whole, objects) =
-                    runs.iter().fold((0, 0), |sum, run| (sum.0 + run.bytes, sum.1 + run.objects));
-                let left: u64 = runs.iter().map(|run| left(run.range, &gone)).sum();
-                let asked = whole - left;
-                if result == (UnmapResult::Gone { bytes: asked }) {
-                    self.replaced(domain, &runs, &gone);
-                } else {
-                    self.perhaps_stranded(domain);
-                    // All or nothing: which of them went is not told.
-                    let each = match result {
-                        UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
-                        UnmapResult::Gone { .. } | UnmapResult::InFlight { .. } => {
-                            UnmapResult::Gone { bytes: 0 }
-                        }
-                    };
-                    runs.iter().for_each(|run| _ = self.went(job, domain, *run, Some(0), each));
+            Some(Call::Replace { domain, gone, invalidation }) => {
+                self.calls.end(job);
+                let runs =
+                    self.mappings.get(domain).map(|domain| domain.replaced_by(job)).unwrap_or_default();
+                if runs.is_empty() {
+                    gone.into_iter().for_each(|iova| {
+                        self.unmap_inconsistent(job, domain, iova, invalidation, effects);
+                    });
+                    return;
                 }
-                self.record(invalidation, domain, (None, asked), result, took_ns);
-                self.came_back(invalidation, Some(job), objects);
+                let beside: u64 = runs.iter().map(|run| bytes_beside(run.range, &gone)).sum();
+                let asked = runs.iter().map(|run| run.bytes).sum::<u64>() - beside;
+                self.end_replace(job, domain, &runs, &gone, asked, result);
+                self.record_evidence(invalidation, domain, (None, asked), result, took_ns);
+                self.call_ended(invalidation, Some(job), runs.iter().map(|run| run.objects).sum());
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
-            Some(Job::Settle { domain, iova }) => self.settled_left(job, domain, iova, result, effects),
-            _ => {}
+            Some(Call::Leftover { domain, iova }) => self.leftover_ended(job, domain, iova, result, effects),
+            Some(Call::Map { .. } | Call::Fence { .. } | Call::Attach { .. }) | None => {}
         }
     }
 
-    /// Takes down what became of one run; whether operations over it are in flight.
-    fn went(
+    /// An unmap has returned, or what was in flight over it has ended, and the ledger has no such unmap there.
+    fn unmap_inconsistent(
+        &mut self,
+        job: JobId,
+        domain: DomainId,
+        iova: PageRange<Iova>,
+        invalidation: InvalidationId,
+        effects: &mut Effects,
+    ) {
+        self.calls.end(job);
+        self.inconsistent("an unmap returned whose run is not being unmapped", domain, iova, effects);
+        self.call_ended(invalidation, Some(job), 0);
+        self.changed(iova, invalidation, effects);
+    }
+
+    fn end_unmap(
         &mut self,
         job: JobId,
         domain: DomainId,
         run: Run,
         already: Option<u64>,
         result: UnmapResult,
-    ) -> bool {
-        let (UnmapResult::Gone { bytes }
-        | UnmapResult::InFlight { bytes }
-        | UnmapResult::Failed { bytes, .. }) = result;
-        let (gone, start) = (already.unwrap_or(0).saturating_add(bytes), run.range.start());
-        let whole = gone == run.bytes || already.is_none() && gone < run.bytes;
-        let copies = self.keeps_copies(domain).is_some();
-        let Some(mapped) = self.mapped_in(domain) else { return false };
-        let errno = match result {
-            UnmapResult::Failed { errno, .. } => errno,
-            _ if gone > run.bytes => PROTOCOL_ERROR,
-            _ => 0,
-        };
-        match result {
-            UnmapResult::Gone { .. } if whole && copies => mapped.mark(start, RunState::Cached),
-            UnmapResult::Gone { .. } if whole => _ = mapped.remove(start),
-            // Also where it came up short: what is in flight must end before the rest is tried.
-            UnmapResult::InFlight { .. } => mapped.mark(start, RunState::Leaking(job)),
-            _ => {
-                let gone = already.map(|_| gone.min(run.bytes));
-                mapped.mark(start, RunState::Suspect { gone, errno });
-            }
+    ) {
+        let ats = self.ats_active(domain).is_some();
+        if let Some(domain) = self.mappings.get_mut(domain) {
+            domain.end_unmap(job, run, already, result, ats);
         }
-        matches!(result, UnmapResult::InFlight { .. })
     }
 
-    /// Takes down what an unmap answered, in the receipt.
-    fn record(
+    fn end_replace(
+        &mut self,
+        job: JobId,
+        domain: DomainId,
+        runs: &[Run],
+        gone: &[PageRange<Iova>],
+        asked: u64,
+        result: UnmapResult,
+    ) {
+        if result == (UnmapResult::Gone { bytes: asked }) {
+            let ats = self.ats_active(domain).is_some();
+            if let Some(domain) = self.mappings.get_mut(domain) {
+                domain.end_replace(runs, gone, ats);
+            }
+            return;
+        }
+        self.devices.perhaps_detached(domain);
+        // All or nothing: which of them went is not said.
+        let each = match result {
+            UnmapResult::Failed { errno, .. } => UnmapResult::Failed { errno, bytes: 0 },
+            UnmapResult::Gone { .. } | UnmapResult::InFlight { .. } => UnmapResult::Gone { bytes: 0 },
+        };
+        runs.iter().for_each(|run| self.end_unmap(job, domain, *run, Some(0), each));
+    }
+
+    /// Records what an unmap answered, in the receipt.
+    fn record_evidence(
         &mut self,
         invalidation: InvalidationId,
         domain: DomainId,
@@ -196,15 +202,17 @@ impl Gate {
         | UnmapResult::Failed { bytes: gone, .. }) = result;
         let errno = match result {
             UnmapResult::Failed { errno, .. } => errno,
-            _ if gone > asked => PROTOCOL_ERROR,
+            _ if gone > asked => EPROTO,
             _ => 0,
         };
         let in_flight = matches!(result, UnmapResult::InFlight { .. });
-        if let Some(inv) = self.invalidations.get_mut(&invalidation) {
+        let step = Step::Unmap;
+        if let Some(inv) = self.invalidations.get_mut(invalidation) {
+            let device = None;
             inv.receipt.record(Evidence {
-                step: Step::Unmap,
+                step,
                 domain,
-                device: None,
+                device,
                 iova,
                 asked,
                 gone,
@@ -215,66 +223,64 @@ impl Gate {
         }
     }
 
-    /// One call of an invalidation has returned, and with `over` nothing of it is in flight. The mappings that it took away
-    /// may have to come back at its end: their room is kept.
-    fn came_back(&mut self, invalidation: InvalidationId, over: Option<JobId>, objects: u64) {
-        let Some(inv) = self.invalidations.get_mut(&invalidation) else { return };
-        if let Some(job) = over {
-            inv.came_back(job);
+    /// A call of an invalidation has returned; with `ended`, nothing of it is in flight. The mappings that it took away may have to
+    /// be made again at the end of a conversion: room for them is kept.
+    fn call_ended(&mut self, invalidation: InvalidationId, ended: Option<JobId>, mappings: u64) {
+        let Some(inv) = self.invalidations.get_mut(invalidation) else { return };
+        if let (Some(job), Some(progress)) = (ended, inv.progress_mut()) {
+            progress.call_ended(job);
         }
         if inv.is_conversion() {
-            self.reserve(invalidation, objects);
+            self.reserve(invalidation, mappings);
         }
     }
 
-    pub(super) fn released(&mut self, job: JobId, effects: &mut Effects) {
-        let Some(Job::Unmap { domain, iova, already, invalidation }) = self.jobs.get(&job).copied() else {
-            return;
-        };
-        let copies = self.keeps_copies(domain).is_some();
-        let Some(mapped) = self.mapped_in(domain) else { return };
-        let Some(run) = mapped.at(iova.start()).filter(|run| run.state == RunState::Leaking(job)) else {
-            return;
-        };
-        match already == Some(run.bytes) {
-            true if copies => mapped.mark(iova.start(), RunState::Cached),
-            true => _ = mapped.remove(iova.start()),
-            false => {
-                let gone = already.map(|already| already.min(run.bytes));
-                mapped.mark(iova.start(), RunState::Suspect { gone, errno: 0 });
+    /// The operations in flight over the pages of an unmap have ended.
+    pub(super) fn flight_ended(&mut self, job: JobId, effects: &mut Effects) {
+        let Some(&Call::Unmap { domain, iova, already, invalidation }) = self.calls.get(job) else { return };
+        let entry = self.mappings.get(domain);
+        let Some(run) = entry.and_then(|domain| domain.in_flight(iova.start(), job)) else {
+            // Before the unmap itself has returned, such an event is invented.
+            if entry.and_then(|domain| domain.removing(iova.start(), job)).is_none() {
+                self.unmap_inconsistent(job, domain, iova, invalidation, effects);
             }
+            return;
+        };
+        let ats = self.ats_active(domain).is_some();
+        if let Some(domain) = self.mappings.get_mut(domain) {
+            domain.end_flight(run, already, ats);
         }
-        self.jobs.remove(&job);
-        self.came_back(invalidation, Some(job), 0);
+        self.calls.end(job);
+        self.call_ended(invalidation, Some(job), 0);
         self.changed(iova, invalidation, effects);
     }
 
-    /// Something over `iova` left the ledger, or failed to: whoever waits looks again, neighbours that had to go
-    /// with it come back, and what was in doubt may be so no more.
+    /// A mapping over `iova` is gone, or failed to go: invalidations that wait there sweep again, neighbours that had to go with
+    /// it are mapped again, and quarantines that it justified are lifted.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
         // The common case: nothing came along with the range, and nothing else is in doubt.
-        let enclosed = self.invalidations.get(&invalidation).is_some_and(|inv| inv.encloses(iova));
+        let enclosed = self.invalidations.get(invalidation).is_some_and(|inv| inv.encloses(iova));
         let plain = enclosed && self.is_alone(invalidation);
         // Taken down now: the region may be gone when it is settled.
-        let pages = if plain { Vec::new() } else { self.files_at(iova) };
+        let pages = if plain { Vec::new() } else { self.memory.pages_at(iova) };
         self.advance_over(iova, effects);
         if plain && self.is_alone(invalidation) {
             return;
         }
-        self.look_again(iova, pages, invalidation, effects);
+        self.after_change(iova, pages, invalidation, effects);
     }
 
-    /// What was at `iova`, showing `pages`, is gone or failed to go, and whoever waited has looked.
-    pub(super) fn look_again(
+    /// As [`Gate::changed`], once every invalidation that waited at `iova`, which shows `pages`, has swept.
+    pub(super) fn after_change(
         &mut self,
         iova: PageRange<Iova>,
         pages: Vec<FilePages>,
         invalidation: InvalidationId,
         effects: &mut Effects,
     ) {
-        if !self.awaited(iova) {
-            for (domain, run) in self.runs_over(&[iova]) {
-                self.doubt(invalidation, domain, run, effects);
+        if !self.invalidations.is_awaited(iova) {
+            for (domain, run) in self.mappings.runs_over(&[iova]) {
+                self.quarantine_failed(invalidation, domain, run, effects);
             }
         }
         for part in &pages {
@@ -283,72 +289,64 @@ impl Gate {
         self.settle(iova, pages, effects);
     }
 
-    /// Whether nothing is in quarantine, on its way out, or in doubt but what this invalidation itself waits for.
+    /// True if nothing is in quarantine, being closed, or in doubt but what this invalidation itself waits for.
     fn is_alone(&self, invalidation: InvalidationId) -> bool {
-        let own = self.invalidations.get(&invalidation).map_or(0, |inv| inv.not_back());
-        let unsettled: usize = self.domains.iter().map(|domain| domain.mapped.unsettled()).sum();
-        unsettled <= own
-            && !self.files.values().any(|file| file.holds.quarantined())
-            && !self.regions.values().any(|region| region.closing)
+        let progress = self.invalidations.get(invalidation).and_then(|inv| inv.progress());
+        let own = progress.map_or(0, |progress| progress.calls());
+        self.mappings.unsettled() <= own && !self.memory.is_quarantined_any() && !self.memory.is_closing_any()
     }
 
-    /// Whether anything is in quarantine, on its way out, or neither plainly mapped nor about to be.
-    fn unsettled(&self) -> bool {
-        self.files.values().any(|file| file.holds.quarantined())
-            || self.regions.values().any(|region| region.closing)
-            || self.domains.iter().any(|domain| domain.mapped.unsettled() > 0)
+    /// True if anything is in quarantine, being closed, or neither plainly mapped nor about to be.
+    fn is_unsettled(&self) -> bool {
+        self.memory.is_quarantined_any() || self.memory.is_closing_any() || self.mappings.unsettled() > 0
     }
 
-    /// Lifts quarantines over `iova` whose cause is disproved, and forgets closing regions that are clear.
+    /// Lifts quarantines over `pages` whose cause is disproved, and forgets regions being closed over `iova` that are clear.
     fn settle(&mut self, iova: PageRange<Iova>, pages: Vec<FilePages>, effects: &mut Effects) {
-        let quarantined = self.files.values().any(|file| file.holds.quarantined());
-        let closing = self.regions.values().any(|region| region.closing);
+        let (quarantined, closing) = (self.memory.is_quarantined_any(), self.memory.is_closing_any());
         if !quarantined && !closing {
             return;
         }
         for part in pages {
-            let Some(file) = self.files.get(&part.file) else { continue };
-            let held: Vec<_> = file.holds.overlapping(part.range).collect();
-            for (range, by) in held {
-                let HeldBy::Quarantine(since, reason) = by else { continue };
-                let clear = self
-                    .aliases(part.file, range)
-                    .all(|alias| self.domains.iter().all(|d| d.mapped.runs(alias).next().is_none()));
-                if !clear || self.lasts(since, reason) {
-                    continue;
-                }
-                self.lift(part.file, range, effects);
-                self.reconcile(part.file, range, effects);
-            }
-            self.forget_file(part.file, effects);
+            self.lift_over(part, effects);
         }
         if closing {
             self.settle_closing(iova, effects);
         }
     }
 
-    /// Lifts a quarantine whose cause is disproved.
-    pub(super) fn lift(&mut self, file: FileId, range: PageRange<Offset>, effects: &mut Effects) {
-        if let Some(entry) = self.files.get_mut(&file) {
-            entry.holds.lift(range.start());
+    /// The last device of a domain that may have kept translations is detached: what was unmapped before is gone now.
+    pub(super) fn cached_gone(&mut self, domain: DomainId, id: InvalidationId, effects: &mut Effects) {
+        if self.policy.platform == super::Platform::Contained || self.ats_active(domain).is_some() {
+            return;
         }
-        let gpa = self.gpa_of(file, range);
-        effects.push(Effect::Notice(Notice::Freed { file, range, gpa }));
+        let Some(domain) = self.mappings.get_mut(domain) else { return };
+        // All of them before any invalidation sweeps, for the detach proves them together; and what they show is taken down
+        // before any of it is forgotten.
+        let gone = domain.take_cached().into_iter();
+        let gone: Vec<_> = gone.map(|run| (run.range, self.memory.pages_at(run.range))).collect();
+        for (iova, _) in &gone {
+            self.advance_over(*iova, effects);
+        }
+        for (iova, pages) in gone {
+            self.after_change(iova, pages, id, effects);
+        }
     }
 
-    /// Forgets closing regions over `iova` that are clear, and goes on with those of a dead client that are not.
-    fn settle_closing(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
-        let closing = |region: &Region| region.closing && region.iova().overlaps(iova);
-        let closing: Vec<_> = self.regions.iter().filter(|(_, r)| closing(r)).map(|(id, _)| *id).collect();
-        for id in closing {
-            let Some(region) = self.regions.get(&id).filter(|_| !self.closes(id)) else { continue };
-            let (iova, dead) = (region.iova(), self.leaving.contains(&region.owner));
-            if self.unmapped_everywhere(id) {
-                self.forget_region(id, effects);
-            } else if dead && self.domains.iter().any(|domain| domain.mapped.extent(iova).is_some()) {
-                // What came back after its closing had been given up: it goes on.
-                self.close(id, false, After::Gone, effects);
-            }
+    /// Nobody waits for this run any more: if it is known to have failed, its pages are quarantined.
+    pub(super) fn quarantine_failed(
+        &mut self,
+        id: InvalidationId,
+        domain: DomainId,
+        run: Run,
+        effects: &mut Effects,
+    ) {
+        let (known, reason) = self.blame(domain, Some(run.state), Step::Unmap);
+        if !known {
+            return;
+        }
+        for part in self.memory.pages_at(run.range) {
+            self.put_in_quarantine(id, part.file, part.range, reason, effects);
         }
     }
 }

@@ -2,10 +2,12 @@
 
 mod devices;
 mod endings;
+mod inconsistencies;
 mod regions;
 mod room;
 
-use passgate_bindings::PAGE;
+use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::*;
 
@@ -168,7 +170,7 @@ impl World {
         self.said.iter().filter(failure).collect()
     }
 
-    /// What is in quarantine: first page of the file, number of pages, cause.
+    /// Returns the quarantined ranges: first page of the file, number of pages, cause.
     fn quarantine(&self) -> Vec<(u64, u64, Cause)> {
         let told = |status: &QuarantineStatus| {
             let (first, count) = pages(status.range);
@@ -177,7 +179,7 @@ impl World {
         self.gate.snapshot().quarantine.iter().map(told).collect()
     }
 
-    /// What is plainly mapped in a domain: first page, number of pages.
+    /// Returns the plainly mapped ranges of a domain: first page, number of pages.
     fn live(&self, domain: u16) -> Vec<(u64, u64)> {
         self.gate.live(DomainId(domain)).into_iter().map(pages).collect()
     }

@@ -1,34 +1,34 @@
-//! The gate's words: done, refused, unknown, and for what reason.
+//! Verdicts: done, refused, unknown, and the reason.
 
 use passgate_bindings::{Gpa, PageRange};
 use serde::{Deserialize, Serialize};
 
-use super::event::{DeviceId, InvalidationId};
 use super::fence::Step;
+use super::ids::{DeviceId, InvalidationId, RegionId};
 
 /// The answer to a begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// No device can see the range any more; go on.
+    /// No device can see the range any more: convert it.
     Done,
     /// The range is as it was before, or worse: do not convert. What failed is in quarantine.
     Refused {
         /// The first range that failed.
         range: PageRange<Gpa>,
-        /// Why.
+        /// The reason.
         reason: Reason,
     },
-    /// Whether devices still see the range is not known in time: do not convert. It is in quarantine.
+    /// It was not known in time that no device sees the range: do not convert. It is in quarantine.
     Unknown {
         /// The first range that is unknown.
         range: PageRange<Gpa>,
-        /// Why.
+        /// The reason.
         reason: Reason,
     },
 }
 
-/// Why a range could not be given.
+/// The reason for which a range could not be converted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
     /// The kind of failure.
@@ -37,8 +37,15 @@ pub struct Reason {
     pub device: Option<DeviceId>,
     /// The last rung that was tried.
     pub rung: Step,
-    /// The kernel's answer; 0 where there was none.
+    /// The kernel's errno; 0 where there was none.
     pub errno: i32,
+}
+
+impl Reason {
+    /// A reason for which no device is to blame, and no fence was tried.
+    pub(super) fn of(cause: Cause, errno: i32) -> Self {
+        Self { cause, device: None, rung: Step::Unmap, errno }
+    }
 }
 
 /// The kinds of failure of an invalidation.
@@ -64,11 +71,13 @@ pub enum Cause {
     ConvertFailed = 8,
     /// A device that caches translations could not be detached, and on this platform nothing less is proof.
     AtsNotFenced = 9,
+    /// The gate's own records contradict each other: a fault of passgate's. An operator has to say what the pages are.
+    Inconsistent = 10,
 }
 
 impl Cause {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Cause; 9] = [
+    /// All causes, in the order of their numbers.
+    pub const ALL: [Cause; 10] = [
         Self::UnmapFailed,
         Self::DmaInFlight,
         Self::CallHangs,
@@ -78,9 +87,10 @@ impl Cause {
         Self::HalfMapped,
         Self::ConvertFailed,
         Self::AtsNotFenced,
+        Self::Inconsistent,
     ];
 
-    /// In words, for messages and for JSON.
+    /// Returns its name in messages and in JSON.
     pub fn word(self) -> &'static str {
         match self {
             Self::UnmapFailed => "unmap-failed",
@@ -92,11 +102,12 @@ impl Cause {
             Self::HalfMapped => "half-mapped",
             Self::ConvertFailed => "convert-failed",
             Self::AtsNotFenced => "ats-not-fenced",
+            Self::Inconsistent => "inconsistent",
         }
     }
 }
 
-/// Why a request itself was wrong. Nothing changed. The text is the message that the user reads.
+/// The reason for which a request was refused with nothing changed. The text is the message that the user reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// No region there.
@@ -108,17 +119,17 @@ pub enum Refusal {
     /// The new region would share guest-physical addresses with another.
     #[error("the region overlaps region {} at {gpa}: remove that one first", region.0)]
     Overlaps {
-        /// The other.
-        region: super::event::RegionId,
-        /// Where.
+        /// The other region.
+        region: RegionId,
+        /// The first shared address.
         gpa: Gpa,
     },
     /// Another invalidation holds the range.
     #[error("invalidation {} already holds {gpa}: end it first", invalidation.0)]
     Busy {
-        /// The other.
+        /// The other invalidation.
         invalidation: InvalidationId,
-        /// Where.
+        /// The first shared address.
         gpa: Gpa,
     },
     /// The range is in quarantine.
@@ -126,7 +137,7 @@ pub enum Refusal {
     Quarantined {
         /// The first quarantined address.
         gpa: Gpa,
-        /// Why it came there.
+        /// The cause of the quarantine.
         cause: Cause,
     },
     /// Nothing is in quarantine since that invalidation.
@@ -161,7 +172,7 @@ pub enum Refusal {
     #[error("region {} is not one that this connection added", region.0)]
     NotOwner {
         /// The region.
-        region: super::event::RegionId,
+        region: RegionId,
     },
     /// No such invalidation, or not this client's, or not open.
     #[error("invalidation {} is not one that this connection began and has not ended", invalidation.0)]
@@ -186,11 +197,11 @@ pub enum Refusal {
     /// More of something than this session allows.
     #[error("this would need {needed} {what}, the limit is {limit}{}", mend(what))]
     Budget {
-        /// Of what.
+        /// The name of the resource.
         what: &'static str,
-        /// How many there would be.
+        /// The number that would be needed.
         needed: u64,
-        /// How many there may be.
+        /// The maximum.
         limit: u64,
     },
     /// The region's mapping size is no power of two or less than a page.
@@ -218,6 +229,11 @@ pub enum Refusal {
     Closing,
 }
 
+/// Refuses what would need more than the limit of something.
+pub(super) fn within_budget(what: &'static str, needed: u64, limit: u64) -> Result<(), Refusal> {
+    if needed <= limit { Ok(()) } else { Err(Refusal::Budget { what, needed, limit }) }
+}
+
 fn mend(what: &str) -> &'static str {
     match what {
         "mappings" => {
@@ -230,7 +246,7 @@ fn mend(what: &str) -> &'static str {
 }
 
 impl Refusal {
-    /// A number for the notification channel (docs/protocol.md): the errno that says it best.
+    /// Returns the errno that stands for it on the notification channel (docs/protocol.md).
     pub fn errno(self) -> i32 {
         // Linux errno values, as include/uapi/asm-generic/errno-base.h numbers them.
         match self {
@@ -249,7 +265,7 @@ impl Refusal {
         }
     }
 
-    /// The address that the refusal is about, where there is one.
+    /// Returns the address that it is about, where there is one.
     pub fn gpa(self) -> Option<Gpa> {
         match self {
             Self::NoMemory { gpa }

@@ -1,7 +1,7 @@
-//! PCI classes in words (PCI Code and ID Assignment Specification).
+//! The names of PCI classes (PCI Code and ID Assignment Specification).
 
-/// What a function with this class code is: base class, subclass and programming interface.
-pub(super) fn word(class: u32) -> &'static str {
+/// Returns the name of a class code: base class, subclass and programming interface, one byte each.
+pub(super) fn name(class: u32) -> &'static str {
     match (class >> 16, class >> 8 & 0xff, class & 0xff) {
         (0x01, 0x08, 0x02) => "NVMe drive",
         (0x01, 0x06, _) => "SATA controller",
@@ -41,8 +41,8 @@ pub(super) fn word(class: u32) -> &'static str {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_narrower_word_wins() {
-        for (class, word) in [
+    fn subclass_name_is_preferred_to_base_class_name() {
+        for (class, name) in [
             (0x010802, "NVMe drive"),
             (0x010800, "storage controller"),
             (0x020000, "Ethernet controller"),
@@ -52,7 +52,7 @@ mod tests {
             (0x00ff00, "other device"),
             (0xff0000, "other device"),
         ] {
-            assert_eq!(super::word(class), word, "{class:06x}");
+            assert_eq!(super::name(class), name, "{class:06x}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Which processes have a VFIO device or its group open, as `/proc/PID/fd` shows it.
+//! The processes that have a VFIO device or its group open, as `/proc/PID/fd` shows them.
 //!
-//! A cdev or a group is known by its device number, whatever path it was opened by. The file of a device that came
-//! from a group has no number; newer kernels name its device in `/proc/PID/fdinfo`, with others one only knows that
-//! a process has some VFIO device. No file is opened: names are read, and only what is called vfio is looked at.
+//! A cdev or a group is identified by its device number, whatever path it was opened by. A device file that came from a group
+//! has no number: newer kernels name its device in `/proc/PID/fdinfo`, with older ones it is known only that the process
+//! has some VFIO device. No device file is opened: link targets are read, and only those that contain `vfio` are examined.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,126 +15,130 @@ use serde::Serialize;
 
 use super::sight::{Blind, OpenFile, each_open_file, has_ended};
 
-/// Longest command line that is kept, in characters.
-const COMMAND: usize = 120;
-/// Processes that are kept for one device.
-const MANY: usize = 64;
+/// The maximum length of a recorded command line, in characters.
+const MAX_COMMAND_CHARS: usize = 120;
+/// The maximum number of processes that are recorded for one device.
+const MAX_PROCESSES: usize = 64;
 
-/// A process.
+/// A process, as `--json` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Process {
-    /// Its id.
+    /// The process ID.
     pub pid: u32,
-    /// Its command line, shortened; its name in brackets where it has none.
+    /// The command line, shortened; the name of the process in brackets if it has none.
     pub command: String,
 }
 
-/// Who has a device, as far as this user may see.
+/// The processes that have a device open, as far as this user may see.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Owner {
-    /// The processes that have its cdev, its group, or the device by its group.
+    /// The processes that have its cdev, its group, or the device by its group open.
     pub processes: Vec<Process>,
-    /// Processes that have some VFIO device, which the kernel does not name.
-    pub perhaps: Vec<Process>,
-    /// Why some process, or its files, could not be seen.
-    pub unseen: Option<Blind>,
+    /// The processes that have a VFIO device open which the kernel does not name: perhaps this one.
+    pub possible: Vec<Process>,
+    /// The reason why some process or its files could not be seen; none if all were.
+    pub incomplete: Option<Blind>,
 }
 
-/// Everything open that is VFIO's, at one moment.
+/// A snapshot of all processes that have a file of VFIO open.
 #[derive(Debug, Default)]
 pub struct Holders {
-    numbers: BTreeMap<(u32, u32), Vec<Process>>,
-    devices: BTreeMap<PciAddress, Vec<Process>>,
-    nameless: Vec<Process>,
-    unseen: Option<Blind>,
+    /// By the device number of a cdev or a group.
+    by_number: BTreeMap<(u32, u32), Vec<Process>>,
+    /// By the address of a device that was opened by its group.
+    by_device: BTreeMap<PciAddress, Vec<Process>>,
+    /// Processes with a device that the kernel does not name.
+    unnamed: Vec<Process>,
+    incomplete: Option<Blind>,
 }
 
 impl Holders {
-    /// Looks at every process in `proc`, which is `/proc` but in tests.
+    /// Scans every process in `proc`, which is `/proc` except in tests.
     pub fn scan(proc: &Path) -> Self {
         let mut found = Self::default();
-        let blind = each_open_file(proc, |file| found.look_at(file));
-        found.unseen = blind.or(found.unseen);
+        let incomplete = each_open_file(proc, |file| found.record(file));
+        found.incomplete = incomplete.or(found.incomplete);
         found
     }
 
-    fn look_at(&mut self, file: &OpenFile<'_>) {
+    fn record(&mut self, file: &OpenFile<'_>) {
         if !file.target.contains("vfio") {
             return;
         }
-        let process = || Process { pid: file.pid, command: command(file.dir) };
+        let process = || Process { pid: file.pid, command: command_line(file.dir) };
         if file.target == "anon_inode:[vfio-device]" {
             let info = file.link.file_name().map(|fd| file.dir.join("fdinfo").join(fd));
-            match info.and_then(|info| named(&info)) {
-                Some(address) => keep(self.devices.entry(address).or_default(), process),
-                None => keep(&mut self.nameless, process),
+            match info.and_then(|info| device_of_fdinfo(&info)) {
+                Some(address) => add(self.by_device.entry(address).or_default(), process),
+                None => add(&mut self.unnamed, process),
             }
         } else {
             match fs::metadata(&file.link) {
                 Ok(meta) if meta.file_type().is_char_device() => {
                     let number = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
-                    keep(self.numbers.entry(number).or_default(), process);
+                    add(self.by_number.entry(number).or_default(), process);
                 }
                 Ok(_) => {}
                 Err(error) if has_ended(&error) => {}
-                Err(_) => self.unseen = self.unseen.or(Some(Blind::Denied)),
+                Err(_) => self.incomplete = self.incomplete.or(Some(Blind::Denied)),
             }
         }
     }
 
-    /// Who has `device`, found in `sysfs`.
+    /// Returns the processes that have `device` of `sysfs` open.
     pub fn of(&self, sysfs: &Path, device: &PciDevice) -> Owner {
         let mut processes = Vec::new();
         let cdev = device.cdev().map(|cdev| cdev.number);
         let group = device.group().and_then(|group| group_number(sysfs, group.id));
         let numbers = [cdev, group].into_iter().flatten();
-        let lists = numbers.filter_map(|number| self.numbers.get(&number));
-        for process in lists.chain(self.devices.get(&device.address())).flatten() {
-            keep_one(&mut processes, process);
+        let lists = numbers.filter_map(|number| self.by_number.get(&number));
+        for process in lists.chain(self.by_device.get(&device.address())).flatten() {
+            add_unique(&mut processes, process);
         }
-        Owner { processes, perhaps: self.nameless.clone(), unseen: self.unseen }
+        Owner { processes, possible: self.unnamed.clone(), incomplete: self.incomplete }
     }
 
-    /// Who has `device` or another of its group, which keeps it from us as well.
+    /// Returns the processes that have `device` or another device of its group open: VFIO gives a group to one process only.
     pub fn of_group(&self, sysfs: &Path, device: &PciDevice) -> Owner {
         let mut owner = self.of(sysfs, device);
         for other in device.group().into_iter().flat_map(|group| group.members) {
             let Some(other) = PciDevice::find(sysfs, other) else { continue };
             for process in &self.of(sysfs, &other).processes {
-                keep_one(&mut owner.processes, process);
+                add_unique(&mut owner.processes, process);
             }
         }
         owner
     }
 }
 
-fn keep_one(list: &mut Vec<Process>, process: &Process) {
-    if list.len() < MANY && !list.contains(process) {
+/// Adds a process unless it is in the list, whichever of its files was found before.
+fn add_unique(list: &mut Vec<Process>, process: &Process) {
+    if list.len() < MAX_PROCESSES && !list.contains(process) {
         list.push(process.clone());
     }
 }
 
-/// Adds the process once, however many files it has.
-fn keep(list: &mut Vec<Process>, process: impl FnOnce() -> Process) {
+fn add(list: &mut Vec<Process>, process: impl FnOnce() -> Process) {
     let process = process();
-    keep_one(list, &process);
+    add_unique(list, &process);
 }
 
-/// The device number of a group's file.
+/// Returns the device number of the file of a group.
 fn group_number(sysfs: &Path, id: u32) -> Option<(u32, u32)> {
     let text = fs::read_to_string(sysfs.join(format!("class/vfio/{id}/dev"))).ok()?;
     let (major, minor) = text.trim().split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// The device that a VFIO device file is, where the kernel says so (`vfio-device-syspath`).
-fn named(fdinfo: &Path) -> Option<PciAddress> {
+/// Returns the device of a VFIO device file, if the kernel names it (`vfio-device-syspath` in its fdinfo).
+fn device_of_fdinfo(fdinfo: &Path) -> Option<PciAddress> {
     let text = fs::read_to_string(fdinfo).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("vfio-device-syspath:"))?;
     path.trim().rsplit('/').next()?.parse().ok()
 }
 
-pub(crate) fn command(dir: &Path) -> String {
+/// Returns the shortened command line of the process at `dir`, without control characters ([`Process::command`]).
+pub(crate) fn command_line(dir: &Path) -> String {
     let bytes = fs::read(dir.join("cmdline")).unwrap_or_default();
     let mut words: Vec<_> = bytes.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
     while words.last().is_some_and(|word| word.is_empty()) {
@@ -145,11 +149,11 @@ pub(crate) fn command(dir: &Path) -> String {
         false => words.join(" "),
     };
     let clean = |c: char| if c.is_control() { '?' } else { c };
-    let mut kept: String = line.chars().take(COMMAND).map(clean).collect();
-    if line.chars().nth(COMMAND).is_some() {
-        kept.push('…');
+    let mut shortened: String = line.chars().take(MAX_COMMAND_CHARS).map(clean).collect();
+    if line.chars().nth(MAX_COMMAND_CHARS).is_some() {
+        shortened.push('…');
     }
-    kept
+    shortened
 }
 
 #[cfg(test)]
@@ -157,7 +161,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::host::inventory::fake::Tree;
+    use crate::host::inventory::fake::FakeTree;
 
     fn pids(processes: &[Process]) -> Vec<u32> {
         processes.iter().map(|process| process.pid).collect()
@@ -165,8 +169,8 @@ mod tests {
 
     /// `/dev/null` is 1:3 and `/dev/zero` 1:5 everywhere: they stand for a cdev and a group.
     #[test]
-    fn who_has_a_device_is_found_by_its_number_its_group_and_its_name() {
-        let tree = Tree::new();
+    fn holder_is_found_by_cdev_group_and_fdinfo() {
+        let tree = FakeTree::new();
         tree.device("0000:04:00.0", 0x010802, Some("vfio-pci"), Some(7));
         tree.device("0000:04:00.1", 0x010802, Some("vfio-pci"), Some(7));
         tree.write("bus/pci/devices/0000:04:00.0/vfio-dev/vfio0/dev", "1:3\n");
@@ -201,25 +205,25 @@ mod tests {
         assert_eq!(pids(&first.processes), [10, 11], "once each");
         assert_eq!(first.processes[0].command, "passgate serve --device?");
         assert_eq!(first.processes[1].command, "[vhost]");
-        assert_eq!((pids(&first.perhaps), first.unseen), (vec![14], None));
+        assert_eq!((pids(&first.possible), first.incomplete), (vec![14], None));
         let second = find("04:00.1");
         assert_eq!(pids(&holders.of(tree.path(), &second).processes), [11, 13]);
         assert_eq!(pids(&holders.of_group(tree.path(), &second).processes), [11, 13, 10]);
     }
 
     #[test]
-    fn a_long_command_line_is_shortened() {
-        let tree = Tree::new();
+    fn long_command_line_is_shortened() {
+        let tree = FakeTree::new();
         tree.write("proc/1/cmdline", "ü".repeat(500));
-        let kept = command(&tree.path().join("proc/1"));
-        assert_eq!(kept.chars().count(), COMMAND + 1);
-        assert!(kept.ends_with('…'));
+        let shortened = command_line(&tree.path().join("proc/1"));
+        assert_eq!(shortened.chars().count(), MAX_COMMAND_CHARS + 1);
+        assert!(shortened.ends_with('…'));
     }
 
     #[test]
-    fn without_procfs_the_holder_is_unknown_and_not_nobody() {
+    fn holder_is_unknown_without_procfs() {
         let holders = Holders::scan(Path::new("/nowhere"));
-        assert!(holders.numbers.is_empty());
-        assert_eq!(holders.unseen, Some(Blind::NoProcfs));
+        assert!(holders.by_number.is_empty());
+        assert_eq!(holders.incomplete, Some(Blind::NoProcfs));
     }
 }

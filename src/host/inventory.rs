@@ -1,7 +1,8 @@
-//! The host's PCI devices: what each is, who has it, how its DMA could be stopped, and why it would not be taken.
+//! The inventory of the host's PCI devices: their class, the processes that have them open, the steps that stop their
+//! DMA, and why passgate would refuse to assign them.
 //!
-//! Everything is read from sysfs, and nothing is opened: what only an open device tells (its migration state, the
-//! drain of a driver of passgate's own) is found when it is assigned, and comes on top of the stop class said here.
+//! Everything is read from sysfs, and no device is opened. Steps that only an open device reports (its migration state, the
+//! drain of a driver in passgate) are found when it is assigned, and are not listed here.
 
 use std::fs;
 use std::path::Path;
@@ -18,72 +19,73 @@ use super::holder::{Holders, Process};
 use super::sight::Blind;
 use crate::gate::Step;
 
-/// A PCI device, as it is printed.
+/// A PCI device, as `passgate list --json` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Listed {
-    /// Its address, as in `0000:01:00.0`.
+pub struct ListedDevice {
+    /// The address, as in `0000:01:00.0`.
     pub address: String,
-    /// What it is, in words.
+    /// The name of the class.
     pub class: &'static str,
-    /// Its class code, as in `010802`.
+    /// The class code in hexadecimal, as in `010802`.
     pub class_code: String,
-    /// Vendor and device id, as in `8086:10c9`.
+    /// The vendor and device ID in hexadecimal, as in `8086:10c9`.
     pub ids: String,
-    /// The driver that has it.
+    /// The driver that it is bound to; none if it is bound to none.
     pub driver: Option<String>,
-    /// Its IOMMU group, if it has one.
+    /// The IOMMU group; none if it has none.
     pub group: Option<Group>,
-    /// Its NUMA node; none where the machine has one, or does not say.
+    /// The NUMA node; none if the machine has only one, or does not report it.
     pub numa_node: Option<u32>,
-    /// How the kernel can reset it: `flr`, `pm`, `bus` …
+    /// The methods by which the kernel can reset it: `flr`, `pm`, `bus` …
     pub reset: Vec<String>,
-    /// Whether it caches translations (PCI ATS is on); none where this user may not read its configuration space.
+    /// True if it caches translations (ATS is enabled); none if this user may not read its configuration space.
     pub ats: Option<bool>,
-    /// Whether it may ask for pages (PRI is on); none as for `ats`.
+    /// True if it may request pages (PRI is enabled); none as for `ats`.
     pub pri: Option<bool>,
-    /// Whether it is a TDISP interface that is locked or runs.
+    /// True if it is a TDISP interface (TDI) that is locked or runs.
     pub tdi: bool,
-    /// How its DMA could be stopped.
-    pub stop: Stop,
-    /// The processes that have it.
+    /// The steps that would stop its DMA.
+    pub stop: StopSteps,
+    /// The processes that have it open.
     pub owner: Vec<Process>,
-    /// Whether every process could be looked at; where not, `owner` may lack some.
+    /// False if `owner` is empty and yet a process may have it open: one that was not visible, or one with a device that the
+    /// kernel does not name.
     pub owner_known: bool,
-    /// Why not every process could be looked at, with the remedy.
+    /// The reason why some process was not visible, with the remedy.
     pub owner_unknown: Option<&'static str>,
-    /// Why passgate would not take it, and what to do about it.
+    /// The reason why passgate would refuse to assign it, with the remedy; none if it would not.
     pub refused: Option<String>,
-    /// Why it would be taken with `--allow-unstoppable` only, unless its driver in passgate can drain it.
+    /// The reason why it would be assigned only with `--allow-unstoppable`, unless its driver in passgate can drain it.
     pub unstoppable: Option<String>,
 }
 
-/// The rungs of the ladder that a device has, in the words of `passgate status`.
+/// The steps that would stop a device, by the names that `passgate status` prints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Stop {
-    /// In an iommufd.
+pub struct StopSteps {
+    /// The steps in an iommufd.
     pub iommufd: Vec<&'static str>,
-    /// In a type1 container.
+    /// The steps in a type1 container.
     pub type1: Vec<&'static str>,
 }
 
 /// An IOMMU group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Group {
-    /// Its number.
+    /// The number of the group.
     pub id: u32,
-    /// The other devices in it that do DMA.
+    /// The addresses of the other devices in it that do DMA: all but bridges.
     pub companions: Vec<String>,
-    /// Whether there are none.
+    /// True if there are none.
     pub isolated: bool,
-    /// The domain that the kernel's own drivers get: `DMA`, `DMA-FQ`, or `identity`, which translates nothing.
+    /// The type of the domain that the drivers of the host use: `DMA`, `DMA-FQ`, or `identity`, which translates nothing.
     pub default_domain: Option<String>,
-    /// Whether VFIO made the group up for a device without an IOMMU.
+    /// True if VFIO has made up the group for a device without an IOMMU (no-IOMMU mode).
     pub noiommu: bool,
 }
 
-/// Every PCI device in address order; none on a host without PCI. `sysfs` and `proc` are elsewhere only in tests,
-/// `iommufd` is whether this kernel has `/dev/iommu`.
-pub fn inventory(sysfs: &Path, proc: &Path, iommufd: bool) -> Vec<Listed> {
+/// Returns every PCI device in the order of addresses; none on a host without PCI. `sysfs` and `proc` are `/sys` and `/proc`
+/// except in tests. `iommufd` is true if this kernel has `/dev/iommu`.
+pub fn inventory(sysfs: &Path, proc: &Path, iommufd: bool) -> Vec<ListedDevice> {
     let mut addresses: Vec<PciAddress> = fs::read_dir(sysfs.join("bus/pci/devices"))
         .into_iter()
         .flatten()
@@ -93,28 +95,28 @@ pub fn inventory(sysfs: &Path, proc: &Path, iommufd: bool) -> Vec<Listed> {
     addresses.sort();
     let holders = Holders::scan(proc);
     let found = addresses.into_iter().filter_map(|address| PciDevice::find(sysfs, address));
-    found.map(|device| list(sysfs, &holders, iommufd, &device)).collect()
+    found.map(|device| describe_device(sysfs, &holders, iommufd, &device)).collect()
 }
 
-fn list(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciDevice) -> Listed {
+fn describe_device(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciDevice) -> ListedDevice {
     let class_code = device.class().unwrap_or(0xff_0000);
     let (vendor, id) = device.ids().unwrap_or((0xffff, 0xffff));
-    let config = Config::read(device);
+    let config = ConfigSpace::read(device);
     let companions = companions(sysfs, device);
-    let reset = words(device, "reset_method");
-    // Without an IOMMU there is nothing to detach from.
+    let reset = read_words(device, "reset_method");
+    // A detach stops DMA only if the device is alone in its group, and behind an IOMMU.
     let alone = companions.is_empty() && device.group().is_some_and(|group| !group.noiommu);
-    let stop = Stop::of(config.express, !reset.is_empty(), alone);
+    let stop = StopSteps::of(config.express, !reset.is_empty(), alone);
     let refused = candidate(sysfs, &device.address().to_string()).err().map(|error| error.to_string());
     let cdev = iommufd && device.cdev().is_some();
     let unstoppable = match (&refused, config.express) {
-        (None, Some(_)) => stop.doubt(device.address(), cdev, companions.first().copied()),
+        (None, Some(_)) => stop.unstoppable_reason(device.address(), cdev, companions.first().copied()),
         _ => None,
     };
     let owner = holders.of(sysfs, device);
-    Listed {
+    ListedDevice {
         address: device.address().to_string(),
-        class: class::word(class_code),
+        class: class::name(class_code),
         class_code: format!("{class_code:06x}"),
         ids: format!("{vendor:04x}:{id:04x}"),
         driver: device.driver(),
@@ -122,30 +124,31 @@ fn list(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciDevice) -> L
             id: group.id,
             isolated: companions.is_empty(),
             companions: companions.iter().map(PciAddress::to_string).collect(),
-            default_domain: words(device, "iommu_group/type").pop(),
+            default_domain: read_words(device, "iommu_group/type").pop(),
             noiommu: group.noiommu,
         }),
-        numa_node: words(device, "numa_node").pop().and_then(|node| node.parse().ok()),
+        numa_node: read_words(device, "numa_node").pop().and_then(|node| node.parse().ok()),
         reset,
         ats: config.ats,
         pri: config.pri,
         tdi: device.is_bound_tdi(),
         stop,
-        owner_known: owner.unseen.is_none() && owner.perhaps.is_empty() || !owner.processes.is_empty(),
-        owner_unknown: owner.unseen.map(Blind::words),
+        owner_known: owner.incomplete.is_none() && owner.possible.is_empty() || !owner.processes.is_empty(),
+        owner_unknown: owner.incomplete.map(Blind::describe),
         owner: owner.processes,
         refused,
         unstoppable,
     }
 }
 
-impl Stop {
+impl StopSteps {
     fn of(express: Option<bool>, resets: bool, alone: bool) -> Self {
         let has = |step: Step, detach: bool| match step {
             Step::Unmap => true,
             Step::Master => express == Some(true),
             Step::Detach => detach && alone,
             Step::Reset => resets,
+            // Only an open device reports these.
             Step::Drain | Step::Stop => false,
         };
         let steps =
@@ -153,8 +156,14 @@ impl Stop {
         Self { iommufd: steps(true), type1: steps(false) }
     }
 
-    /// What speaks against a device with this stop class, where it would be had by its cdev or not.
-    fn doubt(&self, address: PciAddress, cdev: bool, other: Option<PciAddress>) -> Option<String> {
+    /// Returns why the device would be refused as unstoppable; none if any step but an unmap stops it. `cdev` is true if
+    /// it would be opened by its cdev, in an iommufd. `other` is another device of its group.
+    fn unstoppable_reason(
+        &self,
+        address: PciAddress,
+        cdev: bool,
+        other: Option<PciAddress>,
+    ) -> Option<String> {
         let (steps, why) = match (cdev, other) {
             (true, other) => (&self.iommufd, other.map(shares_its_group).unwrap_or_default()),
             (false, _) => (&self.type1, TYPE1_DETACHES_NOTHING.to_owned()),
@@ -164,22 +173,22 @@ impl Stop {
     }
 }
 
-/// What configuration space says; nothing where this user sees the first 64 bytes only.
+/// The capabilities in configuration space; none if this user may read only its first 64 bytes.
 #[derive(Debug, Default)]
-struct Config {
+struct ConfigSpace {
     express: Option<bool>,
     ats: Option<bool>,
     pri: Option<bool>,
 }
 
-impl Config {
+impl ConfigSpace {
     fn read(device: &PciDevice) -> Self {
         let bytes = fs::read(device.dir().join("config")).unwrap_or_default();
         let word = |at: u16| -> Option<u32> {
             let at = usize::from(at);
             Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
         };
-        // The file is as long as the space, whoever reads it.
+        // The length of the file is that of the space, although this user may read less of it.
         let size = fs::metadata(device.dir().join("config")).map_or(0, |meta| meta.len());
         let found = Capabilities::find(size.max(bytes.len() as u64), |at| word(at).ok_or(()));
         let Ok(found) = found else { return Self::default() };
@@ -194,7 +203,7 @@ impl Config {
     }
 }
 
-/// The other devices of its group that do DMA.
+/// Returns the other devices of its group that do DMA.
 fn companions(sysfs: &Path, device: &PciDevice) -> Vec<PciAddress> {
     let members = device.group().map(|group| group.members).unwrap_or_default();
     let does_dma = |other: &PciAddress| {
@@ -203,8 +212,8 @@ fn companions(sysfs: &Path, device: &PciDevice) -> Vec<PciAddress> {
     members.into_iter().filter(does_dma).collect()
 }
 
-/// The words in a file of the device; none where there is no such file.
-fn words(device: &PciDevice, name: &str) -> Vec<String> {
+/// Returns the words in a file of the device; none if there is no such file.
+fn read_words(device: &PciDevice, name: &str) -> Vec<String> {
     let text = fs::read_to_string(device.dir().join(name)).unwrap_or_default();
     text.split_whitespace().map(str::to_owned).collect()
 }
@@ -214,21 +223,21 @@ pub(crate) mod fake;
 
 #[cfg(test)]
 mod tests {
-    use super::fake::Tree;
+    use super::fake::FakeTree;
     use super::*;
 
-    fn all(tree: &Tree, iommufd: bool) -> Vec<Listed> {
+    fn all(tree: &FakeTree, iommufd: bool) -> Vec<ListedDevice> {
         inventory(tree.path(), &tree.path().join("proc"), iommufd)
     }
 
     #[test]
-    fn a_host_without_pci_has_an_empty_list() {
+    fn host_without_pci_has_empty_inventory() {
         assert_eq!(inventory(Path::new("/nowhere"), Path::new("/nowhere"), false), []);
     }
 
     #[test]
-    fn each_device_is_listed_with_what_sysfs_says() {
-        let tree = Tree::new();
+    fn device_is_listed_with_its_sysfs_attributes() {
+        let tree = FakeTree::new();
         tree.device("0000:01:00.0", 0x010802, Some("vfio-pci"), Some(7));
         tree.endpoint("0000:01:00.0", true);
         tree.write("bus/pci/devices/0000:01:00.0/numa_node", "1\n");
@@ -246,11 +255,11 @@ mod tests {
             default_domain: Some("identity".into()),
             noiommu: false,
         };
-        let stop = Stop {
+        let stop = StopSteps {
             iommufd: vec!["unmap", "bus-master-off", "detach", "reset"],
             type1: vec!["unmap", "bus-master-off", "reset"],
         };
-        let should = Listed {
+        let expected = ListedDevice {
             address: "0000:01:00.0".into(),
             class: "NVMe drive",
             class_code: "010802".into(),
@@ -269,20 +278,20 @@ mod tests {
             refused: None,
             unstoppable: None,
         };
-        assert_eq!(*nvme, should);
+        assert_eq!(*nvme, expected);
     }
 
     #[test]
-    fn what_nothing_stops_is_said_for_the_interface_that_this_kernel_has() {
-        let tree = Tree::new();
+    fn unstoppable_is_decided_for_the_iommu_interface_of_this_kernel() {
+        let tree = FakeTree::new();
         tree.device("0000:04:00.0", 0xff00, Some("vfio-pci"), Some(1));
         tree.conventional("0000:04:00.0");
         tree.write("bus/pci/devices/0000:04:00.0/vfio-dev/vfio0/dev", "511:0\n");
-        let only = all(&tree, true).remove(0);
-        assert_eq!((only.stop.iommufd, only.unstoppable), (vec!["unmap", "detach"], None));
-        let only = all(&tree, false).remove(0);
-        assert_eq!(only.stop.type1, ["unmap"]);
-        assert!(only.unstoppable.unwrap().contains("0000:04:00.0 cannot be stopped for certain"));
+        let device = all(&tree, true).remove(0);
+        assert_eq!((device.stop.iommufd, device.unstoppable), (vec!["unmap", "detach"], None));
+        let device = all(&tree, false).remove(0);
+        assert_eq!(device.stop.type1, ["unmap"]);
+        assert!(device.unstoppable.unwrap().contains("0000:04:00.0 cannot be stopped for certain"));
 
         tree.device("0000:04:00.1", 0xff00, Some("vfio-pci"), Some(1));
         let shared = all(&tree, true).remove(0);
@@ -291,19 +300,19 @@ mod tests {
     }
 
     #[test]
-    fn why_a_device_would_not_be_taken_is_said_in_full() {
-        let tree = Tree::new();
+    fn refusal_reason_is_listed_in_full() {
+        let tree = FakeTree::new();
         tree.device("0000:03:00.0", 0x020000, Some("ixgbe"), Some(3));
         tree.device("0000:05:00.0", 0x030000, Some("vfio-pci"), None);
         tree.device("0000:06:00.0", 0x030000, Some("vfio-pci"), Some(6));
         tree.write("kernel/iommu_groups/6/name", "vfio-noiommu\n");
         let [unbound, without, noiommu] = &all(&tree, true)[..] else { panic!("three devices") };
-        let says = |listed: &Listed, what: &str| {
-            assert!(listed.refused.as_ref().unwrap().contains(what), "{listed:?}")
+        let assert_refused = |listed: &ListedDevice, reason: &str| {
+            assert!(listed.refused.as_ref().unwrap().contains(reason), "{listed:?}")
         };
-        says(unbound, "0000:03:00.0 is bound to ixgbe, not to vfio-pci; bind it: echo vfio-pci >");
-        says(without, "has no IOMMU group");
-        says(noiommu, "nothing can block its DMA");
+        assert_refused(unbound, "0000:03:00.0 is bound to ixgbe, not to vfio-pci; bind it: echo vfio-pci >");
+        assert_refused(without, "has no IOMMU group");
+        assert_refused(noiommu, "nothing can block its DMA");
         assert_eq!((&without.stop.iommufd[..], &noiommu.stop.iommufd[..]), (&["unmap"][..], &["unmap"][..]));
         assert!(without.group.is_none() && noiommu.group.as_ref().unwrap().noiommu);
     }

@@ -1,9 +1,9 @@
-//! The host: which PCI devices there are, who has them, and how one gets them. Reads sysfs and procfs; a sysfs or
-//! procfs elsewhere is taken as a path, for tests.
+//! The PCI devices of the host: their inventory, the processes that have them open, and their acquisition. Reads sysfs and
+//! procfs, whose mount points are parameters for the tests.
 
+pub mod acquire;
 mod class;
 mod config;
 pub mod holder;
 pub mod inventory;
 pub mod sight;
-pub mod taking;

@@ -1,4 +1,4 @@
-//! Notices and receipts in words: what `Subscribe`, `Explain` and the log say.
+//! Notices and receipts as JSON, for `Subscribe`, `Explain` and the log.
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, PageRange};
@@ -7,9 +7,9 @@ use serde_json::{Map, Value, json};
 use crate::gate::{DeviceId, Evidence, Notice, Outcome, Reason, Receipt, Verdict};
 use crate::protocol::verbs::Failure;
 
-/// What has names: the session.
+/// The names of devices, by their numbers.
 pub trait Names {
-    /// The name of a device.
+    /// Returns the name of a device.
     fn device(&self, id: DeviceId) -> &str;
 }
 
@@ -19,24 +19,24 @@ impl Names for crate::session::Session {
     }
 }
 
-/// A notice as the event's name and its details.
+/// Returns the name of a notice's event, and its details.
 pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
     match notice {
         Notice::Refused { invalidation, range, reason } => {
-            let mut details = why(*reason, names);
+            let mut details = reason_details(*reason, names);
             details.insert("invalidation".into(), invalidation.0.into());
-            details.extend(place(*range));
+            details.extend(guest_range(*range));
             ("range.refused", details.into())
         }
         Notice::Quarantined { invalidation, file: _, range, gpa, reason } => {
-            let mut details = why(*reason, names);
+            let mut details = reason_details(*reason, names);
             details.insert("invalidation".into(), invalidation.0.into());
-            details.extend(pages(*range, *gpa));
+            details.extend(file_range(*range, *gpa));
             ("range.quarantined", details.into())
         }
-        Notice::Freed { file: _, range, gpa } => ("range.freed", pages(*range, *gpa).into()),
+        Notice::Freed { file: _, range, gpa } => ("range.freed", file_range(*range, *gpa).into()),
         Notice::Released { client, invalidation, file: _, range, gpa, to } => {
-            let mut details = pages(*range, *gpa);
+            let mut details = file_range(*range, *gpa);
             details.insert("client".into(), client.0.into());
             details.insert("invalidation".into(), invalidation.0.into());
             details.insert("to".into(), to.word().into());
@@ -54,6 +54,14 @@ pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
             json!({ "device": names.device(*device), "errno": errno }),
         ),
         Notice::DeviceWanted { device } => ("device.wanted", json!({ "device": names.device(*device) })),
+        Notice::Inconsistent { what, iova } => {
+            let mut details = json!({ "what": what });
+            if let Some(iova) = iova {
+                details["iova"] = iova.start().raw().into();
+                details["length"] = iova.len().into();
+            }
+            ("gate.inconsistent", details)
+        }
         Notice::MapFailed { domain: _, iova, errno } => {
             ("map.failed", json!({ "iova": iova.start().raw(), "length": iova.len(), "errno": errno }))
         }
@@ -62,7 +70,7 @@ pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
     }
 }
 
-fn why(reason: Reason, names: &dyn Names) -> Map<String, Value> {
+fn reason_details(reason: Reason, names: &dyn Names) -> Map<String, Value> {
     let mut details = Map::new();
     details.insert("cause".into(), reason.cause.word().into());
     details.insert("rung".into(), reason.rung.word().into());
@@ -73,11 +81,12 @@ fn why(reason: Reason, names: &dyn Names) -> Map<String, Value> {
     details
 }
 
-fn place(range: PageRange<Gpa>) -> [(String, Value); 2] {
+fn guest_range(range: PageRange<Gpa>) -> [(String, Value); 2] {
     [("gpa".into(), range.start().0.into()), ("length".into(), range.len().into())]
 }
 
-fn pages<A: Address>(range: PageRange<A>, gpa: Option<Gpa>) -> Map<String, Value> {
+/// Returns a range of a file, and the guest-physical address of its first page while a region covers it.
+fn file_range<A: Address>(range: PageRange<A>, gpa: Option<Gpa>) -> Map<String, Value> {
     let mut details = Map::new();
     details.insert("offset".into(), range.start().raw().into());
     details.insert("length".into(), range.len().into());
@@ -87,7 +96,7 @@ fn pages<A: Address>(range: PageRange<A>, gpa: Option<Gpa>) -> Map<String, Value
     details
 }
 
-/// What failed, as a reply says it.
+/// Returns a failed range and the reason as a reply has them.
 pub fn failure(range: PageRange<Gpa>, reason: Reason, names: &dyn Names) -> Failure {
     Failure {
         gpa: range.start().0,
@@ -99,7 +108,7 @@ pub fn failure(range: PageRange<Gpa>, reason: Reason, names: &dyn Names) -> Fail
     }
 }
 
-/// A verdict as a word, and what failed.
+/// Returns a verdict as a word, and the failure if it is not `done`.
 pub fn verdict(verdict: Verdict, names: &dyn Names) -> (&'static str, Option<Failure>) {
     match verdict {
         Verdict::Done => ("done", None),
@@ -108,9 +117,9 @@ pub fn verdict(verdict: Verdict, names: &dyn Names) -> (&'static str, Option<Fai
     }
 }
 
-/// A receipt, whole.
+/// Returns a receipt with all of its steps.
 pub fn receipt(receipt: &Receipt, names: &dyn Names) -> Value {
-    let (word, failure) = receipt.verdict.map_or(("none", None), |said| verdict(said, names));
+    let (word, failure) = receipt.verdict.map_or(("none", None), |given| verdict(given, names));
     let outcome = match receipt.outcome {
         None => json!(null),
         Some(Outcome::Committed) => json!("committed"),
@@ -120,19 +129,19 @@ pub fn receipt(receipt: &Receipt, names: &dyn Names) -> Value {
         }
     };
     let step = |step: &Evidence| {
-        let mut said = json!({
+        let mut value = json!({
             "step": step.step.word(), "errno": step.errno, "took_ns": step.took_ns,
         });
         if let Some(device) = step.device {
-            said["device"] = names.device(device).into();
+            value["device"] = names.device(device).into();
         }
         if let Some(iova) = step.iova {
-            said["iova"] = iova.start().0.into();
-            said["asked"] = step.asked.into();
-            said["gone"] = step.gone.into();
-            said["in_flight"] = step.in_flight.into();
+            value["iova"] = iova.start().0.into();
+            value["asked"] = step.asked.into();
+            value["gone"] = step.gone.into();
+            value["in_flight"] = step.in_flight.into();
         }
-        said
+        value
     };
     json!({
         "invalidation": receipt.invalidation.0,

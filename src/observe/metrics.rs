@@ -1,7 +1,7 @@
-//! What is counted and timed, and its OpenMetrics text (docs/guide/metrics.md names every series).
+//! The counters and histograms of one VM, and their OpenMetrics text (docs/guide/metrics.md lists every series).
 //!
-//! On the way of a conversion only numbers change: a counter, and a histogram for the wait and for each step.
-//! What can be read off the session (mappings, bytes, quarantine) is, when somebody asks.
+//! A conversion changes only a counter, the histogram of its wait, and a histogram for each of its steps. Gauges (mappings, bytes,
+//! quarantine) are computed from the gate's state when the text is requested.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
@@ -21,20 +21,20 @@ use crate::gate::{
 };
 use crate::observe::disk::Disk;
 
-/// What [`Meter::text`] is: the content type of an answer that carries it.
+/// The content type of [`Meter::text`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 type Gauge = SignedGauge<u64, AtomicU64>;
 
-/// Directions of a conversion, in the order of [`PageState`]'s numbers.
-const TO: [PageState; 3] = [PageState::Shared, PageState::Private, PageState::Hole];
-/// Who performs it, in the order in which [`by`] numbers them.
+/// The states that a conversion can ask for, in the order of [`PageState`]'s numbers.
+const TARGETS: [PageState; 3] = [PageState::Shared, PageState::Private, PageState::Hole];
+/// The labels of the performers, in the order of [`performer_index`].
 const PERFORMERS: [&str; 2] = ["client", "passgate"];
-/// What is answered, in the order in which [`number`] numbers it.
+/// The labels of the verdicts, in the order of [`verdict_index`].
 const VERDICTS: [&str; 3] = ["done", "refused", "unknown"];
 
-/// 1 µs to some 8 s, each bucket twice the one before.
+/// Returns a histogram with 24 buckets from 1 µs to 8.4 s, each twice the one before.
 fn latency() -> Histogram {
     Histogram::new(exponential_buckets(1e-6, 2.0, 24))
 }
@@ -44,31 +44,35 @@ fn latency() -> Histogram {
 pub struct Begun {
     since: Instant,
     to: PageState,
+    /// The index in [`PERFORMERS`].
     performer: usize,
 }
 
-/// What is counted and timed of one VM.
+/// The counters and histograms of one VM.
 #[derive(Debug)]
 pub struct Meter {
     registry: Registry,
     backend: &'static str,
-    /// As many as invalidations are open at most, which the gate bounds for each client.
+    /// The begins that are not answered yet: no more than there are open invalidations, which the gate limits for each client.
     begun: BTreeMap<InvalidationId, Begun>,
+    /// By performer.
     verdicts: [Histogram; 2],
+    /// By verdict, then by the state that was asked for.
     conversions: [[Counter; 3]; 3],
     refusals: [Counter; Cause::ALL.len()],
+    /// The histogram of `steps` for unmaps, looked up once.
     unmaps: Histogram,
     steps: Family<Labels<2>, Histogram, fn() -> Histogram>,
     fences: Family<Labels<2>, Counter>,
-    wrong: Counter,
+    wrong_requests: Counter,
     events: Counter,
-    dropped: Counter,
-    now: Now,
+    dropped_listeners: Counter,
+    gauges: Gauges,
 }
 
-/// What is read off the session when somebody asks.
+/// The values that are computed from the gate's state when the text is requested.
 #[derive(Debug, Default)]
-struct Now {
+struct Gauges {
     mappings: Gauge,
     limit: Gauge,
     forecast: Gauge,
@@ -79,59 +83,63 @@ struct Now {
     devices: Gauge,
     fenced: Gauge,
     unwritten: Gauge,
+    inconsistencies: Gauge,
     bytes: Family<Labels<1>, Gauge>,
 }
 
 impl Meter {
-    /// Everything at zero, for a domain of this kind.
+    /// Returns a meter with all counters at zero. `backend` is the kind of the domain.
     pub fn new(backend: &'static str) -> Self {
         let mut registry = Registry::with_prefix("passgate");
         let daemon = Info::new([("version", env!("CARGO_PKG_VERSION")), ("backend", backend)]);
-        registry.register("daemon", "What this daemon is", daemon);
+        registry.register("daemon", "Version and backend of this daemon", daemon);
 
         let verdicts = Family::<Labels<1>, Histogram, fn() -> Histogram>::new_with_constructor(latency);
         let steps = Family::<Labels<2>, Histogram, fn() -> Histogram>::new_with_constructor(latency);
         let conversions = Family::<Labels<2>, Counter>::default();
         let refusals = Family::<Labels<1>, Counter>::default();
-        let (fences, now) = (Family::<Labels<2>, Counter>::default(), Now::default());
-        let (wrong, events, dropped) = (Counter::default(), Counter::default(), Counter::default());
-        let help = "From a begin's arrival to its verdict";
+        let (fences, gauges) = (Family::<Labels<2>, Counter>::default(), Gauges::default());
+        let (wrong_requests, events, dropped_listeners) =
+            (Counter::default(), Counter::default(), Counter::default());
+        let help = "Time from the arrival of a begin to its verdict";
         registry.register_with_unit("verdict", help, Unit::Seconds, verdicts.clone());
-        let help = "How long the kernel took for one step of the evidence";
+        let help = "Time that the kernel took for one step of the evidence";
         registry.register_with_unit("step", help, Unit::Seconds, steps.clone());
         registry.register("conversions", "Begins that were answered", conversions.clone());
         registry.register("refusals", "Begins that were not granted, by cause", refusals.clone());
         registry.register("fences", "Steps that acted on a device", fences.clone());
-        registry.register("requests_wrong", "Requests that made no sense or came too early", wrong.clone());
-        registry.register("events", "Events told", events.clone());
+        let help = "Requests that made no sense or came too early";
+        registry.register("requests_wrong", help, wrong_requests.clone());
+        registry.register("events", "Events that were reported", events.clone());
         let help = "Listeners dropped because they did not read";
-        registry.register("listeners_dropped", help, dropped.clone());
-        now.register(&mut registry);
+        registry.register("listeners_dropped", help, dropped_listeners.clone());
+        gauges.register(&mut registry);
 
-        let to = |verdict| {
-            TO.map(|to| conversions.get_or_create_owned(&[("verdict", verdict), ("to", to.word())]))
+        let by_target = |verdict| {
+            TARGETS.map(|to| conversions.get_or_create_owned(&[("verdict", verdict), ("to", to.word())]))
         };
+        // Every series of a fixed set exists from the start, with the value 0.
         Self {
             backend,
             begun: BTreeMap::new(),
             verdicts: PERFORMERS.map(|by| verdicts.get_or_create_owned(&[("performer", by)])),
-            conversions: VERDICTS.map(to),
+            conversions: VERDICTS.map(by_target),
             refusals: Cause::ALL.map(|cause| refusals.get_or_create_owned(&[("cause", cause.word())])),
-            unmaps: steps.get_or_create_owned(&step_of(Step::Unmap, backend)),
+            unmaps: steps.get_or_create_owned(&step_labels(Step::Unmap, backend)),
             steps,
             fences,
-            wrong,
+            wrong_requests,
             events,
-            dropped,
-            now,
+            dropped_listeners,
+            gauges,
             registry,
         }
     }
 
-    /// Takes down a begin; `effects` are what the gate answered to it.
+    /// Records a begin, if there is one; `effects` are those by which the gate responds to it.
     pub fn begun(&mut self, begun: Option<Begun>, effects: &[Effect]) {
         let Some(begun) = begun else { return };
-        // The gate sets the clock of what it has begun first, unless it answers at once.
+        // The first alarm is that of the new invalidation; one that is answered at once has no alarm.
         let id = effects.iter().find_map(|effect| match effect {
             Effect::Arm { invalidation, .. } => Some(*invalidation),
             Effect::Answer { answer: Answer::Verdict { invalidation, .. }, .. } => Some(*invalidation),
@@ -142,13 +150,14 @@ impl Meter {
         }
     }
 
-    /// A begin is answered.
+    /// Records the verdict on a begin.
     pub fn answered(&mut self, invalidation: InvalidationId, verdict: Verdict) {
         let Some(Begun { since, to, performer }) = self.begun.remove(&invalidation) else { return };
         self.verdicts[performer].observe(since.elapsed().as_secs_f64());
-        if let Some(counter) = self.conversions[number(verdict)].get(to as usize) {
+        if let Some(counter) = self.conversions[verdict_index(verdict)].get(to as usize) {
             counter.inc();
         }
+        // Causes are numbered from 1.
         if let Verdict::Refused { reason, .. } | Verdict::Unknown { reason, .. } = verdict
             && let Some(counter) = self.refusals.get((reason.cause as usize).wrapping_sub(1))
         {
@@ -156,7 +165,7 @@ impl Meter {
         }
     }
 
-    /// The evidence of an invalidation is complete.
+    /// Records the evidence of an invalidation that is over.
     pub fn receipt(&mut self, receipt: &Receipt) {
         if receipt.verdict.is_none() {
             self.begun.remove(&receipt.invalidation);
@@ -165,12 +174,12 @@ impl Meter {
             let took = evidence.took_ns as f64 * 1e-9;
             match evidence.step {
                 Step::Unmap => self.unmaps.observe(took),
-                step => self.steps.get_or_create(&step_of(step, self.backend)).observe(took),
+                step => self.steps.get_or_create(&step_labels(step, self.backend)).observe(took),
             }
         }
     }
 
-    /// Something is told.
+    /// Counts a notice that is reported to listeners.
     pub fn told(&self, notice: &Notice) {
         self.events.inc();
         if let Notice::DeviceFenced { step, errno, .. } = notice {
@@ -179,38 +188,38 @@ impl Meter {
         }
     }
 
-    /// A request was wrong.
+    /// Counts a wrong request.
     pub fn wrong(&self) {
-        self.wrong.inc();
+        self.wrong_requests.inc();
     }
 
-    /// Requests that were wrong, since the start.
+    /// Returns the number of wrong requests since the start.
     pub fn requests_wrong(&self) -> u64 {
-        self.wrong.get()
+        self.wrong_requests.get()
     }
 
-    /// A listener did not read and was dropped.
+    /// Counts a listener that was dropped because it did not read.
     pub fn dropped(&self) {
-        self.dropped.inc();
+        self.dropped_listeners.inc();
     }
 
-    /// Everything in OpenMetrics text, `# EOF` at its end. Costs by regions and runs of equal state, not by pages.
-    /// `unwritten` are the lines that the audit log had no room for, `disk` is what is served besides.
+    /// Returns all series as OpenMetrics text, with `# EOF` at its end. `unwritten` is the number of lines that the audit log had no
+    /// room for, `disk` the counters of a disk that is served besides.
     pub fn text(&self, snapshot: &Snapshot, clients: u64, unwritten: u64, disk: Option<Disk>) -> String {
-        self.now.set(snapshot, clients);
-        self.now.unwritten.set(unwritten);
+        self.gauges.set(snapshot, clients);
+        self.gauges.unwritten.set(unwritten);
         let mut text = String::with_capacity(16 << 10);
         let registries = encode_registry(&mut text, &self.registry)
             .and_then(|()| disk.map_or(Ok(()), |disk| encode_registry(&mut text, &disk.registry())));
         if registries.and_then(|()| encode_eof(&mut text)).is_err() {
-            // A String takes everything; so does nobody get half a text for a whole one.
+            // Writing to a String cannot fail. If it did, a part of the text must not be taken for the whole.
             text.clear();
         }
         text
     }
 }
 
-impl Now {
+impl Gauges {
     fn register(&self, registry: &mut Registry) {
         let mut gauge = |name: &str, help: &str, unit: Option<Unit>, gauge: &Gauge| match unit {
             Some(unit) => registry.register_with_unit(name, help, unit, gauge.clone()),
@@ -218,8 +227,8 @@ impl Now {
         };
         let bytes = || Some(Unit::Bytes);
         gauge("mappings", "Kernel mappings in use", None, &self.mappings);
-        gauge("mappings_limit", "Kernel mappings that there can be", None, &self.limit);
-        let help = "Kernel mappings if every page of every region were shared, and mapped by itself";
+        gauge("mappings_limit", "Maximum of kernel mappings", None, &self.limit);
+        let help = "Kernel mappings at the worst that conversions can make of the regions";
         gauge("mappings_forecast", help, None, &self.forecast);
         gauge("pinned", "Guest memory that devices may reach", bytes(), &self.pinned);
         gauge("quarantined", "Guest memory that must not be handed out", bytes(), &self.quarantined);
@@ -228,6 +237,8 @@ impl Now {
         gauge("devices", "Devices", None, &self.devices);
         gauge("devices_fenced", "Devices whose DMA is stopped", None, &self.fenced);
         gauge("audit_lines_unwritten", "Lines that the audit log had no room for", None, &self.unwritten);
+        let help = "Contradictions in the gate's own records, each a fault of passgate's";
+        gauge("gate_inconsistencies", help, None, &self.inconsistencies);
         let help = "Guest memory by the state of its pages";
         registry.register_with_unit("region", help, Unit::Bytes, self.bytes.clone());
     }
@@ -240,6 +251,7 @@ impl Now {
         self.pinned.set(snapshot.pinned);
         self.quarantined.set(quarantined(snapshot));
         self.open.set(snapshot.open);
+        self.inconsistencies.set(snapshot.inconsistencies);
         self.clients.set(clients);
         self.devices.set(snapshot.devices.len() as u64);
         self.fenced
@@ -252,43 +264,43 @@ impl Now {
     }
 }
 
-/// Kernel mappings in use, and their limit, over all domains.
+/// Returns the number of kernel mappings in use and their maximum, summed over all domains.
 pub fn mappings(snapshot: &Snapshot) -> (u64, u64) {
     snapshot.mappings.iter().fold((0, 0), |sum, one| (sum.0 + one.used, sum.1.saturating_add(one.limit)))
 }
 
-/// Kernel mappings at the worst that conversions can make of the regions, over all domains.
+/// Returns the number of kernel mappings at the worst that conversions can make of the regions, summed over all domains.
 pub fn forecast(snapshot: &Snapshot) -> u64 {
     snapshot.mappings.iter().map(|one| one.worst).sum()
 }
 
-/// Bytes in quarantine.
+/// Returns the number of bytes in quarantine.
 pub fn quarantined(snapshot: &Snapshot) -> u64 {
     snapshot.quarantine.iter().map(|range| range.range.len()).sum()
 }
 
-/// What of a begin is to be known when it is answered; none for any other event.
+/// Returns the begin that an event is, with its time of arrival: now. None for any other event.
 pub fn begun(event: &Event) -> Option<Begun> {
     match event {
         Event::Begin { to, performer, .. } => {
-            Some(Begun { since: Instant::now(), to: *to, performer: by(*performer) })
+            Some(Begun { since: Instant::now(), to: *to, performer: performer_index(*performer) })
         }
         _ => None,
     }
 }
 
-fn step_of(step: Step, backend: &'static str) -> Labels<2> {
+fn step_labels(step: Step, backend: &'static str) -> Labels<2> {
     [("step", step.word()), ("backend", backend)]
 }
 
-fn by(performer: Performer) -> usize {
+fn performer_index(performer: Performer) -> usize {
     match performer {
         Performer::Client => 0,
         Performer::Passgate => 1,
     }
 }
 
-fn number(verdict: Verdict) -> usize {
+fn verdict_index(verdict: Verdict) -> usize {
     match verdict {
         Verdict::Done => 0,
         Verdict::Refused { .. } => 1,

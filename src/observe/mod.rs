@@ -1,11 +1,14 @@
-//! What is told to whoever watches: notices, receipts, status and metrics, in words, numbers and JSON.
+//! Observation: notices, receipts, status and metrics as text and JSON; the audit log and its replay; the quarantine on disk.
 
 pub mod audit;
 pub mod disk;
 pub mod events;
-pub mod keep;
 pub mod metrics;
-mod private;
+pub mod quarantine_file;
 pub mod records;
+mod regular_file;
 pub mod replay;
 pub mod status;
+
+// The old name of the module, for as long as other areas use it.
+pub use quarantine_file as keep;

@@ -1,6 +1,6 @@
-//! What a session writes down in its state directory: the audit log, and its quarantine.
+//! The files that a session writes in its state directory: the audit log, and its quarantine.
 //!
-//! One directory belongs to one daemon at a time: it holds a lock on it for as long as it lives.
+//! A directory is used by one daemon at a time, which has it locked (flock) for as long as it lives.
 
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -11,58 +11,59 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::audit::{self, Log, LogOptions};
-use super::keep::{Changes, Keep};
+use super::quarantine_file::{Changes, Keep};
 use crate::error::{Error, Result};
 use crate::gate::{Effect, Event, Policy, QuarantineStatus};
 
-/// Where a session writes things down, and how much of it.
+/// The options of a state directory.
 #[derive(Debug, Clone)]
 pub struct StateOptions {
-    /// The directory; made (mode 0700) where it is missing.
+    /// The directory; created with mode 0700 if it is missing.
     pub dir: PathBuf,
     /// Bytes of one file of the audit log.
     pub audit_segment: u64,
-    /// Files of the audit log that are kept.
+    /// The maximum number of files of the audit log; the oldest is removed.
     pub audit_keep: usize,
 }
 
 impl StateOptions {
-    /// The defaults, in `dir`: eight files of 64 MiB.
+    /// Returns the defaults for `dir`: eight files of 64 MiB.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into(), audit_segment: 64 << 20, audit_keep: 8 }
     }
 }
 
-/// Write permission of anybody but the owner (S_IWGRP, S_IWOTH).
+/// The write permissions of group and others (`S_IWGRP | S_IWOTH`).
 const OTHERS_WRITE: u32 = 0o022;
-/// Only a file's owner may rename or remove it (S_ISVTX).
+/// The sticky bit (`S_ISVTX`): only the owner of a file may rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// True where a log in the directory was written on this boot: a daemon has used it, also one that left no mark.
+/// Returns true if the newest log in the directory was written on this boot: then a daemon has used the directory, even if there is
+/// no boot mark.
 fn logged_on(dir: &Path, boot: &str) -> bool {
     let newest = audit::files::list(dir).unwrap_or_default().into_iter().rev();
     let heads = newest.filter_map(|(_, path)| audit::reader::head(&path).ok().flatten());
-    // A daemon of before format 1 made the file with its first quarantine only: that it is missing says nothing.
+    // A daemon of format 0 created the quarantine file with its first quarantine only, so a missing file is no loss.
     heads.take(1).any(|head| head.boot == boot && head.format > 0)
 }
 
-/// What a session writes down.
+/// The audit log and the quarantine file of a session.
 #[derive(Debug)]
 pub struct Records {
     log: Log,
-    keep: Keep,
-    /// What the last daemon left in quarantine, until it is taken.
-    left: Vec<Event>,
-    /// The ledger that has all of that, where one has.
-    left_in: Option<u64>,
+    quarantine_file: Keep,
+    /// The quarantine of the last daemon, until it is taken.
+    earlier_quarantine: Vec<Event>,
+    /// The number of the ledger that has all of it, if one has.
+    earlier_ledger: Option<u64>,
     _lock: File,
 }
 
 impl Records {
-    /// Takes the directory, reads what the last daemon left there, and begins a log for a session with this policy
-    /// over `iommu` and these devices, which goes on from an earlier daemon's where it is `resumed`. `EAGAIN` where
-    /// another daemon has the directory, `EACCES` where others may write to it. Where what was in quarantine cannot be
-    /// read, the start is refused, unless the ledger of the earlier daemon has it.
+    /// Locks the directory, reads the quarantine of the last daemon, and begins an audit log for a session with this policy over
+    /// `iommu` and these devices. With `resumed` the session resumes from an earlier daemon's ledger. `EAGAIN` if another daemon has
+    /// the directory, `EACCES` if other users may write to it. If the quarantine cannot be read, it is an error, unless the
+    /// session is resumed: then the ledger has it.
     pub fn open(
         options: &StateOptions,
         policy: Policy,
@@ -103,29 +104,32 @@ impl Records {
             .map_err(failed(": /proc is not mounted"))?
             .trim()
             .to_owned();
-        let mut keep = Keep::new(&options.dir, boot.clone());
-        let (left, left_in) = match keep.load_with_ledger(logged_on(&options.dir, &boot)) {
-            // What lies there stays until what the ledger has is written in its place ([`Records::go_on`]): a daemon that
-            // ends before that must leave nothing that the next could take for the whole quarantine.
+        let mut quarantine_file = Keep::new(&options.dir, boot.clone());
+        let loaded = quarantine_file.load_with_ledger(logged_on(&options.dir, &boot));
+        let (earlier_quarantine, earlier_ledger) = match loaded {
+            // The file stays until the ledger's quarantine is written in its place ([`Records::rewrite_quarantine`]): a daemon
+            // that ends before that must leave nothing that the next could take for the whole quarantine.
             Err(error) if resumed => {
                 log::error!("{error} (the ledger that was kept has it)");
-                keep.begin_unread();
+                quarantine_file.begin_unread();
                 (Vec::new(), None)
             }
-            left => {
-                let (left, left_in) = left?;
-                // Nothing has changed yet. Who goes on without that ledger tells it of no change.
-                keep.follow(left_in.filter(|_| resumed));
-                match keep.begin(&left) {
-                    // A full disk stops no VM whose ledger has everything. What cannot be saved later says so on the disk.
+            loaded => {
+                let (quarantine, ledger) = loaded?;
+                // Nothing has changed yet. A session that does not resume from that ledger does not update it either.
+                quarantine_file.set_ledger(ledger.filter(|_| resumed));
+                match quarantine_file.begin(&quarantine) {
+                    // A full disk must not stop a VM whose ledger has everything. A later change that cannot be written is
+                    // marked on the disk.
                     Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
                     begun => begun?,
                 }
-                (left, left_in)
+                (quarantine, ledger)
             }
         };
-        if !left.is_empty() {
-            log::warn!("{}: {} ranges are still in quarantine", options.dir.display(), left.len());
+        if !earlier_quarantine.is_empty() {
+            let count = earlier_quarantine.len();
+            log::warn!("{}: {count} ranges are still in quarantine", options.dir.display());
         }
         let log = LogOptions {
             segment: options.audit_segment,
@@ -138,49 +142,52 @@ impl Records {
             resumed,
         };
         let log = Log::open(&options.dir, log).map_err(failed(writable))?;
-        Ok(Self { log, keep, left, left_in, _lock: lock })
+        Ok(Self { log, quarantine_file, earlier_quarantine, earlier_ledger, _lock: lock })
     }
 
-    /// What the last daemon left in quarantine, for a gate without regions.
-    pub fn take_left(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.left)
+    /// Takes the quarantine of the last daemon, as events for a gate without regions.
+    pub fn take_quarantine(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.earlier_quarantine)
     }
 
-    /// What of that an earlier daemon's `ledger` may not have: nothing where it has been told of each change before the
-    /// disk was. What is on the disk alone was lifted then, and the daemon has ended before it could write that down.
-    pub fn take_left_beside(&mut self, ledger: Option<u64>) -> Vec<Event> {
-        let left = self.take_left();
-        if ledger.is_some() && ledger == self.left_in { Vec::new() } else { left }
+    /// Takes the quarantine of the last daemon that the ledger with this number may not have. If the file names this ledger, there is
+    /// none: that ledger was updated before the file at each change, so a range that only the file has was lifted, and the daemon
+    /// ended before it could write that to the file.
+    pub fn take_quarantine_beyond(&mut self, ledger: Option<u64>) -> Vec<Event> {
+        let quarantine = self.take_quarantine();
+        if ledger.is_some() && ledger == self.earlier_ledger { Vec::new() } else { quarantine }
     }
 
-    /// This is in quarantine, and in `ledger`, which is told of each change from now on before this is.
-    pub fn go_on(&mut self, quarantine: &[QuarantineStatus], ledger: Option<u64>) {
-        self.left.clear();
-        self.keep.follow(ledger);
-        self.keep.save(quarantine, true);
+    /// Writes all that is in quarantine to the file. `ledger` is the number of the ledger that has all of it and is updated before the
+    /// file from now on.
+    pub fn rewrite_quarantine(&mut self, quarantine: &[QuarantineStatus], ledger: Option<u64>) {
+        self.earlier_quarantine.clear();
+        self.quarantine_file.set_ledger(ledger);
+        self.quarantine_file.save(quarantine, true);
     }
 
-    /// Takes down an event that the gate is about to be told.
-    pub fn before(&mut self, event: &Event) {
+    /// Records an event that the gate is about to take. [`Records::record_effects`] must follow.
+    pub fn record_event(&mut self, event: &Event) {
         self.log.begin(event);
     }
 
-    /// Writes down what the gate made of it, before any of it is done. Whatever happens in between, the quarantine on
-    /// disk is never less than the log's. `quarantine` is all of it; it is asked for only where the file is full.
-    pub fn after(&mut self, effects: &[Effect], quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
+    /// Writes the effects of the event, before any of them is executed. `quarantine` returns all that is in quarantine; it is called
+    /// only if the file must be rewritten.
+    pub fn record_effects(&mut self, effects: &[Effect], quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
         let changes = Changes::of(effects);
+        // In either order the quarantine on disk is never less than that of the log, whenever the process ends.
         if changes.has_more() {
-            self.keep.change(changes, quarantine);
+            self.quarantine_file.change(changes, quarantine);
             self.log.finish(effects);
         } else {
             self.log.finish(effects);
             if !changes.is_empty() {
-                self.keep.change(changes, quarantine);
+                self.quarantine_file.change(changes, quarantine);
             }
         }
     }
 
-    /// Lines of the log that could not be written.
+    /// Returns the number of lines of the log that could not be written.
     pub fn dropped(&self) -> u64 {
         self.log.dropped()
     }

@@ -1,4 +1,4 @@
-//! What `Status` answers.
+//! The answer to `Status`.
 
 use crate::gate::{
     DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step, Unended,
@@ -7,10 +7,10 @@ use crate::observe::metrics;
 use crate::protocol::verbs::{self, Device, Quarantined, Region, Status};
 use crate::session::Session;
 
-/// Ranges in quarantine that a status names; of the rest it says the bytes.
-const NAMED: usize = 1024;
+/// The maximum number of quarantined ranges in a status. The rest is only in the sum of bytes.
+const MAX_QUARANTINED: usize = 1024;
 
-/// What the session knows now. Its connections, events, refusals and disk are the server's to add.
+/// Returns the state of the session. The server adds the connections, events, refusals and the disk.
 pub fn status(session: &Session, policy: &Policy) -> Status {
     let snapshot = session.snapshot();
     let (mappings, max_mappings) = metrics::mappings(&snapshot);
@@ -26,20 +26,25 @@ pub fn status(session: &Session, policy: &Policy) -> Status {
         clients: 0,
         instance: String::new(),
         sequence: 0,
-        on_stuck_dma: stuck(policy.on_stuck_dma).into(),
+        on_stuck_dma: on_stuck_dma(policy.on_stuck_dma).into(),
         platform: platform(policy.platform).into(),
         hitless: hitless(policy.hitless).into(),
         reserved: snapshot.mappings.iter().map(|one| one.reserved).sum(),
         regions: snapshot.regions.iter().map(region).collect(),
         disk: None,
         devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
-        quarantine: snapshot.quarantine.iter().take(NAMED).map(|held| quarantined(session, held)).collect(),
+        quarantine: snapshot
+            .quarantine
+            .iter()
+            .take(MAX_QUARANTINED)
+            .map(|status| quarantined(session, status))
+            .collect(),
         refused: Vec::new(),
         totals: session.totals(),
     }
 }
 
-fn stuck(policy: OnStuckDma) -> &'static str {
+fn on_stuck_dma(policy: OnStuckDma) -> &'static str {
     match policy {
         OnStuckDma::Refuse => "refuse",
         OnStuckDma::Fence => "fence",
@@ -62,10 +67,10 @@ fn hitless(policy: Hitless) -> &'static str {
     }
 }
 
-/// Conversions without an end that one answer lists at most.
-const UNENDED: usize = 4096;
+/// The maximum number of conversions without an end in one answer to `Adopt`. The rest is only counted.
+const MAX_UNENDED: usize = 4096;
 
-/// What a client has adopted, as it is told.
+/// Returns the answer to `Adopt`: the regions, and the conversions in them that were open when the earlier daemon ended.
 pub fn adopted(regions: &[RegionStatus], unended: &[Unended]) -> verbs::Adopted {
     let region = |status: &RegionStatus| {
         let [shared, private, hole, unknown] = status.bytes;
@@ -91,8 +96,8 @@ pub fn adopted(regions: &[RegionStatus], unended: &[Unended]) -> verbs::Adopted 
     };
     verbs::Adopted {
         regions: regions.iter().map(region).collect(),
-        unended: unended.iter().take(UNENDED).map(one).collect(),
-        more_unended: unended.len().saturating_sub(UNENDED) as u64,
+        unended: unended.iter().take(MAX_UNENDED).map(one).collect(),
+        more_unended: unended.len().saturating_sub(MAX_UNENDED) as u64,
     }
 }
 
@@ -113,10 +118,10 @@ fn region(status: &RegionStatus) -> Region {
 }
 
 fn device(session: &Session, status: &DeviceStatus) -> Device {
-    let able = |step: &Step| session.can(status.device, *step);
+    let can = |step: &Step| session.can(status.device, *step);
     Device {
         device: session.device_name(status.device).into(),
-        stop: Step::LADDER.iter().filter(|step| able(step)).map(|step| step.word().into()).collect(),
+        stop: Step::LADDER.iter().filter(|step| can(step)).map(|step| step.word().into()).collect(),
         ats: status.nature.ats,
         tdi: status.nature.tdi,
         fenced: status.fenced.map(|step| step.word().into()),

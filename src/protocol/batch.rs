@@ -1,7 +1,7 @@
-//! A batch: a record of 64 bytes with its ranges behind it, in the same datagram.
+//! A batch: one record of 64 bytes, followed by its ranges in the same datagram.
 //!
-//! Each range is 16 bytes: first guest-physical address and length, little-endian. The record says in `length` how many
-//! there are; `gpa` is 0.
+//! Each range has 16 bytes: the first guest-physical address and the length in bytes, both little-endian. The record's
+//! `length` is the number of ranges; its `gpa` is 0.
 
 use passgate_bindings::units::{Gpa, PageRange};
 use zerocopy::little_endian::U64;
@@ -10,21 +10,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::record::{Kind, RECORD_LEN, Record, RecordError};
 use crate::gate::Ranges;
 
-/// Ranges of one batch at most.
+/// The maximum number of ranges of a batch.
 pub const MAX_RANGES: usize = 4096;
 
-/// Bytes of the longest datagram: a record and as many ranges as there may be.
-pub const MAX_DATAGRAM: usize = RECORD_LEN + MAX_RANGES * size_of::<Span>();
+/// The maximum length of a datagram in bytes: a record and [`MAX_RANGES`] ranges.
+pub const MAX_DATAGRAM: usize = RECORD_LEN + MAX_RANGES * size_of::<WireRange>();
 
-/// One range, as it goes.
+/// One range in wire format.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Span {
+struct WireRange {
     gpa: U64,
     length: U64,
 }
 
-/// Cuts a datagram into its record and what lies behind it: ranges where the record is a batch, nothing otherwise.
+/// Splits a datagram into its record and the bytes of the ranges after it. Only a batch may have bytes after the record.
 pub fn split(datagram: &[u8]) -> Result<(Record, &[u8]), RecordError> {
     let length = RecordError::Length(datagram.len());
     let (head, ranges) = datagram.split_at_checked(RECORD_LEN).ok_or(length)?;
@@ -33,29 +33,29 @@ pub fn split(datagram: &[u8]) -> Result<(Record, &[u8]), RecordError> {
     if is_batch || ranges.is_empty() { Ok((record, ranges)) } else { Err(length) }
 }
 
-/// The ranges behind a record that says that there are `count`: this is the border, nothing behind it checks again.
+/// Parses and checks `count` ranges from the bytes after a record. No later code checks them again.
 pub(super) fn ranges(count: u64, bytes: &[u8]) -> Result<Ranges, RecordError> {
     if count == 0 || count > MAX_RANGES as u64 {
         return Err(RecordError::Count(count));
     }
-    let spans = <[Span]>::ref_from_bytes(bytes).ok().filter(|spans| spans.len() as u64 == count);
-    let spans = spans.ok_or(RecordError::Length(RECORD_LEN + bytes.len()))?;
-    let range = |(index, span): (usize, &Span)| {
-        let range = PageRange::<Gpa>::new(span.gpa.get(), span.length.get());
+    let wire_ranges = <[WireRange]>::ref_from_bytes(bytes).ok().filter(|ranges| ranges.len() as u64 == count);
+    let wire_ranges = wire_ranges.ok_or(RecordError::Length(RECORD_LEN + bytes.len()))?;
+    let check = |(index, wire_range): (usize, &WireRange)| {
+        let range = PageRange::<Gpa>::new(wire_range.gpa.get(), wire_range.length.get());
         range.map_err(|error| RecordError::InBatch(index, error))
     };
-    let ranges: Vec<_> = spans.iter().enumerate().map(range).collect::<Result<_, _>>()?;
+    let ranges: Vec<_> = wire_ranges.iter().enumerate().map(check).collect::<Result<_, _>>()?;
     Ok(Ranges::try_from(ranges)?)
 }
 
-/// The datagram of a batch: `record` with the ranges behind it.
+/// Returns the datagram of a batch: `record`, with the number of ranges as its length, and the ranges after it.
 pub fn datagram(record: &Record, ranges: &[PageRange<Gpa>]) -> Vec<u8> {
     let record = Record { length: U64::new(ranges.len() as u64), ..*record };
     let mut bytes = Vec::with_capacity(RECORD_LEN + size_of_val(ranges));
     bytes.extend_from_slice(record.as_bytes());
     for range in ranges {
-        let span = Span { gpa: U64::new(range.start().0), length: U64::new(range.len()) };
-        bytes.extend_from_slice(span.as_bytes());
+        let range = WireRange { gpa: U64::new(range.start().0), length: U64::new(range.len()) };
+        bytes.extend_from_slice(range.as_bytes());
     }
     bytes
 }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn lies_as_the_protocol_says() {
+    fn batch_layout_matches_the_protocol() {
         let ranges = [range(1, 2), range(0x200, 1)];
         let bytes = datagram(&Record::new(Kind::BeginMany, 7), &ranges);
         assert_eq!((bytes.len(), &bytes[..4]), (96, &[5, 0, 1, 0][..]));
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_refused_for_what_is_wrong_with_it() {
+    fn malformed_batch_is_refused_with_the_reason() {
         let good = |n: usize| {
             let ranges: Vec<_> = (0..n as u64).map(|page| range(2 * page, 1)).collect();
             datagram(&Record::new(Kind::ConvertMany, 7), &ranges)

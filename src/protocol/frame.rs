@@ -1,6 +1,7 @@
-//! Varlink frames on a stream socket: NUL-ended JSON, with the file descriptors that came along.
+//! Varlink frames on a stream socket: NUL-terminated JSON, and the file descriptors sent with it (SCM_RIGHTS).
 //!
-//! Everything is bounded: a frame, its descriptors, what is read at a time. Descriptors arrive close-on-exec.
+//! The length of a frame, the number of its descriptors and the bytes of one read are limited. Received descriptors are
+//! close-on-exec.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
@@ -13,90 +14,94 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Bytes of the longest frame, its NUL included.
+/// The maximum length of a frame in bytes, its NUL included.
 pub const MAX_FRAME: usize = 64 * 1024;
-/// Bytes of the longest reply: a status that has much to tell, or metrics.
-pub const MAX_REPLY: usize = 1 << 20;
-/// Descriptors that may come with one frame.
+/// The maximum length of a reply in bytes; a status with many ranges, or metrics, can have that many.
+pub const MAX_REPLY_BYTES: usize = 1 << 20;
+/// The maximum number of descriptors of one frame.
 pub const MAX_FDS: usize = 16;
-/// Descriptors that the kernel passes at once at most (`SCM_MAX_FD`): room for all, so that none is lost unseen.
-const KERNEL_FDS: usize = 253;
+/// The maximum number of descriptors that the kernel passes in one message (`SCM_MAX_FD` in include/net/scm.h). The
+/// receive buffer has room for all of them, so that a truncated control message can have only one reason.
+const SCM_MAX_FD: usize = 253;
 
-/// Why a stream cannot be read any further. The text is the message that the user reads.
+/// The reason why a stream of frames, or one frame's descriptors, cannot be read. Its text is the error message for the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The peer has closed it.
+    /// The peer has closed the connection.
     #[error("the peer has closed the connection")]
     Closed,
-    /// A frame too long.
+    /// A frame is longer than this limit in bytes.
     #[error("a frame is longer than {0} bytes")]
     TooLong(usize),
-    /// Too many descriptors.
+    /// A frame has more than [`MAX_FDS`] descriptors.
     #[error("more than {MAX_FDS} file descriptors came with one frame")]
     TooManyFds,
-    /// Descriptors that came along were lost on the way.
+    /// The kernel has discarded descriptors of the frame.
     #[error(
-        "file descriptors that came along were lost, because this process has as many files open as it may: raise \
-         the limit (`ulimit -n`, `LimitNOFILE=`)"
+        "file descriptors of the message were lost, because this process has reached its limit of open files: raise \
+         it (`ulimit -n`, `LimitNOFILE=`)"
     )]
     FdsLost,
-    /// The kernel would not.
+    /// The read failed.
     #[error("cannot read from the connection: {0}")]
     Failed(Errno),
 }
 
-/// One side of a stream of frames.
+/// The receiving side of a stream of frames.
 #[derive(Debug)]
 pub struct Frames {
-    /// Bytes of the longest frame.
-    longest: usize,
+    /// The maximum length of a frame in bytes, its NUL included.
+    max_frame: usize,
+    /// The bytes received and not yet taken.
     bytes: Vec<u8>,
+    /// The number of leading bytes that are known to have no NUL.
     searched: usize,
-    /// Descriptors, and the byte that they came with: the kernel ends a read behind the message that has them.
+    /// The descriptors received, each with the index of the last byte of its read: the kernel ends a read after a message
+    /// with descriptors.
     fds: VecDeque<(usize, OwnedFd)>,
-    /// The bytes that came with descriptors which this process had no room for.
+    /// The indexes of bytes, as in `fds`, whose descriptors the kernel has discarded.
     lost: VecDeque<usize>,
 }
 
 /// One whole frame.
 #[derive(Debug)]
 pub struct Frame {
-    /// Its bytes, without the NUL.
+    /// The bytes, without the NUL.
     pub bytes: Vec<u8>,
-    /// The descriptors that came with it: all of them, or [`FrameError::FdsLost`].
+    /// All descriptors sent with it, or [`FrameError::FdsLost`].
     pub fds: Result<Vec<OwnedFd>, FrameError>,
 }
 
 impl Default for Frames {
     fn default() -> Self {
-        Self::of_at_most(MAX_FRAME)
+        Self::with_max_frame(MAX_FRAME)
     }
 }
 
 impl Frames {
-    /// Frames of at most that many bytes, their NUL included.
-    pub fn of_at_most(longest: usize) -> Self {
-        Self { longest, bytes: Vec::new(), searched: 0, fds: VecDeque::new(), lost: VecDeque::new() }
+    /// Returns an empty stream with this maximum length of a frame in bytes, its NUL included.
+    pub fn with_max_frame(max_frame: usize) -> Self {
+        Self { max_frame, bytes: Vec::new(), searched: 0, fds: VecDeque::new(), lost: VecDeque::new() }
     }
 
-    /// Reads once what has come, and does not wait for more. `Ok(false)` where nothing has.
+    /// Reads once from `socket` without blocking. Returns false where nothing was available.
     pub fn read(&mut self, socket: impl AsFd) -> Result<bool, FrameError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_FDS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut chunk = [0; 4096];
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let got = loop {
+        let received = loop {
             match recvmsg(&socket, &mut [IoSliceMut::new(&mut chunk)], &mut control, flags) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(errno) => return Err(FrameError::Failed(errno)),
-                Ok(got) => break got,
+                Ok(received) => break received,
             }
         };
-        let last = (self.bytes.len() + got.bytes).saturating_sub(1);
-        // There is room for all that the kernel passes, so what was cut off is what this process may not open (scm_detach_fds
-        // in net/core/scm.c).
-        if got.flags.contains(ReturnFlags::CTRUNC) {
+        let last = (self.bytes.len() + received.bytes).saturating_sub(1);
+        // The buffer has room for all descriptors of a message, so the kernel truncates them only where this process has
+        // reached its limit of open files (scm_detach_fds in net/core/scm.c).
+        if received.flags.contains(ReturnFlags::CTRUNC) {
             self.lost.push_back(last);
         }
         for message in control.drain() {
@@ -107,24 +112,24 @@ impl Frames {
         if self.fds.len() > MAX_FDS {
             return Err(FrameError::TooManyFds);
         }
-        if got.bytes == 0 {
+        if received.bytes == 0 {
             return Err(FrameError::Closed);
         }
-        self.bytes.extend_from_slice(&chunk[..got.bytes]);
-        // One frame, and a part of the next: nobody need send more before he has read an answer.
-        let frame = self.bytes.iter().take(self.longest).any(|byte| *byte == 0);
-        if self.bytes.len() > if frame { 2 * self.longest } else { self.longest } {
-            return Err(FrameError::TooLong(self.longest));
+        self.bytes.extend_from_slice(&chunk[..received.bytes]);
+        // One whole frame and a part of the next are allowed: a peer need not send more before it has read a reply.
+        let has_frame = self.bytes.iter().take(self.max_frame).any(|byte| *byte == 0);
+        if self.bytes.len() > if has_frame { 2 * self.max_frame } else { self.max_frame } {
+            return Err(FrameError::TooLong(self.max_frame));
         }
         Ok(true)
     }
 
-    /// Whether a whole frame has come.
+    /// Returns true where a whole frame has been received.
     pub fn has_frame(&self) -> bool {
         self.bytes.contains(&0)
     }
 
-    /// The next whole frame.
+    /// Removes and returns the next whole frame.
     pub fn take(&mut self) -> Option<Frame> {
         let end = self.bytes[self.searched..].iter().position(|byte| *byte == 0);
         let Some(end) = end.map(|end| self.searched + end) else {
@@ -135,22 +140,23 @@ impl Frames {
         let mut bytes = std::mem::replace(&mut self.bytes, rest);
         bytes.pop();
         self.searched = 0;
-        let with = self.fds.iter().take_while(|(at, _)| *at <= end).count();
-        let fds = self.fds.drain(..with).map(|(_, fd)| fd).collect();
+        let fd_count = self.fds.iter().take_while(|(at, _)| *at <= end).count();
+        let fds = self.fds.drain(..fd_count).map(|(_, fd)| fd).collect();
         for (at, _) in &mut self.fds {
             *at -= end + 1;
         }
-        let lost = self.lost.iter().take_while(|at| **at <= end).count();
-        self.lost.drain(..lost);
+        let lost_count = self.lost.iter().take_while(|at| **at <= end).count();
+        self.lost.drain(..lost_count);
         for at in &mut self.lost {
             *at -= end + 1;
         }
-        let fds = if lost > 0 { Err(FrameError::FdsLost) } else { Ok(fds) };
+        let fds = if lost_count > 0 { Err(FrameError::FdsLost) } else { Ok(fds) };
         Some(Frame { bytes, fds })
     }
 }
 
-/// Sends what the socket takes of `bytes`, with `fds` on the first byte, and does not wait; how many bytes went.
+/// Sends `bytes` without blocking, with `fds` on the first byte. Returns the number of bytes sent. `EINVAL` for more than
+/// [`MAX_FDS`] descriptors, `EAGAIN` where the socket's buffer is full.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);

@@ -1,11 +1,11 @@
-//! Bytes as hexadecimal digits, as `Dma` carries them.
+//! Bytes as hexadecimal digits, as in the parameters and replies of `Dma`.
 
-/// Two digits a byte.
+/// Returns `bytes` in hexadecimal, two digits per byte.
 pub fn encode(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The bytes, unless `text` is not whole pairs of hexadecimal digits.
+/// Returns the bytes; none unless `text` consists of whole pairs of hexadecimal digits.
 pub fn decode(text: &str) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(2) || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn goes_there_and_back() {
+    fn hex_round_trip_and_invalid_digits() {
         assert_eq!(decode(&encode(&[0, 0x7f, 0xff])), Some(vec![0, 0x7f, 0xff]));
         assert_eq!(decode("0"), None);
         assert_eq!(decode("0g"), None);

@@ -1,8 +1,8 @@
-//! What a client and a session say to each other; docs/protocol.md says it byte by byte.
+//! The protocol between a client and a session; docs/protocol.md specifies it byte by byte.
 //!
-//! Two sockets: the *control socket* (varlink: NUL-ended JSON, file descriptors by SCM_RIGHTS), and the
-//! *notification channel* that it hands out (SOCK_SEQPACKET, fixed 64-byte records, or one with many ranges
-//! behind it) for the hot path.
+//! It has two sockets: the *control socket* (varlink: NUL-terminated JSON, file descriptors by SCM_RIGHTS), and the
+//! *notification channel* that the control socket passes to a client (SOCK_SEQPACKET: 64-byte records, which in a batch
+//! are followed by ranges), for the hot path.
 
 pub mod address;
 pub mod batch;

@@ -1,6 +1,7 @@
 //! The record of the notification channel: 64 bytes, little-endian, one per datagram.
 //!
-//! One layout serves requests and replies, so that a C program needs one struct. What a kind does not use is zero.
+//! Requests and replies have the same layout, so that a C program needs one struct. Fields that a kind does not use are
+//! zero. docs/protocol.md, "The notification channel".
 
 use passgate_bindings::units::{PageRange, RangeError};
 use zerocopy::little_endian::{I32, U16, U32, U64};
@@ -9,53 +10,53 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::batch;
 use crate::gate::{PageState, Ranges, RangesError, Said, Word};
 
-/// Bytes of a record.
+/// The length of a record in bytes.
 pub const RECORD_LEN: usize = 64;
 
-/// The only version there is.
+/// The version of the record layout. There is no other.
 pub const VERSION: u8 = 1;
 
-/// The deadline of a begin or convert that names none, in milliseconds.
+/// The deadline of a begin or convert without one, in milliseconds.
 pub const DEFAULT_DEADLINE_MS: u32 = 1000;
 
-/// The shortest deadline that can be kept whatever happens, in milliseconds.
+/// The minimum deadline of a request in milliseconds: the shortest that is met whatever the devices and the kernel do.
 pub const MIN_DEADLINE_MS: u32 = 10;
 
-/// The longest deadline that may be asked for, in milliseconds.
+/// The maximum deadline of a request in milliseconds.
 pub const MAX_DEADLINE_MS: u32 = 60_000;
 
-/// A deadline as it is asked for: 0 for the default.
-pub fn deadline_ms(asked: u32) -> Result<u32, RecordError> {
-    match asked {
+/// Checks a requested deadline and returns it in milliseconds; 0 requests [`DEFAULT_DEADLINE_MS`].
+pub fn deadline_ms(requested: u32) -> Result<u32, RecordError> {
+    match requested {
         0 => Ok(DEFAULT_DEADLINE_MS),
-        MIN_DEADLINE_MS..=MAX_DEADLINE_MS => Ok(asked),
+        MIN_DEADLINE_MS..=MAX_DEADLINE_MS => Ok(requested),
         other => Err(RecordError::Field("deadline", other.into())),
     }
 }
 
-/// What a record is.
+/// The kind of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {
-    /// Request: say it back.
+    /// Request: send an empty reply. For measurements.
     Echo = 1,
-    /// Request: a range is about to change.
+    /// Request: the client is about to convert a range.
     Begin = 2,
-    /// Request: how it went.
+    /// Request: the outcome of a conversion that was granted.
     End = 3,
-    /// Request: passgate changes the range itself.
+    /// Request: passgate itself is to convert a range.
     Convert = 4,
-    /// Request: the ranges behind it are about to change, together ([`super::batch`]).
+    /// Request: the client is about to convert the ranges after the record, as one conversion ([`super::batch`]).
     BeginMany = 5,
-    /// Request: passgate changes the ranges behind it itself.
+    /// Request: passgate itself is to convert the ranges after the record.
     ConvertMany = 6,
     /// Reply to an echo.
     Echoed = 0x8001,
     /// Reply to a begin or a convert.
     Verdict = 0x8002,
-    /// Reply to an end: taken down.
+    /// Reply to an end: the outcome is recorded.
     Ended = 0x8003,
-    /// Reply to any request that was wrong: nothing changed. `errno` says why.
+    /// Reply to a request that was refused; nothing has changed. `errno` is the reason.
     Wrong = 0x80ff,
 }
 
@@ -68,17 +69,17 @@ impl Kind {
     }
 }
 
-/// Verdicts as numbers, in [`Record::outcome`] of a reply.
+/// The numbers of the verdicts, in [`Record::outcome`] of a reply.
 pub mod verdict {
-    /// No device sees the range any more.
+    /// Done: no device can access the range any more.
     pub const DONE: u32 = 0;
-    /// Do not convert.
+    /// Refused: the client must not convert.
     pub const REFUSED: u32 = 1;
-    /// Do not convert; not even passgate knows.
+    /// Unknown: the client must not convert; devices may still access the range.
     pub const UNKNOWN: u32 = 2;
 }
 
-/// One record. Offsets in docs/protocol.md.
+/// One record. docs/protocol.md has the offsets of the fields.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct Record {
@@ -86,89 +87,91 @@ pub struct Record {
     pub kind: U16,
     /// [`VERSION`].
     pub version: u8,
-    /// Reply flags: bit 0, the answer waited for DMA in flight. 0 in requests.
+    /// Reserved: 0 in requests and in replies.
     pub flags: u8,
-    /// Begin, convert: what the pages will be (0 shared, 1 private, 2 hole).
+    /// Begin, convert: the new state of the pages (0 shared, 1 private, 2 hole).
     pub to: U32,
-    /// The client's own number for the request; comes back untouched.
+    /// The client's number for the request; copied to the reply.
     pub cookie: U64,
-    /// First guest-physical address; in a refusal the first that failed.
+    /// The first guest-physical address; in a verdict that is not *done*, that of the first range that failed.
     pub gpa: U64,
-    /// Length in bytes; in a refusal of what failed; of a batch the number of its ranges.
+    /// The length in bytes, in a batch the number of its ranges; in a verdict that is not *done*, the length of the first
+    /// range that failed.
     pub length: U64,
-    /// Names the invalidation: in the verdict, and in the end that belongs to it.
+    /// The id of the invalidation: in the verdict, and in the end that belongs to it.
     pub invalidation: U64,
     /// End: 0 committed, 1 not committed, 2 unknown. Verdict: 0 done, 1 refused, 2 unknown.
     pub outcome: U32,
-    /// Verdict: why (`gate::Cause`); 0 where done.
+    /// Verdict: the cause ([`crate::gate::Cause`]); 0 where done.
     pub cause: U32,
-    /// A Linux errno: of the owner's call (end), of the kernel's answer (verdict), of the mistake (wrong).
+    /// A Linux errno. End: of the owner's kernel call. Verdict: of the failed call, or 0. Wrong: the reason of the refusal.
     pub errno: I32,
-    /// Begin, convert: deadline in milliseconds, 0 for the default. Verdict: number of the device to blame + 1.
+    /// Begin, convert: the deadline in milliseconds, 0 for the default. Verdict: the number of the device that could not be
+    /// stopped, plus 1; 0 for none.
     pub deadline_or_device: U32,
-    /// End: how many bytes into the range (or the ranges, in order) the owner got. Else 0.
+    /// End: the number of bytes of the range (of a batch, of its ranges in order) that the owner has converted. Else 0.
     pub offset: U64,
 }
 
-/// What a record asks for, checked.
+/// A checked request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Say it back.
+    /// An empty reply is requested.
     Echo,
-    /// Ranges are about to change, by the client or (`convert`) by passgate.
+    /// Ranges are about to be converted.
     Begin {
-        /// The ranges; one, but for a batch.
+        /// The ranges; one, unless the request is a batch.
         ranges: Ranges,
-        /// What they will be.
+        /// The new state of their pages.
         to: PageState,
-        /// Within how many milliseconds to answer.
+        /// The deadline of the verdict in milliseconds.
         deadline_ms: u32,
-        /// Whether passgate is to do it.
+        /// True where passgate itself converts them, false where the client does.
         convert: bool,
     },
-    /// How it went.
+    /// A conversion has ended.
     End {
-        /// What was begun.
+        /// The id of the invalidation.
         invalidation: u64,
-        /// What its owner says of it; whether that contradicts itself depends on the range.
+        /// The owner's statement. Its consistency can be checked only with the length of the ranges.
         said: Said,
     },
 }
 
-/// Why a record is no request. The text is the message that the user reads.
+/// The reason why a record is not a valid request. Its text is the error message for the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
-    /// Not 64 bytes.
+    /// The datagram does not have the length of its record, in bytes.
     #[error("a record has {RECORD_LEN} bytes, this one has {0}")]
     Length(usize),
-    /// Another version.
+    /// The version is not [`VERSION`].
     #[error("record version {0} is not known: this is version {VERSION}")]
     Version(u8),
-    /// Not a request.
+    /// The kind is unknown, or that of a reply.
     #[error("record kind {0:#x} is not a request")]
     Kind(u16),
-    /// A number that means nothing there.
+    /// The field has a number that is not defined.
     #[error("`{0}` cannot be {1}: see docs/protocol.md")]
     Field(&'static str, u64),
-    /// A field that the kind does not use.
+    /// A field that the kind does not use is not zero.
     #[error("a field that a record of this kind does not use is not zero")]
     NotZero,
-    /// Not a page range.
+    /// The range is not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
-    /// Too few or too many ranges.
+    /// The number of ranges of a batch is 0 or above [`super::batch::MAX_RANGES`].
     #[error("a batch has 1 to {max} ranges, this one has {0}", max = super::batch::MAX_RANGES)]
     Count(u64),
-    /// Not a page range, in a batch.
+    /// The range at this index of a batch is not a page range.
     #[error("range {0} of the batch: {1}")]
     InBatch(usize, RangeError),
-    /// Ranges that are no batch.
+    /// The ranges of a batch are not ascending, or overlap.
     #[error(transparent)]
     Ranges(#[from] RangesError),
 }
 
 impl RecordError {
-    /// As a number, for [`Kind::Wrong`].
+    /// Returns the errno of the reply, [`Kind::Wrong`].
     pub fn errno(self) -> i32 {
         match self {
             Self::Version(_) | Self::Kind(_) => 71, // EPROTO
@@ -180,48 +183,48 @@ impl RecordError {
 }
 
 impl Record {
-    /// A record of this kind, all else zero.
+    /// Returns a record with this kind and cookie; all other fields are zero.
     pub fn new(kind: Kind, cookie: u64) -> Self {
         Self { kind: U16::new(kind as u16), version: VERSION, cookie: U64::new(cookie), ..Default::default() }
     }
 
-    /// The record in a datagram.
+    /// Reads a record from a datagram of [`RECORD_LEN`] bytes.
     pub fn parse(datagram: &[u8]) -> Result<Self, RecordError> {
         Self::read_from_bytes(datagram).map_err(|_| RecordError::Length(datagram.len()))
     }
 
-    /// What kind it is, where it is one.
+    /// Returns its kind; none for an unknown number.
     pub fn kind(&self) -> Option<Kind> {
         Kind::from_raw(self.kind.get())
     }
 
-    /// What it asks for, with what [`super::batch::split`] found behind it: this is the border, nothing behind it checks
-    /// again.
-    pub fn request(&self, behind: &[u8]) -> Result<Request, RecordError> {
+    /// Checks the record and returns its request. `ranges` are the bytes after the record, as [`super::batch::split`] returns
+    /// them. No later code checks the fields again.
+    pub fn request(&self, ranges: &[u8]) -> Result<Request, RecordError> {
         if self.version != VERSION {
             return Err(RecordError::Version(self.version));
         }
-        // What is left once every field that the kind uses is taken out: must be nothing.
-        let mut rest = Self { kind: U16::default(), version: 0, cookie: U64::default(), ..*self };
-        let mut take = |field: fn(&mut Self)| field(&mut rest);
+        // A copy in which every field that the kind uses is cleared: at the end it must be all zero.
+        let mut unused = Self { kind: U16::default(), version: 0, cookie: U64::default(), ..*self };
+        let mut clear = |fields: fn(&mut Self)| fields(&mut unused);
         let request = match self.kind() {
             Some(Kind::Echo) => Request::Echo,
             Some(kind @ (Kind::Begin | Kind::Convert | Kind::BeginMany | Kind::ConvertMany)) => {
-                take(|r| (r.to, r.deadline_or_device, r.length) = Default::default());
+                clear(|r| (r.to, r.deadline_or_device, r.length) = Default::default());
                 let ranges = if matches!(kind, Kind::Begin | Kind::Convert) {
-                    take(|r| r.gpa = Default::default());
+                    clear(|r| r.gpa = Default::default());
                     PageRange::new(self.gpa.get(), self.length.get())?.into()
                 } else {
-                    batch::ranges(self.length.get(), behind)?
+                    batch::ranges(self.length.get(), ranges)?
                 };
                 let deadline_ms = deadline_ms(self.deadline_or_device.get())?;
-                let to = state(self.to.get())?;
+                let to = page_state(self.to.get())?;
                 let convert = matches!(kind, Kind::Convert | Kind::ConvertMany);
                 Request::Begin { ranges, to, deadline_ms, convert }
             }
             Some(Kind::End) => {
-                take(|r| (r.invalidation, r.offset) = Default::default());
-                take(|r| (r.outcome, r.errno) = Default::default());
+                clear(|r| (r.invalidation, r.offset) = Default::default());
+                clear(|r| (r.outcome, r.errno) = Default::default());
                 let word = match self.outcome.get() {
                     0 => Word::Committed,
                     1 => Word::NotCommitted,
@@ -233,12 +236,12 @@ impl Record {
             }
             _ => return Err(RecordError::Kind(self.kind.get())),
         };
-        if rest == Self::default() { Ok(request) } else { Err(RecordError::NotZero) }
+        if unused == Self::default() { Ok(request) } else { Err(RecordError::NotZero) }
     }
 }
 
-/// A page state that may be asked for.
-fn state(raw: u32) -> Result<PageState, RecordError> {
+/// Returns the page state with this number.
+fn page_state(raw: u32) -> Result<PageState, RecordError> {
     match raw {
         0 => Ok(PageState::Shared),
         1 => Ok(PageState::Private),
@@ -252,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lies_as_the_protocol_says() {
+    fn record_layout_matches_the_protocol() {
         assert_eq!(size_of::<Record>(), RECORD_LEN);
         let mut record = Record::new(Kind::Begin, 0x1122_3344_5566_7788);
         record.to = U32::new(1);
@@ -269,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_records_say_what_is_wrong() {
+    fn malformed_record_is_refused_with_the_reason() {
         assert_eq!(Record::parse(&[0; 63]), Err(RecordError::Length(63)));
         let begin = |change: fn(&mut Record)| {
             let mut record = Record::new(Kind::Begin, 0);

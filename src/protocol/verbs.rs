@@ -1,7 +1,7 @@
-//! The verbs of the control socket: parameters and replies, as varlink's JSON has them.
+//! The methods of the control socket: their parameters and replies in JSON.
 //!
-//! The interface is described in varlink's own language in `io.passgate.Control.varlink` beside this file, which
-//! is what `GetInterfaceDescription` answers; a test holds the two together.
+//! `io.passgate.Control.varlink`, next to this file, describes the interface in varlink's interface definition language;
+//! `GetInterfaceDescription` returns it. A test compares its fields with the structures here.
 
 mod adopt;
 
@@ -12,39 +12,39 @@ pub use adopt::{Adopt, Adopted, AdoptedRegion, Unended};
 /// The name of passgate's interface.
 pub const INTERFACE: &str = "io.passgate.Control";
 
-/// What `GetInterfaceDescription` answers.
+/// The interface description, as `GetInterfaceDescription` returns it.
 pub const DESCRIPTION: &str = include_str!("io.passgate.Control.varlink");
 
-/// A call, as it comes.
+/// A varlink call.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Call {
-    /// Interface and verb, with a dot between.
+    /// The interface and the method, separated by a dot.
     pub method: String,
-    /// The parameters; an object.
+    /// The parameters, a JSON object.
     #[serde(default)]
     pub parameters: serde_json::Value,
-    /// Whether more than one reply is wanted.
+    /// True where the caller accepts more than one reply.
     #[serde(default, skip_serializing_if = "is_false")]
     pub more: bool,
-    /// Whether no reply is wanted.
+    /// True where the caller wants no reply.
     #[serde(default, skip_serializing_if = "is_false")]
     pub oneway: bool,
-    /// Whether the connection is to change its protocol; never supported.
+    /// True where the caller wants to change the protocol of the connection; not supported.
     #[serde(default, skip_serializing_if = "is_false")]
     pub upgrade: bool,
 }
 
-/// A reply, as it goes.
+/// A varlink reply.
 #[derive(Debug, Default, Deserialize, Serialize)]
 pub struct Reply {
-    /// The values, or the error's.
+    /// The reply's parameters, or the error's.
     #[serde(default)]
     pub parameters: serde_json::Value,
-    /// Whether more come.
+    /// True where more replies to the same call follow.
     #[serde(default, skip_serializing_if = "is_false")]
     pub continues: bool,
-    /// The error's name, where it is one.
+    /// The name of the error; none where the call succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -53,12 +53,12 @@ fn is_false(flag: &bool) -> bool {
     !flag
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
-/// `AddMemory`. The message carries one descriptor, or two where `private` is true: what devices are given, then
-/// the guest_memfd of the private side.
+/// The parameters of `AddMemory`. The message has one descriptor, that of the file that devices may access; where `private`
+/// is true it has a second, the guest_memfd with the private pages.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct AddMemory {
@@ -66,28 +66,28 @@ pub struct AddMemory {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Where in the file the memory starts, in bytes.
+    /// The offset in the file at which the memory starts, in bytes.
     #[serde(default)]
     pub offset: u64,
-    /// Whether devices may write to it.
-    #[serde(default = "yes")]
+    /// True where devices may write to it.
+    #[serde(default = "default_true")]
     pub writable: bool,
-    /// Bytes per kernel mapping at most: a power of two, at least 4096; 0 (the default) leaves it to passgate.
+    /// The maximum size of a kernel mapping in bytes: a power of two, at least 4096. 0, the default: passgate chooses.
     #[serde(default)]
     pub piece: u64,
-    /// The state of its pages now: `shared`, `private` or `hole`.
+    /// The present state of its pages: `shared`, `private` or `hole`.
     #[serde(default)]
     pub initial: State,
-    /// Whether passgate is the only one who maps it, so that it may convert it itself (`Convert`).
+    /// True where no other process maps it, so that passgate itself may convert it (`Convert`).
     #[serde(default)]
     pub sole_mapper: bool,
-    /// Whether a second descriptor, the private guest_memfd, comes along.
+    /// True where the message has a second descriptor, the private guest_memfd.
     #[serde(default)]
     pub private: bool,
 }
 
 impl AddMemory {
-    /// Ordinary memory: `length` bytes at `gpa`, from the file's start, shared, writable.
+    /// Returns parameters for `length` bytes at `gpa`, from the start of the file, shared and writable.
     pub fn shared(gpa: u64, length: u64) -> Self {
         Self {
             gpa,
@@ -102,16 +102,16 @@ impl AddMemory {
     }
 }
 
-/// A page state in JSON.
+/// The state of a page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Devices may see it.
+    /// Devices may access it.
     #[default]
     Shared,
-    /// Only the guest may.
+    /// Only the guest may access it.
     Private,
-    /// Nothing is there.
+    /// It has no memory.
     Hole,
 }
 
@@ -128,21 +128,21 @@ impl From<State> for crate::gate::PageState {
 /// The reply to `AddMemory`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 pub struct MemoryAdded {
-    /// Its name.
+    /// The id of the region.
     pub region: u32,
-    /// Bytes mapped by now, summed over the domains.
+    /// The number of bytes mapped so far, summed over the domains.
     pub mapped: u64,
 }
 
-/// `RemoveMemory`.
+/// The parameters of `RemoveMemory`.
 #[derive(Debug, Clone, Copy, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveMemory {
-    /// As `AddMemory` named it.
+    /// The id of the region, from [`MemoryAdded`].
     pub region: u32,
 }
 
-/// `Convert`: passgate changes the range itself, once the proof is there.
+/// The parameters of `Convert`: passgate itself converts the range, once no device can access it.
 #[derive(Debug, Clone, Copy, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Convert {
@@ -150,9 +150,9 @@ pub struct Convert {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// What it is to be.
+    /// The new state of its pages.
     pub to: State,
-    /// Within how many milliseconds to answer; 0 for the default.
+    /// The deadline of the verdict in milliseconds; 0 for the default.
     #[serde(default)]
     pub deadline_ms: u32,
 }
@@ -162,87 +162,88 @@ pub struct Convert {
 pub struct Converted {
     /// `done`, `refused` or `unknown`.
     pub verdict: String,
-    /// Names it, for `Explain`.
+    /// The id of the invalidation, for `Explain`.
     pub invalidation: u64,
-    /// What failed first, where something did.
+    /// The first failure; none where the verdict is `done`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
 }
 
-/// What failed, where, by whose fault.
+/// The first failure of an invalidation.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Failure {
-    /// First guest-physical address that failed.
+    /// First guest-physical address of the range that failed, in bytes.
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Why, in a word (`gate::Cause`).
+    /// The cause, as [`crate::gate::Cause::word`] returns it.
     pub cause: String,
-    /// The device to blame, by name.
+    /// The name of the device that could not be stopped; none where no device is the cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// The last rung that was tried.
+    /// The strongest step of the fence ladder that was tried.
     pub rung: String,
-    /// The kernel's answer; 0 where there was none.
+    /// The errno of the failed kernel call; 0 where there was none.
     pub errno: i32,
 }
 
-/// `Explain`.
+/// The parameters of `Explain`.
 #[derive(Debug, Clone, Copy, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Explain {
-    /// The invalidation.
+    /// The id of the invalidation.
     pub invalidation: u64,
 }
 
-/// `Subscribe`; called with `more`.
+/// The parameters of `Subscribe`, which is called with `more`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Subscribe {
-    /// The sequence number of the last event that was heard; absent to hear only what comes.
+    /// The sequence number of the last event received: later events that are still stored are sent first. Absent for new
+    /// events only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<u64>,
-    /// Of which daemon that number is, as `subscribed` and `Status` name it.
+    /// The instance of the daemon that `after` is from, as in the event `subscribed` and in `Status`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
 }
 
-/// `Release`: a person says what the pages are that an invalidation left in quarantine.
+/// The parameters of `Release`: an operator ends the quarantine of an invalidation's pages and states what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Release {
-    /// The invalidation that the quarantine dates from.
+    /// The id of the invalidation that quarantined the pages.
     pub invalidation: u64,
-    /// What the pages are.
+    /// The state of the pages.
     pub to: State,
 }
 
 /// The reply to `Release`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Released {
-    /// Bytes that came out of quarantine.
+    /// The number of bytes whose quarantine has ended.
     pub bytes: u64,
 }
 
 /// The reply to `Metrics`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Metrics {
-    /// OpenMetrics text, `# EOF` at its end.
+    /// OpenMetrics text; it ends with `# EOF`.
     pub text: String,
 }
 
-/// `Dma`: a device does one DMA now, and the reply says what came of it. Only with `serve --allow-dma`.
+/// The parameters of `Dma`: a device performs one DMA operation, whose result is the reply. Only with `serve --allow-dma`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dma {
-    /// The device, by name.
+    /// The name of the device.
     pub device: String,
-    /// Where, in bytes.
+    /// The first I/O virtual address, in bytes.
     pub iova: u64,
-    /// Bytes to write, in hexadecimal; absent for a read.
+    /// The bytes to write, in hexadecimal; absent for a read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write: Option<String>,
-    /// Bytes to read; absent for a write.
+    /// The number of bytes to read; absent for a write.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read: Option<u32>,
 }
@@ -250,123 +251,123 @@ pub struct Dma {
 /// The reply to `Dma`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 pub struct DmaDone {
-    /// What was read, in hexadecimal.
+    /// The bytes read, in hexadecimal; absent for a write.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read: Option<String>,
 }
 
-/// One region, in `Status`.
+/// A region, in `Status`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Region {
-    /// Its name.
+    /// The id of the region.
     pub region: u32,
     /// First guest-physical address, in bytes.
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Bytes per kernel mapping.
+    /// The size of a kernel mapping in bytes.
     pub piece: u64,
-    /// Whether devices may write to it.
+    /// True where devices may write to it.
     pub writable: bool,
-    /// Bytes by state: shared, private, hole, unknown.
+    /// The number of bytes that are shared.
     pub shared: u64,
-    /// See `shared`.
+    /// The number of bytes that are private.
     pub private: u64,
-    /// See `shared`.
+    /// The number of bytes in holes.
     pub hole: u64,
-    /// See `shared`.
+    /// The number of bytes whose state is unknown.
     pub unknown: u64,
-    /// Whether it is on its way out.
+    /// True while it is being removed.
     pub closing: bool,
 }
 
-/// One device, in `Status`.
+/// A device, in `Status`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Device {
     /// Its name: a PCI address, or `soft:N`.
     pub device: String,
-    /// How it can be stopped, weakest first.
+    /// The fences by which it can be stopped, weakest first.
     pub stop: Vec<String>,
-    /// Whether it caches translations of its own (PCI ATS is on, or nobody knows that it is off): an unmap alone may not
-    /// be proof for it.
+    /// True where it may cache translations (PCI ATS is enabled, or cannot be proved to be disabled), so that an unmap alone
+    /// may not be proof.
     pub ats: bool,
-    /// Whether it is a TDISP interface in LOCKED or RUN, which bus mastering off or a reset would end.
+    /// True where it is a TDISP interface (TDI) in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,
-    /// The fence that it is under, where it is.
+    /// The strongest fence that it is under; absent where it is under none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fenced: Option<String>,
-    /// True while it could not be brought back: it may be in its address space or not.
+    /// True while its last attach has failed: it may be attached to its domain or not.
     #[serde(default)]
     pub lost: bool,
 }
 
-/// One range that must not be handed out, in `Status`.
+/// A range in quarantine, in `Status`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Quarantined {
-    /// First guest-physical address, while a region covers it.
+    /// First guest-physical address, in bytes; absent while no region covers it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpa: Option<u64>,
-    /// Where in its file it starts, in bytes.
+    /// Its offset in its file, in bytes.
     pub offset: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Why, in a word.
+    /// The cause, as [`crate::gate::Cause::word`] returns it.
     pub cause: String,
-    /// The invalidation that failed.
+    /// The id of the invalidation that quarantined it.
     pub invalidation: u64,
 }
 
-/// One range that was refused lately, in `Status`.
+/// A range that was refused recently, in `Status`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Refused {
-    /// The invalidation.
+    /// The id of the invalidation.
     pub invalidation: u64,
-    /// First guest-physical address.
+    /// First guest-physical address, in bytes.
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Why, in a word.
+    /// The cause, as [`crate::gate::Cause::word`] returns it.
     pub cause: String,
-    /// The device to blame, by name.
+    /// The name of the device that could not be stopped; none where no device is the cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// The kernel's answer; 0 where there was none.
+    /// The errno of the failed kernel call; 0 where there was none.
     pub errno: i32,
-    /// When, in seconds before this status.
+    /// The time between the refusal and this reply, in seconds.
     pub seconds_ago: u64,
 }
 
-/// Totals since the start, in `Status`.
+/// Totals since the daemon's start, in `Status`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Totals {
-    /// Conversions answered *done*.
+    /// The number of conversions with the verdict *done*.
     pub done: u64,
-    /// Conversions answered *refused*.
+    /// The number of conversions with the verdict *refused*.
     pub refused: u64,
-    /// Conversions answered *unknown*.
+    /// The number of conversions with the verdict *unknown*.
     pub unknown: u64,
-    /// Conversions that had to wait for DMA in flight.
+    /// The number of conversions that had to wait for DMA in flight.
     pub late_dma_waited: u64,
-    /// Requests that were wrong.
+    /// The number of requests that were not valid.
     pub wrong: u64,
 }
 
-/// The virtio disk that the daemon serves, in `Status`. Counted since its start.
+/// The virtio disk of the daemon, in `Status`. Its counters start with the daemon.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Disk {
-    /// Whether there is a front-end.
+    /// True while a vhost-user front-end is connected.
     pub connected: bool,
-    /// Whether the drive was given up.
+    /// True once the drive has failed for good.
     pub lost: bool,
-    /// Requests that are at the drive.
+    /// The number of requests in flight at the drive.
     pub in_flight: u64,
-    /// Requests that are held because a page of theirs is not open to the drive.
+    /// The number of requests that are postponed because a page of theirs is closed in the admission window.
     pub held: u64,
-    /// Requests that were done.
+    /// The number of requests completed.
     pub done: u64,
-    /// Requests that were answered with an error.
+    /// The number of requests completed with an error.
     pub failed: u64,
-    /// Those of them that were refused because of their memory.
+    /// The number of requests of `failed` that were refused because of their memory.
     pub refused: u64,
 }
 
@@ -375,45 +376,45 @@ pub struct Disk {
 pub struct Status {
     /// passgate's version.
     pub version: String,
-    /// The domain's kind: `iommufd`, `type1`, `soft`.
+    /// The kind of the IOMMU domain: `iommufd`, `type1`, `soft`.
     pub iommu: String,
-    /// This daemon's name, new with every start: whose sequence numbers events have.
+    /// The instance name of the daemon, new with every start; sequence numbers of events belong to one instance.
     pub instance: String,
     /// The sequence number of the last event.
     pub sequence: u64,
-    /// How far the daemon goes by itself when DMA does not stop: `refuse`, `fence` or `reset`.
+    /// The policy where DMA does not stop (`--on-stuck-dma`): `refuse`, `fence` or `reset`.
     pub on_stuck_dma: String,
-    /// What counts as proof: `contained` or `strict`.
+    /// The platform, which determines what counts as proof: `contained` or `strict`.
     pub platform: String,
-    /// Whether DMA beside a page that goes may miss a moment: `require`, `prefer` or `off`.
+    /// The gaps in the DMA of neighbouring pages that are allowed (`--hitless`): `require`, `prefer` or `off`.
     pub hitless: String,
-    /// Kernel mappings in use.
+    /// The number of kernel mappings in use.
     pub mappings: u64,
-    /// Kernel mappings that open invalidations may yet need.
+    /// The number of kernel mappings reserved for open invalidations.
     pub reserved: u64,
-    /// Kernel mappings that there can be.
+    /// The limit of kernel mappings.
     pub max_mappings: u64,
-    /// Kernel mappings at the worst that conversions can make of the regions.
+    /// The number of kernel mappings in use in the worst case of conversions of the regions.
     pub forecast: u64,
-    /// Bytes that devices may reach.
+    /// The number of bytes that devices may access.
     pub pinned: u64,
-    /// Bytes in quarantine.
+    /// The number of bytes in quarantine.
     pub quarantined: u64,
-    /// Invalidations begun and not ended.
+    /// The number of invalidations begun and not ended.
     pub open: u64,
-    /// Connections.
+    /// The number of connections.
     pub clients: u64,
     /// The regions.
     pub regions: Vec<Region>,
     /// The devices.
     pub devices: Vec<Device>,
-    /// The virtio disk that is served; none where none is.
+    /// The virtio disk, where the daemon serves one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
-    /// What must not be handed out; at most 1024 ranges of it.
+    /// The ranges in quarantine; at most 1024 of them.
     pub quarantine: Vec<Quarantined>,
-    /// What was refused lately, the last first; at most 64 ranges.
+    /// The ranges refused recently, newest first; at most 64.
     pub refused: Vec<Refused>,
-    /// Totals since the start.
+    /// Totals since the daemon's start.
     pub totals: Totals,
 }

@@ -1,5 +1,5 @@
-//! What is done to the device. Memory is the witness: a page in which something is written that the device does not
-//! know must stay as it is for as long as no DMA can reach it.
+//! The checks of one device. Each is judged by the contents of memory: a page with a *canary*, a pattern that the device
+//! does not write, must not change while DMA cannot reach it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,22 +9,22 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
-use super::pump::{LEN, Pump};
-use super::{Checked, Trouble};
+use super::dma_load::{DMA_BYTES, DmaLoad};
+use super::{CheckError, CheckResult};
 use crate::error::{Error, Result};
 
-/// Pages of the test's memory.
+/// The number of pages of the test's memory.
 const PAGES: u64 = 8;
-/// Where the device sees them: low enough for a device with 32 address bits, and no interrupt window near.
-const BASE: u64 = 0x4000_0000;
-/// How long unmaps under DMA go on.
-const UNDER_DMA: Duration = Duration::from_secs(2);
-/// How long to look at memory behind a fence.
-const LOOK: Duration = Duration::from_millis(250);
-/// How long an operation may take.
-const LONG: Duration = Duration::from_secs(15);
+/// The IOVA of the first page: low enough for a device with 32 address bits, and not in the range of MSI addresses.
+const BASE_IOVA: u64 = 0x4000_0000;
+/// The duration of the check that unmaps pages under DMA.
+const UNMAP_UNDER_DMA_TIME: Duration = Duration::from_secs(2);
+/// The time for which memory must not change after a fence.
+const FENCE_OBSERVATION_TIME: Duration = Duration::from_millis(250);
+/// The maximum duration of one operation of the device.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The fences, weakest first, as the table names them.
+/// The fences with their names in the table, weakest first.
 pub(super) const FENCES: [(&str, FenceStep); 5] = [
     ("drain", FenceStep::Drain),
     ("migration STOP", FenceStep::Stop),
@@ -33,100 +33,101 @@ pub(super) const FENCES: [(&str, FenceStep); 5] = [
     ("reset", FenceStep::Reset),
 ];
 
-/// The device and some memory that it sees.
-pub(super) struct Bench {
+/// The device, its domain, and the memory that is mapped for it page by page.
+pub(super) struct DeviceTest {
     device: Arc<dyn Device>,
     domain: Arc<dyn Domain>,
     memory: Arc<GuestFile>,
 }
 
+/// Returns the IOVA range of a page.
 fn range(page: u64) -> std::result::Result<PageRange<Iova>, passgate_bindings::RangeError> {
-    PageRange::new(BASE + page * PAGE, PAGE)
+    PageRange::new(BASE_IOVA + page * PAGE, PAGE)
 }
 
-/// Bytes that no device writes when it is only asked to touch memory.
+/// Returns the canary of a page: bytes that [`Device::touch`] does not write.
 fn canary(page: u64) -> Vec<u8> {
-    (0..LEN as u64).map(|nth| ((nth.wrapping_mul(37) ^ page) as u8) & 0xfe).collect()
+    (0..DMA_BYTES as u64).map(|nth| ((nth.wrapping_mul(37) ^ page) as u8) & 0xfe).collect()
 }
 
-fn wrong(instead: impl Into<String>) -> Trouble {
-    Trouble::Failed(instead.into())
+fn failed(observation: impl Into<String>) -> CheckError {
+    CheckError::Failed(observation.into())
 }
 
-impl Bench {
+impl DeviceTest {
     pub(super) fn new(device: Arc<dyn Device>, domain: Arc<dyn Domain>) -> Result<Self> {
         let memory = GuestFile::memfd("passgate-selftest", PAGES * PAGE).map_err(Error::Memory)?;
         Ok(Self { device, domain, memory: Arc::new(memory) })
     }
 
-    /// How it says that it can be stopped.
-    pub(super) fn described(&self) -> String {
+    /// Returns the steps that stop the device, as its driver announces them, with its ATS and TDI state.
+    pub(super) fn stop_class(&self) -> String {
         let has =
             |(name, step): &(&'static str, FenceStep)| self.device.stop_class().has(*step).then_some(*name);
-        let mut words = vec!["unmap"];
-        words.extend(FENCES.iter().filter_map(has));
+        let mut steps = vec!["unmap"];
+        steps.extend(FENCES.iter().filter_map(has));
         let nature = self.device.nature();
         let ats = if nature.ats { "; ATS is on" } else { "" };
         let tdi = if nature.tdi { "; a TDI that is locked or runs" } else { "" };
-        format!("{}{ats}{tdi}", words.join(", "))
+        format!("{}{ats}{tdi}", steps.join(", "))
     }
 
-    fn map(&self, page: u64) -> std::result::Result<(), Trouble> {
+    fn map(&self, page: u64) -> std::result::Result<(), CheckError> {
         Ok(self.domain.map(range(page)?, PAGE, &self.memory, Offset(page * PAGE), true)?)
     }
 
-    /// Unmaps a page; true where operations over it had to end first.
-    fn unmap(&self, page: u64) -> std::result::Result<bool, Trouble> {
-        let begun = Instant::now();
+    /// Unmaps a page. Returns true if operations on it were in flight and had to end first.
+    fn unmap(&self, page: u64) -> std::result::Result<bool, CheckError> {
+        let started = Instant::now();
         match self.domain.unmap(range(page)?) {
             Unmap::Gone { bytes: PAGE } => Ok(false),
             Unmap::InFlight { bytes: PAGE, ticket } => {
                 let mut ended = Vec::new();
                 while !ended.contains(&ticket) {
-                    if begun.elapsed() > LONG {
-                        return Err(wrong("what was in flight over an unmapped page does not end"));
+                    if started.elapsed() > OPERATION_TIMEOUT {
+                        return Err(failed("what was in flight over an unmapped page does not end"));
                     }
                     std::thread::sleep(Duration::from_millis(1));
                     self.domain.poll(&mut ended);
                 }
                 Ok(true)
             }
-            other => Err(wrong(format!("the unmap of one page said {other:?}"))),
+            other => Err(failed(format!("the unmap of one page returned {other:?}"))),
         }
     }
 
-    /// Maps all pages, does something, and unmaps them again whatever came of it.
-    fn mapped(&self, does: impl FnOnce() -> Checked) -> Checked {
+    /// Maps all pages, runs `body`, and unmaps them again whether it succeeds or not.
+    fn with_pages_mapped(&self, body: impl FnOnce() -> CheckResult) -> CheckResult {
         let mut mapped = 0;
         let mut result = (0..PAGES).try_for_each(|page| {
             self.map(page)?;
             mapped = page + 1;
             Ok(())
         });
-        let mut seen = String::new();
+        let mut observation = String::new();
         if result.is_ok() {
-            result = does().map(|said| seen = said);
+            result = body().map(|text| observation = text);
         }
         for page in 0..mapped {
             let unmapped = self.unmap(page).map(drop);
             result = result.and(unmapped);
         }
-        result.map(|()| seen)
+        result.map(|()| observation)
     }
 
-    pub(super) fn maps(&self) -> Checked {
-        self.mapped(|| Ok(format!("{PAGES} pages")))
+    pub(super) fn map_and_unmap(&self) -> CheckResult {
+        self.with_pages_mapped(|| Ok(format!("{PAGES} pages")))
     }
 
-    /// One DMA each way, and what came of it in memory.
-    pub(super) fn dma(&self) -> Checked {
-        self.mapped(|| {
-            self.written(0)?;
-            let stamp = canary(1);
-            self.memory.write(PAGE, &stamp)?;
-            let read = match self.device.dma_read(Iova(BASE + PAGE), LEN) {
-                Ok(bytes) if bytes == stamp => "and reads it",
-                Ok(_) => return Err(wrong("the device read something else than what is in memory")),
+    /// Has the device write to memory and read from it, and compares the bytes.
+    pub(super) fn dma(&self) -> CheckResult {
+        self.with_pages_mapped(|| {
+            self.check_dma_write(0)?;
+            let pattern = canary(1);
+            self.memory.write(PAGE, &pattern)?;
+            let read = match self.device.dma_read(Iova(BASE_IOVA + PAGE), DMA_BYTES) {
+                Ok(bytes) if bytes == pattern => "and reads it",
+                Ok(_) => return Err(failed("the device read other bytes than memory contains")),
                 Err(Backend::Unsupported { .. }) => "(it cannot show what it reads)",
                 Err(error) => return Err(error.into()),
             };
@@ -134,105 +135,110 @@ impl Bench {
         })
     }
 
-    /// Has the device write to a page, and looks.
-    fn written(&self, page: u64) -> std::result::Result<(), Trouble> {
-        let stamp = match self.device.touch(Iova(BASE + page * PAGE)) {
+    /// Has the device write to a page, and checks that memory contains the bytes.
+    fn check_dma_write(&self, page: u64) -> std::result::Result<(), CheckError> {
+        let written = match self.device.touch(Iova(BASE_IOVA + page * PAGE)) {
             Err(Backend::Unsupported { .. }) => {
-                let what = "there is no driver here that has this kind of device do DMA";
-                return Err(Trouble::Skipped(what.to_owned()));
+                let reason = "passgate has no driver that makes this kind of device do DMA";
+                return Err(CheckError::Skipped(reason.to_owned()));
             }
             touched => touched?,
         };
-        let mut seen = vec![0; stamp.len()];
+        let mut seen = vec![0; written.len()];
         self.memory.read(page * PAGE, &mut seen)?;
-        if seen == stamp { Ok(()) } else { Err(wrong("the device wrote, and memory has not changed")) }
+        if seen == written { Ok(()) } else { Err(failed("the device wrote, and memory has not changed")) }
     }
 
-    /// A pump over all pages, once it is known that there is something to pump with.
-    fn pump(&self) -> std::result::Result<Pump, Trouble> {
-        self.written(0)?;
-        let places = (0..PAGES).map(|page| Iova(BASE + page * PAGE)).collect();
-        Ok(Pump::start(Arc::clone(&self.device), places)?)
+    /// Starts DMA to all pages, if the device can do DMA at all.
+    fn start_dma_load(&self) -> std::result::Result<DmaLoad, CheckError> {
+        self.check_dma_write(0)?;
+        let iovas = (0..PAGES).map(|page| Iova(BASE_IOVA + page * PAGE)).collect();
+        Ok(DmaLoad::start(Arc::clone(&self.device), iovas)?)
     }
 
-    fn put_canary(&self, page: u64) -> std::result::Result<(), Trouble> {
+    fn write_canary(&self, page: u64) -> std::result::Result<(), CheckError> {
         Ok(self.memory.write(page * PAGE, &canary(page))?)
     }
 
-    fn look(&self, page: u64, when: &str) -> std::result::Result<(), Trouble> {
-        let mut seen = vec![0; LEN];
+    /// Returns an error if the page no longer contains its canary.
+    fn check_canary(&self, page: u64, when: &str) -> std::result::Result<(), CheckError> {
+        let mut seen = vec![0; DMA_BYTES];
         self.memory.read(page * PAGE, &mut seen)?;
-        if seen == canary(page) { Ok(()) } else { Err(wrong(format!("the device wrote to memory {when}"))) }
+        if seen == canary(page) { Ok(()) } else { Err(failed(format!("the device wrote to memory {when}"))) }
     }
 
-    pub(super) fn unmaps_under_dma(&self) -> Checked {
-        self.mapped(|| {
-            let (pump, begun) = (self.pump()?, Instant::now());
-            let (mut unmaps, mut late) = (0, 0);
-            while begun.elapsed() < UNDER_DMA {
+    /// Unmaps and maps pages in turn while the device writes to all of them.
+    pub(super) fn unmap_under_dma(&self) -> CheckResult {
+        self.with_pages_mapped(|| {
+            let (load, started) = (self.start_dma_load()?, Instant::now());
+            let (mut unmaps, mut waited) = (0, 0);
+            while started.elapsed() < UNMAP_UNDER_DMA_TIME {
                 let page = unmaps % PAGES;
-                late += u32::from(self.unmap(page)?);
-                let look = self.put_canary(page).and_then(|()| {
-                    pump.wait(PAGES, LONG);
-                    self.look(page, "that was unmapped")
+                waited += u32::from(self.unmap(page)?);
+                // At least as many operations as there are pages, so that one of them is to this page.
+                let unchanged = self.write_canary(page).and_then(|()| {
+                    load.wait(PAGES, OPERATION_TIMEOUT);
+                    self.check_canary(page, "that was unmapped")
                 });
                 self.map(page)?;
-                look?;
+                unchanged?;
                 unmaps += 1;
             }
-            let went = pump.went();
-            Ok(format!("{unmaps} unmaps beside {went} DMA writes; {late} waited for DMA in flight"))
+            let writes = load.succeeded();
+            Ok(format!("{unmaps} unmaps during {writes} DMA writes; {waited} waited for DMA in flight"))
         })
     }
 
-    /// Stops the device by this fence under DMA, looks, and brings it back.
-    pub(super) fn fence(&self, name: &str, step: FenceStep) -> Checked {
+    /// Fences the device under DMA, checks that memory does not change, and attaches the device again.
+    pub(super) fn fence(&self, name: &str, step: FenceStep) -> CheckResult {
         if !self.device.stop_class().has(step) {
-            return Err(Trouble::Skipped("the device has none".to_owned()));
+            return Err(CheckError::Skipped("the device does not support it".to_owned()));
         }
-        self.mapped(|| match self.pump() {
-            Ok(pump) => self.fence_under_dma(name, step, &pump),
-            Err(Trouble::Skipped(_)) => {
-                let took = self.stop(step)?;
+        self.with_pages_mapped(|| match self.start_dma_load() {
+            Ok(load) => self.fence_under_dma(name, step, &load),
+            Err(CheckError::Skipped(_)) => {
+                let took = self.timed_fence(step)?;
                 self.device.attach()?;
-                Ok(format!("{took}, and back; not tried under DMA"))
+                Ok(format!("{took}; attached again; not tried under DMA"))
             }
-            Err(trouble) => Err(trouble),
+            Err(error) => Err(error),
         })
     }
 
-    fn stop(&self, step: FenceStep) -> std::result::Result<String, Trouble> {
-        let begun = Instant::now();
+    /// Fences the device. Returns the duration as text.
+    fn timed_fence(&self, step: FenceStep) -> std::result::Result<String, CheckError> {
+        let started = Instant::now();
         self.device.fence(step)?;
-        Ok(format!("{:.1} ms", begun.elapsed().as_secs_f64() * 1e3))
+        Ok(format!("{:.1} ms", started.elapsed().as_secs_f64() * 1e3))
     }
 
-    fn fence_under_dma(&self, name: &str, step: FenceStep, pump: &Pump) -> Checked {
-        pump.wait(2, LONG);
-        let took = self.stop(step)?;
-        let looked = (0..PAGES).try_for_each(|page| self.put_canary(page)).and_then(|()| {
-            pump.wait(1, LOOK);
-            std::thread::sleep(LOOK);
-            (0..PAGES).try_for_each(|page| self.look(page, &format!("behind the fence {name}")))
+    fn fence_under_dma(&self, name: &str, step: FenceStep, load: &DmaLoad) -> CheckResult {
+        load.wait(2, OPERATION_TIMEOUT);
+        let took = self.timed_fence(step)?;
+        let unchanged = (0..PAGES).try_for_each(|page| self.write_canary(page)).and_then(|()| {
+            // For an operation issued behind the fence, if it ends at all; then for one that was on its way to memory.
+            load.wait(1, FENCE_OBSERVATION_TIME);
+            std::thread::sleep(FENCE_OBSERVATION_TIME);
+            (0..PAGES).try_for_each(|page| self.check_canary(page, &format!("behind the fence {name}")))
         });
-        // What is asked of a drained device waits for its attach.
-        let still = step == FenceStep::Drain || pump.pause(LONG);
+        // An operation issued to a drained device ends only after its attach.
+        let idle = step == FenceStep::Drain || load.pause(OPERATION_TIMEOUT);
         self.device.attach()?;
-        let still = still && pump.pause(LONG);
-        looked?;
-        if !still {
-            return Err(wrong("an operation does not end behind the fence"));
+        let idle = idle && load.pause(OPERATION_TIMEOUT);
+        unchanged?;
+        if !idle {
+            return Err(failed("an operation does not end behind the fence"));
         }
-        self.comes_back()?;
-        Ok(format!("{took}; no DMA behind it; back with its mappings"))
+        self.wait_for_dma()?;
+        Ok(format!("{took}; no DMA after it; attached again with its mappings"))
     }
 
-    /// DMA goes again, once the device has come to itself.
-    fn comes_back(&self) -> std::result::Result<(), Trouble> {
-        let begun = Instant::now();
+    /// Retries a DMA operation until it succeeds: after a fence a device may need time to work again.
+    fn wait_for_dma(&self) -> std::result::Result<(), CheckError> {
+        let started = Instant::now();
         loop {
-            match self.written(PAGES - 1) {
-                Err(trouble) if begun.elapsed() > LONG => return Err(trouble),
+            match self.check_dma_write(PAGES - 1) {
+                Err(error) if started.elapsed() > OPERATION_TIMEOUT => return Err(error),
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
                 Ok(()) => return Ok(()),
             }

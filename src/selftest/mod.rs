@@ -1,13 +1,13 @@
-//! The test that an operator runs on a real device: finds out what stops its DMA by doing it.
+//! `passgate selftest`: establishes what stops the DMA of a real device, by doing it.
 //!
-//! Checks never touch what the device holds: DMA goes to and from memory of the test's own. A driver that can only
-//! move bytes by writing to the device's medium does so where it was told that it may (`--scratch`).
+//! Checks never touch data on the device: DMA goes to and from memory of the test's own. A driver that can move bytes
+//! only by writing to the device's medium does so only where the operator has allowed it (`--scratch`).
 
-pub mod borrow;
 mod checks;
 pub mod crash;
+mod dma_load;
 pub mod in_use;
-mod pump;
+pub mod rebind;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,79 +18,79 @@ use passgate_bindings::vfio::pci::PciDevice;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::host::taking::take;
-use borrow::Borrowed;
-use checks::Bench;
+use crate::host::acquire::acquire;
+use checks::DeviceTest;
+use rebind::Rebound;
 
-/// What to test, and how far to go.
+/// The device to test, and the means that the test may use.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// A PCI address, or `soft:0`.
     pub device: String,
     /// The IOMMU interface.
     pub iommu: Kind,
-    /// Whether to take the device from its driver for the test, and give it back.
+    /// True if the device is unbound from its driver for the test, and bound to it again afterwards.
     pub bind: bool,
-    /// Whether the last blocks of a drive may be overwritten, to see what it reads.
+    /// True if the last blocks of a drive may be overwritten, to check what the drive reads from memory.
     pub scratch: bool,
-    /// This program, which runs the daemon that is killed, and the helper that gives the device back.
+    /// The path of this program, which runs the daemon that is killed and the helper that restores the driver.
     pub program: PathBuf,
-    /// Whether a daemon is killed.
+    /// True if a daemon is killed while its device does DMA.
     pub crash: bool,
 }
 
-/// How long to wait for a device that somebody is about to let go of.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The time to retry for a device that another process is about to close.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How a check went.
+/// The outcome of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It was done, and what was to be seen was seen.
+    /// The check was done, and the device behaved as it must.
     Pass,
-    /// It was done, and it was not.
+    /// The check was done, and the device did not.
     Fail,
-    /// It could not be done.
+    /// The check could not be done.
     Skip,
 }
 
-/// One check.
+/// The result of one check, as `--json` prints it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
-    /// Its name.
+    /// The name of the check.
     pub check: &'static str,
-    /// How it went.
+    /// The outcome.
     pub outcome: Outcome,
-    /// What was seen, or why it could not be done.
+    /// The observation, or the reason why the check could not be done.
     pub detail: String,
-    /// How long it took, in milliseconds.
+    /// The duration in milliseconds.
     pub took_ms: f64,
 }
 
-/// All checks of one device.
+/// The results of all checks of one device, as `--json` prints them.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// The device.
+    /// The device, as [`Options::device`] names it.
     pub device: String,
-    /// The domain it was tested in.
+    /// The name of the domain in which it was tested.
     pub iommu: String,
-    /// The checks, in their order.
+    /// The checks, in the order in which they were done.
     pub checks: Vec<Row>,
-    /// How many passed, failed and were skipped.
+    /// The number of checks that passed.
     pub passed: usize,
-    /// Failed.
+    /// The number of checks that failed.
     pub failed: usize,
-    /// Skipped.
+    /// The number of checks that could not be done.
     pub skipped: usize,
 }
 
 impl Report {
-    /// Whether nothing failed, and something passed.
+    /// Returns true if no check failed and at least one passed.
     pub fn is_good(&self) -> bool {
         self.failed == 0 && self.passed > 0
     }
 
-    /// The last line of the table.
+    /// Returns the last line of the table.
     pub fn summary(&self) -> String {
         let Self { device, iommu, passed, failed, skipped, .. } = self;
         format!("{device} in {iommu}: {passed} passed, {failed} failed, {skipped} skipped")
@@ -98,7 +98,7 @@ impl Report {
 }
 
 impl Row {
-    /// In one line.
+    /// Returns the row as one line of the table.
     pub fn text(&self) -> String {
         let word = match self.outcome {
             Outcome::Pass => "pass",
@@ -109,73 +109,80 @@ impl Row {
     }
 }
 
-/// What a check comes to: what was seen, or `Skip` with why not.
-type Checked = std::result::Result<String, Trouble>;
+/// The result of a check: the observation, or why it did not pass.
+type CheckResult = std::result::Result<String, CheckError>;
 
-/// Why a check did not pass.
+/// The reason why a check did not pass.
 #[derive(Debug)]
-enum Trouble {
-    /// What was seen instead.
+enum CheckError {
+    /// It failed; with the observation.
     Failed(String),
-    /// Why it could not be done.
+    /// It could not be done; with the reason.
     Skipped(String),
 }
 
-impl<E: std::error::Error> From<E> for Trouble {
+impl<E: std::error::Error> From<E> for CheckError {
     fn from(error: E) -> Self {
         Self::Failed(error.to_string())
     }
 }
 
-/// Collects rows and tells each as it comes.
+/// Collects the rows, and reports each as soon as its check has ended.
 struct Rows<'a> {
     rows: Vec<Row>,
-    tell: &'a mut dyn FnMut(&Row),
+    report: &'a mut dyn FnMut(&Row),
 }
 
 impl Rows<'_> {
-    fn check(&mut self, check: &'static str, does: impl FnOnce() -> Checked) {
-        let begun = Instant::now();
-        let (outcome, detail) = match does() {
-            Ok(seen) => (Outcome::Pass, seen),
-            Err(Trouble::Failed(instead)) => (Outcome::Fail, instead),
-            Err(Trouble::Skipped(why)) => (Outcome::Skip, why),
+    fn check(&mut self, name: &'static str, body: impl FnOnce() -> CheckResult) {
+        let started = Instant::now();
+        let (outcome, detail) = match body() {
+            Ok(observation) => (Outcome::Pass, observation),
+            Err(CheckError::Failed(observation)) => (Outcome::Fail, observation),
+            Err(CheckError::Skipped(reason)) => (Outcome::Skip, reason),
         };
-        let row = Row { check, outcome, detail, took_ms: begun.elapsed().as_secs_f64() * 1e3 };
-        (self.tell)(&row);
+        let row = Row { check: name, outcome, detail, took_ms: started.elapsed().as_secs_f64() * 1e3 };
+        (self.report)(&row);
         self.rows.push(row);
     }
 }
 
-/// Tests the device; `tell` hears each check as it is over. An error is a device that could not be tested at all.
-pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
-    let borrowed = borrow(options)?;
-    let mut rows = Rows { rows: Vec::new(), tell };
+/// Tests the device. Calls `report` with each row as soon as its check has ended. Returns an error if the device could not be
+/// tested at all.
+pub fn run(options: &Options, report: &mut dyn FnMut(&Row)) -> Result<Report> {
+    let rebound = rebind(options)?;
+    let mut rows = Rows { rows: Vec::new(), report };
     let mut iommu = String::new();
     {
-        // What cannot be stopped is what the test is to find out.
+        // The test is to establish what stops the device, so one that nothing stops is accepted.
         let accept = Accept { unstoppable: true, scratch: options.scratch, drive: None };
-        let Assignment { domain, devices, .. } =
-            take(options.iommu, std::slice::from_ref(&options.device), accept, Tables::default(), PATIENCE)?;
+        let Assignment { domain, devices, .. } = acquire(
+            options.iommu,
+            std::slice::from_ref(&options.device),
+            accept,
+            Tables::default(),
+            ACQUIRE_TIMEOUT,
+        )?;
         let Some(device) = devices.into_iter().next() else {
             return Err(Error::Usage(format!("`{}` names no device", options.device)));
         };
         iommu += domain.name();
-        let bench = Bench::new(device, domain)?;
-        rows.check("stop class", || Ok(bench.described()));
-        rows.check("map and unmap", || bench.maps());
-        rows.check("DMA", || bench.dma());
-        rows.check("unmap under DMA", || bench.unmaps_under_dma());
+        let test = DeviceTest::new(device, domain)?;
+        rows.check("stop class", || Ok(test.stop_class()));
+        rows.check("map and unmap", || test.map_and_unmap());
+        rows.check("DMA", || test.dma());
+        rows.check("unmap under DMA", || test.unmap_under_dma());
         for (name, step) in checks::FENCES {
-            rows.check(name, || bench.fence(name, step));
+            rows.check(name, || test.fence(name, step));
         }
     }
-    rows.check("crash and recover", || crash::recovers(options));
-    if let Some(mut borrowed) = borrowed {
-        rows.check("give back", || match borrowed.give_back() {
-            Ok(Some(now)) => Ok(now),
-            Ok(None) => Err(Trouble::Skipped("it was bound to VFIO already".to_owned())),
-            Err(why) => Err(Trouble::Failed(why)),
+    // The device and its domain are closed here, so that the daemon can open them.
+    rows.check("crash and recover", || crash::crash_and_recover(options));
+    if let Some(mut rebound) = rebound {
+        rows.check("give back", || match rebound.restore() {
+            Ok(Some(binding)) => Ok(binding),
+            Ok(None) => Err(CheckError::Skipped("it was bound to VFIO already".to_owned())),
+            Err(error) => Err(CheckError::Failed(error)),
         });
     }
     let count = |outcome| rows.rows.iter().filter(|row| row.outcome == outcome).count();
@@ -189,8 +196,8 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Row)) -> Result<Report> {
     })
 }
 
-/// Takes the device from its driver, where it has one, nobody uses it, and the operator said so.
-fn borrow(options: &Options) -> Result<Option<Borrowed>> {
+/// Binds the device to vfio-pci if [`Options::bind`] is set. Returns an error if the device is in use.
+fn rebind(options: &Options) -> Result<Option<Rebound>> {
     let sysfs = Path::new(passgate_bindings::vfio::pci::SYSFS);
     let Ok(address) = options.device.parse() else { return Ok(None) };
     if options.bind
@@ -204,5 +211,5 @@ fn borrow(options: &Options) -> Result<Option<Borrowed>> {
     if !options.bind {
         return Ok(None);
     }
-    Borrowed::take(sysfs, address, &options.program, claims).map(Some)
+    Rebound::bind(sysfs, address, &options.program, claims).map(Some)
 }

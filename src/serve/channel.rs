@@ -1,4 +1,5 @@
-//! The notification channel: records in (and batches of ranges behind one), records out.
+//! The notification channel: one request per datagram, a record with any ranges of its batch behind it; answers are records
+//! (docs/protocol.md).
 
 use passgate_bindings::{Gpa, PageRange};
 use rustix::io::Errno;
@@ -16,7 +17,8 @@ use crate::protocol::record::{RecordError, Request, verdict};
 use crate::protocol::{Kind, Record};
 
 impl Vm {
-    /// Reads one record and does what it asks for; whether there may be more.
+    /// Sends what is queued, then reads one request and serves it. Returns true if there may be more. While an answer is
+    /// queued no request is read, so that a client that does not read its answers cannot fill memory.
     pub(super) fn channel_ready(&mut self, client: ClientId) -> bool {
         let Some(channel) = self.connections.get_mut(&client).and_then(|c| c.channel.as_mut()) else {
             return false;
@@ -43,19 +45,19 @@ impl Vm {
                 false
             }
             Ok((got, length)) => {
-                // A datagram that is longer than the buffer says its true length.
+                // With MSG_TRUNC the kernel returns the length of the datagram, also if the buffer is shorter (recv(2)).
                 if length > MAX_DATAGRAM {
                     let error = RecordError::Length(length);
-                    self.wrong(client, 0, error.errno(), &error);
+                    self.reject(client, 0, error.errno(), &error);
                     return true;
                 }
                 let datagram = &self.datagram[..got.min(length)];
                 match batch::split(datagram)
-                    .map(|(record, behind)| (record.cookie.get(), record.request(behind)))
+                    .map(|(record, ranges)| (record.cookie.get(), record.request(ranges)))
                 {
                     Ok((cookie, Ok(request))) => self.request(client, cookie, request),
-                    Ok((cookie, Err(error))) => self.wrong(client, cookie, error.errno(), &error),
-                    Err(error) => self.wrong(client, 0, error.errno(), &error),
+                    Ok((cookie, Err(error))) => self.reject(client, cookie, error.errno(), &error),
+                    Err(error) => self.reject(client, 0, error.errno(), &error),
                 }
                 !self
                     .connections
@@ -84,7 +86,7 @@ impl Vm {
             Request::Begin { ranges, to, deadline_ms, convert } => {
                 let may = || ranges.iter().try_for_each(|range| self.session.may_convert(range));
                 if convert && let Err(error) = may() {
-                    return self.wrong(client, cookie, error.errno(), &error);
+                    return self.reject(client, cookie, error.errno(), &error);
                 }
                 let performer = if convert { Performer::Passgate } else { Performer::Client };
                 let deadline_ns = u64::from(deadline_ms) * 1_000_000;
@@ -93,20 +95,22 @@ impl Vm {
         }
     }
 
-    /// Answers a record.
+    /// Sends the answer to a record.
     pub(super) fn answer_channel(&mut self, caller: Caller, answer: &Answer) {
         let record = match answer {
             Answer::Ended { invalidation } => {
                 Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Ended, caller.cookie) }
             }
-            Answer::Verdict { invalidation, verdict } => said(*invalidation, *verdict, caller.cookie),
+            Answer::Verdict { invalidation, verdict } => {
+                verdict_record(*invalidation, *verdict, caller.cookie)
+            }
             Answer::Refused(refusal) => {
                 let errno = I32::new(refusal.errno());
                 let gpa = U64::new(refusal.gpa().map_or(0, |gpa| gpa.0));
                 log::debug!("client {}: {refusal}", caller.client.0);
                 Record { errno, gpa, ..Record::new(Kind::Wrong, caller.cookie) }
             }
-            // Memory comes and goes by the control socket only, and so does a release.
+            // These verbs exist on the control socket only.
             Answer::RegionAdded { .. }
             | Answer::RegionRemoved { .. }
             | Answer::Released { .. }
@@ -115,7 +119,7 @@ impl Vm {
         self.send(caller.client, record);
     }
 
-    fn wrong(&mut self, client: ClientId, cookie: u64, errno: i32, error: &dyn std::error::Error) {
+    fn reject(&mut self, client: ClientId, cookie: u64, errno: i32, error: &dyn std::error::Error) {
         log::debug!("client {}: {error}", client.0);
         self.session.meter().wrong();
         self.send(client, Record { errno: I32::new(errno), ..Record::new(Kind::Wrong, cookie) });
@@ -141,7 +145,8 @@ impl Vm {
         }
     }
 
-    /// The client has closed its end; what it began stays begun for as long as the client is there.
+    /// Closes the channel because the client has closed its end. Its open invalidations stay open while its control socket is
+    /// connected.
     fn drop_channel(&mut self, client: ClientId) {
         if let Some(connection) = self.connections.get_mut(&client) {
             connection.channel = None;
@@ -149,7 +154,8 @@ impl Vm {
     }
 }
 
-fn said(invalidation: InvalidationId, word: Verdict, cookie: u64) -> Record {
+/// Returns the record of a verdict. `deadline_or_device` is the number of the device plus one; 0 means that none is named.
+fn verdict_record(invalidation: InvalidationId, outcome: Verdict, cookie: u64) -> Record {
     let record = Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Verdict, cookie) };
     let failed = |outcome: u32, range: PageRange<Gpa>, reason: Reason| Record {
         outcome: U32::new(outcome),
@@ -160,7 +166,7 @@ fn said(invalidation: InvalidationId, word: Verdict, cookie: u64) -> Record {
         deadline_or_device: U32::new(reason.device.map_or(0, |device| u32::from(device.0) + 1)),
         ..record
     };
-    match word {
+    match outcome {
         Verdict::Done => Record { outcome: U32::new(verdict::DONE), ..record },
         Verdict::Refused { range, reason } => failed(verdict::REFUSED, range, reason),
         Verdict::Unknown { range, reason } => failed(verdict::UNKNOWN, range, reason),

@@ -1,4 +1,4 @@
-//! One client's sockets: what came, what is to go, what it waits for. Everything bounded.
+//! One client's sockets, with its received and its unsent data. Every buffer here is bounded.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,52 +10,54 @@ use zerocopy::IntoBytes;
 use crate::protocol::verbs::Reply;
 use crate::protocol::{Frames, Record, frame};
 
-/// Bytes that may wait to be sent to one client.
-const MAX_UNSENT: usize = 1 << 20;
+/// The number of unsent bytes beyond which a client's connection is closed.
+const MAX_UNSENT_BYTES: usize = 1 << 20;
 
-/// What a client's control socket waits for. It has one call at a time: the next is not read before.
+/// The state of a client's control socket. It serves one call at a time: the next one is not read before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Waiting {
-    /// For nothing: the next call may be read.
-    No,
-    /// For the answer to the call of this number.
-    Answer(u64),
-    /// For notices, until it goes.
-    Notices {
-        /// The sequence number of the one that it is sent next.
+pub(super) enum ControlState {
+    /// The next call may be read.
+    Idle,
+    /// The call of this number is not answered yet.
+    AwaitingAnswer(u64),
+    /// The client listens to events until it disconnects.
+    Subscribed {
+        /// The sequence number of the first event that has not been sent.
         next: u64,
     },
 }
 
-/// What a connection counts as.
+/// The limit that a connection counts against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    /// One of those that there may be so many of.
+pub(super) enum ConnectionClass {
+    /// Counts against `max_clients`.
     Ordinary,
-    /// One of the reserve for operators, which may make short calls only.
+    /// Counts against the reserve for operators; may make short calls only.
     Operator,
-    /// One of this process's own, which no limit concerns.
-    Inside,
+    /// Made by this process itself; counts against no limit.
+    Internal,
 }
 
 /// One client.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: OwnedFd,
-    pub(super) place: Place,
+    pub(super) class: ConnectionClass,
     pub(super) frames: Frames,
-    pub(super) waiting: Waiting,
+    pub(super) control: ControlState,
+    /// The number of calls so far; the number of the last one.
     pub(super) calls: u64,
-    /// The call that is to remove memory, while it waits: it has no words for a removal that fails.
+    /// The number of the last `RemoveMemory` call. Its reply has no verdict: a removal that fails is reported as an error.
     pub(super) removal: Option<u64>,
     pub(super) channel: Option<Channel>,
-    /// Whether it has added memory or opened a channel.
+    /// Set once the client has called `AddMemory`, `OpenChannel` or `Adopt`. Never cleared: it decides who may release a
+    /// quarantine (docs/threat-model.md).
     pub(super) speaks_for_vm: bool,
     unsent: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     unsent_bytes: usize,
 }
 
-/// Its notification channel.
+/// A client's notification channel.
 #[derive(Debug)]
 pub(super) struct Channel {
     pub(super) socket: OwnedFd,
@@ -63,12 +65,12 @@ pub(super) struct Channel {
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd, place: Place) -> Self {
+    pub(super) fn new(socket: OwnedFd, class: ConnectionClass) -> Self {
         Self {
             socket,
-            place,
+            class,
             frames: Frames::default(),
-            waiting: Waiting::No,
+            control: ControlState::Idle,
             calls: 0,
             removal: None,
             channel: None,
@@ -78,30 +80,30 @@ impl Connection {
         }
     }
 
-    /// Whether a whole call lies read, and may be done.
+    /// Returns true if a whole call has been read and may be served.
     pub(super) fn has_call(&mut self) -> bool {
-        self.waiting == Waiting::No && !self.is_behind() && self.frames.has_frame()
+        self.control == ControlState::Idle && !self.is_behind() && self.frames.has_frame()
     }
 
-    /// Whether a reply waits for room in the socket.
+    /// Returns true while a reply waits for room in the socket.
     pub(super) fn is_behind(&self) -> bool {
         !self.unsent.is_empty()
     }
 
-    /// Whether so much waits that the client cannot be reading.
-    pub(super) fn is_deaf(&self) -> bool {
-        self.unsent_bytes > MAX_UNSENT
+    /// Returns true if more than [`MAX_UNSENT_BYTES`] wait: the client does not read.
+    pub(super) fn exceeds_unsent_limit(&self) -> bool {
+        self.unsent_bytes > MAX_UNSENT_BYTES
     }
 
-    /// Sends whole frames, or keeps them until there is room.
+    /// Sends whole frames; queues what the socket does not take.
     pub(super) fn send(&mut self, bytes: Vec<u8>, fd: Option<OwnedFd>) {
         self.unsent_bytes += bytes.len();
         self.unsent.push_back((bytes, fd));
-        // A socket that is broken is found so by the next read.
+        // An error of the socket shows again at its next read.
         let _ = self.flush();
     }
 
-    /// Sends what the socket takes.
+    /// Sends as much of the queue as the socket takes.
     pub(super) fn flush(&mut self) -> Result<(), Errno> {
         while let Some((bytes, fd)) = self.unsent.front_mut() {
             let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
@@ -109,6 +111,7 @@ impl Connection {
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(errno) => return Err(errno),
                 Ok(sent) => {
+                    // The descriptor has gone with the first byte that was sent (unix(7), SCM_RIGHTS).
                     *fd = None;
                     self.unsent_bytes -= sent;
                     if sent < bytes.len() {
@@ -123,7 +126,7 @@ impl Connection {
     }
 }
 
-/// A reply as it goes, its NUL included.
+/// Returns a reply as it is sent: JSON and a NUL byte (varlink).
 pub(super) fn frame(reply: &Reply) -> Vec<u8> {
     let mut bytes = serde_json::to_vec(reply).unwrap_or_default();
     bytes.push(0);
@@ -135,19 +138,19 @@ impl Channel {
         Self { socket, unsent: VecDeque::new() }
     }
 
-    /// Whether a record waits for room in the socket. No request is read meanwhile, so what waits is bounded by
-    /// the requests under way.
+    /// Returns true while a record waits for room in the socket. No request is read meanwhile, so the queue is bounded by
+    /// the number of requests in progress.
     pub(super) fn is_behind(&self) -> bool {
         !self.unsent.is_empty()
     }
 
-    /// Sends a record, or keeps it until there is room.
+    /// Sends a record, or queues it if the socket is full.
     pub(super) fn send(&mut self, record: Record) {
         self.unsent.push_back(record);
         let _ = self.flush();
     }
 
-    /// Sends what the socket takes.
+    /// Sends as much of the queue as the socket takes.
     pub(super) fn flush(&mut self) -> Result<(), Errno> {
         while let Some(record) = self.unsent.front() {
             match send(&self.socket, record.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {

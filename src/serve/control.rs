@@ -1,4 +1,6 @@
-//! The control socket: varlink calls in, replies out.
+//! The control socket: varlink calls and their replies (docs/protocol.md).
+//!
+//! A client's calls are served one at a time, in order. A reply that waits for the gate is sent when its answer comes.
 
 use std::os::fd::OwnedFd;
 
@@ -9,8 +11,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::connection::{self, Channel, Connection, Waiting};
-use super::event_loop::Done;
+use super::connection::{self, Channel, Connection, ControlState};
+use super::event_loop::Message;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId, Verdict};
@@ -20,47 +22,48 @@ use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply}
 use crate::protocol::{hex, record};
 use crate::session::{BorderError, Task};
 
-/// The interface that every varlink service has.
+/// The interface that every varlink service implements.
 const VARLINK: &str = "org.varlink.service";
 
-/// Most bytes of one DMA on demand.
-const MAX_DMA: usize = 4096;
+/// The number of bytes of one DMA on demand, at most.
+const MAX_DMA_LEN: usize = 4096;
 
-/// The answer to a call whose descriptors the kernel could not pass.
-const LOST: &str = "the daemon has as many files open as it may, and file descriptors of this call were lost: raise its \
+/// The error of a call whose descriptors the kernel could not pass (`MSG_CTRUNC`).
+const LOST_DESCRIPTORS: &str = "the daemon has as many files open as it may, and file descriptors of this call were lost: raise its \
                     limit (`ulimit -n`, `LimitNOFILE=`), then call again; nothing changed";
 
-/// What a call comes to at once.
-pub(super) enum Said {
-    /// This reply.
-    Now(Value),
-    /// This reply, with a descriptor.
-    With(Value, OwnedFd),
-    /// The answer comes later.
-    Later,
-    /// Notices come, from there on.
-    Notices(verbs::Subscribe),
-    /// It was wrong.
-    Wrong(String, i32),
-    /// It is not a call for a connection of the reserve, which ends thereby.
-    Full,
-    /// An error of varlink's own, with its one parameter.
-    Varlink(&'static str, &'static str, String),
+/// The immediate outcome of a call.
+pub(super) enum CallOutcome {
+    /// The call is answered with these parameters.
+    Reply(Value),
+    /// The call is answered with these parameters and a descriptor.
+    ReplyWithFd(Value, OwnedFd),
+    /// The reply is sent when the gate or a device has answered.
+    Pending,
+    /// The connection becomes a subscriber of events.
+    Subscribe(verbs::Subscribe),
+    /// The call is refused with this message and errno.
+    Error(String, i32),
+    /// The connection is one of the operators' reserve, which may not make this call: it is closed.
+    LimitReached,
+    /// An error of the `org.varlink.service` interface: its name, the name of its one parameter, and the value.
+    VarlinkError(&'static str, &'static str, String),
 }
 
-impl Said {
-    fn wrong(error: impl std::fmt::Display) -> Self {
-        Self::Wrong(error.to_string(), 22)
+impl CallOutcome {
+    /// Refuses a call with `EINVAL`.
+    fn invalid(error: impl std::fmt::Display) -> Self {
+        Self::Error(error.to_string(), Errno::INVAL.raw_os_error())
     }
 }
 
 impl Vm {
-    /// Reads what has come and does the next call; whether there may be more.
+    /// Sends what is queued, then serves the next call that has been read, or reads. Returns true if there may be more.
     pub(super) fn control_ready(&mut self, client: ClientId) -> bool {
         let Some(connection) = self.connections.get_mut(&client) else { return false };
         if connection.is_behind() {
             if connection.flush().is_err() {
-                self.hang_up(client);
+                self.close_connection(client);
                 return false;
             }
             if connection.is_behind() {
@@ -72,27 +75,27 @@ impl Vm {
             }
             return false;
         }
-        if matches!(connection.waiting, Waiting::Notices { .. }) && self.replay(client) {
+        if matches!(connection.control, ControlState::Subscribed { .. }) && self.replay(client) {
             return false;
         }
         let Some(connection) = self.connections.get_mut(&client) else { return false };
-        if connection.waiting == Waiting::No
+        if connection.control == ControlState::Idle
             && let Some(frame) = connection.frames.take()
         {
             self.call(client, frame);
             return true;
         }
-        let known = connection.frames.read(&connection.socket);
-        match known {
-            Ok(more) => more && connection.waiting == Waiting::No,
+        let read = connection.frames.read(&connection.socket);
+        match read {
+            Ok(more) => more && connection.control == ControlState::Idle,
             Err(FrameError::Closed) => {
-                self.hang_up(client);
+                self.close_connection(client);
                 false
             }
             Err(error) => {
                 log::warn!("client {}: {error}", client.0);
-                self.reply(client, refused(&error.to_string(), 90), None);
-                self.hang_up(client);
+                self.reply(client, refused(&error.to_string(), Errno::MSGSIZE.raw_os_error()), None);
+                self.close_connection(client);
                 false
             }
         }
@@ -102,50 +105,55 @@ impl Vm {
         let Some(connection) = self.connections.get_mut(&client) else { return };
         connection.calls += 1;
         let caller = Caller { client, door: Door::Control, cookie: connection.calls };
-        let said = match serde_json::from_slice::<Call>(&bytes) {
+        let outcome = match serde_json::from_slice::<Call>(&bytes) {
             Ok(call) if call.oneway || call.upgrade => {
-                Said::wrong("`oneway` and `upgrade` are not supported: call without")
+                CallOutcome::invalid("`oneway` and `upgrade` are not supported: call without")
             }
             Ok(call) => match fds {
                 Ok(fds) => self.verb(caller, &call, fds),
-                Err(_) => Said::Wrong(LOST.into(), Errno::MFILE.raw_os_error()),
+                Err(_) => CallOutcome::Error(LOST_DESCRIPTORS.into(), Errno::MFILE.raw_os_error()),
             },
-            Err(error) => Said::wrong(format!("the frame is no varlink call: {error}")),
+            Err(error) => CallOutcome::invalid(format!("the frame is no varlink call: {error}")),
         };
-        if matches!(said, Said::Wrong(..) | Said::Varlink(..)) {
+        if matches!(outcome, CallOutcome::Error(..) | CallOutcome::VarlinkError(..)) {
             self.session.meter().wrong();
         }
-        let (reply, fd) = match said {
-            Said::Now(parameters) => (Reply { parameters, ..Reply::default() }, None),
-            Said::With(parameters, fd) => (Reply { parameters, ..Reply::default() }, Some(fd)),
-            Said::Wrong(message, errno) => (refused(&message, errno), None),
-            Said::Varlink(error, parameter, value) => {
+        let (reply, fd) = match outcome {
+            CallOutcome::Reply(parameters) => (Reply { parameters, ..Reply::default() }, None),
+            CallOutcome::ReplyWithFd(parameters, fd) => (Reply { parameters, ..Reply::default() }, Some(fd)),
+            CallOutcome::Error(message, errno) => (refused(&message, errno), None),
+            CallOutcome::VarlinkError(error, parameter, value) => {
                 let error = Some(format!("{VARLINK}.{error}"));
                 (Reply { error, parameters: json!({ parameter: value }), ..Reply::default() }, None)
             }
-            Said::Full => {
-                self.reply(client, refused(&self.full(), Errno::USERS.raw_os_error()), None);
-                return self.hang_up(client);
+            CallOutcome::LimitReached => {
+                self.reply(client, refused(&self.limit_message(), Errno::USERS.raw_os_error()), None);
+                return self.close_connection(client);
             }
-            Said::Later => return self.wait_for(client, Waiting::Answer(caller.cookie)),
-            Said::Notices(subscribe) => return self.listen(client, &subscribe),
+            CallOutcome::Pending => {
+                return self.wait_for(client, ControlState::AwaitingAnswer(caller.cookie));
+            }
+            CallOutcome::Subscribe(subscribe) => return self.subscribe(client, &subscribe),
         };
         self.reply(client, reply, fd);
     }
 
-    fn wait_for(&mut self, client: ClientId, waiting: Waiting) {
+    fn wait_for(&mut self, client: ClientId, state: ControlState) {
         if let Some(connection) = self.connections.get_mut(&client) {
-            connection.waiting = waiting;
+            connection.control = state;
         }
     }
 
-    fn verb(&mut self, caller: Caller, call: &Call, fds: Vec<OwnedFd>) -> Said {
+    fn verb(&mut self, caller: Caller, call: &Call, fds: Vec<OwnedFd>) -> CallOutcome {
         let name = call.method.strip_prefix(verbs::INTERFACE).and_then(|rest| rest.strip_prefix('.'));
         if !self.may_call(caller.client, name) {
-            return Said::Full;
+            return CallOutcome::LimitReached;
         }
         if name != Some("AddMemory") && !fds.is_empty() {
-            return Said::wrong(format!("{} file descriptors came along, 0 belong to this call", fds.len()));
+            return CallOutcome::invalid(format!(
+                "{} file descriptors came along, 0 belong to this call",
+                fds.len()
+            ));
         }
         if matches!(name, Some("AddMemory" | "OpenChannel" | "Adopt"))
             && let Some(connection) = self.connections.get_mut(&caller.client)
@@ -154,40 +162,44 @@ impl Vm {
         }
         let parameters = &call.parameters;
         match name {
-            Some("AddMemory") => with(parameters, |memory| {
+            Some("AddMemory") => with_parameters(parameters, |memory| {
                 self.session.add_memory(caller, memory, fds);
-                Said::Later
+                CallOutcome::Pending
             }),
-            Some("RemoveMemory") => with(parameters, |verbs::RemoveMemory { region }| {
+            Some("RemoveMemory") => with_parameters(parameters, |verbs::RemoveMemory { region }| {
                 if let Some(connection) = self.connections.get_mut(&caller.client) {
                     connection.removal = Some(caller.cookie);
                 }
                 self.session.handle(Event::RemoveRegion { caller, region: RegionId(region) });
-                Said::Later
+                CallOutcome::Pending
             }),
             Some("OpenChannel") => self.open_channel(caller.client),
-            Some("Convert") => with(parameters, |convert| self.convert(caller, convert)),
-            Some("Status") => now(&self.status()),
-            Some("Metrics") => now(&verbs::Metrics { text: self.metrics() }),
-            Some("Release") => with(parameters, |release| self.release(caller, release)),
-            Some("Subscribe") if call.more => with(parameters, Said::Notices),
-            Some("Subscribe") => Said::wrong("Subscribe answers more than once: call it with \"more\":true"),
-            Some("Explain") => with(parameters, |verbs::Explain { invalidation }| {
+            Some("Convert") => with_parameters(parameters, |convert| self.convert(caller, convert)),
+            Some("Status") => reply_with(&self.status()),
+            Some("Metrics") => reply_with(&verbs::Metrics { text: self.metrics() }),
+            Some("Release") => with_parameters(parameters, |release| self.release(caller, release)),
+            Some("Subscribe") if call.more => with_parameters(parameters, CallOutcome::Subscribe),
+            Some("Subscribe") => {
+                CallOutcome::invalid("Subscribe answers more than once: call it with \"more\":true")
+            }
+            Some("Explain") => with_parameters(parameters, |verbs::Explain { invalidation }| {
                 match self.session.receipt(InvalidationId(invalidation)) {
-                    Some(receipt) => Said::Now(json!({ "receipt": events::receipt(receipt, &self.session) })),
-                    None => Said::Wrong(
+                    Some(receipt) => {
+                        CallOutcome::Reply(json!({ "receipt": events::receipt(receipt, &self.session) }))
+                    }
+                    None => CallOutcome::Error(
                         format!("invalidation {invalidation} is not over yet, or not remembered any more"),
-                        2,
+                        Errno::NOENT.raw_os_error(),
                     ),
                 }
             }),
-            Some("Adopt") => with(parameters, |verbs::Adopt {}| self.adopt(caller)),
-            Some("Dma") => with(parameters, |dma| self.dma(caller, dma)),
+            Some("Adopt") => with_parameters(parameters, |verbs::Adopt {}| self.adopt(caller)),
+            Some("Dma") => with_parameters(parameters, |dma| self.dma(caller, dma)),
             _ => varlink(call),
         }
     }
 
-    fn open_channel(&mut self, client: ClientId) -> Said {
+    fn open_channel(&mut self, client: ClientId) -> CallOutcome {
         let made = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|errno| Failed::new("socketpair", errno).into())
             .and_then(|(ours, theirs)| {
@@ -199,27 +211,33 @@ impl Vm {
         match (made, connection) {
             (Ok((ours, theirs)), Some(connection)) if connection.channel.is_none() => {
                 connection.channel = Some(Channel::new(ours));
-                Said::With(json!({}), theirs)
+                CallOutcome::ReplyWithFd(json!({}), theirs)
             }
-            (Ok(_), _) => Said::Wrong("this connection has a channel already: use that one".into(), 16),
+            (Ok(_), _) => CallOutcome::Error(
+                "this connection has a channel already: use that one".into(),
+                Errno::BUSY.raw_os_error(),
+            ),
             (Err(error), _) => {
-                let mend = "raise the daemon's limit of files (`ulimit -n`, `LimitNOFILE=`)";
-                Said::Wrong(format!("cannot make a channel: {error}; {mend}"), Errno::MFILE.raw_os_error())
+                let remedy = "raise the daemon's limit of files (`ulimit -n`, `LimitNOFILE=`)";
+                CallOutcome::Error(
+                    format!("cannot make a channel: {error}; {remedy}"),
+                    Errno::MFILE.raw_os_error(),
+                )
             }
         }
     }
 
-    fn convert(&mut self, caller: Caller, convert: verbs::Convert) -> Said {
+    fn convert(&mut self, caller: Caller, convert: verbs::Convert) -> CallOutcome {
         let range = match PageRange::new(convert.gpa, convert.length) {
             Ok(range) => range,
-            Err(error) => return Said::wrong(error),
+            Err(error) => return CallOutcome::invalid(error),
         };
         if let Err(error) = self.session.may_convert(range) {
-            return Said::Wrong(error.to_string(), error.errno());
+            return CallOutcome::Error(error.to_string(), error.errno());
         }
         let deadline_ms = match record::deadline_ms(convert.deadline_ms) {
             Ok(deadline_ms) => deadline_ms,
-            Err(error) => return Said::wrong(error),
+            Err(error) => return CallOutcome::invalid(error),
         };
         self.session.handle(Event::Begin {
             caller,
@@ -228,34 +246,44 @@ impl Vm {
             performer: Performer::Passgate,
             deadline_ns: u64::from(deadline_ms) * 1_000_000,
         });
-        Said::Later
+        CallOutcome::Pending
     }
 
-    fn dma(&mut self, caller: Caller, dma: verbs::Dma) -> Said {
+    fn dma(&mut self, caller: Caller, dma: verbs::Dma) -> CallOutcome {
         if !self.options.allow_dma {
-            return Said::Wrong("DMA on demand is off: start the daemon with --allow-dma".into(), 1);
+            return CallOutcome::Error(
+                "DMA on demand is off: start the daemon with --allow-dma".into(),
+                Errno::PERM.raw_os_error(),
+            );
         }
         let device = self.session.devices().iter().find(|device| device.name() == dma.device).cloned();
         let Some(device) = device else {
-            return Said::Wrong(format!("no device {}: Status lists them", dma.device), 19);
+            return CallOutcome::Error(
+                format!("no device {}: Status lists them", dma.device),
+                Errno::NODEV.raw_os_error(),
+            );
         };
         let bytes = dma.write.as_deref().map(hex::decode);
         let iova = Iova(dma.iova);
         let task: Box<dyn FnOnce() -> passgate_backends::Result<DmaDone> + Send> = match (bytes, dma.read) {
-            (Some(Some(bytes)), None) if !bytes.is_empty() && bytes.len() <= MAX_DMA => {
+            (Some(Some(bytes)), None) if !bytes.is_empty() && bytes.len() <= MAX_DMA_LEN => {
                 Box::new(move || device.dma_write(iova, &bytes).map(|()| DmaDone { read: None }))
             }
-            (None, Some(len)) if len > 0 && len as usize <= MAX_DMA => Box::new(move || {
+            (None, Some(len)) if len > 0 && len as usize <= MAX_DMA_LEN => Box::new(move || {
                 let bytes = device.dma_read(iova, len as usize)?;
                 Ok(DmaDone { read: Some(hex::encode(&bytes)) })
             }),
-            _ => return Said::wrong("give either `write` in hexadecimal or `read`, of 1 to 4096 bytes"),
+            _ => {
+                return CallOutcome::invalid(
+                    "give either `write` in hexadecimal or `read`, of 1 to 4096 bytes",
+                );
+            }
         };
         let core = std::sync::Arc::clone(&self.core);
         self.pool.run(Task::Other(Box::new(move || {
-            core.deliver(Done::Dma { client: caller.client, cookie: caller.cookie, result: task() });
+            core.deliver(Message::Dma { client: caller.client, cookie: caller.cookie, result: task() });
         })));
-        Said::Later
+        CallOutcome::Pending
     }
 
     pub(super) fn dma_done(
@@ -266,12 +294,15 @@ impl Vm {
     ) {
         let reply = match result {
             Ok(done) => Reply { parameters: json!(done), ..Reply::default() },
-            Err(error) => refused(&error.to_string(), error.errno().map_or(5, |errno| errno.raw_os_error())),
+            Err(error) => refused(
+                &error.to_string(),
+                error.errno().map_or(Errno::IO.raw_os_error(), |errno| errno.raw_os_error()),
+            ),
         };
         self.reply_later(client, cookie, reply);
     }
 
-    /// Answers a call that waited.
+    /// Sends the reply to a call that has waited for this answer.
     pub(super) fn answer_control(&mut self, caller: Caller, answer: Answer) {
         let parameters = match answer {
             Answer::RegionAdded { region, mapped } => json!(MemoryAdded { region: region.0, mapped }),
@@ -281,7 +312,7 @@ impl Vm {
             Answer::Verdict { invalidation, verdict } => {
                 let removal = self.connections.get(&caller.client).and_then(|client| client.removal);
                 if removal == Some(caller.cookie) {
-                    let (message, errno) = stays(verdict, invalidation);
+                    let (message, errno) = removal_failure(verdict, invalidation);
                     return self.reply_later(caller.client, caller.cookie, refused(&message, errno));
                 }
                 let (word, failure) = events::verdict(verdict, &self.session);
@@ -295,7 +326,7 @@ impl Vm {
         self.reply_later(caller.client, caller.cookie, Reply { parameters, ..Reply::default() });
     }
 
-    /// Memory will not do.
+    /// Refuses an `AddMemory` call whose memory was examined and cannot be admitted.
     pub(super) fn refuse(&mut self, caller: Caller, error: &BorderError) {
         self.session.meter().wrong();
         self.reply_later(caller.client, caller.cookie, refused(&error.to_string(), error.errno()));
@@ -303,10 +334,10 @@ impl Vm {
 
     fn reply_later(&mut self, client: ClientId, cookie: u64, reply: Reply) {
         let Some(connection) = self.connections.get_mut(&client) else { return };
-        if connection.waiting == Waiting::Answer(cookie) {
-            connection.waiting = Waiting::No;
+        if connection.control == ControlState::AwaitingAnswer(cookie) {
+            connection.control = ControlState::Idle;
             self.reply(client, reply, None);
-            // What it sent meanwhile lies read, and no event will tell of it.
+            // Calls that came meanwhile may have been read already: epoll does not report those.
             while self.connections.get_mut(&client).is_some_and(Connection::has_call)
                 && self.control_ready(client)
             {}
@@ -317,22 +348,22 @@ impl Vm {
         self.send_control(client, connection::frame(&reply), fd);
     }
 
-    /// Sends whole frames; who lets too much of them wait is let go.
+    /// Sends whole frames. A client that lets too many bytes wait is disconnected.
     pub(super) fn send_control(&mut self, client: ClientId, frames: Vec<u8>, fd: Option<OwnedFd>) {
         let Some(connection) = self.connections.get_mut(&client) else { return };
         let before = connection.is_behind();
         connection.send(frames, fd);
-        let (behind, deaf) = (connection.is_behind(), connection.is_deaf());
-        let listened = matches!(connection.waiting, Waiting::Notices { .. });
+        let (behind, over_limit) = (connection.is_behind(), connection.exceeds_unsent_limit());
+        let listened = matches!(connection.control, ControlState::Subscribed { .. });
         if behind && !before {
             self.watch_control(client, Interest::Write);
         }
-        if deaf {
-            log::warn!("client {} does not read what it asked for: closed", client.0);
+        if over_limit {
+            log::warn!("client {} does not read its replies: its connection is closed", client.0);
             if listened {
                 self.session.meter().dropped();
             }
-            self.hang_up(client);
+            self.close_connection(client);
         }
     }
 
@@ -346,35 +377,36 @@ impl Vm {
     }
 }
 
-/// What every varlink service answers, and what there is not.
-fn varlink(call: &Call) -> Said {
+/// Answers a call of `org.varlink.service`, and with an error one of an unknown interface or method.
+fn varlink(call: &Call) -> CallOutcome {
     let (interface, method) = call.method.rsplit_once('.').unwrap_or((&call.method, ""));
     match (interface, method) {
-        (VARLINK, "GetInfo") => Said::Now(json!({
+        (VARLINK, "GetInfo") => CallOutcome::Reply(json!({
             "vendor": "passgate", "product": "passgate", "version": env!("CARGO_PKG_VERSION"),
             "url": "", "interfaces": [VARLINK, verbs::INTERFACE],
         })),
         (VARLINK, "GetInterfaceDescription") => match call.parameters["interface"].as_str() {
-            Some(verbs::INTERFACE) => Said::Now(json!({ "description": verbs::DESCRIPTION })),
-            Some(other) => Said::Varlink("InterfaceNotFound", "interface", other.to_owned()),
-            None => Said::Varlink("InvalidParameter", "parameter", "interface".to_owned()),
+            Some(verbs::INTERFACE) => CallOutcome::Reply(json!({ "description": verbs::DESCRIPTION })),
+            Some(other) => CallOutcome::VarlinkError("InterfaceNotFound", "interface", other.to_owned()),
+            None => CallOutcome::VarlinkError("InvalidParameter", "parameter", "interface".to_owned()),
         },
-        (VARLINK | verbs::INTERFACE, _) => Said::Varlink("MethodNotFound", "method", call.method.clone()),
-        _ => Said::Varlink("InterfaceNotFound", "interface", interface.to_owned()),
+        (VARLINK | verbs::INTERFACE, _) => {
+            CallOutcome::VarlinkError("MethodNotFound", "method", call.method.clone())
+        }
+        _ => CallOutcome::VarlinkError("InterfaceNotFound", "interface", interface.to_owned()),
     }
 }
 
-/// Why a removal has failed, in words, and as an errno.
-fn stays(verdict: Verdict, invalidation: InvalidationId) -> (String, i32) {
+/// Returns the message and errno of a removal whose unmap was refused or is unknown. `EBUSY` where no errno is known.
+fn removal_failure(verdict: Verdict, invalidation: InvalidationId) -> (String, i32) {
     let errno = match verdict {
         Verdict::Refused { reason, .. } | Verdict::Unknown { reason, .. } if reason.errno != 0 => {
             reason.errno
         }
-        _ => 16,
+        _ => Errno::BUSY.raw_os_error(),
     };
-    let mend =
-        "devices may still reach it: Explain says why, and it goes when they let go, or with this daemon";
-    (format!("the region could not be removed (invalidation {}); {mend}", invalidation.0), errno)
+    let remedy = "devices may still reach it: Explain says why; it is removed once they cannot, or when this daemon ends";
+    (format!("the region could not be removed (invalidation {}); {remedy}", invalidation.0), errno)
 }
 
 pub(super) fn refused(message: &str, errno: i32) -> Reply {
@@ -385,16 +417,19 @@ pub(super) fn refused(message: &str, errno: i32) -> Reply {
     }
 }
 
-fn read<T: DeserializeOwned>(parameters: &Value) -> Result<T, Said> {
+fn parse<T: DeserializeOwned>(parameters: &Value) -> Result<T, CallOutcome> {
     let empty = json!({});
     let parameters = if parameters.is_null() { &empty } else { parameters };
-    T::deserialize(parameters).map_err(|error| Said::wrong(format!("parameters: {error}")))
+    T::deserialize(parameters).map_err(|error| CallOutcome::invalid(format!("parameters: {error}")))
 }
 
-fn with<T: DeserializeOwned>(parameters: &Value, then: impl FnOnce(T) -> Said) -> Said {
-    read(parameters).map_or_else(|said| said, then)
+fn with_parameters<T: DeserializeOwned>(
+    parameters: &Value,
+    then: impl FnOnce(T) -> CallOutcome,
+) -> CallOutcome {
+    parse(parameters).map_or_else(|outcome| outcome, then)
 }
 
-fn now(reply: &impl Serialize) -> Said {
-    serde_json::to_value(reply).map_or_else(Said::wrong, Said::Now)
+fn reply_with(reply: &impl Serialize) -> CallOutcome {
+    serde_json::to_value(reply).map_or_else(CallOutcome::invalid, CallOutcome::Reply)
 }

@@ -1,4 +1,7 @@
-//! The loop of one VM, and the supervisor that takes it over when a call does not return.
+//! The loop of one VM, and the supervisor that continues it when a kernel call does not return.
+//!
+//! Threads: the *loop* owns the VM and alone changes it; the *supervisor* sleeps on the alarm, and claims the VM if its owner
+//! hangs in a call ([`super::handoff`]); the *pool* runs calls that may take long. Other threads only deliver messages.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,134 +18,139 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-use super::baton::{Baton, Found, Turn};
-use super::inside::Ask;
-use super::vhost_blk::Counted;
+use super::handoff::{Claim, Generation, Handoff};
+use super::inside::AccessQuery;
+use super::vhost_blk::DiskCounters;
 use super::vm::Vm;
 use crate::error::{Error, Result};
 use crate::gate::ClientId;
 use crate::protocol::verbs::DmaDone;
 use crate::session::{Next, Returned, Task};
 
-/// How long a call may take once a deadline is over before the VM is taken over.
-const PATIENCE: Duration = Duration::from_millis(2);
+/// The duration of a call from which on the VM is claimed from its thread, once the alarm has fired.
+const STALL_LIMIT: Duration = Duration::from_millis(2);
 
-/// How long a call may keep the loop even where no deadline is near: others wait.
-const CALL: Duration = Duration::from_millis(100);
+/// The time from the start of a small call to the alarm, where no deadline is earlier: while the call lasts, no other client
+/// is served.
+const CALL_ALARM_DELAY: Duration = Duration::from_millis(100);
 
-/// Requests of one client that are done before the next client's turn.
-const BURST: usize = 32;
+/// The number of requests of one client that are served before the next client's turn.
+const MAX_REQUESTS_PER_TURN: usize = 32;
 
-/// How long the loop makes small calls itself before others have their turn: what is left goes to the pool.
-const SLICE: Duration = Duration::from_millis(1);
+/// The time for which the loop makes small calls itself before other clients' turn. The remaining ones go to the pool.
+const INLINE_CALL_TIME: Duration = Duration::from_millis(1);
 
-/// Small calls that are handed to the pool together.
-const CHUNK: usize = 64;
+/// The number of small calls that are handed to the pool together.
+const POOL_BATCH_CALLS: usize = 64;
 
-/// Results of other threads that are taken before others have their turn.
-const RESULTS: usize = 256;
+/// The number of messages of other threads that are taken before the clients' turn.
+const MAX_MESSAGES_PER_TURN: usize = 256;
 
-/// What other threads hand in.
+/// A message of another thread to the loop.
 #[derive(Debug)]
-pub(super) enum Done {
-    /// A call of the gate's has returned.
+pub(super) enum Message {
+    /// A call that the gate asked for has returned.
     Call(Returned),
-    /// So has one for which the loop's thread was given up.
+    /// A call whose thread has lost the VM to the supervisor has returned.
     LateCall(Returned),
-    /// A device has done, or not done, its DMA.
+    /// A DMA on demand has ended.
     Dma { client: ClientId, cookie: u64, result: Result<DmaDone, passgate_backends::Error> },
-    /// Another thread wants to know what a page is.
-    Ask(Ask),
-    /// Another thread has a connection.
+    /// A thread asks about the pages of a request.
+    AccessQuery(AccessQuery),
+    /// A thread of this process has made a control connection; this is the daemon's end.
     Connect(OwnedFd),
-    /// Another thread serves a disk.
-    Disk(Weak<Counted>),
+    /// A thread serves a disk, whose counters `Status` and metrics report from now on.
+    Disk(Weak<DiskCounters>),
 }
 
-/// What the loop, its workers and its supervisor share.
+/// The state that the loop, the pool's workers and the supervisor share.
 #[derive(Debug)]
 pub(super) struct Core {
-    baton: Baton<Vm>,
+    handoff: Handoff<Vm>,
     inbox: Mutex<Inbox>,
+    /// An eventfd that wakes the loop.
     kick: OwnedFd,
+    /// A timerfd (`CLOCK_MONOTONIC`) that wakes the supervisor.
     alarm: OwnedFd,
-    /// True once nothing is to be kept for a next daemon, whatever was said before.
-    keeps_nothing: AtomicBool,
-    /// How the loop ended, once it has.
-    over: Mutex<Option<Result<()>>>,
+    /// Set once nothing is handed over to a next daemon, although the server was bound for it.
+    handover_cancelled: AtomicBool,
+    /// The result of the loop, once it has ended.
+    outcome: Mutex<Option<Result<()>>>,
     ended: Condvar,
     threads: Mutex<Threads>,
 }
 
-/// What was handed in and not taken yet.
+/// The messages that have been delivered and not been taken yet.
 #[derive(Debug, Default)]
 struct Inbox {
-    done: VecDeque<Done>,
-    /// Whether nobody takes anything any more.
+    messages: VecDeque<Message>,
+    /// Set once the VM is gone: messages are refused.
     closed: bool,
 }
 
-/// The threads that end with the VM. One that is in a call that does not return is not among them any more.
+/// The threads that end with the VM. A thread that has lost the VM in a call is not among them: it may never end.
 #[derive(Debug, Default)]
 struct Threads {
-    looping: Option<JoinHandle<()>>,
+    loop_thread: Option<JoinHandle<()>>,
     supervisor: Option<JoinHandle<()>>,
 }
 
 impl Core {
-    pub(super) fn new() -> Result<(Arc<Self>, Turn)> {
+    pub(super) fn new() -> Result<(Arc<Self>, Generation)> {
         let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
         let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("eventfd"))?;
         let alarm = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC);
-        let (baton, turn) = Baton::new();
+        let (handoff, generation) = Handoff::new();
         let core = Self {
-            baton,
+            handoff,
             inbox: Mutex::default(),
             kick,
             alarm: alarm.map_err(failed("timerfd_create"))?,
-            keeps_nothing: AtomicBool::new(false),
-            over: Mutex::new(None),
+            handover_cancelled: AtomicBool::new(false),
+            outcome: Mutex::new(None),
             ended: Condvar::new(),
             threads: Mutex::default(),
         };
-        Ok((Arc::new(core), turn))
+        Ok((Arc::new(core), generation))
     }
 
-    /// Hands something in; whether somebody may take it.
-    pub(super) fn deliver(&self, done: Done) -> bool {
+    /// Delivers a message to the loop. Returns false if the VM is gone; the message is dropped then.
+    pub(super) fn deliver(&self, message: Message) -> bool {
         let mut inbox = self.inbox();
         if inbox.closed {
-            // What it is dropped for may be somebody else's code.
+            // Unlocked first: dropping a message may run a caller's callback (`AccessQuery`).
             drop(inbox);
             return false;
         }
-        inbox.done.push_back(done);
+        inbox.messages.push_back(message);
         drop(inbox);
         self.kick();
         true
     }
 
-    /// Nothing is taken any more: the VM is gone.
+    /// Refuses messages from now on, and drops those that have not been taken: the VM is gone.
     pub(super) fn close(&self) {
         let mut inbox = self.inbox();
         inbox.closed = true;
-        let left = std::mem::take(&mut inbox.done);
+        let remaining = std::mem::take(&mut inbox.messages);
+        // Unlocked first, as in `deliver`.
         drop(inbox);
-        drop(left);
+        drop(remaining);
     }
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes what was handed in, the first [`RESULTS`] of it: the loop is wanted again for the rest.
-    pub(super) fn take_done(&self) -> VecDeque<Done> {
+    /// Takes the first [`MAX_MESSAGES_PER_TURN`] messages, and wakes the loop again if there are more.
+    pub(super) fn take_messages(&self) -> VecDeque<Message> {
+        // Read before the inbox is locked: a message that comes in between leaves the eventfd readable.
         let _ = rustix::io::read(&self.kick, &mut [0; 8]);
         let mut inbox = self.inbox();
-        let taken = RESULTS.min(inbox.done.len());
-        let rest = inbox.done.split_off(taken);
-        let taken = std::mem::replace(&mut inbox.done, rest);
-        let more = !inbox.done.is_empty();
+        let taken = MAX_MESSAGES_PER_TURN.min(inbox.messages.len());
+        let rest = inbox.messages.split_off(taken);
+        let taken = std::mem::replace(&mut inbox.messages, rest);
+        let more = !inbox.messages.is_empty();
         drop(inbox);
         if more {
             self.kick();
@@ -150,38 +158,40 @@ impl Core {
         taken
     }
 
-    /// Nothing is to be kept for a next daemon.
-    pub(super) fn keep_nothing(&self) {
-        self.keeps_nothing.store(true, Relaxed);
+    /// Records that nothing is handed over to a next daemon.
+    pub(super) fn cancel_handover(&self) {
+        self.handover_cancelled.store(true, Relaxed);
     }
 
-    /// Whether nothing is to be kept for a next daemon.
-    pub(super) fn keeps_nothing(&self) -> bool {
-        self.keeps_nothing.load(Relaxed)
+    /// Returns true once nothing is handed over to a next daemon.
+    pub(super) fn handover_cancelled(&self) -> bool {
+        self.handover_cancelled.load(Relaxed)
     }
 
-    /// Readable when the loop is wanted.
+    /// Returns the eventfd that is readable while the loop has something to do.
     pub(super) fn kicked(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
     }
 
     fn kick(&self) {
-        // It fails only where the counter is full, and then the loop is awake already.
+        // It fails only if the counter is at its limit, and then the loop has been woken already.
         let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
     }
 
-    /// Wakes the supervisor at `when`; `now` is the time.
+    /// Sets the alarm, which wakes the supervisor, to `when`; `now` is the current time.
     pub(super) fn set_alarm(&self, now: Instant, when: Instant) {
-        let left = when.saturating_duration_since(now).max(Duration::from_nanos(1));
-        let it_value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        // At least 1 ns: a zero `it_value` would disarm the timer (timerfd_settime(2)).
+        let remaining = when.saturating_duration_since(now).max(Duration::from_nanos(1));
+        let it_value =
+            Timespec { tv_sec: remaining.as_secs() as i64, tv_nsec: remaining.subsec_nanos().into() };
         let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
         if let Err(errno) = timerfd_settime(&self.alarm, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("timerfd_settime: {errno}; deadlines are not kept");
+            log::error!("timerfd_settime: {errno}; deadlines may be missed");
         }
     }
 
-    fn over(&self) -> MutexGuard<'_, Option<Result<()>>> {
-        self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    fn outcome(&self) -> MutexGuard<'_, Option<Result<()>>> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -189,23 +199,24 @@ impl Core {
     }
 
     fn end(&self, result: Result<()>) {
-        *self.over() = Some(result);
+        *self.outcome() = Some(result);
         self.ended.notify_all();
-        // The supervisor finds nothing more to do.
+        // Wakes the supervisor, which ends because there is an outcome.
         let now = Instant::now();
         self.set_alarm(now, now);
     }
 }
 
-/// Serves until stopped. The caller only waits, so that a call that never returns does not keep it either.
-pub(super) fn run(core: Arc<Core>, turn: Turn, vm: Box<Vm>) -> Result<()> {
-    supervise(&core)?;
-    let looping = Arc::clone(&core);
-    core.threads().looping = Some(spawn("loop", move || rule(&looping, turn, vm))?);
-    let over = core.ended.wait_while(core.over(), |over| over.is_none());
-    let result = over.unwrap_or_else(PoisonError::into_inner).replace(Ok(()));
-    let Threads { looping, supervisor } = std::mem::take(&mut *core.threads());
-    for thread in [looping, supervisor].into_iter().flatten() {
+/// Serves until stopped. The caller's thread only waits for the outcome, so that a call that never returns does not block it
+/// either.
+pub(super) fn run(core: Arc<Core>, generation: Generation, vm: Box<Vm>) -> Result<()> {
+    start_supervisor(&core)?;
+    let shared = Arc::clone(&core);
+    core.threads().loop_thread = Some(spawn("loop", move || run_loop(&shared, generation, vm))?);
+    let outcome = core.ended.wait_while(core.outcome(), |outcome| outcome.is_none());
+    let result = outcome.unwrap_or_else(PoisonError::into_inner).replace(Ok(()));
+    let Threads { loop_thread, supervisor } = std::mem::take(&mut *core.threads());
+    for thread in [loop_thread, supervisor].into_iter().flatten() {
         thread.join().map_err(|_| Error::Panicked("loop"))?;
     }
     result.unwrap_or(Ok(()))
@@ -215,47 +226,48 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
     std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(Error::Thread)
 }
 
-/// Starts a supervisor: it ends with the loop, or becomes it.
-fn supervise(core: &Arc<Core>) -> Result<()> {
-    // Held until the new supervisor is in its place, so that it finds itself there if it takes over at once.
+/// Starts a supervisor, which ends with the loop or becomes the loop.
+fn start_supervisor(core: &Arc<Core>) -> Result<()> {
+    // Locked until the handle is stored: a supervisor that claims the VM at once moves its own handle.
     let mut threads = core.threads();
-    let watching = Arc::clone(core);
-    threads.supervisor = Some(spawn("supervisor", move || watch(&watching))?);
+    let shared = Arc::clone(core);
+    threads.supervisor = Some(spawn("supervisor", move || run_supervisor(&shared))?);
     Ok(())
 }
 
-/// What a supervisor does.
-fn watch(core: &Arc<Core>) {
-    while core.over().is_none() {
+/// Waits for alarms, and becomes the loop if the VM's owner hangs in a call.
+fn run_supervisor(core: &Arc<Core>) {
+    while core.outcome().is_none() {
         match rustix::io::read(&core.alarm, &mut [0; 8]) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => log::error!("timerfd: {errno}"),
         }
+        // A loop that is not in a call wakes up and expires the deadlines itself.
         core.kick();
         loop {
-            match core.baton.take_over(PATIENCE) {
-                Found::Owned => break,
-                Found::Young => std::thread::sleep(PATIENCE),
-                Found::Yours(mut vm, turn) => {
+            match core.handoff.claim(STALL_LIMIT) {
+                Claim::NotParked => break,
+                Claim::TooEarly => std::thread::sleep(STALL_LIMIT),
+                Claim::Claimed(mut vm, generation) => {
                     vm.late_calls += 1;
-                    log::warn!("a kernel call has not returned for too long: going on without its thread");
+                    log::warn!("a kernel call does not return: another thread continues the loop");
                     let mut threads = core.threads();
-                    threads.looping = threads.supervisor.take();
+                    threads.loop_thread = threads.supervisor.take();
                     drop(threads);
-                    if let Err(error) = supervise(core) {
+                    if let Err(error) = start_supervisor(core) {
                         log::error!("{error}");
                     }
-                    return rule(core, turn, vm);
+                    return run_loop(core, generation, vm);
                 }
             }
         }
     }
 }
 
-/// Says that the loop is over also where it panics.
-struct Ending<'a>(&'a Core);
+/// Ends the loop with an error if its thread panics.
+struct PanicGuard<'a>(&'a Core);
 
-impl Drop for Ending<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.end(Err(Error::Panicked("loop")));
@@ -263,80 +275,80 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Runs the loop to its end, or to where the VM is taken over.
-fn rule(core: &Arc<Core>, turn: Turn, vm: Box<Vm>) {
-    let _ending = Ending(core);
-    if let Some(result) = serve(core, turn, vm) {
+/// Runs the loop until it ends, or until the VM is claimed from this thread.
+fn run_loop(core: &Arc<Core>, generation: Generation, vm: Box<Vm>) {
+    let _panic_guard = PanicGuard(core);
+    if let Some(result) = serve(core, generation, vm) {
         core.end(result);
     }
 }
 
-/// The loop. None if the VM was taken over.
-fn serve(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Result<()>> {
+/// Serves the VM. Returns the result of the loop, or none if the VM was claimed from this thread.
+fn serve(core: &Arc<Core>, generation: Generation, mut vm: Box<Vm>) -> Option<Result<()>> {
     let mut tokens = Vec::new();
-    vm = settle(core, turn, vm)?;
+    vm = settle(core, generation, vm)?;
     loop {
-        if vm.end_if_wanted() {
-            // Nothing else may become ready before the end: what closes now is done here.
-            vm = settle(core, turn, vm)?;
+        if vm.begin_requested_end() {
+            // Settled here, because nothing may become ready after this.
+            vm = settle(core, generation, vm)?;
         }
-        vm.look_again();
+        vm.retry_access_queries();
         vm.rearm(None);
-        if let Some(result) = vm.is_over() {
+        if let Some(result) = vm.result() {
             return Some(result);
         }
         if let Err(error) = vm.wait(&mut tokens) {
             return Some(Err(error));
         }
         for token in &tokens {
-            // One token may hold many requests. The first is settled before the next is read, and so is every other,
-            // but for records that lie behind the first: neighbours among them share a call. Who never pauses gives way:
-            // what is left is found ready again, unless it lies read already.
+            // A token may stand for many requests. Each is settled before the next is read, except for records behind the
+            // first one of a channel: unmaps of neighbouring ranges among them are coalesced into one call. A client that
+            // sends without a pause gives way to the others: epoll reports the rest again, unless it has been read already.
             let mut requests = 0;
-            while vm.ready(*token) && (requests < BURST || vm.has_read(*token)) {
+            while vm.ready(*token) && (requests < MAX_REQUESTS_PER_TURN || vm.has_read(*token)) {
                 if requests == 0 || !Vm::is_channel(*token) {
-                    vm = settle(core, turn, vm)?;
+                    vm = settle(core, generation, vm)?;
                 }
                 requests += 1;
             }
-            vm = settle(core, turn, vm)?;
+            vm = settle(core, generation, vm)?;
         }
     }
 }
 
-/// Does all that the session wants done. None if the VM was taken over in a call.
+/// Performs the session's steps until it is idle. Returns none if the VM was claimed from this thread during a call.
 ///
-/// However much it is, alarms are kept meanwhile, and calls beyond the first few go to the pool: one request of
-/// thousands of pages delays nobody else's.
-fn settle(core: &Arc<Core>, turn: Turn, mut vm: Box<Vm>) -> Option<Box<Vm>> {
+/// Deadlines are expired between any two steps, and small calls beyond [`INLINE_CALL_TIME`] go to the pool, so that a request
+/// of thousands of pages delays no other client.
+fn settle(core: &Arc<Core>, generation: Generation, mut vm: Box<Vm>) -> Option<Box<Vm>> {
     let start = Instant::now();
-    let mut left = Vec::new();
+    let mut remaining = Vec::new();
     loop {
         let now = Instant::now();
-        vm.keep_alarms(now);
+        vm.expire_deadlines(now);
         match vm.session.next_step() {
-            Next::Idle if left.is_empty() => return Some(vm),
-            Next::Idle => vm.pool.run_all(std::mem::take(&mut left)),
+            Next::Idle if remaining.is_empty() => return Some(vm),
+            Next::Idle => vm.pool.run_all(std::mem::take(&mut remaining)),
             Next::Answer(caller, answer) => vm.answer(caller, answer),
             Next::Refused(caller, error) => vm.refuse(caller, &error),
-            Next::Notice(notice) => vm.notice(&notice),
+            Next::Notice(notice) => vm.publish(&notice),
             Next::Call(call) if !call.is_small() => vm.pool.run(Task::Call(call)),
-            // Where one does not return, the next may not either.
-            Next::Call(call) if now - start >= SLICE || vm.late_calls > 0 => {
-                left.push(call);
-                if left.len() == CHUNK {
-                    vm.pool.run_all(std::mem::take(&mut left));
+            // While a call hangs, the next one may hang as well, and would cost another thread.
+            Next::Call(call) if now - start >= INLINE_CALL_TIME || vm.late_calls > 0 => {
+                remaining.push(call);
+                if remaining.len() == POOL_BATCH_CALLS {
+                    vm.pool.run_all(std::mem::take(&mut remaining));
                 }
             }
             Next::Call(call) => {
-                vm.rearm(Some(CALL));
-                match core.baton.run(turn, vm, || call.run()) {
+                vm.rearm(Some(CALL_ALARM_DELAY));
+                match core.handoff.run(generation, vm, || call.run()) {
                     Ok((back, returned)) => {
                         vm = back;
                         vm.returned(returned);
                     }
                     Err(returned) => {
-                        core.deliver(Done::LateCall(returned));
+                        core.deliver(Message::LateCall(returned));
                         return None;
                     }
                 }

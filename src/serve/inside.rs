@@ -1,7 +1,7 @@
-//! What the other threads of this process want of a VM's loop: its answer about a page, and connections of their own.
+//! Access to a VM's loop for the other threads of this process: queries about pages, and control connections.
 //!
-//! Nothing here waits for the loop, and the loop waits for nobody: a question is handed in and answered by a callback on
-//! the loop's thread, a connection is one half of a pair of sockets. A question is always answered, and once.
+//! Nothing here blocks, on either side: a query is delivered as a message and answered by a callback on the loop's thread, a
+//! connection is one half of a socket pair. Every query is answered exactly once.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -11,19 +11,19 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::connection::Place;
-use super::event_loop::{Core, Done};
-use super::vhost_blk::Counted;
+use super::connection::ConnectionClass;
+use super::event_loop::{Core, Message};
+use super::vhost_blk::DiskCounters;
 use super::vm::Vm;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::gate::{Admits, Event};
 use crate::session::Session;
 
-/// Questions that wait for their answer at most.
-const MOST: usize = 4096;
+/// The number of queries that may wait for their answer.
+const MAX_PENDING_QUERIES: usize = 4096;
 
-/// The loop of a VM, for other threads of this process. Cloning shares it; it keeps nothing alive.
+/// A handle of a VM's loop for other threads of this process. Clones share it; it does not keep the loop running.
 #[derive(Debug, Clone)]
 pub struct Inside {
     core: Arc<Core>,
@@ -34,46 +34,45 @@ impl Inside {
         Self { core: Arc::clone(core) }
     }
 
-    /// Asks what a device's request over these ranges may come to; `writes` where it would write to them. Where that is
-    /// [`Admits::Later`] the answer waits until it is one of the other two, but for the ten-thousands of such
-    /// questions, of which the loop remembers 4096 at a time: `Later` is heard by those beyond. Once the loop has ended,
-    /// and where it ends before the answer, that is [`Admits::Never`].
+    /// Queries whether a device may access these ranges; `writes` is true if it would write to them. An answer
+    /// [`Admits::Later`] is delayed until it is one of the other two; only where 4096 queries are waiting already is `Later`
+    /// given. If the loop has ended, or ends before the answer, it is [`Admits::Never`].
     ///
-    /// `reply` is called on the loop's thread (or on this one, where the loop has ended): it must not block, and must not
-    /// call this.
+    /// `reply` is called on the loop's thread, or on the caller's if the loop has ended. It must not block and must not call
+    /// this function.
     pub fn ask(&self, iova: Vec<PageRange<Iova>>, writes: bool, reply: Box<dyn FnOnce(Admits) + Send>) {
-        self.core.deliver(Done::Ask(Ask { iova, writes, reply: Some(reply) }));
+        self.core.deliver(Message::AccessQuery(AccessQuery { iova, writes, reply: Some(reply) }));
     }
 
-    /// A control connection of this process's own, at any time. It counts for no limit of connections, and cannot be told
-    /// no ([`Event::Insists`]): what it added goes with it, whatever that takes. [`Error::Over`] once the loop has ended;
-    /// where it is about to, the first call fails as with any daemon that is gone.
+    /// Opens a control connection of this process itself. It counts against no limit, and what it removes is never refused: the
+    /// gate uses every fence that it takes ([`Event::Insists`]). Returns [`Error::Over`] once the loop has ended. If the loop
+    /// ends right after, the first call fails like one to a daemon that is gone.
     pub fn connect(&self) -> Result<Client> {
         let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(failed("socketpair"))?;
         rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK).map_err(failed("fcntl"))?;
-        match self.core.deliver(Done::Connect(ours)) {
+        match self.core.deliver(Message::Connect(ours)) {
             true => Ok(Client::from_fd(theirs)),
             false => Err(Error::Over),
         }
     }
 
-    /// Has status and metrics say what this disk's numbers are, as long as somebody keeps them.
-    pub(super) fn show(&self, disk: Weak<Counted>) {
-        self.core.deliver(Done::Disk(disk));
+    /// Reports the counters of this disk in status and metrics for as long as they exist.
+    pub(super) fn report_disk(&self, disk: Weak<DiskCounters>) {
+        self.core.deliver(Message::Disk(disk));
     }
 }
 
-/// A question. Where nobody answers it, its end does: never.
-pub(super) struct Ask {
+/// A query about pages. Dropped without an answer, it answers [`Admits::Never`].
+pub(super) struct AccessQuery {
     iova: Vec<PageRange<Iova>>,
     writes: bool,
     reply: Option<Box<dyn FnOnce(Admits) + Send>>,
 }
 
-impl Ask {
-    fn look(&self, session: &Session) -> Admits {
+impl AccessQuery {
+    fn admits(&self, session: &Session) -> Admits {
         let each = self.iova.iter().map(|range| session.admits(*range, self.writes));
         each.max().unwrap_or(Admits::Open)
     }
@@ -85,7 +84,7 @@ impl Ask {
     }
 }
 
-impl Drop for Ask {
+impl Drop for AccessQuery {
     fn drop(&mut self) {
         if let Some(reply) = self.reply.take() {
             reply(Admits::Never);
@@ -93,34 +92,39 @@ impl Drop for Ask {
     }
 }
 
-impl fmt::Debug for Ask {
+impl fmt::Debug for AccessQuery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ask").field("iova", &self.iova).field("writes", &self.writes).finish_non_exhaustive()
+        f.debug_struct("AccessQuery")
+            .field("iova", &self.iova)
+            .field("writes", &self.writes)
+            .finish_non_exhaustive()
     }
 }
 
 impl Vm {
-    /// Answers a question, or remembers it.
-    pub(super) fn asked(&mut self, ask: Ask) {
-        match ask.look(&self.session) {
-            Admits::Later if self.asks.len() < MOST => self.asks.push(ask),
-            admits => ask.answer(admits),
+    /// Answers a query, or stores it until it can be answered.
+    pub(super) fn answer_query(&mut self, query: AccessQuery) {
+        match query.admits(&self.session) {
+            Admits::Later if self.access_queries.len() < MAX_PENDING_QUERIES => {
+                self.access_queries.push(query)
+            }
+            admits => query.answer(admits),
         }
     }
 
-    /// Answers what was remembered, as far as it can be by now.
-    pub(super) fn look_again(&mut self) {
-        if self.asks.is_empty() {
+    /// Answers the stored queries that can be answered by now.
+    pub(super) fn retry_access_queries(&mut self) {
+        if self.access_queries.is_empty() {
             return;
         }
-        for ask in std::mem::take(&mut self.asks) {
-            self.asked(ask);
+        for query in std::mem::take(&mut self.access_queries) {
+            self.answer_query(query);
         }
     }
 
-    /// Takes a connection of this process's own.
-    pub(super) fn connected(&mut self, socket: OwnedFd) {
-        if let Some(client) = self.welcome(socket, Place::Inside) {
+    /// Adds a connection that this process itself has made.
+    pub(super) fn add_internal_connection(&mut self, socket: OwnedFd) {
+        if let Some(client) = self.add_connection(socket, ConnectionClass::Internal) {
             self.session.handle(Event::Insists { client });
         }
     }

@@ -1,25 +1,25 @@
-//! The ways a VMM reaches a session: here the control socket and its notification channel, and what other threads of
-//! this process ask of it ([`Inside`]).
+//! The server of one VM: its loop, and the interfaces of its session: the control socket, the notification channel, the
+//! vhost-user back-end ([`vhost_blk`]), and queries of other threads of this process ([`Inside`]).
 //!
-//! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped:
-//! then devices are stopped, mappings go, and only then the process lets go of its files.
+//! One process, one VM, one loop. [`Server::bind`] makes the socket, [`Server::run`] serves until it is stopped: then devices
+//! are stopped, mappings are removed, and only then the files of guest memory are closed.
 
 mod accept;
 mod backlog;
-mod baton;
 mod channel;
 mod connection;
 mod control;
 mod event_loop;
 pub mod files_limit;
-mod hold;
+mod handoff;
 mod inside;
-mod listen;
 mod poller;
 pub mod privilege;
 mod release;
 mod scrape;
 mod socket_file;
+mod subscribers;
+mod takeover;
 pub mod vhost_blk;
 mod vm;
 
@@ -39,52 +39,52 @@ use crate::observe::records::StateOptions;
 use crate::session::fdstore::{FdStore, Name};
 use crate::session::guardian::Watch;
 use event_loop::Core;
-use socket_file::{CONTROL, METRICS, SocketFile, listen};
+use socket_file::{CONTROL_REMEDIES, METRICS_REMEDIES, SocketFile, listen};
 use vm::{Sockets, Vm};
 
-pub use hold::Hold;
 pub use inside::Inside;
+pub use takeover::Hold;
 
-/// What a server is told once.
+/// The configuration of a server.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where its socket is made; none for no such socket, where all clients are of this process ([`Inside::connect`]).
+    /// The path of the control socket; none for no such socket: then all clients are of this process ([`Inside::connect`]).
     pub socket_path: Option<PathBuf>,
     /// The gate's policy.
     pub policy: Policy,
-    /// Whether clients may have devices do DMA (`Dma`).
+    /// True if clients may have devices do DMA on demand (`Dma`).
     pub allow_dma: bool,
-    /// Whether a person may take a range out of quarantine (`Release`).
+    /// True if an operator may release a quarantine (`Release`).
     pub allow_release: bool,
-    /// Where the metrics socket is made; none for no such socket.
+    /// The path of the metrics socket; none for no such socket.
     pub metrics_path: Option<PathBuf>,
-    /// Connections at most, but for a few short ones of operators.
+    /// The number of connections, without the operators' reserve and those of this process.
     pub max_clients: usize,
-    /// How long a stopped server waits for its memory to close.
+    /// The time that a stopped server waits for all regions to be closed.
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
-    /// The names of devices that a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
+    /// The names of devices to which a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
     pub tolerant: Vec<String>,
-    /// Whether memory is taken whose file can be shrunk ([`crate::session::Trust::unsealed`]).
+    /// True if memory is accepted whose file can be shrunk ([`crate::session::Trust::unsealed`]).
     pub unsealed: bool,
-    /// Where the audit log and the quarantine are written down; none for nowhere.
+    /// The state directory with the audit log and the quarantine; none for neither.
     pub state: Option<StateOptions>,
-    /// Signals that stop it.
+    /// The signals that stop the server.
     pub stop_signals: Vec<i32>,
-    /// True where a door of this process stops the server, also where the host wants a device back.
+    /// True if the vhost-user back-end of this process stops the server, also when the host wants a device back.
     pub has_door: bool,
-    /// The service manager that is told when it is ready and when it stops; none for nobody.
+    /// The service manager that is notified of readiness and of the end (`sd_notify(3)`); none without one.
     pub manager: Option<FdStore>,
 }
 
 impl Options {
-    /// The defaults, at `socket_path`.
+    /// Returns the defaults, with a control socket at `socket_path`.
     pub fn at(socket_path: impl Into<PathBuf>) -> Self {
         Self { socket_path: Some(socket_path.into()), ..Self::nowhere() }
     }
 
-    /// The defaults, without a socket.
+    /// Returns the defaults, without a socket.
     pub fn nowhere() -> Self {
         Self {
             socket_path: None,
@@ -110,104 +110,110 @@ impl Options {
 pub struct Server {
     vm: Box<Vm>,
     core: Arc<Core>,
-    turn: baton::Turn,
+    generation: handoff::Generation,
     stop: UnixStream,
     file: Option<SocketFile>,
     metrics_file: Option<SocketFile>,
     guardian: Option<Watch>,
-    /// What is kept for the next daemon besides memory and the socket, and where; none where nothing outlives this one.
-    kept: Option<(FdStore, Vec<Name>)>,
+    /// The service manager's store and the names of what is stored there for the next daemon, without memory and the control
+    /// socket; none where nothing is handed over.
+    stored: Option<(FdStore, Vec<Name>)>,
 }
 
 impl Server {
-    /// Makes the socket, if any (mode 0600; one that nobody listens at is replaced, one in use is an error), and the
-    /// session.
+    /// Makes the sockets that are configured (mode 0600) and the session. A socket file at which no process listens is replaced;
+    /// one that is in use is an error.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
         Self::holding(options, domain, devices, None)
     }
 
-    /// The same, where what it has outlives it, and it goes on from what another had.
+    /// As [`Server::bind`]; with a `takeover` the server continues an earlier daemon's state and hands its own over to the next.
     pub fn holding(
         options: Options,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        mut hold: Option<Hold>,
+        mut takeover: Option<Hold>,
     ) -> Result<Self> {
         let (stop, stopped) = UnixStream::pair().map_err(Error::Poll)?;
-        // Before anybody can find the socket: who finds it may send a signal.
+        // Before the socket is visible: a process that sees it may send a signal at once.
         for signal in &options.stop_signals {
             let stop = stop.as_fd().try_clone_to_owned().map_err(Error::Poll)?;
             signal_hook::low_level::pipe::register(*signal, stop).map_err(Error::Signal)?;
         }
-        let ids = hold.as_mut().map(|hold| hold.keep(&*domain, &devices)).transpose()?;
+        let ids =
+            takeover.as_mut().map(|takeover| takeover.store_descriptors(&*domain, &devices)).transpose()?;
         let path = options.socket_path.clone();
-        let listener = match (&mut hold, &path) {
-            (Some(hold), Some(path)) => Some(hold.listener(path, || listen(path, &CONTROL))?),
-            (None, Some(path)) => Some(listen(path, &CONTROL)?),
+        let listener = match (&mut takeover, &path) {
+            (Some(takeover), Some(path)) => {
+                Some(takeover.listener(path, || listen(path, &CONTROL_REMEDIES))?)
+            }
+            (None, Some(path)) => Some(listen(path, &CONTROL_REMEDIES)?),
             (_, None) => None,
         };
         let file = path.map(SocketFile::at);
-        let metrics = options.metrics_path.as_deref().map(|path| listen(path, &METRICS)).transpose()?;
+        let metrics =
+            options.metrics_path.as_deref().map(|path| listen(path, &METRICS_REMEDIES)).transpose()?;
         let metrics_file = options.metrics_path.clone().map(SocketFile::at);
         let guardian = match &options.guardian {
             Some(program) => {
-                let (store, left) = match (&mut hold, ids) {
-                    (Some(hold), Some(ids)) => hold.guard(ids),
+                let (store, earlier) = match (&mut takeover, ids) {
+                    (Some(takeover), Some(ids)) => takeover.guardian_store(ids),
                     _ => (None, None),
                 };
-                Watch::holding(program.clone(), devices.clone(), store, left)?
+                Watch::holding(program.clone(), devices.clone(), store, earlier)?
             }
             None => None,
         };
-        let (core, turn) = Core::new()?;
-        let kept = hold.as_ref().map(Hold::kept);
+        let (core, generation) = Core::new()?;
+        let stored = takeover.as_ref().map(Hold::stored);
         let sockets = Sockets { listener, metrics, stopped };
-        let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, hold)?;
+        let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, takeover)?;
         if let Some(ids) = ids {
             vm.session.complete(ids);
         }
-        Ok(Self { vm: Box::new(vm), core, turn, stop, file, metrics_file, guardian, kept })
+        Ok(Self { vm: Box::new(vm), core, generation, stop, file, metrics_file, guardian, stored })
     }
 
-    /// What stops it, for another thread.
+    /// Returns a handle that stops the server from another thread.
     pub fn stopper(&self) -> Result<Stopper> {
         self.stop.try_clone().map(Stopper).map_err(Error::Poll)
     }
 
-    /// Its loop, for other threads of this process: before it runs, while it does, and after.
+    /// Returns a handle of the loop for other threads of this process. It may be used before the loop runs and after it has
+    /// ended.
     pub fn inside(&self) -> Inside {
         Inside::of(&self.core)
     }
 
-    /// The files of guest memory, where it goes on from what another had.
+    /// Returns the files of guest memory that were taken over from an earlier daemon.
     pub fn guest_files(&self) -> Vec<Weak<GuestFile>> {
         self.vm.session.guest_files()
     }
 
-    /// Serves until stopped.
+    /// Serves until stopped. Fails if regions cannot be closed in time ([`Error::StillOpen`]) or the loop fails.
     pub fn run(self) -> Result<()> {
         let (file, _metrics_file) = (self.file, self.metrics_file);
         if let Some(manager) = &self.vm.options.manager {
             manager.ready();
         }
-        if let Some((store, kept)) = self.kept {
-            // The socket goes on listening: the next daemon has it.
+        if let Some((store, stored)) = self.stored {
+            // The socket's file stays: the service manager has the socket, and clients wait in its queue.
             std::mem::forget(file);
             let core = Arc::clone(&self.core);
-            let over = event_loop::run(self.core, self.turn, self.vm);
-            if core.keeps_nothing() {
-                // As below: where the loop fails the guardian stops the devices.
-                if let Some(guardian) = self.guardian.filter(|_| over.is_ok()) {
+            let result = event_loop::run(self.core, self.generation, self.vm);
+            if core.handover_cancelled() {
+                // As below: where the loop has failed, the guardian must stop the devices.
+                if let Some(guardian) = self.guardian.filter(|_| result.is_ok()) {
                     guardian.bye();
                 }
-                kept.into_iter().for_each(|name| store.remove(name));
+                stored.into_iter().for_each(|name| store.remove(name));
                 store.settle();
             }
-            return over;
+            return result;
         }
         let _file = file;
-        // Where the loop fails the guardian hears no farewell, and stops the devices.
-        event_loop::run(self.core, self.turn, self.vm)?;
+        // Where the loop fails, the guardian gets no farewell message, and therefore stops the devices.
+        event_loop::run(self.core, self.generation, self.vm)?;
         if let Some(guardian) = self.guardian {
             guardian.bye();
         }
@@ -228,7 +234,7 @@ impl Server {
 pub struct Stopper(UnixStream);
 
 impl Stopper {
-    /// As a stop signal does.
+    /// Stops the server, like a stop signal.
     pub fn stop(&self) {
         let _ = std::io::Write::write(&mut &self.0, &[0]);
     }
@@ -243,12 +249,12 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Where its socket is; empty where it has none.
+    /// Returns the path of the control socket; empty where there is none.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Stops it, and says how it went.
+    /// Stops the server, waits for its end, and returns its result.
     pub fn stop(mut self) -> Result<()> {
         self.halt()
     }

@@ -1,23 +1,23 @@
-//! The `epoll` crate, with the descriptor owned.
+//! An epoll instance that owns its descriptor, over the `epoll` crate.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use epoll::{ControlOptions, Event, Events};
 
-/// A set of descriptors to wait on, each with a token.
+/// An epoll instance. Each descriptor in it has a token. Closed when dropped.
 #[derive(Debug)]
 pub(super) struct Poller(RawFd);
 
-/// What to wait for.
+/// The readiness to wait for (epoll(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Interest {
-    /// Something to read.
+    /// Readable, or the peer has shut its sending side down; level-triggered.
     Read,
-    /// Something more to read than before; nobody needs to read it.
-    News,
-    /// Room to write.
+    /// Readable; edge-triggered: reported once for each write of the other side, also if nothing is read.
+    ReadEdge,
+    /// Writable; level-triggered.
     Write,
-    /// Nothing for now.
+    /// No readiness; errors and hang-ups are reported all the same.
     Nothing,
 }
 
@@ -25,7 +25,7 @@ impl Interest {
     fn events(self) -> Events {
         match self {
             Self::Read => Events::EPOLLIN | Events::EPOLLRDHUP,
-            Self::News => Events::EPOLLIN | Events::EPOLLET,
+            Self::ReadEdge => Events::EPOLLIN | Events::EPOLLET,
             Self::Write => Events::EPOLLOUT,
             Self::Nothing => Events::empty(),
         }
@@ -45,7 +45,7 @@ impl Poller {
         self.control(ControlOptions::EPOLL_CTL_MOD, fd, interest, token)
     }
 
-    pub(super) fn forget(&self, fd: impl AsFd) -> std::io::Result<()> {
+    pub(super) fn remove(&self, fd: impl AsFd) -> std::io::Result<()> {
         self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Nothing, 0)
     }
 
@@ -59,7 +59,8 @@ impl Poller {
         epoll::ctl(self.0, option, fd.as_fd().as_raw_fd(), Event::new(interest.events(), token))
     }
 
-    /// Waits for `timeout_ms` at most (-1: for ever); the tokens that are ready.
+    /// Waits for at most `timeout_ms` milliseconds (-1: no limit), and replaces `tokens` by those that are ready, at most 64.
+    /// An interrupted wait returns none.
     pub(super) fn wait(&self, timeout_ms: i32, tokens: &mut Vec<u64>) -> std::io::Result<()> {
         let mut events = [Event { events: 0, data: 0 }; 64];
         let count = match epoll::wait(self.0, timeout_ms, &mut events) {

@@ -1,4 +1,4 @@
-//! A VM as the loop has it: its session, its sockets, its connections.
+//! The state of one VM's loop: its session, sockets, connections, alarms and the stages of its end.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -10,14 +10,14 @@ use passgate_backends::{Device, Domain};
 use passgate_bindings::PageRange;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::accept::{STARVED, Spare};
+use super::accept::{ACCEPT_PAUSE, SpareFd};
 use super::backlog::Backlog;
-use super::connection::{Connection, Place};
-use super::event_loop::{Core, Done};
-use super::inside::Ask;
+use super::connection::{Connection, ConnectionClass};
+use super::event_loop::{Core, Message};
+use super::inside::AccessQuery;
 use super::poller::{Interest, Poller};
-use super::scrape::{Scrape, VISITORS};
-use super::vhost_blk::Counted;
+use super::scrape::{MAX_METRICS_CLIENTS, Scrape};
+use super::vhost_blk::DiskCounters;
 use super::{Hold, Options};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
@@ -28,70 +28,73 @@ use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
 use crate::session::{Pool, Returned, Session, SystemClock, Trust};
 
+// Tokens of the poller.
 const LISTENER: u64 = 0;
 const KICK: u64 = 1;
 const STOP: u64 = 2;
 const WAKE: u64 = 3;
 const METRICS: u64 = 4;
-const WANTED: u64 = 5;
-/// Tokens of the visitors of the metrics socket.
-const VISITOR: u64 = 8;
-const LAST_VISITOR: u64 = VISITOR + VISITORS as u64 - 1;
-/// Tokens of connections: the client's number, and which of its sockets.
-const CLIENTS: u64 = 16;
+const DEVICE_REQUEST: u64 = 5;
+/// The tokens of clients of the metrics socket: this one and the following, up to [`LAST_METRICS_CLIENT`].
+const METRICS_CLIENT: u64 = 8;
+const LAST_METRICS_CLIENT: u64 = METRICS_CLIENT + MAX_METRICS_CLIENTS as u64 - 1;
+/// The tokens of connections: from here on twice the client's number, plus one for the notification channel.
+const FIRST_CLIENT: u64 = 16;
 
-/// The least time to an alarm, so that many deadlines do not mean many wake-ups.
-const LEAST: Duration = Duration::from_micros(200);
+/// The shortest time to an alarm, so that many deadlines do not cause as many wake-ups.
+const MIN_ALARM_DELAY: Duration = Duration::from_micros(200);
 
-/// One VM, with everything that its loop needs.
+/// One VM, with everything that its loop needs. Owned by the thread that runs the loop ([`super::handoff`]).
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) session: Session,
-    /// The threads of calls that take long.
+    /// The threads for calls that are not small.
     pub(super) pool: Pool,
     pub(super) options: Options,
     pub(super) core: Arc<Core>,
     pub(super) poller: Poller,
     pub(super) connections: BTreeMap<ClientId, Connection>,
-    /// Where a datagram is read into, whoever sends it.
+    /// The receive buffer of all notification channels.
     pub(super) datagram: Box<[u8]>,
     pub(super) listener: Option<UnixListener>,
-    /// Questions of other threads that cannot be answered yet.
-    pub(super) asks: Vec<Ask>,
+    /// The queries of other threads that cannot be answered yet.
+    pub(super) access_queries: Vec<AccessQuery>,
     stopped: UnixStream,
     last_client: u32,
     pub(super) backlog: Backlog,
     pub(super) scrape: Option<Scrape>,
-    /// Calls for which a thread of the loop was given up and that have not returned.
+    /// The number of calls that have not returned and whose threads have lost the VM.
     pub(super) late_calls: usize,
-    /// The disk that is served, while it is.
-    disk: Weak<Counted>,
-    /// Until when nobody is accepted.
-    pub(super) starved: Option<Instant>,
-    pub(super) spare: Spare,
+    /// The counters of the disk that this process serves, for as long as it does.
+    disk: Weak<DiskCounters>,
+    /// Set while no connection is accepted for want of descriptors or memory: the end of that time.
+    pub(super) accept_paused_until: Option<Instant>,
+    pub(super) spare_fd: SpareFd,
+    /// The time to which the alarm is set; none once it has fired.
     alarm: Option<Instant>,
-    farewell: Option<Instant>,
-    /// Until when somebody may come back for memory of an earlier daemon's clients.
+    /// Set once the end has begun: the time by which all regions must be closed.
+    shutdown_deadline: Option<Instant>,
+    /// Set while memory of an earlier daemon's clients waits to be adopted: the time at which it is closed.
     adopt_by: Option<Instant>,
-    /// Whether what it has is the next daemon's.
-    holds: bool,
-    /// True once the host wants a device back, until the end has begun.
-    ends: bool,
+    /// True while its state is to be handed over to a next daemon: it ends without closing anything.
+    hands_over: bool,
+    /// Set once the host wants a device back, until the end has begun.
+    end_requested: bool,
 }
 
-/// Whatever ends it: who hands something in from now on hears that nobody takes it.
+/// Closes the inbox: other threads learn that the VM is gone, whatever has ended it.
 impl Drop for Vm {
     fn drop(&mut self) {
         self.core.close();
     }
 }
 
-/// What a VM listens to, besides its clients.
+/// The descriptors of a VM's loop that are made before it.
 #[derive(Debug)]
 pub(super) struct Sockets {
     pub(super) listener: Option<UnixListener>,
     pub(super) metrics: Option<UnixListener>,
-    /// Readable when it is to stop.
+    /// Readable once the server is to stop.
     pub(super) stopped: UnixStream,
 }
 
@@ -102,24 +105,25 @@ impl Vm {
         core: Arc<Core>,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        hold: Option<Hold>,
+        takeover: Option<Hold>,
     ) -> Result<Self> {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
-        let resumed = hold.as_ref().is_some_and(|hold| hold.session.left.is_some());
-        let (holds, within) = (hold.is_some(), hold.as_ref().map(|hold| hold.adopt_within));
+        let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.left.is_some());
+        let (hands_over, adopt_within) =
+            (takeover.is_some(), takeover.as_ref().map(|takeover| takeover.adopt_within));
         let workers = Arc::clone(&core);
-        let pool = Pool::new(move |returned| _ = workers.deliver(Done::Call(returned)));
+        let pool = Pool::new(move |returned| _ = workers.deliver(Message::Call(returned)));
         let names = || devices.iter().map(|device| device.name().to_owned()).collect();
         let records = options
             .state
             .as_ref()
             .map(|state| Records::open(state, options.policy, domain.name(), names(), resumed))
             .transpose()?;
-        let hold = hold.map(|hold| hold.session);
+        let takeover = takeover.map(|takeover| takeover.session);
         let trust = Trust { tolerant: &options.tolerant, unsealed: options.unsealed };
         let clock = Arc::new(SystemClock);
-        let session = Session::new(options.policy, domain, devices, trust, clock, records, hold);
-        let adopt_by = within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
+        let session = Session::new(options.policy, domain, devices, trust, clock, records, takeover);
+        let adopt_by = adopt_within.filter(|_| session.has_orphans()).map(|within| Instant::now() + within);
         let poller = Poller::new().map_err(Error::Poll)?;
         if let Some(listener) = &listener {
             poller.add(listener, Interest::Read, LISTENER).map_err(Error::Poll)?;
@@ -133,7 +137,7 @@ impl Vm {
             poller.add(wake, Interest::Read, WAKE).map_err(Error::Poll)?;
         }
         for request in session.requests() {
-            poller.add(request, Interest::News, WANTED).map_err(Error::Poll)?;
+            poller.add(request, Interest::ReadEdge, DEVICE_REQUEST).map_err(Error::Poll)?;
         }
         Ok(Self {
             session,
@@ -144,59 +148,60 @@ impl Vm {
             connections: BTreeMap::new(),
             datagram: vec![0; MAX_DATAGRAM].into(),
             listener,
-            asks: Vec::new(),
+            access_queries: Vec::new(),
             stopped,
             last_client: 0,
             backlog: Backlog::new()?,
             scrape: scrape.map(Scrape::new),
             late_calls: 0,
             disk: Weak::new(),
-            starved: None,
-            spare: Spare::new(),
+            accept_paused_until: None,
+            spare_fd: SpareFd::new(),
             alarm: None,
-            farewell: None,
+            shutdown_deadline: None,
             adopt_by,
-            holds,
-            ends: false,
+            hands_over,
+            end_requested: false,
         })
     }
 
-    /// Waits until something is ready.
+    /// Waits until a descriptor is ready, and replaces `tokens` by those that are. Returns without any to resume accepting, and
+    /// every 50 ms during the end to check the shutdown deadline.
     pub(super) fn wait(&mut self, tokens: &mut Vec<u64>) -> Result<()> {
-        if self.starved.is_some_and(|until| until <= Instant::now()) {
-            self.listen_again();
+        if self.accept_paused_until.is_some_and(|until| until <= Instant::now()) {
+            self.resume_accepting();
         }
-        let timeout = match (self.farewell, self.starved) {
+        let timeout = match (self.shutdown_deadline, self.accept_paused_until) {
             (Some(_), _) => 50,
-            (None, Some(_)) => STARVED.as_millis() as i32,
+            (None, Some(_)) => ACCEPT_PAUSE.as_millis() as i32,
             (None, None) => -1,
         };
         self.poller.wait(timeout, tokens).map_err(Error::Poll)
     }
 
-    /// Does one thing that a token stands for; whether there may be more of it.
+    /// Serves one request of a ready token. Returns true if there may be more.
     pub(super) fn ready(&mut self, token: u64) -> bool {
         match token {
             LISTENER => self.accept(),
             KICK => self.kicked(),
             STOP => {
                 let _ = std::io::Read::read(&mut &self.stopped, &mut [0; 16]);
-                // The door that stops this may have seen first what the host wants.
-                self.given_back();
-                self.say_goodbye();
+                // The disk's thread may have seen the host's request first, and have stopped this server because of it.
+                self.handle_device_requests();
+                self.begin_shutdown();
                 false
             }
             WAKE => {
                 self.session.poll_domains();
                 false
             }
-            METRICS => self.visitor_comes(VISITOR),
-            WANTED => {
-                self.given_back();
+            METRICS => self.accept_metrics_client(METRICS_CLIENT),
+            DEVICE_REQUEST => {
+                self.handle_device_requests();
                 false
             }
-            VISITOR..=LAST_VISITOR => {
-                self.visitor_ready(token, (token - VISITOR) as usize);
+            METRICS_CLIENT..=LAST_METRICS_CLIENT => {
+                self.metrics_client_ready(token, (token - METRICS_CLIENT) as usize);
                 false
             }
             _ => match Self::client_of(token) {
@@ -206,9 +211,9 @@ impl Vm {
         }
     }
 
-    /// Whether a request of a token lies read, so that waiting would not find it.
+    /// Returns true if a request of the token has been read already, so that epoll does not report it.
     pub(super) fn has_read(&mut self, token: u64) -> bool {
-        token >= CLIENTS
+        token >= FIRST_CLIENT
             && match Self::client_of(token) {
                 (client, Door::Control) => {
                     self.connections.get_mut(&client).is_some_and(Connection::has_call)
@@ -217,30 +222,30 @@ impl Vm {
             }
     }
 
-    /// Whether a token is a notification channel's.
+    /// Returns true if the token is one of a notification channel.
     pub(super) fn is_channel(token: u64) -> bool {
-        token >= CLIENTS && Self::client_of(token).1 == Door::Channel
+        token >= FIRST_CLIENT && Self::client_of(token).1 == Door::Channel
     }
 
     fn client_of(token: u64) -> (ClientId, Door) {
-        let token = token - CLIENTS;
+        let token = token - FIRST_CLIENT;
         (ClientId((token >> 1) as u32), if token & 1 == 0 { Door::Control } else { Door::Channel })
     }
 
-    /// The token of one of a client's sockets.
+    /// Returns the token of one of a client's sockets.
     pub(super) fn token(client: ClientId, door: Door) -> u64 {
-        CLIENTS + (u64::from(client.0) << 1 | u64::from(door == Door::Channel))
+        FIRST_CLIENT + (u64::from(client.0) << 1 | u64::from(door == Door::Channel))
     }
 
-    /// Takes a connected socket that does not block; who it is from now on. None where the end has begun.
-    pub(super) fn welcome(&mut self, socket: OwnedFd, place: Place) -> Option<ClientId> {
-        if self.farewell.is_some() {
+    /// Adds a connected, non-blocking socket and returns its client number; none if the end has begun or epoll fails.
+    pub(super) fn add_connection(&mut self, socket: OwnedFd, class: ConnectionClass) -> Option<ClientId> {
+        if self.shutdown_deadline.is_some() {
             return None;
         }
         self.last_client += 1;
         let client = ClientId(self.last_client);
         match self.poller.add(&socket, Interest::Read, Self::token(client, Door::Control)) {
-            Ok(()) => _ = self.connections.insert(client, Connection::new(socket, place)),
+            Ok(()) => _ = self.connections.insert(client, Connection::new(socket, class)),
             Err(error) => {
                 log::error!("epoll: {error}");
                 return None;
@@ -249,7 +254,8 @@ impl Vm {
         Some(client)
     }
 
-    pub(super) fn watch_doors(&self, interest: Interest) {
+    /// Polls the listening sockets for this readiness.
+    pub(super) fn watch_listeners(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
         for (listener, token) in self.listener.iter().map(|listener| (listener, LISTENER)).chain(metrics) {
             if let Err(error) = self.poller.change(listener, interest, token) {
@@ -259,17 +265,17 @@ impl Vm {
     }
 
     fn kicked(&mut self) -> bool {
-        for done in self.core.take_done() {
+        for done in self.core.take_messages() {
             match done {
-                Done::Call(returned) => self.returned(returned),
-                Done::LateCall(returned) => {
+                Message::Call(returned) => self.returned(returned),
+                Message::LateCall(returned) => {
                     self.late_calls -= 1;
                     self.returned(returned);
                 }
-                Done::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
-                Done::Ask(ask) => self.asked(ask),
-                Done::Connect(socket) => self.connected(socket),
-                Done::Disk(disk) => self.disk = disk,
+                Message::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
+                Message::AccessQuery(ask) => self.answer_query(ask),
+                Message::Connect(socket) => self.add_internal_connection(socket),
+                Message::Disk(disk) => self.disk = disk,
             }
         }
         self.alarm = None;
@@ -282,22 +288,23 @@ impl Vm {
         false
     }
 
-    /// Tells the session of every deadline that is over by `now`.
-    pub(super) fn keep_alarms(&mut self, now: Instant) {
+    /// Expires the session's deadlines up to `now`.
+    pub(super) fn expire_deadlines(&mut self, now: Instant) {
         if self.session.next_deadline().is_some_and(|when| when <= now) {
             self.session.expire(now);
         }
     }
 
-    /// Takes what came of a call. Memory of a client that is gone meanwhile comes too late.
+    /// Passes the result of a call to the session. Memory that was examined for a client that has disconnected meanwhile is
+    /// closed.
     pub(super) fn returned(&mut self, returned: Returned) {
         match returned {
             Returned::Examined { caller, memory, files } => {
                 let taken = PageRange::new(memory.gpa, memory.length);
                 if taken.is_ok_and(|gpa| self.session.is_taken(gpa)) {
-                    self.hang_up_the_dead();
+                    self.close_dead_connections();
                 }
-                // It may be one of these.
+                // The caller itself may have been closed by this.
                 if self.connections.contains_key(&caller.client) {
                     self.session.returned(Returned::Examined { caller, memory, files });
                 } else {
@@ -308,9 +315,9 @@ impl Vm {
         }
     }
 
-    /// Closes the connections whose other end is closed, before their sockets' turn: a VMM that starts again at once finds
-    /// its memory on its way out and not in its way.
-    fn hang_up_the_dead(&mut self) {
+    /// Closes the connections whose peers have hung up, before their tokens' turn: the memory of a VMM that restarts at once is
+    /// being closed by the time that the new one adds the same range, and does not conflict with it.
+    fn close_dead_connections(&mut self) {
         let mut sockets: Vec<_> = self
             .connections
             .values()
@@ -320,103 +327,110 @@ impl Vm {
         if poll(&mut sockets, Some(&now)).is_err() {
             return;
         }
-        let over = sockets.iter().map(|socket| socket.revents().contains(PollFlags::HUP));
-        let dead: Vec<_> =
-            self.connections.keys().zip(over).filter(|(_, over)| *over).map(|(client, _)| *client).collect();
+        let hung_up = sockets.iter().map(|socket| socket.revents().contains(PollFlags::HUP));
+        let dead: Vec<_> = self
+            .connections
+            .keys()
+            .zip(hung_up)
+            .filter(|(_, hung_up)| *hung_up)
+            .map(|(client, _)| *client)
+            .collect();
         for client in dead {
-            self.hang_up(client);
+            self.close_connection(client);
         }
     }
 
-    /// Sets the alarm for the earliest deadline, or for when a call that begins now has taken `patience`; unless
-    /// an alarm is set by then. A late deadline waits for the alarm that is set: to set it anew each time would put
-    /// it off for ever.
-    pub(super) fn rearm(&mut self, patience: Option<Duration>) {
+    /// Sets the alarm to the earliest deadline, or to the time at which a call that starts now has taken `limit`, unless an
+    /// earlier alarm is set. A deadline that is overdue waits for the alarm that is set: setting it again each time would
+    /// postpone it for ever.
+    pub(super) fn rearm(&mut self, limit: Option<Duration>) {
         let deadline = self.session.next_deadline().into_iter().chain(self.adopt_by).min();
-        if deadline.is_none() && patience.is_none() {
+        if deadline.is_none() && limit.is_none() {
             return;
         }
         let now = Instant::now();
-        let call = patience.map(|patience| now + patience);
+        let call = limit.map(|limit| now + limit);
         let Some(next) = deadline.into_iter().chain(call).min() else { return };
-        let next = next.max(now + LEAST);
+        let next = next.max(now + MIN_ALARM_DELAY);
         if self.alarm.is_none_or(|set| next < set || set < now) {
             self.alarm = Some(next);
             self.core.set_alarm(now, next);
         }
     }
 
-    /// The host wants a device back and waits for it. A file of it that stays open anywhere would keep it, so this daemon
-    /// ends in order, and leaves nothing to a next one: its devices are stopped, its memory is closed.
-    fn given_back(&mut self) {
+    /// Requests the end of this daemon if the host waits for a device (it is being unbound or removed). The kernel waits until
+    /// no file of the device is open anywhere. So nothing is handed over to a next daemon either: devices are stopped, memory is
+    /// closed.
+    fn handle_device_requests(&mut self) {
         let names = self.session.wanted();
         if names.is_empty() {
             return;
         }
         log::error!(
-            "the host wants {} back (it is being unbound or removed): this daemon lets go of it and ends",
+            "the host wants {} back (it is being unbound or removed): this daemon closes it and ends",
             names.join(", ")
         );
-        if std::mem::take(&mut self.holds) {
-            self.core.keep_nothing();
-            // Nobody comes back for what an earlier daemon's clients had.
+        if std::mem::take(&mut self.hands_over) {
+            self.core.cancel_handover();
+            // Memory of an earlier daemon's clients cannot be adopted any more: it is closed at the next alarm.
             self.adopt_by = self.adopt_by.map(|_| Instant::now());
         }
-        // A door ends its requests first, and stops this then.
-        self.ends = !self.options.has_door;
+        // The disk's thread ends its requests first, and then stops this server.
+        self.end_requested = !self.options.has_door;
     }
 
-    /// Begins the end that a device asked for, once everybody has been told why; true where it does, so that the caller
-    /// settles what that takes.
-    pub(super) fn end_if_wanted(&mut self) -> bool {
-        let ends = std::mem::take(&mut self.ends);
-        if ends {
-            self.say_goodbye();
+    /// Begins the end if a device's request has asked for it. Returns true if it did: the caller settles what follows. Called
+    /// between requests, so that clients have been sent the reason.
+    pub(super) fn begin_requested_end(&mut self) -> bool {
+        let requested = std::mem::take(&mut self.end_requested);
+        if requested {
+            self.begin_shutdown();
         }
-        ends
+        requested
     }
 
-    /// Closes every connection; the loop goes on until what they had is closed.
-    fn say_goodbye(&mut self) {
+    /// Closes every connection; the loop continues until their regions are closed, or until the shutdown deadline. Where the
+    /// state is handed over, nothing is closed and the loop ends at once.
+    fn begin_shutdown(&mut self) {
         if let Some(manager) = &self.options.manager {
             manager.stopping();
         }
-        if self.holds {
-            // Regions stay as they are, and so do the ledger's records of them.
-            self.farewell = Some(Instant::now());
+        if self.hands_over {
+            // Connections are not closed: the gate would close their regions, in the ledger too.
+            self.shutdown_deadline = Some(Instant::now());
             return;
         }
-        if self.farewell.is_none() {
-            self.farewell = Some(Instant::now() + self.options.farewell);
+        if self.shutdown_deadline.is_none() {
+            self.shutdown_deadline = Some(Instant::now() + self.options.farewell);
             let clients: Vec<ClientId> = self.connections.keys().copied().collect();
             for client in clients {
-                self.hang_up(client);
+                self.close_connection(client);
             }
         }
     }
 
-    /// How the loop ends, where it is to.
-    pub(super) fn is_over(&self) -> Option<Result<()>> {
-        let farewell = self.farewell?;
-        if self.holds {
+    /// Returns the result of the loop, once it is to end.
+    pub(super) fn result(&self) -> Option<Result<()>> {
+        let deadline = self.shutdown_deadline?;
+        if self.hands_over {
             return Some(Ok(()));
         }
         let regions = self.session.region_count();
         if regions == 0 {
             return Some(Ok(()));
         }
-        (Instant::now() >= farewell).then_some(Err(Error::StillOpen { regions }))
+        (Instant::now() >= deadline).then_some(Err(Error::StillOpen { regions }))
     }
 
-    /// Closes a connection: what it had goes.
-    pub(super) fn hang_up(&mut self, client: ClientId) {
+    /// Closes a connection. The gate then closes the regions of its client.
+    pub(super) fn close_connection(&mut self, client: ClientId) {
         if self.connections.remove(&client).is_some() {
             self.session.handle(Event::ClientGone { client });
-            self.listen_again();
+            self.resume_accepting();
         }
     }
 
-    /// Answers a request through the door by which it came. A client that is gone hears nothing.
+    /// Answers a request on the socket on which it came. The answer to a client that has disconnected is dropped.
     pub(super) fn answer(&mut self, caller: Caller, answer: Answer) {
         match caller.door {
             Door::Control => self.answer_control(caller, answer),
@@ -424,7 +438,7 @@ impl Vm {
         }
     }
 
-    /// What is known now.
+    /// Returns the reply to `Status`.
     pub(super) fn status(&self) -> Status {
         let policy = &self.options.policy;
         Status {
@@ -437,13 +451,13 @@ impl Vm {
         }
     }
 
-    /// What is counted and timed, in OpenMetrics text.
+    /// Returns the metrics as OpenMetrics text.
     pub(super) fn metrics(&self) -> String {
         let (session, clients) = (&self.session, self.connections.len() as u64);
         session.meter().text(&session.snapshot(), clients, session.audit_dropped(), self.disk())
     }
 
-    /// What is counted of the disk, where one is served.
+    /// Returns the counters of the disk, while one is served.
     fn disk(&self) -> Option<Disk> {
         self.disk.upgrade().map(|disk| disk.read())
     }

@@ -1,4 +1,4 @@
-//! One call on a domain, a device or a file: everything it needs, and what came of it as an event.
+//! One call on a domain, a device or a file, with everything that it needs, and its result as an event of the gate.
 //!
 //! A call owns what it works on, so that it can run on any thread and outlive the session that asked for it.
 
@@ -15,164 +15,165 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Session;
+use super::coalesce::{self, CoalescedRequest};
 use super::fdstore::{Claim, FdStore, Name};
-use super::joined::{self, Share};
 use crate::gate::{
     Caller, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Nature, Outcome,
     PageState, Step, UnmapResult,
 };
 use crate::protocol::verbs::AddMemory;
 
-/// Bytes up to which an unmap or a punch runs where it is asked for, without another thread.
-const SMALL: u64 = 2 << 20;
-/// Mappings up to which a map does.
-const FEW: u64 = 16;
-/// Bytes up to which a map does.
-const SMALL_MAP: u64 = 256 << 10;
+/// The maximum number of bytes of an unmap or a conversion that the loop runs on its own thread.
+const MAX_SMALL_BYTES: u64 = 2 << 20;
+/// The maximum number of mappings of a map that the loop runs on its own thread.
+const MAX_SMALL_MAPPINGS: u64 = 16;
+/// The maximum number of bytes of a map that the loop runs on its own thread.
+const MAX_SMALL_MAP_BYTES: u64 = 256 << 10;
 
-/// `ENODEV`: the gate named a domain or a device that the session has not.
-const NO_DEVICE: i32 = 19;
+/// The result of a call on a domain or a device that the session does not have.
+const ENODEV: i32 = 19;
 
 /// One call, ready to run.
 #[derive(Debug)]
 pub enum Call {
-    /// Make mappings.
+    /// Makes mappings ([`Effect::Map`]).
     Map {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: Arc<dyn Domain>,
         /// The whole range.
         iova: PageRange<Iova>,
         /// Bytes per mapping.
         piece: u64,
-        /// Of this file.
+        /// The file that is mapped.
         file: Arc<GuestFile>,
-        /// From here on.
+        /// The offset in the file, in bytes, of the first page.
         offset: Offset,
-        /// Whether devices may write.
+        /// True if devices may write.
         writable: bool,
-        /// All that this call is for, where it is more than one: neighbours in ascending order.
-        shares: Vec<Share>,
+        /// The requests of a coalesced call: adjacent ranges in ascending order. Empty for a call of one request.
+        shares: Vec<CoalescedRequest>,
     },
-    /// Take mappings away.
+    /// Removes every mapping in a range ([`Effect::Unmap`]).
     Unmap {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Its name.
+        /// The number of the domain.
         id: DomainId,
-        /// Where.
+        /// The domain.
         domain: Arc<dyn Domain>,
         /// The whole range.
         iova: PageRange<Iova>,
-        /// All that this call is for, where it is more than one.
-        shares: Vec<Share>,
-        /// Bytes of the range that a joined call removed before it failed.
+        /// The requests of a coalesced call, in the order in which they were asked for. Empty for a call of one request.
+        shares: Vec<CoalescedRequest>,
+        /// Bytes of the range that a coalesced call removed before it failed.
         already: u64,
     },
-    /// Take just these ranges away, by another page table.
+    /// Removes exactly these ranges, by another page table ([`Effect::Replace`]).
     Replace {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: Arc<dyn Domain>,
-        /// Which.
+        /// The ranges: ascending, apart.
         gone: Vec<PageRange<Iova>>,
     },
-    /// Stop a device.
+    /// Does one fence on one device ([`Effect::Fence`]).
     Fence {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Which.
+        /// The device.
         device: Arc<dyn Device>,
-        /// Its name.
+        /// The number of the device.
         id: DeviceId,
-        /// What the gate believes of it.
-        believed: Nature,
-        /// How.
+        /// The traits of the device as the gate knows them.
+        assumed: Nature,
+        /// The fence.
         step: FenceStep,
     },
-    /// Bring a device back.
+    /// Attaches a fenced device to its domain again ([`Effect::Attach`]).
     Attach {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Which.
+        /// The device.
         device: Arc<dyn Device>,
-        /// Its name.
+        /// The number of the device.
         id: DeviceId,
-        /// What the gate believes of it.
-        believed: Nature,
+        /// The traits of the device as the gate knows them.
+        assumed: Nature,
     },
-    /// Convert pages.
+    /// Converts pages ([`Effect::Convert`]).
     Convert {
-        /// For which invalidation.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// Which, and whether their file converts in place.
+        /// The pages of each file; true if the file converts in place.
         pages: Vec<(Arc<GuestFile>, PageRange<Offset>, bool)>,
-        /// To what.
+        /// The state that they will have.
         to: PageState,
     },
-    /// Ask the kernel what a client's descriptors are. A file system of the client's own may take its time.
+    /// Asks the kernel what a client's descriptors are. May block: the client may have passed a file on a file system of its own.
     Examine {
-        /// Who passed them.
+        /// The client that passed them.
         caller: Caller,
-        /// For what.
+        /// The memory that they are to back.
         memory: AddMemory,
-        /// As they came.
+        /// The descriptors in the order in which they were passed.
         fds: Vec<OwnedFd>,
-        /// The files that are in use already.
-        held: Vec<Arc<GuestFile>>,
-        /// Where they are to be kept.
+        /// The files of guest memory that are in use already.
+        in_use: Vec<Arc<GuestFile>>,
+        /// The store that the descriptors are put into, if the session outlives its process.
         store: Option<FdStore>,
     },
 }
 
-/// A client's descriptor, and what the kernel says of it.
+/// A client's descriptor, and its identity.
 #[derive(Debug)]
 pub struct Examined {
     /// The descriptor.
     pub(super) fd: OwnedFd,
-    /// What it is, or why it will not do.
+    /// The identity of the file, or the reason why it cannot be guest memory.
     pub(super) file: Result<Identity, FileError>,
-    /// Where it was put: the claim of its name, until it is known whether the file is needed.
+    /// The claim on its name in the store, for as long as it is not known if the file is needed.
     pub(super) claim: Option<Claim>,
 }
 
 impl Examined {
-    /// Under which name it is kept; none where it will not do. The first is guest memory, the second its private side.
-    pub(super) fn kept_as(&self, nth: usize) -> Option<Name> {
+    /// Returns the name under which the descriptor at position `nth` is stored: the first is guest memory, the second its
+    /// private side. None for one that cannot be guest memory.
+    pub(super) fn store_name(&self, nth: usize) -> Option<Name> {
         let Identity { device, inode, .. } = *self.file.as_ref().ok()?;
         let file = FileId { device, inode };
         Some(if nth == 0 { Name::Memory(file) } else { Name::Private(file) })
     }
 }
 
-/// What came of a call.
+/// The result of a call.
 #[derive(Debug)]
 pub enum Returned {
-    /// A fact for the gate.
+    /// One event for the gate.
     Fact {
-        /// The fact.
+        /// The event.
         event: Event,
-        /// Where operations are in flight: what names them.
+        /// The ticket of the operations that are still in flight after an unmap, with its domain and job.
         ticket: Option<(DomainId, Ticket, JobId)>,
     },
-    /// Facts for the gate, in order.
+    /// Events for the gate, in order.
     Facts(Vec<Event>),
-    /// One call for several has failed: the calls that try each by itself.
-    Apart(Vec<Call>),
-    /// What a client's descriptors are.
+    /// A coalesced call has failed: one call for each of its requests.
+    Separate(Vec<Call>),
+    /// The identities of a client's descriptors.
     Examined {
-        /// Who passed them.
+        /// The client that passed them.
         caller: Caller,
-        /// For what.
+        /// The memory that they are to back.
         memory: AddMemory,
-        /// What they are.
+        /// The descriptors in the order in which they were passed.
         files: Vec<Examined>,
     },
 }
 
-/// The fence that a rung is, where it is one.
+/// Returns the fence of a rung; none for [`Step::Unmap`].
 pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
     match step {
         Step::Unmap => None,
@@ -185,37 +186,37 @@ pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
 }
 
 impl Call {
-    /// Returns the call that an effect asks for. Where the session has not what the call works on, `Err` is the call's
+    /// Returns the call that an effect asks for. If the session does not have the domain, device or file, `Err` is the call's
     /// result: it fails with nothing changed. An effect that asks for no call is an error without a result.
     pub(super) fn of(effect: Effect, session: &Session) -> Result<Self, Option<Event>> {
         let device = |id: DeviceId| session.devices.get(usize::from(id.0)).cloned();
-        let believed = |id: DeviceId| session.gate.nature(id);
+        let assumed = |id: DeviceId| session.gate.nature(id);
         match effect {
             Effect::Replace { job, domain, gone, bytes: _ } => match session.domain_of(domain) {
                 Some(domain) => Ok(Self::Replace { job, domain, gone }),
                 None => Err(Some(failed_unmap(job))),
             },
-            Effect::Fence { job, device: id, step } => match (device(id), believed(id), fence_step(step)) {
-                (Some(device), Some(believed), Some(step)) => {
-                    Ok(Self::Fence { job, device, id, believed, step })
+            Effect::Fence { job, device: id, step } => match (device(id), assumed(id), fence_step(step)) {
+                (Some(device), Some(assumed), Some(step)) => {
+                    Ok(Self::Fence { job, device, id, assumed, step })
                 }
-                _ => Err(Some(Event::Fenced { job, errno: NO_DEVICE, took_ns: 0 })),
+                _ => Err(Some(Event::Fenced { job, errno: ENODEV, took_ns: 0 })),
             },
-            Effect::Attach { job, device: id } => match (device(id), believed(id)) {
-                (Some(device), Some(believed)) => Ok(Self::Attach { job, device, id, believed }),
-                _ => Err(Some(Event::Attached { job, errno: NO_DEVICE })),
+            Effect::Attach { job, device: id } => match (device(id), assumed(id)) {
+                (Some(device), Some(assumed)) => Ok(Self::Attach { job, device, id, assumed }),
+                _ => Err(Some(Event::Attached { job, errno: ENODEV })),
             },
             Effect::Convert { invalidation, pages, to } => {
-                let held: Option<Vec<_>> = pages
+                let parts: Option<Vec<_>> = pages
                     .iter()
                     .map(|part| {
                         let file = session.files.get(part.file)?;
-                        Some((file, part.range, session.files.in_place(part.file)))
+                        Some((file, part.range, session.files.converts_in_place(part.file)))
                     })
                     .collect();
-                match held {
+                match parts {
                     Some(pages) => Ok(Self::Convert { invalidation, pages, to }),
-                    // All or nothing: a page that is passed over would be reported as converted.
+                    // All or nothing: a page that was skipped would be reported as converted.
                     None => Err(Some(Event::Converted { invalidation, outcome: Outcome::NotCommitted })),
                 }
             }
@@ -223,31 +224,34 @@ impl Call {
         }
     }
 
-    /// Whether it is over so soon that another thread would cost more.
+    /// Returns true if the call is so short that handing it to another thread, two wake-ups, would cost more than the call.
     pub fn is_small(&self) -> bool {
         match self {
-            Self::Map { iova, piece, .. } => iova.len() <= SMALL_MAP && iova.len().div_ceil(*piece) <= FEW,
-            Self::Unmap { domain, iova, .. } => iova.len() <= SMALL && !domain.may_wait(*iova),
-            Self::Convert { pages, .. } => {
-                pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= SMALL
+            Self::Map { iova, piece, .. } => {
+                iova.len() <= MAX_SMALL_MAP_BYTES && iova.len().div_ceil(*piece) <= MAX_SMALL_MAPPINGS
             }
+            Self::Unmap { domain, iova, .. } => iova.len() <= MAX_SMALL_BYTES && !domain.may_wait(*iova),
+            Self::Convert { pages, .. } => {
+                pages.iter().map(|(_, range, _)| range.len()).sum::<u64>() <= MAX_SMALL_BYTES
+            }
+            // Short as a rule. If it blocks, the loop is taken over like in any other call.
             Self::Examine { .. } => true,
             Self::Replace { .. } | Self::Fence { .. } | Self::Attach { .. } => false,
         }
     }
 
-    /// Runs it. Blocks for as long as the kernel does.
+    /// Runs the call. Blocks for as long as the kernel does, possibly for ever.
     pub fn run(self) -> Returned {
         let start = Instant::now();
-        let took = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let plain = |event| Returned::Fact { event, ticket: None };
+        let took_ns = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let one_event = |event| Returned::Fact { event, ticket: None };
         match self {
             Self::Map { job, domain, iova, piece, file, offset, writable, shares } => {
                 let result = match domain.map(iova, piece, &file, offset, writable) {
                     Ok(()) => MapResult::Mapped,
                     Err(error) => {
                         log::warn!("{}: {error}", domain.name());
-                        let errno = number(&error);
+                        let errno = errno_of(&error);
                         match error {
                             Error::HalfMapped { .. } => MapResult::Unknown { errno },
                             _ => MapResult::Refused { errno },
@@ -255,11 +259,12 @@ impl Call {
                     }
                 };
                 if shares.is_empty() {
-                    return plain(Event::Mapped { job, result });
+                    return one_event(Event::Mapped { job, result });
                 }
                 if let MapResult::Refused { .. } = result {
-                    // Nothing is mapped. Tried one by one, a range that cannot be mapped does not fail its neighbours.
-                    let call = |share: &Share| Self::Map {
+                    // Nothing is mapped. Each request is tried by itself, so that one that cannot be mapped does not
+                    // fail the others.
+                    let call = |share: &CoalescedRequest| Self::Map {
                         job: share.job,
                         domain: Arc::clone(&domain),
                         iova: share.iova,
@@ -269,46 +274,49 @@ impl Call {
                         writable,
                         shares: Vec::new(),
                     };
-                    return Returned::Apart(shares.iter().map(call).collect());
+                    return Returned::Separate(shares.iter().map(call).collect());
                 }
                 let events = shares.iter().map(|share| Event::Mapped { job: share.job, result }).collect();
                 Returned::Facts(events)
             }
             Self::Replace { job, domain, gone } => {
-                let (result, _) = answered(domain.replace(&gone));
-                plain(Event::Unmapped { job, result, took_ns: took() })
+                let (result, _) = unmap_result(domain.replace(&gone));
+                one_event(Event::Unmapped { job, result, took_ns: took_ns() })
             }
             Self::Unmap { job, id, domain, iova, shares, already } => {
-                let (result, ticket) = answered(domain.unmap(iova));
+                let (result, ticket) = unmap_result(domain.unmap(iova));
                 if !shares.is_empty() {
-                    return joined::shared((id, domain), result, shares, took());
+                    return coalesce::split_result((id, domain), result, shares, took_ns());
                 }
-                let result = joined::with(already, result);
-                let event = Event::Unmapped { job, result, took_ns: took() };
+                let result = coalesce::add_bytes(already, result);
+                let event = Event::Unmapped { job, result, took_ns: took_ns() };
                 Returned::Fact { event, ticket: ticket.map(|ticket| (id, ticket, job)) }
             }
-            Self::Fence { job, device, id, believed, step } => {
-                // A TDI may have been bound since the gate heard of the device. Then this fence is one that needs leave,
-                // and is announced: it is not done before the gate knows.
+            Self::Fence { job, device, id, assumed, step } => {
+                // A TDI may have been bound since the traits were last read. Bus-master-off and reset end it, which takes a
+                // policy that allows it and a notice, so the gate must know of the TDI before either is done.
                 let ends_tdi = matches!(step, FenceStep::Master | FenceStep::Reset);
-                let news = if ends_tdi && !believed.tdi { news(&*device, id, believed) } else { None };
-                let errno = match news {
+                let change =
+                    if ends_tdi && !assumed.tdi { trait_change(&*device, id, assumed) } else { None };
+                let errno = match change {
                     Some(Event::DeviceNature { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
-                    _ => told(device.fence(step)),
+                    _ => logged_errno(device.fence(step)),
                 };
-                with(news, Event::Fenced { job, errno, took_ns: took() })
+                after_change(change, Event::Fenced { job, errno, took_ns: took_ns() })
             }
-            Self::Attach { job, device, id, believed } => {
-                let errno = told(device.attach());
-                // Told first: whatever counts on the attach counts on this.
-                with(news(&*device, id, believed), Event::Attached { job, errno })
+            Self::Attach { job, device, id, assumed } => {
+                let errno = logged_errno(device.attach());
+                // Before the result of the attach: what the gate does about that depends on the traits.
+                after_change(trait_change(&*device, id, assumed), Event::Attached { job, errno })
             }
-            Self::Examine { caller, memory, fds, held, store } => {
-                let files = fds.into_iter().map(|fd| Examined { file: examine(&fd, &held), fd, claim: None });
+            Self::Examine { caller, memory, fds, in_use, store } => {
+                let files =
+                    fds.into_iter().map(|fd| Examined { file: examine(&fd, &in_use), fd, claim: None });
                 let mut files: Vec<_> = files.collect();
-                // Kept before the memory is added: whatever happens then, the next process has it.
+                // Stored before the memory is added, so that a process that ends at any later time leaves the files to the
+                // next.
                 for (nth, file) in files.iter_mut().enumerate() {
-                    if let (Some(store), Some(name)) = (&store, file.kept_as(nth)) {
+                    if let (Some(store), Some(name)) = (&store, file.store_name(nth)) {
                         file.claim = Some(store.claim(name.clone()));
                         if let Err(error) = store.put(name, file.fd.as_fd()) {
                             log::error!("guest memory is not kept ({error}): a restart will close it");
@@ -318,38 +326,38 @@ impl Call {
                 Returned::Examined { caller, memory, files }
             }
             Self::Convert { invalidation, pages, to } => {
-                plain(Event::Converted { invalidation, outcome: convert(&pages, to) })
+                one_event(Event::Converted { invalidation, outcome: convert(&pages, to) })
             }
         }
     }
 }
 
-/// What bears on a device's fences now, where it is not what the gate believes.
-fn news(device: &dyn Device, id: DeviceId, believed: Nature) -> Option<Event> {
+/// Returns the device's ATS and TDI state as an event, if it differs from what the gate assumes.
+fn trait_change(device: &dyn Device, id: DeviceId, assumed: Nature) -> Option<Event> {
     let passgate_backends::Nature { ats, tdi } = device.nature();
-    ((ats, tdi) != (believed.ats, believed.tdi)).then_some(Event::DeviceNature { device: id, ats, tdi })
+    ((ats, tdi) != (assumed.ats, assumed.tdi)).then_some(Event::DeviceNature { device: id, ats, tdi })
 }
 
-/// A fact, behind what must be known before it.
-fn with(news: Option<Event>, event: Event) -> Returned {
-    match news {
-        Some(news) => Returned::Facts(vec![news, event]),
+/// Returns an event, after the change of traits that must come first, if there is one.
+fn after_change(change: Option<Event>, event: Event) -> Returned {
+    match change {
+        Some(change) => Returned::Facts(vec![change, event]),
         None => Returned::Fact { event, ticket: None },
     }
 }
 
-/// What a client's descriptor is. A file with the numbers of another one in use is refused here, before it is kept under
-/// these numbers.
-fn examine(fd: &OwnedFd, held: &[Arc<GuestFile>]) -> Result<Identity, FileError> {
+/// Returns the identity of a client's file. A file with the device and inode number of another one in use is refused here,
+/// before it is stored under these numbers.
+fn examine(fd: &OwnedFd, in_use: &[Arc<GuestFile>]) -> Result<Identity, FileError> {
     let found = identity::identify(fd)?;
-    for other in held {
-        distinct(fd, &found, other)?;
+    for other in in_use {
+        check_distinct(fd, &found, other)?;
     }
     Ok(found)
 }
 
-/// An error where a file in use has the numbers of this one and is another, or may be.
-pub(super) fn distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Result<(), FileError> {
+/// Returns an error if a file in use has the device and inode number of this one and is, or may be, another file.
+pub(super) fn check_distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Result<(), FileError> {
     let Identity { device, inode, .. } = *found;
     let stat = rustix::fs::fstat(other).map_err(|errno| Failed::new("fstat", errno))?;
     if (stat.st_dev, stat.st_ino) == (device, inode) && !identity::same_file(fd, other)? {
@@ -358,34 +366,35 @@ pub(super) fn distinct(fd: impl AsFd, found: &Identity, other: &GuestFile) -> Re
     Ok(())
 }
 
-/// The result of an unmap that was not called.
+/// Returns the result of an unmap in a domain that the session does not have.
 pub(super) fn failed_unmap(job: JobId) -> Event {
-    Event::Unmapped { job, result: UnmapResult::Failed { errno: NO_DEVICE, bytes: 0 }, took_ns: 0 }
+    Event::Unmapped { job, result: UnmapResult::Failed { errno: ENODEV, bytes: 0 }, took_ns: 0 }
 }
 
-/// What a domain answered, and what names the operations in flight.
-fn answered(went: Unmap) -> (UnmapResult, Option<Ticket>) {
-    match went {
+/// Returns a domain's result as the gate takes it, and the ticket of the operations in flight.
+fn unmap_result(result: Unmap) -> (UnmapResult, Option<Ticket>) {
+    match result {
         Unmap::Gone { bytes } => (UnmapResult::Gone { bytes }, None),
         Unmap::InFlight { bytes, ticket } => (UnmapResult::InFlight { bytes }, Some(ticket)),
         Unmap::Failed { errno, bytes } => (UnmapResult::Failed { errno: errno.raw_os_error(), bytes }, None),
     }
 }
 
-/// 0, or the errno of a failure that is logged.
-fn told(result: Result<(), Error>) -> i32 {
+/// Logs a failure, and returns its errno; 0 for success.
+fn logged_errno(result: Result<(), Error>) -> i32 {
     result.err().map_or(0, |error| {
         log::warn!("{error}");
-        number(&error)
+        errno_of(&error)
     })
 }
 
-fn number(error: &Error) -> i32 {
+/// Returns the errno of an error; `EIO` for one that has none.
+fn errno_of(error: &Error) -> i32 {
     error.errno().unwrap_or(Errno::IO).raw_os_error()
 }
 
-/// Changes pages: in place where the file can, else by taking them away. To shared by taking nothing away: the
-/// next touch brings a fresh page.
+/// Converts pages: in place if the file can, else by a punched hole. A page that becomes shared in a file that does not
+/// convert in place is left as it is: it was punched when it became private, and the next access allocates a new one.
 fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -> Outcome {
     convert_by(pages, |file, range, in_place| match (to, in_place) {
         (PageState::Shared, true) => guest_memfd::convert(file, range, Conversion::ToShared),
@@ -399,7 +408,7 @@ fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -
     })
 }
 
-/// Changes pages by `change`, one part after the other, until one fails.
+/// Converts pages by `change`, one part after the other, until one fails.
 fn convert_by(
     pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)],
     mut change: impl FnMut(&GuestFile, PageRange<Offset>, bool) -> Result<(), Failed<u64>>,
@@ -408,10 +417,11 @@ fn convert_by(
     for (file, range, in_place) in pages {
         match change(file, *range, *in_place) {
             Ok(()) => before += range.len(),
-            // The kernel's check comes before any change.
+            // EAGAIN: the kernel found a page in use (pinned, or with a raised reference count) before it changed any.
             Err(failed) if failed.errno == Errno::AGAIN && before == 0 => return Outcome::NotCommitted,
             Err(failed) => {
                 log::warn!("{failed}");
+                // `partial` is the offset in the file at which the kernel stopped; 0 where it reports none.
                 let into = failed.partial.saturating_sub(range.start().0).min(range.len());
                 return Outcome::Unknown { errno: failed.errno.raw_os_error(), offset: before + into };
             }
@@ -428,11 +438,11 @@ mod tests {
 
     use super::*;
 
-    /// A device whose nature changes while somebody believes another.
+    /// A device whose traits differ from those that the gate assumes.
     #[derive(Debug)]
-    struct Changing(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
+    struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
 
-    impl Device for Changing {
+    impl Device for ChangedDevice {
         fn name(&self) -> &str {
             self.0.name()
         }
@@ -453,11 +463,11 @@ mod tests {
         }
     }
 
-    fn changed(ats: bool, tdi: bool) -> (Sim, Arc<dyn Device>) {
+    fn changed_device(ats: bool, tdi: bool) -> (Sim, Arc<dyn Device>) {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let nature = passgate_backends::Nature { ats, tdi };
         let device = sim.device("sim:0", passgate_backends::StopClass::all(), nature);
-        (sim, Arc::new(Changing(device, nature)))
+        (sim, Arc::new(ChangedDevice(device, nature)))
     }
 
     fn events(returned: Returned) -> Vec<Event> {
@@ -469,18 +479,18 @@ mod tests {
     }
 
     #[test]
-    fn no_fence_ends_a_tdi_of_which_the_gate_has_not_heard() {
+    fn fence_that_would_end_a_tdi_unknown_to_the_gate_is_not_done() {
         let fence = |device: &Arc<dyn Device>, tdi, step| {
-            let believed = Nature { tdi, ..Nature::default() };
+            let assumed = Nature { tdi, ..Nature::default() };
             let device = Arc::clone(device);
-            events(Call::Fence { job: JobId(1), device, id: DeviceId(3), believed, step }.run())
+            events(Call::Fence { job: JobId(1), device, id: DeviceId(3), assumed, step }.run())
         };
         for step in [FenceStep::Master, FenceStep::Reset] {
-            let (sim, device) = changed(false, true);
-            let [news, Event::Fenced { errno, .. }] = &fence(&device, false, step)[..] else {
-                panic!("news first")
+            let (sim, device) = changed_device(false, true);
+            let [change, Event::Fenced { errno, .. }] = &fence(&device, false, step)[..] else {
+                panic!("the change of traits comes first")
             };
-            assert_eq!(*news, Event::DeviceNature { device: DeviceId(3), ats: false, tdi: true });
+            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats: false, tdi: true });
             assert_eq!((*errno, sim.calls(sim::Call::Fence)), (Errno::BUSY.raw_os_error(), 0));
             assert!(matches!(fence(&device, true, step)[..], [Event::Fenced { errno: 0, .. }]));
             assert!(matches!(fence(&device, false, FenceStep::Detach)[..], [Event::Fenced { errno: 0, .. }]));
@@ -489,32 +499,32 @@ mod tests {
     }
 
     #[test]
-    fn what_an_attach_has_made_of_a_device_is_told_before_the_attach() {
+    fn traits_after_an_attach_are_reported_before_the_attach() {
         let attach = |device: &Arc<dyn Device>, ats| {
-            let believed = Nature { ats, ..Nature::default() };
+            let assumed = Nature { ats, ..Nature::default() };
             let device = Arc::clone(device);
-            events(Call::Attach { job: JobId(1), device, id: DeviceId(3), believed }.run())
+            events(Call::Attach { job: JobId(1), device, id: DeviceId(3), assumed }.run())
         };
         for (ats, fails) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (sim, device) = changed(ats, false);
+            let (sim, device) = changed_device(ats, false);
             let fail = || {
                 if fails {
                     sim.fail_next(sim::Call::Attach, sim::Fault::HalfDone(Errno::IO));
                 }
             };
             fail();
-            let [news, Event::Attached { errno, .. }] = &attach(&device, !ats)[..] else {
-                panic!("news first")
+            let [change, Event::Attached { errno, .. }] = &attach(&device, !ats)[..] else {
+                panic!("the change of traits comes first")
             };
-            assert_eq!(*news, Event::DeviceNature { device: DeviceId(3), ats, tdi: false });
+            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats, tdi: false });
             assert_eq!(*errno != 0, fails);
             fail();
-            assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing new");
+            assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing has changed");
         }
     }
 
     #[test]
-    fn an_unmap_that_would_wait_for_io_is_not_small() {
+    fn unmap_that_would_wait_for_io_is_not_small() {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let window = Window::new(1, 1);
         let domain: Arc<dyn Domain> = Arc::new(Windowed::new(Arc::new(sim), Arc::clone(&window)));
@@ -535,11 +545,11 @@ mod tests {
         assert!(unmap(range(2, 2)).is_small());
         window.leave(0);
         assert!(unmap(range(0, 4)).is_small());
-        assert!(!unmap(PageRange::new(0, SMALL + PAGE).unwrap()).is_small());
+        assert!(!unmap(PageRange::new(0, MAX_SMALL_BYTES + PAGE).unwrap()).is_small());
     }
 
     #[test]
-    fn a_conversion_that_fails_after_a_part_of_it_is_unknown_from_there_on() {
+    fn conversion_that_fails_half_way_is_unknown_from_that_offset_on() {
         let file = Arc::new(GuestFile::memfd("call", 8 * PAGE).unwrap());
         let part =
             |page, pages| (Arc::clone(&file), PageRange::new(page * PAGE, pages * PAGE).unwrap(), true);
@@ -560,13 +570,13 @@ mod tests {
             |errno: Errno, pages| Outcome::Unknown { errno: errno.raw_os_error(), offset: pages * PAGE };
         assert_eq!(fails(1, Errno::AGAIN, 0), unknown(Errno::AGAIN, 2));
         assert_eq!(fails(2, Errno::AGAIN, 0), unknown(Errno::AGAIN, 3));
-        // Of the third part one page was changed: the kernel says up to where in the file.
+        // One page of the third part was converted: the kernel reports the offset in the file at which it stopped.
         assert_eq!(fails(2, Errno::IO, 7 * PAGE), unknown(Errno::IO, 4));
         assert_eq!(fails(0, Errno::IO, 0), unknown(Errno::IO, 0));
     }
 
-    /// A map of the first four pages of `file`, for one job or for more.
-    fn map(sim: &Sim, file: &Arc<GuestFile>, shares: Vec<Share>) -> Call {
+    /// Returns a map of four pages of `file`, for one job or, by `shares`, for several.
+    fn map(sim: &Sim, file: &Arc<GuestFile>, shares: Vec<CoalescedRequest>) -> Call {
         Call::Map {
             job: JobId(1),
             domain: Arc::new(sim.clone()),
@@ -579,13 +589,13 @@ mod tests {
         }
     }
 
-    fn share(job: u64, page: u64, pages: u64) -> Share {
+    fn request(job: u64, page: u64, pages: u64) -> CoalescedRequest {
         let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
-        Share { job: JobId(job), iova, bytes: iova.len() }
+        CoalescedRequest { job: JobId(job), iova, bytes: iova.len() }
     }
 
     #[test]
-    fn a_map_that_was_not_taken_back_is_unknown_and_one_that_was_is_refused() {
+    fn map_with_failed_roll_back_is_unknown_and_one_rolled_back_is_refused() {
         let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
         let unknown = MapResult::Unknown { errno: Errno::BUSY.raw_os_error() };
         let refused = |errno: Errno| MapResult::Refused { errno: errno.raw_os_error() };
@@ -600,19 +610,19 @@ mod tests {
             let Returned::Fact { event, ticket: None } = returned else { panic!("{returned:?}") };
             assert_eq!(event, Event::Mapped { job: JobId(1), result: wanted });
         }
-        // Of several in one call nobody knows whose pages are left.
-        let returned = run(half, vec![share(1, 0, 1), share(2, 1, 3)]);
+        // It is not known which of the coalesced requests has mappings left.
+        let returned = run(half, vec![request(1, 0, 1), request(2, 1, 3)]);
         let Returned::Facts(events) = returned else { panic!("{returned:?}") };
         assert_eq!(events, [1, 2].map(|job| Event::Mapped { job: JobId(job), result: unknown }));
     }
 
     #[test]
-    fn a_range_that_cannot_be_mapped_does_not_fail_its_neighbours() {
+    fn range_that_cannot_be_mapped_does_not_fail_those_coalesced_with_it() {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
         sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
-        let shares = vec![share(1, 0, 1), share(2, 1, 2), share(3, 3, 1)];
-        let Returned::Apart(calls) = map(&sim, &file, shares).run() else { panic!("one result for all") };
+        let shares = vec![request(1, 0, 1), request(2, 1, 2), request(3, 3, 1)];
+        let Returned::Separate(calls) = map(&sim, &file, shares).run() else { panic!("one result for all") };
         let mut results = Vec::new();
         for (call, offset) in calls.into_iter().zip([8, 9, 11]) {
             let Call::Map { job, offset: from, .. } = &call else { panic!("{call:?}") };

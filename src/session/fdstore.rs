@@ -1,11 +1,12 @@
-//! The service manager's file descriptor store: what outlives this process, and comes back to the next.
+//! The service manager's file descriptor store: descriptors that outlive this process and are passed to the next one.
 //!
-//! The manager keeps copies of what it is sent under a name (`sd_notify(3)`, FDSTORE=1) and hands all of it over when it
-//! starts the service again (`LISTEN_FDS`). As long as it keeps a device's file, the device's DMA goes on; when it
-//! drops the store, everything closes and the kernel stops what nobody else holds. What comes back is trusted for
-//! rights, because nobody else can put it there, and not for shape: every descriptor is looked at before it is used.
+//! The manager stores a copy of each descriptor that it is sent under a name (`sd_notify(3)`, FDSTORE=1), and passes all of them
+//! when it starts the service again (`sd_listen_fds(3)`, `LISTEN_FDS`). While it has a device's file open, the device's DMA
+//! continues; when it drops the store, the files are closed, and the kernel stops each device that no other process has open.
+//! Only this service can put descriptors there, so the rights that they give are trusted; their kind is not, and every descriptor
+//! is checked before it is used.
 //!
-//! A thread of its own speaks to the manager, in order: a manager that takes its time delays no answer.
+//! A thread of its own sends to the manager, in order, so that a slow manager delays no answer.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -25,18 +26,19 @@ use sd_notify::{NotifyState, notify, notify_with_fds};
 use crate::error::{Error, Result};
 use crate::gate::FileId;
 
-/// What every name begins with.
-const OURS: &str = "passgate.";
-/// How long the manager may take to say that it has read what it was sent.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The prefix of every name.
+const NAME_PREFIX: &str = "passgate.";
+/// The time within which the manager must read what it was sent (`BARRIER=1`).
+const BARRIER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long to wait for what the manager was asked: its socket may be full, and then sending to it waits.
+/// The time to wait for the thread that sends to the manager. Longer than [`BARRIER_TIMEOUT`]: the manager's socket may be
+/// full, and then the send blocks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What is kept, and under which name: printable, without a colon, at most 255 characters (`sd_notify(3)`).
+/// The name of a stored descriptor. Its text is printable, without a colon, at most 255 characters (`sd_notify(3)`, FDNAME=).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Name {
-    /// The gate's ledger.
+    /// The memfd of the gate's ledger.
     Ledger,
     /// The iommufd.
     Iommufd,
@@ -58,9 +60,9 @@ pub enum Name {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(OURS)?;
-        let file = |f: &mut fmt::Formatter<'_>, what, file: &FileId| {
-            write!(f, "{what}.{:x}.{:x}", file.device, file.inode)
+        f.write_str(NAME_PREFIX)?;
+        let file = |f: &mut fmt::Formatter<'_>, kind, file: &FileId| {
+            write!(f, "{kind}.{:x}.{:x}", file.device, file.inode)
         };
         match self {
             Self::Ledger => f.write_str("ledger"),
@@ -76,25 +78,25 @@ impl fmt::Display for Name {
     }
 }
 
-/// Not a name of ours.
+/// The error for a text that is no [`Name`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NotOurs;
+pub struct InvalidName;
 
 impl FromStr for Name {
-    type Err = NotOurs;
+    type Err = InvalidName;
 
-    /// Only what [`Name`] itself writes, so that a name that is removed is the one that was taken.
-    fn from_str(text: &str) -> Result<Self, NotOurs> {
-        let (what, rest) = match text.strip_prefix(OURS).ok_or(NotOurs)?.split_once('.') {
-            Some((what, rest)) => (what, Some(rest)),
-            None => (text.strip_prefix(OURS).ok_or(NotOurs)?, None),
+    /// Accepts only the text that [`Name`] itself writes, so that a removal by name removes the descriptor that was passed.
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let (kind, rest) = match text.strip_prefix(NAME_PREFIX).ok_or(InvalidName)?.split_once('.') {
+            Some((kind, rest)) => (kind, Some(rest)),
+            None => (text.strip_prefix(NAME_PREFIX).ok_or(InvalidName)?, None),
         };
         let file = |text: &str| {
             let (device, inode) = text.split_once('.')?;
             let hex = |text| u64::from_str_radix(text, 16).ok();
             Some(FileId { device: hex(device)?, inode: hex(inode)? })
         };
-        let name = match (what, rest) {
+        let name = match (kind, rest) {
             ("ledger", None) => Some(Self::Ledger),
             ("iommufd", None) => Some(Self::Iommufd),
             ("container", None) => Some(Self::Container),
@@ -106,88 +108,96 @@ impl FromStr for Name {
             ("private", Some(id)) => file(id).map(Self::Private),
             _ => None,
         };
-        name.filter(|name| name.to_string() == text).ok_or(NotOurs)
+        name.filter(|name| name.to_string() == text).ok_or(InvalidName)
     }
 }
 
-/// What the service manager handed over at the start.
+/// The descriptors that the service manager passed at the start, by name.
 #[derive(Debug, Default)]
 pub struct Kept {
-    kept: BTreeMap<Name, Vec<OwnedFd>>,
+    fds: BTreeMap<Name, Vec<OwnedFd>>,
 }
 
 impl Kept {
-    /// Takes it. What has no name of ours is closed, with a warning. Call it before this process opens anything.
+    /// Takes the descriptors from the environment. One whose name is not passgate's is closed, with a warning. Must be called
+    /// before this process opens any file: the descriptors are taken by their numbers.
     pub fn take() -> Result<Self> {
         let mut kept = Self::default();
         for (text, fd) in handed::take().map_err(|source| Error::Handed { source })? {
             match text.parse() {
-                Ok(name) => kept.kept.entry(name).or_default().push(fd),
-                Err(NotOurs) => {
-                    log::warn!("the service manager handed over `{text}`, which is none of passgate's")
+                Ok(name) => kept.fds.entry(name).or_default().push(fd),
+                Err(InvalidName) => {
+                    log::warn!(
+                        "the service manager passed `{text}`, which is no name of passgate's: it is closed"
+                    )
                 }
             }
         }
         Ok(kept)
     }
 
-    /// These files, as if the service manager had handed them over: for a session without one, under test.
-    pub fn of(kept: BTreeMap<Name, Vec<OwnedFd>>) -> Self {
-        Self { kept }
+    /// Returns these descriptors as if the service manager had passed them: for a session without one, under test.
+    pub fn of(fds: BTreeMap<Name, Vec<OwnedFd>>) -> Self {
+        Self { fds }
     }
 
-    /// Whether nothing came.
+    /// Returns true if there are none.
     pub fn is_empty(&self) -> bool {
-        self.kept.is_empty()
+        self.fds.is_empty()
     }
 
-    /// Everything under this name; more than one only where one file was passed by several descriptors.
+    /// Removes and returns every descriptor under this name; several if one file was stored by several descriptors.
     pub fn all(&mut self, name: &Name) -> Vec<OwnedFd> {
-        self.kept.remove(name).unwrap_or_default()
+        self.fds.remove(name).unwrap_or_default()
     }
 
-    /// The one under this name; the newest where there are several.
+    /// Removes the descriptors under this name and returns the newest.
     pub fn one(&mut self, name: &Name) -> Option<OwnedFd> {
         self.all(name).pop()
     }
 
-    /// A copy of the one under this name; the newest where there are several.
+    /// Returns a duplicate of the newest descriptor under this name.
     pub fn copy(&self, name: &Name) -> Option<OwnedFd> {
-        self.kept.get(name)?.last()?.try_clone().ok()
+        self.fds.get(name)?.last()?.try_clone().ok()
     }
 
-    /// What is kept under names of which `wanted` says so; the rest is closed.
+    /// Closes every descriptor whose name `wanted` does not accept.
     pub fn only(mut self, wanted: impl Fn(&Name) -> bool) -> Self {
-        self.kept.retain(|name, _| wanted(name));
+        self.fds.retain(|name, _| wanted(name));
         self
     }
 
-    /// The names of what is left.
+    /// Returns the names of the descriptors that were not taken yet.
     pub fn names(&self) -> Vec<Name> {
-        self.kept.keys().cloned().collect()
+        self.fds.keys().cloned().collect()
     }
 }
 
+/// A request to the thread that sends to the manager.
 #[derive(Debug)]
-enum Ask {
+enum Request {
+    /// Stores a descriptor; `done` gets the result once the manager has read it.
     Put { name: Name, fd: OwnedFd, done: Sender<io::Result<()>> },
+    /// Removes every descriptor under a name.
     Remove { name: Name },
-    Say { state: NotifyState<'static> },
+    /// Reports the state of the service.
+    Notify { state: NotifyState<'static> },
+    /// Answers once the manager has read everything before.
     Settle { done: Sender<()> },
 }
 
-/// The service manager, as far as it keeps descriptors and wants to know how we are.
+/// The service manager, as the store of descriptors and as the receiver of the service's state.
 #[derive(Debug, Clone)]
 pub struct FdStore {
-    keeper: Keeper,
+    backend: Backend,
     claims: Claims,
 }
 
-/// The names that are claimed, and how often.
+/// The names that are claimed, with the number of their claims.
 type Claims = Arc<Mutex<BTreeMap<Name, usize>>>;
 
-/// Keeps a name from being removed until it is dropped: its file is put, and whether it is needed is not known yet. Who drops
-/// it has the name removed where it is not.
+/// Prevents the removal of a name until it is dropped: its descriptor is stored, and it is not known yet if it is needed. If it
+/// turns out not to be, the name must be removed after the claim is dropped.
 #[derive(Debug)]
 pub struct Claim {
     claims: Claims,
@@ -211,139 +221,143 @@ fn lock(claims: &Claims) -> MutexGuard<'_, BTreeMap<Name, usize>> {
 }
 
 #[derive(Debug, Clone)]
-enum Keeper {
-    /// The service manager, by the thread that speaks to it.
-    Manager(Sender<Ask>),
-    /// The session's owner, who keeps the files itself and is told which are not needed any more.
+enum Backend {
+    /// The service manager, by way of the thread that sends to it.
+    Manager(Sender<Request>),
+    /// The owner of a session under test, which stores the descriptors itself and receives the names that are removed.
     Owner(Sender<Name>),
 }
 
 impl FdStore {
-    /// The store of the service manager that started this process; none where none did (no `NOTIFY_SOCKET`). `prepare`
-    /// is the first thing that its thread does, where a thread must give up what this one has.
+    /// Returns the store of the service manager that started this process; none if none did (no `NOTIFY_SOCKET`). The store's
+    /// thread runs `prepare` first, so that it can drop privileges that it inherits from the caller.
     pub fn open(prepare: impl FnOnce() -> Result<()> + Send + 'static) -> Result<Option<Self>> {
         if env::var_os("NOTIFY_SOCKET").is_none() {
             return Ok(None);
         }
-        let (ask, asked) = channel();
+        let (sender, requests) = channel();
         std::thread::Builder::new()
             .name("fd store".into())
             .spawn(move || match prepare() {
-                Ok(()) => serve(&asked),
+                Ok(()) => serve(&requests),
                 Err(error) => log::error!("{error}"),
             })
             .map_err(Error::Thread)?;
-        Ok(Some(Self { keeper: Keeper::Manager(ask), claims: Claims::default() }))
+        Ok(Some(Self { backend: Backend::Manager(sender), claims: Claims::default() }))
     }
 
-    /// A store without a service manager, for a session under test: the session's owner keeps the files itself, and
-    /// receives the names that are removed.
+    /// Returns a store without a service manager, for a session under test, and the names that are removed from it. The
+    /// session's owner stores the descriptors itself.
     pub fn detached() -> (Self, Receiver<Name>) {
         let (removed, names) = channel();
-        (Self { keeper: Keeper::Owner(removed), claims: Claims::default() }, names)
+        (Self { backend: Backend::Owner(removed), claims: Claims::default() }, names)
     }
 
-    /// Whether the manager says that it keeps anything: systemd does from version 254 on (`$FDSTORE`).
+    /// Returns true if the manager states that it stores descriptors for this service (`$FDSTORE`, systemd 254 and newer).
     pub fn keeps() -> bool {
-        let most = env::var("FDSTORE").ok().and_then(|most| most.parse::<u32>().ok());
-        most.is_some_and(|most| most > 0)
+        let limit = env::var("FDSTORE").ok().and_then(|limit| limit.parse::<u32>().ok());
+        limit.is_some_and(|limit| limit > 0)
     }
 
-    /// Has a copy of `fd` kept, and waits until the manager has read it: from then on it outlives this process.
+    /// Stores a duplicate of `fd`, and waits until the manager has read it: from then on it outlives this process. Fails with
+    /// `TimedOut` if the manager does not read, with `BrokenPipe` if the store's thread has ended.
     pub fn put(&self, name: Name, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let Keeper::Manager(ask) = &self.keeper else { return Ok(()) };
-        let (done, told) = channel();
+        let Backend::Manager(manager) = &self.backend else { return Ok(()) };
+        let (done, result) = channel();
         let fd = fd.try_clone_to_owned()?;
         let gone = |error| match error {
             RecvTimeoutError::Timeout => io::Error::from(io::ErrorKind::TimedOut),
             RecvTimeoutError::Disconnected => io::Error::from(io::ErrorKind::BrokenPipe),
         };
-        ask.send(Ask::Put { name, fd, done }).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        told.recv_timeout(ANSWER_TIMEOUT).map_err(gone)?
+        manager
+            .send(Request::Put { name, fd, done })
+            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        result.recv_timeout(ANSWER_TIMEOUT).map_err(gone)?
     }
 
-    /// Claims a name, before its file is put.
+    /// Claims a name, before its descriptor is put.
     pub fn claim(&self, name: Name) -> Claim {
         *lock(&self.claims).entry(name.clone()).or_default() += 1;
         Claim { claims: Arc::clone(&self.claims), name }
     }
 
-    /// Has what is kept under this name closed there, after everything that was asked before; not while it is claimed.
+    /// Removes the descriptors under this name from the store, after everything that was requested before. Does nothing while
+    /// the name is claimed.
     pub fn remove(&self, name: Name) {
-        // Locked until it is asked: what is put after a claim is put after this.
+        // Locked until the request is queued: a descriptor that is put under a later claim is put after this removal.
         let claims = lock(&self.claims);
         if !claims.contains_key(&name) {
-            self.tell(Ask::Remove { name });
+            self.send(Request::Remove { name });
         }
     }
 
-    /// Waits until the manager has read everything that was asked before.
+    /// Waits until the manager has read everything that was requested before, for 15 s at most.
     pub fn settle(&self) {
-        let (done, told) = channel();
-        self.tell(Ask::Settle { done });
-        // Without a word it ends where the manager does not read, or the thread has panicked, which has been said.
-        let _ = told.recv_timeout(ANSWER_TIMEOUT);
+        let (done, settled) = channel();
+        self.send(Request::Settle { done });
+        // A failure is not reported here: the thread has logged it, or its panic.
+        let _ = settled.recv_timeout(ANSWER_TIMEOUT);
     }
 
-    /// The service is ready.
+    /// Reports that the service is ready (`READY=1`).
     pub fn ready(&self) {
-        self.tell(Ask::Say { state: NotifyState::Ready });
+        self.send(Request::Notify { state: NotifyState::Ready });
     }
 
-    /// The service stops.
+    /// Reports that the service stops (`STOPPING=1`).
     pub fn stopping(&self) {
-        self.tell(Ask::Say { state: NotifyState::Stopping });
+        self.send(Request::Notify { state: NotifyState::Stopping });
     }
 
-    fn tell(&self, ask: Ask) {
-        // It fails only where the thread has panicked, which has been said.
-        match (&self.keeper, ask) {
-            (Keeper::Manager(manager), ask) => _ = manager.send(ask),
-            (Keeper::Owner(owner), Ask::Remove { name }) => _ = owner.send(name),
-            (Keeper::Owner(_), _) => {}
+    fn send(&self, request: Request) {
+        // A send fails only after the thread has panicked, which was logged.
+        match (&self.backend, request) {
+            (Backend::Manager(manager), request) => _ = manager.send(request),
+            (Backend::Owner(owner), Request::Remove { name }) => _ = owner.send(name),
+            (Backend::Owner(_), _) => {}
         }
     }
 }
 
-fn serve(asked: &Receiver<Ask>) {
-    for ask in asked {
-        let said = match ask {
-            Ask::Put { name, fd, done } => {
+fn serve(requests: &Receiver<Request>) {
+    for request in requests {
+        let sent = match request {
+            Request::Put { name, fd, done } => {
                 let _ = done.send(put(&name, fd.as_fd()));
                 Ok(())
             }
-            Ask::Remove { name } => {
+            Request::Remove { name } => {
                 notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name.to_string())])
             }
-            Ask::Say { state } => notify(&[state]),
-            Ask::Settle { done } => {
+            Request::Notify { state } => notify(&[state]),
+            Request::Settle { done } => {
                 let settled = barrier();
                 let _ = done.send(());
                 settled
             }
         };
-        if let Err(error) = said {
-            log::warn!("the service manager cannot be told: {error}");
+        if let Err(error) = sent {
+            log::warn!("cannot notify the service manager: {error}");
         }
     }
 }
 
 fn put(name: &Name, fd: BorrowedFd<'_>) -> io::Result<()> {
     let name = name.to_string();
-    // Without FDPOLL=0 the manager would drop a socket whose other end is gone, which we want to find out ourselves.
+    // FDPOLL=0: else the manager drops a socket whose other end is closed. This process and the next detect that themselves.
     let state = [NotifyState::FdStore, NotifyState::FdName(&name), NotifyState::Custom("FDPOLL=0")];
     notify_with_fds(&state, &[fd])?;
     barrier()
 }
 
-/// Waits until the manager has read everything so far: it closes the pipe that comes with `BARRIER=1`. A message of a
-/// process that has died meanwhile would belong to nobody.
+/// Waits until the manager has read everything sent so far: it closes its end of the pipe that is sent with `BARRIER=1`
+/// (`sd_notify(3)`). Needed because the manager cannot assign a message to its service once the sender has died.
 fn barrier() -> io::Result<()> {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[write.as_fd()])?;
     drop(write);
-    let patience = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
-    match poll(&mut [PollFd::new(&read, PollFlags::IN)], Some(&patience))? {
+    let timeout = Timespec { tv_sec: BARRIER_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+    match poll(&mut [PollFd::new(&read, PollFlags::IN)], Some(&timeout))? {
         0 => Err(io::ErrorKind::TimedOut.into()),
         _ => Ok(()),
     }
@@ -354,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_come_back_as_they_went_and_the_manager_takes_them() {
+    fn names_are_valid_for_the_manager_and_parsed_back() {
         let file = FileId { device: u64::MAX, inode: 0x1234 };
         let names = [
             Name::Ledger,
@@ -378,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_is_no_name() {
+    fn only_text_that_a_name_writes_is_parsed() {
         for text in [
             "",
             "passgate.",
@@ -397,7 +411,7 @@ mod tests {
             "connection",
             "stored",
         ] {
-            assert_eq!(text.parse::<Name>(), Err(NotOurs), "{text}");
+            assert_eq!(text.parse::<Name>(), Err(InvalidName), "{text}");
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The border for memory: what a client passes is checked here once, and held until nothing needs it.
+//! Guest memory files: a client's descriptors and addresses are checked here once, and the files stay open for as long as the
+//! gate or a region needs them.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -14,22 +15,22 @@ use rustix::io::fcntl_dupfd_cloexec;
 
 use super::call::Examined;
 use super::fdstore::{Kept, Name};
-use super::lasting::Aside;
+use super::persist::StoredRegionInfo;
 use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec, Written};
 use crate::protocol::verbs::AddMemory;
 
-/// Why memory is not taken, or not converted. The text is the message that the client reads.
+/// The reason why memory is not added, or not converted. The text is the message that the client reads.
 #[derive(Debug, thiserror::Error)]
 pub enum BorderError {
     /// Too few or too many descriptors.
     #[error("{given} file descriptors came along, {wanted} belong to this call")]
     Fds {
-        /// How many came.
+        /// The number that was passed.
         given: usize,
-        /// How many belong.
+        /// The number that belongs to the call.
         wanted: usize,
     },
-    /// The service manager did not hand it over.
+    /// The service manager did not pass the file of an earlier process's region.
     #[error("its file did not come back")]
     NotKept,
     /// Not a page range.
@@ -41,10 +42,10 @@ pub enum BorderError {
     /// The second descriptor is no guest_memfd.
     #[error("the private side must be a guest_memfd, this is {0:?}")]
     NotPrivate(FileKind),
-    /// The start in the file and the guest-physical address do not fit the file's pages.
+    /// The offset in the file or the guest-physical range is not aligned to the file's own pages.
     #[error("offset and address must be multiples of the file's own pages of {page} bytes")]
     Misplaced {
-        /// The file's.
+        /// Bytes of the file's pages.
         page: u64,
     },
     /// passgate may not convert there.
@@ -55,7 +56,7 @@ pub enum BorderError {
         /// The first such address.
         gpa: Gpa,
     },
-    /// A driver of this daemon's has its own memory there.
+    /// A driver of this daemon's has its own memory mapped there ([`passgate_backends::Device::reserved`]).
     #[error(
         "{gpa} is where a driver of a device has memory of its own: no machine should have guest memory there"
     )]
@@ -71,26 +72,26 @@ pub enum BorderError {
     Unusable {
         /// The first such address.
         gpa: Gpa,
-        /// The first address of the reserved window.
+        /// The first address of the reserved range.
         start: u64,
-        /// Its last.
+        /// The last address of the reserved range.
         last: u64,
     },
-    /// The file gives up whole pages of its own only.
+    /// The file can only give up whole pages of its own (hugetlbfs).
     #[error(
         "the file at {gpa} has pages of {page} bytes and gives up nothing smaller: convert multiples of that, or \
          begin and end the conversion yourself"
     )]
     SmallPunch {
-        /// Where.
+        /// The first address of the part that is not aligned.
         gpa: Gpa,
-        /// The file's.
+        /// Bytes of the file's pages.
         page: u64,
     },
 }
 
 impl BorderError {
-    /// As a number, for the notification channel.
+    /// Returns the errno that stands for the error on the notification channel.
     pub fn errno(&self) -> i32 {
         match self {
             Self::NotSole { .. } => 1,     // EPERM
@@ -102,38 +103,41 @@ impl BorderError {
     }
 }
 
-/// What a session knows of a region that the gate need not know.
+/// The properties of a region that the session needs and the gate does not.
 #[derive(Debug)]
-pub(super) struct Extra {
+pub(super) struct RegionInfo {
     gpa: PageRange<Gpa>,
+    /// True if passgate is the only one that maps the region, so that it may convert there.
     sole_mapper: bool,
     /// Bytes of the file's own pages.
     page: u64,
-    /// The private side: held while the region is, touched never.
+    /// The private side: open while the region exists, never accessed.
     private: Option<(FileId, OwnedFd)>,
 }
 
-/// The files that regions are of.
+/// The open files of guest memory, and the regions that show them.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    /// Whether a file will do that can be shrunk under the device.
+    /// True if files are accepted that can be shrunk under the device.
     unsealed: bool,
-    held: BTreeMap<FileId, (Arc<GuestFile>, bool)>,
-    adding: Vec<(Caller, FileId, Extra)>,
-    regions: BTreeMap<RegionId, Extra>,
-    /// Where the guest sees each region.
+    /// The open files; true if the file converts in place.
+    files: BTreeMap<FileId, (Arc<GuestFile>, bool)>,
+    /// The regions that the gate has not answered yet, by their callers.
+    adding: Vec<(Caller, FileId, RegionInfo)>,
+    regions: BTreeMap<RegionId, RegionInfo>,
+    /// The regions by their first guest-physical address.
     layout: BTreeMap<Gpa, RegionId>,
-    /// Whether guest_memfd converts in place here; probed at the first one.
+    /// True if this kernel converts guest_memfd in place; none until it is probed for the first such file.
     in_place: Option<bool>,
 }
 
 impl Files {
-    /// None yet; `unsealed` takes files, too, that can be shrunk.
+    /// Returns an empty set. With `unsealed`, files are accepted that can be shrunk.
     pub(super) fn new(unsealed: bool) -> Self {
         Self { unsealed, ..Self::default() }
     }
 
-    /// As [`identity::check`], with what was accepted.
+    /// Checks a file as [`identity::check`] does, but accepts one that can be shrunk if `unsealed` is set.
     fn check(&self, file: &Identity, offset: u64, len: u64, writable: bool) -> Result<(), FileError> {
         match identity::check(file, offset, len, writable) {
             Err(FileError::Shrinkable) if self.unsealed => Ok(()),
@@ -141,7 +145,8 @@ impl Files {
         }
     }
 
-    /// Checks what a client passes, and holds it.
+    /// Checks a client's memory, and opens its file for as long as it is needed. `reserved` are the IOVAs at which drivers of
+    /// this process have memory of their own, `usable` those that devices can use.
     pub(super) fn admit(
         &mut self,
         caller: Caller,
@@ -152,6 +157,7 @@ impl Files {
     ) -> Result<RegionSpec, BorderError> {
         let (given, wanted) = (files.len(), 1 + usize::from(memory.private));
         let mut files = files.into_iter();
+        // The claim is dropped at the end, once `adding` says that the file is needed.
         let (Some(Examined { fd, file, claim: _claim }), private, true) =
             (files.next(), files.next(), given == wanted)
         else {
@@ -174,13 +180,13 @@ impl Files {
         }
         let private = private.map(|private| check_private(private, memory)).transpose()?;
         let id = FileId { device: file.device, inode: file.inode };
-        self.hold(id, fd, &file)?;
+        self.add_file(id, fd, &file)?;
         let page = match file.kind {
             FileKind::Hugetlb(page) => page,
             FileKind::Memfd | FileKind::GuestMemfd => PAGE,
         };
-        let extra = Extra { gpa, sole_mapper: memory.sole_mapper && file.writable, page, private };
-        self.adding.push((caller, id, extra));
+        let info = RegionInfo { gpa, sole_mapper: memory.sole_mapper && file.writable, page, private };
+        self.adding.push((caller, id, info));
         Ok(RegionSpec {
             gpa,
             backing: Backing { file: id, offset: Offset(memory.offset) },
@@ -191,167 +197,172 @@ impl Files {
         })
     }
 
-    /// Holds a file. Where it is held already, the wider of the two descriptors stays: a region that is only read
-    /// may have come first, or the file may have grown since. Where another file with these numbers is held, it is
-    /// refused: page states and mappings of the two would be taken for each other's.
-    fn hold(&mut self, id: FileId, fd: OwnedFd, file: &Identity) -> Result<(), FileError> {
-        if let Some((held, _)) = self.held.get(&id)
-            && !identity::same_file(&fd, &**held)?
+    /// Opens a file for guest memory. If it is open already, the descriptor with the wider access and the larger size stays: a
+    /// region that devices only read may have come first, or the file may have grown since. A different file with the
+    /// numbers of an open one is refused: page states and mappings of the two would be taken for each other's.
+    fn add_file(&mut self, id: FileId, fd: OwnedFd, file: &Identity) -> Result<(), FileError> {
+        if let Some((open, _)) = self.files.get(&id)
+            && !identity::same_file(&fd, &**open)?
         {
             return Err(FileError::Collides { device: id.device, inode: id.inode });
         }
-        let held = self.held.get(&id).map(|(held, _)| held);
-        let writable = file.writable || held.is_some_and(|held| held.writable());
-        let size = held.map_or(file.size, |held| held.size().max(file.size));
-        if held.is_some_and(|held| (held.writable(), held.size()) == (writable, size)) {
+        let open = self.files.get(&id).map(|(open, _)| open);
+        let writable = file.writable || open.is_some_and(|open| open.writable());
+        let size = open.map_or(file.size, |open| open.size().max(file.size));
+        if open.is_some_and(|open| (open.writable(), open.size()) == (writable, size)) {
             return Ok(());
         }
-        let fd = match held {
-            // The file has grown, and the new descriptor may not write to it.
-            Some(held) if !file.writable && held.writable() => {
-                fcntl_dupfd_cloexec(&**held, 0).map_err(|errno| Failed::new("F_DUPFD_CLOEXEC", errno))?
+        let fd = match open {
+            // The file has grown, and the new descriptor is read-only.
+            Some(open) if !file.writable && open.writable() => {
+                fcntl_dupfd_cloexec(&**open, 0).map_err(|errno| Failed::new("F_DUPFD_CLOEXEC", errno))?
             }
             _ => fd,
         };
-        let in_place = file.kind == FileKind::GuestMemfd && self.probe();
-        let held = GuestFile::new(fd, file.kind, size, writable);
-        self.held.insert(id, (Arc::new(held), in_place));
+        let in_place = file.kind == FileKind::GuestMemfd && self.probe_in_place();
+        let file = GuestFile::new(fd, file.kind, size, writable);
+        self.files.insert(id, (Arc::new(file), in_place));
         Ok(())
     }
 
-    /// Every file that is held.
+    /// Returns every open file.
     pub(super) fn all(&self) -> Vec<Arc<GuestFile>> {
-        self.held.values().map(|(file, _)| Arc::clone(file)).collect()
+        self.files.values().map(|(file, _)| Arc::clone(file)).collect()
     }
 
-    fn probe(&mut self) -> bool {
+    fn probe_in_place(&mut self) -> bool {
         *self.in_place.get_or_insert_with(|| Support::probe().is_ok_and(|support| support.in_place))
     }
 
-    /// The file, while it is held.
+    /// Returns the file, if it is open.
     pub(super) fn get(&self, id: FileId) -> Option<Arc<GuestFile>> {
-        self.held.get(&id).map(|(file, _)| Arc::clone(file))
+        self.files.get(&id).map(|(file, _)| Arc::clone(file))
     }
 
-    /// Whether the file converts in place.
-    pub(super) fn in_place(&self, id: FileId) -> bool {
-        self.held.get(&id).is_some_and(|(_, in_place)| *in_place)
+    /// Returns true if the file is open and converts in place.
+    pub(super) fn converts_in_place(&self, id: FileId) -> bool {
+        self.files.get(&id).is_some_and(|(_, in_place)| *in_place)
     }
 
-    /// The gate has admitted what this caller passed.
-    pub(super) fn added(&mut self, caller: Caller, region: RegionId) -> Option<Aside> {
+    /// The gate has added the region that this caller asked for. Returns its properties, for the next process; none if the caller
+    /// has no region that is being added.
+    pub(super) fn added(&mut self, caller: Caller, region: RegionId) -> Option<StoredRegionInfo> {
         let index = self.adding.iter().position(|(adding, ..)| *adding == caller)?;
-        let (_, _, extra) = self.adding.swap_remove(index);
-        let private = extra.private.as_ref().map(|(file, _)| *file);
-        let aside = Aside { sole_mapper: extra.sole_mapper, private };
-        self.insert(region, extra);
-        Some(aside)
+        let (_, _, info) = self.adding.swap_remove(index);
+        let private = info.private.as_ref().map(|(file, _)| *file);
+        let stored = StoredRegionInfo { sole_mapper: info.sole_mapper, private };
+        self.insert(region, info);
+        Some(stored)
     }
 
-    /// Takes a region's files as they were kept for an earlier process, checked as a client's are.
-    pub(super) fn again(
+    /// Opens the files of an earlier process's region from those that were stored for it, with the checks of a client's files.
+    pub(super) fn restore_region(
         &mut self,
         region: &Written,
-        aside: Option<Aside>,
+        info: Option<StoredRegionInfo>,
         kept: &mut Kept,
     ) -> Result<(), BorderError> {
         let RegionSpec { gpa, backing, writable, page, .. } = region.spec;
-        self.hold_again(backing.file, kept);
+        self.restore_file(backing.file, kept);
         let file =
-            self.held.get(&backing.file).map(|(file, _)| Arc::clone(file)).ok_or(BorderError::NotKept)?;
+            self.files.get(&backing.file).map(|(file, _)| Arc::clone(file)).ok_or(BorderError::NotKept)?;
         self.check(&identity::identify(&*file)?, backing.offset.0, gpa.len(), writable)?;
-        let aside = aside.unwrap_or(Aside { sole_mapper: false, private: None });
-        let private = aside.private.and_then(|id| Some((id, self.private_again(id, kept)?)));
-        self.insert(region.region, Extra { gpa, sole_mapper: aside.sole_mapper, page, private });
+        let info = info.unwrap_or(StoredRegionInfo { sole_mapper: false, private: None });
+        let private = info.private.and_then(|id| Some((id, self.restore_private(id, kept)?)));
+        self.insert(region.region, RegionInfo { gpa, sole_mapper: info.sole_mapper, page, private });
         Ok(())
     }
 
-    /// Takes a file as it was kept for an earlier process: the widest descriptor of it. None where what was kept under its
-    /// name are several files: which of them it is nobody knows.
-    pub(super) fn hold_again(&mut self, id: FileId, kept: &mut Kept) {
+    /// Opens a file from the descriptors that were stored for it: the widest of them. If these are different files, none is
+    /// opened: it is not known which of them the ledger means.
+    pub(super) fn restore_file(&mut self, id: FileId, kept: &mut Kept) {
         for fd in kept.all(&Name::Memory(id)) {
             match identity::identify(&fd) {
                 Ok(file) if (file.device, file.inode) == (id.device, id.inode) => {
-                    if let Err(error) = self.hold(id, fd, &file) {
-                        log::error!("what was kept as {}: {error}", Name::Memory(id));
-                        self.held.remove(&id);
+                    if let Err(error) = self.add_file(id, fd, &file) {
+                        log::error!("the file stored as {}: {error}", Name::Memory(id));
+                        self.files.remove(&id);
                         return;
                     }
                 }
-                Ok(_) => log::warn!("what was kept as {} is another file", Name::Memory(id)),
-                Err(error) => log::warn!("what was kept as {}: {error}", Name::Memory(id)),
+                Ok(_) => log::warn!("the file stored as {} is another file", Name::Memory(id)),
+                Err(error) => log::warn!("the file stored as {}: {error}", Name::Memory(id)),
             }
         }
     }
 
-    fn private_again(&self, id: FileId, kept: &mut Kept) -> Option<OwnedFd> {
-        let held = self.regions.values().filter_map(|extra| extra.private.as_ref());
-        if let Some((_, fd)) = held.into_iter().find(|(held, _)| *held == id) {
+    fn restore_private(&self, id: FileId, kept: &mut Kept) -> Option<OwnedFd> {
+        // Several regions may have one private side, of which there is one descriptor.
+        let open = self.regions.values().filter_map(|info| info.private.as_ref());
+        if let Some((_, fd)) = open.into_iter().find(|(open, _)| *open == id) {
             return fd.try_clone().ok();
         }
         kept.one(&Name::Private(id))
     }
 
-    /// Whether some region's private side is this file.
+    /// Returns true if this file is the private side of a region, also of one that is being added.
     pub(super) fn has_private(&self, id: FileId) -> bool {
-        let adding = self.adding.iter().map(|(.., extra)| extra);
-        let mut all = self.regions.values().chain(adding).filter_map(|extra| extra.private.as_ref());
+        let adding = self.adding.iter().map(|(.., info)| info);
+        let mut all = self.regions.values().chain(adding).filter_map(|info| info.private.as_ref());
         all.any(|(file, _)| *file == id)
     }
 
-    /// The gate has not: returns the file that came for nothing and its private side.
+    /// The gate has refused the region that this caller asked for. Returns its file and private side, which may not be needed;
+    /// none if the caller has no region that is being added.
     pub(super) fn refused(&mut self, caller: Caller) -> Option<(FileId, Option<FileId>)> {
         let index = self.adding.iter().position(|(adding, ..)| *adding == caller)?;
-        let (_, file, extra) = self.adding.swap_remove(index);
-        Some((file, extra.private.map(|(private, _)| private)))
+        let (_, file, info) = self.adding.swap_remove(index);
+        Some((file, info.private.map(|(private, _)| private)))
     }
 
-    /// The client is gone; its regions go by themselves. Returns the files, with their private sides, of what it was adding.
+    /// The client is gone. Returns the files and private sides of the regions that it was adding, which may not be needed. Its other
+    /// regions are closed by the gate.
     pub(super) fn client_gone(&mut self, client: ClientId) -> Vec<(FileId, Option<FileId>)> {
         let gone = self.adding.extract_if(.., |(caller, ..)| caller.client == client);
-        gone.map(|(_, file, extra)| (file, extra.private.map(|(private, _)| private))).collect()
+        gone.map(|(_, file, info)| (file, info.private.map(|(private, _)| private))).collect()
     }
 
-    /// True while a region of the file is being added.
+    /// Returns true while a region of the file is being added.
     pub(super) fn is_adding(&self, file: FileId) -> bool {
         self.adding.iter().any(|(_, adding, _)| *adding == file)
     }
 
-    /// The region is gone; its private side, where it had one.
+    /// Forgets a region that is closed. Returns its private side.
     pub(super) fn close_region(&mut self, region: RegionId) -> Option<FileId> {
-        let extra = self.regions.remove(&region)?;
-        // Memory that came there since stays.
-        if self.layout.get(&extra.gpa.start()) == Some(&region) {
-            self.layout.remove(&extra.gpa.start());
+        let info = self.regions.remove(&region)?;
+        // A region that was added there since has taken its place in the layout.
+        if self.layout.get(&info.gpa.start()) == Some(&region) {
+            self.layout.remove(&info.gpa.start());
         }
-        extra.private.map(|(file, _)| file)
+        info.private.map(|(file, _)| file)
     }
 
-    /// Nothing needs the file any more.
+    /// Closes a file that nothing needs any more.
     pub(super) fn forget(&mut self, file: FileId) {
-        self.held.remove(&file);
+        self.files.remove(&file);
     }
 
-    /// The region at `gpa`.
-    fn at(&self, gpa: Gpa) -> Option<&Extra> {
+    /// Returns the region at `gpa`.
+    fn region_at(&self, gpa: Gpa) -> Option<&RegionInfo> {
         let (_, region) = self.layout.range(..=gpa).next_back()?;
-        self.regions.get(region).filter(|extra| extra.gpa.contains(gpa))
+        self.regions.get(region).filter(|info| info.gpa.contains(gpa))
     }
 
-    fn insert(&mut self, region: RegionId, extra: Extra) {
-        self.layout.insert(extra.gpa.start(), region);
-        self.regions.insert(region, extra);
+    fn insert(&mut self, region: RegionId, info: RegionInfo) {
+        self.layout.insert(info.gpa.start(), region);
+        self.regions.insert(region, info);
     }
 
-    /// Whether every part of `range` was added as passgate's own to map.
+    /// Returns an error if passgate may not convert a part of `range`: it is not in memory that was added with `sole_mapper`, or it
+    /// begins or ends inside a page of its file.
     pub(super) fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
         let mut at = range.start();
         while at < range.end() {
-            let sole = self.at(at).filter(|extra| extra.sole_mapper);
-            let extra = sole.ok_or(BorderError::NotSole { gpa: at })?;
-            let end = extra.gpa.end().min(range.end());
-            if !at.0.is_multiple_of(extra.page) || !end.0.is_multiple_of(extra.page) {
-                return Err(BorderError::SmallPunch { gpa: at, page: extra.page });
+            let sole = self.region_at(at).filter(|info| info.sole_mapper);
+            let info = sole.ok_or(BorderError::NotSole { gpa: at })?;
+            let end = info.gpa.end().min(range.end());
+            if !at.0.is_multiple_of(info.page) || !end.0.is_multiple_of(info.page) {
+                return Err(BorderError::SmallPunch { gpa: at, page: info.page });
             }
             at = end;
         }
@@ -359,22 +370,24 @@ impl Files {
     }
 }
 
-/// Returns the first address of `gpa` that is in none of the `usable` ranges, which are in order and apart, and the window
-/// between these that it is in. Where none is known all are usable.
+/// Returns the first address of `gpa` that is in none of the `usable` ranges, which are ascending and apart, with the first and
+/// last address of the reserved range that it is in. If `usable` is empty the ranges are not known, and every address is taken
+/// to be usable.
 fn unusable(usable: &[RangeInclusive<Iova>], gpa: PageRange<Gpa>) -> Option<(Gpa, u64, u64)> {
     let (first, last) = (gpa.start().0, gpa.end().0 - 1);
-    let mut windows = Vec::new();
+    let mut reserved = Vec::new();
     let mut next = Some(0);
     for range in usable {
         let before = range.start().0.checked_sub(1);
-        windows.extend(next.zip(before).filter(|(start, last)| start <= last));
+        reserved.extend(next.zip(before).filter(|(start, last)| start <= last));
         next = range.end().0.checked_add(1);
     }
-    windows.extend(next.filter(|_| !usable.is_empty()).map(|start| (start, u64::MAX)));
-    let (start, end) = windows.into_iter().find(|(start, end)| *start <= last && first <= *end)?;
+    reserved.extend(next.filter(|_| !usable.is_empty()).map(|start| (start, u64::MAX)));
+    let (start, end) = reserved.into_iter().find(|(start, end)| *start <= last && first <= *end)?;
     Some((Gpa(first.max(start)), start, end))
 }
 
+/// Returns the private side of a client's memory, if it is a guest_memfd with these pages.
 fn check_private(private: Examined, memory: &AddMemory) -> Result<(FileId, OwnedFd), BorderError> {
     let file = private.file?;
     if file.kind != FileKind::GuestMemfd {
@@ -392,7 +405,7 @@ mod tests {
     use crate::gate::Door;
 
     #[test]
-    fn the_reserved_window_that_memory_meets_is_found() {
+    fn reserved_range_that_memory_overlaps_is_found() {
         let usable = [Iova(0)..=Iova(0xfedf_ffff), Iova(0xfef0_0000)..=Iova((1 << 39) - 1)];
         let range = |start, len| PageRange::new(start, len).unwrap();
         let msi = (0xfee0_0000, 0xfeef_ffff);
@@ -407,7 +420,7 @@ mod tests {
             let found = found.map(|(gpa, start, last)| (Gpa(gpa), start, last));
             assert_eq!(unusable(&usable, range(start, len)), found, "{start:#x}+{len:#x}");
         }
-        assert_eq!(unusable(&[], range(0xfee0_0000, PAGE)), None, "nothing is known");
+        assert_eq!(unusable(&[], range(0xfee0_0000, PAGE)), None, "the usable ranges are not known");
         let high = [Iova(0x1000)..=Iova(u64::MAX)];
         assert_eq!(unusable(&high, range(0, PAGE)), Some((Gpa(0), 0, 0xfff)));
         assert_eq!(unusable(&high, range(PAGE, PAGE)), None);
@@ -421,7 +434,7 @@ mod tests {
         GuestFile::memfd("files", 8 * PAGE).unwrap().as_fd().try_clone_to_owned().unwrap()
     }
 
-    /// A file that the kernel gives the numbers of another, as it does once its 32-bit count of inodes has come round.
+    /// A file with the device and inode number of another, as after the kernel's 32-bit inode counter has wrapped around.
     fn with_the_numbers_of(fd: OwnedFd, other: &Identity) -> Examined {
         let Identity { device, inode, .. } = *other;
         let file = identity::identify(&fd).map(|found| Identity { device, inode, ..found });
@@ -429,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_the_numbers_of_another_in_use_is_refused_and_the_same_file_is_not() {
+    fn different_file_with_the_numbers_of_one_in_use_is_refused() {
         let mut files = Files::new(false);
         let (one, other) = (memfd(), memfd());
         let found = identity::identify(&one).unwrap();
@@ -444,22 +457,22 @@ mod tests {
         let error = files.admit(CALLER, &region(2 << 20), collides, &[], &[]).unwrap_err();
         assert!(matches!(error, BorderError::File(FileError::Collides { .. })), "{error}");
         let id = FileId { device: found.device, inode: found.inode };
-        let held = files.get(id).unwrap();
-        assert_eq!(identity::same_file(&*held, &one), Ok(true));
-        // Without the first one in use, its numbers are free.
-        drop(held);
+        let open = files.get(id).unwrap();
+        assert_eq!(identity::same_file(&*open, &one), Ok(true));
+        // Once the first one is not in use any more, its numbers are free.
+        drop(open);
         files.forget(id);
         let alone = vec![with_the_numbers_of(other, &found)];
         files.admit(CALLER, &region(2 << 20), alone, &[], &[]).unwrap();
     }
 
-    /// The same file, opened to be read only.
+    /// The same file, opened read-only.
     fn read_only(fd: &OwnedFd) -> OwnedFd {
         std::fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().into()
     }
 
     #[test]
-    fn a_file_is_held_as_wide_as_the_widest_that_was_added() {
+    fn file_stays_open_with_the_widest_access_and_size_added() {
         const ORDERS: [[usize; 4]; 6] =
             [[0, 1, 2, 3], [3, 2, 1, 0], [1, 2, 0, 3], [2, 1, 3, 0], [0, 3, 1, 2], [1, 0, 2, 3]];
         for order in ORDERS {
@@ -467,7 +480,7 @@ mod tests {
             let before = identity::identify(&fd).unwrap();
             rustix::fs::ftruncate(&fd, 16 * PAGE).unwrap();
             let id = FileId { device: before.device, inode: before.inode };
-            // Each access, before and after the file has grown.
+            // Each access, with the size before and after the file has grown.
             let views = [(false, 8), (false, 16), (true, 8), (true, 16)];
             let (mut writable, mut pages) = (false, 0);
             for view in order {
@@ -478,15 +491,15 @@ mod tests {
                 let memory = AddMemory { writable: writes, ..AddMemory::shared(gpa, size * PAGE) };
                 files.admit(CALLER, &memory, vec![Examined { fd, file, claim: None }], &[], &[]).unwrap();
                 (writable, pages) = (writable || writes, pages.max(size));
-                let held = files.get(id).unwrap();
-                assert_eq!((held.writable(), held.size() / PAGE), (writable, pages), "{order:?}: {view}");
-                assert_eq!(identity::identify(&*held).unwrap().writable, writable, "{order:?}: {view}");
+                let open = files.get(id).unwrap();
+                assert_eq!((open.writable(), open.size() / PAGE), (writable, pages), "{order:?}: {view}");
+                assert_eq!(identity::identify(&*open).unwrap().writable, writable, "{order:?}: {view}");
             }
         }
     }
 
     #[test]
-    fn passgate_converts_what_lies_in_its_own_memory_from_the_first_page_to_the_last() {
+    fn passgate_converts_only_ranges_wholly_in_sole_mapper_memory() {
         let (mut files, fd) = (Files::new(false), memfd());
         for (nth, sole_mapper) in [(1, true), (2, false), (3, true)] {
             let caller = Caller { cookie: nth, ..CALLER };
@@ -517,19 +530,19 @@ mod tests {
     }
 
     #[test]
-    fn of_two_files_that_were_kept_under_one_name_none_is_taken() {
+    fn different_files_stored_under_one_name_are_not_restored() {
         let (one, other) = (memfd(), memfd());
         let found = identity::identify(&one).unwrap();
         let id = FileId { device: found.device, inode: found.inode };
         let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
-        let keeps = |fds: Vec<OwnedFd>| {
+        let restores = |fds: Vec<OwnedFd>| {
             let mut files = Files::new(false);
-            files.hold_again(id, &mut Kept::of(BTreeMap::from([(Name::Memory(id), fds)])));
+            files.restore_file(id, &mut Kept::of(BTreeMap::from([(Name::Memory(id), fds)])));
             files.get(id).is_some()
         };
-        assert!(keeps(vec![clone(&one), clone(&one)]));
-        // One of another shape or number is passed over.
-        assert!(keeps(vec![clone(&other), clone(&one)]));
-        assert!(!keeps(vec![clone(&other)]));
+        assert!(restores(vec![clone(&one), clone(&one)]));
+        // A file with other numbers is skipped.
+        assert!(restores(vec![clone(&other), clone(&one)]));
+        assert!(!restores(vec![clone(&other)]));
     }
 }

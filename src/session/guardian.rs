@@ -1,13 +1,16 @@
-//! The guardian: a small process that stops the devices when the worker dies.
+//! The guardian: a small process that stops the devices when the worker, the daemon that started it, dies.
 //!
-//! It holds duplicates of the device descriptors, does nothing, and waits. When the worker's end of their socket
-//! closes without a farewell, it takes every device's DMA away, weakest promise last: first the translations of
-//! all, then a reset of each. It parses nothing that a client wrote, and ends by itself.
+//! It has duplicates of the device descriptors, and waits. When the worker's end of their socket closes without a farewell, it
+//! stops the DMA of every device: first it removes the translations of all of them, which fails least, then it resets each. It
+//! parses no bytes that a client wrote, and ends by itself.
 //!
-//! Its own session and deaf ears to SIGTERM keep it alive where a whole process group or terminal is killed. Should
-//! it die all the same, the worker's [`Watch`] starts another.
+//! It leads a session of its own and ignores SIGHUP, SIGINT, SIGQUIT and SIGTERM, so that it survives when its whole process
+//! group or terminal is killed. If it dies all the same, the worker's [`Watch`] starts another.
+//!
+//! Protocol on the socket, a Unix stream: the worker sends NUL-ended messages, `cdev NAME` with the device's descriptor, `type1
+//! NAME` with those of container and device, `bye` as the farewell; the guardian answers each with one byte, `+` or `-`.
 
-mod held;
+mod device;
 
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,7 +31,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, recv, send};
 
-use self::held::Held;
+use self::device::GuardedDevice;
 use super::fdstore::{FdStore, Name};
 use crate::error::{Error, Result};
 use crate::protocol::frame::{self, Frame, Frames};
@@ -36,54 +39,57 @@ use crate::protocol::frame::{self, Frame, Frames};
 /// The hidden subcommand that runs [`run`] with the worker's socket as its standard input.
 pub const SUBCOMMAND: &str = "guardian";
 
-/// Ends a guardian without anything done.
+/// The message by which the worker ends a guardian without stopping any device.
 const FAREWELL: &str = "bye";
-/// What it answers to each message.
-const HELD: u8 = b'+';
-const NOT_HELD: u8 = b'-';
+/// The answer to a message that was accepted.
+const ACCEPTED: u8 = b'+';
+/// The answer to a message that was not.
+const REJECTED: u8 = b'-';
 
-/// The signals that it does not hear.
-const DEAF: [i32; 4] = [1, 2, 3, 15]; // HUP, INT, QUIT, TERM: the same on every architecture
+/// The signals that a guardian ignores.
+const IGNORED_SIGNALS: [i32; 4] = [1, 2, 3, 15]; // HUP, INT, QUIT, TERM: the same on every architecture
 
-/// How long a guardian may take to answer: it does nothing else.
+/// The time within which a guardian must answer; it has no other work.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long to wait before a guardian that could not be started is tried again.
-const AGAIN: Duration = Duration::from_secs(1);
+/// The time after which another attempt is made to start a guardian that could not be started.
+const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A guardian, and the thread that starts another should it die.
+/// A guardian, and the thread that starts another if it dies.
 ///
-/// The thread holds the devices too, so that a new guardian can be given them. Dropped without [`Watch::bye`], it
-/// says no farewell, and the guardian stops the devices.
+/// The thread has the devices too, to pass them to a new guardian. If this is dropped without [`Watch::bye`], no farewell is
+/// sent, and the guardian stops the devices.
 #[derive(Debug)]
 pub struct Watch {
+    /// The worker's end of a socket to the thread: one byte on it is the farewell, its close without a byte ends the thread.
     stop: UnixStream,
     thread: JoinHandle<()>,
 }
 
 impl Watch {
-    /// Starts a guardian as [`Guardian::start`] does, and watches it.
+    /// Starts a guardian as [`Guardian::start`] does, and the thread that watches it.
     pub fn start(program: PathBuf, devices: Vec<Arc<dyn Device>>) -> Result<Option<Self>> {
         Self::holding(program, devices, None, None)
     }
 
-    /// The same, where `store` keeps our end of each guardian's socket: then a guardian hears nothing of our death
-    /// until the store closes it. `left` is what it kept: where that guardian lives, it goes on and has the devices.
+    /// As [`Watch::start`], with the worker's end of each guardian's socket in `store`: then a guardian does not notice the end
+    /// of this process until the store closes it. `stored` is the socket that an earlier process stored: if its guardian
+    /// lives, that one is watched, and has the devices already.
     pub fn holding(
         program: PathBuf,
         devices: Vec<Arc<dyn Device>>,
         store: Option<FdStore>,
-        left: Option<OwnedFd>,
+        stored: Option<OwnedFd>,
     ) -> Result<Option<Self>> {
-        let guardian = match left.filter(is_open) {
+        let guardian = match stored.filter(is_open) {
             Some(socket) => {
-                let within = Some(ANSWER_TIMEOUT);
-                set_socket_timeout(&socket, Timeout::Recv, within)
+                let timeout = Some(ANSWER_TIMEOUT);
+                set_socket_timeout(&socket, Timeout::Recv, timeout)
                     .map_err(|errno| Error::Guardian { source: errno.into() })?;
                 Guardian { socket, child: None }
             }
             None => match Guardian::start(&program, &devices)? {
-                Some(guardian) => guardian.kept(store.as_ref()),
+                Some(guardian) => guardian.stored_in(store.as_ref()),
                 None => return Ok(None),
             },
         };
@@ -93,12 +99,12 @@ impl Watch {
         Ok(Some(Self { stop, thread: thread.map_err(Error::Thread)? }))
     }
 
-    /// The worker has let go of the devices. Returns when they are closed here and in the guardian, so that
-    /// somebody else can open them.
+    /// Ends the guardian: the worker has stopped and closed the devices. Returns when they are closed here and in the guardian,
+    /// so that another process can open them.
     pub fn bye(self) {
-        let said = (&self.stop).write_all(&[0]);
+        let sent = (&self.stop).write_all(&[0]);
         drop(self.stop);
-        if said.is_err() || self.thread.join().is_err() {
+        if sent.is_err() || self.thread.join().is_err() {
             log::error!("the thread that watches the guardian has ended; the guardian stops the devices");
         }
     }
@@ -113,12 +119,13 @@ fn watch(
 ) {
     let mut guardian = Some(guardian);
     loop {
-        let (died, told) = wait(guardian.as_ref(), stopped);
-        if told {
+        let (died, stops) = wait(guardian.as_ref(), stopped);
+        if stops {
             drop(devices);
+            // A byte is the farewell. The end of the stream without one means that the worker dropped the watch.
             let farewell = recv(stopped, &mut [0], RecvFlags::DONTWAIT).is_ok_and(|(_, got)| got == 1);
             if let (Some(guardian), true) = (guardian, farewell) {
-                guardian.bye();
+                guardian.dismiss();
             }
             return;
         }
@@ -131,28 +138,30 @@ fn watch(
         }
         if guardian.is_none() {
             let new = Guardian::start(program, &devices).unwrap_or_else(|error| {
-                log::error!("{error}; until it is there, nobody stops the devices if this process dies");
+                log::error!("{error}; until it is started, the devices are not stopped if this process dies");
                 None
             });
-            guardian = new.map(|new| new.kept(store));
+            guardian = new.map(|new| new.stored_in(store));
         }
     }
 }
 
-/// Whether somebody has the other end. Nothing but answers ever comes from there, and none is due.
+/// Returns true if it is a Unix socket whose other end is open. A guardian sends only answers, and none is outstanding, so a
+/// readable socket is one whose other end is closed.
 fn is_open(socket: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let quiet = poll(&mut fds, Some(&now)) == Ok(0);
-    quiet && rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
+    let not_readable = poll(&mut fds, Some(&now)) == Ok(0);
+    not_readable && rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
 }
 
-/// Waits until the guardian has died or the worker has something to say: which of the two.
+/// Waits until the guardian has died, the worker stops the watch, or it is time to start a guardian. Returns which of the first
+/// two it was.
 fn wait(guardian: Option<&Guardian>, stopped: &UnixStream) -> (bool, bool) {
     let mut fds = vec![PollFd::new(stopped, PollFlags::IN)];
     fds.extend(guardian.map(|guardian| PollFd::new(&guardian.socket, PollFlags::IN)));
-    let again = Timespec { tv_sec: AGAIN.as_secs() as i64, tv_nsec: 0 };
-    let timeout = if guardian.is_none() { Some(&again) } else { None };
+    let interval = Timespec { tv_sec: RESTART_INTERVAL.as_secs() as i64, tv_nsec: 0 };
+    let timeout = if guardian.is_none() { Some(&interval) } else { None };
     if let Err(errno) = poll(&mut fds, timeout) {
         log::debug!("poll: {errno}");
         return (false, false);
@@ -161,17 +170,18 @@ fn wait(guardian: Option<&Guardian>, stopped: &UnixStream) -> (bool, bool) {
     (ready(1), ready(0))
 }
 
-/// The worker's end.
+/// A guardian, as the worker sees it.
 #[derive(Debug)]
 pub struct Guardian {
+    /// The worker's end of their socket.
     socket: OwnedFd,
-    /// None for one that an earlier daemon started.
+    /// The process; none for a guardian that an earlier daemon started.
     child: Option<Child>,
 }
 
 impl Guardian {
-    /// Starts one for those of `devices` that the kernel does not stop by itself; none where there are none.
-    /// `program` is this program; it must come to [`run`] by [`SUBCOMMAND`].
+    /// Starts a guardian for those of `devices` that the kernel does not stop when their files are closed; none if there are
+    /// no such devices. `program` is this program; with [`SUBCOMMAND`] as its argument it must call [`run`].
     pub fn start(program: &Path, devices: &[Arc<dyn Device>]) -> Result<Option<Self>> {
         if devices.iter().all(|device| matches!(device.guard(), Guard::None)) {
             return Ok(None);
@@ -189,14 +199,14 @@ impl Guardian {
             command.env_remove(variable);
         }
         let child = command.spawn().map_err(failed)?;
-        // The command holds the guardian's end as well, and would hide that it has died.
+        // The command has the guardian's end open as well: our end would not become readable when the guardian dies.
         drop(command);
         ours.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
         let mut guardian = Self { socket: ours.into(), child: Some(child) };
-        match devices.iter().try_for_each(|device| guardian.hand(&**device)) {
+        match devices.iter().try_for_each(|device| guardian.pass(&**device)) {
             Ok(()) => Ok(Some(guardian)),
             Err(source) => {
-                // Not by closing the socket: it would stop the devices of a worker that lives.
+                // Killed, not ended by a closed socket: then it would stop the devices of a worker that lives.
                 if let Some(child) = &mut guardian.child {
                     let _ = child.kill();
                     let _ = child.wait();
@@ -206,68 +216,70 @@ impl Guardian {
         }
     }
 
-    /// Has our end kept, in place of that of the guardian before.
-    fn kept(self, store: Option<&FdStore>) -> Self {
+    /// Stores our end of the socket, in place of that of the guardian before.
+    fn stored_in(self, store: Option<&FdStore>) -> Self {
         if let Some(store) = store {
             store.remove(Name::Guardian);
             if let Err(error) = store.put(Name::Guardian, self.socket.as_fd()) {
                 log::error!(
-                    "the guardian's socket is not kept ({error}): it stops the devices if this process ends"
+                    "the guardian's socket is not stored ({error}): it stops the devices if this process ends"
                 );
             }
         }
         self
     }
 
-    fn hand(&self, device: &dyn Device) -> std::io::Result<()> {
+    /// Passes a device's descriptors.
+    fn pass(&self, device: &dyn Device) -> std::io::Result<()> {
         match device.guard() {
             Guard::None => Ok(()),
-            Guard::Cdev(fd) => self.tell(&format!("cdev {}", device.name()), &[fd]),
+            Guard::Cdev(fd) => self.request(&format!("cdev {}", device.name()), &[fd]),
             Guard::Type1 { container, device: file } => {
-                self.tell(&format!("type1 {}", device.name()), &[container, file])
+                self.request(&format!("type1 {}", device.name()), &[container, file])
             }
         }
     }
 
-    /// The devices are stopped and closed: nothing is left to guard. Returns when its copies are closed too, so
-    /// that somebody else can open them.
-    pub fn bye(mut self) {
-        let said = self.tell(FAREWELL, &[]);
-        if said.is_err()
+    /// Ends the guardian without stopping any device: they are stopped and closed already. Returns when the guardian's
+    /// duplicates are closed too, so that another process can open the devices.
+    pub fn dismiss(mut self) {
+        let answered = self.request(FAREWELL, &[]);
+        if answered.is_err()
             && let Some(child) = &mut self.child
         {
-            // One that does not answer would be waited for in vain.
+            // A guardian that does not answer might never end by itself, and the wait below has no timeout.
             let _ = child.kill();
         }
         let ended = match &mut self.child {
             Some(child) => child.wait().map(|status| status.success()),
-            // Its end closes when it ends.
+            // Not a child of this process: its end of the socket closes when it ends.
             None => recv(&self.socket, &mut [0], RecvFlags::empty())
                 .map(|(_, got)| got == 0)
                 .map_err(std::io::Error::from),
         };
-        match (said, ended) {
+        match (answered, ended) {
             (Ok(()), Ok(true)) => {}
-            (said, ended) => log::warn!("the guardian did not end well: {said:?}, {ended:?}"),
+            (answered, ended) => log::warn!("the guardian did not end well: {answered:?}, {ended:?}"),
         }
     }
 
-    fn tell(&self, message: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+    /// Sends a message and waits for the guardian to accept it.
+    fn request(&self, message: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
         frame::send(&self.socket, format!("{message}\0").as_bytes(), fds)?;
         let mut answer = [0];
         match recv(&self.socket, &mut answer, RecvFlags::WAITALL) {
-            Ok((_, 1)) if answer == [HELD] => Ok(()),
-            Ok(_) => Err(std::io::Error::other("it does not hold the device")),
+            Ok((_, 1)) if answer == [ACCEPTED] => Ok(()),
+            Ok(_) => Err(std::io::Error::other("it does not accept the device")),
             Err(Errno::AGAIN) => Err(std::io::Error::other("it does not answer")),
             Err(errno) => Err(errno.into()),
         }
     }
 }
 
-/// How it ended, for the exit code.
+/// The reason why a guardian ended, for its exit code.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
-    /// The worker said farewell.
+    /// The worker sent the farewell.
     Dismissed,
     /// The worker died, and every device's DMA is blocked.
     Blocked,
@@ -275,31 +287,38 @@ pub enum Ended {
     Loose(Vec<String>),
 }
 
-/// Guards until the worker says farewell or dies. The process is the guardian from here on.
+/// Runs the guardian on its end of the socket until the worker sends the farewell or dies. Makes this process lead a session and
+/// ignore signals from now on.
 pub fn run(socket: impl AsFd) -> Result<Ended> {
-    // It fails where we lead a session already, which serves as well.
+    // Fails if this process leads a session already, which serves the purpose as well.
     let _ = rustix::process::setsid();
-    for signal in DEAF {
-        let unheard = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(signal, unheard).map_err(|source| Error::Guardian { source })?;
+    for signal in IGNORED_SIGNALS {
+        // A handler that sets a flag which nobody reads.
+        let ignored = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal, ignored).map_err(|source| Error::Guardian { source })?;
     }
     Ok(guard(socket.as_fd()))
 }
 
 fn guard(socket: BorrowedFd<'_>) -> Ended {
     let mut frames = Frames::default();
-    let mut held = Vec::new();
+    let mut devices = Vec::new();
     loop {
         while let Some(Frame { bytes, fds }) = frames.take() {
             let message = String::from_utf8_lossy(&bytes);
             let farewell = message == FAREWELL;
-            let taken = if farewell { None } else { fds.ok().and_then(|fds| Held::take(&message, fds)) };
-            let answer = if farewell || taken.is_some() { HELD } else { NOT_HELD };
-            held.extend(taken);
+            let device = if farewell {
+                None
+            } else {
+                fds.ok().and_then(|fds| GuardedDevice::from_message(&message, fds))
+            };
+            let answer = if farewell || device.is_some() { ACCEPTED } else { REJECTED };
+            devices.extend(device);
             if farewell {
-                held.clear();
+                // Closed before the answer that reports it.
+                devices.clear();
             }
-            // A worker that does not hear it is dead, which the next read finds.
+            // A send fails if the worker is dead, which the next read finds.
             let _ = send(socket, &[answer], SendFlags::NOSIGNAL);
             if farewell {
                 return Ended::Dismissed;
@@ -310,15 +329,15 @@ fn guard(socket: BorrowedFd<'_>) -> Ended {
             Ok(false) => {
                 let _ = poll(&mut [PollFd::new(&socket, PollFlags::IN)], None);
             }
-            Err(_) => return stop(&held),
+            Err(_) => return stop(&devices),
         }
     }
 }
 
-/// The worker is dead.
-fn stop(held: &[Held]) -> Ended {
-    let mut loose: Vec<&Held> = Vec::new();
-    for device in held {
+/// Stops the DMA of every device: the worker is dead.
+fn stop(devices: &[GuardedDevice]) -> Ended {
+    let mut loose: Vec<&GuardedDevice> = Vec::new();
+    for device in devices {
         match device.block() {
             Ok(()) => log::warn!("guardian: the worker died; {}: DMA is blocked", device.name()),
             Err(failed) => {
@@ -327,13 +346,13 @@ fn stop(held: &[Held]) -> Ended {
             }
         }
     }
-    for device in held {
+    for device in devices {
         match device.reset() {
             Ok(()) => {
                 log::warn!("guardian: {}: reset", device.name());
                 loose.retain(|other| !std::ptr::eq(*other, device));
             }
-            // Many devices have no reset of their own; blocked, they need none.
+            // EINVAL: the device has no reset of its own (`VFIO_DEVICE_FLAGS_RESET` is clear). Once blocked it needs none.
             Err(failed) if failed.errno == Errno::INVAL => {
                 log::info!("guardian: {} has no reset", device.name())
             }
@@ -351,20 +370,20 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
 
-    /// Two ends, the guardian's served on a thread, and a descriptor that is no device.
+    /// Runs `work` with the worker's end of a socket to a guardian on a thread, and a descriptor that is no device.
     fn guarded(work: impl FnOnce(UnixStream, BorrowedFd<'_>)) -> Ended {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let (witness, kept) = std::io::pipe().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
         let guardian = std::thread::spawn(move || guard(theirs.as_fd()));
-        work(ours, kept.as_fd());
+        work(ours, writer.as_fd());
         let ended = guardian.join().unwrap();
-        drop(kept);
+        drop(writer);
         // The pipe ends only once the guardian's copies of its writing end are closed.
-        assert_eq!((&witness).read(&mut [0]).unwrap(), 0);
+        assert_eq!((&reader).read(&mut [0]).unwrap(), 0);
         ended
     }
 
-    fn tell(socket: &UnixStream, message: &str, fds: &[BorrowedFd<'_>]) -> u8 {
+    fn request(socket: &UnixStream, message: &str, fds: &[BorrowedFd<'_>]) -> u8 {
         frame::send(socket, format!("{message}\0").as_bytes(), fds).unwrap();
         let mut answer = [0];
         (&mut &*socket).read_exact(&mut answer).unwrap();
@@ -372,19 +391,19 @@ mod tests {
     }
 
     #[test]
-    fn a_farewell_ends_it_and_touches_nothing() {
+    fn farewell_ends_the_guardian_without_stopping_a_device() {
         let ended = guarded(|socket, fd| {
-            assert_eq!(tell(&socket, "cdev 0000:00:04.0", &[fd]), HELD);
-            assert_eq!(tell(&socket, FAREWELL, &[]), HELD);
+            assert_eq!(request(&socket, "cdev 0000:00:04.0", &[fd]), ACCEPTED);
+            assert_eq!(request(&socket, FAREWELL, &[]), ACCEPTED);
         });
         assert_eq!(ended, Ended::Dismissed);
     }
 
     #[test]
-    fn when_the_worker_dies_every_device_is_tried_and_what_is_loose_is_named() {
+    fn worker_death_stops_every_device_and_failures_are_named() {
         let ended = guarded(|socket, fd| {
-            assert_eq!(tell(&socket, "cdev a", &[fd]), HELD);
-            assert_eq!(tell(&socket, "type1 b", &[fd, fd]), HELD);
+            assert_eq!(request(&socket, "cdev a", &[fd]), ACCEPTED);
+            assert_eq!(request(&socket, "type1 b", &[fd, fd]), ACCEPTED);
         });
         // A pipe is no device: both kernel calls fail for both, and neither stops the other from being tried.
         assert_eq!(ended, Ended::Loose(vec!["a".into(), "b".into()]));
@@ -398,23 +417,24 @@ mod tests {
             (Guardian { socket: ours.into(), child }, theirs)
         };
         let (guardian, _theirs) = silent(None);
-        let error = guardian.tell("cdev 0000:00:04.0", &[]).unwrap_err();
+        let error = guardian.request("cdev 0000:00:04.0", &[]).unwrap_err();
         assert!(error.to_string().contains("it does not answer"), "{error}");
-        guardian.bye();
-        // One that was started here is ended, because nothing is left for it to guard.
+        guardian.dismiss();
+        // A guardian that was started here is killed: no device remains for it to stop.
         let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
         let pid = rustix::process::Pid::from_child(&child);
         let (guardian, _theirs) = silent(Some(child));
-        guardian.bye();
+        guardian.dismiss();
         assert_eq!(rustix::process::test_kill_process(pid), Err(Errno::SRCH));
     }
 
     #[test]
-    fn what_is_not_a_device_is_not_held() {
+    fn guardian_rejects_messages_that_name_no_device() {
         let ended = guarded(|socket, fd| {
-            assert_eq!(tell(&socket, "cdev a", &[]), NOT_HELD);
-            assert_eq!(tell(&socket, "type1 a", &[fd]), NOT_HELD);
-            assert_eq!(tell(&socket, "nonsense", &[fd]), NOT_HELD);
+            assert_eq!(request(&socket, "cdev a", &[]), REJECTED);
+            assert_eq!(request(&socket, "type1 a", &[fd]), REJECTED);
+            assert_eq!(request(&socket, "nonsense", &[fd]), REJECTED);
+            // A message that is cut off.
             (&socket).write_all(b"half a mess").unwrap();
         });
         assert_eq!(ended, Ended::Blocked);

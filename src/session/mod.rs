@@ -1,24 +1,26 @@
-//! One VM: its gate, its files, its domains and devices. Runs the gate's effects.
+//! One VM: its gate, its files, its domains and devices. Executes the gate's effects.
 //!
-//! A session does nothing by itself: its owner feeds it events and asks it what is [`Next`]. Calls that may block
-//! are handed out ([`Next::Call`]); the session is never inside one. So whoever owns the session can always answer in
-//! time. The session has no thread and reads the time from a [`Clock`] only, so that a test decides the order of all
-//! that happens.
+//! A session does nothing by itself: its owner passes it events and asks for the [`Next`] step. Calls that may block are returned to
+//! the owner ([`Next::Call`]); the session never makes one. So the owner can always answer clients in time. The session has
+//! no thread and reads the time from a [`Clock`] only, so that a test controls the order of everything that happens.
 
 mod call;
 mod canonical;
 mod clock;
+mod coalesce;
+mod delayed_answers;
 pub mod fdstore;
 mod files;
 pub mod guardian;
-mod held;
-mod joined;
-pub mod lasting;
+mod initial_events;
+pub mod persist;
 mod pool;
 mod receipts;
 mod resume;
-mod start;
 mod timers;
+
+// The old name of the module, for as long as other areas use it.
+pub use persist as lasting;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::RangeInclusive;
@@ -40,55 +42,57 @@ use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
 pub use clock::{Clock, SystemClock};
+use coalesce::EXECUTED;
+use delayed_answers::DelayedAnswers;
 use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
-use held::HeldAnswers;
-use lasting::Lasting;
+use initial_events::{can_step, initial_events};
+use persist::Lasting;
 pub use pool::{Pool, Task};
 use receipts::Receipts;
 pub use resume::Hold;
-use start::{can, start};
 use timers::Timers;
 
-/// How long nothing happens at a place until it is quiet, at least ([`Event::Quiet`]).
-const MOMENT: Duration = Duration::from_secs(1);
+/// The time between two [`Event::Quiet`], while there are fragmented mappings.
+const QUIET_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a region waits for those to be closed that are in its way: longer than the gate gives a close
+/// The time that a new region waits for the regions in its way to be closed: longer than the gate's deadline for a close
 /// ([`Policy::close_deadline_ns`]).
-const CLOSE_WAIT: Duration = Duration::from_secs(3);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What a session wants of its owner.
+/// The next step that a session asks of its owner.
 #[derive(Debug)]
 pub enum Next {
-    /// Nothing, until the next event.
+    /// Nothing until the next event.
     Idle,
-    /// Run this call and give [`Session::returned`] its result: here and now where it [is small](Call::is_small), else
+    /// Run this call and pass its result to [`Session::returned`]: at once on this thread if it [is small](Call::is_small), else
     /// on another thread.
     Call(Call),
     /// Answer a request.
     Answer(Caller, Answer),
-    /// Tell a client that the memory it passed will not do.
+    /// Answer a request to add memory that was refused before the gate got it.
     Refused(Caller, BorderError),
-    /// Tell everybody who listens.
+    /// Report to every listener.
     Notice(Notice),
 }
 
-/// A region that waits for another to be closed.
+/// A new region that waits for the regions in its way to be closed.
 #[derive(Debug)]
-struct Waiting {
+struct DeferredRegion {
     caller: Caller,
     spec: RegionSpec,
-    /// Added then, whatever is in its way.
-    until: Instant,
+    /// The time at which it is added in any case; the gate refuses it if a region is still in its way.
+    deadline: Instant,
 }
 
-/// What somebody who knows better has accepted.
+/// The risks that the operator has accepted.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Trust<'a> {
-    /// Devices that bear faults, by their names.
+    /// The names of the devices that tolerate gaps in their DMA.
     pub tolerant: &'a [String],
-    /// Files of memory that can be shrunk: who does that ends this process by SIGBUS where it touches the memory.
+    /// True if guest memory may be in files that can be shrunk. This process dies by SIGBUS if it accesses a page beyond the new
+    /// end.
     pub unsealed: bool,
 }
 
@@ -97,39 +101,41 @@ pub struct Trust<'a> {
 pub struct Session {
     gate: Gate,
     effects: Effects,
-    /// How far `effects` have been executed.
-    done: usize,
+    /// The number of `effects` that were executed.
+    executed: usize,
     domains: Vec<Arc<dyn Domain>>,
     devices: Vec<Arc<dyn Device>>,
-    /// The IOVAs that the devices can use; none where that is not known.
-    usable: Vec<RangeInclusive<Iova>>,
+    /// The IOVAs that the devices can use, ascending and apart; empty if they are not known.
+    usable_iova: Vec<RangeInclusive<Iova>>,
     files: Files,
-    held: HeldAnswers,
-    /// When the gate is told that a moment has passed.
-    quiet: Option<Instant>,
-    /// Memory that is being examined, or will not do.
-    border: VecDeque<Next>,
-    /// Regions that are added once what is in their way has been closed.
-    waiting: Vec<Waiting>,
-    /// When to wake the gate, and for what.
+    delayed_answers: DelayedAnswers,
+    /// The time of the next [`Event::Quiet`]; none while no mapping is fragmented.
+    quiet_at: Option<Instant>,
+    /// Steps that no effect asks for: examinations of memory and their refusals, unmaps and maps that are tried one by one, and
+    /// devices that the host wants back. They come before the effects.
+    queued_steps: VecDeque<Next>,
+    /// New regions that wait for the regions in their way to be closed.
+    deferred_regions: Vec<DeferredRegion>,
     timers: Timers,
+    /// The unmaps with operations in flight, by the ticket of these.
     tickets: HashMap<(DomainId, Ticket), JobId>,
-    /// The devices, by their places, of which everybody was told that the host wants them back.
-    wanted: HashSet<usize>,
-    /// Tickets that ended before their unmap had returned to us.
-    early: HashSet<(DomainId, Ticket)>,
+    /// The indices of the devices that the host wants back, once that is reported.
+    reported_wanted: HashSet<usize>,
+    /// Tickets that ended before the result of their unmap arrived.
+    early_tickets: HashSet<(DomainId, Ticket)>,
     receipts: Receipts,
     totals: Totals,
     meter: Meter,
     clock: Arc<dyn Clock>,
     records: Option<Records>,
-    lasting: Option<Lasting>,
-    store: Option<FdStore>,
+    persistent: Option<Lasting>,
+    fd_store: Option<FdStore>,
 }
 
 impl Session {
-    /// A session over one domain and its devices, whose timers run on `clock`. `records` is where it writes down what
-    /// happens, where it does; what is in quarantine there is so here. Devices named in `tolerant` bear faults.
+    /// Returns a session over one domain and its devices, whose timers run on `clock`. It writes its audit log and its quarantine to
+    /// `records`, and takes over the quarantine that is there. With `hold` it outlives its process, and takes over the state of
+    /// an earlier one.
     pub fn new(
         policy: Policy,
         domain: Arc<dyn Domain>,
@@ -139,73 +145,73 @@ impl Session {
         mut records: Option<Records>,
         hold: Option<Hold>,
     ) -> Self {
-        let mut start = start(&*domain, &devices, trust.tolerant);
-        let (lasting, store, left, quarantine) = match hold {
+        let mut first_events = initial_events(&*domain, &devices, trust.tolerant);
+        let (persistent, fd_store, left, quarantine) = match hold {
             Some(Hold { store, lasting, left, quarantine }) => (Some(lasting), Some(store), left, quarantine),
             None => (None, None, None, None),
         };
-        // What the ledger has of an earlier daemon's quarantine is the same, and more.
+        // The ledger of an earlier daemon has this quarantine, too, and more: `resume_from` adds what it may lack.
         if left.is_none() {
-            start.extend(records.as_mut().map(Records::take_left).unwrap_or_default());
+            first_events.extend(records.as_mut().map(Records::take_quarantine).unwrap_or_default());
         }
         let mut files = Files::new(trust.unsealed);
         if let Some((events, mut kept)) = quarantine {
             for event in &events {
                 if let Event::Quarantine { file, .. } = event {
-                    files.hold_again(*file, &mut kept);
+                    files.restore_file(*file, &mut kept);
                 }
             }
-            start.extend(events);
+            first_events.extend(events);
         }
         let mut session = Self {
             gate: Gate::new(policy),
             effects: Effects::new(),
             meter: Meter::new(domain.name()),
-            done: 0,
-            usable: domain.usable(),
+            executed: 0,
+            usable_iova: domain.usable(),
             domains: vec![domain],
             devices,
             files,
-            held: HeldAnswers::default(),
-            quiet: None,
-            border: VecDeque::new(),
-            waiting: Vec::new(),
+            delayed_answers: DelayedAnswers::default(),
+            quiet_at: None,
+            queued_steps: VecDeque::new(),
+            deferred_regions: Vec::new(),
             timers: Timers::default(),
             tickets: HashMap::new(),
-            wanted: HashSet::new(),
-            early: HashSet::new(),
+            reported_wanted: HashSet::new(),
+            early_tickets: HashSet::new(),
             receipts: Receipts::default(),
             totals: Totals::default(),
             clock,
             records,
-            lasting,
-            store,
+            persistent,
+            fd_store,
         };
-        if let Some(lasting) = &session.lasting {
-            session.gate.keep_in(lasting.store().clone());
+        if let Some(persistent) = &session.persistent {
+            session.gate.keep_in(persistent.store().clone());
         }
-        start.into_iter().for_each(|event| session.handle(event));
+        first_events.into_iter().for_each(|event| session.handle(event));
         match left {
-            Some((left, kept)) => session.go_on(left, kept),
-            // The disk has only what it had: no effect tells of what an earlier ledger adds.
+            Some((left, kept)) => session.resume_from(left, kept),
+            // The quarantine that was read from an earlier ledger is not on the disk yet, and no effect reports it.
             None => session.write_quarantine(),
         }
         session
     }
 
-    /// Takes one event. Ask for [`Session::next_step`] until it is idle.
+    /// Takes one event. The owner must then call [`Session::next_step`] until it returns [`Next::Idle`].
     pub fn handle(&mut self, event: Event) {
         let mut dropped = Vec::new();
         if let Event::ClientGone { client } = event {
             dropped = self.files.client_gone(client);
-            self.waiting.retain(|waiting| waiting.caller.client != client);
+            self.deferred_regions.retain(|deferred| deferred.caller.client != client);
         }
         let ends = match event {
             Event::End { invalidation, .. } | Event::Converted { invalidation, .. } => Some(invalidation),
             _ => None,
         };
-        let promised = match event {
-            // It is the next that the gate begins, where it begins it.
+        let begin = match event {
+            // The number that the gate gives to this invalidation, if it does not refuse the begin.
             Event::Begin { performer, deadline_ns, .. } => {
                 Some((InvalidationId(self.gate.last().1 + 1), performer, Duration::from_nanos(deadline_ns)))
             }
@@ -215,72 +221,74 @@ impl Session {
         let begun = metrics::begun(&event);
         let from = self.effects.len();
         if let Some(records) = &mut self.records {
-            records.before(&event);
+            records.record_event(&event);
         }
-        let touched = self.lasting.is_some().then(|| Lasting::touched(&event));
+        let touched = self.persistent.is_some().then(|| Lasting::touched(&event));
         self.gate.handle(event, &mut self.effects);
-        if let (Some(lasting), Some(touched)) = (&mut self.lasting, touched) {
-            lasting.follow(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
+        // The records for the next process, and those on disk, are written before any of the effects is executed.
+        if let (Some(persistent), Some(touched)) = (&mut self.persistent, touched) {
+            persistent.record_changes(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
         }
         self.meter.begun(begun, &self.effects[from..]);
-        if let Some((id, performer, deadline)) = promised
+        if let Some((id, performer, deadline)) = begin
             && self.gate.is_open(id)
         {
             let now = self.clock.now();
             self.timers.begin(id, now);
-            self.held.begun(id, performer, deadline, now);
+            self.delayed_answers.begun(id, performer, deadline, now);
         }
         if let Some(records) = &mut self.records {
             let new = self.effects.get(from..).unwrap_or_default();
-            records.after(new, || self.gate.quarantined_ranges().collect());
+            records.record_effects(new, || self.gate.quarantined_ranges().collect());
         }
-        if self.quiet.is_none() && self.gate.is_frayed() {
-            self.quiet = Some(self.clock.now() + MOMENT);
+        if self.quiet_at.is_none() && self.gate.is_fragmented() {
+            self.quiet_at = Some(self.clock.now() + QUIET_INTERVAL);
         }
         if let Some(id) = ends {
-            self.held.hold(id, &mut self.effects, from, self.clock.now());
+            self.delayed_answers.delay(id, &mut self.effects, from, self.clock.now());
         } else if let Some(job) = map {
-            self.held.mapped(job, &mut self.effects);
+            self.delayed_answers.mapped(job, &mut self.effects);
         }
-        dropped.into_iter().for_each(|file| self.forget_added(file));
+        dropped.into_iter().for_each(|file| self.forget_rejected(file));
     }
 
-    /// A file that came to be added was not.
-    fn forget_added(&mut self, (file, private): (FileId, Option<FileId>)) {
+    /// Closes the file and the private side of a region that was not added, unless they are needed.
+    fn forget_rejected(&mut self, (file, private): (FileId, Option<FileId>)) {
         self.forget(file);
         if let Some(private) = private {
-            self.let_go(&Name::Private(private));
+            self.remove_stored(&Name::Private(private));
         }
     }
 
-    /// Takes what came of a call.
+    /// Takes the result of a call.
     pub fn returned(&mut self, returned: Returned) {
         match returned {
             Returned::Fact { event, ticket: None } => self.handle(event),
             Returned::Fact { event, ticket: Some((domain, ticket, job)) } => {
-                let over = self.early.remove(&(domain, ticket));
-                if !over {
+                let ended = self.early_tickets.remove(&(domain, ticket));
+                if !ended {
                     self.tickets.insert((domain, ticket), job);
                 }
+                // The result of the unmap first: the gate knows of no operations before.
                 self.handle(event);
-                if over {
+                if ended {
                     self.handle(Event::Released { job });
                 }
             }
             Returned::Facts(events) => events.into_iter().for_each(|event| self.handle(event)),
-            Returned::Apart(calls) => self.border.extend(calls.into_iter().map(Next::Call)),
+            Returned::Separate(calls) => self.queued_steps.extend(calls.into_iter().map(Next::Call)),
             Returned::Examined { caller, memory, files } => {
                 let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
-                let kept: Vec<_> = if self.store.is_some() {
-                    files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect()
+                let stored: Vec<_> = if self.fd_store.is_some() {
+                    files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect()
                 } else {
                     Vec::new()
                 };
-                match self.files.admit(caller, &memory, files, &reserved, &self.usable) {
+                match self.files.admit(caller, &memory, files, &reserved, &self.usable_iova) {
                     Ok(spec) => self.add_region(caller, spec),
                     Err(error) => {
-                        kept.into_iter().for_each(|name| self.let_go(&name));
-                        self.border.push_back(Next::Refused(caller, error));
+                        stored.into_iter().for_each(|name| self.remove_stored(&name));
+                        self.queued_steps.push_back(Next::Refused(caller, error));
                     }
                 }
             }
@@ -291,32 +299,32 @@ impl Session {
         self.timers.arm(invalidation, rung, Duration::from_nanos(after_ns), self.clock.now());
     }
 
-    /// A client's memory, as it came: examined, checked, and added once the gate has admitted it.
+    /// Takes a client's memory: it is examined by a call, then checked, then passed to the gate.
     pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
-        let store = self.store.clone();
-        let held = self.files.all();
-        self.border.push_back(Next::Call(Call::Examine { caller, memory, fds, held, store }));
+        let store = self.fd_store.clone();
+        let in_use = self.files.all();
+        self.queued_steps.push_back(Next::Call(Call::Examine { caller, memory, fds, in_use, store }));
     }
 
-    /// Returns how an open conversion of this client's ended, from what its owner says of it. Of one that is not open it does
-    /// not matter: the gate refuses the end.
+    /// Returns the outcome of a conversion from its owner's report. For one that is not open the length is not known, and does not
+    /// matter: the gate refuses the end.
     pub fn outcome(&self, id: InvalidationId, said: Said) -> Outcome {
         said.outcome(self.gate.length_of(id).unwrap_or(u64::MAX))
     }
 
-    /// Whether passgate may convert this range itself.
+    /// Returns an error if passgate may not convert this range itself.
     pub fn may_convert(&self, range: PageRange<Gpa>) -> Result<(), BorderError> {
         self.files.may_convert(range)
     }
 
-    /// What a request of a device's may come to over this range ([`Gate::admits`]).
+    /// Returns the access that a device's request gets to this range ([`Gate::admits`]).
     pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
         self.gate.admits(iova, writes)
     }
 
-    /// What to do next.
+    /// Returns the next step for the owner.
     pub fn next_step(&mut self) -> Next {
-        if let Some(next) = self.border.pop_front() {
+        if let Some(next) = self.queued_steps.pop_front() {
             return next;
         }
         loop {
@@ -324,37 +332,36 @@ impl Session {
                 return next;
             }
             self.effects.clear();
-            self.done = 0;
-            if !self.add_waiting() {
+            self.executed = 0;
+            if !self.add_deferred() {
                 return Next::Idle;
             }
         }
     }
 
-    /// Executes effects up to the next that its owner has to do something about.
+    /// Executes effects up to the next one that needs the owner.
     fn next_effect(&mut self) -> Option<Next> {
-        while let Some(effect) = self.effects.get_mut(self.done) {
-            self.done += 1;
-            // An executed effect is never looked at again; the cheapest one takes its place.
-            match std::mem::replace(effect, joined::NOTHING) {
+        while let Some(effect) = self.effects.get_mut(self.executed) {
+            self.executed += 1;
+            match std::mem::replace(effect, EXECUTED) {
                 Effect::Arm { invalidation, rung, after_ns } => self.arm(invalidation, rung, after_ns),
                 Effect::Answer { caller, answer } => {
-                    self.note(caller, &answer);
+                    self.record_answer(caller, &answer);
                     return Some(Next::Answer(caller, answer));
                 }
                 Effect::Notice(notice) => {
                     if let Notice::RegionClosed { region } = notice
                         && let Some(private) = self.files.close_region(region)
                     {
-                        self.let_go(&Name::Private(private));
+                        self.remove_stored(&Name::Private(private));
                     }
                     return Some(Next::Notice(notice));
                 }
-                Effect::Receipt(receipt) => self.remember(*receipt),
+                Effect::Receipt(receipt) => self.record_receipt(*receipt),
                 Effect::ForgetFile { file } => self.forget(file),
-                effect => match self.join(effect) {
+                effect => match self.coalesce(effect) {
                     Ok(call) => return Some(Next::Call(call)),
-                    // What is asked for and cannot be called is answered all the same: the gate waits for it.
+                    // The gate waits for a result of every call that it asks for.
                     Err(failed) => {
                         log::error!("a call was asked for whose file, domain or device is not here");
                         failed.into_iter().for_each(|event| self.handle(event));
@@ -365,67 +372,70 @@ impl Session {
         None
     }
 
-    /// Lets go of files that nobody wants to add any more.
+    /// Closes examined files of a request that is not pursued any more, and removes them from the descriptor store unless they
+    /// are needed.
     pub fn unwanted(&mut self, files: Vec<Examined>) {
-        let names: Vec<_> = files.iter().enumerate().filter_map(|(nth, file)| file.kept_as(nth)).collect();
+        let names: Vec<_> = files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect();
+        // With their claims, which would prevent the removal.
         drop(files);
-        if self.store.is_some() {
-            names.iter().for_each(|name| self.let_go(name));
+        if self.fd_store.is_some() {
+            names.iter().for_each(|name| self.remove_stored(name));
         }
     }
 
-    /// True where a region that is not on its way out lies in `gpa`.
+    /// Returns true if a region that is not being closed overlaps `gpa`.
     pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
         self.gate.is_taken(gpa)
     }
 
-    /// Adds a region, or waits with it while what is in its way is being closed.
+    /// Adds a region, or defers it while a region in its way is being closed.
     fn add_region(&mut self, caller: Caller, spec: RegionSpec) {
         if self.gate.waits_for_close(caller.client, &spec) {
-            let until = self.clock.now() + CLOSE_WAIT;
-            self.waiting.push(Waiting { caller, spec, until });
+            let deadline = self.clock.now() + CLOSE_TIMEOUT;
+            self.deferred_regions.push(DeferredRegion { caller, spec, deadline });
         } else {
             self.handle(Event::AddRegion { caller, spec });
         }
     }
 
-    /// Adds the regions that need not wait any more, or have waited for long enough; returns whether there were any.
-    fn add_waiting(&mut self) -> bool {
-        let before = self.waiting.len();
+    /// Adds the deferred regions that need not wait any more, or whose deadline has passed. Returns true if there were any.
+    fn add_deferred(&mut self) -> bool {
+        let before = self.deferred_regions.len();
         if before == 0 {
             return false;
         }
         let now = self.clock.now();
         // One by one: each that is added may be in the way of the next.
-        while let Some(at) = self.waiting.iter().position(|waiting| {
-            waiting.until <= now || !self.gate.waits_for_close(waiting.caller.client, &waiting.spec)
+        while let Some(at) = self.deferred_regions.iter().position(|deferred| {
+            deferred.deadline <= now || !self.gate.waits_for_close(deferred.caller.client, &deferred.spec)
         }) {
-            let Waiting { caller, spec, .. } = self.waiting.remove(at);
+            let DeferredRegion { caller, spec, .. } = self.deferred_regions.remove(at);
             self.handle(Event::AddRegion { caller, spec });
         }
-        self.waiting.len() < before
+        self.deferred_regions.len() < before
     }
 
     fn domain_of(&self, id: DomainId) -> Option<Arc<dyn Domain>> {
         self.domains.get(usize::from(id.0)).cloned()
     }
 
-    fn note(&mut self, caller: Caller, answer: &Answer) {
+    /// Updates files, timers and counters by an answer that is about to be sent.
+    fn record_answer(&mut self, caller: Caller, answer: &Answer) {
         match answer {
             Answer::RegionAdded { region, .. } => {
-                let aside = self.files.added(caller, *region);
-                if let (Some(lasting), Some(aside)) = (&mut self.lasting, aside) {
-                    lasting.add_aside(*region, aside);
+                let info = self.files.added(caller, *region);
+                if let (Some(persistent), Some(info)) = (&mut self.persistent, info) {
+                    persistent.add_region_info(*region, info);
                 }
             }
             Answer::Refused(_) => {
                 self.meter.wrong();
                 if let Some(file) = self.files.refused(caller) {
-                    self.forget_added(file);
+                    self.forget_rejected(file);
                 }
             }
             Answer::Verdict { invalidation, verdict } => {
-                self.timers.over(*invalidation);
+                self.timers.end(*invalidation);
                 self.meter.answered(*invalidation, *verdict);
                 match verdict {
                     Verdict::Done => self.totals.done += 1,
@@ -440,9 +450,10 @@ impl Session {
         }
     }
 
-    fn remember(&mut self, receipt: Receipt) {
-        self.timers.over(receipt.invalidation);
-        self.held.over(receipt.invalidation);
+    /// Stores the receipt of an invalidation that is over.
+    fn record_receipt(&mut self, receipt: Receipt) {
+        self.timers.end(receipt.invalidation);
+        self.delayed_answers.end(receipt.invalidation);
         self.meter.receipt(&receipt);
         if receipt.steps.iter().any(|step| step.in_flight) {
             self.totals.late_dma_waited += 1;
@@ -450,31 +461,31 @@ impl Session {
         self.receipts.push(receipt);
     }
 
-    /// When the session must be woken next, at the latest.
+    /// Returns the time at which [`Session::expire`] must be called next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let waiting = self.waiting.iter().map(|waiting| waiting.until);
-        let others = [self.timers.next(), self.held.next_deadline(), self.quiet];
-        others.into_iter().flatten().chain(waiting).min()
+        let deferred = self.deferred_regions.iter().map(|deferred| deferred.deadline);
+        let others = [self.timers.next(), self.delayed_answers.next_deadline(), self.quiet_at];
+        others.into_iter().flatten().chain(deferred).min()
     }
 
-    /// Takes every timer that is over.
+    /// Handles every alarm and deadline that is due at `now`. Deferred regions are added by the next [`Session::next_step`].
     pub fn expire(&mut self, now: Instant) {
         while let Some((invalidation, rung)) = self.timers.take_due(now) {
             self.handle(Event::Expired { invalidation, rung });
         }
-        self.held.expire(now, &mut self.effects);
-        if self.quiet.is_some_and(|when| when <= now) {
-            self.quiet = None;
+        self.delayed_answers.expire(now, &mut self.effects);
+        if self.quiet_at.is_some_and(|when| when <= now) {
+            self.quiet_at = None;
             self.handle(Event::Quiet);
         }
     }
 
-    /// What becomes readable when a domain has something to say.
+    /// Returns the descriptors that become readable when [`Session::poll_domains`] must be called.
     pub fn wakes(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.domains.iter().filter_map(|domain| domain.wake())
     }
 
-    /// Asks every domain which tickets have ended.
+    /// Takes the tickets whose operations have ended from every domain.
     pub fn poll_domains(&mut self) {
         let mut ended = Vec::new();
         for index in 0..self.domains.len() {
@@ -483,94 +494,94 @@ impl Session {
             for ticket in ended.drain(..) {
                 match self.tickets.remove(&(domain, ticket)) {
                     Some(job) => self.handle(Event::Released { job }),
-                    None => _ = self.early.insert((domain, ticket)),
+                    // The result of the unmap has not arrived yet: another thread made the call.
+                    None => _ = self.early_tickets.insert((domain, ticket)),
                 }
             }
         }
     }
 
-    /// What becomes readable when the host wants a device back.
+    /// Returns the descriptors that become readable when the host wants a device back (`VFIO_PCI_REQ_IRQ_INDEX`).
     pub fn requests(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.devices.iter().filter_map(|device| device.wanted())
     }
 
-    /// Asks every device whether the host wants it back; the names of those, of which everybody is told. Each is named
-    /// once.
+    /// Returns the names of the devices that the host wants back, and reports them to every listener. Each is returned once.
     pub fn wanted(&mut self) -> Vec<String> {
-        let asked = |device: &Arc<dyn Device>| {
-            // It stays readable: a door looks at it too.
+        let is_requested = |device: &Arc<dyn Device>| {
+            // Polled and not read: it must stay readable for whoever else polls it.
             let ready = |request| {
                 poll(&mut [PollFd::from_borrowed_fd(request, PollFlags::IN)], Some(&Timespec::default()))
             };
             device.wanted().is_some_and(|request| ready(request).is_ok_and(|count| count > 0))
         };
         let mut names = Vec::new();
-        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| asked(device)) {
-            if !self.wanted.insert(index) {
+        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| is_requested(device)) {
+            if !self.reported_wanted.insert(index) {
                 continue;
             }
             names.push(device.name().to_owned());
             let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
-            self.border.push_back(Next::Notice(Notice::DeviceWanted { device }));
+            self.queued_steps.push_back(Next::Notice(Notice::DeviceWanted { device }));
         }
         names
     }
 
-    /// What is known now.
+    /// Returns the state of the gate.
     pub fn snapshot(&self) -> Snapshot {
         self.gate.snapshot()
     }
 
-    /// Where the guest sees the first page of what is in quarantine, while a region covers it.
-    pub fn gpa_of(&self, held: &QuarantineStatus) -> Option<Gpa> {
-        self.gate.gpa_of(held.file, held.range)
+    /// Returns the guest-physical address of the first page of a quarantined range, while a region covers it.
+    pub fn gpa_of(&self, status: &QuarantineStatus) -> Option<Gpa> {
+        self.gate.gpa_of(status.file, status.range)
     }
 
-    /// The number of regions that are there, also of those that are being closed.
+    /// Returns the number of regions, including those that are being closed.
     pub fn region_count(&self) -> usize {
         self.gate.region_count()
     }
 
-    /// Totals since the start.
+    /// Returns the totals since the start.
     pub fn totals(&self) -> Totals {
         Totals { wrong: self.meter.requests_wrong(), ..self.totals }
     }
 
-    /// What is counted and timed.
+    /// Returns the counters and histograms.
     pub fn meter(&self) -> &Meter {
         &self.meter
     }
 
-    /// The evidence of one invalidation, while it is remembered.
+    /// Returns the evidence of one invalidation; none if it is not over, or its receipt was dropped.
     pub fn receipt(&self, id: InvalidationId) -> Option<&Receipt> {
         self.receipts.get(id)
     }
 
-    /// Lines of the audit log that could not be written.
+    /// Returns the number of lines of the audit log that could not be written.
     pub fn audit_dropped(&self) -> u64 {
         self.records.as_ref().map_or(0, Records::dropped)
     }
 
-    /// The domain that devices are in.
+    /// Returns the domain that devices are in.
     pub fn domain(&self) -> Option<&Arc<dyn Domain>> {
         self.domains.first()
     }
 
-    /// The devices, in the order of their numbers.
+    /// Returns the devices, in the order of their numbers.
     pub fn devices(&self) -> &[Arc<dyn Device>] {
         &self.devices
     }
 
-    /// A device's name.
+    /// Returns the name of a device; `?` for one that the session does not have.
     pub fn device_name(&self, id: DeviceId) -> &str {
         self.devices.get(usize::from(id.0)).map_or("?", |device| device.name())
     }
 
-    /// Whether a device can be stopped by this rung.
+    /// Returns true if the device has the fence of this rung, or the rung is no fence.
     pub fn can(&self, id: DeviceId, step: Step) -> bool {
-        self.devices.get(usize::from(id.0)).is_some_and(|device| can(&**device, step))
+        self.devices.get(usize::from(id.0)).is_some_and(|device| can_step(&**device, step))
     }
 }
 
 #[cfg(test)]
-mod border_tests;
+mod tests;

@@ -1,8 +1,8 @@
-//! Threads for what takes long: large maps, fences, resets. Results come back through one callback.
+//! Threads for calls that may block for long: large maps, fences, resets. Results are delivered through one callback.
 //!
-//! A thread that never returns from the kernel is lost to the pool. So each kind of task has threads of its own: a
-//! fence, which may be what ends a hung unmap, never waits for a thread that such an unmap has, nor does an unmap wait
-//! for DMA on demand. When all threads of a kind are busy its tasks wait, and the gate's deadlines answer for them.
+//! A thread that never returns from the kernel is lost to the pool. So each kind of task has threads of its own: a fence, which
+//! may be what ends a hung unmap, never waits for a thread in which such an unmap hangs, nor does an unmap wait for a client's
+//! `Dma` request. While all threads of a kind are busy its tasks wait; clients are answered by the gate's deadlines all the same.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,18 +10,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::call::{Call, Returned};
 
-/// The number of threads for maps, unmaps, replaces and conversions, at most.
+/// The maximum number of threads for maps, unmaps, replaces and conversions.
 const MAX_CALL_THREADS: usize = 8;
-/// The number of threads for tasks that are not the gate's, at most.
+/// The maximum number of threads for examinations of clients' files, and for tasks that are not the gate's.
 const MAX_OTHER_THREADS: usize = 8;
-/// Fences and attaches have as many threads as they need: the gate has one such call in progress for each device.
+/// The maximum number of threads for fences and attaches: no limit, because the gate has at most one such call in progress for
+/// each device.
 const MAX_FENCE_THREADS: usize = usize::MAX;
 
-/// Something that takes long.
+/// A task that may block for long.
 pub enum Task {
-    /// A call of the gate's; what came of it goes to the callback.
+    /// A call of the gate's; its result goes to the callback.
     Call(Call),
-    /// Anything else; it delivers for itself.
+    /// Any other task; it reports its result itself.
     Other(Box<dyn FnOnce() + Send>),
 }
 
@@ -38,33 +39,38 @@ type Deliver = dyn Fn(Returned) + Send + Sync;
 
 #[derive(Default)]
 struct Queue {
+    /// The tasks that no thread has taken yet.
     tasks: VecDeque<Task>,
+    /// The number of threads that were started.
     threads: usize,
+    /// The number of threads that wait for a task.
     idle: usize,
+    /// Set once the pool is dropped: threads end when the queue is empty.
     closed: bool,
 }
 
-/// The tasks of one kind, and the threads that only they have.
-struct Lane {
+/// The queue of one kind of tasks, and the threads that serve only it.
+struct Workers {
     name: &'static str,
     max_threads: usize,
     queue: Mutex<Queue>,
-    more: Condvar,
+    /// Notified when a task is added, and when the queue is closed.
+    changed: Condvar,
     deliver: Arc<Deliver>,
 }
 
-/// The pool. Its threads end once it is dropped and they come back from what they are at.
+/// The pool. After it is dropped, each thread ends as soon as its current task and the queue allow.
 pub struct Pool {
-    calls: Arc<Lane>,
-    fences: Arc<Lane>,
-    /// Questions about clients' files, whose file systems may never answer.
-    examinations: Arc<Lane>,
-    others: Arc<Lane>,
+    calls: Arc<Workers>,
+    fences: Arc<Workers>,
+    /// Examinations of clients' files: a file system in user space may never answer.
+    examinations: Arc<Workers>,
+    others: Arc<Workers>,
 }
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let threads = |lane: &Lane| lane.lock().threads;
+        let threads = |workers: &Workers| workers.lock().threads;
         f.debug_struct("Pool")
             .field("calls", &threads(&self.calls))
             .field("fences", &threads(&self.fences))
@@ -75,22 +81,22 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Returns a pool without threads; they come with the tasks.
+    /// Returns a pool without threads; they are started as tasks come. `deliver` is called on these threads.
     pub fn new(deliver: impl Fn(Returned) + Send + Sync + 'static) -> Self {
         let deliver: Arc<Deliver> = Arc::new(deliver);
-        let lane = |name, max_threads| {
-            let (queue, more, deliver) = (Mutex::default(), Condvar::new(), Arc::clone(&deliver));
-            Arc::new(Lane { name, max_threads, queue, more, deliver })
+        let workers = |name, max_threads| {
+            let (queue, changed, deliver) = (Mutex::default(), Condvar::new(), Arc::clone(&deliver));
+            Arc::new(Workers { name, max_threads, queue, changed, deliver })
         };
         Self {
-            calls: lane("worker", MAX_CALL_THREADS),
-            fences: lane("fence", MAX_FENCE_THREADS),
-            examinations: lane("examination", MAX_OTHER_THREADS),
-            others: lane("task", MAX_OTHER_THREADS),
+            calls: workers("worker", MAX_CALL_THREADS),
+            fences: workers("fence", MAX_FENCE_THREADS),
+            examinations: workers("examination", MAX_OTHER_THREADS),
+            others: workers("task", MAX_OTHER_THREADS),
         }
     }
 
-    /// Runs small calls, each on whatever thread is free by then: one that hangs keeps none of the others.
+    /// Runs small calls, each on the next thread that is free, so that one that hangs does not delay the others.
     pub fn run_all(&self, calls: Vec<Call>) {
         let is_fence = |call: &Call| matches!(call, Call::Fence { .. } | Call::Attach { .. });
         debug_assert!(!calls.iter().any(is_fence), "a fence is not small");
@@ -100,7 +106,7 @@ impl Pool {
         self.calls.run(calls.into_iter().map(Task::Call));
     }
 
-    /// Runs `task` on some thread, soon.
+    /// Runs `task` on a thread of its kind as soon as one is free.
     pub fn run(&self, task: Task) {
         match &task {
             Task::Call(Call::Fence { .. } | Call::Attach { .. }) => &self.fences,
@@ -114,14 +120,14 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        for lane in [&self.calls, &self.fences, &self.examinations, &self.others] {
-            lane.lock().closed = true;
-            lane.more.notify_all();
+        for workers in [&self.calls, &self.fences, &self.examinations, &self.others] {
+            workers.lock().closed = true;
+            workers.changed.notify_all();
         }
     }
 }
 
-impl Lane {
+impl Workers {
     fn run(self: &Arc<Self>, tasks: impl Iterator<Item = Task>) {
         let mut queue = self.lock();
         let before = queue.tasks.len();
@@ -131,17 +137,17 @@ impl Lane {
             if queue.idle >= queue.tasks.len() || queue.threads >= self.max_threads {
                 break;
             }
-            let lane = Arc::clone(self);
-            let started = std::thread::Builder::new().name(self.name.into()).spawn(move || lane.work());
+            let workers = Arc::clone(self);
+            let started = std::thread::Builder::new().name(self.name.into()).spawn(move || workers.work());
             match started {
                 Ok(_) => queue.threads += 1,
-                // The task waits for a thread that exists; where none does, the gate's deadline answers.
+                // The task waits for an existing thread; if there is none, the gate's deadline answers the client.
                 Err(error) => log::error!("cannot start a worker thread: {error}; raise the limit of tasks"),
             }
         }
         match new {
-            1 => self.more.notify_one(),
-            _ => self.more.notify_all(),
+            1 => self.changed.notify_one(),
+            _ => self.changed.notify_all(),
         }
     }
 
@@ -164,7 +170,7 @@ impl Lane {
                 None if queue.closed => return,
                 None => {
                     queue.idle += 1;
-                    queue = self.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                    queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                     queue.idle -= 1;
                 }
             }
@@ -184,8 +190,8 @@ mod tests {
     use super::*;
     use crate::gate::{Caller, ClientId, DeviceId, DomainId, Door, Event, JobId};
 
-    /// Longer than any machine takes to start a thread: only what never comes reaches it.
-    const NEVER: Duration = Duration::from_secs(60);
+    /// The time after which a result is taken to be missing: longer than any machine takes to start a thread.
+    const RESULT_TIMEOUT: Duration = Duration::from_secs(60);
 
     #[test]
     fn hung_calls_of_one_kind_leave_the_threads_of_the_others_free() {
@@ -193,8 +199,8 @@ mod tests {
         let hung = 4 * MAX_CALL_THREADS as u64;
         let plan = (1..=hung).fold(FaultPlan::new(), |plan, nth| plan.at(sim::Call::Unmap, nth, Fault::Hang));
         sim.plan(plan.at(sim::Call::Fence, 1, Fault::Hang));
-        let (told, results) = mpsc::channel();
-        let pool = Pool::new(move |returned| _ = told.send(returned));
+        let (delivered, results) = mpsc::channel();
+        let pool = Pool::new(move |returned| _ = delivered.send(returned));
         let domain: Arc<dyn Domain> = Arc::new(sim.clone());
         let page = PageRange::new(0, passgate_bindings::PAGE).unwrap();
         for job in 0..hung {
@@ -212,13 +218,18 @@ mod tests {
             |name| -> Arc<dyn Device> { Arc::new(sim.device(name, StopClass::all(), Nature::default())) };
         let (first, second) = (device("sim:0"), device("sim:1"));
         let fence = |job, device| {
-            let (id, believed) = (DeviceId(0), crate::gate::Nature::default());
-            Task::Call(Call::Fence { job: JobId(job), device, id, believed, step: FenceStep::Detach })
+            let (id, assumed) = (DeviceId(0), crate::gate::Nature::default());
+            Task::Call(Call::Fence { job: JobId(job), device, id, assumed, step: FenceStep::Detach })
         };
+        // Wait until this fence hangs, so that the next one needs another thread.
         pool.run(fence(100, first));
         let begun = Instant::now();
         while sim.hanging() < MAX_CALL_THREADS + 1 {
-            assert!(begun.elapsed() < NEVER, "the fence has not begun: {} calls hang", sim.hanging());
+            assert!(
+                begun.elapsed() < RESULT_TIMEOUT,
+                "the fence has not begun: {} calls hang",
+                sim.hanging()
+            );
             std::thread::yield_now();
         }
         pool.run(fence(101, Arc::clone(&second)));
@@ -227,13 +238,13 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(
-            fenced(results.recv_timeout(NEVER)),
+            fenced(results.recv_timeout(RESULT_TIMEOUT)),
             JobId(101),
             "neither unmaps nor another fence delay it"
         );
-        let (id, believed) = (DeviceId(1), crate::gate::Nature::default());
-        pool.run(Task::Call(Call::Attach { job: JobId(102), device: second, id, believed }));
-        let attached = results.recv_timeout(NEVER).unwrap();
+        let (id, assumed) = (DeviceId(1), crate::gate::Nature::default());
+        pool.run(Task::Call(Call::Attach { job: JobId(102), device: second, id, assumed }));
+        let attached = results.recv_timeout(RESULT_TIMEOUT).unwrap();
         assert!(matches!(
             attached,
             Returned::Fact { event: Event::Attached { job: JobId(102), errno: 0 }, .. }
@@ -244,20 +255,20 @@ mod tests {
             caller,
             memory: memory.clone(),
             fds: Vec::new(),
-            held: Vec::new(),
+            in_use: Vec::new(),
             store: None,
         };
         pool.run(Task::Call(examine()));
         pool.run_all(vec![examine()]);
         for _ in 0..2 {
-            assert!(matches!(results.recv_timeout(NEVER).unwrap(), Returned::Examined { .. }));
+            assert!(matches!(results.recv_timeout(RESULT_TIMEOUT).unwrap(), Returned::Examined { .. }));
         }
         let (ran, other) = mpsc::channel();
         pool.run(Task::Other(Box::new(move || _ = ran.send(()))));
-        other.recv_timeout(NEVER).unwrap();
-        // Whatever is left of the plan goes on, so that the threads end.
+        other.recv_timeout(RESULT_TIMEOUT).unwrap();
+        // The hanging calls continue and no later one hangs, so that the threads end.
         sim.plan(FaultPlan::new());
         sim.release();
-        (0..hung + 1).for_each(|_| _ = results.recv_timeout(NEVER).unwrap());
+        (0..hung + 1).for_each(|_| _ = results.recv_timeout(RESULT_TIMEOUT).unwrap());
     }
 }

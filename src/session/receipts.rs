@@ -1,39 +1,41 @@
-//! The receipts that are remembered, for `Explain`.
+//! The last receipts, for `Explain`.
 //!
-//! Those of conversions that went well come by the thousand, and displace none of the others: who finds a range in quarantine
-//! can ask why as long as fewer than [`RECEIPT_HISTORY`] others have failed since.
+//! Receipts of successful conversions come by the thousand, so they have a ring of their own: the receipt of a failed one stays
+//! available until [`RECEIPT_HISTORY`] later ones have failed.
 
 use std::collections::VecDeque;
 
 use crate::gate::{InvalidationId, Outcome, Receipt, Verdict};
 
-/// Receipts of each kind that are remembered.
+/// The maximum number of receipts of each kind, successful and failed.
 const RECEIPT_HISTORY: usize = 4096;
 
-/// The last receipts.
+/// The last receipts of each kind, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Receipts {
-    good: VecDeque<Receipt>,
+    /// Those with the verdict *done* and a known outcome.
+    successful: VecDeque<Receipt>,
+    /// All others.
     failed: VecDeque<Receipt>,
 }
 
 impl Receipts {
-    /// Remembers one; the oldest of its kind goes where it is one too many.
+    /// Adds a receipt, and drops the oldest of its kind if there are [`RECEIPT_HISTORY`] already.
     pub(super) fn push(&mut self, receipt: Receipt) {
         let unknown = matches!(receipt.outcome, Some(Outcome::Unknown { .. }));
-        let good = receipt.verdict == Some(Verdict::Done) && receipt.outcome.is_some() && !unknown;
-        let ring = if good { &mut self.good } else { &mut self.failed };
+        let successful = receipt.verdict == Some(Verdict::Done) && receipt.outcome.is_some() && !unknown;
+        let ring = if successful { &mut self.successful } else { &mut self.failed };
         if ring.len() == RECEIPT_HISTORY {
             ring.pop_front();
         }
         ring.push_back(receipt);
     }
 
-    /// Returns that of this invalidation, while it is remembered.
+    /// Returns the receipt of this invalidation; none if there is none, or it was dropped.
     pub(super) fn get(&self, id: InvalidationId) -> Option<&Receipt> {
         let last = |ring: &'_ VecDeque<Receipt>| ring.iter().rposition(|receipt| receipt.invalidation == id);
         let of = |ring| last(ring).and_then(|at| VecDeque::get(ring, at));
-        of(&self.failed).or_else(|| of(&self.good))
+        of(&self.failed).or_else(|| of(&self.successful))
     }
 }
 
@@ -58,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn receipts_of_what_went_well_displace_none_of_what_failed() {
+    fn successful_receipts_displace_no_failed_ones() {
         let mut receipts = Receipts::default();
         receipts.push(receipt(1, Some(Outcome::Unknown { errno: 14, offset: 0 })));
         receipts.push(receipt(2, None));

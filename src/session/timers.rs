@@ -1,36 +1,38 @@
-//! The alarms of invalidations: one each, found by its invalidation and by its time.
+//! The alarms of invalidations: one each, indexed by invalidation and by time.
 //!
-//! The alarms of the rungs count from the begin, not each from the one before it: an alarm that comes late, because much
-//! else runs, makes none of the later ones late.
+//! The alarm of each rung counts from the begin, not from the alarm before it, so that one that is handled late, because the
+//! loop was busy, does not delay the later ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::gate::{InvalidationId, Step};
 
-/// When to wake the gate, and for what.
+/// The alarms that are set.
 #[derive(Debug, Default)]
 pub(super) struct Timers {
-    of: BTreeMap<InvalidationId, (Instant, Step)>,
-    order: BTreeSet<(Instant, InvalidationId)>,
-    /// When each invalidation began that is not answered.
+    /// The alarm of each invalidation, with the rung that is over by then.
+    alarms: BTreeMap<InvalidationId, (Instant, Step)>,
+    /// The same alarms, earliest first.
+    by_time: BTreeSet<(Instant, InvalidationId)>,
+    /// The time at which each invalidation began that is not answered yet.
     begun: BTreeMap<InvalidationId, Instant>,
 }
 
 impl Timers {
-    /// An invalidation begins.
+    /// Records the time at which an invalidation began; a second call changes nothing.
     pub(super) fn begin(&mut self, id: InvalidationId, now: Instant) {
         self.begun.entry(id).or_insert(now);
     }
 
-    /// An invalidation is over.
-    pub(super) fn over(&mut self, id: InvalidationId) {
+    /// Forgets an invalidation: it is answered, or over.
+    pub(super) fn end(&mut self, id: InvalidationId) {
         self.remove(id);
         self.begun.remove(&id);
     }
 
-    /// Sets the alarm of a rung, in place of the one that the invalidation has; every rung has `part` of the deadline.
-    /// An invalidation that has not begun does so `now`.
+    /// Sets the alarm of a rung, in place of the one that the invalidation has. Every rung has the same `part` of the deadline.
+    /// An invalidation whose begin was not recorded, as one that the gate starts itself, begins `now`.
     pub(super) fn arm(&mut self, id: InvalidationId, rung: Step, part: Duration, now: Instant) {
         let begun = *self.begun.entry(id).or_insert(now);
         self.set(id, begun + part * (rung as u32 + 1), rung);
@@ -38,34 +40,34 @@ impl Timers {
 
     fn set(&mut self, id: InvalidationId, when: Instant, rung: Step) {
         self.remove(id);
-        self.of.insert(id, (when, rung));
-        self.order.insert((when, id));
+        self.alarms.insert(id, (when, rung));
+        self.by_time.insert((when, id));
     }
 
     /// Removes the alarm of an invalidation.
     pub(super) fn remove(&mut self, id: InvalidationId) {
-        if let Some((when, _)) = self.of.remove(&id) {
-            self.order.remove(&(when, id));
+        if let Some((when, _)) = self.alarms.remove(&id) {
+            self.by_time.remove(&(when, id));
         }
     }
 
-    /// Takes the earliest alarm, where it is due at `now`.
+    /// Removes and returns the earliest alarm, if it is due at `now`.
     pub(super) fn take_due(&mut self, now: Instant) -> Option<(InvalidationId, Step)> {
-        let id = self.order.first().filter(|(when, _)| *when <= now)?.1;
-        let (when, rung) = self.of.remove(&id)?;
-        self.order.remove(&(when, id));
+        let id = self.by_time.first().filter(|(when, _)| *when <= now)?.1;
+        let (when, rung) = self.alarms.remove(&id)?;
+        self.by_time.remove(&(when, id));
         Some((id, rung))
     }
 
-    /// The time of the earliest alarm.
+    /// Returns the time of the earliest alarm.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.order.first().map(|(when, _)| *when)
+        self.by_time.first().map(|(when, _)| *when)
     }
 
-    /// The number of alarms.
+    /// Returns the number of alarms.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.of.len()
+        self.alarms.len()
     }
 }
 
@@ -76,23 +78,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rungs_alarms_count_from_the_begin() {
+    fn alarms_of_rungs_count_from_the_begin() {
         let (start, mut timers) = (Instant::now(), Timers::default());
         let (id, part) = (InvalidationId(1), Duration::from_millis(10));
         timers.begin(id, start);
-        // However late each is set.
+        // However late each of them is set.
         for (nth, rung) in (1..).zip(Step::LADDER) {
             timers.arm(id, rung, part, start + part * 100);
             assert_eq!(timers.next(), Some(start + part * nth));
         }
-        timers.over(id);
+        timers.end(id);
         assert!(timers.begun.is_empty() && timers.next().is_none());
         timers.arm(id, Step::Unmap, part, start + part);
         assert_eq!(timers.next(), Some(start + part * 2));
     }
 
     #[test]
-    fn alarms_come_in_the_order_of_their_times_and_each_invalidation_has_one() {
+    fn alarms_are_taken_in_order_of_time_and_each_invalidation_has_one() {
         let (start, mut timers) = (Instant::now(), Timers::default());
         let at = |ms| start + Duration::from_millis(ms);
         let id = InvalidationId;

@@ -1,4 +1,4 @@
-//! `kill -9` at random points: what the daemon wrote is there, replays clean up to its end, and the next one takes over.
+//! `kill -9` at random points: the log replays without problems up to its end, and the next daemon starts.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +17,7 @@ fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_passgate"))
 }
 
+/// Returns the arguments of a daemon with a software device and small log segments.
 pub fn arguments(state: &Path) -> Vec<&str> {
     vec![
         "--iommu",
@@ -33,19 +34,20 @@ pub fn arguments(state: &Path) -> Vec<&str> {
     ]
 }
 
-/// A daemon with a state directory.
+/// Starts a daemon with a state directory.
 pub fn start(path: &Path, state: &Path) -> Daemon {
     let daemon = Daemon::start_at(program(), path, &arguments(state));
-    // It listens before it is ready to be stopped; what it answers it answers after.
+    // It listens before it is ready to be stopped, and answers calls only once it is.
     daemon.client().status().unwrap();
     daemon
 }
 
+/// Returns the guest-physical range of one page.
 pub fn page(page: u64) -> PageRange<Gpa> {
     PageRange::new(page * PAGE, PAGE).unwrap()
 }
 
-/// Converts until the daemon is gone; how often it did, also in `done`.
+/// Converts pages until the daemon has died. Returns the number of conversions, which it also stores in `done`.
 fn convert(channel: &mut Channel, memory: &GuestFile, done: &AtomicU64) -> u64 {
     for count in 0.. {
         done.store(count, Ordering::Relaxed);
@@ -61,9 +63,9 @@ fn convert(channel: &mut Channel, memory: &GuestFile, done: &AtomicU64) -> u64 {
 }
 
 #[test]
-fn a_daemon_killed_at_any_point_leaves_a_log_that_replays_clean() {
-    let place = tempfile::tempdir().unwrap();
-    let (path, state) = (place.path().join("socket"), place.path().join("state"));
+fn killed_daemon_leaves_log_that_replays_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, state) = (dir.path().join("socket"), dir.path().join("state"));
     let mut converted = 0;
     for round in 0..10 {
         let mut daemon = start(&path, &state);
@@ -74,7 +76,7 @@ fn a_daemon_killed_at_any_point_leaves_a_log_that_replays_clean() {
         let done = AtomicU64::new(0);
         std::thread::scope(|scope| {
             let converting = scope.spawn(|| convert(&mut channel, &memory, &done));
-            // Any moment will do; in every other round one in which there is something in the log.
+            // Any time will do; in every other round, one at which the log has conversions.
             while round % 2 == 1 && done.load(Ordering::Relaxed) < 30 && !converting.is_finished() {
                 std::thread::yield_now();
             }
@@ -82,7 +84,7 @@ fn a_daemon_killed_at_any_point_leaves_a_log_that_replays_clean() {
             daemon.kill();
             converted += converting.join().unwrap();
         });
-        daemon.silence();
+        daemon.wait_stderr_closed();
     }
     assert!(converted > 100, "{converted}");
     let report = replay(&[state], |_, _| {}).unwrap();
@@ -91,14 +93,15 @@ fn a_daemon_killed_at_any_point_leaves_a_log_that_replays_clean() {
         assert_eq!(run.problems, [], "run {}", run.run);
         assert!(run.whole && run.notes.is_empty(), "{:?}", run.notes);
     }
-    // Each conversion that the client was told of is in it, with its begin and its end.
+    // Each conversion that was answered to the client is in the log, with the answers to its begin and its end.
     let answers: u64 = report.runs.iter().map(|run| run.answers).sum();
     assert!(answers >= 2 * converted, "{answers} answers of {converted} conversions");
 }
 
-/// The program itself, on a log: exit code and what it says.
+/// Runs passgate on a log; returns its exit code and output.
 pub fn run(arguments: &[&str], log: &[PathBuf]) -> (Option<i32>, String) {
-    let out = std::process::Command::new(program()).args(arguments).args(log).output().unwrap();
-    let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    (out.status.code(), said)
+    let result = std::process::Command::new(program()).args(arguments).args(log).output().unwrap();
+    let output =
+        String::from_utf8_lossy(&result.stdout).into_owned() + &String::from_utf8_lossy(&result.stderr);
+    (result.status.code(), output)
 }

@@ -1,7 +1,6 @@
-//! The audit log is the evidence: what it holds replays to what was said, it outlives its daemon, and whoever changes a
-//! line of it is found out.
+//! The audit log is evidence: it replays to the recorded answers, it survives its daemon, and a changed line is detected.
 //!
-//! `PASSGATE_CONVERSIONS=1000000` makes the long run as long as issue 3 wants it.
+//! `PASSGATE_CONVERSIONS=1000000` runs the long run at full length; the default is 100 000 conversions.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 #![allow(unreachable_pub)] // its modules are one program
@@ -9,8 +8,8 @@
 #[path = "../daemon/mod.rs"]
 mod daemon;
 
-mod broken;
-mod clean;
+mod harness;
 mod killed;
-mod play;
+mod replay;
 mod restart;
+mod tampering;

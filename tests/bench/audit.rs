@@ -1,14 +1,17 @@
-//! What the audit log costs: the same conversions with it and without, in turns.
+//! The cost of the audit log: the same conversions with and without it, in turns.
 //!
-//! `cargo bench --bench audit`. Once through the real daemon (one 4 KiB page of the soft domain, begin, punch, end, as
-//! `passgate demo` does it), where the log may cost a twentieth of the run; once by the gate alone, which shows what the
-//! lines of one conversion cost by themselves. `PASSGATE_STATE=DIR` puts the log elsewhere than in TMPDIR.
+//! `cargo bench --bench audit`. First through the real daemon (one 4 KiB page of the soft domain: begin, punch, end, as in
+//! `passgate demo`), where the log may cost a twentieth of the run; then with the gate alone, which shows the cost of the log
+//! lines of one conversion by themselves. `PASSGATE_STATE=DIR` writes the log to DIR instead of TMPDIR.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate::client::{AddMemory, Answer as Told, Channel, Client, Outcome as Went, PageState as To};
+use passgate::client::{
+    AddMemory, Answer as ClientAnswer, Channel, Client, Outcome as ClientOutcome,
+    PageState as ClientPageState,
+};
 use passgate::gate::{
     Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
@@ -24,11 +27,12 @@ use passgate_bindings::{PAGE, PageRange};
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const PAGES: u64 = 256;
-/// Conversions of one turn, and turns of each side.
-const TURN: u64 = 16;
+/// The number of conversions in one turn.
+const CONVERSIONS_PER_TURN: u64 = 16;
+/// The number of turns with the log, and without it.
 const TURNS: usize = 3000;
-/// What the log may cost of the run.
-const LIMIT: f64 = 0.05;
+/// The maximum cost of the log, as a fraction of the run without it.
+const MAX_LOG_COST: f64 = 0.05;
 
 fn range<A: Address>(page: u64) -> Result<PageRange<A>> {
     Ok(PageRange::new(page * PAGE, PAGE)?)
@@ -58,33 +62,35 @@ impl Daemon {
 
     fn turn(&mut self) -> Result<f64> {
         let started = Instant::now();
-        for _ in 0..TURN {
+        for _ in 0..CONVERSIONS_PER_TURN {
             self.next += 1;
             let page = self.next % PAGES;
-            let Told::Granted { invalidation } = self.channel.begin(range(page)?, To::Shared, None)? else {
+            let ClientAnswer::Granted { invalidation } =
+                self.channel.begin(range(page)?, ClientPageState::Shared, None)?
+            else {
                 return Err("not granted".into());
             };
             self.memory.punch(page * PAGE, PAGE)?;
             self.memory.store(page * PAGE, page)?;
-            self.channel.end(invalidation, Went::Committed)?;
+            self.channel.end(invalidation, ClientOutcome::Committed)?;
         }
-        Ok(started.elapsed().as_nanos() as f64 / TURN as f64)
+        Ok(started.elapsed().as_nanos() as f64 / CONVERSIONS_PER_TURN as f64)
     }
 }
 
-/// The gate with a domain that does everything at once.
-struct Pure {
+/// The gate with a domain that executes every call at once.
+struct GateOnly {
     gate: Gate,
     effects: Effects,
     log: Option<Log>,
     cookie: u64,
 }
 
-impl Pure {
+impl GateOnly {
     fn new(log: Option<Log>) -> Result<Self> {
-        let mut pure = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
+        let mut bench = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
         let able = Able { max_mappings: 65_535, max_piece: 1 << 30, cut: false, replace: false };
-        pure.tell(Event::DomainAdded { domain: DomainId(0), able });
+        bench.handle(Event::DomainAdded { domain: DomainId(0), able });
         let spec = RegionSpec {
             gpa: PageRange::new(0, PAGES * PAGE)?,
             backing: Backing { file: FileId { device: 1, inode: 1_234_567 }, offset: Offset(0) },
@@ -93,9 +99,9 @@ impl Pure {
             page: PAGE,
             initial: PageState::Shared,
         };
-        let caller = pure.caller();
-        pure.tell(Event::AddRegion { caller, spec });
-        Ok(pure)
+        let caller = bench.caller();
+        bench.handle(Event::AddRegion { caller, spec });
+        Ok(bench)
     }
 
     fn caller(&mut self) -> Caller {
@@ -103,7 +109,7 @@ impl Pure {
         Caller { client: ClientId(1), door: Door::Channel, cookie: self.cookie }
     }
 
-    fn tell(&mut self, event: Event) -> Option<InvalidationId> {
+    fn handle(&mut self, event: Event) -> Option<InvalidationId> {
         let mut effects = std::mem::take(&mut self.effects);
         effects.clear();
         let (mut granted, mut done, mut next) = (None, 0, Some(event));
@@ -140,19 +146,21 @@ impl Pure {
 
     fn turn(&mut self) -> Result<f64> {
         let started = Instant::now();
-        for page in 0..TURN {
+        for page in 0..CONVERSIONS_PER_TURN {
             let (caller, range) = (self.caller(), range(page % PAGES)?);
             let (to, performer, deadline_ns) = (PageState::Shared, Performer::Client, 1_000_000_000);
-            let begun = self.tell(Event::Begin { caller, ranges: range.into(), to, performer, deadline_ns });
+            let begun =
+                self.handle(Event::Begin { caller, ranges: range.into(), to, performer, deadline_ns });
             let invalidation = begun.ok_or("not granted")?;
             let caller = self.caller();
-            self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+            self.handle(Event::End { caller, invalidation, outcome: Outcome::Committed });
         }
-        Ok(started.elapsed().as_nanos() as f64 / TURN as f64)
+        Ok(started.elapsed().as_nanos() as f64 / CONVERSIONS_PER_TURN as f64)
     }
 }
 
-/// Medians of turns taken one by one, so short that both sides meet the same neighbours: without, with.
+/// Returns the median time of a turn of each side. The turns alternate and are short, so that other load on the machine affects
+/// both sides alike.
 fn compare(turns: [&mut dyn FnMut() -> Result<f64>; 2]) -> Result<[f64; 2]> {
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..TURNS {
@@ -167,26 +175,29 @@ fn compare(turns: [&mut dyn FnMut() -> Result<f64>; 2]) -> Result<[f64; 2]> {
 }
 
 fn main() -> Result {
-    // On one processor: where the scheduler puts the threads of the two daemons makes more of a difference than the log.
-    let mut one = rustix::thread::CpuSet::new();
-    one.set(rustix::thread::sched_getcpu());
-    rustix::thread::sched_setaffinity(None, &one)?;
-    let place = tempfile::tempdir()?;
-    let state = std::env::var_os("PASSGATE_STATE").map_or_else(|| place.path().join("state"), PathBuf::from);
+    // On one processor, because the placement of the two daemons' threads would make more of a difference than the log.
+    let mut cpus = rustix::thread::CpuSet::new();
+    cpus.set(rustix::thread::sched_getcpu());
+    rustix::thread::sched_setaffinity(None, &cpus)?;
+    let directory = tempfile::tempdir()?;
+    let state =
+        std::env::var_os("PASSGATE_STATE").map_or_else(|| directory.path().join("state"), PathBuf::from);
 
-    let mut without = Daemon::new(&place.path().join("without"), None)?;
-    let mut with = Daemon::new(&place.path().join("with"), Some(state.clone()))?;
+    let mut without = Daemon::new(&directory.path().join("without"), None)?;
+    let mut with = Daemon::new(&directory.path().join("with"), Some(state.clone()))?;
     let [plain, logged] = compare([&mut || without.turn(), &mut || with.turn()])?;
     let ratio = logged / plain - 1.0;
-    let word = match ratio {
-        _ if ratio > LIMIT => "BROKEN",
-        // Nobody is faster for having more to do: who else runs here made the difference.
-        _ if ratio < -LIMIT => "UNDECIDED, measure on an idle machine",
+    let judgement = match ratio {
+        _ if ratio > MAX_LOG_COST => "BROKEN",
+        // The log cannot make the run faster: other load on the machine made the difference.
+        _ if ratio < -MAX_LOG_COST => "UNDECIDED, measure on an idle machine",
         _ => "kept",
     };
-    println!("audit: one 4 KiB page, begin + punch + end, medians of {TURNS} turns of {TURN}");
     println!(
-        "  through the daemon: {plain:7.0} ns without, {logged:7.0} ns with the log: {:+.1} % (limit 5 %): {word}",
+        "audit: one 4 KiB page, begin + punch + end, medians of {TURNS} turns of {CONVERSIONS_PER_TURN}"
+    );
+    println!(
+        "  through the daemon: {plain:7.0} ns without, {logged:7.0} ns with the log: {:+.1} % (limit 5 %): {judgement}",
         ratio * 100.0
     );
     drop((without, with));
@@ -201,8 +212,8 @@ fn main() -> Result {
         devices: Vec::new(),
         resumed: false,
     };
-    let mut without = Pure::new(None)?;
-    let mut with = Pure::new(Some(Log::open(&state, options)?))?;
+    let mut without = GateOnly::new(None)?;
+    let mut with = GateOnly::new(Some(Log::open(&state, options)?))?;
     let [plain, logged] = compare([&mut || without.turn(), &mut || with.turn()])?;
     println!("  gate alone:         {plain:7.0} ns without, {logged:7.0} ns with the log");
     println!("  the lines of one conversion cost {:.0} ns", logged - plain);

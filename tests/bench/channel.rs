@@ -1,15 +1,15 @@
-//! What passgate adds to a conversion: `begin` of one 4 KiB page against `echo` and the unmap that it cannot avoid.
+//! The cost that passgate adds to a conversion: `begin` of one 4 KiB page against `echo` and the unavoidable unmap.
 //!
-//! The three alternate, so that whatever else the machine does falls on all: an echo, a begin (and its end) over the
+//! The three alternate, so that other load on the machine affects all of them: an echo, a begin (and its end) over the
 //! notification channel of a real server, and a raw unmap of one page in the same domain.
 //!
 //! `cargo bench --bench channel [-- --iommu soft|type1|iommufd] [--device BDF]… [--rounds N] [--check]`
 //!
-//! Then bursts of 4 096 single pages to private: as one batch of every other page, as one batch of neighbours, and as single
-//! records of which 64 are in flight; each per page, against a begin of its own.
+//! Then bursts of 4 096 pages to private: as one batch of every other page, as one batch of neighbours, and as single records
+//! of which 64 are in flight; the time per page of each is compared with a single begin.
 //!
-//! `--check` exits with 1 where median(begin) is more than 1.25 × (median(echo) + median(raw unmap)).
-#![allow(clippy::unwrap_used, clippy::expect_used)] // a benchmark that cannot go on stops
+//! `--check` exits with 1 if median(begin) is more than 1.25 × (median(echo) + median(raw unmap)).
+#![allow(clippy::unwrap_used, clippy::expect_used)] // an error ends the benchmark
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -23,50 +23,52 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
-/// Pages of the session's memory; the begun page goes round.
+/// The number of pages of the session's memory; begins take them in turn.
 const PAGES: u64 = 64;
-/// Where the raw unmap happens, out of the session's way.
-const RAW: u64 = 1 << 30;
-/// Where the memory of the bursts is, and how long a burst is.
-const BURSTS: u64 = 2 << 30;
-const BURST: u64 = 4096;
-/// Records in flight.
-const FLIGHT: u64 = 64;
-const ROUNDS: usize = 15;
-/// What passgate may add.
-const LIMIT: f64 = 1.25;
+/// The IOVA of the raw unmap, outside the session's memory.
+const RAW_UNMAP_IOVA: u64 = 1 << 30;
+/// The guest-physical address of the memory of the bursts.
+const BURST_GPA: u64 = 2 << 30;
+/// The number of pages in a burst.
+const BURST_PAGES: u64 = 4096;
+/// The number of records in flight.
+const RECORDS_IN_FLIGHT: u64 = 64;
+/// The number of bursts of each kind.
+const BURST_ROUNDS: usize = 15;
+/// The maximum of median(begin) / (median(echo) + median(raw unmap)).
+const MAX_RATIO: f64 = 1.25;
 
-struct Asked {
+struct Arguments {
     kind: Kind,
     devices: Vec<String>,
     rounds: usize,
     check: bool,
 }
 
-fn asked() -> Asked {
-    let mut asked = Asked { kind: Kind::Soft, devices: Vec::new(), rounds: 20_000, check: false };
+fn parse_arguments() -> Arguments {
+    let mut arguments = Arguments { kind: Kind::Soft, devices: Vec::new(), rounds: 20_000, check: false };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--iommu" => {
-                asked.kind = match args.next().as_deref() {
+                arguments.kind = match args.next().as_deref() {
                     Some("soft") => Kind::Soft,
                     Some("type1") => Kind::Type1,
                     Some("iommufd") => Kind::Iommufd,
                     other => panic!("--iommu {other:?}: soft, type1 or iommufd"),
                 }
             }
-            "--device" => asked.devices.extend(args.next()),
-            "--rounds" => asked.rounds = args.next().and_then(|n| n.parse().ok()).expect("--rounds N"),
-            "--check" => asked.check = true,
-            // What cargo passes, and filters that mean nothing here.
+            "--device" => arguments.devices.extend(args.next()),
+            "--rounds" => arguments.rounds = args.next().and_then(|n| n.parse().ok()).expect("--rounds N"),
+            "--check" => arguments.check = true,
+            // `--bench` from cargo, and filters, which have no meaning here.
             _ => {}
         }
     }
-    asked
+    arguments
 }
 
-/// Nanoseconds of `work`.
+/// Runs `work` and adds its duration to `samples`, in nanoseconds.
 fn timed<T>(samples: &mut Vec<u64>, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = work();
@@ -74,32 +76,33 @@ fn timed<T>(samples: &mut Vec<u64>, work: impl FnOnce() -> T) -> T {
     result
 }
 
-fn at(samples: &[u64], share: f64) -> f64 {
-    samples[((samples.len() - 1) as f64 * share) as usize] as f64 / 1000.0
+/// Returns a quantile of sorted samples in nanoseconds, as microseconds.
+fn quantile_us(samples: &[u64], quantile: f64) -> f64 {
+    samples[((samples.len() - 1) as f64 * quantile) as usize] as f64 / 1000.0
 }
 
-/// Microseconds a page of each kind of burst, medians.
+/// Returns the median time per page of each kind of burst, in microseconds.
 fn bursts(client: &mut Client, channel: &mut Channel, cut: bool) -> [(&'static str, f64); 3] {
-    let file = GuestFile::memfd("bursts", 2 * BURST * PAGE).unwrap();
+    let file = GuestFile::memfd("bursts", 2 * BURST_PAGES * PAGE).unwrap();
     let piece = if cut { 0 } else { PAGE };
-    let memory = AddMemory { piece, ..AddMemory::shared(BURSTS, 2 * BURST * PAGE) };
+    let memory = AddMemory { piece, ..AddMemory::shared(BURST_GPA, 2 * BURST_PAGES * PAGE) };
     client.add_memory(&memory, &[&file]).unwrap();
-    let page = |n: u64| PageRange::<Gpa>::new(BURSTS + n * PAGE, PAGE).unwrap();
+    let page = |n: u64| PageRange::<Gpa>::new(BURST_GPA + n * PAGE, PAGE).unwrap();
     let mut samples: [Vec<u64>; 3] = Default::default();
-    for _ in 0..ROUNDS {
+    for _ in 0..BURST_ROUNDS {
         for (kind, step) in [(0, 2), (1, 1)] {
-            let ranges: Vec<_> = (0..BURST).map(|n| page(n * step)).collect();
+            let ranges: Vec<_> = (0..BURST_PAGES).map(|n| page(n * step)).collect();
             let answer = timed(&mut samples[kind], || channel.begin_many(&ranges, PageState::Private, None));
             let Ok(Answer::Granted { invalidation }) = answer else { panic!("{answer:?}") };
             channel.end(invalidation, Outcome::NotCommitted).unwrap();
         }
-        let mut granted = Vec::with_capacity(BURST as usize);
+        let mut granted = Vec::with_capacity(BURST_PAGES as usize);
         timed(&mut samples[2], || {
-            for first in (0..BURST).step_by(FLIGHT as usize) {
-                for n in first..first + FLIGHT {
+            for first in (0..BURST_PAGES).step_by(RECORDS_IN_FLIGHT as usize) {
+                for n in first..first + RECORDS_IN_FLIGHT {
                     channel.submit(page(n), PageState::Private, None).unwrap();
                 }
-                for _ in 0..FLIGHT {
+                for _ in 0..RECORDS_IN_FLIGHT {
                     let (_, answer) = channel.completed().unwrap();
                     let Ok(Answer::Granted { invalidation }) = answer else { panic!("{answer:?}") };
                     granted.push(invalidation);
@@ -115,15 +118,15 @@ fn bursts(client: &mut Client, channel: &mut Channel, cut: bool) -> [(&'static s
     names.map(|name| {
         let mut samples = samples.next().unwrap_or_default();
         samples.sort_unstable();
-        (name, at(&samples, 0.5) / BURST as f64)
+        (name, quantile_us(&samples, 0.5) / BURST_PAGES as f64)
     })
 }
 
 fn main() -> ExitCode {
-    let asked = asked();
+    let arguments = parse_arguments();
     let Assignment { domain, devices, .. } = assign(
-        asked.kind,
-        &asked.devices,
+        arguments.kind,
+        &arguments.devices,
         Accept { unstoppable: true, scratch: true, drive: None },
         Tables::default(),
     )
@@ -136,9 +139,10 @@ fn main() -> ExitCode {
     client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*file]).unwrap();
     let mut channel = client.open_channel().unwrap();
 
-    let raw = PageRange::<Iova>::new(RAW, PAGE).unwrap();
+    let raw = PageRange::<Iova>::new(RAW_UNMAP_IOVA, PAGE).unwrap();
     let mut samples = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
-    for round in 0..asked.rounds + 1000 {
+    for round in 0..arguments.rounds + 1000 {
+        // The first thousand rounds only warm up.
         if round == 1000 {
             samples.iter_mut().for_each(Vec::clear);
         }
@@ -157,16 +161,16 @@ fn main() -> ExitCode {
     server.stop().unwrap();
 
     samples.iter_mut().for_each(|samples| samples.sort_unstable());
-    println!("{} rounds over {} (µs)            median      p99", asked.rounds, domain.name());
+    println!("{} rounds over {} (µs)            median      p99", arguments.rounds, domain.name());
     for (name, samples) in ["echo", "begin", "end", "raw unmap"].iter().zip(&samples) {
-        println!("{name:>28}  {:>10.2} {:>8.2}", at(samples, 0.5), at(samples, 0.99));
+        println!("{name:>28}  {:>10.2} {:>8.2}", quantile_us(samples, 0.5), quantile_us(samples, 0.99));
     }
-    let alone = at(&samples[1], 0.5);
+    let alone = quantile_us(&samples[1], 0.5);
     for (name, us) in bursts {
         println!("{name:>28}  {us:>10.2} a page, {:.3} of a begin", us / alone);
     }
     let [echo, begin, _, unmap] = &samples;
-    let ratio = at(begin, 0.5) / (at(echo, 0.5) + at(unmap, 0.5));
-    println!("median(begin) / (median(echo) + median(raw unmap)) = {ratio:.3}, limit {LIMIT}");
-    if asked.check && ratio > LIMIT { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    let ratio = quantile_us(begin, 0.5) / (quantile_us(echo, 0.5) + quantile_us(unmap, 0.5));
+    println!("median(begin) / (median(echo) + median(raw unmap)) = {ratio:.3}, limit {MAX_RATIO}");
+    if arguments.check && ratio > MAX_RATIO { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

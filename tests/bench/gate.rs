@@ -1,5 +1,5 @@
-//! What passgate itself costs per conversion, without any kernel: gate, ledger and receipt of one 4 KiB page,
-//! from begin to verdict and from end on. The domain answers at once.
+//! The cost of passgate itself per conversion, without any kernel call: gate, ledger and receipt of one 4 KiB page, from begin
+//! to verdict and from the end on. The domain executes every call at once.
 //!
 //! `cargo bench --bench gate`. Medians of batches; the limit of SPECIFICATION.md is one microsecond.
 
@@ -13,17 +13,17 @@ use passgate::gate::{
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
 
-/// Pages of the region: 4 GiB.
+/// The number of pages of the region: 4 GiB.
 const PAGES: u64 = 1 << 20;
-/// Pages that are private at any time, spread over the region, so that the ledger is not trivial.
-const PRIVATE: u64 = 4096;
-/// Conversions measured together: a clock reading costs as much as a part of one.
-const BATCH: usize = 64;
+/// The number of pages that are private from the start, spread over the region so that the ledger is not trivial.
+const PRIVATE_PAGES: u64 = 4096;
+/// The number of conversions measured together, because reading the clock costs a good part of one.
+const CONVERSIONS_PER_BATCH: usize = 64;
 const BATCHES: usize = 2000;
 const LIMIT_NS: f64 = 1000.0;
 
 struct Bench {
-    /// Whether the domain cuts pages out of large mappings; else each page is a mapping.
+    /// True if the domain cuts pages out of large mappings; otherwise each page is a mapping.
     cut: bool,
     gate: Gate,
     effects: Effects,
@@ -38,9 +38,9 @@ impl Bench {
         let mut bench = Self { cut, gate, effects: Effects::new(), cookie: 0, receipts: 0, random: 1 };
         let domain = DomainId(0);
         let able = Able { max_mappings: 2 * PAGES, max_piece: 1 << 30, cut, replace: false };
-        bench.tell(Event::DomainAdded { domain, able });
+        bench.handle(Event::DomainAdded { domain, able });
         let steps = Steps::of(&[Step::Drain, Step::Reset]);
-        bench.tell(Event::DeviceAdded { device: DeviceId(0), domain, steps, nature: Default::default() });
+        bench.handle(Event::DeviceAdded { device: DeviceId(0), domain, steps, nature: Default::default() });
         let spec = RegionSpec {
             gpa: range(0, PAGES),
             backing: Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) },
@@ -50,8 +50,8 @@ impl Bench {
             initial: PageState::Shared,
         };
         let caller = bench.caller();
-        bench.tell(Event::AddRegion { caller, spec });
-        for _ in 0..PRIVATE {
+        bench.handle(Event::AddRegion { caller, spec });
+        for _ in 0..PRIVATE_PAGES {
             let page = bench.page();
             bench.convert(page, PageState::Private);
         }
@@ -63,7 +63,7 @@ impl Bench {
         Caller { client: ClientId(1), door: Door::Channel, cookie: self.cookie }
     }
 
-    /// Another page (xorshift).
+    /// Returns a random page (xorshift).
     fn page(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -71,8 +71,8 @@ impl Bench {
         self.random % PAGES
     }
 
-    /// Tells the gate, plays a domain that does everything at once, and returns what was granted.
-    fn tell(&mut self, event: Event) -> Option<InvalidationId> {
+    /// Passes an event to the gate and the results of its calls at once. Returns the invalidation that was granted.
+    fn handle(&mut self, event: Event) -> Option<InvalidationId> {
         let mut effects = std::mem::take(&mut self.effects);
         effects.clear();
         self.gate.handle(event, &mut effects);
@@ -105,26 +105,26 @@ impl Bench {
         granted
     }
 
-    /// One conversion, as a client drives it: begin, verdict, end.
+    /// Performs one conversion as a client does: begin, verdict, end.
     fn convert(&mut self, page: u64, to: PageState) {
         let caller = self.caller();
         let (performer, deadline_ns) = (Performer::Client, 1_000_000_000);
         let granted =
-            self.tell(Event::Begin { caller, ranges: range(page, 1).into(), to, performer, deadline_ns });
+            self.handle(Event::Begin { caller, ranges: range(page, 1).into(), to, performer, deadline_ns });
         let Some(invalidation) = granted else { return };
         let caller = self.caller();
-        self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+        self.handle(Event::End { caller, invalidation, outcome: Outcome::Committed });
     }
 
-    /// The median nanoseconds of one conversion, to private and back to shared.
+    /// Returns the median time of one conversion in nanoseconds, to private and back to shared.
     fn run(&mut self) -> [f64; 2] {
         let mut times = [Vec::with_capacity(BATCHES), Vec::with_capacity(BATCHES)];
         for _ in 0..BATCHES {
-            let pages: [u64; BATCH] = std::array::from_fn(|_| self.page());
+            let pages: [u64; CONVERSIONS_PER_BATCH] = std::array::from_fn(|_| self.page());
             for (times, to) in times.iter_mut().zip([PageState::Private, PageState::Shared]) {
                 let started = Instant::now();
                 pages.iter().for_each(|page| self.convert(*page, to));
-                times.push(started.elapsed().as_nanos() as f64 / BATCH as f64);
+                times.push(started.elapsed().as_nanos() as f64 / CONVERSIONS_PER_BATCH as f64);
             }
         }
         times.map(|mut times| {
@@ -150,8 +150,8 @@ fn main() {
         let receipts = bench.receipts - before;
         println!("  {}", if bench.cut { "cut out of mappings of 64 MiB" } else { "each page a mapping" });
         for (what, ns) in [("to private (unmapped)", private), ("to shared (mapped again)", shared)] {
-            let word = if ns <= LIMIT_NS { "kept" } else { "BROKEN" };
-            println!("    {what:24} {ns:6.0} ns, {:.2} of the limit: {word}", ns / LIMIT_NS);
+            let judgement = if ns <= LIMIT_NS { "kept" } else { "BROKEN" };
+            println!("    {what:24} {ns:6.0} ns, {:.2} of the limit: {judgement}", ns / LIMIT_NS);
         }
         println!("    mean of both             {:6.0} ns, {receipts} receipts", (private + shared) / 2.0);
     }

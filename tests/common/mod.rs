@@ -1,9 +1,9 @@
-//! What the tests of a whole session share: a server over the soft domain, and a count of what is open.
+//! Fixtures of tests that run a whole session: a server over the soft domain, and the number of open files.
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
-pub mod fake;
+pub mod event_watch;
+pub mod hanging;
 pub mod skip;
-pub mod watch;
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,26 +20,26 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, guest_memfd};
 use tempfile::TempDir;
 
-/// Longer than anything takes here, also where much else runs: whoever waits in vain fails after that.
-pub const LONG: Duration = Duration::from_secs(60);
-/// The deadline of a conversion that is to be granted, in milliseconds: no machine is that slow.
-pub const PATIENT_MS: u32 = 20_000;
+/// The longest time that a test waits, chosen so that a busy machine does not reach it.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
+/// The deadline, in milliseconds, of a conversion that must be granted also on a busy machine.
+pub const GRANT_DEADLINE_MS: u32 = 20_000;
 
-/// Tests count the open files of this process: one at a time.
-static ONE: Mutex<()> = Mutex::new(());
+/// Serializes the tests of a process, because they count its open files.
+static EXCLUSIVE: Mutex<()> = Mutex::new(());
 
-/// Waits for its turn; for a test without a [`Setup`]. Threads that the one before has left behind (a call that came back
-/// late, a listener whose daemon has gone) may close their files a little later: that is waited for, as long as it may take,
-/// so that no such file is in this test's count.
-pub fn alone() -> MutexGuard<'static, ()> {
-    static FEWEST: OnceLock<usize> = OnceLock::new();
-    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let fewest = *FEWEST.get_or_init(open_files);
-    let start = Instant::now();
-    while open_files() > fewest && start.elapsed() < Duration::from_secs(10) {
+/// Waits until no other test of this process runs; for a test without a [`Setup`]. Threads of the test before (a call that
+/// returned late, a listener whose daemon has ended) may close their files a little later. This waits up to ten seconds for
+/// that, so that this test does not count such files.
+pub fn exclusive() -> MutexGuard<'static, ()> {
+    static BASELINE: OnceLock<usize> = OnceLock::new();
+    let guard = EXCLUSIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let baseline = *BASELINE.get_or_init(open_files);
+    let started = Instant::now();
+    while open_files() > baseline && started.elapsed() < Duration::from_secs(10) {
         std::thread::yield_now();
     }
-    one
+    guard
 }
 
 /// A server on a thread of its own, over a soft domain with one device.
@@ -48,7 +48,7 @@ pub struct Setup {
     pub domain: Arc<SoftDomain>,
     pub device: Arc<SoftDevice>,
     _dir: TempDir,
-    _one: MutexGuard<'static, ()>,
+    _exclusive: MutexGuard<'static, ()>,
 }
 
 impl Setup {
@@ -56,33 +56,37 @@ impl Setup {
         Self::with(|_| {})
     }
 
-    /// A server with other options.
+    /// Starts a server with options that `change` sets.
     pub fn with(change: impl FnOnce(&mut Options)) -> Self {
-        Self::over(|| SoftDomain::open().unwrap(), change)
+        Self::over_soft_domain(|| SoftDomain::open().unwrap(), change)
     }
 
-    pub fn policy(policy: Policy) -> Self {
+    pub fn with_policy(policy: Policy) -> Self {
         Self::with(|options| options.policy = policy)
     }
 
-    pub fn over(domain: impl FnOnce() -> Arc<SoftDomain>, change: impl FnOnce(&mut Options)) -> Self {
-        Self::behind(domain, |soft| soft, change)
+    /// Starts a server over the soft domain that `domain` opens.
+    pub fn over_soft_domain(
+        domain: impl FnOnce() -> Arc<SoftDomain>,
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
+        Self::around_soft_domain(domain, |soft| soft, change)
     }
 
-    /// A server whose domain is `wrap` around the soft one.
-    pub fn behind(
+    /// Starts a server whose domain is `wrap` around the soft domain.
+    pub fn around_soft_domain(
         domain: impl FnOnce() -> Arc<SoftDomain>,
         wrap: impl FnOnce(Arc<dyn Domain>) -> Arc<dyn Domain>,
         change: impl FnOnce(&mut Options),
     ) -> Self {
-        let one = alone();
+        let guard = exclusive();
         let (dir, domain) = (tempfile::tempdir().unwrap(), domain());
         let mut options = Options::at(dir.path().join("socket"));
         options.allow_dma = true;
         change(&mut options);
         let device = domain.device("soft:0").unwrap();
         let server = Server::bind(options, wrap(domain.clone()), vec![device.clone()]).unwrap();
-        Self { server: server.spawn().unwrap(), domain, device, _dir: dir, _one: one }
+        Self { server: server.spawn().unwrap(), domain, device, _dir: dir, _exclusive: guard }
     }
 
     /// Stops the server.
@@ -90,117 +94,122 @@ impl Setup {
         self.server.stop()
     }
 
-    /// A client that the server has accepted.
+    /// Returns a client that the server has accepted.
     pub fn connect(&self) -> Client {
         let mut client = Client::connect(self.server.path()).unwrap();
         client.status().unwrap();
         client
     }
 
-    /// A client with `pages` pages of shared memory at 0, and its channel.
+    /// Returns a client with `pages` pages of shared memory at address 0, its channel and the memory.
     pub fn client(&self, pages: u64) -> (Client, Channel, Arc<GuestFile>) {
         let mut client = self.connect();
         let file = memory(pages);
         client.add_memory(&AddMemory::shared(0, pages * PAGE), &[&*file]).unwrap();
         let channel = client.open_channel().unwrap();
-        // By the next answer the server has closed its copy of what it handed out.
+        // The server closes its copy of the channel's descriptor before it answers the next call: from here on the
+        // number of open files is stable.
         client.status().unwrap();
         (client, channel, file)
     }
 }
 
-/// `pages` pages of sealed memfd.
+/// Returns a sealed memfd of `pages` pages.
 pub fn memory(pages: u64) -> Arc<GuestFile> {
     Arc::new(GuestFile::memfd("test", pages * PAGE).unwrap())
 }
 
-/// Real guest_memfd where this machine has it, and what keeps its VM; else a memfd, which is punched the same way.
+/// Returns a guest_memfd, with the VM that it belongs to, where this machine has it; else a memfd, which is punched the same
+/// way.
 pub fn guest_memory(pages: u64) -> (Arc<GuestFile>, Option<Box<dyn std::any::Any>>) {
     match guest_memfd::shared(pages * PAGE) {
         Ok((vm, file)) => (Arc::new(file), Some(Box::new(vm))),
-        Err(why) => {
-            eprintln!("a memfd stands in for guest_memfd: {why}");
+        Err(error) => {
+            eprintln!("a memfd stands in for guest_memfd: {error}");
             (memory(pages), None)
         }
     }
 }
 
-/// What became of a begin that must be granted.
+/// Returns the invalidation of a begin that must be granted.
 #[track_caller]
 pub fn granted(answer: Result<Answer>) -> u64 {
     match answer {
         Ok(Answer::Granted { invalidation }) => invalidation,
-        other => panic!("this was to be granted: {other:?}"),
+        other => panic!("expected a grant: {other:?}"),
     }
 }
 
-/// The device reads the first bytes of a page.
+/// Reads the first eight bytes of a page by DMA.
 pub fn dma_read(device: &SoftDevice, page: u64) -> passgate_backends::Result<u64> {
     let mut bytes = [0; 8];
     device.read_into(Iova(page * PAGE), &mut bytes).map(|()| u64::from_le_bytes(bytes))
 }
 
-/// The device writes the first bytes of a page.
+/// Writes the first eight bytes of a page by DMA.
 pub fn dma_write(device: &SoftDevice, page: u64, value: u64) -> passgate_backends::Result<()> {
     device.write_from(Iova(page * PAGE), &value.to_le_bytes())
 }
 
-/// The device must meet a fault in this page, reading and writing.
+/// Asserts that DMA to this page faults, for a read and for a write.
 #[track_caller]
 pub fn assert_faults(device: &SoftDevice, page: u64) {
     for result in [dma_read(device, page).map(drop), dma_write(device, page, 0xbad)] {
         match result {
             Err(passgate_backends::Error::Fault { .. }) => {}
-            other => panic!("DMA into page {page} was to fault: {other:?}"),
+            other => panic!("DMA to page {page} must fault: {other:?}"),
         }
     }
 }
 
-/// `count` pages of guest memory from page `first` on.
+/// Returns the guest-physical range of `count` pages from page `first` on.
 pub fn pages(first: u64, count: u64) -> PageRange<Gpa> {
     PageRange::new(first * PAGE, count * PAGE).unwrap()
 }
 
-/// Files that this process has open: client, server and devices.
+/// Returns the number of files that this process has open: those of client, server and devices.
 pub fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Message and errno of a request that passgate found wrong.
+/// Returns message and errno of a request that passgate has refused.
 #[track_caller]
 pub fn refused<T: Debug>(result: Result<T>) -> (String, i32) {
     match result {
         Err(Error::Refused { message, errno }) => (message, errno),
-        other => panic!("this was to be refused: {other:?}"),
+        other => panic!("expected a refusal: {other:?}"),
     }
 }
 
-/// What of a status may not change by a request that was wrong.
-pub fn substance(client: &mut Client) -> Status {
+/// Returns the status without its number of wrong requests: a wrong request may change nothing else.
+pub fn status_without_wrong_count(client: &mut Client) -> Status {
     let mut status = client.status().unwrap();
     status.totals.wrong = 0;
     status
 }
 
-/// Asks until it is so. Each question is a whole round trip, so this waits for events and not for time; a test
-/// that would wait for ever fails.
+/// Requests the status until `condition` holds. Each request is a round trip through the server's loop, so this waits for
+/// events and not for time. Panics after [`TIMEOUT`].
 #[track_caller]
-pub fn until(client: &mut Client, is_so: impl Fn(&Status) -> bool) {
-    let start = Instant::now();
+pub fn wait_for_status(client: &mut Client, condition: impl Fn(&Status) -> bool) {
+    let started = Instant::now();
     loop {
         let status = client.status().unwrap();
-        if is_so(&status) {
+        if condition(&status) {
             return;
         }
-        assert!(start.elapsed() < LONG, "it never came to be so: {status:?}");
+        assert!(started.elapsed() < TIMEOUT, "the condition never held: {status:?}");
         std::thread::yield_now();
     }
 }
 
-/// Refused by errno, with words that tell what is wrong.
+/// Asserts that a request was refused with this errno and one line that contains `expected_text`.
 #[track_caller]
-pub fn assert_refused<T: Debug>(result: Result<T>, errno: i32, words: &str) {
-    let (message, got) = refused(result);
-    assert!(got == errno && message.contains(words), "{got} {message}; wanted {errno} and `{words}`");
-    assert!(!message.contains('\n'), "one line: {message}");
+pub fn assert_refused<T: Debug>(result: Result<T>, errno: i32, expected_text: &str) {
+    let (message, actual) = refused(result);
+    assert!(
+        actual == errno && message.contains(expected_text),
+        "{actual} {message}; expected {errno} and `{expected_text}`"
+    );
+    assert!(!message.contains('\n'), "not one line: {message}");
 }

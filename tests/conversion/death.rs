@@ -1,4 +1,4 @@
-//! Death: of the client, at every point, and of the daemon.
+//! The death of a client, at every point of a conversion, and of the daemon.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,30 +10,31 @@ use passgate_bindings::PAGE;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::watch::Watch;
+use crate::common::event_watch::EventWatch;
 use crate::common::{
-    LONG, Setup, alone, assert_faults, assert_refused, dma_write, granted, memory, open_files, pages, until,
+    Setup, TIMEOUT, assert_faults, assert_refused, dma_write, exclusive, granted, memory, open_files, pages,
+    wait_for_status,
 };
 
-/// Pages of the memory under attack.
+/// The length of the memory that the device writes to, in pages.
 const PAGES: u64 = 16;
 const CANARY: u64 = 0xca_0a_71;
 
-/// Stops the attack also where an assertion fails.
-struct Stop<'a>(&'a AtomicBool);
+/// Stops the DMA, also where an assertion fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Stop<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }
 }
 
 #[test]
-fn after_session_closed_no_dma_changes_what_was_the_clients() {
+fn no_dma_changes_client_memory_after_session_closed() {
     let setup = Setup::new();
     let mut other = setup.connect();
-    let watch = Watch::new(setup.connect());
-    // The harness keeps a duplicate of the memory.
+    let watch = EventWatch::new(setup.connect());
+    // The test has its own descriptor of the memory.
     let file = memory(PAGES);
     let before = open_files();
     let stop = AtomicBool::new(false);
@@ -47,17 +48,17 @@ fn after_session_closed_no_dma_changes_what_was_the_clients() {
                 counter.fetch_add(1, Ordering::AcqRel);
             }
         });
-        let _stop = Stop(&stop);
+        let _stop_on_drop = StopOnDrop(&stop);
         for round in 0..2 {
             let mut client = setup.connect();
             client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*file]).unwrap();
             let mut channel = client.open_channel().unwrap();
-            // It dies with nothing begun, then between begin and end.
+            // In the first round the client dies with nothing begun, in the second between begin and end.
             if round == 1 {
                 granted(channel.begin(pages(PAGES - 1, 1), PageState::Shared, None));
             }
-            let under_attack = hits.load(Ordering::Acquire);
-            while hits.load(Ordering::Acquire) < under_attack + 100 {
+            let hits_before = hits.load(Ordering::Acquire);
+            while hits.load(Ordering::Acquire) < hits_before + 100 {
                 std::thread::yield_now();
             }
             drop((client, channel));
@@ -65,20 +66,21 @@ fn after_session_closed_no_dma_changes_what_was_the_clients() {
             for page in 0..PAGES {
                 file.store(page * PAGE, CANARY).unwrap();
             }
-            let (hit, end) = (hits.load(Ordering::Acquire), Instant::now() + Duration::from_secs(1));
-            // One operation that was counted before may be reported after.
+            let (hits_at_close, end) =
+                (hits.load(Ordering::Acquire), Instant::now() + Duration::from_secs(1));
+            // One operation that ended before session.closed may be counted after it.
             while Instant::now() < end {
                 std::thread::yield_now();
             }
-            assert!(hits.load(Ordering::Acquire) <= hit + 1);
+            assert!(hits.load(Ordering::Acquire) <= hits_at_close + 1);
             for page in 0..PAGES {
                 assert_eq!(file.load(page * PAGE).unwrap(), CANARY, "round {round}, page {page}");
             }
         }
     });
-    assert!(faults.load(Ordering::Acquire) > 100, "the device went on trying");
+    assert!(faults.load(Ordering::Acquire) > 100, "too few faults: the device stopped trying");
     assert_eq!(setup.domain.mappings(), 0);
-    // What was begun and not ended is in quarantine, and its file is kept with it.
+    // The conversion that was not ended is in quarantine, and its file stays open with it.
     let status = other.status().unwrap();
     assert_eq!(status.quarantine.iter().map(|q| q.cause.as_str()).collect::<Vec<_>>(), ["client-gone"]);
     assert_eq!(open_files(), before + 1);
@@ -86,7 +88,7 @@ fn after_session_closed_no_dma_changes_what_was_the_clients() {
 }
 
 #[test]
-fn what_a_dead_client_left_unknown_stays_so_for_the_next() {
+fn quarantine_of_dead_client_persists_for_next_client() {
     let setup = Setup::new();
     let mut other = setup.connect();
     let file = memory(2);
@@ -95,7 +97,7 @@ fn what_a_dead_client_left_unknown_stays_so_for_the_next() {
     let mut channel = client.open_channel().unwrap();
     granted(channel.begin(pages(0, 1), PageState::Private, None));
     drop((client, channel));
-    until(&mut other, |status| status.regions.is_empty());
+    wait_for_status(&mut other, |status| status.regions.is_empty());
     other.add_memory(&AddMemory::shared(0, 2 * PAGE), &[&*file]).unwrap();
     assert_faults(&setup.device, 0);
     dma_write(&setup.device, 1, 1).unwrap();
@@ -104,22 +106,22 @@ fn what_a_dead_client_left_unknown_stays_so_for_the_next() {
 }
 
 #[test]
-fn a_client_whose_channel_closes_may_open_another_and_go_on() {
+fn client_reopens_closed_channel_and_ends_conversion() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(1);
-    let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
     drop(channel);
     let mut channel = loop {
         match client.open_channel() {
             Ok(channel) => break channel,
-            // The server has not read yet that it is closed.
+            // The server has not noticed yet that the channel is closed.
             Err(error) => assert!(error.to_string().contains("has a channel already"), "{error}"),
         }
     };
-    channel.end(begun, Outcome::Committed).unwrap();
+    channel.end(invalidation, Outcome::Committed).unwrap();
 }
 
-/// A daemon of its own.
+/// A daemon process.
 struct Daemon(Child);
 
 impl Daemon {
@@ -127,8 +129,8 @@ impl Daemon {
         let mut command = Command::new(env!("CARGO_BIN_EXE_passgate"));
         command.args(["serve", "--device", "soft:0", "--allow-dma", "--socket-path"]).arg(socket);
         let daemon = Self(command.stdin(Stdio::null()).spawn().unwrap());
-        let end = Instant::now() + LONG;
-        // A left-over socket answers "connection refused" until the new one is there.
+        let end = Instant::now() + TIMEOUT;
+        // The socket of a killed daemon refuses connections until the new daemon has replaced it.
         while Client::connect(socket).and_then(|mut client| client.status()).is_err() {
             assert!(Instant::now() < end, "it never listened");
             std::thread::yield_now();
@@ -150,11 +152,11 @@ impl Drop for Daemon {
 }
 
 #[test]
-fn a_killed_daemon_leaves_no_pin_no_conversion_and_room_for_the_next() {
-    let _alone = alone();
+fn killed_daemon_leaves_no_pins_and_next_daemon_starts() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
-    // Not mapped by us: sealing it against writing shows whether anybody pins it.
+    // This test does not map it, so F_SEAL_WRITE fails only while another process maps or pins it.
     let fd = memfd_create("killed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&fd, PAGE).unwrap();
     fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
@@ -167,30 +169,27 @@ fn a_killed_daemon_leaves_no_pin_no_conversion_and_room_for_the_next() {
     assert!(fcntl_add_seals(&fd, SealFlags::WRITE).is_err(), "pinned");
     daemon.signal(Signal::KILL);
 
-    assert!(
-        channel.begin(pages(0, 1), PageState::Private, None).is_err(),
-        "without it no conversion happens"
-    );
+    assert!(channel.begin(pages(0, 1), PageState::Private, None).is_err(), "no conversion without a daemon");
     assert!(client.status().is_err());
-    // What is pinned is let go of once the kernel has taken the ring apart, some 30 ms after.
-    let end = Instant::now() + LONG;
+    // The kernel unpins the pages when it has destroyed the io_uring, some 30 ms after the death.
+    let end = Instant::now() + TIMEOUT;
     let mut daemon = Daemon::start(&socket);
     let mut client = Client::connect(&socket).unwrap();
     client.add_memory(&AddMemory::shared(0, PAGE), &[&fd]).unwrap();
     assert_eq!(client.dma_read("soft:0", 0, 13).unwrap(), b"by the device");
     client.remove_memory(1).unwrap();
     while fcntl_add_seals(&fd, SealFlags::WRITE).is_err() {
-        assert!(Instant::now() < end, "somebody still pins what the killed daemon had");
+        assert!(Instant::now() < end, "the memory of the killed daemon is still pinned");
         std::thread::yield_now();
     }
 
-    assert!(daemon.signal(Signal::TERM).success(), "a daemon that is asked to go goes in order");
+    assert!(daemon.signal(Signal::TERM).success(), "SIGTERM must end the daemon with success");
     assert!(!socket.exists());
 }
 
 #[test]
-fn a_daemon_that_is_asked_to_go_closes_what_its_clients_have_first() {
-    let _alone = alone();
+fn terminated_daemon_closes_client_memory_first() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
     let mut daemon = Daemon::start(&socket);

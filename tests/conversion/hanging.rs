@@ -1,4 +1,4 @@
-//! Kernel calls that do not return: they delay nobody's answer, and are believed when they come back at last.
+//! Kernel calls that do not return: they delay no answer, and their result counts when they return at last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,53 +9,57 @@ use passgate::serve::Options;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE};
 
-use crate::common::fake::Hanging;
-use crate::common::watch::Watch;
-use crate::common::{PATIENT_MS, Setup, assert_refused, dma_read, granted, memory, open_files, pages, until};
+use crate::common::event_watch::EventWatch;
+use crate::common::hanging::HangingDomain;
+use crate::common::{
+    GRANT_DEADLINE_MS, Setup, assert_refused, dma_read, granted, memory, open_files, pages, wait_for_status,
+};
 
-/// An answer is given with a seventh of this left, in which it travels: enough of it where much else runs, too.
+/// The deadline of a conversion that times out. The answer is sent when a seventh of it remains, which must be long enough
+/// for the answer to arrive on a busy machine.
 const DEADLINE_MS: u32 = 3000;
-/// A deadline of which the first seventh alone is longer than that.
-const FAR_MS: u32 = 60_000;
-/// How long a call may keep the loop.
-const CALL_LIMIT: Duration = Duration::from_millis(100);
-/// What a call may keep the loop is a small part of this.
-const SOON: Duration = Duration::from_secs(2);
+/// A deadline whose first seventh is longer than [`DEADLINE_MS`].
+const LATE_DEADLINE_MS: u32 = 60_000;
+/// The longest time that a kernel call may occupy the loop before another thread takes the loop over.
+const LOOP_CALL_LIMIT: Duration = Duration::from_millis(100);
+/// The longest time that an answer to another client may take: a multiple of [`LOOP_CALL_LIMIT`].
+const PROMPT_LIMIT: Duration = Duration::from_secs(2);
 
-/// A server whose calls over page 0 hang when told so.
-fn setup() -> (Setup, Arc<Hanging>) {
+/// Starts a server whose map and unmap calls over page 0 hang on request.
+fn setup() -> (Setup, Arc<HangingDomain>) {
     setup_with(|_| {})
 }
 
-fn setup_with(change: impl FnOnce(&mut Options)) -> (Setup, Arc<Hanging>) {
+fn setup_with(change: impl FnOnce(&mut Options)) -> (Setup, Arc<HangingDomain>) {
     let mut hanging = None;
-    let setup = Setup::behind(
+    let setup = Setup::around_soft_domain(
         || SoftDomain::open().unwrap(),
-        |soft| hanging.insert(Hanging::new(soft, Iova(0))).clone(),
+        |soft| hanging.insert(HangingDomain::new(soft, Iova(0))).clone(),
         change,
     );
     (setup, hanging.unwrap())
 }
 
 #[test]
-fn an_unmap_that_never_returns_is_answered_in_time_as_unknown() {
+fn hanging_unmap_is_answered_unknown_before_deadline() {
     let (setup, hanging) = setup();
     let (mut client, mut channel, file) = setup.client(4);
     let mut other = setup.connect();
     let mut their_channel = other.open_channel().unwrap();
-    let watch = Watch::new(setup.connect());
+    let watch = EventWatch::new(setup.connect());
     file.store(0, 42).unwrap();
     for round in 0..3 {
         hanging.hang_unmaps();
         let served = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                hanging.wait_inside(1);
-                // While the call hangs, everybody else is served: first within the time that a call may keep the
-                // loop, then as ever.
+                hanging.wait_hanging(1);
+                // While the call hangs, other clients are served: the first request once the loop was taken over, the
+                // others without delay.
                 their_channel.echo().unwrap();
-                let begun = granted(their_channel.begin(pages(2, 1), PageState::Private, Some(PATIENT_MS)));
-                their_channel.end(begun, Outcome::NotCommitted).unwrap();
+                let invalidation =
+                    granted(their_channel.begin(pages(2, 1), PageState::Private, Some(GRANT_DEADLINE_MS)));
+                their_channel.end(invalidation, Outcome::NotCommitted).unwrap();
                 other.status().unwrap();
                 served.store(true, Ordering::Release);
             });
@@ -68,43 +72,44 @@ fn an_unmap_that_never_returns_is_answered_in_time_as_unknown() {
         });
         assert_eq!(watch.wait("range.quarantined").details["cause"], "call-hangs");
         assert_refused(channel.begin(pages(0, 1), PageState::Private, None), 5, "0x0");
-        // It comes back: what was in doubt is so no more.
-        hanging.release();
+        // The call returns, and so disproves the cause of the quarantine.
+        hanging.resume_calls();
         watch.wait("range.freed");
         assert_eq!(client.status().unwrap().quarantine, []);
         assert_eq!(dma_read(&setup.device, 0).unwrap(), 42);
-        let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
-        channel.end(begun, Outcome::NotCommitted).unwrap();
+        let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
+        channel.end(invalidation, Outcome::NotCommitted).unwrap();
     }
 }
 
 #[test]
-fn a_deadline_is_kept_beside_a_later_one() {
+fn earlier_deadline_is_met_beside_later_one() {
     let (setup, hanging) = setup();
     let (mut client, mut channel, _file) = setup.client(4);
     let mut other = setup.connect();
     let mut their_channel = other.open_channel().unwrap();
-    // A conversion that waits for a DMA, with a deadline that is far away.
-    let held = setup.device.hold_write(Iova(2 * PAGE), 8).unwrap();
+    // A conversion that waits for DMA, with a later deadline.
+    let write_in_flight = setup.device.hold_write(Iova(2 * PAGE), 8).unwrap();
     std::thread::scope(|scope| {
-        let waits = scope.spawn(|| their_channel.begin(pages(2, 1), PageState::Private, Some(FAR_MS)));
-        until(&mut client, |status| status.open == 1);
-        // The alarm that guarded its call has gone off: what is set is that of its deadline.
-        std::thread::sleep(3 * CALL_LIMIT);
+        let waits =
+            scope.spawn(|| their_channel.begin(pages(2, 1), PageState::Private, Some(LATE_DEADLINE_MS)));
+        wait_for_status(&mut client, |status| status.open == 1);
+        // The alarm of its unmap call has expired by now: the one that is armed is that of its deadline.
+        std::thread::sleep(3 * LOOP_CALL_LIMIT);
         hanging.hang_unmaps();
         let start = Instant::now();
         let answer = channel.begin(pages(0, 1), PageState::Private, Some(DEADLINE_MS)).unwrap();
         assert!(start.elapsed() < Duration::from_millis(DEADLINE_MS.into()), "{:?}", start.elapsed());
         assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
-        hanging.release();
-        // A drain for the second one may have ended it.
-        let _ = held.finish(&[0; 8]);
+        hanging.resume_calls();
+        // A drain for the second conversion may have ended it.
+        let _ = write_in_flight.finish(&[0; 8]);
         granted(waits.join().unwrap());
     });
 }
 
 #[test]
-fn a_map_that_never_returns_delays_only_who_asked_for_it() {
+fn hanging_map_delays_only_its_caller() {
     let (setup, hanging) = setup();
     let mut other = setup.connect();
     let mut their_channel = other.open_channel().unwrap();
@@ -115,53 +120,56 @@ fn a_map_that_never_returns_delays_only_who_asked_for_it() {
     let file = memory(1);
     std::thread::scope(|scope| {
         let adding = scope.spawn(|| client.add_memory(&AddMemory::shared(0, PAGE), &[&*file]));
-        hanging.wait_inside(1);
+        hanging.wait_hanging(1);
         let start = Instant::now();
-        let begun =
-            granted(their_channel.begin(pages((1 << 30) / PAGE, 1), PageState::Hole, Some(PATIENT_MS)));
-        their_channel.end(begun, Outcome::Committed).unwrap();
-        assert!(start.elapsed() < SOON, "others waited {:?}", start.elapsed());
-        // A begin over what is being mapped is answered in time too.
+        let invalidation = granted(their_channel.begin(
+            pages((1 << 30) / PAGE, 1),
+            PageState::Hole,
+            Some(GRANT_DEADLINE_MS),
+        ));
+        their_channel.end(invalidation, Outcome::Committed).unwrap();
+        assert!(start.elapsed() < PROMPT_LIMIT, "others waited {:?}", start.elapsed());
+        // A begin over a range that is being mapped is answered in time too.
         let answer = their_channel.begin(pages(0, 1), PageState::Hole, Some(DEADLINE_MS)).unwrap();
         let Answer::Unknown(failure) = answer else { panic!("{answer:?}") };
         assert_eq!(failure.word(), "map-in-flight");
-        hanging.release();
+        hanging.resume_calls();
         adding.join().unwrap().unwrap();
     });
-    until(&mut other, |status| status.quarantine.is_empty());
+    wait_for_status(&mut other, |status| status.quarantine.is_empty());
     dma_read(&setup.device, 0).unwrap();
 }
 
 #[test]
-fn while_an_unmap_hangs_no_file_is_let_go_of_and_no_session_is_closed() {
+fn hanging_unmap_leaves_file_open_and_session_unclosed() {
     let (setup, hanging) = setup();
     let mut other = setup.connect();
-    let watch = Watch::new(setup.connect());
+    let watch = EventWatch::new(setup.connect());
     let file = memory(2);
     let before = open_files();
     let mut client = setup.connect();
     client.add_memory(&AddMemory::shared(0, 2 * PAGE), &[&*file]).unwrap();
     hanging.hang_unmaps();
     drop(client);
-    hanging.wait_inside(1);
-    until(&mut other, |status| status.clients == 2);
-    // Past the time that the gate gives a region to close: in doubt, it stays.
-    assert!(!watch.comes("session.closed", Duration::from_secs(3)));
-    assert_eq!(open_files(), before + 1, "the file is held as long as a device may see it");
+    hanging.wait_hanging(1);
+    wait_for_status(&mut other, |status| status.clients == 2);
+    // Longer than the deadline for closing a region: while its unmap is in doubt, the region stays.
+    assert!(!watch.arrives_within("session.closed", Duration::from_secs(3)));
+    assert_eq!(open_files(), before + 1, "the file must stay open as long as a device may reach it");
     assert!(other.status().unwrap().regions[0].closing);
-    hanging.release();
+    hanging.resume_calls();
     watch.wait("session.closed");
     assert_eq!(open_files(), before);
     assert_eq!(setup.domain.mappings(), 0);
 }
 
 #[test]
-fn a_server_that_is_stopped_while_a_call_hangs_ends_all_the_same_and_says_what_is_open() {
+fn stopping_server_with_hanging_call_ends_and_reports_open_regions() {
     let (setup, hanging) = setup_with(|options| options.farewell = Duration::from_secs(1));
     let mut client = setup.connect();
     client.add_memory(&AddMemory::shared(0, PAGE), &[&*memory(1)]).unwrap();
     hanging.hang_unmaps();
     let error = setup.stop().unwrap_err();
     assert!(error.to_string().contains("1 regions could not be closed"), "{error}");
-    hanging.release();
+    hanging.resume_calls();
 }

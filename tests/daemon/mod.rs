@@ -14,32 +14,33 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
-/// How long anything may take that takes no time; what takes longer has failed.
-pub const LONG: Duration = Duration::from_secs(60);
+/// The longest time that a test waits for anything: what takes longer has failed.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A daemon. When dropped it is asked to end, and must end well.
+/// A running daemon. Dropping it sends SIGTERM; it must then exit with success.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    /// All that was said, to be shown when the test fails.
+    /// All lines of standard error, printed when the test fails.
     log: Arc<Mutex<Vec<String>>>,
-    /// Lines of its standard error, and of its guardian's, which has the same.
-    said: Receiver<String>,
+    /// The lines of its standard error, which its guardian shares.
+    stderr_lines: Receiver<String>,
+    /// The path of its control socket.
     pub path: PathBuf,
-    place: Option<TempDir>,
+    dir: Option<TempDir>,
 }
 
 impl Daemon {
-    /// Starts one at a socket of its own, and waits until it listens.
+    /// Starts a daemon at a socket in a new directory, and waits until it listens.
     pub fn start(program: &Path, arguments: &[&str]) -> Self {
-        let place = TempDir::new().unwrap();
-        let path = place.path().join("passgate.sock");
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("passgate.sock");
         let mut daemon = Self::start_at(program, &path, arguments);
-        daemon.place = Some(place);
+        daemon.dir = Some(dir);
         daemon
     }
 
-    /// Starts one at this socket, and waits until it listens.
+    /// Starts a daemon at this socket, and waits until it listens.
     pub fn start_at(program: &Path, path: &Path, arguments: &[&str]) -> Self {
         let mut child = serve(program, path, arguments)
             .stdin(Stdio::null())
@@ -48,17 +49,17 @@ impl Daemon {
             .spawn()
             .unwrap();
         let stderr = child.stderr.take().unwrap();
-        let (say, said) = channel();
+        let (sender, stderr_lines) = channel();
         let log = Arc::new(Mutex::new(Vec::new()));
-        let all = Arc::clone(&log);
+        let log_of_thread = Arc::clone(&log);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                all.lock().unwrap().push(line.clone());
-                let _ = say.send(line);
+                log_of_thread.lock().unwrap().push(line.clone());
+                let _ = sender.send(line);
             }
         });
-        let mut daemon = Self { child, log, said, path: path.to_owned(), place: None };
-        let listens = until(LONG, || {
+        let mut daemon = Self { child, log, stderr_lines, path: path.to_owned(), dir: None };
+        let listens = wait_until(TIMEOUT, || {
             assert!(daemon.child.try_wait().unwrap().is_none(), "the daemon has ended");
             Client::connect(path).is_ok()
         });
@@ -74,7 +75,7 @@ impl Daemon {
         Pid::from_child(&self.child)
     }
 
-    /// Its guardian, once there is one.
+    /// Returns its guardian process, if it has started.
     pub fn guardian(&self) -> Option<Pid> {
         children(self.pid()).into_iter().next()
     }
@@ -85,44 +86,43 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
-    /// Asks it to end, as a service manager does.
+    /// Sends SIGTERM, as a service manager does.
     pub fn terminate(&self) {
         kill_process(self.pid(), Signal::TERM).unwrap();
     }
 
-    /// How it ended, within this time.
-    pub fn ended(&mut self, within: Duration) -> ExitStatus {
+    /// Waits up to `within` until it has ended; returns its exit status.
+    pub fn wait_exit(&mut self, within: Duration) -> ExitStatus {
         if let Ok(Some(status)) = self.child.try_wait() {
             return status;
         }
         let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
-        let limit = Timespec::try_from(within).unwrap();
-        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)).unwrap();
+        let timeout = Timespec::try_from(within).unwrap();
+        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).unwrap();
         assert_eq!(ready, 1, "the daemon has not ended within {within:?}");
         self.child.wait().unwrap()
     }
 
-    /// Waits for a line with this in it.
-    pub fn says(&self, what: &str) -> String {
-        let begun = Instant::now();
+    /// Waits for a line of standard error that contains `wanted`, and returns it.
+    pub fn wait_for_line(&self, wanted: &str) -> String {
+        let started = Instant::now();
         loop {
-            match self.said.recv_timeout(LONG.saturating_sub(begun.elapsed())) {
-                Ok(line) if line.contains(what) => return line,
+            match self.stderr_lines.recv_timeout(TIMEOUT.saturating_sub(started.elapsed())) {
+                Ok(line) if line.contains(wanted) => return line,
                 Ok(_) => {}
-                Err(error) => panic!("nobody said `{what}`: {error}"),
+                Err(error) => panic!("the daemon did not log `{wanted}`: {error}"),
             }
         }
     }
 
-    /// Waits until nobody has its standard error any more, which is when the guardian is gone too; what was said
-    /// until then.
-    pub fn silence(&self) -> Vec<String> {
-        let (begun, mut lines) = (Instant::now(), Vec::new());
+    /// Waits until its standard error is closed, which means that the guardian has ended too. Returns the lines until then.
+    pub fn wait_stderr_closed(&self) -> Vec<String> {
+        let (started, mut lines) = (Instant::now(), Vec::new());
         loop {
-            match self.said.recv_timeout(LONG.saturating_sub(begun.elapsed())) {
+            match self.stderr_lines.recv_timeout(TIMEOUT.saturating_sub(started.elapsed())) {
                 Ok(line) => lines.push(line),
                 Err(RecvTimeoutError::Disconnected) => return lines,
-                Err(RecvTimeoutError::Timeout) => panic!("the daemon or its guardian goes on: {lines:?}"),
+                Err(RecvTimeoutError::Timeout) => panic!("the daemon or its guardian still runs: {lines:?}"),
             }
         }
     }
@@ -137,32 +137,32 @@ impl Drop for Daemon {
                 let _ = self.child.wait();
             } else {
                 self.terminate();
-                let status = self.ended(LONG);
-                assert!(status.success(), "the daemon did not end well: {status}, {:?}", self.log);
+                let status = self.wait_exit(TIMEOUT);
+                assert!(status.success(), "the daemon failed: {status}, {:?}", self.log);
             }
-            // The devices are free once the guardian is gone too.
-            while self.said.recv_timeout(LONG).is_ok() {}
+            // The devices are free only once the guardian has ended too.
+            while self.stderr_lines.recv_timeout(TIMEOUT).is_ok() {}
         }
         if failing {
             let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-            eprintln!("the daemon said:\n    {}", log.join("\n    "));
+            eprintln!("log of the daemon:\n    {}", log.join("\n    "));
         }
     }
 }
 
-/// Runs `passgate serve` where it cannot: what it says, how it ends.
+/// Runs `passgate serve` where it must fail; returns its exit code and standard error.
 pub fn serve_fails(program: &Path, path: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let child = serve(program, path, arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let pid = Pid::from_child(&child);
-    let (ended, limit) = channel::<()>();
-    let watch = std::thread::spawn(move || {
-        if limit.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
-            let _ = kill_process(pid, Signal::KILL); // it serves
+    let (end_sender, end_receiver) = channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if end_receiver.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            let _ = kill_process(pid, Signal::KILL); // it serves, which it should not
         }
     });
     let Output { status, stderr, .. } = child.wait_with_output().unwrap();
-    drop(ended);
-    watch.join().unwrap();
+    drop(end_sender);
+    watchdog.join().unwrap();
     (status.code(), String::from_utf8(stderr).unwrap())
 }
 
@@ -172,62 +172,62 @@ fn serve(program: &Path, path: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// The notices of a daemon, one thread reading them, so that waiting for one can end.
+/// The notices of a daemon, read by a thread of their own so that waiting for one can time out.
 #[derive(Debug)]
 pub struct Notices(Receiver<Event>);
 
 impl Notices {
-    /// Every notice from now on.
-    pub fn of(daemon: &Daemon) -> Self {
-        let (tell, told) = channel();
+    /// Subscribes to every notice from now on.
+    pub fn subscribe(daemon: &Daemon) -> Self {
+        let (sender, receiver) = channel();
         let events = daemon.client().subscribe().unwrap();
         std::thread::spawn(move || {
             for event in events.map_while(Result::ok) {
-                if tell.send(event).is_err() {
+                if sender.send(event).is_err() {
                     return;
                 }
             }
         });
-        Self(told)
+        Self(receiver)
     }
 
-    /// Waits for this one; the names of those before it, and it.
-    pub fn until(&self, name: &str) -> (Vec<String>, Event) {
-        let (begun, mut before) = (Instant::now(), Vec::new());
+    /// Waits for the notice `name`; returns the names of those before it, and the notice.
+    pub fn wait_for(&self, name: &str) -> (Vec<String>, Event) {
+        let (started, mut skipped) = (Instant::now(), Vec::new());
         loop {
-            match self.0.recv_timeout(LONG.saturating_sub(begun.elapsed())) {
-                Ok(event) if event.event == name => return (before, event),
-                Ok(event) => before.push(event.event),
-                Err(error) => panic!("no notice {name}, only {before:?}: {error}"),
+            match self.0.recv_timeout(TIMEOUT.saturating_sub(started.elapsed())) {
+                Ok(event) if event.event == name => return (skipped, event),
+                Ok(event) => skipped.push(event.event),
+                Err(error) => panic!("no notice {name}, only {skipped:?}: {error}"),
             }
         }
     }
 }
 
-/// Asks again and again until it holds; whether it did in time.
-pub fn until(within: Duration, mut holds: impl FnMut() -> bool) -> bool {
-    let begun = Instant::now();
+/// Polls `condition` until it holds; returns false if it does not within `within`.
+pub fn wait_until(within: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
     loop {
-        if holds() {
+        if condition() {
             return true;
         }
-        if begun.elapsed() > within {
+        if started.elapsed() > within {
             return false;
         }
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// The children of a process.
+/// Returns the child processes of `parent` that are not zombies.
 pub fn children(parent: Pid) -> Vec<Pid> {
-    let of = |name: &str| -> Option<Pid> {
+    let child_of_parent = |name: &str| -> Option<Pid> {
         let stat = std::fs::read_to_string(format!("/proc/{name}/stat")).ok()?;
-        // The name in parentheses may hold anything; state and parent follow it.
+        // proc_pid_stat(5): the command name in parentheses may contain anything; state and parent follow it.
         let mut fields = stat.rsplit(')').next()?.split_whitespace();
         let (state, ppid) = (fields.next()?, fields.next()?.parse::<i32>().ok()?);
         let alive = state != "Z" && Some(parent) == Pid::from_raw(ppid);
         alive.then(|| Pid::from_raw(name.parse().ok()?)).flatten()
     };
     let entries = std::fs::read_dir("/proc").unwrap();
-    entries.filter_map(|entry| of(entry.ok()?.file_name().to_str()?)).collect()
+    entries.filter_map(|entry| child_of_parent(entry.ok()?.file_name().to_str()?)).collect()
 }

@@ -1,4 +1,4 @@
-//! Real block devices, claimed by the real kernel: loop devices that a made-up PCI device is said to have.
+//! Claims of real block devices: loop devices, which a sysfs made of files shows as disks of a PCI device.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
@@ -10,10 +10,10 @@ use rustix::fs::{major, minor};
 use tempfile::TempDir;
 
 const ADDRESS: &str = "0000:04:00.0";
-/// The smallest btrfs has 109 MiB a device.
+/// The size of a disk: a btrfs needs at least 109 MiB on each device.
 const DISK_BYTES: u64 = 128 << 20;
 
-/// Runs a command; what it printed, or why it failed.
+/// Runs a command; returns its standard output, or the reason of its failure.
 fn run(words: &[&str]) -> Result<String, String> {
     let output = Command::new(words[0])
         .args(&words[1..])
@@ -27,7 +27,7 @@ fn run(words: &[&str]) -> Result<String, String> {
     }
 }
 
-/// A loop device, which ends with it.
+/// A loop device, detached when dropped.
 struct Disk {
     node: String,
     _file: tempfile::NamedTempFile,
@@ -45,6 +45,7 @@ impl Disk {
         self.node.rsplit('/').next().unwrap()
     }
 
+    /// Returns its device number as `MAJOR:MINOR`.
     fn number(&self) -> String {
         let meta = fs::metadata(&self.node).unwrap();
         assert!(meta.file_type().is_block_device());
@@ -58,26 +59,26 @@ impl Drop for Disk {
     }
 }
 
-/// Undoes something when dropped, also where the test fails.
-struct Undo(Vec<String>);
+/// Runs a command when dropped, also where the test fails.
+struct UndoOnDrop(Vec<String>);
 
-impl Undo {
-    fn by(words: &[&str]) -> Self {
+impl UndoOnDrop {
+    fn running(words: &[&str]) -> Self {
         Self(words.iter().map(|&word| word.to_owned()).collect())
     }
 }
 
-impl Drop for Undo {
+impl Drop for UndoOnDrop {
     fn drop(&mut self) {
         let words: Vec<_> = self.0.iter().map(String::as_str).collect();
-        if let Err(why) = run(&words) {
-            eprintln!("{why}");
+        if let Err(error) = run(&words) {
+            eprintln!("{error}");
         }
     }
 }
 
-/// A sysfs in which one PCI device has this disk, and is otherwise empty: no list gives a user away. A procfs with the
-/// real mounts and without any process: not every machine shows the files of its first one to a test.
+/// A sysfs that contains one PCI device with this disk and nothing else, so that no list there names a user of the disk; and
+/// a procfs with the real mounts but without the real processes, because a test may not be allowed to read the files of PID 1.
 struct Sysfs(TempDir);
 
 impl Sysfs {
@@ -106,7 +107,8 @@ impl Sysfs {
         self.0.path().join("proc")
     }
 
-    fn show(&self, process: u32) {
+    /// Shows a real process in the procfs.
+    fn show_process(&self, process: u32) {
         let process = process.to_string();
         symlink(Path::new("/proc").join(&process), self.proc().join(&process)).unwrap();
     }
@@ -116,12 +118,13 @@ impl Sysfs {
         claim(host, ADDRESS.parse().unwrap())
     }
 
-    /// Asserts that the disk counts as used, and returns by whom.
-    fn says(&self) -> String {
+    /// Asserts that the claim fails, and returns the reason.
+    fn claim_error(&self) -> String {
         self.claim().expect_err("a disk in use counts as free")
     }
 }
 
+/// Returns why a test with loop devices cannot run here, if it cannot.
 pub(crate) fn missing() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("loop devices need root".to_owned());
@@ -129,23 +132,23 @@ pub(crate) fn missing() -> Option<String> {
     Disk::new().err()
 }
 
-/// The same, and these programs.
+/// Returns why a test that also needs these programs cannot run here, if it cannot.
 fn missing_with(programs: &[&str]) -> Option<String> {
     missing().or_else(|| {
-        let is_there = |name: &&&str| run(&["sh", "-c", &format!("command -v {name}")]).is_err();
-        programs.iter().find(is_there).map(|name| format!("{name} is not installed"))
+        let is_missing = |name: &&&str| run(&["sh", "-c", &format!("command -v {name}")]).is_err();
+        programs.iter().find(is_missing).map(|name| format!("{name} is not installed"))
     })
 }
 
 pub(crate) fn btrfs_missing() -> Option<String> {
     let kernel = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let has_none = !kernel.contains("\tbtrfs\n");
-    missing_with(&["mkfs.btrfs"]).or_else(|| has_none.then(|| "this kernel has no btrfs".to_owned()))
+    let unsupported = !kernel.contains("\tbtrfs\n");
+    missing_with(&["mkfs.btrfs"]).or_else(|| unsupported.then(|| "this kernel has no btrfs".to_owned()))
 }
 
 pub(crate) fn mapper_missing() -> Option<String> {
     missing_with(&["dmsetup"])
-        .or_else(|| run(&["dmsetup", "version"]).err().map(|why| format!("no device mapper: {why}")))
+        .or_else(|| run(&["dmsetup", "version"]).err().map(|error| format!("no device mapper: {error}")))
 }
 
 pub(crate) fn swap_missing() -> Option<String> {
@@ -156,18 +159,18 @@ pub(crate) fn mount_missing() -> Option<String> {
     missing_with(&["mkfs.ext4", "unshare"])
 }
 
-pub(crate) fn a_claim_keeps_others_out() {
+pub(crate) fn disk_claim_is_exclusive() {
     let disk = Disk::new().unwrap();
     let sysfs = Sysfs::with(&disk);
-    let claims = sysfs.claim().expect("nobody uses it");
-    let said = sysfs.says();
-    assert!(said.contains("cannot be opened exclusively"), "{said}");
+    let claims = sysfs.claim().expect("the disk is free");
+    let error = sysfs.claim_error();
+    assert!(error.contains("cannot be opened exclusively"), "{error}");
     drop(claims);
-    drop(sysfs.claim().expect("nobody uses it any more"));
+    drop(sysfs.claim().expect("the disk is free again"));
 }
 
-/// The second device of a btrfs is in no list of mounts, and has no holder in sysfs.
-pub(crate) fn every_device_of_a_btrfs_is_in_use() {
+/// The second device of a btrfs is in no list of mounts, and its `holders` directory in sysfs is empty.
+pub(crate) fn every_device_of_mounted_btrfs_is_in_use() {
     let disks = [Disk::new().unwrap(), Disk::new().unwrap()];
     run(&["mkfs.btrfs", "--quiet", "--data", "raid0", "--metadata", "raid1", &disks[0].node, &disks[1].node])
         .unwrap();
@@ -176,23 +179,23 @@ pub(crate) fn every_device_of_a_btrfs_is_in_use() {
         drop(sysfs.claim().expect("not mounted"));
     }
     run(&["btrfs", "device", "scan", &disks[0].node, &disks[1].node]).unwrap();
-    let at = tempfile::tempdir().unwrap();
-    let path = at.path().to_str().unwrap();
+    let mount_dir = tempfile::tempdir().unwrap();
+    let path = mount_dir.path().to_str().unwrap();
     run(&["mount", "-t", "btrfs", &disks[0].node, path]).unwrap();
-    let mounted = Undo::by(&["umount", path]);
+    let mounted = UndoOnDrop::running(&["umount", path]);
     let mounts = fs::read_to_string("/proc/mounts").unwrap();
     assert!(!mounts.contains(&disks[1].node), "the kernel lists one of them only");
     for sysfs in &sysfs {
-        let said = sysfs.says();
-        assert!(said.contains("cannot be opened exclusively"), "{said}");
+        let error = sysfs.claim_error();
+        assert!(error.contains("cannot be opened exclusively"), "{error}");
     }
-    // With the host's own sysfs beside, it is named.
+    // With the real /sys/fs/btrfs the reason names the file system.
     let real = Path::new("/sys/fs/btrfs");
     if real.exists() {
         fs::create_dir_all(sysfs[1].0.path().join("fs")).unwrap();
         symlink(real, sysfs[1].0.path().join("fs/btrfs")).unwrap();
-        let said = sysfs[1].says();
-        assert!(said.contains(&format!("{} is a device of the mounted btrfs", disks[1].node)), "{said}");
+        let error = sysfs[1].claim_error();
+        assert!(error.contains(&format!("{} is a device of the mounted btrfs", disks[1].node)), "{error}");
     }
     drop(mounted);
     for sysfs in &sysfs {
@@ -200,68 +203,71 @@ pub(crate) fn every_device_of_a_btrfs_is_in_use() {
     }
 }
 
-pub(crate) fn a_part_of_a_device_mapper_table_is_in_use() {
+pub(crate) fn device_mapper_member_is_in_use() {
     let disk = Disk::new().unwrap();
     let sysfs = Sysfs::with(&disk);
     let name = format!("passgate-test-{}", std::process::id());
     let table = format!("0 2048 linear {} 0", disk.node);
     run(&["dmsetup", "create", &name, "--noudevsync", "--table", &table]).unwrap();
-    let mapped = Undo::by(&["dmsetup", "remove", "--retry", "--noudevsync", &name]);
-    assert!(sysfs.says().contains("cannot be opened exclusively"));
+    let mapped = UndoOnDrop::running(&["dmsetup", "remove", "--retry", "--noudevsync", &name]);
+    assert!(sysfs.claim_error().contains("cannot be opened exclusively"));
     drop(mapped);
-    drop(sysfs.claim().expect("nobody uses it any more"));
+    drop(sysfs.claim().expect("the disk is free again"));
 }
 
-pub(crate) fn what_is_swapped_to_is_in_use() {
+pub(crate) fn swap_disk_is_in_use() {
     let disk = Disk::new().unwrap();
     let sysfs = Sysfs::with(&disk);
     run(&["mkswap", &disk.node]).unwrap();
     run(&["swapon", "--priority", "0", &disk.node]).unwrap();
-    let swapped = Undo::by(&["swapoff", &disk.node]);
-    assert!(sysfs.says().ends_with(&format!("is swapped to: swapoff {}", disk.node)));
+    let swapped = UndoOnDrop::running(&["swapoff", &disk.node]);
+    assert!(sysfs.claim_error().ends_with(&format!("is swapped to: swapoff {}", disk.node)));
     drop(swapped);
-    drop(sysfs.claim().expect("nobody uses it any more"));
+    drop(sysfs.claim().expect("the disk is free again"));
 }
 
-/// A mount of another namespace is in no list that this process sees.
-pub(crate) fn what_another_mount_namespace_has_mounted_is_in_use() {
+/// A mount of another namespace is in no list that this process can read.
+pub(crate) fn disk_mounted_in_other_namespace_is_in_use() {
     let disk = Disk::new().unwrap();
     let sysfs = Sysfs::with(&disk);
     run(&["mkfs.ext4", "-q", &disk.node]).unwrap();
-    let at = tempfile::tempdir().unwrap();
-    let mount = format!("mount {} {} && echo mounted && read end", disk.node, at.path().display());
-    let mut other = Command::new("unshare")
+    let mount_dir = tempfile::tempdir().unwrap();
+    let mount = format!("mount {} {} && echo mounted && read end", disk.node, mount_dir.path().display());
+    let mut namespace_holder = Command::new("unshare")
         .args(["--mount", "sh", "-c", &mount])
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(other.stdout.as_mut().unwrap()), &mut line)
-        .unwrap();
+    std::io::BufRead::read_line(
+        &mut std::io::BufReader::new(namespace_holder.stdout.as_mut().unwrap()),
+        &mut line,
+    )
+    .unwrap();
     assert_eq!(line, "mounted\n");
     assert!(!fs::read_to_string("/proc/mounts").unwrap().contains(&disk.node));
-    let said = sysfs.says();
-    drop(other.stdin.take());
-    other.wait().unwrap();
-    assert!(said.contains("it is mounted in another namespace"), "{said}");
+    let error = sysfs.claim_error();
+    drop(namespace_holder.stdin.take());
+    namespace_holder.wait().unwrap();
+    assert!(error.contains("it is mounted in another namespace"), "{error}");
 }
 
-/// A VMM or a server has a disk open in the ordinary way: nothing is claimed, and it is used all the same.
-pub(crate) fn what_a_process_has_open_is_in_use_under_any_name() {
+/// A VMM or a server opens a disk without O_EXCL: an exclusive open succeeds, and the disk is in use all the same.
+pub(crate) fn disk_open_in_process_is_in_use_under_any_name() {
     let disk = Disk::new().unwrap();
     let sysfs = Sysfs::with(&disk);
-    let place = tempfile::tempdir().unwrap();
-    let alias: PathBuf = place.path().join("alias");
+    let temp_dir = tempfile::tempdir().unwrap();
+    let alias: PathBuf = temp_dir.path().join("alias");
     let number = disk.number();
     let (major, minor) = number.split_once(':').unwrap();
     run(&["mknod", alias.to_str().unwrap(), "b", major, minor]).unwrap();
     let mut process =
         Command::new("sleep").arg("1000").stdin(fs::File::open(&alias).unwrap()).spawn().unwrap();
-    sysfs.show(process.id());
-    let said = sysfs.says();
+    sysfs.show_process(process.id());
+    let error = sysfs.claim_error();
     process.kill().unwrap();
     process.wait().unwrap();
-    assert!(said.starts_with(&format!("process {} (`sleep 1000`) has ", process.id())), "{said}");
+    assert!(error.starts_with(&format!("process {} (`sleep 1000`) has ", process.id())), "{error}");
     drop(sysfs.claim().expect("it has ended"));
 }

@@ -1,4 +1,4 @@
-//! A network namespace of this program's own, in which an interface is down and has an address.
+//! A network interface that is down and has an address, in a network namespace of its own.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,12 +9,12 @@ use passgate::selftest::in_use::{Host, claim};
 
 const ADDRESS: &str = "0000:04:00.0";
 
-/// Set for a copy of this program that only says who uses a device whose interface is `lo`.
-const INSIDE: &str = "PASSGATE_TEST_SAYS_WHO_USES_LO";
+/// Set for a child process of this program that only prints who uses a device whose network interface is `lo`.
+const CHILD_MODE_ENV: &str = "PASSGATE_TEST_USER_OF_LO";
 
-/// Says who uses the device, where that is all that this process is for.
-pub(crate) fn inside() -> Option<ExitCode> {
-    std::env::var_os(INSIDE)?;
+/// Prints who uses the device, if this is the child process.
+pub(crate) fn child_mode() -> Option<ExitCode> {
+    std::env::var_os(CHILD_MODE_ENV)?;
     let host = tempfile::tempdir().unwrap();
     let [sysfs, proc] = ["sys", "proc"].map(|name| host.path().join(name));
     let device = sysfs.join("devices/pci0000:00").join(ADDRESS);
@@ -24,10 +24,10 @@ pub(crate) fn inside() -> Option<ExitCode> {
     }
     symlink(&device, sysfs.join("bus/pci/devices").join(ADDRESS)).unwrap();
     symlink(sysfs.join("class/net"), device.join("net/lo/subsystem")).unwrap();
-    fs::write(device.join("net/lo/ifindex"), "1\n").unwrap(); // `lo` in every namespace
+    fs::write(device.join("net/lo/ifindex"), "1\n").unwrap(); // the index of `lo` in every namespace
     fs::write(device.join("net/lo/flags"), "0x8\n").unwrap();
     symlink(&own, proc.join("self")).unwrap();
-    // Without `ipv6_route`: there `lo` has the route of what has none.
+    // `ipv6_route` is left out: there the kernel lists rejecting default routes on `lo`.
     fs::create_dir(own.join("net")).unwrap();
     for list in ["dev", "route"] {
         symlink(Path::new("/proc/self/net").join(list), own.join("net").join(list)).unwrap();
@@ -37,23 +37,27 @@ pub(crate) fn inside() -> Option<ExitCode> {
     Some(ExitCode::SUCCESS)
 }
 
-/// What this program says in a namespace in which these commands were run.
-fn says(commands: &str) -> Result<String, String> {
+/// Runs the child in a new network namespace, after these commands; returns its output, or the reason of the failure.
+fn user_in_namespace(commands: &str) -> Result<String, String> {
     let script = format!("{commands} exec \"$0\"");
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let output =
-        Command::new("unshare").args(["--net", "sh", "-ec", &script]).arg(program).env(INSIDE, "1").output();
+    let output = Command::new("unshare")
+        .args(["--net", "sh", "-ec", &script])
+        .arg(program)
+        .env(CHILD_MODE_ENV, "1")
+        .output();
     let output = output.map_err(|error| format!("unshare: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
+/// Returns why the test cannot run here, if it cannot.
 pub(crate) fn missing() -> Option<String> {
-    says("ip address show >&2;").err()
+    user_in_namespace("ip address show >&2;").err()
 }
 
-pub(crate) fn an_address_on_an_interface_that_is_down_is_use() {
-    assert_eq!(says("").unwrap(), "nobody");
-    let said = says("ip address add 192.0.2.1/32 dev lo;").unwrap();
-    assert!(said.starts_with("network interface lo has an address"), "{said}");
+pub(crate) fn down_interface_with_address_is_in_use() {
+    assert_eq!(user_in_namespace("").unwrap(), "nobody");
+    let user = user_in_namespace("ip address add 192.0.2.1/32 dev lo;").unwrap();
+    assert!(user.starts_with("network interface lo has an address"), "{user}");
 }

@@ -1,6 +1,6 @@
-//! The tests themselves.
+//! The tests of `host.rs`, by subject.
 
 pub(crate) mod disks;
-pub(crate) mod giving_back;
+pub(crate) mod give_back;
 pub(crate) mod interfaces;
 pub(crate) mod namespaces;

@@ -1,24 +1,25 @@
-//! This very program, started in PID namespaces of its own.
+//! Detection that this process cannot see every process: this program as a child in new PID namespaces.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use passgate::host::sight::{Blind, blindness};
 
-/// Set for a copy of this program that only says how far it sees.
-const INSIDE: &str = "PASSGATE_TEST_SAYS_ITS_BLINDNESS";
+/// Set for a child process of this program that only prints which processes it cannot see.
+const CHILD_MODE_ENV: &str = "PASSGATE_TEST_HIDDEN_PROCESSES";
 
-/// Says how far this process sees, where that is all that it is for.
-pub(crate) fn inside() -> Option<ExitCode> {
-    std::env::var_os(INSIDE)?;
+/// Prints which processes this process cannot see, if this is the child process.
+pub(crate) fn child_mode() -> Option<ExitCode> {
+    std::env::var_os(CHILD_MODE_ENV)?;
     println!("{:?}", blindness(Path::new("/proc")));
     Some(ExitCode::SUCCESS)
 }
 
-/// What this program says when it is started by `unshare` with these arguments.
-fn says(unshare: &[&str]) -> Result<String, String> {
+/// Runs the child by `unshare` with these arguments; returns its output, or the reason of the failure.
+fn hidden_processes_in_namespace(unshare: &[&str]) -> Result<String, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let output = Command::new("unshare").args(unshare).arg("--").arg(program).env(INSIDE, "1").output();
+    let output =
+        Command::new("unshare").args(unshare).arg("--").arg(program).env(CHILD_MODE_ENV, "1").output();
     let output = output.map_err(|error| format!("unshare: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -27,15 +28,27 @@ fn says(unshare: &[&str]) -> Result<String, String> {
     }
 }
 
+/// Returns why the test cannot run here, if it cannot.
 pub(crate) fn missing() -> Option<String> {
-    says(&["--pid", "--fork", "--mount-proc"]).err()
+    hidden_processes_in_namespace(&["--pid", "--fork", "--mount-proc"]).err()
 }
 
-pub(crate) fn holders_are_unseen() {
-    let said = |blind| format!("{:?}", Some::<Blind>(blind));
-    assert_eq!(says(&["--pid", "--fork", "--mount-proc"]).unwrap(), said(Blind::Namespace));
-    assert_eq!(says(&["--pid", "--fork"]).unwrap(), said(Blind::OtherProcfs), "the procfs of the parent");
+pub(crate) fn hidden_processes_are_detected_in_pid_namespace() {
+    let expected = |blind| format!("{:?}", Some::<Blind>(blind));
+    assert_eq!(
+        hidden_processes_in_namespace(&["--pid", "--fork", "--mount-proc"]).unwrap(),
+        expected(Blind::Namespace)
+    );
+    assert_eq!(
+        hidden_processes_in_namespace(&["--pid", "--fork"]).unwrap(),
+        expected(Blind::OtherProcfs),
+        "the procfs of the parent"
+    );
     if blindness(Path::new("/proc")).is_none() {
-        assert_eq!(says(&["--mount"]).unwrap(), "None", "another namespace hides no process");
+        assert_eq!(
+            hidden_processes_in_namespace(&["--mount"]).unwrap(),
+            "None",
+            "a mount namespace hides no process"
+        );
     }
 }

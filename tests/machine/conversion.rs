@@ -1,4 +1,4 @@
-//! Conversions under DMA: what the owner sees and what the device sees.
+//! Conversions under DMA, as the owner of the memory and as the device sees the page.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,112 +8,113 @@ use passgate::client::{AddMemory, Convert, Outcome, PageState, State};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 
-use super::rig::{BLOCKED, Engine, GPA, LEN, Rig, Vmm, bytes, fresh, guest, memfd};
-use crate::daemon::{LONG, until};
+use super::rig::{BLOCKED, DMA_BYTES, Engine, GPA, Rig, Vmm, bytes, guest, memfd, unique_bytes};
+use crate::daemon::{TIMEOUT, wait_until};
 
-/// The canonical bug, which is why passgate exists: an owner that punches without a word.
-pub fn unasked(rig: &Rig) {
+/// The bug that passgate prevents: the owner punches a page without a begin, and the device stays on the old page.
+pub fn punch_without_begin(rig: &Rig) {
     let daemon = rig.serve();
     for memory in [guest(2), memfd(2)] {
         let kind = memory.kind();
         let mut vmm = rig.join(&daemon, memory, PAGE);
-        let secret = vmm.fill(1);
+        let old_bytes = vmm.fill(1);
         vmm.memory.punch(PAGE, PAGE).unwrap();
-        assert_eq!(vmm.bytes(1), [0; LEN], "{kind:?}: the owner sees a fresh page");
-        assert_eq!(vmm.engine.read(1), secret, "{kind:?}: and the device the old one");
+        assert_eq!(vmm.bytes(1), [0; DMA_BYTES], "{kind:?}: the owner sees a fresh page");
+        assert_eq!(vmm.engine.read(1), old_bytes, "{kind:?}: the device sees the old page");
         vmm.engine.write(1);
-        assert_eq!(vmm.bytes(1), [0; LEN], "{kind:?}: what it writes is lost");
+        assert_eq!(vmm.bytes(1), [0; DMA_BYTES], "{kind:?}: the device's write is lost");
         let region = vmm.client.status().unwrap().regions[0].region;
         vmm.client.remove_memory(region).unwrap();
     }
 }
 
-pub fn asked_first(rig: &Rig) {
+pub fn punch_after_begin(rig: &Rig) {
     let daemon = rig.serve();
     let mut vmm = rig.join(&daemon, guest(4), PAGE);
-    let secret = vmm.fill(1);
-    assert_eq!(vmm.engine.read(1), secret, "the device has the page");
+    let old_bytes = vmm.fill(1);
+    assert_eq!(vmm.engine.read(1), old_bytes, "the device has the page");
 
     let invalidation = vmm.begin(1, PageState::Private);
-    assert_eq!(vmm.bytes(1), secret, "nothing has happened to the page yet");
-    vmm.is_out_of_reach(1);
+    assert_eq!(vmm.bytes(1), old_bytes, "a begin does not change the page");
+    vmm.assert_unreachable(1);
     vmm.memory.punch(PAGE, PAGE).unwrap();
     vmm.end(invalidation);
-    assert_eq!(vmm.bytes(1), [0; LEN], "the owner sees a fresh page");
+    assert_eq!(vmm.bytes(1), [0; DMA_BYTES], "the owner sees a fresh page");
     assert_eq!(vmm.engine.read(1), BLOCKED, "the device sees neither page");
     vmm.engine.write(1);
-    assert_eq!(vmm.bytes(1), [0; LEN], "nor does it write to the new one");
+    assert_eq!(vmm.bytes(1), [0; DMA_BYTES], "the device must not write to the new page");
 
-    vmm.give_back(1);
+    vmm.convert_to_shared(1);
     assert!(vmm.reaches(1), "shared again, DMA sees the new page");
     let status = vmm.client.status().unwrap();
     assert_eq!((status.totals.done, status.totals.refused, status.totals.unknown), (2, 0, 0));
     assert_eq!((status.iommu.as_str(), status.quarantine.len()), (rig.iommu, 0));
 }
 
-/// A connection of its own has the engine write to the neighbours all the time, and every write must arrive.
-pub fn neighbours_keep_their_dma(rig: &Rig) {
+/// The engine writes to both neighbours continuously, over a connection of its own, and every write must arrive.
+pub fn neighbours_keep_dma(rig: &Rig) {
     let (daemon, mut vmm) = rig.vmm(4);
-    let (over, memory) = (AtomicBool::new(false), vmm.memory.clone());
-    let mut engine = Engine::of(&daemon, &rig.edu);
+    let (stop, memory) = (AtomicBool::new(false), vmm.memory.clone());
+    let mut engine = Engine::connect(&daemon, &rig.edu);
     std::thread::scope(|scope| {
-        let (over, memory) = (&over, &memory);
+        let (stop, memory) = (&stop, &memory);
         let writer = scope.spawn(move || {
-            let mut went = 0;
-            while !over.load(Ordering::Relaxed) {
-                let page = 1 + went % 2 * 2; // 1 and 3, around 2
+            let mut writes = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let page = 1 + writes % 2 * 2; // 1 and 3, around 2
                 let sent = engine.write(page);
                 assert_eq!(bytes(memory, page), sent, "a write to page {page} did not arrive");
-                went += 1;
+                writes += 1;
             }
-            went
+            writes
         });
-        let begun = std::time::Instant::now();
+        let started = std::time::Instant::now();
         let mut conversions = 0;
-        while begun.elapsed() < Duration::from_secs(2) && !writer.is_finished() {
-            vmm.take_away(2);
-            vmm.give_back(2);
+        while started.elapsed() < Duration::from_secs(2) && !writer.is_finished() {
+            vmm.convert_to_hole(2);
+            vmm.convert_to_shared(2);
             conversions += 2;
         }
-        over.store(true, Ordering::Relaxed);
-        let went = writer.join().unwrap();
-        eprintln!("{conversions} conversions beside {went} DMA writes");
-        assert!(conversions >= 10 && went >= 5);
+        stop.store(true, Ordering::Relaxed);
+        let writes = writer.join().unwrap();
+        eprintln!("{conversions} conversions beside {writes} DMA writes");
+        assert!(conversions >= 10 && writes >= 5);
     });
-    assert!(vmm.reaches(2), "and the page itself is back");
+    assert!(vmm.reaches(2), "the page itself must be mapped again");
 }
 
-pub fn the_rest_of_a_piece_is_mapped_again(rig: &Rig) {
+pub fn remainder_is_remapped(rig: &Rig) {
     const PAGES: u64 = 16;
-    // type1 splits the piece, and nothing pauses the engine for it.
-    let window: &[&str] = if rig.iommu == "type1" { &["--hitless", "off"] } else { &[] };
-    let daemon = rig.serve_with(window);
+    // On type1 the piece is split, and the engine cannot be paused for that.
+    let options: &[&str] = if rig.iommu == "type1" { &["--hitless", "off"] } else { &[] };
+    let daemon = rig.serve_with(options);
     let mut vmm = rig.join(&daemon, memfd(PAGES), PAGES * PAGE);
     assert_eq!(vmm.client.status().unwrap().mappings, 1);
     let invalidation = vmm.begin(5, PageState::Private);
-    // The answer does not wait for it, and it does not wait for the end.
-    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 2), "both remainders");
+    // The remap of the remainders delays no verdict, and does not wait for the end of the conversion.
+    assert!(wait_until(TIMEOUT, || vmm.client.status().unwrap().mappings == 2), "both remainders");
     for page in [0, 4, 6, 15] {
         assert!(vmm.reaches(page), "DMA to page {page}");
     }
-    vmm.is_out_of_reach(5);
+    vmm.assert_unreachable(5);
     vmm.end(invalidation);
-    vmm.give_back(5);
-    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 3));
+    vmm.convert_to_shared(5);
+    assert!(wait_until(TIMEOUT, || vmm.client.status().unwrap().mappings == 3));
     assert!(vmm.reaches(5));
 }
 
-/// Why there is no memory of huge pages here, where there is none.
+/// Returns why there are no huge pages here, if there are none.
 pub fn no_huge_pages() -> Option<&'static str> {
     const DIR: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
     let _ = std::fs::write(format!("{DIR}/nr_hugepages"), "1");
     let free = std::fs::read_to_string(format!("{DIR}/free_hugepages"));
-    let has = free.is_ok_and(|free| free.trim() != "0");
-    (!has).then_some("this machine gives no page of 2 MiB")
+    let has_free_page = free.is_ok_and(|free| free.trim() != "0");
+    (!has_free_page).then_some("this machine gives no page of 2 MiB")
 }
 
-/// One page leaves a mapping of a huge page, and comes back; after a quiet while it is one mapping again.
-pub fn a_page_of_a_huge_page(rig: &Rig) {
+/// One page is unmapped from the mapping of a huge page and mapped again; after a time without changes the mappings are merged
+/// into one.
+pub fn page_of_huge_page(rig: &Rig) {
     const HUGE: u64 = 2 << 20;
     let daemon = rig.serve_with(&["--hitless", "off"]);
     let memory = Arc::new(GuestFile::memfd_huge("huge", HUGE, HUGE).unwrap());
@@ -121,26 +122,26 @@ pub fn a_page_of_a_huge_page(rig: &Rig) {
     let region = AddMemory { sole_mapper: true, ..AddMemory::shared(GPA, HUGE) };
     assert_eq!(client.add_memory(&region, &[&*memory]).unwrap().mapped, HUGE);
     let channel = client.open_channel().unwrap();
-    let mut vmm = Vmm { client, channel, memory, engine: Engine::of(&daemon, &rig.edu) };
+    let mut vmm = Vmm { client, channel, memory, engine: Engine::connect(&daemon, &rig.edu) };
     assert_eq!(vmm.client.status().unwrap().mappings, 1);
 
     let invalidation = vmm.begin(5, PageState::Private);
-    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 2), "both remainders");
+    assert!(wait_until(TIMEOUT, || vmm.client.status().unwrap().mappings == 2), "both remainders");
     for page in [0, 4, 6, 511] {
         assert!(vmm.reaches(page), "DMA to page {page}");
     }
-    vmm.is_out_of_reach(5);
+    vmm.assert_unreachable(5);
     vmm.end(invalidation);
-    vmm.give_back(5);
+    vmm.convert_to_shared(5);
     assert!(vmm.reaches(5));
-    assert!(until(LONG, || vmm.client.status().unwrap().mappings == 1), "one mapping again");
+    assert!(wait_until(TIMEOUT, || vmm.client.status().unwrap().mappings == 1), "one mapping again");
     assert!(vmm.reaches(5) && vmm.reaches(6));
 
-    // The file itself gives up nothing smaller, and is not asked to.
+    // The file can punch no less than a huge page, so passgate refuses to convert less.
     let part = Convert { gpa: GPA + 5 * PAGE, length: PAGE, to: State::Private, deadline_ms: 0 };
     let refused = vmm.client.convert(&part).unwrap_err().to_string();
     assert!(refused.contains("has pages of 2097152 bytes and gives up nothing smaller"), "{refused}");
-    assert!(vmm.reaches(5), "nothing has changed");
+    assert!(vmm.reaches(5), "the refusal must change nothing");
     let whole = Convert { gpa: GPA, length: HUGE, ..part };
     assert_eq!(vmm.client.convert(&whole).unwrap().verdict, "done");
     assert_eq!(vmm.engine.read(5), BLOCKED);
@@ -148,22 +149,22 @@ pub fn a_page_of_a_huge_page(rig: &Rig) {
 
 pub fn not_committed(rig: &Rig) {
     let (_daemon, mut vmm) = rig.vmm(2);
-    let kept = vmm.fill(1);
+    let written = vmm.fill(1);
     let invalidation = vmm.begin(1, PageState::Private);
     vmm.channel.end(invalidation, Outcome::NotCommitted).unwrap();
-    assert_eq!(vmm.engine.read(1), kept, "all is as it was");
+    assert_eq!(vmm.engine.read(1), written, "the page must be mapped again unchanged");
 }
 
-pub fn unknown(rig: &Rig) {
+pub fn unknown_outcome(rig: &Rig) {
     let (_daemon, mut vmm) = rig.vmm(2);
     let invalidation = vmm.begin(1, PageState::Private);
     vmm.channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
-    vmm.is_out_of_reach(1);
+    vmm.assert_unreachable(1);
     let status = vmm.client.status().unwrap();
     let quarantine: Vec<_> = status.quarantine.iter().map(|range| (range.offset, range.length)).collect();
     assert_eq!(quarantine, [(PAGE, PAGE)]);
     let again = vmm.channel.begin(super::rig::range(1), PageState::Shared, None);
     assert!(!matches!(again, Ok(passgate::client::Answer::Granted { .. })), "{again:?}");
-    vmm.memory.write(0, &fresh()).unwrap();
-    assert!(vmm.reaches(0), "its neighbour is free");
+    vmm.memory.write(0, &unique_bytes()).unwrap();
+    assert!(vmm.reaches(0), "its neighbour must not be affected");
 }

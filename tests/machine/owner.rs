@@ -1,5 +1,5 @@
-//! The owner's side fails: KVM refuses to convert, the VMM cannot say what became of the page. Nobody gets it any more,
-//! also not from the next daemon.
+//! The owner fails between begin and end: KVM refuses to convert, and the VMM reports an unknown outcome. The page stays in
+//! quarantine, also after a restart of the daemon.
 
 use std::path::Path;
 
@@ -12,73 +12,73 @@ use passgate_bindings::memory::GuestFile;
 use super::rig::{Engine, GPA, PASSGATE, Rig, UNHURRIED, Vmm, memfd, range};
 use crate::daemon::Daemon;
 
-/// The page of which nobody knows, and one that is as any other.
-const LOST: u64 = 1;
-const FINE: u64 = 2;
+/// The page whose conversion has an unknown outcome, and its neighbour.
+const LOST_PAGE: u64 = 1;
+const INTACT_PAGE: u64 = 2;
 const PAGES: u64 = 4;
 
-/// Two backings, as a VM with private memory has them.
-fn add(client: &mut Client, shared: &GuestFile, private: &GuestFile) -> Channel {
+/// Adds memory with a shared and a private backing, as a VM with private memory has it; returns a channel.
+fn add_memory(client: &mut Client, shared: &GuestFile, private: &GuestFile) -> Channel {
     let memory = AddMemory { private: true, ..AddMemory::shared(GPA, PAGES * PAGE) };
     client.add_memory(&memory, &[shared, private]).unwrap();
     client.open_channel().unwrap()
 }
 
-/// KVM_SET_MEMORY_ATTRIBUTES fails between begin and end, the VMM says that it does not know, the daemon is killed.
-/// The next one, in the same state directory, keeps the page from devices and from conversions.
-pub fn cannot_say(rig: &Rig) {
-    let place = tempfile::tempdir().unwrap();
-    let state = place.path().join("state");
-    let more = ["--state-dir", state.to_str().unwrap()];
+/// KVM_SET_MEMORY_ATTRIBUTES fails between begin and end, the VMM reports an unknown outcome, and the daemon is killed. The
+/// next daemon, with the same state directory, neither maps the page for devices nor lets it be converted.
+pub fn unknown_outcome(rig: &Rig) {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let options = ["--state-dir", state.to_str().unwrap()];
     let vm = VmType::SwProtected.create().unwrap();
     let private = guest_memfd::create(&vm, PAGES * PAGE, Flags::empty()).unwrap();
     let memory = memfd(PAGES);
 
-    let mut daemon = rig.serve_with(&more);
+    let mut daemon = rig.serve_with(&options);
     let mut client = daemon.client();
-    let channel = add(&mut client, &memory, &private);
-    let engine = Engine::of(&daemon, &rig.edu);
+    let channel = add_memory(&mut client, &memory, &private);
+    let engine = Engine::connect(&daemon, &rig.edu);
     let mut vmm = Vmm { client, channel, memory: memory.clone(), engine };
-    assert!(vmm.reaches(LOST) && vmm.reaches(FINE));
-    let invalidation = vmm.begin(LOST, PageState::Private);
-    let errno = refused_by_kvm(&vm, LOST);
+    assert!(vmm.reaches(LOST_PAGE) && vmm.reaches(INTACT_PAGE));
+    let invalidation = vmm.begin(LOST_PAGE, PageState::Private);
+    let errno = refused_by_kvm(&vm, LOST_PAGE);
     vmm.channel.end(invalidation, Outcome::Unknown { errno, offset: 0 }).unwrap();
-    vmm.is_out_of_reach(LOST);
+    vmm.assert_unreachable(LOST_PAGE);
     daemon.kill();
-    daemon.silence(); // the guardian has let go of the device
+    daemon.wait_stderr_closed(); // the guardian has closed the device
 
     for _ in 0..2 {
-        let mut next = Daemon::start_at(Path::new(PASSGATE), &daemon.path, &rig.arguments(&more));
+        let mut next = Daemon::start_at(Path::new(PASSGATE), &daemon.path, &rig.arguments(&options));
         let mut client = next.client();
-        let channel = add(&mut client, &memory, &private);
-        let engine = Engine::of(&next, &rig.edu);
+        let channel = add_memory(&mut client, &memory, &private);
+        let engine = Engine::connect(&next, &rig.edu);
         let mut vmm = Vmm { client, channel, memory: memory.clone(), engine };
-        assert!(vmm.reaches(FINE), "the page beside it is as any other");
-        vmm.is_out_of_reach(LOST);
+        assert!(vmm.reaches(INTACT_PAGE), "the neighbour must not be affected");
+        vmm.assert_unreachable(LOST_PAGE);
         for to in [PageState::Private, PageState::Shared] {
-            match vmm.channel.begin(range(LOST), to, None) {
+            match vmm.channel.begin(range(LOST_PAGE), to, None) {
                 Err(passgate::Error::Refused { errno: 5, .. }) => {}
                 other => panic!("begun again: {other:?}"),
             }
         }
         let quarantine = vmm.client.status().unwrap().quarantine;
-        let [kept] = &quarantine[..] else { panic!("{quarantine:?}") };
-        assert_eq!((kept.gpa, kept.length), (Some(range(LOST).start().0), PAGE));
-        assert_eq!((kept.cause.as_str(), kept.invalidation), ("owner-unknown", invalidation));
-        let invalidation = vmm.begin(FINE, PageState::Hole);
+        let [quarantined] = &quarantine[..] else { panic!("{quarantine:?}") };
+        assert_eq!((quarantined.gpa, quarantined.length), (Some(range(LOST_PAGE).start().0), PAGE));
+        assert_eq!((quarantined.cause.as_str(), quarantined.invalidation), ("owner-unknown", invalidation));
+        let invalidation = vmm.begin(INTACT_PAGE, PageState::Hole);
         vmm.end(invalidation);
         assert!(matches!(
-            vmm.channel.begin(range(FINE), PageState::Shared, UNHURRIED),
+            vmm.channel.begin(range(INTACT_PAGE), PageState::Shared, UNHURRIED),
             Ok(Answer::Granted { .. })
         ));
         next.kill();
-        next.silence();
+        next.wait_stderr_closed();
     }
     let replay = std::process::Command::new(PASSGATE).arg("replay").arg(&state).output().unwrap();
     assert!(replay.status.success(), "{}", String::from_utf8_lossy(&replay.stdout));
 }
 
-/// The errno of the call that converts, with a length that KVM cannot but refuse.
+/// Returns the errno of KVM_SET_MEMORY_ATTRIBUTES with a length that is not a multiple of the page size.
 fn refused_by_kvm(vm: &kvm_ioctls::VmFd, page: u64) -> i32 {
     let attributes = kvm_bindings::kvm_memory_attributes {
         address: range(page).start().0,

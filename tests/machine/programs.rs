@@ -1,4 +1,4 @@
-//! Whole programs on the machine's kernel: the demo, and a VM of our own.
+//! Whole programs on the machine's kernel: the demo, and the minimal VMM of examples/minimal-vmm.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,7 +9,7 @@ use super::rig::{PASSGATE, Rig};
 
 const MINIMAL_VMM: &str = "/bin/minimal-vmm";
 
-/// Why no VM of our own can run here.
+/// Returns why the minimal VMM cannot run here, if it cannot.
 pub fn no_vmm() -> Option<&'static str> {
     if !Path::new(MINIMAL_VMM).exists() {
         Some("examples/minimal-vmm was not carried along")
@@ -20,24 +20,25 @@ pub fn no_vmm() -> Option<&'static str> {
     }
 }
 
-/// Why KVM cannot be made to refuse a conversion here.
+/// Returns why there is no VM type with private memory here, if there is none.
 pub fn no_private_memory() -> Option<&'static str> {
-    // The built kernel has CONFIG_KVM_SW_PROTECTED_VM, the stock one has not, and neither says so in a file.
-    let stock = std::env::var("PASSGATE_RIG").is_ok_and(|has| has == "type1");
+    // Only the built kernel has CONFIG_KVM_SW_PROTECTED_VM. No file shows that, but only the stock kernel's rig is type1.
+    let stock = std::env::var("PASSGATE_RIG").is_ok_and(|api| api == "type1");
     no_vmm().or_else(|| stock.then_some("this kernel's KVM has no VM type with private memory"))
 }
 
-/// Runs a program that must end well, and reads the last line of what it prints.
+/// Runs a program that must succeed, and parses the last line of its output.
 fn summary(command: &mut Command) -> Value {
     let Output { status, stdout, stderr } = command.output().unwrap();
-    let (said, complained) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-    assert!(status.success(), "{status}: {said}{complained}");
-    eprintln!("{}", said.trim_end());
-    serde_json::from_str(said.lines().last().unwrap()).unwrap()
+    let (output, errors) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{status}: {output}{errors}");
+    eprintln!("{}", output.trim_end());
+    serde_json::from_str(output.lines().last().unwrap()).unwrap()
 }
 
-fn at_least_one(summary: &Value, counted: &[&str]) {
-    for name in counted {
+/// Asserts that none of these counters of the summary is 0.
+fn assert_nonzero(summary: &Value, counters: &[&str]) {
+    for name in counters {
         assert!(summary[name].as_u64().unwrap() > 0, "{name}");
     }
 }
@@ -46,17 +47,17 @@ pub fn demo() {
     let summary = summary(Command::new(PASSGATE).args(["demo", "--seconds", "3", "--json"]));
     assert_eq!(summary["guest_memfd"], true);
     assert_eq!(summary["stale_dma"], 0);
-    at_least_one(&summary, &["conversions", "dma_ops", "dma_hits_converted", "dma_faulted"]);
+    assert_nonzero(&summary, &["conversions", "dma_ops", "dma_hits_converted", "dma_faulted"]);
 }
 
-/// A guest of our own under nested KVM, with a software device.
+/// The minimal VMM's guest under nested KVM, with a software device.
 pub fn minimal_vmm() {
     let summary = summary(Command::new(MINIMAL_VMM).args(["--conversions", "200", "--json"]));
     assert_eq!(summary["stale"], 0);
-    at_least_one(&summary, &["conversions", "dma_ops"]);
+    assert_nonzero(&summary, &["conversions", "dma_ops"]);
 }
 
-/// The same, with KVM refusing two conversions that passgate has granted.
+/// Like [`minimal_vmm`], but KVM refuses two conversions that passgate has granted.
 pub fn kvm_refuses() {
     let arguments = ["--conversions", "50", "--fail-attributes", "--vm-type", "sw-protected", "--json"];
     let summary = summary(Command::new(MINIMAL_VMM).args(arguments));
@@ -64,8 +65,8 @@ pub fn kvm_refuses() {
     assert_eq!(summary["failed_attributes"], true);
 }
 
-/// A guest of our own, the real daemon, and a real device behind a real IOMMU.
-pub fn minimal_vmm_with_the_engine(rig: &Rig) {
+/// The minimal VMM's guest with the real daemon, and a real device behind a real IOMMU.
+pub fn minimal_vmm_with_edu(rig: &Rig) {
     let daemon = rig.serve();
     let summary = summary(
         Command::new(MINIMAL_VMM)
@@ -73,7 +74,7 @@ pub fn minimal_vmm_with_the_engine(rig: &Rig) {
             .arg(&daemon.path),
     );
     assert_eq!(summary["stale"], 0);
-    at_least_one(&summary, &["conversions", "dma_ops"]);
+    assert_nonzero(&summary, &["conversions", "dma_ops"]);
     let status = daemon.client().status().unwrap();
     assert_eq!((status.quarantine.len(), status.totals.refused), (0, 0));
 }

@@ -1,4 +1,4 @@
-//! What is refused at the start, and that the reason helps.
+//! Refusals at the start of `serve`, and their remedies.
 
 use std::fs::{self, Permissions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -16,17 +16,17 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::rig::{PASSGATE, Rig};
-use crate::daemon::{LONG, serve_fails, until};
+use crate::daemon::{TIMEOUT, serve_fails, wait_until};
 
-/// A user without any right.
-const NOBODY: u32 = 65534;
+/// The user and group id of an unprivileged user.
+const UNPRIVILEGED_UID: u32 = 65534;
 
-pub fn not_free(rig: &Rig) {
+pub fn busy_device(rig: &Rig) {
     let first = rig.serve();
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("other.sock");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other.sock");
     let holder = format!("process {} (`{PASSGATE} serve --socket-path", first.pid().as_raw_nonzero());
-    for (device, says) in [
+    for (device, expected) in [
         (rig.edu.as_str(), holder.as_str()),
         (rig.edu.as_str(), "has it: stop that process"),
         ("0000:00:1f.3", "not to vfio-pci; bind it:"), // the SMBus controller
@@ -35,47 +35,49 @@ pub fn not_free(rig: &Rig) {
         ("4:0.0", "names no device: write a PCI address"),
     ] {
         let arguments = ["--wait", "0", "--allow-unstoppable", "--iommu", rig.iommu, "--device", device];
-        let (code, said) = serve_fails(Path::new(PASSGATE), &path, &arguments);
-        assert_eq!(code, Some(3), "{said}");
-        assert!(said.contains(device) && said.contains(says), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(!path.exists(), "a socket is left");
+        let (code, stderr) = serve_fails(Path::new(PASSGATE), &path, &arguments);
+        assert_eq!(code, Some(3), "{stderr}");
+        assert!(stderr.contains(device) && stderr.contains(expected), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(!path.exists(), "the socket was not removed");
     }
 }
 
-/// Whether a daemon answers there.
+/// Returns true if a daemon answers at this socket.
 fn serves(path: &Path) -> bool {
     Client::connect(path).is_ok_and(|mut client| client.status().is_ok())
 }
 
-/// A taken device is waited for: its holder is named once, and when it lets go the device is served.
-pub fn waited_for(rig: &Rig) {
+/// `--wait` waits for a device in use: the process that has it is named once, and after its end the device is served.
+pub fn wait_for_device(rig: &Rig) {
     let mut first = rig.serve();
-    assert!(serves(&first.path), "it hears a signal from here on");
-    let place = TempDir::new().unwrap();
+    assert!(serves(&first.path), "the daemon does not answer");
+    let dir = TempDir::new().unwrap();
     let arguments = rig.arguments(&["--wait", "60"]);
     let mut second = Command::new(PASSGATE)
         .args(["serve", "--socket-path"])
-        .arg(place.path().join("second.sock"))
+        .arg(dir.path().join("second.sock"))
         .args(&arguments)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(second.stderr.take().unwrap()));
-    let mut waits = || lines.find(|line| line.as_ref().unwrap().contains("trying again")).unwrap().unwrap();
-    let said = waits();
-    assert!(said.contains(&format!("process {} (", first.pid().as_raw_nonzero())), "{said}");
+    let mut next_retry_line =
+        || lines.find(|line| line.as_ref().unwrap().contains("trying again")).unwrap().unwrap();
+    let retry_line = next_retry_line();
+    assert!(retry_line.contains(&format!("process {} (", first.pid().as_raw_nonzero())), "{retry_line}");
     first.terminate();
-    assert!(first.ended(LONG).success());
-    let path = place.path().join("second.sock");
-    assert!(until(LONG, || serves(&path)), "the device is free, and not taken");
+    assert!(first.wait_exit(TIMEOUT).success());
+    let path = dir.path().join("second.sock");
+    assert!(wait_until(TIMEOUT, || serves(&path)), "the daemon has not taken the free device");
     kill_process(Pid::from_child(&second), Signal::TERM).unwrap();
     assert!(second.wait().unwrap().success());
-    let more: Vec<_> = lines.map(Result::unwrap).filter(|line| line.contains("trying again")).collect();
-    assert!(more.is_empty(), "said once: {more:?}");
+    let further_lines: Vec<_> =
+        lines.map(Result::unwrap).filter(|line| line.contains("trying again")).collect();
+    assert!(further_lines.is_empty(), "reported more than once: {further_lines:?}");
 }
 
-/// The kernel's log, from when it is made.
+/// The kernel log from the time on at which this is created.
 struct KernelLog(fs::File);
 
 impl KernelLog {
@@ -86,10 +88,10 @@ impl KernelLog {
         Self(log)
     }
 
-    /// How often the kernel has said of `device` that it resets it, since it was asked last.
+    /// Returns how often the kernel has logged a reset of `device` since the last call.
     fn resets(&mut self, device: &str) -> usize {
         let (mut count, mut record) = (0, [0; 8192]);
-        // One record a call; a reader that is overtaken is told so once, and goes on.
+        // /dev/kmsg: a read returns one record, and EPIPE once if records were overwritten before they were read.
         loop {
             match self.0.read(&mut record) {
                 Ok(len) => {
@@ -103,7 +105,7 @@ impl KernelLog {
     }
 }
 
-/// A group whose only descriptor lies in a socket: no process is seen to have it, and yet it is somebody's.
+/// A group whose only descriptor is in flight in a socket: it is in use although no process is seen to have it open.
 pub fn unseen_holder(rig: &Rig) {
     let device = std::env::var("PASSGATE_IGB").unwrap();
     let pci = PciDevice::find(Path::new(SYSFS), device.parse().unwrap()).unwrap();
@@ -113,38 +115,39 @@ pub fn unseen_holder(rig: &Rig) {
     passgate::protocol::frame::send(&near, b"one\0", &[group.as_fd()]).unwrap();
     drop(group);
     let mut log = KernelLog::from_now();
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("passgate.sock");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("passgate.sock");
     let arguments = ["--wait", "3", "--iommu", rig.iommu, "--device", &device];
-    let (code, said) = serve_fails(Path::new(PASSGATE), &path, &arguments);
-    let last = said.lines().last().unwrap();
-    assert_eq!(code, Some(3), "{said}");
-    assert!(last.contains("no process is seen to have it") && !last.contains("/remove"), "{said}");
-    assert_eq!(log.resets(&device), 0, "what somebody has is reset");
+    let (code, stderr) = serve_fails(Path::new(PASSGATE), &path, &arguments);
+    let last = stderr.lines().last().unwrap();
+    assert_eq!(code, Some(3), "{stderr}");
+    assert!(last.contains("no process is seen to have it") && !last.contains("/remove"), "{stderr}");
+    assert_eq!(log.resets(&device), 0, "a device in use was reset");
     drop((near, far));
     fs::write(pci.dir().join("reset"), "1").unwrap();
-    assert_ne!(log.resets(&device), 0, "the log shows no reset");
+    assert_ne!(log.resets(&device), 0, "the kernel log shows no reset");
 }
 
-/// The engine on type1 has nothing that stops it.
+/// On type1 nothing stops the edu device for certain.
 pub fn unstoppable(rig: &Rig) {
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("passgate.sock");
-    let (code, said) = serve_fails(Path::new(PASSGATE), &path, &["--iommu", rig.iommu, "--device", &rig.edu]);
-    assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
-    assert!(said.contains(&format!("{} cannot be stopped for certain", rig.edu)), "{said}");
-    assert!(said.contains("use --iommu iommufd") && said.contains("--allow-unstoppable"), "{said}");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("passgate.sock");
+    let (code, stderr) =
+        serve_fails(Path::new(PASSGATE), &path, &["--iommu", rig.iommu, "--device", &rig.edu]);
+    assert_eq!((code, stderr.lines().count()), (Some(3), 1), "{stderr}");
+    assert!(stderr.contains(&format!("{} cannot be stopped for certain", rig.edu)), "{stderr}");
+    assert!(stderr.contains("use --iommu iommufd") && stderr.contains("--allow-unstoppable"), "{stderr}");
     let daemon = rig.serve();
-    daemon.says("cannot be stopped for certain, which --allow-unstoppable accepts");
+    daemon.wait_for_line("cannot be stopped for certain, which --allow-unstoppable accepts");
     assert_eq!(daemon.client().status().unwrap().devices[0].stop, ["unmap"]);
 }
 
-/// A file whose mode is as it was when this goes.
-struct Opened(PathBuf, Permissions);
+/// A file that every user may read and write until this is dropped, which restores its mode.
+struct WorldWritable(PathBuf, Permissions);
 
-impl Opened {
-    /// Lets everybody open it.
-    fn to_all(path: impl Into<PathBuf>) -> Self {
+impl WorldWritable {
+    /// Sets the mode 0666.
+    fn set(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         let mode = fs::metadata(&path).unwrap().permissions();
         fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
@@ -152,29 +155,34 @@ impl Opened {
     }
 }
 
-impl Drop for Opened {
+impl Drop for WorldWritable {
     fn drop(&mut self) {
         fs::set_permissions(&self.0, self.1.clone()).unwrap();
     }
 }
 
-/// Without a right to a file the reason names what to give, file after file; with all of them it serves.
-pub fn without_rights(rig: &Rig) {
+/// Without permission for a device file the daemon names the file to grant, one after the other; with all of them it serves.
+pub fn missing_permission(rig: &Rig) {
     let device = PciDevice::find(Path::new(SYSFS), rig.edu.parse().unwrap()).unwrap();
-    let place = TempDir::new().unwrap();
-    fs::set_permissions(place.path(), Permissions::from_mode(0o777)).unwrap();
-    let path = place.path().join("passgate.sock");
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+    let path = dir.path().join("passgate.sock");
     let arguments = rig.arguments(&["--wait", "0"]);
     let serve = || {
         let mut command = Command::new(PASSGATE);
-        command.args(["serve", "--socket-path"]).arg(&path).args(&arguments).uid(NOBODY).gid(NOBODY);
+        command
+            .args(["serve", "--socket-path"])
+            .arg(&path)
+            .args(&arguments)
+            .uid(UNPRIVILEGED_UID)
+            .gid(UNPRIVILEGED_UID);
         command.stderr(Stdio::piped()).spawn().unwrap()
     };
-    let refused = |says: &str| {
+    let refused = |expected: &str| {
         let output = serve().wait_with_output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.code(), said.lines().count()), (Some(3), 1), "{said}");
-        assert!(said.contains("Permission denied") && said.contains(says), "{said}");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(3), 1), "{stderr}");
+        assert!(stderr.contains("Permission denied") && stderr.contains(expected), "{stderr}");
     };
     let files = if rig.iommu == "iommufd" {
         let cdev = format!("/dev/vfio/devices/{}", device.cdev().unwrap().name);
@@ -184,18 +192,18 @@ pub fn without_rights(rig: &Rig) {
         ]
     } else {
         let group = format!("/dev/vfio/{}", device.group().unwrap().id);
-        // Everybody may open the container, which gives nothing.
+        // Every user may open the container, which grants no access by itself.
         [("/dev/vfio/vfio".to_owned(), ""), (group, "give this user /dev/vfio/GROUP")]
     };
-    let mut opened = Vec::new();
-    for (file, says) in files {
-        if !says.is_empty() {
-            refused(says);
+    let mut permissions = Vec::new();
+    for (file, expected) in files {
+        if !expected.is_empty() {
+            refused(expected);
         }
-        opened.push(Opened::to_all(file));
+        permissions.push(WorldWritable::set(file));
     }
     let mut child = serve();
-    assert!(until(LONG, || serves(&path) || child.try_wait().unwrap().is_some()));
+    assert!(wait_until(TIMEOUT, || serves(&path) || child.try_wait().unwrap().is_some()));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! `serve --restart hold`: mappings stay, DMA goes on, whoever holds the devices lets go of them in the end.
+//! `serve --restart hold`: mappings stay and DMA continues across a restart; without a restart the devices are stopped.
 
 use std::path::Path;
 
@@ -8,18 +8,18 @@ use passgate_bindings::vfio::DeviceFile;
 
 use super::death::Registers;
 use super::rig::{Engine, GPA, PASSGATE, Rig, Vmm, memfd};
-use crate::daemon::{LONG, until};
-use crate::keeper::Keeper;
+use crate::daemon::{TIMEOUT, wait_until};
+use crate::service_manager::ServiceManager;
 
 const PAGES: u64 = 4;
-/// The page that devices must never see.
-const PRIVATE: u64 = 2;
+/// The page that is a hole: devices must never reach it.
+const HOLE_PAGE: u64 = 2;
 
-fn service(rig: &Rig) -> Keeper {
-    Keeper::new(Path::new(PASSGATE), &rig.arguments(&["--restart", "hold"]))
+fn service(rig: &Rig) -> ServiceManager {
+    ServiceManager::new(Path::new(PASSGATE), &rig.arguments(&["--restart", "hold"]))
 }
 
-fn join(service: &Keeper, rig: &Rig) -> Vmm {
+fn connect_vmm(service: &ServiceManager, rig: &Rig) -> Vmm {
     let memory = memfd(PAGES);
     let mut client = service.client();
     let region = passgate::client::AddMemory::shared(GPA, memory.size());
@@ -28,30 +28,30 @@ fn join(service: &Keeper, rig: &Rig) -> Vmm {
     Vmm { client, channel, memory, engine: engine(service, rig) }
 }
 
-fn engine(service: &Keeper, rig: &Rig) -> Engine {
-    Engine::by(service.client(), &rig.edu)
+fn engine(service: &ServiceManager, rig: &Rig) -> Engine {
+    Engine::over_client(service.client(), &rig.edu)
 }
 
-/// The engine by the descriptor that the manager keeps: it can be asked for DMA while there is no daemon.
-fn registers(service: &Keeper, rig: &Rig) -> Registers {
+/// Returns the registers of the edu device, by the descriptor in the manager's store: they start DMA while no daemon runs.
+fn registers(service: &ServiceManager, rig: &Rig) -> Registers {
     let name = format!("passgate.device.{}", rig.edu.replace(':', "-"));
-    Registers::by(DeviceFile::from_fd(service.copy(&name)))
+    Registers::from_device(DeviceFile::from_fd(service.stored_fd(&name)))
 }
 
-/// Whether a write of the engine arrives in a page, asked for by its registers.
-fn arrives(registers: &Registers, vmm: &Vmm, page: u64) -> bool {
+/// Returns true if a DMA write, started by the registers, arrives in a page.
+fn write_arrives(registers: &Registers, vmm: &Vmm, page: u64) -> bool {
     let before = vmm.fill(page);
     registers.write(page);
     vmm.bytes(page) != before
 }
 
-/// Killed, and asked to end: either way the device reaches what it may, and nothing else, before there is a new daemon,
-/// and after.
-pub fn goes_on(rig: &Rig) {
+/// Before and after a new daemon starts, the device reaches exactly the pages that are mapped: after `kill -9` and after
+/// SIGTERM.
+pub fn dma_continues(rig: &Rig) {
     let mut service = service(rig);
     service.start();
-    let mut vmm = join(&service, rig);
-    vmm.take_away(PRIVATE);
+    let mut vmm = connect_vmm(&service, rig);
+    vmm.convert_to_hole(HOLE_PAGE);
     let unended = vmm.begin(3, PageState::Hole);
     assert!(vmm.reaches(0) && vmm.reaches(1));
     let registers = registers(&service, rig);
@@ -61,11 +61,17 @@ pub fn goes_on(rig: &Rig) {
         } else {
             assert!(service.terminate().success());
         }
-        assert!(arrives(&registers, &vmm, 0) && arrives(&registers, &vmm, 1), "DMA goes on without a daemon");
-        assert!(!arrives(&registers, &vmm, PRIVATE), "and only where it may");
-        let took = service.start();
-        eprintln!("ready {took:?} after the process was started");
-        assert!(arrives(&registers, &vmm, 1), "and with the new one, before anybody adopts");
+        assert!(
+            write_arrives(&registers, &vmm, 0) && write_arrives(&registers, &vmm, 1),
+            "DMA must continue without a daemon"
+        );
+        assert!(!write_arrives(&registers, &vmm, HOLE_PAGE), "DMA must not reach the hole");
+        let start_time = service.start();
+        eprintln!("ready {start_time:?} after the process was started");
+        assert!(
+            write_arrives(&registers, &vmm, 1),
+            "DMA must continue with the new daemon before the memory is adopted"
+        );
 
         vmm.client = service.client();
         let adopted = vmm.client.adopt().unwrap();
@@ -76,41 +82,41 @@ pub fn goes_on(rig: &Rig) {
         if killed {
             assert_eq!(states, [2, 0, 1, 1]);
             assert_eq!((adopted.unended[0].invalidation, adopted.unended[0].gpa), (unended, GPA + 3 * PAGE));
-            vmm.is_out_of_reach(3);
+            vmm.assert_unreachable(3);
             vmm.client.release(unended, passgate::client::State::Shared).unwrap();
         } else {
             assert_eq!((states, adopted.unended.len()), ([3, 0, 1, 0], 0));
         }
-        assert!(until(LONG, || vmm.client.status().unwrap().pinned == 3 * PAGE));
+        assert!(wait_until(TIMEOUT, || vmm.client.status().unwrap().pinned == 3 * PAGE));
         for page in [0, 1, 3] {
             assert!(vmm.reaches(page), "page {page}");
         }
-        vmm.is_out_of_reach(PRIVATE);
+        vmm.assert_unreachable(HOLE_PAGE);
     }
-    // What was mapped by the first daemon can be unmapped by the third, and mapped again.
-    vmm.take_away(0);
-    vmm.is_out_of_reach(0);
-    vmm.give_back(0);
-    vmm.give_back(PRIVATE);
-    assert!(vmm.reaches(0) && vmm.reaches(PRIVATE));
+    // The third daemon can unmap what the first one mapped, and map it again.
+    vmm.convert_to_hole(0);
+    vmm.assert_unreachable(0);
+    vmm.convert_to_shared(0);
+    vmm.convert_to_shared(HOLE_PAGE);
+    assert!(vmm.reaches(0) && vmm.reaches(HOLE_PAGE));
     let region = vmm.client.status().unwrap().regions[0].region;
     vmm.client.remove_memory(region).unwrap();
-    assert!(!arrives(&registers, &vmm, 1), "a region that goes is gone for the device as well");
+    assert!(!write_arrives(&registers, &vmm, 1), "DMA must not reach a removed region");
 }
 
-/// No daemon comes: the service is stopped for good, the manager drops what it kept, and the guardian stops the device,
-/// although somebody else has its file.
-pub fn let_go(rig: &Rig) {
+/// No new daemon starts: the manager closes its descriptor store, and the guardian stops the device, although another process
+/// has it open.
+pub fn abandoned(rig: &Rig) {
     let mut service = service(rig);
     service.start();
-    let vmm = join(&service, rig);
+    let vmm = connect_vmm(&service, rig);
     let registers = registers(&service, rig);
     service.kill();
-    assert!(arrives(&registers, &vmm, 1), "it is held");
-    assert!(!service.said().iter().any(|line| line.contains("guardian")), "{:?}", service.said());
-    service.forget("");
-    service.says("DMA is blocked");
+    assert!(write_arrives(&registers, &vmm, 1), "DMA must continue while the manager stores the device");
+    assert!(!service.log_lines().iter().any(|line| line.contains("guardian")), "{:?}", service.log_lines());
+    service.remove("");
+    service.wait_for_log("DMA is blocked");
     for page in 0..PAGES {
-        assert!(!arrives(&registers, &vmm, page), "DMA goes on in page {page}");
+        assert!(!write_arrives(&registers, &vmm, page), "DMA still reaches page {page}");
     }
 }

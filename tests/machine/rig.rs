@@ -1,4 +1,4 @@
-//! What a trial works with: the machine's engine, a daemon that has it, memory, and ways to look.
+//! The fixtures of a trial: the machine's edu device, a daemon that serves it, memory, and checks of both.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -11,22 +11,23 @@ use passgate_bindings::{Gpa, PAGE, PageRange, guest_memfd};
 
 use crate::daemon::Daemon;
 
-/// The real program, as tests/vm/run carries it along.
+/// The path of the passgate binary that tests/vm/run has put into the machine.
 pub const PASSGATE: &str = "/bin/passgate";
 
-/// Where the trials' memory lies.
+/// The guest-physical address of the trials' memory.
 pub const GPA: u64 = 0x4000_0000;
 
-/// What the engine reads where its DMA is blocked.
-pub const BLOCKED: [u8; LEN] = [0; LEN];
+/// The bytes that the engine reads where its DMA is blocked.
+pub const BLOCKED: [u8; DMA_BYTES] = [0; DMA_BYTES];
 
-/// Bytes of one DMA: a transfer takes 100 ms whatever its length.
-pub const LEN: usize = 64;
+/// The length of one DMA in bytes: a transfer takes 100 ms whatever its length.
+pub const DMA_BYTES: usize = 64;
 
-/// The machine, by one interface to its IOMMU.
+/// The machine, with one API to its IOMMU.
 pub struct Rig {
+    /// The value of `--iommu`: `iommufd` or `type1`.
     pub iommu: &'static str,
-    /// The engine that the trials use.
+    /// The PCI address of the edu device that the trials use.
     pub edu: String,
 }
 
@@ -36,41 +37,42 @@ impl Rig {
         Self { iommu, edu: engines.split_whitespace().next().unwrap().to_owned() }
     }
 
-    /// A daemon that has the engine.
+    /// Starts a daemon that serves the edu device.
     pub fn serve(&self) -> Daemon {
         self.serve_with(&[])
     }
 
-    /// The same, with more arguments.
-    pub fn serve_with(&self, more: &[&str]) -> Daemon {
-        Daemon::start(Path::new(PASSGATE), &self.arguments(more))
+    /// Starts a daemon that serves the edu device, with more options.
+    pub fn serve_with(&self, options: &[&str]) -> Daemon {
+        Daemon::start(Path::new(PASSGATE), &self.arguments(options))
     }
 
-    pub fn arguments<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
-        // Nothing stops the engine for certain on type1: it has no reset.
-        let accept: &[&str] = if self.iommu == "type1" { &["--allow-unstoppable"] } else { &[] };
-        [&["--iommu", self.iommu, "--device", &self.edu, "--allow-dma"], accept, more].concat()
+    /// Returns the arguments of a daemon that serves the edu device.
+    pub fn arguments<'a>(&'a self, options: &[&'a str]) -> Vec<&'a str> {
+        // On type1 nothing stops the edu device for certain: it has no reset.
+        let allow_unstoppable: &[&str] = if self.iommu == "type1" { &["--allow-unstoppable"] } else { &[] };
+        [&["--iommu", self.iommu, "--device", &self.edu, "--allow-dma"], allow_unstoppable, options].concat()
     }
 
-    /// A daemon, and its VMM.
+    /// Starts a daemon; returns it with a VMM of `pages` pages, each mapped by itself.
     pub fn vmm(&self, pages: u64) -> (Daemon, Vmm) {
         let daemon = self.serve();
         let vmm = self.join(&daemon, memfd(pages), PAGE);
         (daemon, vmm)
     }
 
-    /// A VMM with this memory, mapped in pieces of so many bytes.
+    /// Returns a VMM with this memory, mapped in pieces of `piece` bytes.
     pub fn join(&self, daemon: &Daemon, memory: Arc<GuestFile>, piece: u64) -> Vmm {
         let mut client = daemon.client();
         let region = AddMemory { piece, ..AddMemory::shared(GPA, memory.size()) };
         let added = client.add_memory(&region, &[&*memory]).unwrap();
         assert_eq!(added.mapped, memory.size());
         let channel = client.open_channel().unwrap();
-        Vmm { client, channel, memory, engine: Engine::of(daemon, &self.edu) }
+        Vmm { client, channel, memory, engine: Engine::connect(daemon, &self.edu) }
     }
 }
 
-/// What a VMM is to passgate: memory, and the word before each conversion; and an engine under its guest.
+/// A VMM as passgate sees it (its connections and its memory), and the engine that its guest would drive.
 pub struct Vmm {
     pub client: Client,
     pub channel: Channel,
@@ -91,48 +93,48 @@ impl Vmm {
         }
     }
 
-    /// Says that it is done.
+    /// Ends the conversion as committed.
     pub fn end(&mut self, invalidation: u64) {
         self.channel.end(invalidation, Outcome::Committed).unwrap();
     }
 
-    /// To a hole, in the right order.
-    pub fn take_away(&mut self, page: u64) {
+    /// Converts a page to a hole: begin, punch, end.
+    pub fn convert_to_hole(&mut self, page: u64) {
         let invalidation = self.begin(page, PageState::Hole);
         self.memory.punch(page * PAGE, PAGE).unwrap();
         self.end(invalidation);
     }
 
-    /// Back to shared.
-    pub fn give_back(&mut self, page: u64) {
+    /// Converts a page to shared.
+    pub fn convert_to_shared(&mut self, page: u64) {
         let invalidation = self.begin(page, PageState::Shared);
         self.end(invalidation);
     }
 
-    /// What the owner sees.
+    /// Returns the first bytes of a page as the owner sees them.
     pub fn bytes(&self, page: u64) -> Vec<u8> {
         bytes(&self.memory, page)
     }
 
-    /// Writes as the owner.
+    /// Writes new bytes to a page as the owner, and returns them.
     pub fn fill(&self, page: u64) -> Vec<u8> {
-        let fresh = fresh();
-        self.memory.write(page * PAGE, &fresh).unwrap();
-        fresh
+        let unique_bytes = unique_bytes();
+        self.memory.write(page * PAGE, &unique_bytes).unwrap();
+        unique_bytes
     }
 
-    /// Whether DMA and the owner meet in this page, both ways.
+    /// Returns true if DMA and the owner access the same page, for reads and for writes.
     pub fn reaches(&mut self, page: u64) -> bool {
         let written = self.fill(page);
         let read = self.engine.read(page) == written;
         let sent = self.engine.write(page);
         let arrived = self.bytes(page) == sent;
-        assert_eq!(read, arrived, "DMA goes one way only");
+        assert_eq!(read, arrived, "DMA works in one direction only");
         read
     }
 
-    /// Fails where any DMA reaches the page, or leaves a trace in it.
-    pub fn is_out_of_reach(&mut self, page: u64) {
+    /// Asserts that DMA neither reads nor changes the page.
+    pub fn assert_unreachable(&mut self, page: u64) {
         let before = self.fill(page);
         assert_eq!(self.engine.read(page), BLOCKED, "the device reads page {page}");
         self.engine.write(page);
@@ -140,33 +142,34 @@ impl Vmm {
     }
 }
 
-/// The engine, on a connection of its own.
+/// The DMA engine of a device, driven over a connection of its own.
 pub struct Engine {
     client: Client,
     device: String,
 }
 
 impl Engine {
-    pub fn of(daemon: &Daemon, device: &str) -> Self {
-        Self::by(daemon.client(), device)
+    pub fn connect(daemon: &Daemon, device: &str) -> Self {
+        Self::over_client(daemon.client(), device)
     }
 
-    pub fn by(client: Client, device: &str) -> Self {
+    pub fn over_client(client: Client, device: &str) -> Self {
         Self { client, device: device.to_owned() }
     }
 
-    /// What it reads from the start of a page.
+    /// Reads the start of a page by DMA.
     pub fn read(&mut self, page: u64) -> Vec<u8> {
-        self.client.dma_read(&self.device, GPA + page * PAGE, LEN as u32).unwrap()
+        self.client.dma_read(&self.device, GPA + page * PAGE, DMA_BYTES as u32).unwrap()
     }
 
-    /// Has it write something new to the start of a page.
+    /// Writes new bytes to the start of a page by DMA, and returns them.
     pub fn write(&mut self, page: u64) -> Vec<u8> {
         self.try_write(page).unwrap()
     }
 
+    /// Like [`Engine::write`], but returns the error of a daemon that refuses or has ended.
     pub fn try_write(&mut self, page: u64) -> passgate::Result<Vec<u8>> {
-        let bytes = fresh();
+        let bytes = unique_bytes();
         self.client.dma_write(&self.device, GPA + page * PAGE, &bytes)?;
         Ok(bytes)
     }
@@ -176,9 +179,9 @@ pub fn range(page: u64) -> PageRange<Gpa> {
     PageRange::new(GPA + page * PAGE, PAGE).unwrap()
 }
 
-/// What the owner of `memory` sees at the start of a page.
+/// Returns the first bytes of a page of `memory` as its owner sees them.
 pub fn bytes(memory: &GuestFile, page: u64) -> Vec<u8> {
-    let mut bytes = vec![0; LEN];
+    let mut bytes = vec![0; DMA_BYTES];
     memory.read(page * PAGE, &mut bytes).unwrap();
     bytes
 }
@@ -187,19 +190,19 @@ pub fn memfd(pages: u64) -> Arc<GuestFile> {
     Arc::new(GuestFile::memfd("machine", pages * PAGE).unwrap())
 }
 
-/// A guest_memfd that the host may map.
+/// Returns a guest_memfd that the host can map.
 pub fn guest(pages: u64) -> Arc<GuestFile> {
     Arc::new(guest_memfd::shared(pages * PAGE).unwrap().1)
 }
 
-/// A copy of the descriptor.
+/// Returns a duplicate of the descriptor.
 pub fn copy(file: &impl AsFd) -> OwnedFd {
     file.as_fd().try_clone_to_owned().unwrap()
 }
 
-/// Bytes unlike any before, none of them 0.
-pub fn fresh() -> Vec<u8> {
-    static SALT: AtomicU8 = AtomicU8::new(1);
-    let salt = usize::from(SALT.fetch_add(7, Ordering::Relaxed));
-    (0..LEN).map(|i| 1 + ((i * 31 + salt * 17) % 251) as u8).collect()
+/// Returns bytes that differ from those of the calls before; none is 0.
+pub fn unique_bytes() -> Vec<u8> {
+    static NEXT_SALT: AtomicU8 = AtomicU8::new(1);
+    let salt = usize::from(NEXT_SALT.fetch_add(7, Ordering::Relaxed));
+    (0..DMA_BYTES).map(|i| 1 + ((i * 31 + salt * 17) % 251) as u8).collect()
 }

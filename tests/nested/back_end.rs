@@ -1,7 +1,6 @@
-//! What serves the guest its disk: passgate, or QEMU's own storage daemon to compare with.
+//! The back-end that serves the guest's disk: passgate, or QEMU's storage daemon for comparison.
 
 use std::fs::File;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,94 +11,94 @@ use tempfile::TempDir;
 use super::guest::tail;
 use super::{STORAGE_DAEMON, wait};
 
-/// The program under test.
+/// The path of passgate.
 pub const PASSGATE: &str = "/bin/passgate";
 
-/// How long one may take to listen: devices are reset, and one that was killed is waited for.
-const STARTS: Duration = Duration::from_secs(60);
+/// The longest time until a back-end listens: it resets devices, and waits for the end of a killed predecessor.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Which, and with what more on its command line.
+/// The kind of a back-end, with its additional options.
 #[derive(Debug, Clone)]
 pub enum Which {
     Passgate(Vec<String>),
-    /// The storage daemon, with its `nvme://` driver; with a thread of its own for I/O or without.
+    /// The storage daemon with its `nvme://` driver; `thread` gives it an I/O thread of its own.
     Stock {
         thread: bool,
     },
 }
 
-/// A running back-end. When dropped it is asked to end.
+/// A running back-end. Dropping it sends SIGTERM.
 #[derive(Debug)]
 pub struct BackEnd {
-    which: Which,
+    kind: Which,
     drive: String,
     queues: u32,
     child: Child,
-    place: TempDir,
-    /// How often it was started.
+    dir: TempDir,
+    /// The number of starts.
     pub starts: u32,
 }
 
 impl BackEnd {
-    pub fn start(which: Which, drive: &str, queues: u32) -> Self {
-        let place = TempDir::new().unwrap();
-        let child = spawn(&which, drive, queues, place.path());
-        Self { which, drive: drive.to_owned(), queues, child, place, starts: 1 }
+    pub fn start(kind: Which, drive: &str, queues: u32) -> Self {
+        let dir = TempDir::new().unwrap();
+        let child = spawn(&kind, drive, queues, dir.path());
+        Self { kind, drive: drive.to_owned(), queues, child, dir, starts: 1 }
     }
 
-    /// Where the guest's QEMU connects.
+    /// Returns the path of the socket that the guest's QEMU connects to.
     pub fn socket(&self) -> PathBuf {
-        self.place.path().join("disk")
+        self.dir.path().join("disk")
     }
 
-    /// Where passgate takes control connections.
+    /// Returns the path of passgate's control socket.
     pub fn control(&self) -> PathBuf {
-        self.place.path().join("control")
+        self.dir.path().join("control")
     }
 
-    /// `kill -9`, whatever it is doing.
+    /// `kill -9`, at whatever point it is.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Starts it again at the same place.
+    /// Starts it again with the same sockets.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.which, &self.drive, self.queues, self.place.path());
+        self.child = spawn(&self.kind, &self.drive, self.queues, self.dir.path());
         self.starts += 1;
     }
 
-    /// Asks it to end, as a service manager does; how long that took.
+    /// Sends SIGTERM and waits for the end; returns how long that took.
     pub fn end(&mut self) -> Duration {
-        let begun = Instant::now();
+        let started = Instant::now();
         if let Ok(None) = self.child.try_wait() {
             kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-            let status = wait("the end of the back-end", STARTS, || self.child.try_wait().unwrap());
+            let status = wait("the end of the back-end", START_TIMEOUT, || self.child.try_wait().unwrap());
             assert!(
-                status.success() || matches!(self.which, Which::Stock { .. }),
+                status.success() || matches!(self.kind, Which::Stock { .. }),
                 "{status}: {}",
-                self.said()
+                self.log_tail()
             );
         }
-        begun.elapsed()
+        started.elapsed()
     }
 
-    /// Seconds of processor time that its threads have used, as the scheduler measures it: what is counted by ticks goes
-    /// wrong by a factor of four where threads wake with the tick.
+    /// Returns the processor time of its threads in seconds, as measured by the scheduler: the tick-based times of
+    /// /proc/PID/stat are wrong by a factor of four where threads wake with the tick.
     pub fn processor(&self) -> f64 {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         let used = |task: std::io::Result<std::fs::DirEntry>| -> u64 {
             // Nanoseconds on a processor, then waiting for one (Documentation/scheduler/sched-stats.rst).
-            let said = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
-            said.split_whitespace().next().unwrap().parse().unwrap()
+            let schedstat = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
+            schedstat.split_whitespace().next().unwrap().parse().unwrap()
         };
         tasks.map(used).sum::<u64>() as f64 / 1e9
     }
 
-    /// What it has open, by name and without the numbers of sockets and pipes, in order.
+    /// Returns the names of its open files, sorted, without the inode numbers of sockets and pipes.
     pub fn open_files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
-        // One may be closed while this looks.
+        // A file may be closed between the two reads.
         let links = entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
         let name = |link: PathBuf| link.to_string_lossy().split(":[").next().unwrap_or_default().to_owned();
         let mut names: Vec<_> = links.map(name).collect();
@@ -107,56 +106,56 @@ impl BackEnd {
         names
     }
 
-    /// Its last words.
-    pub fn said(&self) -> String {
-        tail(&self.place.path().join("said"))
+    /// Returns the last lines of its standard error.
+    pub fn log_tail(&self) -> String {
+        tail(&self.dir.path().join("log"))
     }
 }
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the back-end's threads:\n{}", threads(self.child.id()));
+            eprintln!("the back-end's threads:\n{}", thread_states(self.child.id()));
             let _ = self.child.kill();
             let _ = self.child.wait();
-            eprintln!("the back-end said:\n{}", self.said());
+            eprintln!("log of the back-end:\n{}", self.log_tail());
         } else {
             self.end();
         }
     }
 }
 
-fn spawn(which: &Which, drive: &str, queues: u32, place: &Path) -> Child {
-    let socket = place.join("disk");
-    // Whoever was killed has left its sockets, and a front-end must not find them before the next one listens.
+fn spawn(kind: &Which, drive: &str, queues: u32, dir: &Path) -> Child {
+    let socket = dir.join("disk");
+    // A killed back-end leaves its sockets; a front-end must not find them before the next back-end listens.
     let _ = std::fs::remove_file(&socket);
-    let _ = std::fs::remove_file(place.join("control"));
-    match which {
-        Which::Passgate(more) => {
+    let _ = std::fs::remove_file(dir.join("control"));
+    match kind {
+        Which::Passgate(options) => {
             let mut command = Command::new(PASSGATE);
             command.args(["vhost-user-blk", "--device", drive, "--num-queues", &queues.to_string()]);
             command
                 .arg("--socket-path")
                 .arg(&socket)
                 .arg("--control-path")
-                .arg(place.join("control"))
-                .args(more);
-            let mut child = run(command, place);
-            listens(&mut child, &socket, place, STARTS).expect("passgate does not listen");
+                .arg(dir.join("control"))
+                .args(options);
+            let mut child = run(command, dir);
+            wait_listening(&mut child, &socket, dir, START_TIMEOUT).expect("passgate does not listen");
             child
         }
         Which::Stock { thread } => {
-            // QEMU 11.1 enables the controller before it has told it where completions go, and then waits for ever. The
-            // drive keeps the address, which is the same in the next process: that one gets its completions.
+            // QEMU 11.1 enables the controller before it has set the completion queue's address, and then waits forever.
+            // The controller keeps the address, which is the same in the next process: that one gets its completions.
             for _ in 0..5 {
-                let mut child = run(storage_daemon(*thread, drive, queues, &socket), place);
-                if listens(&mut child, &socket, place, Duration::from_secs(4)).is_some() {
+                let mut child = run(storage_daemon(*thread, drive, queues, &socket), dir);
+                if wait_listening(&mut child, &socket, dir, Duration::from_secs(4)).is_some() {
                     return child;
                 }
                 child.kill().unwrap();
                 child.wait().unwrap();
             }
-            panic!("the storage daemon does not listen: {}", tail(&place.join("said")));
+            panic!("the storage daemon does not listen: {}", tail(&dir.join("log")));
         }
     }
 }
@@ -176,20 +175,20 @@ fn storage_daemon(thread: bool, drive: &str, queues: u32, socket: &Path) -> Comm
     command
 }
 
-fn run(mut command: Command, place: &Path) -> Child {
-    let said = File::options().create(true).append(true).open(place.join("said")).unwrap();
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn().unwrap()
+fn run(mut command: Command, dir: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 
-/// Waits until it listens, without connecting: it would take that for a front-end.
-fn listens(child: &mut Child, socket: &Path, place: &Path, within: Duration) -> Option<()> {
-    let begun = Instant::now();
-    while begun.elapsed() < within {
+/// Waits until it listens, without connecting, because it would take the connection for a front-end. Returns none after `within`.
+fn wait_listening(child: &mut Child, socket: &Path, dir: &Path, within: Duration) -> Option<()> {
+    let started = Instant::now();
+    while started.elapsed() < within {
         if let Some(status) = child.try_wait().unwrap() {
-            panic!("the back-end has ended: {status}: {}", tail(&place.join("said")));
+            panic!("the back-end has ended: {status}: {}", tail(&dir.join("log")));
         }
         let table = std::fs::read_to_string("/proc/net/unix").unwrap();
-        // A listening socket has the flag 0x10000 (unix(7) names none of this; net/unix/af_unix.c does).
+        // A listening socket has the flag __SO_ACCEPTCON, 0x10000 (net/unix/af_unix.c; unix(7) does not describe it).
         if table.lines().any(|line| line.ends_with(&*socket.to_string_lossy()) && line.contains(" 00010000 "))
         {
             return Some(());
@@ -199,8 +198,8 @@ fn listens(child: &mut Child, socket: &Path, place: &Path, within: Duration) -> 
     None
 }
 
-/// What each thread of a process waits for, and how often the devices have interrupted.
-fn threads(process: u32) -> String {
+/// Returns the wait channel and system call of each thread of a process, and the interrupt counts of the devices.
+fn thread_states(process: u32) -> String {
     let read = |path: String| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let tasks =
         std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().filter_map(Result::ok);
@@ -214,9 +213,4 @@ fn threads(process: u32) -> String {
         read("/proc/interrupts".into()).lines().filter(|line| line.contains("vfio")).map(str::to_owned),
     );
     all.join("\n")
-}
-
-/// Whether somebody takes connections at a socket that is not the front-end's.
-pub fn answers(path: &Path) -> bool {
-    UnixStream::connect(path).is_ok()
 }

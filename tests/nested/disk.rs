@@ -1,4 +1,4 @@
-//! The drive from the other side: through the kernel's own driver, once nobody serves it to a guest.
+//! The drive through the kernel's own driver, once no back-end serves it.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::pattern::{BLOCK, stream, sum};
 use super::wait;
 
-/// A drive on the kernel's driver. When dropped it goes back to vfio-pci.
+/// A drive that is bound to the kernel's driver. Dropping it binds it to vfio-pci again.
 #[derive(Debug)]
 pub struct Disk {
     drive: String,
@@ -21,12 +21,12 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Takes the drive to the kernel's driver.
-    pub fn take(drive: &str) -> Self {
-        bind(drive, "nvme");
+    /// Binds the drive to the kernel's driver, and waits for its block device.
+    pub fn bind(drive: &str) -> Self {
+        bind_driver(drive, "nvme");
         let name = wait("the kernel's disk", Duration::from_secs(30), || {
-            let folder = format!("/sys/bus/pci/devices/{drive}/nvme");
-            let controller = fs::read_dir(folder).ok()?.filter_map(Result::ok).next()?;
+            let directory = format!("/sys/bus/pci/devices/{drive}/nvme");
+            let controller = fs::read_dir(directory).ok()?.filter_map(Result::ok).next()?;
             let entries = fs::read_dir(controller.path()).ok()?.filter_map(Result::ok);
             let mut names = entries.filter_map(|entry| entry.file_name().into_string().ok());
             names.find(|name| name.starts_with("nvme") && fs::metadata(format!("/dev/{name}")).is_ok())
@@ -34,8 +34,8 @@ impl Disk {
         Self { drive: drive.to_owned(), path: PathBuf::from("/dev").join(name) }
     }
 
-    /// The sum over the blocks that the guest says it has written, as the guest takes it.
-    pub fn sum(&self, soaked: &Value) -> String {
+    /// Returns the checksum over the blocks that the guest reports as written, computed as the guest does.
+    pub fn checksum(&self, soaked: &Value) -> String {
         let disk = File::open(&self.path).unwrap();
         let (first, blocks) = (soaked["first"].as_u64().unwrap(), soaked["blocks"].as_u64().unwrap());
         let (mut block, mut total) = ([0; BLOCK], 0);
@@ -46,44 +46,44 @@ impl Disk {
         format!("{total:016x}")
     }
 
-    /// Spoils a block, for a trial of the judge.
-    pub fn spoil(&self, number: u64) {
+    /// Corrupts a block, to test the verification.
+    pub fn corrupt_block(&self, number: u64) {
         let disk = File::options().write(true).open(&self.path).unwrap();
         disk.write_all_at(&[0x5a; 512], number * BLOCK as u64).unwrap();
         disk.sync_all().unwrap();
     }
 
-    /// Mounts the file system and reads these files, each by its name, its seed and its length.
-    pub fn files(&self, listed: &[Value]) {
-        let place = TempDir::new().unwrap();
-        mount(&self.path, place.path(), "ext4", MountFlags::RDONLY, None).unwrap();
+    /// Mounts the file system and verifies these files, each given by its name, its seed and its length.
+    pub fn verify_files(&self, listed: &[Value]) {
+        let mount_dir = TempDir::new().unwrap();
+        mount(&self.path, mount_dir.path(), "ext4", MountFlags::RDONLY, None).unwrap();
         for entry in listed {
             let (name, seed, len) =
                 (entry[0].as_str().unwrap(), entry[1].as_u64().unwrap(), entry[2].as_u64().unwrap());
-            let mut wanted = vec![0; len as usize];
-            stream(&mut wanted, seed);
+            let mut expected = vec![0; len as usize];
+            stream(&mut expected, seed);
             let mut found = Vec::new();
-            File::open(place.path().join(name)).unwrap().read_to_end(&mut found).unwrap();
-            assert!(found == wanted, "{name} is not what the guest wrote");
+            File::open(mount_dir.path().join(name)).unwrap().read_to_end(&mut found).unwrap();
+            assert!(found == expected, "{name} is not what the guest wrote");
         }
-        unmount(place.path(), UnmountFlags::empty()).unwrap();
+        unmount(mount_dir.path(), UnmountFlags::empty()).unwrap();
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        bind(&self.drive, "vfio-pci");
+        bind_driver(&self.drive, "vfio-pci");
     }
 }
 
-/// Gives a device to a driver.
-fn bind(device: &str, driver: &str) {
-    let folder = format!("/sys/bus/pci/devices/{device}");
-    fs::write(format!("{folder}/driver_override"), driver).unwrap();
-    if fs::metadata(format!("{folder}/driver")).is_ok() {
-        fs::write(format!("{folder}/driver/unbind"), device).unwrap();
+/// Binds a device to a driver.
+fn bind_driver(device: &str, driver: &str) {
+    let directory = format!("/sys/bus/pci/devices/{device}");
+    fs::write(format!("{directory}/driver_override"), driver).unwrap();
+    if fs::metadata(format!("{directory}/driver")).is_ok() {
+        fs::write(format!("{directory}/driver/unbind"), device).unwrap();
     }
     fs::write("/sys/bus/pci/drivers_probe", device).unwrap();
-    let bound = fs::read_link(format!("{folder}/driver")).unwrap();
+    let bound = fs::read_link(format!("{directory}/driver")).unwrap();
     assert_eq!(bound.file_name().unwrap(), driver, "{device} is not bound");
 }

@@ -1,7 +1,7 @@
-//! A stock QEMU inside the machine, with a Linux guest on nested KVM: what stands at the other end of a vhost-user back-end.
+//! A stock QEMU inside the machine, with a Linux guest on nested KVM: the front-end of a vhost-user back-end.
 //!
-//! The trials and a benchmark share this. QEMU and its storage daemon are at /tools, the guest's kernel at /rig/kernel and its
-//! only program at /bin/blk-guest: `tests/vm/boot --tools` puts them there.
+//! Used by the trials and by a benchmark. QEMU and its storage daemon are at /tools, the guest's kernel at /rig/kernel and its
+//! only program at /bin/blk-guest, where `tests/vm/boot --tools` puts them.
 
 #![allow(dead_code, unreachable_pub)] // each program uses a part of it
 
@@ -16,12 +16,12 @@ pub mod qmp;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Where the tools are.
+/// The path of QEMU.
 pub const QEMU: &str = "/tools/bin/qemu-system-x86_64";
-/// QEMU's own back-end.
+/// The path of QEMU's own vhost-user back-end.
 pub const STORAGE_DAEMON: &str = "/tools/bin/qemu-storage-daemon";
 
-/// Why no guest can run here.
+/// Returns why no guest can run here, if none can.
 pub fn missing() -> Option<&'static str> {
     if !Path::new(QEMU).exists() {
         Some("no disk of tools is attached")
@@ -34,20 +34,20 @@ pub fn missing() -> Option<&'static str> {
     }
 }
 
-/// The drive that the guest's disk lies on.
+/// Returns the PCI address of the drive that is the guest's disk.
 pub fn drive() -> String {
     let drives = std::env::var("PASSGATE_NVME").unwrap_or_default();
     drives.split_whitespace().next().expect("PASSGATE_NVME names no drive").to_owned()
 }
 
-/// Asks again and again until there is an answer.
-pub fn wait<T>(what: &str, within: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
+/// Polls until `poll` returns a value; panics with `awaited` after `within`.
+pub fn wait<T>(awaited: &str, within: Duration, mut poll: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
     loop {
-        if let Some(answer) = ask() {
+        if let Some(answer) = poll() {
             return answer;
         }
-        assert!(begun.elapsed() < within, "{what}: not within {within:?}");
+        assert!(started.elapsed() < within, "{awaited}: not within {within:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

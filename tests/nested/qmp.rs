@@ -1,4 +1,4 @@
-//! QEMU's control socket: one command at a time, and the events between them.
+//! QEMU's control socket (QMP): one command at a time, and the events between the replies.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// How long QEMU may take for an answer.
-const LONG: Duration = Duration::from_secs(60);
+/// The longest time that QEMU may take to reply.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A QMP connection, and the events that were received and not taken yet.
 #[derive(Debug)]
 pub struct Qmp {
     socket: BufReader<UnixStream>,
@@ -21,18 +22,18 @@ impl Qmp {
     pub fn connect(path: &Path) -> Self {
         let socket = UnixStream::connect(path).unwrap();
         let mut qmp = Self { socket: BufReader::new(socket), events: VecDeque::new() };
-        let greeting = qmp.line(LONG).expect("QEMU says nothing");
+        let greeting = qmp.line(REPLY_TIMEOUT).expect("no greeting from QEMU");
         assert!(greeting["QMP"].is_object(), "{greeting}");
         qmp.execute("qmp_capabilities", &json!({})).unwrap();
         qmp
     }
 
-    /// Runs a command; what it returns, or QEMU's complaint.
+    /// Runs a command; returns its result, or QEMU's error description.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
         let line = json!({ "execute": command, "arguments": arguments });
         self.socket.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
         loop {
-            let answer = self.line(LONG).unwrap_or_else(|| panic!("QEMU does not answer {command}"));
+            let answer = self.line(REPLY_TIMEOUT).unwrap_or_else(|| panic!("QEMU does not answer {command}"));
             if answer["event"].is_string() {
                 self.events.push_back(answer);
             } else if answer["error"].is_object() {
@@ -43,25 +44,25 @@ impl Qmp {
         }
     }
 
-    /// Waits for one of these events.
+    /// Waits for one of these events; returns none after `within`.
     pub fn event(&mut self, names: &[&str], within: Duration) -> Option<Value> {
-        let begun = Instant::now();
-        let one = |event: &Value| event["event"].as_str().is_some_and(|name| names.contains(&name));
+        let started = Instant::now();
+        let is_wanted = |event: &Value| event["event"].as_str().is_some_and(|name| names.contains(&name));
         loop {
-            if let Some(at) = self.events.iter().position(one) {
+            if let Some(at) = self.events.iter().position(is_wanted) {
                 return self.events.remove(at);
             }
-            let event = self.line(within.checked_sub(begun.elapsed())?)?;
+            let event = self.line(within.checked_sub(started.elapsed())?)?;
             self.events.push_back(event);
         }
     }
 
-    /// All that it has said and nobody has taken, for a trial that fails.
-    pub fn rest(&mut self) -> String {
-        let mut said: String = self.events.drain(..).map(|event| format!("{event}\n")).collect();
+    /// Returns everything received and not taken yet, for the report of a failed trial.
+    pub fn drain(&mut self) -> String {
+        let mut text: String = self.events.drain(..).map(|event| format!("{event}\n")).collect();
         let _ = self.socket.get_ref().set_read_timeout(Some(Duration::from_millis(100)));
-        while self.socket.read_line(&mut said).is_ok_and(|read| read > 0) {}
-        said
+        while self.socket.read_line(&mut text).is_ok_and(|read| read > 0) {}
+        text
     }
 
     fn line(&mut self, within: Duration) -> Option<Value> {
@@ -71,7 +72,7 @@ impl Qmp {
             Ok(0) => panic!("QEMU has closed its control socket"),
             Ok(_) => Some(serde_json::from_str(&line).unwrap()),
             Err(_) if line.is_empty() => None,
-            Err(e) => panic!("half a line of QEMU's: {line}: {e}"),
+            Err(e) => panic!("incomplete line of QEMU: {line}: {e}"),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What may happen next in a [`crate::world::World`]: small numbers, taken modulo what there is, so that every
-//! sequence of actions means something and a failing one can be made shorter.
+//! The actions of a [`crate::world::World`]. Their numbers are indexes, taken modulo the number of objects that exist, so that
+//! every sequence of actions is valid and a failing one can be shrunk.
 
 use passgate::gate::{Event, Outcome, PageState};
 use passgate_backends::iommu::sim::Fault;
@@ -7,20 +7,20 @@ use rustix::io::Errno;
 
 use crate::rng::Rng;
 
-/// Guest-physical pages that actions name; regions may reach beyond.
+/// The number of guest-physical pages at which regions start; a region may extend beyond.
 pub const GPA_PAGES: u64 = 4096;
-/// Pages of each file.
+/// The number of pages of each file.
 pub const FILE_PAGES: u64 = 1024;
-/// Leaves it to the gate how large mappings are.
-pub const AUTO: u8 = 10;
-/// Clients alive at any time.
+/// A `piece` for which the gate chooses the size of mappings.
+pub const PIECE_AUTO: u8 = 10;
+/// The number of clients connected at any time.
 pub const CLIENTS: usize = 3;
-/// Files there are.
+/// The number of files.
 pub const FILES: usize = 3;
 
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// A client adds memory; `piece` is the power of two of pages, or [`AUTO`].
+    /// A client adds memory; `piece` is the binary logarithm of the pages per mapping, or [`PIECE_AUTO`].
     Add {
         client: u8,
         gpa: u16,
@@ -31,10 +31,10 @@ pub enum Action {
         initial: PageState,
         writable: bool,
     },
-    /// A client takes a region away; with `stranger`, one that is not its own.
-    Remove { region: u16, stranger: bool },
-    /// A client begins `pages` from a page of a region on;
-    /// with `batch`, so many times more, a page apart.
+    /// A client removes a region; with `by_other`, another client than its owner.
+    Remove { region: u16, by_other: bool },
+    /// A client begins an invalidation of `pages` pages from a page of a region on, and of `batch` more ranges as long, each one
+    /// page after the last.
     Begin {
         client: u8,
         region: u16,
@@ -45,58 +45,58 @@ pub enum Action {
         deadline_ns: u64,
         batch: u8,
     },
-    /// The owner changes memory that it was granted: the pages get other frames.
-    Touch { granted: u16 },
-    /// The owner ends what it was granted; with `stranger`, somebody else tries to.
-    End { granted: u16, outcome: Outcome, stranger: bool },
-    /// A client cannot be told no from now on.
-    Insist { client: u8 },
-    /// A connection is gone; another takes its place.
-    Gone { client: u8 },
-    /// A call of the gate's is made, or its result comes in; with `deliver`, both.
-    Work { task: u16, deliver: bool, fault: Option<Fault> },
-    /// A call does not return (before the end of the run), done or not.
-    Hang { task: u16, done: bool },
-    /// A domain says that more went than was mapped.
-    Boast { task: u16 },
-    /// Late flushes of a domain come through; with `stuck`, also what nothing but a fence ended.
+    /// The owner changes pages that were granted to it: they get other frames.
+    ChangePages { granted: u16 },
+    /// The owner ends a granted invalidation; with `by_other`, another client tries to.
+    End { granted: u16, outcome: Outcome, by_other: bool },
+    /// A client cannot be refused from now on.
+    MustUnmap { client: u8 },
+    /// A connection ends; another client replaces it.
+    ClientGone { client: u8 },
+    /// A call that the gate requested is executed, or its result is reported; with `deliver`, both.
+    RunTask { task: u16, deliver: bool, fault: Option<Fault> },
+    /// A call does not return before the end of the run; it is executed if `done`.
+    HangTask { task: u16, done: bool },
+    /// A domain reports more bytes unmapped than were mapped.
+    OverreportUnmap { task: u16 },
+    /// The late flushes of a domain complete; with `stuck`, also those that only a fence would end.
     Flush { domain: u8, stuck: bool },
     /// Time passes.
     Advance { ns: u64 },
-    /// A moment passes.
+    /// A tick of [`Event::Quiet`] passes.
     Quiet,
-    /// All calls return, all flushes come; then everybody must have an answer.
+    /// All calls return and all flushes complete; then every request must have been answered.
     Settle,
     /// A device does DMA.
     Dma { domain: u8, device: u8, gpa: u16 },
-    /// Memory at the edges of what numbers can say.
-    AddWild { client: u8, gpa: u64, len: u64, file: u8, offset: u64, piece: u64 },
-    /// A begin there.
-    BeginWild { client: u8, gpa: u64, len: u64, deadline_ns: u64 },
-    /// A client ends and removes what it made up.
-    Guess { client: u8, id: u64, outcome: Outcome },
-    /// A person releases what one invalidation left in quarantine.
-    Release { client: u8, held: u16, to: PageState },
-    /// The same by a number that was made up.
-    ReleaseWild { client: u8, id: u64, to: PageState },
-    /// A result that nobody asked for.
+    /// A client adds memory with numbers at the limits of their types.
+    AddExtreme { client: u8, gpa: u64, len: u64, file: u8, offset: u64, piece: u64 },
+    /// A client begins an invalidation with numbers at the limits of their types.
+    BeginExtreme { client: u8, gpa: u64, len: u64, deadline_ns: u64 },
+    /// A client ends an invalidation and removes a region by a made-up id.
+    EndMadeUp { client: u8, id: u64, outcome: Outcome },
+    /// An operator releases what one invalidation left in quarantine.
+    Release { client: u8, quarantine: u16, to: PageState },
+    /// An operator releases a quarantine by a made-up id.
+    ReleaseMadeUp { client: u8, id: u64, to: PageState },
+    /// An event that is passed to the gate as it is, such as a result of no call.
     Raw(Event),
 }
 
-/// How wild a run is.
+/// The frequencies of faults in a run.
 #[derive(Debug, Clone, Copy)]
-pub struct Mix {
-    /// Calls that fail, of a hundred.
+pub struct FaultRates {
+    /// Calls that fail, per hundred.
     pub faults: u64,
-    /// Calls that never return, of a thousand.
+    /// Calls that never return, per thousand.
     pub hangs: u64,
-    /// Clients that die, of a thousand actions.
+    /// Clients that die, per thousand actions.
     pub deaths: u64,
 }
 
-impl Mix {
-    /// Nothing fails.
-    pub const CLEAN: Mix = Mix { faults: 0, hangs: 0, deaths: 2 };
+impl FaultRates {
+    /// No call fails.
+    pub const CLEAN: FaultRates = FaultRates { faults: 0, hangs: 0, deaths: 2 };
 }
 
 pub const FAULTS: [Fault; 10] = [
@@ -113,41 +113,41 @@ pub const FAULTS: [Fault; 10] = [
 ];
 
 impl Action {
-    /// Something, at random.
-    pub fn random(rng: &mut Rng, mix: Mix) -> Self {
-        if rng.odds(mix.deaths, 1000) {
-            return Action::Gone { client: rng.below(CLIENTS as u64) as u8 };
+    /// Returns a random action.
+    pub fn random(rng: &mut Rng, rates: FaultRates) -> Self {
+        if rng.odds(rates.deaths, 1000) {
+            return Action::ClientGone { client: rng.below(CLIENTS as u64) as u8 };
         }
         match rng.below(1000) {
             0..30 => Self::add(rng),
-            30..40 => Action::Remove { region: rng.next() as u16, stranger: rng.odds(1, 10) },
+            30..40 => Action::Remove { region: rng.next() as u16, by_other: rng.odds(1, 10) },
             40..230 => Self::begin(rng),
-            230..260 => Action::Touch { granted: rng.next() as u16 },
+            230..260 => Action::ChangePages { granted: rng.next() as u16 },
             260..440 => Action::End {
                 granted: rng.next() as u16,
                 outcome: Self::outcome(rng),
-                stranger: rng.odds(1, 20),
+                by_other: rng.odds(1, 20),
             },
             440..830 => {
                 let task = rng.next() as u16;
-                if mix.hangs > 0 && rng.odds(mix.hangs, 1000) {
-                    return Action::Hang { task, done: rng.odds(1, 2) };
+                if rates.hangs > 0 && rng.odds(rates.hangs, 1000) {
+                    return Action::HangTask { task, done: rng.odds(1, 2) };
                 }
-                if mix.faults > 0 && rng.odds(mix.faults, 400) {
-                    return Action::Boast { task };
+                if rates.faults > 0 && rng.odds(rates.faults, 400) {
+                    return Action::OverreportUnmap { task };
                 }
-                let fault = rng.odds(mix.faults, 100).then(|| rng.pick(&FAULTS));
-                Action::Work { task, deliver: rng.odds(2, 3), fault }
+                let fault = rng.odds(rates.faults, 100).then(|| rng.pick(&FAULTS));
+                Action::RunTask { task, deliver: rng.odds(2, 3), fault }
             }
             830..860 => Action::Flush { domain: rng.next() as u8, stuck: rng.odds(1, 8) },
             860..895 => Action::Advance { ns: 1 << rng.below(14) },
             895..896 => Action::Settle,
             896..897 => Action::Quiet,
             897..900 => {
-                let (client, held) = (rng.next() as u8, rng.next() as u16);
-                Action::Release { client, held, to: rng.pick(&PageState::ALL) }
+                let (client, quarantine) = (rng.next() as u8, rng.next() as u16);
+                Action::Release { client, quarantine, to: rng.pick(&PageState::ALL) }
             }
-            900..901 => Action::Insist { client: rng.next() as u8 },
+            900..901 => Action::MustUnmap { client: rng.next() as u8 },
             _ => Action::Dma {
                 domain: rng.next() as u8,
                 device: rng.next() as u8,
@@ -168,8 +168,8 @@ impl Action {
             1 => PageState::Hole,
             _ => PageState::Shared,
         };
-        // Aligned to the piece, as real memory is; now and then it is not.
-        let grain = if rng.odds(1, 4) || piece == AUTO { 1 } else { 1u64 << piece };
+        // Mostly aligned to the piece, as real memory is.
+        let grain = if rng.odds(1, 4) || piece == PIECE_AUTO { 1 } else { 1u64 << piece };
         let room = FILE_PAGES.saturating_sub(pages) + 1;
         Action::Add {
             client: rng.next() as u8,

@@ -1,44 +1,44 @@
-//! Judges effects, one by one, in the order in which the gate gave them.
+//! Judges effects one by one, in the order in which the gate emitted them.
 
 use passgate::gate::{Answer, Caller, DeviceId, Effect, Notice, Outcome, Performer, Refusal, Verdict};
 use passgate_bindings::{Iova, PageRange};
 
-use crate::model::{Ask, Asked, Model};
-use crate::truth::{Held, Kept, Open, Phase, Region, Stage, broken};
+use crate::model::{Model, Request, RequestKind};
+use crate::oracle::{CheckResult, Open, Phase, QuarantinedRange, Region, Stage, broken};
 
 impl Model {
-    pub fn effect(&mut self, effect: &Effect) -> Kept {
+    pub fn effect(&mut self, effect: &Effect) -> CheckResult {
         if let Effect::Unmap { domain, iova, .. } = effect {
-            self.no_window(*domain, *iova)?;
+            self.check_unmap_spares_neighbours(*domain, *iova)?;
         }
         let allowed = self.allowed();
-        self.told.effect(effect, &self.policy, allowed)?;
+        self.shadow_ledger.effect(effect, &self.policy, allowed)?;
         match effect {
             Effect::Map { iova, file, offset, .. } => {
                 let range = iova.rebase(iova.start(), *offset);
-                if let Some(open) = self.truth.open_over(*file, range).next() {
+                if let Some(open) = self.oracle.open_over(*file, range).next() {
                     broken!(3, "{effect:?} over {open:?}");
                 }
-                let shown = self.truth.aliases(*file, range).any(|(region, at)| {
+                let shown = self.oracle.aliases(*file, range).any(|(region, at)| {
                     region.stage != Stage::Closing && at.start().0 <= iova.start().0 && iova.end() <= at.end()
                 });
                 if !shown {
-                    broken!(8, "{effect:?} outside every region that stays");
+                    broken!(8, "{effect:?} outside every region that is not being closed");
                 }
-                let Some(file) = self.truth.file(*file) else { return Ok(()) };
-                if file.quarantined(range) {
+                let Some(file) = self.oracle.file(*file) else { return Ok(()) };
+                if file.is_quarantined(range) {
                     broken!(6, "{effect:?} over quarantine {:?}", file.quarantine);
                 }
                 if let Some(page) = file.first_forbidden(range) {
                     broken!(1, "{effect:?} over page {page}, which is {}", file.describe(page));
                 }
             }
-            Effect::Unmap { iova, .. } => self.stopped_before(*iova)?,
+            Effect::Unmap { iova, .. } => self.check_devices_were_stopped(*iova)?,
             Effect::Replace { domain, gone, .. } => {
                 for iova in gone {
-                    self.stopped_before(*iova)?;
+                    self.check_devices_were_stopped(*iova)?;
                 }
-                self.may_break(*domain, effect)?;
+                self.check_gap_allowed(*domain, effect)?;
             }
             Effect::Fence { job, .. } => {
                 if self.dying
@@ -48,8 +48,8 @@ impl Model {
                 }
             }
             Effect::Arm { invalidation, .. } => {
-                if self.known.insert(*invalidation) {
-                    self.closing.insert(*invalidation, self.told.clock);
+                if self.known_invalidations.insert(*invalidation) {
+                    self.closing.insert(*invalidation, self.shadow_ledger.event_count);
                     if self.dying
                         && let Some(death) = self.deaths.last_mut()
                     {
@@ -58,15 +58,18 @@ impl Model {
                 }
             }
             Effect::Convert { invalidation, pages, to } => {
-                let Some(open) = self.truth.open(*invalidation).map(|open| open.clone()) else {
-                    broken!(1, "{effect:?} for nothing that is open")
+                let Some(open) = self.oracle.open(*invalidation).map(|open| open.clone()) else {
+                    broken!(1, "{effect:?} for no open invalidation")
                 };
-                let said: Vec<_> = pages.iter().map(|part| (part.file, part.range)).collect();
-                if open.phase != Phase::Asked || open.performer != Performer::Passgate || said != open.pages {
-                    broken!(1, "{effect:?} is not what was asked: {open:?}");
+                let converted: Vec<_> = pages.iter().map(|part| (part.file, part.range)).collect();
+                if open.phase != Phase::Pending
+                    || open.performer != Performer::Passgate
+                    || converted != open.pages
+                {
+                    broken!(1, "{effect:?} is not what was requested: {open:?}");
                 }
                 if *to != open.to {
-                    broken!(1, "{effect:?} makes something else of the pages: {open:?}");
+                    broken!(1, "{effect:?} gives the pages another state: {open:?}");
                 }
                 self.converting.insert(*invalidation);
                 self.grant(&open, Phase::Converting)?;
@@ -75,65 +78,68 @@ impl Model {
             Effect::Notice(notice) => self.notice(notice)?,
             Effect::Receipt(receipt) => {
                 let id = receipt.invalidation;
-                self.no_is_the_last_word(receipt)?;
+                self.check_refusal_is_last_resort(receipt)?;
                 if !self.receipts.insert(id) {
                     broken!(4, "two receipts of {id:?}");
                 }
-                if let Some(said) = self.said.remove(&id)
-                    && receipt.verdict != Some(said)
+                if let Some(answered) = self.verdicts.remove(&id)
+                    && receipt.verdict != Some(answered)
                 {
-                    broken!(4, "{said:?} was said, but the receipt is {receipt:?}");
+                    broken!(4, "{answered:?} was answered, but the receipt is {receipt:?}");
                 }
             }
             Effect::ForgetFile { file: id } => {
                 let needs = |region: &&Region| {
                     region.spec.backing.file == *id
-                        && (region.stage == Stage::Live || self.told.unproved(region.iova()).is_some())
+                        && (region.stage == Stage::Live
+                            || self.shadow_ledger.unproved(region.iova()).is_some())
                 };
-                if let Some(region) = self.truth.regions.iter().find(needs) {
-                    broken!(8, "{effect:?} while {region:?} is there");
+                if let Some(region) = self.oracle.regions.iter().find(needs) {
+                    broken!(8, "{effect:?} while {region:?} exists");
                 }
-                let Some(file) = self.truth.file(*id) else { return Ok(()) };
+                let Some(file) = self.oracle.file(*id) else { return Ok(()) };
                 if !file.quarantine.is_empty() {
                     broken!(6, "{effect:?} while {:?} is in quarantine", file.quarantine);
                 }
-                file.held = false;
+                file.in_use = false;
             }
             Effect::Attach { device, .. } => {
-                self.truth.dirty = true;
-                self.neighbours_are_back(*device)?;
-                self.dead_are_unmapped(*device)?;
+                self.oracle.dirty = true;
+                self.check_neighbours_are_mapped(*device)?;
+                self.check_gone_clients_are_unmapped(*device)?;
             }
         }
         Ok(())
     }
 
-    /// A device comes back only when no memory of a dead client is left in its domain.
-    fn dead_are_unmapped(&self, device: DeviceId) -> Kept {
-        let Some(domain) = self.told.devices.get(&device).map(|device| device.domain) else { return Ok(()) };
-        let Some(told) = self.told.domains.get(&domain) else { return Ok(()) };
-        for region in &self.truth.regions {
+    /// Checks that a device is attached again only when no memory of a dead client remains in its domain.
+    fn check_gone_clients_are_unmapped(&self, device: DeviceId) -> CheckResult {
+        let Some(domain) = self.shadow_ledger.devices.get(&device).map(|device| device.domain) else {
+            return Ok(());
+        };
+        let Some(mappings) = self.shadow_ledger.domains.get(&domain) else { return Ok(()) };
+        for region in &self.oracle.regions {
             let dead = self.deaths.iter().any(|death| death.client == region.owner);
-            if dead && !told.proved(&crate::told::span(region.iova())) {
-                broken!(8, "{device:?} comes back to {domain:?}, where {region:?} is mapped");
+            if dead && !mappings.is_proved_gone(&crate::shadow_ledger::span(region.iova())) {
+                broken!(8, "{device:?} is attached to {domain:?}, where {region:?} is still mapped");
             }
         }
         Ok(())
     }
 
-    /// A dead client's memory is unmapped only after its devices were stopped.
-    fn stopped_before(&self, iova: PageRange<Iova>) -> Kept {
-        for death in self.deaths.iter().filter(|death| !death.overdue && !death.fences.is_empty()) {
+    /// Checks that a dead client's memory is unmapped only after its devices were stopped.
+    fn check_devices_were_stopped(&self, iova: PageRange<Iova>) -> CheckResult {
+        for death in self.deaths.iter().filter(|death| !death.fences_overdue && !death.fences.is_empty()) {
             let of_it = self
-                .truth
+                .oracle
                 .regions
                 .iter()
                 .filter(|region| death.regions.contains(&region.id) && region.iova().overlaps(iova));
             for region in of_it {
-                // Somebody else's invalidation may need the pages gone before that.
-                let others = self.truth.open_over(region.spec.backing.file, region.pages()).next().is_some();
-                let running = self.told.devices.values().any(|device| device.busy > 0);
-                if !others && running && death.fences.iter().any(|job| self.told.waits_for(*job)) {
+                // Another client's invalidation may have to unmap the pages before that.
+                let others = self.oracle.open_over(region.spec.backing.file, region.pages()).next().is_some();
+                let running = self.shadow_ledger.devices.values().any(|device| device.busy > 0);
+                if !others && running && death.fences.iter().any(|job| self.shadow_ledger.is_pending(*job)) {
                     broken!(8, "{iova:?} of {:?} is unmapped before its devices were stopped", death.client);
                 }
             }
@@ -141,11 +147,11 @@ impl Model {
         Ok(())
     }
 
-    /// Everything that must hold when the owner may change these pages.
-    fn grant(&mut self, open: &Open, phase: Phase) -> Kept {
+    /// Checks everything that must be true when the owner may change these pages, and records that it may.
+    fn grant(&mut self, open: &Open, phase: Phase) -> CheckResult {
         for (file, range) in &open.pages {
-            for (region, iova) in self.truth.aliases(*file, *range) {
-                if let Some(domain) = self.told.unproved(iova) {
+            for (region, iova) in self.oracle.aliases(*file, *range) {
+                if let Some(domain) = self.shadow_ledger.unproved(iova) {
                     broken!(
                         2,
                         "{:?} is granted, but nothing proves {iova:?} of {region:?} gone from {domain:?}",
@@ -153,77 +159,77 @@ impl Model {
                     );
                 }
             }
-            let taken = self.truth.open_over(*file, *range).find(|other| other.id != open.id);
+            let taken = self.oracle.open_over(*file, *range).find(|other| other.id != open.id);
             if let Some(other) = taken {
                 broken!(3, "{:?} is granted inside {other:?}", open.id);
             }
-            if let Some(file) = self.truth.file(*file)
-                && file.quarantined(*range)
+            if let Some(file) = self.oracle.file(*file)
+                && file.is_quarantined(*range)
             {
                 broken!(6, "{:?} is granted, but {:?} is in quarantine", open.id, file.quarantine);
             }
         }
-        self.truth.grant(&open.pages, true);
-        if let Some(open) = self.truth.open(open.id) {
+        self.oracle.grant(&open.pages, true);
+        if let Some(open) = self.oracle.open(open.id) {
             open.phase = phase;
         }
         Ok(())
     }
 
-    fn answer(&mut self, caller: Caller, answer: &Answer) -> Kept {
-        let Some(Asked { caller: asker, ask, due }) = self.asked.remove(&caller.cookie) else {
-            if self.orphans.remove(&caller.cookie) {
-                return self.orphan(answer);
+    fn answer(&mut self, caller: Caller, answer: &Answer) -> CheckResult {
+        let Some(Request { caller: requester, kind, due }) = self.requests.remove(&caller.cookie) else {
+            if self.abandoned_requests.remove(&caller.cookie) {
+                return self.answer_to_gone_client(answer);
             }
-            broken!(4, "nobody waits for {answer:?} to {caller:?} (answered twice?)");
+            broken!(4, "no request waits for {answer:?} to {caller:?} (answered twice?)");
         };
-        if asker != caller {
-            broken!(4, "{asker:?} asked, {caller:?} is answered");
+        if requester != caller {
+            broken!(4, "{requester:?} sent the request, {caller:?} is answered");
         }
         if self.now > due {
-            broken!(4, "{answer:?} to {ask:?} comes at {} ns, it was due at {due}", self.now);
+            broken!(4, "{answer:?} to {kind:?} comes at {} ns, it was due at {due}", self.now);
         }
-        match (&ask, answer) {
-            (Ask::Add { region, spec }, Answer::RegionAdded { region: id, .. }) => {
+        match (&kind, answer) {
+            (RequestKind::Add { region, spec }, Answer::RegionAdded { region: id, .. }) => {
                 if *region != Some(*id) || !(spec.piece == 0 || spec.piece.is_power_of_two()) {
                     broken!(7, "{spec:?} was added as {id:?}, not {region:?}");
                 }
-                if self.truth.regions.len() > self.policy.max_regions as usize {
-                    broken!(7, "{id:?} is one region too many");
+                if self.oracle.regions.len() > self.policy.max_regions as usize {
+                    broken!(7, "{id:?} exceeds the limit of regions");
                 }
-                if let Some(region) = self.truth.region(*id) {
+                if let Some(region) = self.oracle.region(*id) {
                     region.stage = Stage::Live;
                 }
-                match self.truth.file(spec.backing.file) {
-                    Some(file) if !file.held => broken!(8, "{id:?} is added, and its file let go of"),
+                match self.oracle.file(spec.backing.file) {
+                    Some(file) if !file.in_use => broken!(8, "{id:?} is added, but its file was forgotten"),
                     _ => Ok(()),
                 }
             }
-            (Ask::Add { region, .. }, Answer::Refused(refusal)) => {
-                if let Some(region) = region.and_then(|id| self.truth.region(id)) {
+            (RequestKind::Add { region, .. }, Answer::Refused(refusal)) => {
+                if let Some(region) = region.and_then(|id| self.oracle.region(id)) {
                     region.stage = Stage::Closing;
                 }
-                self.refusal(caller, &ask, *refusal)
+                self.refusal(caller, &kind, *refusal)
             }
-            (Ask::Remove { region }, Answer::RegionRemoved { region: id }) => {
-                if region != id || self.truth.region(*id).is_some() {
-                    broken!(8, "{id:?} is said to be removed, but never closed (asked: {region:?})");
+            (RequestKind::Remove { region }, Answer::RegionRemoved { region: id }) => {
+                if region != id || self.oracle.region(*id).is_some() {
+                    broken!(8, "{id:?} is reported as removed, but was never closed (requested: {region:?})");
                 }
                 Ok(())
             }
-            (Ask::Remove { region }, Answer::Verdict { invalidation, verdict }) => {
+            (RequestKind::Remove { region }, Answer::Verdict { invalidation, verdict }) => {
                 if *verdict == Verdict::Done {
                     broken!(1, "{verdict:?} to the removal of {region:?}");
                 }
-                self.owed.notice.push(*invalidation);
-                self.said.insert(*invalidation, *verdict);
+                self.obligations.must_notice.push(*invalidation);
+                self.verdicts.insert(*invalidation, *verdict);
                 Ok(())
             }
-            (Ask::Remove { .. }, Answer::Refused(refusal)) => self.refusal(caller, &ask, *refusal),
-            (Ask::Begin { .. }, Answer::Refused(refusal)) => self.refusal(caller, &ask, *refusal),
-            (Ask::Begin { ranges, id, .. }, Answer::Verdict { invalidation, verdict }) => {
+            (RequestKind::Remove { .. }, Answer::Refused(refusal)) => self.refusal(caller, &kind, *refusal),
+            (RequestKind::Begin { .. }, Answer::Refused(refusal)) => self.refusal(caller, &kind, *refusal),
+            (RequestKind::Begin { ranges, id, .. }, Answer::Verdict { invalidation, verdict }) => {
                 if *id != Some(*invalidation) {
-                    broken!(4, "{answer:?} to {ask:?}");
+                    broken!(4, "{answer:?} to {kind:?}");
                 }
                 if let Verdict::Refused { range: failed, .. } | Verdict::Unknown { range: failed, .. } =
                     verdict
@@ -231,61 +237,73 @@ impl Model {
                 {
                     broken!(6, "{verdict:?} names a range outside {ranges:?}");
                 }
-                self.said.insert(*invalidation, *verdict);
+                self.verdicts.insert(*invalidation, *verdict);
                 self.verdict(*invalidation, *verdict)
             }
-            (Ask::End { invalidation, outcome, counts: true }, Answer::Ended { invalidation: id }) => {
+            (
+                RequestKind::End { invalidation, outcome, counts: true },
+                Answer::Ended { invalidation: id },
+            ) => {
                 if id != invalidation {
-                    broken!(4, "{answer:?} to {ask:?}");
+                    broken!(4, "{answer:?} to {kind:?}");
                 }
                 self.over(*id, matches!(outcome, Outcome::Unknown { .. }));
                 Ok(())
             }
-            (Ask::End { counts: false, .. }, Answer::Refused(Refusal::NotBegun { .. })) => Ok(()),
-            (Ask::Release { bytes, .. }, Answer::Released { bytes: said }) if bytes == said && *said > 0 => {
+            (RequestKind::End { counts: false, .. }, Answer::Refused(Refusal::NotBegun { .. })) => Ok(()),
+            (RequestKind::Release { bytes, .. }, Answer::Released { bytes: released })
+                if bytes == released && *released > 0 =>
+            {
                 Ok(())
             }
             (
-                Ask::Release { bytes: 0, hangs: false, reached: false },
+                RequestKind::Release { bytes: 0, hangs: false, reachable: false },
                 Answer::Refused(Refusal::NotQuarantined { .. }),
             ) => Ok(()),
-            (Ask::Release { reached: true, .. }, Answer::Refused(Refusal::StillMapped { .. })) => Ok(()),
-            (Ask::Release { hangs: true, .. }, Answer::Refused(Refusal::StillConverting { .. })) => Ok(()),
-            _ => broken!(3, "{answer:?} to {ask:?}"),
+            (RequestKind::Release { reachable: true, .. }, Answer::Refused(Refusal::StillMapped { .. })) => {
+                Ok(())
+            }
+            (RequestKind::Release { hangs: true, .. }, Answer::Refused(Refusal::StillConverting { .. })) => {
+                Ok(())
+            }
+            _ => broken!(3, "{answer:?} to {kind:?}"),
         }
     }
 
-    /// An answer to a client that is gone: only passgate's own conversion still counts.
-    fn orphan(&mut self, answer: &Answer) -> Kept {
+    /// Judges an answer to a client that is gone: only a verdict of passgate's own conversion still counts.
+    fn answer_to_gone_client(&mut self, answer: &Answer) -> CheckResult {
         match answer {
-            Answer::Verdict { invalidation, verdict } if self.truth.open(*invalidation).is_some() => {
-                self.said.insert(*invalidation, *verdict);
+            Answer::Verdict { invalidation, verdict } if self.oracle.open(*invalidation).is_some() => {
+                self.verdicts.insert(*invalidation, *verdict);
                 self.verdict(*invalidation, *verdict)
             }
             _ => Ok(()),
         }
     }
 
-    /// The word to a begin.
-    fn verdict(&mut self, id: passgate::gate::InvalidationId, verdict: Verdict) -> Kept {
-        let Some(open) = self.truth.open(id).map(|open| open.clone()) else {
+    /// Judges the verdict of an invalidation.
+    fn verdict(&mut self, id: passgate::gate::InvalidationId, verdict: Verdict) -> CheckResult {
+        let Some(open) = self.oracle.open(id).map(|open| open.clone()) else {
             broken!(4, "{verdict:?} about {id:?}, which is not open")
         };
         let converted = self.converted.remove(&id);
         if verdict != Verdict::Done {
-            self.owed.notice.push(id);
+            self.obligations.must_notice.push(id);
         }
         match (open.phase, verdict) {
-            (Phase::Asked, Verdict::Done) if open.performer == Performer::Client => {
+            (Phase::Pending, Verdict::Done) if open.performer == Performer::Client => {
                 self.grant(&open, Phase::Granted)
             }
-            (Phase::Asked, Verdict::Refused { .. } | Verdict::Unknown { .. }) => {
+            (Phase::Pending, Verdict::Refused { .. } | Verdict::Unknown { .. }) => {
                 if self.clean && !open.out_of_time {
-                    broken!(4, "{verdict:?} about {open:?}, though nothing failed and there was time left");
+                    broken!(
+                        4,
+                        "{verdict:?} about {open:?}, though nothing failed and its last timer has not expired"
+                    );
                 }
                 for (file, range) in &open.pages {
-                    let doubtful = self.doubtful(*file, *range);
-                    self.owed.quarantine.extend(doubtful.into_iter().map(|part| (*file, part)));
+                    let doubtful = self.pages_in_doubt(*file, *range);
+                    self.obligations.must_quarantine.extend(doubtful.into_iter().map(|part| (*file, part)));
                 }
                 self.over(id, false);
                 Ok(())
@@ -298,10 +316,10 @@ impl Model {
                     None => matches!(verdict, Verdict::Unknown { .. }) && open.out_of_time,
                 };
                 if !fits {
-                    broken!(1, "{verdict:?} after a conversion that came to {converted:?}");
+                    broken!(1, "{verdict:?} after a conversion with outcome {converted:?}");
                 }
                 if converted.is_none() {
-                    self.truth.become_state(&open.pages, passgate::gate::PageState::Unknown);
+                    self.oracle.set_state(&open.pages, passgate::gate::PageState::Unknown);
                 }
                 self.over(id, matches!(verdict, Verdict::Unknown { .. }));
                 Ok(())
@@ -310,73 +328,75 @@ impl Model {
         }
     }
 
-    /// The invalidation holds nothing any more; with `unknown`, quarantine does.
+    /// The invalidation is over and excludes nothing any more. With `unknown`, its pages must be in quarantine.
     fn over(&mut self, id: passgate::gate::InvalidationId, unknown: bool) {
-        let Some(index) = self.truth.open.iter().position(|open| open.id == id) else { return };
-        let open = self.truth.open.swap_remove(index);
-        self.truth.grant(&open.pages, false);
+        let Some(index) = self.oracle.open.iter().position(|open| open.id == id) else { return };
+        let open = self.oracle.open.swap_remove(index);
+        self.oracle.grant(&open.pages, false);
         if unknown {
-            self.owed.quarantine.extend(open.pages);
+            self.obligations.must_quarantine.extend(open.pages);
         }
     }
 
-    fn notice(&mut self, notice: &Notice) -> Kept {
+    fn notice(&mut self, notice: &Notice) -> CheckResult {
         match *notice {
             Notice::Refused { invalidation, .. } => {
-                self.owed.noticed.insert(invalidation);
+                self.obligations.noticed.insert(invalidation);
             }
             Notice::Quarantined { invalidation, file, range, reason, .. } => {
-                self.owed.noticed.insert(invalidation);
+                self.obligations.noticed.insert(invalidation);
                 let lasts = self.lasts(invalidation, reason);
-                let Some(file) = self.truth.file(file) else { return Ok(()) };
-                if file.quarantined(range) {
+                let Some(file) = self.oracle.file(file) else { return Ok(()) };
+                if file.is_quarantined(range) {
                     broken!(6, "{notice:?} is in quarantine already: {:?}", file.quarantine);
                 }
-                file.vouched.remove(range.start().0..range.end().0);
-                file.quarantine.push(Held { range, reason, since: invalidation, lasts });
+                file.operator_released.remove(range.start().0..range.end().0);
+                file.quarantine.push(QuarantinedRange { range, reason, since: invalidation, lasts });
             }
             Notice::Freed { file: id, range, .. } => {
                 self.freed = true;
-                for (region, iova) in self.truth.aliases(id, range) {
-                    if let Some(domain) = self.told.unsettled(iova) {
+                for (region, iova) in self.oracle.aliases(id, range) {
+                    if let Some(domain) = self.shadow_ledger.unsettled(iova) {
                         broken!(2, "{notice:?} while {iova:?} of {region:?} is in doubt in {domain:?}");
                     }
                 }
-                let Some(file) = self.truth.file(id) else { return Ok(()) };
+                let Some(file) = self.oracle.file(id) else { return Ok(()) };
                 let before = file.quarantine.len();
-                file.quarantine.retain(|held| held.range != range || held.lasts);
+                file.quarantine.retain(|quarantined| quarantined.range != range || quarantined.lasts);
                 if file.quarantine.len() + 1 != before {
-                    broken!(6, "{notice:?} frees what is not to be freed: {:?}", file.quarantine);
+                    broken!(6, "{notice:?} lifts no liftable quarantine: {:?}", file.quarantine);
                 }
             }
             Notice::Released { file: id, range, .. } => {
-                let Some(index) = self.owed.released.iter().position(|part| *part == (id, range)) else {
-                    broken!(6, "{notice:?}, of which nobody spoke")
+                let Some(index) = self.obligations.must_report.iter().position(|part| *part == (id, range))
+                else {
+                    broken!(6, "{notice:?}, which no operator requested")
                 };
-                self.owed.released.swap_remove(index);
-                let Some(file) = self.truth.file(id) else { return Ok(()) };
-                file.quarantine.retain(|held| held.range != range);
+                self.obligations.must_report.swap_remove(index);
+                let Some(file) = self.oracle.file(id) else { return Ok(()) };
+                file.quarantine.retain(|quarantined| quarantined.range != range);
             }
-            // What comes out of quarantine does so whatever the room.
+            // ENOSPC (28): the mappings of a conversion are reserved at its begin. Those of what comes out of quarantine are not.
             Notice::MapFailed { errno: 28, .. } if self.clean && !self.freed => {
-                broken!(7, "{notice:?}: refused too late")
+                broken!(7, "{notice:?}: it should have been refused at its request")
             }
             Notice::MapFailed { .. } => self.map_failed = true,
             Notice::RegionClosed { region } => {
-                let Some(entry) = self.truth.region(region).map(|entry| entry.clone()) else {
-                    broken!(8, "{notice:?}, which is not there")
+                let Some(entry) = self.oracle.region(region).map(|entry| entry.clone()) else {
+                    broken!(8, "{notice:?} of no region")
                 };
-                if let Some(domain) = self.told.unproved(entry.iova()) {
+                if let Some(domain) = self.shadow_ledger.unproved(entry.iova()) {
                     broken!(2, "{notice:?}, but nothing proves it gone from {domain:?}");
                 }
-                self.truth.remove(region);
+                self.oracle.remove(region);
             }
             Notice::SessionClosed { client } => {
-                if let Some(region) = self.truth.regions.iter().find(|region| region.owner == client) {
-                    broken!(8, "{notice:?} while {region:?} is there");
+                if let Some(region) = self.oracle.regions.iter().find(|region| region.owner == client) {
+                    broken!(8, "{notice:?} while {region:?} exists");
                 }
                 self.deaths.retain(|death| death.client != client);
             }
+            Notice::Inconsistent { .. } => broken!(2, "{notice:?}"),
             Notice::DeviceFenced { .. }
             | Notice::DeviceAttached { .. }
             | Notice::DeviceWanted { .. }

@@ -1,4 +1,4 @@
-//! Chance that can be repeated: SplitMix64 (Steele, Lea, Flood 2014), seeded by a number that a failure prints.
+//! A reproducible random number generator: SplitMix64 (Steele, Lea, Flood 2014). A failure prints its seed.
 
 pub struct Rng(u64);
 
@@ -15,12 +15,12 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// Less than `n`, which is not 0.
+    /// Returns a number less than `n`, which must not be 0.
     pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
-    /// True `times` out of `of`.
+    /// Returns true with probability `times` / `of`.
     pub fn odds(&mut self, times: u64, of: u64) -> bool {
         self.below(of) < times
     }

@@ -1,4 +1,4 @@
-//! What the promises leave open and the design states: how far a fence goes, and when none is asked for.
+//! Behaviour that docs/design.md states beyond the promises: how far fences go, when none is requested, and what is retried.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
@@ -7,8 +7,8 @@ use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
 use crate::action::Action;
-use crate::saboteur::Plant;
-use crate::world::{KINDS, Setup, World, able};
+use crate::mutant::Plant;
+use crate::world::{EVENT_KINDS, Setup, World, able};
 
 const ADD: Action = Action::Add {
     client: 0,
@@ -32,8 +32,8 @@ const BEGIN: Action = Action::Begin {
     batch: 0,
 };
 
-/// Another region, in one piece of 2 MiB.
-const OTHER: Action = Action::Add {
+/// Adds a second region, in one mapping of 2 MiB.
+const ADD_OTHER: Action = Action::Add {
     client: 0,
     gpa: 512,
     pages: 512,
@@ -59,7 +59,7 @@ fn world(on_stuck_dma: OnStuckDma) -> World {
     let policy = Policy { on_stuck_dma, hitless: Hitless::Off, ..Policy::default() };
     let domains = vec![(able(256, 1 << 30), vec![(StopClass::all(), Nature::default())])];
     let mut world = World::new(
-        &Setup { policy, domains, seeds: Vec::new(), tolerant: false, clean: false },
+        &Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false },
         Plant::Nothing,
     )
     .unwrap();
@@ -73,12 +73,12 @@ fn play(world: &mut World, actions: &[Action]) {
     }
 }
 
-fn fences(world: &World) -> u64 {
-    world.kinds[KINDS.iter().position(|kind| *kind == "fenced").unwrap()]
+fn fence_count(world: &World) -> u64 {
+    world.event_counts[EVENT_KINDS.iter().position(|kind| *kind == "fenced").unwrap()]
 }
 
-/// A begin, and every rung of its ladder in time.
-fn begin_and_climb(world: &mut World) {
+/// Begins an invalidation and lets the timer of every rung expire, with all calls returned in between.
+fn begin_and_expire_rungs(world: &mut World) {
     play(world, &[BEGIN, Action::Settle]);
     for _ in 0..5 {
         play(world, &[Action::Advance { ns: PAGE / 20 }, Action::Settle]);
@@ -86,19 +86,19 @@ fn begin_and_climb(world: &mut World) {
 }
 
 #[test]
-fn dma_that_does_not_stop_is_fenced_as_far_as_policy_goes() {
+fn stuck_dma_is_fenced_as_far_as_policy_allows() {
     for (policy, verdicts, fenced) in [
         (OnStuckDma::Refuse, [0, 1, 0], 1),
         (OnStuckDma::Fence, [1, 0, 0], 4),
         (OnStuckDma::Reset, [1, 0, 0], 4),
     ] {
         let mut world = world(policy);
-        world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
-        begin_and_climb(&mut world);
-        assert_eq!((world.verdicts, fences(&world)), (verdicts, fenced), "{policy:?}");
+        world.executor.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
+        begin_and_expire_rungs(&mut world);
+        assert_eq!((world.verdicts, fence_count(&world)), (verdicts, fenced), "{policy:?}");
         let quarantined = world.gate.snapshot().quarantine.len();
         assert_eq!(quarantined as u64, verdicts[1], "{policy:?}");
-        // The operation ends: proof, and the range is free again.
+        // The operation ends, which is proof: the quarantine is lifted.
         play(&mut world, &[Action::Flush { domain: 0, stuck: true }, Action::Settle]);
         assert!(world.gate.snapshot().quarantine.is_empty(), "{policy:?}");
         world.drain().unwrap_or_else(|broken| panic!("{policy:?}: {broken}"));
@@ -106,21 +106,21 @@ fn dma_that_does_not_stop_is_fenced_as_far_as_policy_goes() {
 }
 
 #[test]
-fn an_unmap_that_fails_is_tried_again_at_once_and_then_behind_the_weakest_fence() {
+fn failed_unmap_is_retried_at_once_and_then_behind_the_weakest_fence() {
     for fault in [Fault::Errno(Errno::BUSY), Fault::Short] {
         for failures in [1, 2] {
             let mut world = world(OnStuckDma::Reset);
             let plan = (1..=failures).fold(FaultPlan::new(), |plan, nth| plan.at(Call::Unmap, nth, fault));
-            world.hands.buses[0].sim.plan(plan);
-            begin_and_climb(&mut world);
-            assert_eq!((world.verdicts, fences(&world)), ([1, 0, 0], failures - 1), "{fault:?}");
-            assert_eq!(world.hands.buses[0].sim.calls(Call::Unmap), failures + 1, "{fault:?}");
+            world.executor.buses[0].sim.plan(plan);
+            begin_and_expire_rungs(&mut world);
+            assert_eq!((world.verdicts, fence_count(&world)), ([1, 0, 0], failures - 1), "{fault:?}");
+            assert_eq!(world.executor.buses[0].sim.calls(Call::Unmap), failures + 1, "{fault:?}");
         }
     }
 }
 
 #[test]
-fn a_map_that_does_not_return_stops_no_device() {
+fn hanging_map_stops_no_device() {
     let mut world = world(OnStuckDma::Reset);
     world.hang_at = Some((0, false));
     play(
@@ -141,30 +141,30 @@ fn a_map_that_does_not_return_stops_no_device() {
     for _ in 0..5 {
         play(&mut world, &[Action::Advance { ns: 200 }, Action::Settle]);
     }
-    assert_eq!((world.verdicts, fences(&world)), ([0, 0, 1], 0));
+    assert_eq!((world.verdicts, fence_count(&world)), ([0, 0, 1], 0));
     world.drain().unwrap_or_else(|broken| panic!("{broken}"));
 }
 
 #[test]
-fn neighbours_in_the_same_piece_come_back_at_once() {
+fn neighbours_in_a_split_mapping_are_mapped_again_at_once() {
     let mut world = world(OnStuckDma::Refuse);
-    play(&mut world, &[OTHER, Action::Settle, BEGIN_OTHER, Action::Settle]);
-    // 8 pages of the first region; all but one of the second, in two mappings.
-    assert_eq!(world.hands.buses[0].sim.mapping_count(), 8 + 2);
+    play(&mut world, &[ADD_OTHER, Action::Settle, BEGIN_OTHER, Action::Settle]);
+    // Eight mappings of the first region; two of the second, which has lost one page.
+    assert_eq!(world.executor.buses[0].sim.mapping_count(), 8 + 2);
     let dma =
-        |page: u64| world.hands.buses[0].sim.dma(passgate_bindings::Iova((512 + page) * PAGE)).is_some();
+        |page: u64| world.executor.buses[0].sim.dma(passgate_bindings::Iova((512 + page) * PAGE)).is_some();
     assert_eq!((dma(99), dma(100), dma(101)), (true, false, true));
 }
 
 #[test]
-fn a_fence_that_waits_its_turn_outlives_who_asked_for_it_first() {
+fn queued_fence_outlives_its_first_requester() {
     let policy = Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() };
     let device = (StopClass::DETACH, Nature { ats: true, tdi: false });
     let domains = vec![(able(256, 1 << 30), vec![device])];
-    let setup = Setup { policy, domains, seeds: Vec::new(), tolerant: false, clean: false };
+    let setup = Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
-    let next = Action::Work { task: 0, deliver: true, fault: None };
-    // Detached, unmapped, granted; on its way back when two more need it detached, one in a hurry.
+    let next = Action::RunTask { task: 0, deliver: true, fault: None };
+    // Detached, unmapped, granted; being attached when two more invalidations need it detached, one with a short deadline.
     play(&mut world, &[ADD, Action::Settle, BEGIN, next.clone(), next]);
     let begin = |page, deadline_ns| {
         let (client, region, pages, to, passgate) = (0, 0, 1, PageState::Private, false);
@@ -177,14 +177,14 @@ fn a_fence_that_waits_its_turn_outlives_who_asked_for_it_first() {
 }
 
 #[test]
-fn a_device_that_could_not_be_brought_back_is_tried_again_when_memory_comes() {
+fn failed_attach_is_retried_when_memory_is_added() {
     let mut world = world(OnStuckDma::Fence);
-    world.hands.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
-    world.hands.buses[0].sim.fail_next(Call::Attach, Fault::Errno(Errno::NODEV));
-    begin_and_climb(&mut world);
-    let sees = |world: &World| world.hands.buses[0].sim.dma(passgate_bindings::Iova(PAGE)).is_some();
-    assert_eq!((world.verdicts, sees(&world)), ([1, 0, 0], false));
+    world.executor.buses[0].sim.fail_next(Call::Unmap, Fault::Stuck);
+    world.executor.buses[0].sim.fail_next(Call::Attach, Fault::Errno(Errno::NODEV));
+    begin_and_expire_rungs(&mut world);
+    let reaches = |world: &World| world.executor.buses[0].sim.dma(passgate_bindings::Iova(PAGE)).is_some();
+    assert_eq!((world.verdicts, reaches(&world)), ([1, 0, 0], false));
     assert!(world.gate.snapshot().devices[0].lost);
-    play(&mut world, &[OTHER, Action::Settle]);
-    assert!(sees(&world) && !world.gate.snapshot().devices[0].lost);
+    play(&mut world, &[ADD_OTHER, Action::Settle]);
+    assert!(reaches(&world) && !world.gate.snapshot().devices[0].lost);
 }

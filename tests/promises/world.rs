@@ -1,7 +1,8 @@
-//! The world around one gate: clients, memory, devices, a session that takes every liberty, and the checker.
+//! The world around one gate: clients, memory, devices, an executor that may reorder, delay and fail every call, and the
+//! checker.
 //!
-//! [`World::apply`] makes one thing happen; what, is in `act.rs`. After every event of the gate each promise is judged, and devices
-//! reach for every page that any translation still shows them.
+//! [`World::apply`] (in `apply.rs`) performs one [`Action`](crate::action::Action). After every event of the gate each promise is
+//! judged, and every translation that a device can still use is checked.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -18,30 +19,30 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
 
 use crate::action::{CLIENTS, FILE_PAGES, FILES};
-use crate::hands::Hands;
+use crate::executor::Executor;
 use crate::model::Model;
-use crate::saboteur::{Plant, Saboteur};
-use crate::truth::{File, Kept, Open, Phase, broken};
+use crate::mutant::{Mutant, Plant};
+use crate::oracle::{CheckResult, File, Open, Phase, broken};
 
-/// What a device is: how it can be stopped, and what bears on that.
-pub type Kind = (StopClass, Nature);
+/// A device's stop class, and the traits that decide which fences prove anything.
+pub type DeviceKind = (StopClass, Nature);
 
-/// How a world is made.
+/// The configuration of a world.
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub policy: Policy,
-    /// Per domain: what it can do, and its devices.
-    pub domains: Vec<(Able, Vec<Kind>)>,
-    /// Whether its devices bear faults.
+    /// The capabilities of each domain, and its devices.
+    pub domains: Vec<(Able, Vec<DeviceKind>)>,
+    /// True if its devices tolerate DMA faults.
     pub tolerant: bool,
-    /// What an earlier daemon left in quarantine: file, first page, pages, since when.
-    pub seeds: Vec<(u8, u16, u16, u64)>,
-    /// Nothing will fail.
+    /// The ranges that an earlier daemon left in quarantine: file, first page, number of pages, invalidation.
+    pub earlier_quarantine: Vec<(u8, u16, u16, u64)>,
+    /// True if no call will fail.
     pub clean: bool,
 }
 
 impl Setup {
-    /// Whether every device can be detached whose cache must be emptied for proof.
+    /// True if every device with ATS can be detached, where only that is proof.
     fn is_detachable(&self) -> bool {
         let caches = self.domains.iter().flat_map(|(_, devices)| devices).filter(|(_, nature)| nature.ats);
         self.policy.platform == Platform::Contained
@@ -49,37 +50,37 @@ impl Setup {
     }
 }
 
-/// A domain that can hold so many mappings of so many bytes, and nothing else.
+/// Returns the capabilities of a domain with at most `max_mappings` mappings of at most `max_piece` bytes, and nothing else.
 pub const fn able(max_mappings: u64, max_piece: u64) -> Able {
     Able { max_mappings, max_piece, cut: false, replace: false }
 }
 
-/// What devices write.
-const MARK: u64 = 0xDEAD;
+/// The word that devices write.
+const DMA_PATTERN: u64 = 0xDEAD;
 
-/// A page that no device may write to: what its owner left there.
+/// A word that the owner wrote to a page that no device may write to.
 #[derive(Debug)]
 struct Canary {
-    of: InvalidationId,
+    invalidation: InvalidationId,
     file: FileKey,
     at: Offset,
     bytes: u64,
 }
 
 pub struct World {
-    pub gate: Saboteur,
+    pub gate: Mutant,
     pub model: Model,
-    pub hands: Hands,
+    pub executor: Executor,
     pub events: u64,
-    /// Events by kind, for the report.
-    pub kinds: [u64; KINDS.len()],
-    /// Verdicts: done, refused, unknown.
+    /// The number of events of each of [`EVENT_KINDS`].
+    pub event_counts: [u64; EVENT_KINDS.len()],
+    /// The number of verdicts: done, refused, unknown.
     pub verdicts: [u64; 3],
-    /// What happened last, where somebody wants to know.
+    /// The latest actions, events and effects as text, if they are to be recorded.
     pub trace: Option<VecDeque<String>>,
-    /// The fences that the gate asked for, in order.
+    /// The fences that the gate requested, in order.
     pub fences: Vec<Step>,
-    /// This many calls from now, one does not return (done or not).
+    /// The number of calls until one that does not return, and true if that one is executed first.
     pub hang_at: Option<(u64, bool)>,
     clock: u64,
     timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Step)>>,
@@ -90,8 +91,8 @@ pub struct World {
     effects: Effects,
 }
 
-/// The kinds of events, as they are counted.
-pub const KINDS: [&str; 20] = [
+/// The names under which events are counted.
+pub const EVENT_KINDS: [&str; 20] = [
     "domain",
     "device",
     "add",
@@ -114,7 +115,7 @@ pub const KINDS: [&str; 20] = [
     "nature",
 ];
 
-fn kind(event: &Event) -> usize {
+fn event_kind(event: &Event) -> usize {
     match event {
         Event::DomainAdded { .. } => 0,
         Event::DeviceAdded { .. } => 1,
@@ -139,7 +140,7 @@ fn kind(event: &Event) -> usize {
     }
 }
 
-/// A stop class in the gate's words.
+/// Returns a stop class as the gate's set of steps.
 pub fn steps(class: StopClass) -> Steps {
     let has = |flag, step| if class.contains(flag) { Steps::of(&[step]) } else { Steps::default() };
     has(StopClass::DRAIN, Step::Drain)
@@ -150,14 +151,14 @@ pub fn steps(class: StopClass) -> Steps {
 }
 
 impl World {
-    pub fn new(setup: &Setup, plant: Plant) -> Kept<Self> {
+    pub fn new(setup: &Setup, plant: Plant) -> CheckResult<Self> {
         let memory = Memory::new();
         let mut world = Self {
-            gate: Saboteur::new(setup.policy, plant),
+            gate: Mutant::new(setup.policy, plant),
             model: Model::new(setup.policy, setup.clean && setup.is_detachable()),
-            hands: Hands::new(memory.clone()),
+            executor: Executor::new(memory.clone()),
             events: 0,
-            kinds: [0; KINDS.len()],
+            event_counts: [0; EVENT_KINDS.len()],
             verdicts: [0; 3],
             trace: None,
             fences: Vec::new(),
@@ -170,14 +171,14 @@ impl World {
             canaries: Vec::new(),
             effects: Effects::new(),
         };
-        world.hands.pretends = plant == Plant::PretendUnmaps;
+        world.executor.skips_unmaps = plant == Plant::UnmapsSkipped;
         for inode in 1..=FILES as u64 {
             let file = Arc::new(GuestFile::memfd("world", FILE_PAGES * PAGE).expect("a memfd"));
             let key = FileKey::of(&file).expect("fstat of a memfd");
-            // Not the kernel's number: a seed tells all that happens.
+            // Not the kernel's inode number: the seed alone must decide all that happens.
             let id = FileId { device: 1, inode };
-            world.hands.files.insert(id, (key, file));
-            world.model.truth.files.push(File::new(id, key));
+            world.executor.files.insert(id, (key, file));
+            world.model.oracle.files.push(File::new(id, key));
         }
         for (index, (able, devices)) in setup.domains.iter().enumerate() {
             let domain = DomainId(index as u16);
@@ -188,11 +189,11 @@ impl World {
                 replace: able.replace,
                 ..Sim::CAPABILITIES
             };
-            world.hands.add_bus(domain, Sim::new(capabilities, memory.clone()).expect("an eventfd"));
+            world.executor.add_bus(domain, Sim::new(capabilities, memory.clone()).expect("an eventfd"));
             world.feed(Event::DomainAdded { domain, able: *able })?;
             for (n, (class, nature)) in devices.iter().enumerate() {
                 let device = DeviceId((index * 8 + n) as u16);
-                world.hands.add_device(index, device, *class, *nature);
+                world.executor.add_device(index, device, *class, *nature);
                 world.feed(Event::DeviceAdded {
                     device,
                     domain,
@@ -205,52 +206,52 @@ impl World {
                 })?;
             }
         }
-        setup.seeds.iter().try_for_each(|seed| world.sow(*seed))?;
+        setup.earlier_quarantine.iter().try_for_each(|quarantine| world.restore_quarantine(*quarantine))?;
         Ok(world)
     }
 
-    /// An earlier daemon had these pages in quarantine.
-    fn sow(&mut self, (file, page, pages, since): (u8, u16, u16, u64)) -> Kept {
-        let file = self.model.truth.files[file as usize % FILES].id;
+    /// Reports pages to the gate that an earlier daemon had in quarantine.
+    fn restore_quarantine(&mut self, (file, page, pages, since): (u8, u16, u16, u64)) -> CheckResult {
+        let file = self.model.oracle.files[file as usize % FILES].id;
         let page = u64::from(page) % FILE_PAGES;
         let pages = u64::from(pages).clamp(1, FILE_PAGES - page);
         let range = PageRange::new(page * PAGE, pages * PAGE).expect("pages of a small file");
-        // The cause is past: it may be one that proof would lift in the daemon that had it.
+        // Any cause, also one that proof would lift in the daemon that had it.
         let cause = Cause::ALL[since as usize % Cause::ALL.len()];
         let reason = Reason { cause, device: None, rung: Step::Unmap, errno: 0 };
         let invalidation = InvalidationId(since);
         self.feed(Event::Quarantine { file, range, invalidation, reason })
     }
 
-    /// Tells the gate one thing, judges what it makes of it, and has the devices look.
-    pub fn feed(&mut self, event: Event) -> Kept {
+    /// Passes one event to the gate, judges its effects, and checks what devices reach.
+    pub fn feed(&mut self, event: Event) -> CheckResult {
         self.events += 1;
-        self.kinds[kind(&event)] += 1;
+        self.event_counts[event_kind(&event)] += 1;
         self.model.now = self.clock;
-        self.note(|| format!("{event:?}"));
-        self.model.before(&event);
+        self.trace_line(|| format!("{event:?}"));
+        self.model.record_event(&event);
         let mut effects = std::mem::take(&mut self.effects);
         effects.clear();
         self.gate.handle(event.clone(), &mut effects);
         let gate = &self.gate;
-        self.model.learn(&event, &effects, || gate.snapshot())?;
+        self.model.learn_ids(&event, &effects, || gate.snapshot())?;
         for effect in effects.drain(..) {
-            self.note(|| format!("    {effect:?}"));
+            self.trace_line(|| format!("    {effect:?}"));
             self.model.effect(&effect)?;
-            self.take(effect)?;
+            self.accept(effect)?;
         }
         self.effects = effects;
-        self.model.after(&event)?;
-        if std::mem::take(&mut self.model.truth.dirty) {
-            self.hands.look(&self.model.truth)?;
+        self.model.judge_obligations(&event)?;
+        if std::mem::take(&mut self.model.oracle.dirty) {
+            self.executor.check_reachable(&self.model.oracle)?;
         }
         if self.events.is_multiple_of(64) {
-            self.model.compare(&self.gate.snapshot())?;
+            self.model.compare_snapshot(&self.gate.snapshot())?;
         }
         Ok(())
     }
 
-    fn take(&mut self, effect: Effect) -> Kept {
+    fn accept(&mut self, effect: Effect) -> CheckResult {
         if let Effect::Answer { answer: Answer::Verdict { verdict, .. }, .. } = &effect {
             self.verdicts[match verdict {
                 Verdict::Done => 0,
@@ -265,20 +266,20 @@ impl World {
                 self.timers.push(Reverse((at, sequence, invalidation, rung)));
             }
             Effect::Answer { answer: Answer::Verdict { invalidation, verdict: Verdict::Done }, .. } => {
-                self.stamp(invalidation);
+                self.write_canaries(invalidation);
             }
             Effect::ForgetFile { file } => {
-                let Some((key, _)) = self.hands.files.get(&file) else { return Ok(()) };
-                for bus in &self.hands.buses {
-                    let mut left = None;
+                let Some((key, _)) = self.executor.files.get(&file) else { return Ok(()) };
+                for bus in &self.executor.buses {
+                    let mut mapped = None;
                     bus.sim
                         .mappings()
                         .into_iter()
                         .filter(|m| m.file == *key)
-                        .for_each(|m| left = Some(m.iova));
-                    bus.sim.reachable(|m, _| left = left.or((m.file == *key).then_some(m.iova)));
-                    if let Some(iova) = left {
-                        broken!(8, "{file:?} is let go while {:?} maps it at {iova:?}", bus.id);
+                        .for_each(|m| mapped = Some(m.iova));
+                    bus.sim.reachable(|m, _| mapped = mapped.or((m.file == *key).then_some(m.iova)));
+                    if let Some(iova) = mapped {
+                        broken!(8, "{file:?} is forgotten while {:?} maps it at {iova:?}", bus.id);
                     }
                 }
             }
@@ -286,13 +287,13 @@ impl World {
                 if let Effect::Fence { step, .. } = other {
                     self.fences.push(step);
                 }
-                self.hands.take(other);
+                self.executor.accept(other);
             }
         }
         Ok(())
     }
 
-    fn note(&mut self, what: impl FnOnce() -> String) {
+    fn trace_line(&mut self, what: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
             if trace.len() >= 300 {
                 trace.pop_front();
@@ -301,30 +302,30 @@ impl World {
         }
     }
 
-    /// The owner leaves a word in some pages that it was granted.
-    fn stamp(&mut self, id: InvalidationId) {
-        let Some(open) = self.model.truth.open(id) else { return };
+    /// Writes canaries to some of the pages that an invalidation grants to its owner.
+    fn write_canaries(&mut self, id: InvalidationId) {
+        let Some(open) = self.model.oracle.open(id) else { return };
         let within = |range: &PageRange<Offset>| range.end().0 <= FILE_PAGES * PAGE;
         for (file, range) in open.pages.iter().filter(|(_, range)| within(range)).take(2) {
-            let Some((key, _)) = self.hands.files.get(file) else { continue };
+            let Some((key, _)) = self.executor.files.get(file) else { continue };
             let file = *key;
             for at in [range.start(), Offset(range.end().0 - PAGE)] {
                 let bytes = (id.0 << 16) | (at.0 / PAGE);
-                self.hands.memory.owner_store(file, at, bytes);
-                self.canaries.push(Canary { of: id, file, at, bytes });
+                self.executor.memory.owner_store(file, at, bytes);
+                self.canaries.push(Canary { invalidation: id, file, at, bytes });
             }
         }
     }
 
-    /// Nobody wrote over what the owner left.
-    fn canaries_live(&mut self, id: InvalidationId) -> Kept {
-        for canary in self.canaries.iter().filter(|canary| canary.of == id) {
-            let now = self.hands.memory.owner_load(canary.file, canary.at);
+    /// Checks that no canary of an invalidation was overwritten, and removes them.
+    fn check_canaries(&mut self, id: InvalidationId) -> CheckResult {
+        for canary in self.canaries.iter().filter(|canary| canary.invalidation == id) {
+            let now = self.executor.memory.owner_load(canary.file, canary.at);
             if now != canary.bytes {
                 broken!(1, "{canary:?} was overwritten with {now:#x}");
             }
         }
-        self.canaries.retain(|canary| canary.of != id);
+        self.canaries.retain(|canary| canary.invalidation != id);
         Ok(())
     }
 
@@ -339,53 +340,53 @@ impl World {
     }
 
     fn granted(&self, nth: u16) -> Option<Open> {
-        let granted = || self.model.truth.open.iter().filter(|open| open.phase == Phase::Granted);
+        let granted = || self.model.oracle.open.iter().filter(|open| open.phase == Phase::Granted);
         let count = granted().count();
         granted().nth(nth as usize % count.max(1)).cloned()
     }
 
-    /// A task that can still come back.
+    /// Returns the index of a task that can still return.
     fn task(&self, nth: u16) -> Option<usize> {
-        let count = self.hands.tasks.len();
+        let count = self.executor.tasks.len();
         let index = nth as usize % count.max(1);
-        self.hands.tasks.get(index).filter(|task| !task.hangs).map(|_| index)
+        self.executor.tasks.get(index).filter(|task| !task.hangs).map(|_| index)
     }
 
-    fn work(&mut self, index: usize, deliver: bool, fault: Option<Fault>) -> Kept {
-        // Where a stale write is contained, the platform answers for what a device has cached.
+    fn run_task(&mut self, index: usize, deliver: bool, fault: Option<Fault>) -> CheckResult {
+        // Where the platform contains stale writes, a translation cached by a device does no harm.
         let contained = self.model.policy.platform == Platform::Contained;
         let fault = fault.filter(|fault| *fault != Fault::Cached || !contained);
-        let done = self.hands.tasks[index].result.is_some();
+        let done = self.executor.tasks[index].result.is_some();
         match &mut self.hang_at {
             Some((0, executed)) if !done => {
                 if *executed {
-                    self.hands.execute(index, fault, &mut self.model.truth)?;
+                    self.executor.execute(index, fault, &mut self.model.oracle)?;
                 }
                 self.hang_at = None;
-                self.hands.tasks[index].hangs = true;
+                self.executor.tasks[index].hangs = true;
                 return Ok(());
             }
-            Some((left, _)) if !done => *left -= 1,
+            Some((calls, _)) if !done => *calls -= 1,
             _ => {}
         }
-        self.hands.execute(index, fault, &mut self.model.truth)?;
+        self.executor.execute(index, fault, &mut self.model.oracle)?;
         if !deliver && !done {
-            return self.hands.look(&self.model.truth);
+            return self.executor.check_reachable(&self.model.oracle);
         }
-        match self.hands.finish(index) {
+        match self.executor.take_result(index) {
             Some(event) => self.feed(event),
             None => Ok(()),
         }
     }
 
     fn flush(&mut self, domain: u8, stuck: bool) {
-        let bus = &self.hands.buses[domain as usize % self.hands.buses.len()];
+        let bus = &self.executor.buses[domain as usize % self.executor.buses.len()];
         let _ = if stuck { bus.sim.unstick() } else { bus.sim.flush() };
-        self.hands.collect();
+        self.executor.collect_tickets();
     }
 
-    /// Time passes; timers go off when they should.
-    pub fn advance(&mut self, ns: u64) -> Kept {
+    /// Advances the clock by `ns`; timers expire on their way.
+    pub fn advance(&mut self, ns: u64) -> CheckResult {
         let until = self.clock.saturating_add(ns);
         while let Some(Reverse((at, _, invalidation, rung))) = self.timers.peek().copied()
             && at <= until
@@ -396,11 +397,11 @@ impl World {
         }
         self.clock = until;
         self.model.now = until;
-        self.model.overdue()
+        self.model.check_deadlines()
     }
 }
 
-#[path = "act.rs"]
-mod act;
-#[path = "rest.rs"]
-mod rest;
+#[path = "apply.rs"]
+mod apply;
+#[path = "settle.rs"]
+mod settle;

@@ -1,4 +1,4 @@
-//! The control socket: frames that are none, verbs that are none, clients that do not read.
+//! The control socket: malformed frames, unknown methods, clients that do not read.
 
 use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
@@ -11,16 +11,19 @@ use passgate_bindings::PAGE;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
-use crate::common::{LONG, Setup, alone, assert_refused, memory, open_files, refused, until};
+use crate::common::{
+    Setup, TIMEOUT, assert_refused, exclusive, memory, open_files, refused, wait_for_status,
+};
 
-/// One frame there, one back, without the client module.
-fn say(socket: &mut UnixStream, frame: &[u8]) -> Value {
+/// Sends one frame and receives one, without the client module.
+fn call_raw(socket: &mut UnixStream, frame: &[u8]) -> Value {
     socket.write_all(frame).unwrap();
     socket.write_all(&[0]).unwrap();
-    hear(socket).expect("an answer")
+    receive(socket).expect("an answer")
 }
 
-fn hear(socket: &mut UnixStream) -> Option<Value> {
+/// Receives one frame; none at the end of the connection.
+fn receive(socket: &mut UnixStream) -> Option<Value> {
     let mut bytes = Vec::new();
     loop {
         let mut byte = [0];
@@ -35,33 +38,33 @@ fn hear(socket: &mut UnixStream) -> Option<Value> {
 }
 
 #[test]
-fn it_introduces_itself_as_varlink_asks() {
+fn varlink_introspection_is_served() {
     let setup = Setup::new();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
-    let info = say(&mut socket, br#"{"method":"org.varlink.service.GetInfo"}"#);
+    let info = call_raw(&mut socket, br#"{"method":"org.varlink.service.GetInfo"}"#);
     assert_eq!(info["parameters"]["interfaces"][1], "io.passgate.Control");
     let call = br#"{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"io.passgate.Control"}}"#;
-    assert_eq!(say(&mut socket, call)["parameters"]["description"], DESCRIPTION);
+    assert_eq!(call_raw(&mut socket, call)["parameters"]["description"], DESCRIPTION);
     let call =
         br#"{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"no.such"}}"#;
-    assert_eq!(say(&mut socket, call)["error"], "org.varlink.service.InterfaceNotFound");
+    assert_eq!(call_raw(&mut socket, call)["error"], "org.varlink.service.InterfaceNotFound");
 }
 
 #[test]
-fn verbs_that_there_are_not_are_named_in_the_answer() {
+fn unknown_method_is_named_in_error() {
     let setup = Setup::new();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
-    let unknown = say(&mut socket, br#"{"method":"io.passgate.Control.Nope","parameters":{}}"#);
+    let unknown = call_raw(&mut socket, br#"{"method":"io.passgate.Control.Nope","parameters":{}}"#);
     assert_eq!(unknown["error"], "org.varlink.service.MethodNotFound");
     assert_eq!(unknown["parameters"]["method"], "io.passgate.Control.Nope");
-    let unknown = say(&mut socket, br#"{"method":"no.such.Verb"}"#);
+    let unknown = call_raw(&mut socket, br#"{"method":"no.such.Verb"}"#);
     assert_eq!(unknown["error"], "org.varlink.service.InterfaceNotFound");
     assert_eq!(unknown["parameters"]["interface"], "no.such");
-    assert!(say(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
+    assert!(call_raw(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
 }
 
 #[test]
-fn frames_that_are_no_calls_are_refused_and_the_connection_goes_on() {
+fn malformed_frames_are_refused_and_connection_survives() {
     let setup = Setup::new();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
     for frame in [
@@ -74,79 +77,79 @@ fn frames_that_are_no_calls_are_refused_and_the_connection_goes_on() {
         br#"{"method":7}"#,
         br#"{"method":"a","surprise":1}"#,
     ] {
-        let answer = say(&mut socket, frame);
+        let answer = call_raw(&mut socket, frame);
         assert_eq!(answer["error"], "io.passgate.Control.Refused", "{frame:?}");
         assert!(answer["parameters"]["message"].as_str().unwrap().contains("varlink"), "{answer}");
     }
     let deep = [vec![b'['; 60_000], vec![b']'; 60_000]].concat();
-    assert_eq!(say(&mut socket, &deep[..65_000])["error"], "io.passgate.Control.Refused");
+    assert_eq!(call_raw(&mut socket, &deep[..65_000])["error"], "io.passgate.Control.Refused");
     for flag in ["oneway", "upgrade"] {
         let call = format!(r#"{{"method":"io.passgate.Control.Status","{flag}":true}}"#);
-        assert_eq!(say(&mut socket, call.as_bytes())["error"], "io.passgate.Control.Refused");
+        assert_eq!(call_raw(&mut socket, call.as_bytes())["error"], "io.passgate.Control.Refused");
     }
-    let once = say(&mut socket, br#"{"method":"io.passgate.Control.Subscribe"}"#);
-    assert!(once["parameters"]["message"].as_str().unwrap().contains("more"), "{once}");
-    assert!(say(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
+    let reply = call_raw(&mut socket, br#"{"method":"io.passgate.Control.Subscribe"}"#);
+    assert!(reply["parameters"]["message"].as_str().unwrap().contains("more"), "{reply}");
+    assert!(call_raw(&mut socket, br#"{"method":"io.passgate.Control.Status"}"#)["error"].is_null());
 }
 
 #[test]
-fn an_oversized_frame_closes_its_connection_and_no_other() {
+fn oversized_frame_closes_only_its_connection() {
     let setup = Setup::new();
     let mut client = setup.connect();
     client.status().unwrap();
     let before = open_files();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
-    // The server may hang up before it has all.
+    // The server may close the connection before it has received everything.
     let _ = socket.write_all(&vec![b' '; MAX_FRAME + 1]);
-    let answer = hear(&mut socket);
+    let answer = receive(&mut socket);
     if let Some(answer) = answer {
         assert!(answer["parameters"]["message"].as_str().unwrap().contains("longer than"), "{answer}");
-        assert_eq!(hear(&mut socket), None, "closed");
+        assert_eq!(receive(&mut socket), None, "the connection must be closed");
     }
     drop(socket);
-    until(&mut client, |status| status.clients == 1);
+    wait_for_status(&mut client, |status| status.clients == 1);
     assert_eq!(open_files(), before);
 }
 
 #[test]
-fn more_descriptors_than_any_call_has_close_their_connection_and_are_closed() {
+fn excess_descriptors_close_their_connection_without_leak() {
     let setup = Setup::new();
     let mut client = setup.connect();
     client.status().unwrap();
     let file = memory(1);
     let before = open_files();
     let socket = UnixStream::connect(setup.server.path()).unwrap();
-    // Two messages without an end, each with as many as one may have.
+    // Two messages of an unfinished frame, each with 16 descriptors, the most that one message may have.
     for _ in 0..2 {
         frame::send(&socket, b"{", &[file.as_fd(); 16]).unwrap();
     }
-    until(&mut client, |status| status.clients == 1);
+    wait_for_status(&mut client, |status| status.clients == 1);
     drop(socket);
     assert_eq!(open_files(), before);
 }
 
 #[test]
-fn a_client_that_hangs_up_in_the_middle_leaves_nothing() {
+fn client_hanging_up_mid_call_leaks_nothing() {
     let setup = Setup::new();
     let mut client = setup.connect();
     client.status().unwrap();
     let before = open_files();
-    for half in [&b""[..], b"{\"method\":\"io.pass", b"{}\0{}\0{}"] {
+    for partial_input in [&b""[..], b"{\"method\":\"io.pass", b"{}\0{}\0{}"] {
         let mut socket = UnixStream::connect(setup.server.path()).unwrap();
-        socket.write_all(half).unwrap();
+        socket.write_all(partial_input).unwrap();
         socket.shutdown(Shutdown::Write).unwrap();
     }
     let file = memory(1);
-    let mut gone = setup.connect();
-    gone.add_memory(&AddMemory::shared(0, PAGE), &[&*file]).unwrap();
-    let channel = gone.open_channel().unwrap();
-    drop((gone, channel, file));
-    until(&mut client, |status| status.clients == 1 && status.regions.is_empty());
+    let mut other = setup.connect();
+    other.add_memory(&AddMemory::shared(0, PAGE), &[&*file]).unwrap();
+    let channel = other.open_channel().unwrap();
+    drop((other, channel, file));
+    wait_for_status(&mut client, |status| status.clients == 1 && status.regions.is_empty());
     assert_eq!(open_files(), before);
 }
 
 #[test]
-fn calls_may_be_sent_ahead_and_descriptors_stay_with_theirs() {
+fn pipelined_calls_keep_their_descriptors() {
     let setup = Setup::new();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
     let status = b"{\"method\":\"io.passgate.Control.Status\"}\0";
@@ -155,44 +158,44 @@ fn calls_may_be_sent_ahead_and_descriptors_stay_with_theirs() {
     frame::send(&socket, status, &[]).unwrap();
     frame::send(&socket, add, &[file.as_fd()]).unwrap();
     frame::send(&socket, status, &[]).unwrap();
-    assert_eq!(hear(&mut socket).unwrap()["parameters"]["regions"], json!([]));
-    assert_eq!(hear(&mut socket).unwrap()["parameters"]["region"], 1);
-    assert_eq!(hear(&mut socket).unwrap()["parameters"]["regions"][0]["length"], 4096);
+    assert_eq!(receive(&mut socket).unwrap()["parameters"]["regions"], json!([]));
+    assert_eq!(receive(&mut socket).unwrap()["parameters"]["region"], 1);
+    assert_eq!(receive(&mut socket).unwrap()["parameters"]["regions"][0]["length"], 4096);
 }
 
 #[test]
-fn a_client_that_stops_reading_events_is_dropped_and_delays_nobody() {
+fn slow_event_listener_is_dropped_and_delays_nobody() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(1);
     let files = open_files();
-    let mut deaf = UnixStream::connect(setup.server.path()).unwrap();
-    let first = say(&mut deaf, br#"{"method":"io.passgate.Control.Subscribe","more":true}"#);
+    let mut slow = UnixStream::connect(setup.server.path()).unwrap();
+    let first = call_raw(&mut slow, br#"{"method":"io.passgate.Control.Subscribe","more":true}"#);
     assert_eq!(first["continues"], true);
     let sequence = first["parameters"]["sequence"].as_u64().unwrap();
-    let mut attentive = setup.connect().subscribe().unwrap();
+    let mut reader = setup.connect().subscribe().unwrap();
     let mut events = 0;
     while client.status().unwrap().clients == 3 {
-        assert!(events < 100_000, "it was never dropped");
+        assert!(events < 100_000, "the slow listener was never dropped");
         let region = client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[&*file]).unwrap().region;
         client.remove_memory(region).unwrap();
         events += 1;
-        assert_eq!(attentive.next().unwrap().unwrap().sequence, sequence + events, "nothing is left out");
+        assert_eq!(reader.next().unwrap().unwrap().sequence, sequence + events, "an event is missing");
     }
-    drop(attentive);
-    // What it finds when it reads at last is a beginning without gaps, and then the end.
-    let mut heard = 0;
-    while let Some(event) = hear_lossy(&mut deaf) {
-        heard += 1;
-        assert_eq!(event["parameters"]["sequence"], sequence + heard);
+    drop(reader);
+    // When it reads at last it receives a first part of the events without gaps, and then the end.
+    let mut received = 0;
+    while let Some(event) = receive_or_end(&mut slow) {
+        received += 1;
+        assert_eq!(event["parameters"]["sequence"], sequence + received);
     }
-    assert!(heard < events);
-    drop(deaf);
-    until(&mut client, |status| status.clients == 1);
+    assert!(received < events);
+    drop(slow);
+    wait_for_status(&mut client, |status| status.clients == 1);
     assert_eq!(open_files(), files);
 }
 
-/// As [`hear`], but the last frame may be cut short.
-fn hear_lossy(socket: &mut UnixStream) -> Option<Value> {
+/// Like [`receive`], but the last frame may be incomplete.
+fn receive_or_end(socket: &mut UnixStream) -> Option<Value> {
     let mut bytes = Vec::new();
     let mut byte = [0];
     while socket.read(&mut byte).unwrap_or(0) == 1 {
@@ -205,25 +208,25 @@ fn hear_lossy(socket: &mut UnixStream) -> Option<Value> {
 }
 
 #[test]
-fn a_client_that_does_not_read_its_answers_is_not_read_either() {
+fn client_not_reading_answers_is_not_read() {
     let setup = Setup::new();
     let mut client = setup.connect();
-    let mut deaf = UnixStream::connect(setup.server.path()).unwrap();
-    deaf.set_nonblocking(true).unwrap();
+    let mut unread = UnixStream::connect(setup.server.path()).unwrap();
+    unread.set_nonblocking(true).unwrap();
     let call = b"{\"method\":\"io.passgate.Control.Status\"}\0";
     let (mut sent, mut stuck) = (0, 0);
     while stuck < 1000 && sent < 64 << 20 {
-        match deaf.write(call) {
+        match unread.write(call) {
             Ok(n) => (sent, stuck) = (sent + n, 0),
             Err(_) => stuck += 1,
         }
         client.status().unwrap();
     }
-    assert_eq!(stuck, 1000, "the server took {sent} bytes of calls whose answers nobody reads");
-    // It was not read, and is not dropped for that: every call that it has sent is answered.
-    deaf.set_nonblocking(false).unwrap();
-    deaf.set_read_timeout(Some(LONG)).unwrap();
-    let mut answers = std::io::BufReader::new(deaf);
+    assert_eq!(stuck, 1000, "the server has read {sent} bytes of calls whose answers are not read");
+    // The client is not dropped: once it reads, every call that it has sent is answered.
+    unread.set_nonblocking(false).unwrap();
+    unread.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let mut answers = std::io::BufReader::new(unread);
     for nth in 1..=sent / call.len() {
         let mut answer = Vec::new();
         answers.read_until(0, &mut answer).unwrap();
@@ -232,20 +235,20 @@ fn a_client_that_does_not_read_its_answers_is_not_read_either() {
     }
 }
 
-/// Which of two clients has its turn first shows in what the last answer of the other says. Both have sent everything
-/// before the server begins.
+/// The busy client's last call is Status: it shows whether the server has handled the other client, which has disconnected,
+/// before that. Both clients have sent everything before the server starts.
 #[test]
-fn client_that_has_sent_many_calls_gives_way_to_the_next_client() {
+fn client_with_many_calls_yields_to_next_client() {
     use passgate::serve::{Options, Server};
     use passgate_backends::iommu::soft::SoftDomain;
     const CALLS: usize = 100;
-    let _alone = alone();
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let server = Server::bind(Options::at(&path), SoftDomain::open().unwrap(), vec![]).unwrap();
     let mut busy = UnixStream::connect(&path).unwrap();
-    busy.set_read_timeout(Some(LONG)).unwrap();
-    // So long that few of them are read at once, so short that all of them, and their answers, are in the sockets at once.
+    busy.set_read_timeout(Some(TIMEOUT)).unwrap();
+    // Long enough that a read returns few of them, short enough that all of them, and their answers, fit into the sockets.
     let mut call = br#"{"method":"no.such.Verb"}"#.to_vec();
     call.resize(499, b' ');
     call.push(0);
@@ -254,15 +257,15 @@ fn client_that_has_sent_many_calls_gives_way_to_the_next_client() {
     drop(UnixStream::connect(&path).unwrap());
     let server = server.spawn().unwrap();
     for _ in 0..CALLS {
-        assert_eq!(hear(&mut busy).unwrap()["error"], "org.varlink.service.InterfaceNotFound");
+        assert_eq!(receive(&mut busy).unwrap()["error"], "org.varlink.service.InterfaceNotFound");
     }
-    let clients = hear(&mut busy).unwrap()["parameters"]["clients"].clone();
-    assert_eq!(clients, 1, "nobody has looked at the client that has left");
+    let clients = receive(&mut busy).unwrap()["parameters"]["clients"].clone();
+    assert_eq!(clients, 1, "the disconnected client was not handled");
     server.stop().unwrap();
 }
 
 #[test]
-fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
+fn stale_socket_is_replaced_and_live_one_is_not() {
     use passgate::serve::{Options, Server};
     let setup = Setup::new();
     let bind = |path: &std::path::Path| Server::bind(Options::at(path), setup.domain.clone(), vec![]);
@@ -278,7 +281,7 @@ fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&stale).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
     server.stop().unwrap();
-    assert!(!stale.exists(), "removed at the end");
+    assert!(!stale.exists(), "the socket must be removed at the end");
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();
     assert!(bind(&file).is_err());
@@ -286,7 +289,7 @@ fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
 }
 
 #[test]
-fn dma_on_demand_is_off_unless_asked_for() {
+fn dma_method_is_disabled_by_default() {
     let off = Setup::with(|options| options.allow_dma = false);
     let mut client = off.connect();
     assert_refused(client.dma_read("soft:0", 0, 8), 1, "--allow-dma");
@@ -304,6 +307,6 @@ fn dma_on_demand_is_off_unless_asked_for() {
     assert_refused(client.dma_read("soft:0", 0, 1 << 20), 22, "1 to 4096");
     let both = json!({"device": "soft:0", "iova": 0, "read": 8, "write": "00"});
     refused(client.call::<Value>("Dma", &both, &[]));
-    let odd = json!({"device": "soft:0", "iova": 0, "write": "0"});
-    refused(client.call::<Value>("Dma", &odd, &[]));
+    let invalid = json!({"device": "soft:0", "iova": 0, "write": "0"});
+    refused(client.call::<Value>("Dma", &invalid, &[]));
 }

@@ -1,4 +1,4 @@
-//! The event stream: who was away hears what was told meanwhile, or how much of it is lost.
+//! The event stream: a client that resubscribes receives the events that it missed, or a gap with the number of lost ones.
 
 use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -11,77 +11,77 @@ use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::net::{Shutdown, shutdown};
 
-use crate::common::{Setup, alone, granted, memory, open_files, pages, until};
-use crate::daemon::LONG;
+use crate::common::{Setup, exclusive, granted, memory, open_files, pages, wait_for_status};
+use crate::daemon::TIMEOUT;
 
-/// Events that a daemon keeps.
-const KEPT: u64 = 8192;
+/// The number of events of each kind that a daemon stores for resubscribers.
+const EVENT_HISTORY: u64 = 8192;
 
-/// One event: a region comes and goes.
-fn happens(client: &mut Client, file: &GuestFile) {
+/// Causes one event: a region is added and removed.
+fn add_and_remove_region(client: &mut Client, file: &GuestFile) {
     let region = client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[file]).unwrap().region;
     client.remove_memory(region).unwrap();
 }
 
-/// The next event. A stream blocks for it, so a test that waits in vain ends its program instead of hanging.
+/// Returns the next event. The stream blocks until it comes, so a watchdog ends the program instead of letting it hang.
 fn next(events: &mut Events) -> Event {
-    let (came, waits) = channel::<()>();
+    let (done, is_done) = channel::<()>();
     let watchdog = std::thread::spawn(move || {
-        if waits.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
+        if is_done.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout) {
             eprintln!("an event never came");
             std::process::abort();
         }
     });
     let event = events.next();
-    drop(came);
+    drop(done);
     watchdog.join().unwrap();
-    event.expect("the stream goes on").unwrap()
+    event.expect("the stream has ended").unwrap()
 }
 
 #[test]
-fn who_comes_back_hears_what_was_told_meanwhile_and_then_what_is_told() {
+fn resubscriber_receives_missed_events_then_new_ones() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(1);
     let before = open_files();
     let mut events = setup.connect().subscribe().unwrap();
-    happens(&mut client, &file);
-    let heard = next(&mut events).sequence;
+    add_and_remove_region(&mut client, &file);
+    let last_received = next(&mut events).sequence;
     let instance = events.instance().to_owned();
-    assert_eq!((&client.status().unwrap().instance, events.sequence()), (&instance, heard));
+    assert_eq!((&client.status().unwrap().instance, events.sequence()), (&instance, last_received));
     drop(events);
     for _ in 0..100 {
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
     }
-    let mut events = setup.connect().subscribe_after(heard, Some(&instance)).unwrap();
-    assert_eq!(events.sequence(), heard);
-    // One that comes now comes behind them.
-    happens(&mut client, &file);
+    let mut events = setup.connect().subscribe_after(last_received, Some(&instance)).unwrap();
+    assert_eq!(events.sequence(), last_received);
+    // A new event comes after the missed ones.
+    add_and_remove_region(&mut client, &file);
     for missed in 1..=101 {
-        assert_eq!(next(&mut events).sequence, heard + missed);
+        assert_eq!(next(&mut events).sequence, last_received + missed);
     }
     for new in 102..=110 {
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
         let event = next(&mut events);
-        assert_eq!((event.sequence, event.event.as_str()), (heard + new, "region.closed"));
+        assert_eq!((event.sequence, event.event.as_str()), (last_received + new, "region.closed"));
     }
-    assert_eq!(client.status().unwrap().sequence, heard + 110);
+    assert_eq!(client.status().unwrap().sequence, last_received + 110);
     drop(events);
-    until(&mut client, |status| status.clients == 1);
+    wait_for_status(&mut client, |status| status.clients == 1);
     assert_eq!(open_files(), before);
 }
 
 #[test]
-fn what_is_not_kept_any_more_is_told_as_a_gap_and_a_slow_listener_delays_nobody() {
+fn dropped_events_are_reported_as_gap_and_slow_listener_delays_nobody() {
     let setup = Setup::new();
     let (mut client, mut channel, file) = setup.client(1);
     let (lost, new) = (10, 6000);
-    for _ in 0..KEPT + lost {
-        happens(&mut client, &file);
+    for _ in 0..EVENT_HISTORY + lost {
+        add_and_remove_region(&mut client, &file);
     }
     let mut events = setup.connect().subscribe_after(0, None).unwrap();
-    // It does not read yet: what it missed is more than its socket takes, and waits in no queue of its own.
+    // The listener does not read yet. It has missed more than its socket can buffer, and there is no queue for it.
     for _ in 0..new {
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
         channel.echo().unwrap();
     }
     let gap = next(&mut events);
@@ -89,82 +89,86 @@ fn what_is_not_kept_any_more_is_told_as_a_gap_and_a_slow_listener_delays_nobody(
     assert_eq!((&gap.details["lost"], &gap.details["restarted"]), (&lost.into(), &false.into()));
     let mut last = gap.sequence;
     let mut gaps = 0;
-    while last < KEPT + lost + new {
+    while last < EVENT_HISTORY + lost + new {
         let event = next(&mut events);
         if event.event == "gap" {
-            // What it had not read when it was too old.
-            let more = event.details["lost"].as_u64().unwrap();
-            assert!(more > 0 && more <= new, "{event:?}");
-            (last, gaps) = (last + more, gaps + 1);
+            // Events that were dropped from the history before the listener has read them.
+            let missing = event.details["lost"].as_u64().unwrap();
+            assert!(missing > 0 && missing <= new, "{event:?}");
+            (last, gaps) = (last + missing, gaps + 1);
             assert_eq!(event.sequence, last);
         } else {
-            assert_eq!(event.sequence, last + 1, "nothing is left out unsaid");
+            assert_eq!(event.sequence, last + 1, "an event is missing without a gap");
             last += 1;
         }
     }
     assert_eq!(gaps, 1);
-    happens(&mut client, &file);
+    add_and_remove_region(&mut client, &file);
     assert_eq!(next(&mut events).sequence, last + 1);
 }
 
 #[test]
-fn routine_events_push_no_range_event_out_and_numbers_stay_one_sequence() {
+fn routine_events_do_not_evict_range_events() {
     let setup = Setup::new();
     let (mut client, mut channel, file) = setup.client(2);
-    let begun = granted(channel.begin(pages(0, 1), PageState::Private, None));
-    channel.end(begun, Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
+    let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
+    channel.end(invalidation, Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
     let quarantined = client.status().unwrap().sequence;
-    for _ in 0..KEPT + 10 {
-        happens(&mut client, &file);
+    for _ in 0..EVENT_HISTORY + 10 {
+        add_and_remove_region(&mut client, &file);
     }
     let last = client.status().unwrap().sequence;
     let mut events = setup.connect().subscribe_after(0, None).unwrap();
-    let (mut heard, mut lost, mut ranges, mut times) = (0, 0, Vec::new(), Vec::new());
-    while heard < last {
+    let (mut received, mut lost, mut ranges, mut times) = (0, 0, Vec::new(), Vec::new());
+    while received < last {
         let event = next(&mut events);
         times.push(event.time_ms);
         if event.event == "gap" {
-            let more = event.details["lost"].as_u64().unwrap();
-            (heard, lost) = (heard + more, lost + more);
+            let missing = event.details["lost"].as_u64().unwrap();
+            (received, lost) = (received + missing, lost + missing);
         } else {
-            heard += 1;
+            received += 1;
             if event.event.starts_with("range.") {
                 ranges.push((event.sequence, event.event));
             }
         }
-        assert_eq!(event.sequence, heard, "nothing is left out unsaid");
+        assert_eq!(event.sequence, received, "an event is missing without a gap");
     }
     assert_eq!(ranges, [(quarantined, "range.quarantined".to_owned())]);
-    // What was told before it is no routine, or has gone.
+    // The events before it are either not routine, and stored, or were dropped.
     assert!((10..10 + quarantined).contains(&lost), "{lost} of {last}");
     assert!(times.iter().all(|time| *time > 1_700_000_000_000));
-    happens(&mut client, &file);
-    assert_eq!(next(&mut events).sequence, last + 1, "it listens on");
+    add_and_remove_region(&mut client, &file);
+    assert_eq!(next(&mut events).sequence, last + 1, "the stream must continue");
     drop(events);
     let mut events = setup.connect().subscribe_after(quarantined, None).unwrap();
     assert_eq!(next(&mut events).event, "gap");
 }
 
 #[test]
-fn the_numbers_of_another_daemon_mean_nothing_here() {
+fn sequence_of_another_instance_is_reported_as_restart() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(1);
     for _ in 0..3 {
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
     }
     for (after, instance) in [(2, Some("0123456789abcdef")), (1000, None)] {
         let mut events = setup.connect().subscribe_after(after, instance).unwrap();
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
         let gap = next(&mut events);
         assert_eq!((gap.event.as_str(), &gap.details["restarted"]), ("gap", &true.into()));
         assert_eq!(gap.details["instance"], client.status().unwrap().instance);
-        assert_eq!([(); 3].map(|()| next(&mut events).sequence), [1, 2, 3], "everything is new");
+        assert_eq!(
+            [(); 3].map(|()| next(&mut events).sequence),
+            [1, 2, 3],
+            "every event of this instance must be sent"
+        );
     }
 }
 
 #[test]
-fn a_stream_that_is_to_resume_goes_on_where_it_broke_and_says_when_the_daemon_is_another() {
-    let _alone = alone();
+fn resuming_stream_continues_after_break_and_reports_new_instance() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let file = memory(1);
@@ -172,33 +176,29 @@ fn a_stream_that_is_to_resume_goes_on_where_it_broke_and_says_when_the_daemon_is
     let server = start().spawn().unwrap();
     let mut client = Client::connect(&path).unwrap();
     let events = Client::connect(&path).unwrap().subscribe().unwrap();
-    let mut events = events.resuming(&path, LONG);
-    happens(&mut client, &file);
+    let mut events = events.resuming(&path, TIMEOUT);
+    add_and_remove_region(&mut client, &file);
     assert_eq!(next(&mut events).sequence, 1);
 
     shutdown(events.as_fd(), Shutdown::Both).unwrap();
-    happens(&mut client, &file);
-    happens(&mut client, &file);
-    assert_eq!(
-        [(); 2].map(|()| next(&mut events).sequence),
-        [2, 3],
-        "the connection is another, nothing is lost"
-    );
+    add_and_remove_region(&mut client, &file);
+    add_and_remove_region(&mut client, &file);
+    assert_eq!([(); 2].map(|()| next(&mut events).sequence), [2, 3], "a new connection must lose no event");
 
     let first = events.instance().to_owned();
     server.stop().unwrap();
     let server = start().spawn().unwrap();
     let mut client = Client::connect(&path).unwrap();
     for _ in 0..30 {
-        happens(&mut client, &file);
+        add_and_remove_region(&mut client, &file);
     }
-    // What was told while the first one went, then the second.
+    // First the events of the ending daemon, then the gap, then those of the new daemon.
     let gap = (0..10).map(|_| next(&mut events)).find(|event| event.event == "gap").expect("a gap");
     assert_eq!((&gap.details["restarted"], gap.sequence), (&true.into(), 0));
     assert_eq!(next(&mut events).sequence, 1);
     assert_ne!(events.instance(), first);
 
-    // Without a daemon it ends, once its patience has.
+    // Without a daemon the stream ends after its timeout.
     let mut events = events.resuming(&path, Duration::from_millis(1));
     server.stop().unwrap();
     assert!(events.by_ref().all(|event| event.is_ok()));

@@ -1,4 +1,4 @@
-//! What is written about the protocol is what is spoken: the varlink description, and the C struct in the manual.
+//! The documentation of the protocol matches the code: the varlink description, and the C struct in docs/protocol.md.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -8,11 +8,11 @@ use passgate::protocol::verbs::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// The names of the fields in parentheses behind `head`.
-fn described(head: &str) -> BTreeSet<String> {
+/// Returns the names of the fields that the varlink description lists in parentheses after `section`.
+fn described_fields(section: &str) -> BTreeSet<String> {
     let text: String =
         DESCRIPTION.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join(" ");
-    let after = text.split_once(head).unwrap_or_else(|| panic!("{head} is not described")).1;
+    let after = text.split_once(section).unwrap_or_else(|| panic!("{section} is not described")).1;
     let inside = after.split_once('(').unwrap().1.split_once(')').unwrap().0;
     inside
         .split(',')
@@ -21,8 +21,8 @@ fn described(head: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The names of the fields as serde writes them; the value must have every option set.
-fn spoken(value: &impl Serialize) -> BTreeSet<String> {
+/// Returns the names of the fields as serde writes them; every `Option` of the value must be `Some`.
+fn serialized_fields(value: &impl Serialize) -> BTreeSet<String> {
     match serde_json::to_value(value).unwrap() {
         Value::Object(fields) => fields.into_iter().map(|(name, _)| name).collect(),
         other => panic!("{other}"),
@@ -30,7 +30,7 @@ fn spoken(value: &impl Serialize) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_description_names_every_field_that_is_spoken_and_no_other() {
+fn varlink_description_matches_serialized_fields() {
     let failure = Failure {
         gpa: 0,
         length: 1,
@@ -114,47 +114,50 @@ fn the_description_names_every_field_that_is_spoken_and_no_other() {
     let convert = Convert { gpa: 0, length: 1, to: State::Hole, deadline_ms: 1 };
     let reply =
         |verb: &str| format!("{verb}{}", DESCRIPTION.split_once(verb).unwrap().1.split_once("->").unwrap().0);
-    for (head, fields) in [
-        ("type Failure", spoken(&failure)),
-        ("type Region", spoken(&region)),
-        ("type Device", spoken(&device)),
-        ("type Quarantined", spoken(&quarantined)),
-        ("type Refused", spoken(&refused)),
-        ("type Totals", spoken(&Totals::default())),
-        ("type Disk", spoken(&Disk::default())),
-        ("type AdoptedRegion", spoken(&region_adopted)),
-        ("type Unended", spoken(&unended)),
-        ("method AddMemory", spoken(&AddMemory::shared(0, 1))),
-        ("method RemoveMemory", spoken(&RemoveMemory { region: 1 })),
-        ("method Convert", spoken(&convert)),
-        ("method Explain", spoken(&Explain { invalidation: 1 })),
-        ("method Subscribe", spoken(&subscribe)),
-        ("method Release", spoken(&Release { invalidation: 1, to: State::Hole })),
-        ("method Dma", spoken(&dma)),
-        ("error Refused", spoken(&json!({"message": "", "errno": 1}))),
+    for (section, fields) in [
+        ("type Failure", serialized_fields(&failure)),
+        ("type Region", serialized_fields(&region)),
+        ("type Device", serialized_fields(&device)),
+        ("type Quarantined", serialized_fields(&quarantined)),
+        ("type Refused", serialized_fields(&refused)),
+        ("type Totals", serialized_fields(&Totals::default())),
+        ("type Disk", serialized_fields(&Disk::default())),
+        ("type AdoptedRegion", serialized_fields(&region_adopted)),
+        ("type Unended", serialized_fields(&unended)),
+        ("method AddMemory", serialized_fields(&AddMemory::shared(0, 1))),
+        ("method RemoveMemory", serialized_fields(&RemoveMemory { region: 1 })),
+        ("method Convert", serialized_fields(&convert)),
+        ("method Explain", serialized_fields(&Explain { invalidation: 1 })),
+        ("method Subscribe", serialized_fields(&subscribe)),
+        ("method Release", serialized_fields(&Release { invalidation: 1, to: State::Hole })),
+        ("method Dma", serialized_fields(&dma)),
+        ("error Refused", serialized_fields(&json!({"message": "", "errno": 1}))),
     ] {
-        assert_eq!(described(head), fields, "{head}");
+        assert_eq!(described_fields(section), fields, "{section}");
     }
     for (verb, fields) in [
-        ("method AddMemory", spoken(&MemoryAdded { region: 1, mapped: 1 })),
-        ("method Convert", spoken(&converted)),
-        ("method Status", spoken(&status)),
-        ("method Subscribe", spoken(&json!({"sequence": 1, "time_ms": 1, "event": "", "details": {}}))),
-        ("method Release", spoken(&Released { bytes: 1 })),
-        ("method Adopt", spoken(&Adopted { regions: vec![], unended: vec![], more_unended: 0 })),
-        ("method Metrics", spoken(&Metrics { text: String::new() })),
-        ("method Dma", spoken(&DmaDone { read: Some(String::new()) })),
+        ("method AddMemory", serialized_fields(&MemoryAdded { region: 1, mapped: 1 })),
+        ("method Convert", serialized_fields(&converted)),
+        ("method Status", serialized_fields(&status)),
+        (
+            "method Subscribe",
+            serialized_fields(&json!({"sequence": 1, "time_ms": 1, "event": "", "details": {}})),
+        ),
+        ("method Release", serialized_fields(&Released { bytes: 1 })),
+        ("method Adopt", serialized_fields(&Adopted { regions: vec![], unended: vec![], more_unended: 0 })),
+        ("method Metrics", serialized_fields(&Metrics { text: String::new() })),
+        ("method Dma", serialized_fields(&DmaDone { read: Some(String::new()) })),
     ] {
-        // Comments are gone in `described`, so the way to the reply is looked up without them too.
+        // `described_fields` removes the comments, so the text up to the reply must not contain them either.
         let call = reply(verb).lines().collect::<Vec<_>>().join(" ");
-        assert_eq!(described(&call), fields, "{verb}, its reply");
+        assert_eq!(described_fields(&call), fields, "{verb}, its reply");
     }
 }
 
 #[test]
-fn the_struct_in_the_manual_lies_as_the_record_does() {
-    // Other tests count this process's files, and a compiler has pipes.
-    let _alone = crate::common::alone();
+fn manual_c_struct_matches_record_layout() {
+    // Serialized, because other tests count this process's open files and the child processes here add pipes.
+    let _exclusive = crate::common::exclusive();
     if Command::new("cc").arg("--version").output().is_err() {
         return crate::common::skip::skip("there is no C compiler");
     }

@@ -1,9 +1,9 @@
-//! Bad input at both sockets: a clear answer, nothing lost, no file left open.
+//! Both sockets: the protocol, its limits, and invalid input, which gets a clear answer, changes nothing and leaks no file.
 //!
-//! Client and server are in one process here, over the real soft domain, so that one count of `/proc/self/fd` sees
-//! what either side forgets.
+//! Client and server are in one process here, over the real soft domain, so that one count of `/proc/self/fd` detects the
+//! leaks of either side.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on fails
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a panic fails the test
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -21,6 +21,6 @@ mod metrics;
 mod processes;
 mod records;
 mod release;
-mod silence;
 mod sockets;
 mod state;
+mod timeouts;

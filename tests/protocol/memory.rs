@@ -1,4 +1,4 @@
-//! `AddMemory` and `RemoveMemory`: which descriptors and ranges are taken, and which are not.
+//! `AddMemory` and `RemoveMemory`: accepted and refused descriptors and ranges.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
@@ -11,15 +11,17 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 
-use crate::common::{Setup, alone, assert_refused, memory, open_files, pages, refused, substance};
-use crate::daemon::{Daemon, LONG};
+use crate::common::{
+    Setup, assert_refused, exclusive, memory, open_files, pages, refused, status_without_wrong_count,
+};
+use crate::daemon::{Daemon, TIMEOUT};
 
 const INVAL: i32 = 22;
 const ACCES: i32 = 13;
 const EXIST: i32 = 17;
 const NOENT: i32 = 2;
 
-/// A memfd of `pages` pages with these seals.
+/// Returns a memfd of `pages` pages with these seals.
 fn memfd(pages: u64, seals: SealFlags) -> OwnedFd {
     let fd = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&fd, pages * PAGE).unwrap();
@@ -27,14 +29,14 @@ fn memfd(pages: u64, seals: SealFlags) -> OwnedFd {
     fd
 }
 
-/// The same file, opened anew.
+/// Opens the file again, with other flags.
 fn reopen(fd: &OwnedFd, flags: OFlags) -> OwnedFd {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap()
 }
 
 #[test]
-fn files_that_cannot_be_guest_memory_are_refused_and_closed() {
+fn unsuitable_files_are_refused_and_closed() {
     let setup = Setup::new();
     let (mut client, _channel, _file) = setup.client(4);
     let sealed = memfd(1, SealFlags::SHRINK);
@@ -53,25 +55,25 @@ fn files_that_cannot_be_guest_memory_are_refused_and_closed() {
         (std::fs::File::open("/dev/null").unwrap().into(), INVAL, "pass a memfd"),
         (client.as_fd().try_clone_to_owned().unwrap(), INVAL, "pass a memfd"),
     ];
-    let (before, known) = (open_files(), substance(&mut client));
-    for (fd, errno, words) in &cases {
+    let (before, status_before) = (open_files(), status_without_wrong_count(&mut client));
+    for (fd, errno, expected_text) in &cases {
         let added = client.add_memory(&AddMemory::shared(1 << 30, PAGE), &[fd]);
-        assert_refused(added, *errno, words);
-        assert_eq!(open_files(), before, "{words}");
-        assert_eq!(substance(&mut client), known, "{words}");
+        assert_refused(added, *errno, expected_text);
+        assert_eq!(open_files(), before, "{expected_text}");
+        assert_eq!(status_without_wrong_count(&mut client), status_before, "{expected_text}");
     }
     assert!(setup.device.read_into(passgate_bindings::Iova(0), &mut [0; 8]).is_ok());
 }
 
 #[test]
-fn memory_that_devices_only_read_may_be_read_only_and_sealed() {
+fn read_only_memory_may_be_sealed() {
     let setup = Setup::new();
     let mut client = setup.connect();
     let sealed = memfd(1, SealFlags::SHRINK | SealFlags::WRITE);
     let read_only = reopen(&memfd(1, SealFlags::SHRINK), OFlags::RDONLY);
     for (gpa, fd) in [(0, sealed), (PAGE, read_only)] {
         let memory = AddMemory { writable: false, ..AddMemory::shared(gpa, PAGE) };
-        // The soft domain pins for writing or not at all; whatever it says, passgate's own border lets it by.
+        // The soft domain always pins for writing, so it may refuse; passgate's own checks must accept the file.
         if let Err(error) = client.add_memory(&memory, &[&fd]) {
             assert!(error.to_string().contains("could not be mapped"), "{error}");
         }
@@ -79,7 +81,7 @@ fn memory_that_devices_only_read_may_be_read_only_and_sealed() {
 }
 
 #[test]
-fn too_few_and_too_many_descriptors_are_refused_and_closed() {
+fn wrong_descriptor_count_is_refused_and_closed() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(1);
     let before = open_files();
@@ -97,10 +99,10 @@ fn too_few_and_too_many_descriptors_are_refused_and_closed() {
 }
 
 #[test]
-fn ranges_that_are_none_are_refused() {
+fn invalid_ranges_are_refused() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(4);
-    let (before, known) = (open_files(), substance(&mut client));
+    let (before, status_before) = (open_files(), status_without_wrong_count(&mut client));
     let base = AddMemory::shared(1 << 30, PAGE);
     let cases = [
         (AddMemory { gpa: 1, ..base.clone() }, "page-aligned"),
@@ -115,15 +117,15 @@ fn ranges_that_are_none_are_refused() {
         (AddMemory { piece: 2048, ..base.clone() }, "power of two"),
         (AddMemory { piece: 3 * PAGE, ..base.clone() }, "power of two"),
     ];
-    for (memory, words) in &cases {
-        assert_refused(client.add_memory(memory, &[&*file]), INVAL, words);
-        assert_eq!(open_files(), before, "{words}");
-        assert_eq!(substance(&mut client), known, "{words}");
+    for (memory, expected_text) in &cases {
+        assert_refused(client.add_memory(memory, &[&*file]), INVAL, expected_text);
+        assert_eq!(open_files(), before, "{expected_text}");
+        assert_eq!(status_without_wrong_count(&mut client), status_before, "{expected_text}");
     }
 }
 
 #[test]
-fn parameters_of_another_shape_are_refused() {
+fn malformed_parameters_are_refused() {
     let setup = Setup::new();
     let mut client = setup.connect();
     let before = open_files();
@@ -149,27 +151,27 @@ fn parameters_of_another_shape_are_refused() {
 }
 
 #[test]
-fn overlapping_regions_and_a_double_add_are_refused() {
+fn overlapping_or_repeated_regions_are_refused() {
     let setup = Setup::new();
     let (mut client, _channel, file) = setup.client(4);
-    let (before, known) = (open_files(), substance(&mut client));
-    let twice = AddMemory::shared(0, 4 * PAGE);
-    assert_refused(client.add_memory(&twice, &[&*file]), EXIST, "overlaps region 1 at 0x0");
-    let into = AddMemory::shared(3 * PAGE, PAGE);
-    assert_refused(client.add_memory(&into, &[&*file]), EXIST, "overlaps region 1 at 0x3000");
-    // Memory of another file, and by another client: guest-physical addresses are the VM's, not the client's.
+    let (before, status_before) = (open_files(), status_without_wrong_count(&mut client));
+    let same_range = AddMemory::shared(0, 4 * PAGE);
+    assert_refused(client.add_memory(&same_range, &[&*file]), EXIST, "overlaps region 1 at 0x0");
+    let inside_range = AddMemory::shared(3 * PAGE, PAGE);
+    assert_refused(client.add_memory(&inside_range, &[&*file]), EXIST, "overlaps region 1 at 0x3000");
+    // Another file and another client overlap too: guest-physical addresses belong to the VM, not to a client.
     let mut other = setup.connect();
-    let foreign = memory(1);
-    assert_refused(other.add_memory(&into, &[&*foreign]), EXIST, "overlaps");
-    drop((other, foreign));
-    crate::common::until(&mut client, |status| status.clients == 1);
-    assert_eq!((open_files(), substance(&mut client)), (before, known));
-    // The same pages at another address are no mistake but an alias.
+    let other_file = memory(1);
+    assert_refused(other.add_memory(&inside_range, &[&*other_file]), EXIST, "overlaps");
+    drop((other, other_file));
+    crate::common::wait_for_status(&mut client, |status| status.clients == 1);
+    assert_eq!((open_files(), status_without_wrong_count(&mut client)), (before, status_before));
+    // The same pages at another address are an alias, which is allowed.
     client.add_memory(&AddMemory::shared(1 << 30, 4 * PAGE), &[&*file]).unwrap();
 }
 
 #[test]
-fn only_its_owner_removes_a_region_and_only_once() {
+fn region_is_removed_once_by_its_owner_only() {
     let setup = Setup::new();
     let (mut client, mut channel, file) = setup.client(4);
     let mut other = setup.connect();
@@ -181,33 +183,35 @@ fn only_its_owner_removes_a_region_and_only_once() {
     channel.end(invalidation, Outcome::NotCommitted).unwrap();
     let before = open_files();
     client.remove_memory(1).unwrap();
-    assert_eq!(open_files(), before - 1, "the server's copy of the file is closed");
+    assert_eq!(open_files(), before - 1, "the server's descriptor of the file must be closed");
     assert_refused(client.remove_memory(1), NOENT, "region 1 is not one");
     assert_eq!(setup.domain.mappings(), 0);
     client.add_memory(&AddMemory::shared(0, 4 * PAGE), &[&*file]).unwrap();
 }
 
 #[test]
-fn a_client_that_comes_back_at_once_has_its_memory() {
+fn reconnecting_client_readds_memory_at_once() {
     const PAGES: u64 = 1024;
     let setup = Setup::new();
     let file = memory(PAGES);
     for round in 0..20 {
-        // The connection before is closed, and its memory may still be there: neither is in the way.
+        // The server may not have closed the connection before and its memory yet: neither may prevent this.
         let mut client = Client::connect(setup.server.path()).unwrap();
         let added = client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*file]);
         let added = added.unwrap_or_else(|error| panic!("round {round}: {error}"));
         assert_eq!(added.mapped, PAGES * PAGE);
         let mut channel = client.open_channel().unwrap();
-        let answer = channel.begin(pages(round, 1), PageState::Shared, Some(crate::common::PATIENT_MS));
+        let answer =
+            channel.begin(pages(round, 1), PageState::Shared, Some(crate::common::GRANT_DEADLINE_MS));
         channel.end(crate::common::granted(answer), Outcome::Committed).unwrap();
     }
 }
 
-/// Two VMMs die one after the other while the daemon is stopped; it meets the memory of the second before either end.
+/// Two VMMs die while the daemon is stopped (SIGSTOP). When it continues, it reads the second one's AddMemory before it notices
+/// the end of either connection.
 #[test]
-fn memory_of_a_client_that_died_before_it_was_added_is_not_added() {
-    let _alone = alone();
+fn memory_of_client_that_died_before_add_is_not_added() {
+    let _exclusive = exclusive();
     let daemon =
         Daemon::start(Path::new(env!("CARGO_BIN_EXE_passgate")), &["--device", "soft:0", "--no-guardian"]);
     let (mut first, mut second) = (daemon.client(), daemon.client());
@@ -215,8 +219,8 @@ fn memory_of_a_client_that_died_before_it_was_added_is_not_added() {
     first.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]).unwrap();
     second.status().unwrap();
     kill_process(daemon.pid(), Signal::STOP).unwrap();
-    let (_, stopped) = waitpid(Some(daemon.pid()), WaitOptions::UNTRACED).unwrap().unwrap();
-    assert!(stopped.stopped(), "{stopped:?}");
+    let (_, wait_status) = waitpid(Some(daemon.pid()), WaitOptions::UNTRACED).unwrap().unwrap();
+    assert!(wait_status.stopped(), "{wait_status:?}");
     second.set_timeout(Duration::from_millis(50));
     assert!(matches!(
         second.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]),
@@ -226,7 +230,7 @@ fn memory_of_a_client_that_died_before_it_was_added_is_not_added() {
     kill_process(daemon.pid(), Signal::CONT).unwrap();
     let (mut third, begun) = (daemon.client(), Instant::now());
     while third.status().unwrap().clients > 1 {
-        assert!(begun.elapsed() < LONG, "they are gone");
+        assert!(begun.elapsed() < TIMEOUT, "the dead clients are still connected");
     }
     third.add_memory(&memory, &[&memfd(4, SealFlags::SHRINK)]).unwrap();
 }

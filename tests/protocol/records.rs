@@ -1,4 +1,4 @@
-//! The notification channel: datagrams and records that make no sense, and requests out of order.
+//! The notification channel: malformed datagrams and records, requests out of order, and clients that do not read.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +12,10 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::common::fake::Hanging;
+use crate::common::hanging::HangingDomain;
 use crate::common::{
-    LONG, PATIENT_MS, Setup, assert_faults, assert_refused, granted, memory, open_files, pages, substance,
-    until,
+    GRANT_DEADLINE_MS, Setup, TIMEOUT, assert_faults, assert_refused, granted, memory, open_files, pages,
+    status_without_wrong_count, wait_for_status,
 };
 
 const NOENT: i32 = 2;
@@ -25,32 +25,33 @@ const INVAL: i32 = 22;
 const PROTO: i32 = 71;
 const MSGSIZE: i32 = 90;
 
-/// The errno of the answer to one datagram, which must be that it was wrong.
-fn wrong(channel: &mut Channel, datagram: &[u8]) -> i32 {
+/// Sends a datagram that must be answered as wrong; returns the errno of the answer.
+fn wrong_errno(channel: &mut Channel, datagram: &[u8]) -> i32 {
     channel.send_bytes(datagram).unwrap();
     let reply = channel.recv().unwrap();
     assert_eq!(reply.kind(), Some(Kind::Wrong), "{reply:?}");
     reply.errno.get()
 }
 
+/// Returns a valid begin of the first page.
 fn begin() -> Record {
     Record { length: U64::new(0x1000), ..Record::new(Kind::Begin, 7) }
 }
 
 #[test]
-fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
+fn malformed_records_are_answered_and_change_nothing() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(4);
-    let (before, known) = (open_files(), substance(&mut client));
+    let (before, status_before) = (open_files(), status_without_wrong_count(&mut client));
     for length in [1, 63, 65, 128, 4096] {
-        assert_eq!(wrong(&mut channel, &vec![1; length]), MSGSIZE, "{length} bytes");
+        assert_eq!(wrong_errno(&mut channel, &vec![1; length]), MSGSIZE, "{length} bytes");
     }
     for (change, errno) in [
         ((|r| r.version = 0) as fn(&mut Record), PROTO),
         (|r| r.version = 2, PROTO),
         (|r| r.kind = U16::new(0), PROTO),
         (|r| r.kind = U16::new(7), PROTO),
-        // A batch without its ranges.
+        // BeginMany without its ranges.
         (|r| r.kind = U16::new(5), MSGSIZE),
         (|r| r.kind = U16::new(Kind::Verdict as u16), PROTO),
         (|r| r.kind = U16::new(0xffff), PROTO),
@@ -69,22 +70,22 @@ fn datagrams_that_are_no_records_are_answered_and_change_nothing() {
     ] {
         let mut record = begin();
         change(&mut record);
-        assert_eq!(wrong(&mut channel, record.as_bytes()), errno, "{record:?}");
+        assert_eq!(wrong_errno(&mut channel, record.as_bytes()), errno, "{record:?}");
     }
     let mut end = Record::new(Kind::End, 7);
     end.outcome = U32::new(3);
-    assert_eq!(wrong(&mut channel, end.as_bytes()), INVAL);
+    assert_eq!(wrong_errno(&mut channel, end.as_bytes()), INVAL);
     let mut echo = Record::new(Kind::Echo, 7);
     echo.gpa = U64::new(0x1000);
-    assert_eq!(wrong(&mut channel, echo.as_bytes()), INVAL);
-    assert_eq!((open_files(), substance(&mut client)), (before, known));
+    assert_eq!(wrong_errno(&mut channel, echo.as_bytes()), INVAL);
+    assert_eq!((open_files(), status_without_wrong_count(&mut client)), (before, status_before));
     channel.echo().unwrap();
     let invalidation = granted(channel.begin(pages(0, 4), PageState::Private, None));
     channel.end(invalidation, Outcome::Committed).unwrap();
 }
 
 #[test]
-fn the_cookie_of_a_wrong_record_comes_back() {
+fn cookie_of_wrong_record_is_returned() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(1);
     channel.send(&Record { to: U32::new(9), ..begin() }).unwrap();
@@ -92,20 +93,20 @@ fn the_cookie_of_a_wrong_record_comes_back() {
 }
 
 #[test]
-fn a_begin_inside_a_begin_is_refused_and_harms_neither() {
+fn overlapping_begin_is_refused() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(8);
     let first = granted(channel.begin(pages(2, 4), PageState::Private, None));
     for (range, gpa) in [(pages(2, 4), "0x2000"), (pages(3, 1), "0x3000"), (pages(0, 8), "0x2000")] {
         assert_refused(channel.begin(range, PageState::Private, None), BUSY, gpa);
     }
-    let beside = granted(channel.begin(pages(6, 2), PageState::Private, None));
+    let neighbour = granted(channel.begin(pages(6, 2), PageState::Private, None));
     channel.end(first, Outcome::Committed).unwrap();
-    channel.end(beside, Outcome::Committed).unwrap();
+    channel.end(neighbour, Outcome::Committed).unwrap();
 }
 
 #[test]
-fn an_end_counts_once_and_only_from_the_connection_that_began() {
+fn end_counts_once_and_only_from_its_connection() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(2);
     assert_refused(channel.end(1, Outcome::Committed), NOENT, "refused");
@@ -120,7 +121,7 @@ fn an_end_counts_once_and_only_from_the_connection_that_began() {
 }
 
 #[test]
-fn addresses_without_a_region_cannot_be_begun() {
+fn begin_outside_regions_is_refused() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(4);
     assert_refused(channel.begin(pages(4, 1), PageState::Hole, None), FAULT, "0x4000");
@@ -128,14 +129,14 @@ fn addresses_without_a_region_cannot_be_begun() {
 }
 
 #[test]
-fn passgate_converts_only_what_was_given_to_it_alone() {
+fn passgate_converts_only_sole_mapper_ranges() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(4);
     assert_refused(channel.convert(pages(0, 1), PageState::Hole, None), 1, "refused");
 }
 
 #[test]
-fn passgate_converts_a_batch_only_where_every_range_was_given_to_it_alone() {
+fn passgate_converts_batch_only_if_all_ranges_are_sole_mapper() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(4);
     let own = AddMemory { sole_mapper: true, ..AddMemory::shared(4 * PAGE, 4 * PAGE) };
@@ -148,7 +149,7 @@ fn passgate_converts_a_batch_only_where_every_range_was_given_to_it_alone() {
 }
 
 #[test]
-fn many_requests_in_flight_are_each_answered_once() {
+fn pipelined_requests_are_each_answered_once() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(64);
     for cookie in 0..64 {
@@ -165,14 +166,14 @@ fn many_requests_in_flight_are_each_answered_once() {
 }
 
 #[test]
-fn a_channel_that_is_not_read_delays_nobody_else() {
+fn unread_channel_delays_nobody_else() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(1);
-    let mut deaf = setup.connect();
-    let theirs = deaf.open_channel().unwrap();
+    let mut unread = setup.connect();
+    let theirs = unread.open_channel().unwrap();
     let flags = rustix::fs::fcntl_getfl(&theirs).unwrap();
     rustix::fs::fcntl_setfl(&theirs, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
-    // Until both directions are full: the server reads no more of it.
+    // Until both directions of the socket are full: the server reads no more of this channel.
     let mut stuck = 0;
     while stuck < 1000 {
         match theirs.send(&Record::new(Kind::Echo, 0)) {
@@ -185,82 +186,83 @@ fn a_channel_that_is_not_read_delays_nobody_else() {
     channel.end(invalidation, Outcome::Committed).unwrap();
 }
 
-/// Conversions whose verdicts are several times what the socket of a channel takes.
-const MANY: u64 = 1024;
+/// The number of conversions: their verdicts are several times as large as the socket buffer of a channel.
+const CONVERSIONS: u64 = 1024;
 
-/// The next record, which must come.
+/// Returns the next record; panics if none arrives.
 #[track_caller]
 fn next(channel: &mut Channel) -> Record {
-    let limit = Timespec::try_from(LONG).unwrap();
+    let limit = Timespec::try_from(TIMEOUT).unwrap();
     let ready = poll(&mut [PollFd::new(&*channel, PollFlags::IN)], Some(&limit)).unwrap();
-    assert_eq!(ready, 1, "no answer comes");
+    assert_eq!(ready, 1, "no answer arrives");
     channel.recv().unwrap()
 }
 
-/// A client whose [`MANY`] conversions, each with its page as its cookie, have all been granted, and which has read no
-/// verdict. The client of another connection comes with it.
-fn with_many_verdicts_unread() -> (Setup, Client, Client, Channel) {
+/// Returns a client whose [`CONVERSIONS`] conversions, each with its page number as its cookie, have all been granted, and which
+/// has read no verdict; and the client of another connection.
+fn client_with_unread_verdicts() -> (Setup, Client, Client, Channel) {
     let mut hanging = None;
-    let setup = Setup::behind(
+    let setup = Setup::around_soft_domain(
         || SoftDomain::open().unwrap(),
-        |soft| hanging.insert(Hanging::new(soft, Iova(0))).clone(),
+        |soft| hanging.insert(HangingDomain::new(soft, Iova(0))).clone(),
         |_| {},
     );
     let hanging = hanging.unwrap();
     let (mut client, mut other) = (setup.connect(), setup.connect());
     let channel = client.open_channel().unwrap();
-    // What is begun over memory that is being mapped waits for that.
+    // A begin over memory that is being mapped waits for the map: so all begins are pending at the same time.
     hanging.hang_maps();
     std::thread::scope(|scope| {
-        let adding = scope.spawn(|| client.add_memory(&AddMemory::shared(0, MANY * PAGE), &[&*memory(MANY)]));
-        hanging.wait_inside(1);
-        for page in 0..MANY {
+        let adding = scope
+            .spawn(|| client.add_memory(&AddMemory::shared(0, CONVERSIONS * PAGE), &[&*memory(CONVERSIONS)]));
+        hanging.wait_hanging(1);
+        for page in 0..CONVERSIONS {
             let (gpa, length) = (U64::new(page * PAGE), U64::new(PAGE));
             let deadline_or_device = U32::new(MAX_DEADLINE_MS);
             let record = Record::new(Kind::Begin, page);
             channel.send(&Record { gpa, length, deadline_or_device, ..record }).unwrap();
         }
-        until(&mut other, |status| status.open == MANY);
-        hanging.release();
+        wait_for_status(&mut other, |status| status.open == CONVERSIONS);
+        hanging.resume_calls();
         adding.join().unwrap().unwrap();
     });
-    until(&mut other, |status| status.totals.done == MANY);
+    wait_for_status(&mut other, |status| status.totals.done == CONVERSIONS);
     (setup, client, other, channel)
 }
 
 #[test]
-fn answers_that_a_socket_has_no_room_for_come_as_it_is_read() {
-    let (_setup, _client, _other, mut channel) = with_many_verdicts_unread();
-    let mut seen = [false; MANY as usize];
-    for _ in 0..MANY {
+fn answers_beyond_socket_buffer_arrive_as_it_is_read() {
+    let (_setup, _client, _other, mut channel) = client_with_unread_verdicts();
+    let mut seen = [false; CONVERSIONS as usize];
+    for _ in 0..CONVERSIONS {
         let reply = next(&mut channel);
         assert_eq!((reply.kind(), reply.outcome.get()), (Some(Kind::Verdict), 0), "{reply:?}");
         assert!(!std::mem::replace(&mut seen[reply.cookie.get() as usize], true), "{reply:?} came twice");
     }
 }
 
-/// What waits for a client is bounded by its requests under way.
+/// The answers that are queued for a client are bounded by its requests in progress.
 #[test]
-fn client_that_has_read_a_part_of_its_answers_is_not_read_before_it_has_read_the_rest() {
-    let (_setup, _client, mut other, mut channel) = with_many_verdicts_unread();
-    // Enough that the socket has room again, and is full again with others that wait.
-    for _ in 0..MANY / 3 {
+fn client_with_unread_answers_is_not_read() {
+    let (_setup, _client, mut other, mut channel) = client_with_unread_verdicts();
+    // Enough that the server writes queued answers to the socket until it is full again.
+    for _ in 0..CONVERSIONS / 3 {
         next(&mut channel);
     }
     let flags = fcntl_getfl(channel.as_fd()).unwrap();
     fcntl_setfl(channel.as_fd(), flags | OFlags::NONBLOCK).unwrap();
     let (mut sent, mut stuck) = (0, 0);
     while stuck < 1000 && sent < 10_000 {
-        match channel.send(&Record::new(Kind::Echo, MANY)) {
+        match channel.send(&Record::new(Kind::Echo, CONVERSIONS)) {
             Ok(()) => (sent, stuck) = (sent + 1, 0),
             Err(_) => stuck += 1,
         }
         other.status().unwrap();
     }
-    assert_eq!(stuck, 1000, "the server took {sent} requests of a client that does not read");
+    assert_eq!(stuck, 1000, "the server has read {sent} requests of a client that does not read");
     fcntl_setfl(channel.as_fd(), flags).unwrap();
-    // Nothing is lost.
-    for _ in 0..MANY - MANY / 3 {
+    // No answer is lost.
+    for _ in 0..CONVERSIONS - CONVERSIONS / 3 {
         assert_eq!(next(&mut channel).kind(), Some(Kind::Verdict));
     }
     for _ in 0..sent {
@@ -269,7 +271,7 @@ fn client_that_has_read_a_part_of_its_answers_is_not_read_before_it_has_read_the
 }
 
 #[test]
-fn a_client_that_never_pauses_delays_nobody() {
+fn continuously_sending_client_delays_nobody() {
     let setup = Setup::new();
     let (_client, mut channel, _file) = setup.client(1);
     let mut busy = setup.connect();
@@ -287,18 +289,18 @@ fn a_client_that_never_pauses_delays_nobody() {
         scope.spawn(|| while theirs.recv().unwrap().cookie.get() == 0 {});
         let start = std::time::Instant::now();
         for _ in 0..20 {
-            let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, Some(PATIENT_MS)));
+            let invalidation = granted(channel.begin(pages(0, 1), PageState::Hole, Some(GRANT_DEADLINE_MS)));
             channel.end(invalidation, Outcome::Committed).unwrap();
         }
         let took = start.elapsed();
         stop.store(true, Ordering::Release);
-        // One of them would take that long if it had to wait for a pause.
-        assert!(took < LONG, "{took:?} for twenty conversions");
+        // A single conversion would exceed this limit if it had to wait for a pause of the busy client.
+        assert!(took < TIMEOUT, "{took:?} for twenty conversions");
     });
 }
 
 #[test]
-fn an_end_that_contradicts_itself_quarantines_its_range() {
+fn contradictory_end_quarantines_its_range() {
     let setup = Setup::new();
     let (mut client, mut channel, _file) = setup.client(16);
     let end = |invalidation, (outcome, errno, offset)| Record {
@@ -308,7 +310,7 @@ fn an_end_that_contradicts_itself_quarantines_its_range() {
         offset: U64::new(offset),
         ..Record::new(Kind::End, 7)
     };
-    // Committed, and a call that failed; part of it; not committed, and part of it; numbers that are none.
+    // (outcome, errno, offset): committed with an errno; committed in part; not committed but in part; invalid numbers.
     let contradictions = [
         (0, 5, 0),
         (0, 0, PAGE),
@@ -318,22 +320,23 @@ fn an_end_that_contradicts_itself_quarantines_its_range() {
         (0, 0, u64::MAX),
         (2, 1 << 20, 0),
     ];
-    for (count, said) in (1..).zip(contradictions) {
+    for (count, end_fields) in (1..).zip(contradictions) {
         let page = 2 * (count - 1);
-        let invalidation = granted(channel.begin(pages(page, 2), PageState::Private, Some(PATIENT_MS)));
-        channel.send(&end(invalidation, said)).unwrap();
-        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{said:?}");
-        assert_eq!(client.status().unwrap().quarantined, count * 2 * PAGE, "{said:?}");
+        let invalidation =
+            granted(channel.begin(pages(page, 2), PageState::Private, Some(GRANT_DEADLINE_MS)));
+        channel.send(&end(invalidation, end_fields)).unwrap();
+        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{end_fields:?}");
+        assert_eq!(client.status().unwrap().quarantined, count * 2 * PAGE, "{end_fields:?}");
         assert_refused(channel.begin(pages(page, 2), PageState::Shared, None), 5, "at");
         assert_faults(&setup.device, page);
         let receipt = client.explain(invalidation).unwrap();
         assert!(receipt["outcome"]["unknown"].is_object(), "{receipt}");
     }
-    // What a call says that failed and changed nothing, or that got to the end.
-    for said in [(1, 5, 0), (0, 0, 2 * PAGE)] {
-        let invalidation = granted(channel.begin(pages(14, 2), PageState::Private, Some(PATIENT_MS)));
-        channel.send(&end(invalidation, said)).unwrap();
-        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{said:?}");
+    // Consistent ends: a call that failed and changed nothing, and one that changed the whole range.
+    for end_fields in [(1, 5, 0), (0, 0, 2 * PAGE)] {
+        let invalidation = granted(channel.begin(pages(14, 2), PageState::Private, Some(GRANT_DEADLINE_MS)));
+        channel.send(&end(invalidation, end_fields)).unwrap();
+        assert_eq!(channel.recv().unwrap().kind(), Some(Kind::Ended), "{end_fields:?}");
     }
     let status = client.status().unwrap();
     assert_eq!((status.quarantined, status.regions[0].private), (14 * PAGE, 2 * PAGE));

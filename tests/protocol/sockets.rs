@@ -1,4 +1,4 @@
-//! The sockets' files: paths that are too long, what is at the path already, and who may connect from the first moment on.
+//! The socket files: overlong paths, existing files at the path, and the permissions from the creation on.
 
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -17,8 +17,8 @@ use rustix::net::{
 };
 use rustix::process::umask;
 
-use crate::common::alone;
-use crate::daemon::{LONG, serve_fails, until};
+use crate::common::exclusive;
+use crate::daemon::{TIMEOUT, serve_fails, wait_until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_passgate");
 
@@ -27,7 +27,7 @@ fn server(options: Options) -> passgate::Result<Server> {
 }
 
 #[test]
-fn path_too_long_for_a_socket_is_refused_by_every_command_with_limit_and_remedy() {
+fn overlong_socket_path_is_refused_with_limit_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let long = dir.path().join("x".repeat(120));
     let (long, short) = (long.to_str().unwrap(), dir.path().join("s"));
@@ -52,20 +52,20 @@ fn path_too_long_for_a_socket_is_refused_by_every_command_with_limit_and_remedy(
     ];
     let clients = clients.map(|client| [client, &["--socket-path", long]].concat());
     for arguments in daemons.iter().chain(&clients) {
-        let said = Command::new(PROGRAM).args(arguments).output().unwrap();
-        let error = String::from_utf8(said.stderr).unwrap();
-        let limit =
+        let output = Command::new(PROGRAM).args(arguments).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        let names_limit =
             error.contains(long) && error.contains("at most 107") && error.contains("choose a shorter one");
-        assert!(limit && error.lines().count() == 1, "{arguments:?}: {error}");
-        assert_eq!(said.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(names_limit && error.lines().count() == 1, "{arguments:?}: {error}");
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
     }
-    assert!(!Path::new(short).exists(), "nothing was made before the paths were known to be good");
+    assert!(!Path::new(short).exists(), "a socket was created before all paths were checked");
     let library = Client::connect(long).map(drop).unwrap_err();
     assert!(matches!(library, Error::SocketPath { .. }), "{library}");
 }
 
-/// A listener whose queue of connections is full, and the connections that are in it.
-fn full(path: &Path) -> (OwnedFd, Vec<OwnedFd>) {
+/// Returns a listener whose backlog is full, and the connections in it.
+fn listener_with_full_backlog(path: &Path) -> (OwnedFd, Vec<OwnedFd>) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
     let (listener, address) = (socket(), SocketAddrUnix::new(path).unwrap());
@@ -83,27 +83,27 @@ fn full(path: &Path) -> (OwnedFd, Vec<OwnedFd>) {
 }
 
 #[test]
-fn start_does_not_wait_for_a_listener_that_accepts_nobody() {
-    let _alone = alone();
+fn start_does_not_wait_for_listener_with_full_backlog() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    let _full = full(&path);
-    let (code, said) = serve_fails(Path::new(PROGRAM), &path, &["--device", "soft:0", "--no-guardian"]);
-    assert!(said.contains("who listens there accepts nobody; end that process"), "{said}");
-    assert_eq!(code, Some(1), "{said}");
-    assert!(path.exists(), "it is not replaced");
+    let _listener = listener_with_full_backlog(&path);
+    let (code, stderr) = serve_fails(Path::new(PROGRAM), &path, &["--device", "soft:0", "--no-guardian"]);
+    assert!(stderr.contains("who listens there accepts nobody; end that process"), "{stderr}");
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(path.exists(), "the socket in use was replaced");
     let free = dir.path().join("free");
     let free = free.to_str().unwrap();
     let metrics = ["--device", "soft:0", "--no-guardian", "--metrics-path", path.to_str().unwrap()];
-    let (code, said) = serve_fails(Path::new(PROGRAM), Path::new(free), &metrics);
-    assert!(said.contains("choose another --metrics-path"), "{said}");
-    assert_eq!(code, Some(1), "{said}");
+    let (code, stderr) = serve_fails(Path::new(PROGRAM), Path::new(free), &metrics);
+    assert!(stderr.contains("choose another --metrics-path"), "{stderr}");
+    assert_eq!(code, Some(1), "{stderr}");
 }
 
-/// What happens to files in a directory.
-struct Watched(OwnedFd);
+/// Creations and attribute changes of files in a directory (inotify).
+struct DirectoryWatch(OwnedFd);
 
-impl Watched {
+impl DirectoryWatch {
     fn new(dir: &Path) -> Self {
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
         let flags = inotify::WatchFlags::CREATE | inotify::WatchFlags::ATTRIB;
@@ -123,23 +123,23 @@ impl Watched {
 }
 
 #[test]
-fn socket_is_private_from_its_creation_whatever_the_umask() {
-    let _alone = alone();
+fn socket_is_private_from_creation_with_any_umask() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     for (nth, mask) in [0, 0o002, 0o077, 0o777].into_iter().enumerate() {
         let path = dir.path().join(nth.to_string());
         let metrics = dir.path().join(format!("{nth}.metrics"));
-        let watched = Watched::new(dir.path());
+        let directory_watch = DirectoryWatch::new(dir.path());
         let before = umask(Mode::from_raw_mode(mask));
-        let made = server(Options { metrics_path: Some(metrics.clone()), ..Options::at(&path) });
+        let result = server(Options { metrics_path: Some(metrics.clone()), ..Options::at(&path) });
         umask(before);
-        let events = watched.events();
-        let server = made.unwrap().spawn().unwrap();
+        let events = directory_watch.events();
+        let server = result.unwrap().spawn().unwrap();
         for path in [&path, &metrics] {
             assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600, "{mask:o}");
         }
         if mask != 0o777 {
-            // Its mode was never another, because it never changed.
+            // No attribute event: the sockets had their mode from the creation on.
             assert_eq!(events, [inotify::ReadFlags::CREATE; 2], "{mask:o}");
         }
         Client::connect(&path).unwrap().status().unwrap();
@@ -149,17 +149,17 @@ fn socket_is_private_from_its_creation_whatever_the_umask() {
 }
 
 #[test]
-fn daemon_that_ends_removes_no_socket_of_another() {
-    let _alone = alone();
+fn ending_daemon_removes_no_foreign_socket() {
+    let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let first = server(Options::at(&path)).unwrap().spawn().unwrap();
     std::fs::remove_file(&path).unwrap();
     let second = server(Options::at(&path)).unwrap().spawn().unwrap();
     first.stop().unwrap();
-    assert!(path.exists(), "it is the second one's");
+    assert!(path.exists(), "the socket of the second daemon was removed");
     Client::connect(&path).unwrap().status().unwrap();
     second.stop().unwrap();
     assert!(!path.exists());
-    assert!(until(LONG, || Client::connect(&path).is_err()));
+    assert!(wait_until(TIMEOUT, || Client::connect(&path).is_err()));
 }

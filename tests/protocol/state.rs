@@ -1,4 +1,4 @@
-//! A state directory: what is written there delays nobody.
+//! The state directory: writing to it delays no client.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -8,21 +8,22 @@ use passgate::observe::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
-use crate::common::fake::Hanging;
-use crate::common::{PATIENT_MS, Setup, granted, memory, pages};
+use crate::common::hanging::HangingDomain;
+use crate::common::{GRANT_DEADLINE_MS, Setup, granted, memory, pages};
 
-/// Ranges of the batch, each a page apart from the next.
+/// The number of ranges of the batch, each of one page, with a gap of one page between them.
 const RANGES: u64 = 4096;
 
-/// Their unmaps return one by one once they are in quarantine, and each lifts one of them, while another client converts.
+/// The unmaps of the batch return one by one when its ranges are in quarantine, and each lifts the quarantine of one range, while
+/// another client converts. The quarantine file must not be written anew each time.
 #[test]
-fn quarantine_of_a_batch_is_lifted_range_by_range_without_a_new_file() {
+fn quarantine_of_batch_is_lifted_range_by_range_without_new_file() {
     let dir = tempfile::tempdir().unwrap();
     let batch: PageRange<Iova> = PageRange::new(0, 2 * RANGES * PAGE).unwrap();
     let mut hanging = None;
-    let setup = Setup::behind(
+    let setup = Setup::around_soft_domain(
         || SoftDomain::open().unwrap(),
-        |soft| hanging.insert(Hanging::over(soft, batch)).clone(),
+        |soft| hanging.insert(HangingDomain::over_range(soft, batch)).clone(),
         |options| options.state = Some(StateOptions::at(dir.path())),
     );
     let hanging = hanging.unwrap();
@@ -31,24 +32,24 @@ fn quarantine_of_a_batch_is_lifted_range_by_range_without_a_new_file() {
     let mut add = AddMemory::shared(4 * RANGES * PAGE, PAGE);
     add.piece = PAGE;
     other.add_memory(&add, &[&*file]).unwrap();
-    let mut beside = other.open_channel().unwrap();
+    let mut other_channel = other.open_channel().unwrap();
 
     hanging.hang_unmaps();
     let ranges: Vec<_> = (0..RANGES).map(|nth| pages(2 * nth, 1)).collect();
     let answer = channel.begin_many(&ranges, PageState::Private, Some(10)).unwrap();
     assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
-    // Mappings may be larger than the pages that go.
+    // At least: mappings may be larger than the pages of the batch.
     assert!(client.status().unwrap().quarantined >= RANGES * PAGE);
     let file = || std::fs::metadata(dir.path().join(FILE)).unwrap();
     let before = file();
-    hanging.release();
-    let mut converted = 0;
+    hanging.resume_calls();
+    let mut conversions = 0;
     while client.status().unwrap().quarantined > 0 {
         let page = pages(4 * RANGES, 1);
-        let invalidation = granted(beside.begin(page, PageState::Private, Some(PATIENT_MS)));
-        beside.end(invalidation, Outcome::NotCommitted).unwrap();
-        converted += 1;
+        let invalidation = granted(other_channel.begin(page, PageState::Private, Some(GRANT_DEADLINE_MS)));
+        other_channel.end(invalidation, Outcome::NotCommitted).unwrap();
+        conversions += 1;
     }
-    assert!(converted > 0);
-    assert_eq!(file().ino(), before.ino(), "it was written anew");
+    assert!(conversions > 0);
+    assert_eq!(file().ino(), before.ino(), "the quarantine file was written anew");
 }

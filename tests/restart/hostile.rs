@@ -1,4 +1,4 @@
-//! What comes back from the manager is not what was kept.
+//! The service manager returns other descriptors than it was given.
 
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -7,23 +7,26 @@ use passgate::client::{AddMemory, Outcome, PageState, State};
 use passgate_bindings::PAGE;
 use rustix::fs::MemfdFlags;
 
-use super::keeper::Keeper;
+use super::service_manager::ServiceManager;
 use super::{
-    Dice, GPA, LONG, PAGES, begin, comes_to_reach, convert, join, memory, reaches, service, settled,
+    GPA, PAGES, Random, TIMEOUT, becomes_reachable, begin, client_with_memory, convert, memory, reaches,
+    service, wait_for_mapped_pages,
 };
 
-/// Whatever comes in place of what was kept: a clean start that says why, or a clear error; never another state.
+/// Descriptors that were replaced, lost or added: the daemon starts without the stored state and logs the reason, or ignores the
+/// descriptor; it never resumes another state. Each case: name, damage, expected log text, and true if the memory can still be
+/// adopted.
 #[test]
-fn what_was_kept_is_not_believed_for_its_shape() {
+fn tampered_fd_store_is_rejected_or_reported() {
     let memfd = |bytes: &[u8]| {
         let fd =
             rustix::fs::memfd_create("hostile", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::io::pwrite(&fd, bytes, 0).unwrap();
         fd
     };
-    type Spoil = fn(&Keeper, OwnedFd);
+    type Damage = fn(&ServiceManager, OwnedFd);
     let unreadable = ["another file as the ledger", "no ledger", "a pipe as the ledger"];
-    let cases: &[(&str, Spoil, &str, bool)] = &[
+    let cases: &[(&str, Damage, &str, bool)] = &[
         (
             "another file as the ledger",
             |service, other| service.replace("passgate.ledger", other),
@@ -32,7 +35,7 @@ fn what_was_kept_is_not_believed_for_its_shape() {
         ),
         (
             "no ledger",
-            |service, _| service.forget("passgate.ledger"),
+            |service, _| service.remove("passgate.ledger"),
             "passgate.ledger` was not handed over",
             false,
         ),
@@ -47,15 +50,18 @@ fn what_was_kept_is_not_believed_for_its_shape() {
         ),
         (
             "the memory is missing",
-            |service, _| service.forget("passgate.memory."),
+            |service, _| service.remove("passgate.memory."),
             "its file did not come back",
             false,
         ),
         (
             "other memory",
             |service, other| {
-                let name =
-                    service.names().into_iter().find(|name| name.starts_with("passgate.memory.")).unwrap();
+                let name = service
+                    .stored_names()
+                    .into_iter()
+                    .find(|name| name.starts_with("passgate.memory."))
+                    .unwrap();
                 service.replace(&name, other);
             },
             "is another file",
@@ -64,8 +70,11 @@ fn what_was_kept_is_not_believed_for_its_shape() {
         (
             "other memory of the same shape",
             |service, _| {
-                let name =
-                    service.names().into_iter().find(|name| name.starts_with("passgate.memory.")).unwrap();
+                let name = service
+                    .stored_names()
+                    .into_iter()
+                    .find(|name| name.starts_with("passgate.memory."))
+                    .unwrap();
                 service.replace(&name, memory(PAGES));
             },
             "is another file",
@@ -80,83 +89,87 @@ fn what_was_kept_is_not_believed_for_its_shape() {
         (
             "unknown names",
             |service, other| service.replace("something.else", other),
-            "none of passgate's",
+            "no name of passgate's",
             true,
         ),
         ("an iommufd too many", |service, other| service.replace("passgate.iommufd", other), "", true),
     ];
-    for (what, spoil, says, whole) in cases {
+    for (case, damage, expected_log, is_adopted) in cases {
         let (mut service, memory) = (service(&[]), memory(PAGES));
         service.start();
-        let (client, channel) = join(&service, &memory);
+        let (client, channel) = client_with_memory(&service, &memory);
         service.kill();
         drop((client, channel));
-        spoil(&service, memfd(&[7; 8192]));
-        if *what == "another socket" {
+        damage(&service, memfd(&[7; 8192]));
+        if *case == "another socket" {
             std::fs::remove_file(&service.path).unwrap();
         }
         service.start();
-        if !says.is_empty() {
-            service.says(says);
+        if !expected_log.is_empty() {
+            service.wait_for_log(expected_log);
         }
         let mut client = service.client();
         match client.adopt() {
-            Ok(adopted) => assert!(*whole && adopted.regions.len() == 1, "{what}: {adopted:?}"),
-            Err(error) => assert!(!whole, "{what}: {error}"),
+            Ok(adopted) => assert!(*is_adopted && adopted.regions.len() == 1, "{case}: {adopted:?}"),
+            Err(error) => assert!(!is_adopted, "{case}: {error}"),
         }
-        if !whole {
-            let until = Instant::now() + LONG;
+        if !is_adopted {
+            let deadline = Instant::now() + TIMEOUT;
             while !client.status().unwrap().regions.is_empty() {
-                assert!(Instant::now() < until, "{what}: {:?}", client.status());
+                assert!(Instant::now() < deadline, "{case}: {:?}", client.status());
                 std::thread::yield_now();
             }
-            // It serves as one that has just begun.
+            // It serves as a daemon without a predecessor.
             client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
         }
-        if unreadable.contains(what) {
-            // What was in quarantine is unknown: all of it is, for the next daemon too.
-            service.says("what was in quarantine is unknown");
-            assert!(!reaches(&mut client, 1), "{what}");
+        if unreadable.contains(case) {
+            // The quarantine is unknown, so all memory is in quarantine, for the next daemon too.
+            service.wait_for_log("what was in quarantine is unknown");
+            assert!(!reaches(&mut client, 1), "{case}");
             service.kill();
             service.start();
             client = service.client();
             client.adopt().unwrap();
-            settled(&mut client, 0);
-            assert!((0..PAGES).all(|at| !reaches(&mut client, at)), "{what}");
-            let held = client.status().unwrap().quarantine;
-            assert_eq!(held.iter().map(|range| range.length).sum::<u64>(), PAGES * PAGE, "{what}: {held:?}");
-            let mut person = service.client();
+            wait_for_mapped_pages(&mut client, 0);
+            assert!((0..PAGES).all(|at| !reaches(&mut client, at)), "{case}");
+            let quarantined = client.status().unwrap().quarantine;
+            assert_eq!(
+                quarantined.iter().map(|range| range.length).sum::<u64>(),
+                PAGES * PAGE,
+                "{case}: {quarantined:?}"
+            );
+            let mut operator = service.client();
             for since in
-                held.iter().map(|range| range.invalidation).collect::<std::collections::BTreeSet<_>>()
+                quarantined.iter().map(|range| range.invalidation).collect::<std::collections::BTreeSet<_>>()
             {
-                person.release(since, State::Shared).unwrap();
+                operator.release(since, State::Shared).unwrap();
             }
         }
-        settled(&mut client, PAGES);
-        assert!(comes_to_reach(&mut client, 1), "{what}");
+        wait_for_mapped_pages(&mut client, PAGES);
+        assert!(becomes_reachable(&mut client, 1), "{case}");
     }
 }
 
-/// Words of the ledger are overwritten. What cannot be is refused, and what could be is served: no daemon falls over it.
+/// Words of the ledger are overwritten: an impossible ledger is refused, a possible one is used, and no daemon crashes.
 #[test]
-fn no_damage_to_the_ledger_keeps_a_daemon_from_serving() {
+fn damaged_ledger_does_not_prevent_serving() {
     let (mut service, memory) = (service(&[]), memory(PAGES));
     service.start();
-    let (client, mut channel) = join(&service, &memory);
+    let (client, mut channel) = client_with_memory(&service, &memory);
     convert(&mut channel, 3, PageState::Private);
     begin(&mut channel, 5, PageState::Private);
     service.kill();
     drop((client, channel));
-    let whole = service.copy("passgate.ledger");
-    let mut before = vec![0; 1 << 20];
-    let len = rustix::io::pread(&whole, &mut before, 0).unwrap();
-    let words: Vec<usize> = (0..len / 8).filter(|at| before[at * 8..at * 8 + 8] != [0; 8]).collect();
+    let ledger = service.stored_fd("passgate.ledger");
+    let mut original = vec![0; 1 << 20];
+    let len = rustix::io::pread(&ledger, &mut original, 0).unwrap();
+    let words: Vec<usize> = (0..len / 8).filter(|at| original[at * 8..at * 8 + 8] != [0; 8]).collect();
     assert!(words.len() > 20);
-    let mut dice = Dice(42);
+    let mut random = Random(42);
     for _ in 0..40 {
-        let at = words[dice.roll(words.len() as u64) as usize] * 8;
-        let bad = (dice.roll(u64::MAX) >> dice.roll(63)).to_le_bytes();
-        rustix::io::pwrite(&whole, &bad, at as u64).unwrap();
+        let at = words[random.next_below(words.len() as u64) as usize] * 8;
+        let bad_word = (random.next_below(u64::MAX) >> random.next_below(63)).to_le_bytes();
+        rustix::io::pwrite(&ledger, &bad_word, at as u64).unwrap();
         service.start();
         let mut client = service.client();
         if let Ok(adopted) = client.adopt() {
@@ -164,33 +177,33 @@ fn no_damage_to_the_ledger_keeps_a_daemon_from_serving() {
         }
         assert!(client.status().is_ok());
         service.kill();
-        // As it was: the file that the test holds is the one that was kept at first.
-        for (nth, chunk) in before.chunks(1 << 16).enumerate() {
-            rustix::io::pwrite(&whole, chunk, (nth << 16) as u64).unwrap();
+        // Restore the ledger by the descriptor that was stored at first.
+        for (nth, chunk) in original.chunks(1 << 16).enumerate() {
+            rustix::io::pwrite(&ledger, chunk, (nth << 16) as u64).unwrap();
         }
-        service.replace("passgate.ledger", &whole);
-        if !service.names().iter().any(|name| name.starts_with("passgate.memory.")) {
+        service.replace("passgate.ledger", &ledger);
+        if !service.stored_names().iter().any(|name| name.starts_with("passgate.memory.")) {
             let stat = rustix::fs::fstat(&memory).unwrap();
             service.replace(&format!("passgate.memory.{:x}.{:x}", stat.st_dev, stat.st_ino), &memory);
         }
     }
 }
 
-/// Without its ledger nobody knows what was in quarantine: all of it is, and so it is for who comes after.
+/// Without the ledger the quarantine is unknown: all memory is in quarantine, also after further restarts.
 #[test]
-fn quarantine_outlives_a_start_without_the_ledger_and_the_restarts_after_it() {
-    let place = tempfile::tempdir().unwrap();
+fn quarantine_survives_start_without_ledger_and_later_restarts() {
+    let dir = tempfile::tempdir().unwrap();
     for with_state in [false, true] {
-        let state = place.path().join("state");
-        let more: &[&str] = if with_state { &["--state-dir", state.to_str().unwrap()] } else { &[] };
-        let (mut service, memory) = (service(more), memory(PAGES));
+        let state = dir.path().join("state");
+        let options: &[&str] = if with_state { &["--state-dir", state.to_str().unwrap()] } else { &[] };
+        let (mut service, memory) = (service(options), memory(PAGES));
         service.start();
-        let (client, mut channel) = join(&service, &memory);
-        let lost = begin(&mut channel, 5, PageState::Private);
-        channel.end(lost, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
+        let (client, mut channel) = client_with_memory(&service, &memory);
+        let invalidation = begin(&mut channel, 5, PageState::Private);
+        channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
         service.kill();
         drop((client, channel));
-        service.forget("passgate.ledger");
+        service.remove("passgate.ledger");
         service.start();
         let mut client = service.client();
         client.add_memory(&AddMemory::shared(GPA, PAGES * PAGE), &[&memory]).unwrap();
@@ -208,21 +221,21 @@ fn quarantine_outlives_a_start_without_the_ledger_and_the_restarts_after_it() {
     }
 }
 
-/// A quarantine that came from the state directory is in the ledger, and so is the next daemon's.
+/// A quarantine that was restored from the state directory enters the ledger, so later daemons have it from either.
 #[test]
-fn quarantine_of_the_state_directory_is_in_the_ledger() {
-    let place = tempfile::tempdir().unwrap();
-    let state = place.path().join("state");
+fn quarantine_from_state_directory_enters_ledger() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
     let (mut service, memory) = (service(&["--state-dir", state.to_str().unwrap()]), memory(PAGES));
     service.start();
-    let (client, mut channel) = join(&service, &memory);
-    let lost = begin(&mut channel, 5, PageState::Private);
-    channel.end(lost, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
+    let (client, mut channel) = client_with_memory(&service, &memory);
+    let invalidation = begin(&mut channel, 5, PageState::Private);
+    channel.end(invalidation, Outcome::Unknown { errno: 5, offset: 0 }).unwrap();
     service.kill();
     drop((client, channel));
-    // The manager has lost everything: the directory is what is left.
-    for name in service.names() {
-        service.forget(&name);
+    // The manager has lost every descriptor; only the state directory remains.
+    for name in service.stored_names() {
+        service.remove(&name);
     }
     std::fs::remove_file(&service.path).unwrap();
     service.start();
@@ -232,12 +245,12 @@ fn quarantine_of_the_state_directory_is_in_the_ledger() {
     for round in 0..3 {
         service.kill();
         if round == 1 {
-            // The ledger has it, so that a directory that has lost it keeps nobody from going on.
+            // The ledger has the quarantine, so the loss of the file must not prevent the start.
             std::fs::remove_file(state.join("quarantine.json")).unwrap();
         }
         service.start();
         let quarantine = service.client().status().unwrap().quarantine;
-        let [held] = &quarantine[..] else { panic!("{quarantine:?}") };
-        assert_eq!((held.length, held.cause.as_str()), (PAGE, "owner-unknown"));
+        let [range] = &quarantine[..] else { panic!("{quarantine:?}") };
+        assert_eq!((range.length, range.cause.as_str()), (PAGE, "owner-unknown"));
     }
 }

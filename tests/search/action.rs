@@ -1,4 +1,4 @@
-//! What can happen next.
+//! The steps of a path.
 
 use passgate::gate::PageState;
 
@@ -11,11 +11,11 @@ pub enum Action {
     Begin(u8),
     /// The owner of the `n`th granted conversion ends it.
     End(u8, Ending),
-    /// The kernel carries out the `n`th call. Where calls are not split, the session has its result at once.
+    /// The kernel executes the `n`th call. If calls are not split, the result is delivered to the session at once.
     Call(u8, Outcome),
-    /// The session has the `n`th result.
+    /// The `n`th result is delivered to the session.
     Result(u8),
-    /// What is in flight under the `n`th ticket ends, and the session hears of it.
+    /// The operations in flight under the `n`th ticket end, and the session polls its domains.
     FlightEnds(u8),
     /// Time passes until the session's next timer is due.
     Tick,
@@ -29,21 +29,21 @@ pub enum Action {
     AddAlias,
     /// An operator releases the `n`th quarantine.
     Release(u8, PageState),
-    /// The VM's connection, which adopted memory, says what the pages of the `n`th quarantine are.
+    /// The VM's connection, which has adopted memory, states what the pages of the `n`th quarantine are.
     Settle(u8, PageState),
-    /// A VM comes back for the memory of the daemon before.
+    /// A VM reconnects and adopts the memory of the earlier daemon.
     Adopt,
-    /// Nobody has come back for it in time.
+    /// No VM has adopted it in time.
     GiveUp,
     /// A VM connects, and adds its memory.
     Connect,
-    /// The session does what it was told to by what happened since it did so last.
+    /// The session emits the calls, answers and notices of the events since it did so last.
     Drain,
-    /// The daemon is killed and started again. The calls in the mask were carried out, the others never were.
+    /// The daemon is killed and started again. The calls in progress in the bit mask were executed, the others never were.
     Kill(u8),
 }
 
-/// How the owner's side of a conversion ends.
+/// The end of the owner's side of a conversion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
     Committed,

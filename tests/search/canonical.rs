@@ -1,21 +1,23 @@
-//! The text of a state, made independent of the names and the times in it.
+//! The text of a state, made independent of the ids and the times in it.
 //!
-//! Jobs, invalidations, tickets and requests are numbered on and on, and a gate only ever compares their numbers; so
-//! each number is replaced by its rank among those of its kind. Times are taken relative to now.
+//! Jobs, invalidations, tickets and requests are numbered consecutively, and a gate only ever compares their numbers; so each
+//! number is replaced by its rank among those of its kind. Times are made relative to now.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// What stands before a number that is a name, and before one that is a time.
+/// The `Debug` text before a number that is an id.
 const NAMES: [&str; 4] = ["JobId(", "InvalidationId(", "Ticket(", "cookie: "];
+/// The `Debug` text before the seconds of an `Instant`.
 const SECONDS: &str = "tv_sec: ";
+/// The `Debug` text between the seconds and the nanoseconds of an `Instant`.
 const NANOSECONDS: &str = ", tv_nsec: ";
-/// A measured duration, on which nothing depends.
+/// The `Debug` text before a measured duration, on which nothing depends.
 const MEASURED: &str = "took_ns: ";
 
-/// A hash that tells states apart.
+/// A 128-bit hash of a state.
 pub type Fingerprint = (u64, u64);
 
-/// Returns the fingerprint of a state's text, where it is `now`.
+/// Returns the fingerprint of a state's text at the time `now`.
 pub fn fingerprint(text: &str, now: i128) -> Fingerprint {
     let plain = plain(text, now);
     let hash = |salt: u64| {
@@ -26,14 +28,14 @@ pub fn fingerprint(text: &str, now: i128) -> Fingerprint {
     (hash(1), hash(2))
 }
 
-/// Returns the time of an `Instant` by its `Debug` text.
+/// Returns the nanoseconds of an `Instant`, read from its `Debug` text.
 pub fn time_of(instant: std::time::Instant) -> i128 {
     let text = format!("{instant:?}");
     let at = text.find(SECONDS).expect("an Instant prints its seconds") + SECONDS.len();
     time(&text[at..]).0
 }
 
-/// The time that begins at the start of `text`, and its length there.
+/// Returns the time at the start of `text`, in nanoseconds, and the length of its text.
 fn time(text: &str) -> (i128, usize) {
     let (seconds, len) = number(text);
     let rest = &text[len..];
@@ -53,10 +55,10 @@ enum Token<'a> {
     Time(i128),
 }
 
-/// Returns `text` with ranks in place of names and times relative to `now`.
+/// Returns `text` with ranks in place of ids, and times relative to `now`.
 pub fn plain(text: &str, now: i128) -> String {
     let mut tokens = Vec::new();
-    let (mut kept, mut at) = (0, 0);
+    let (mut copied, mut at) = (0, 0);
     let bytes = text.as_bytes();
     while at < bytes.len() {
         let rest = &text[at..];
@@ -70,23 +72,23 @@ pub fn plain(text: &str, now: i128) -> String {
         let after = &rest[1..];
         if let Some(kind) = NAMES.iter().position(|name| before.ends_with(name)) {
             let (value, len) = number(after);
-            tokens.push(Token::Text(&text[kept..at]));
+            tokens.push(Token::Text(&text[copied..at]));
             tokens.push(Token::Name(kind, value));
             at += len;
-            kept = at;
+            copied = at;
         } else if before.ends_with(SECONDS) {
             let (value, len) = time(after);
-            tokens.push(Token::Text(&text[kept..at]));
+            tokens.push(Token::Text(&text[copied..at]));
             tokens.push(Token::Time(value - now));
             at += len;
-            kept = at;
+            copied = at;
         } else if before.ends_with(MEASURED) {
-            tokens.push(Token::Text(&text[kept..at]));
+            tokens.push(Token::Text(&text[copied..at]));
             at += number(after).1;
-            kept = at;
+            copied = at;
         }
     }
-    tokens.push(Token::Text(&text[kept..]));
+    tokens.push(Token::Text(&text[copied..]));
     let mut names: [Vec<u64>; NAMES.len()] = Default::default();
     for token in &tokens {
         if let Token::Name(kind, value) = token {
@@ -112,7 +114,7 @@ pub fn plain(text: &str, now: i128) -> String {
 }
 
 #[test]
-fn names_become_ranks_and_times_relative() {
+fn ids_become_ranks_and_times_become_relative() {
     let text = "JobId(7) JobId(3) cookie: 12 took_ns: 55, tv_sec: 2, tv_nsec: 5 } JobId(7)";
     assert_eq!(plain(text, 2_000_000_000), "JobId(1) JobId(0) cookie: 0 took_ns: , tv_sec: 5 } JobId(1)");
 }

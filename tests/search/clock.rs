@@ -1,21 +1,21 @@
-//! A clock that only the search moves.
+//! A clock that only the search advances.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use passgate::session::Clock;
 
-/// The time at which every path begins.
+/// Returns the time at which every path begins.
 pub fn start() -> Instant {
     static START: OnceLock<Instant> = OnceLock::new();
     *START.get_or_init(Instant::now)
 }
 
-/// A clock that stands until it is set.
+/// A clock that shows the time to which it was set last.
 #[derive(Debug)]
-pub struct HandClock(Mutex<Instant>);
+pub struct ManualClock(Mutex<Instant>);
 
-impl HandClock {
+impl ManualClock {
     pub fn new() -> Self {
         Self(Mutex::new(start()))
     }
@@ -25,7 +25,7 @@ impl HandClock {
     }
 }
 
-impl Clock for HandClock {
+impl Clock for ManualClock {
     fn now(&self) -> Instant {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! A configuration: what the machine is like, what clients do, and how much of what may happen on one path.
+//! A configuration: the machine, the actions of clients, and the bounds of one path.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::{Capabilities, StopClass};
@@ -9,23 +9,23 @@ use crate::plant::Plant;
 
 /// Nanoseconds in a second.
 const SECOND_NS: u64 = 1_000_000_000;
-/// The deadline of every begin: seven parts of a second, so that its timers coincide with those of the session.
+/// The deadline of every begin. Its seven parts last a second each, so that its timers coincide with the session's own.
 pub const DEADLINE_NS: u64 = 7 * SECOND_NS;
 
 /// A conversion that a client may begin, once.
 #[derive(Debug, Clone, Copy)]
 pub struct Conversion {
-    /// Which pages of the region: a bit for each.
+    /// The pages of the region, a bit for each.
     pub pages: u64,
     pub to: PageState,
-    /// Whether the second connection begins it, not the VM's.
+    /// True if the second connection begins it instead of the VM's.
     pub by_second: bool,
-    /// Whether passgate converts.
+    /// True if passgate performs the conversion.
     pub by_passgate: bool,
 }
 
 impl Conversion {
-    /// The VM makes these pages private.
+    /// Returns a conversion of these pages to private, by the VM.
     pub const fn private(pages: u64) -> Self {
         Self { pages, to: PageState::Private, by_second: false, by_passgate: false }
     }
@@ -37,42 +37,47 @@ pub struct Config {
     pub name: &'static str,
     pub policy: Policy,
     pub machine: Machine,
-    /// Pages of the file, and of the region that shows it.
+    /// The number of pages of the file, and of each region that shows it.
     pub pages: u64,
-    /// Pages per kernel mapping.
+    /// The number of pages per kernel mapping.
     pub piece: u64,
-    /// Whether the file shows at a second place from the start.
+    /// True if a second region shows the file from the start.
     pub alias: bool,
     pub conversions: Vec<Conversion>,
     pub endings: Vec<Ending>,
-    /// How a call may go wrong: of a map, an unmap, a fence, an attach, a conversion by passgate.
+    /// The faults that a map may have.
     pub map_faults: Vec<Outcome>,
+    /// The faults that an unmap may have.
     pub unmap_faults: Vec<Outcome>,
+    /// The faults that a fence may have.
     pub fence_faults: Vec<Outcome>,
+    /// The faults that an attach may have.
     pub attach_faults: Vec<Outcome>,
+    /// The faults that passgate's own conversion may have.
     pub convert_faults: Vec<Outcome>,
-    /// How many calls go wrong on one path.
+    /// The maximum number of calls with a fault on one path.
     pub faults: u8,
-    /// Kills with restart on one path; with none, nothing is written down for a restart.
+    /// The maximum number of kills with restart on one path; if 0, no ledger is kept for a restart.
     pub kills: u8,
     pub deaths: bool,
     pub second_dies: bool,
     pub removals: u8,
     pub adds_alias: bool,
-    /// Releases by an operator on one path, and what the pages may be then.
+    /// The maximum number of releases by an operator on one path.
     pub releases: u8,
+    /// The page states that a release may give.
     pub released_as: Vec<PageState>,
-    /// Whether the kernel's doing and the session's hearing of it are two steps.
+    /// True if the execution of a call and the delivery of its result are two steps.
     pub splits_calls: bool,
-    /// Whether several things may happen before the session does anything about them, as in one inbox.
+    /// True if several events may happen before the session reacts to them, as in one batch of its loop.
     pub batches: bool,
-    /// Whether conversions are begun again and again, and VMs come back.
+    /// True if conversions may be begun any number of times, and VMs may reconnect.
     pub repeats: bool,
-    /// Whether time passes while calls are under way: without it only what goes wrong by itself is searched.
+    /// True if time may pass while calls are in progress; if false, no deadline expires.
     pub time: bool,
 }
 
-/// What a model machine has unless a configuration says otherwise.
+/// The model machine, unless a configuration changes it.
 pub const MACHINE: Machine = Machine {
     capabilities: Capabilities {
         max_mappings: 65_535,
@@ -90,8 +95,8 @@ pub const MACHINE: Machine = Machine {
 };
 
 impl Config {
-    /// One file of two pages, shown once, mapped page by page, on one device; the first page is made private. Nothing
-    /// goes wrong.
+    /// Returns the basic configuration: one file of two pages, shown once, mapped page by page, with one device; the first page is
+    /// made private. Nothing fails.
     pub fn new(name: &'static str) -> Self {
         let policy = Policy {
             on_stuck_dma: OnStuckDma::Fence,
@@ -129,26 +134,26 @@ impl Config {
         }
     }
 
-    /// As it is, on a strict platform with devices that cache translations.
+    /// Returns the configuration on a strict platform, with devices that have ATS.
     pub fn strict(mut self) -> Self {
         self.policy.platform = Platform::Strict;
         self.machine.ats = true;
         self
     }
 
-    /// As it is, with a planted fault.
+    /// Returns the configuration with a planted fault.
     pub fn planted(mut self, plant: Plant) -> Self {
         self.machine.plant = plant;
         self
     }
 
-    /// As it is, with passgate converting.
+    /// Returns the configuration with every conversion performed by passgate.
     pub fn by_passgate(mut self) -> Self {
         self.conversions.iter_mut().for_each(|conversion| conversion.by_passgate = true);
         self
     }
 
-    /// As it is, with every fault that the model has, `count` of them on one path.
+    /// Returns the configuration with every fault of the model, at most `count` of them on one path.
     pub fn with_faults(mut self, count: u8) -> Self {
         use Outcome::{Fails, FailsDone, FailsHalf, FailsOut, Short};
         self.map_faults = vec![Fails, FailsHalf, FailsDone];

@@ -1,6 +1,6 @@
 //! The configurations that are searched by every `cargo test`, and those that `tests/long/search` searches.
 //!
-//! Each is complete: there is no other order of what may happen in it. What may happen is bounded by the configuration:
+//! Each search is complete: it covers every order of the actions that the configuration allows. A configuration bounds these:
 //! one file of two pages, a conversion or two, a fault, a kill. Time always passes, up to every deadline.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState};
@@ -9,7 +9,7 @@ use passgate_backends::StopClass;
 use crate::action::Ending;
 use crate::config::{Config, Conversion};
 
-/// The VM makes the first page private, and then both.
+/// Returns the configuration with two conversions to private: of the first page, and of both. Each is committed.
 fn two_conversions(config: Config) -> Config {
     let conversions = vec![Conversion::private(0b01), Conversion::private(0b11)];
     Config { conversions, endings: vec![Ending::Committed], ..config }
@@ -19,7 +19,7 @@ fn committed(config: Config) -> Config {
     Config { endings: vec![Ending::Committed], ..config }
 }
 
-/// Mappings of two pages, which lose a page by being split, with the device stopped meanwhile.
+/// Returns the configuration with mappings of two pages, which are split with the device stopped meanwhile.
 fn pauses(mut config: Config) -> Config {
     config.piece = 2;
     config.policy.hitless = Hitless::Prefer;
@@ -27,21 +27,21 @@ fn pauses(mut config: Config) -> Config {
     config
 }
 
-/// A domain whose unmaps may leave operations in flight, and a device that can be told to end them.
+/// Returns the configuration with a domain whose unmaps may leave operations in flight, and a device that can be drained.
 fn tickets(mut config: Config) -> Config {
     config.machine.capabilities.tickets = true;
     config.machine.stop_class = StopClass::DRAIN | StopClass::DETACH;
     config
 }
 
-/// A domain that cuts pages out of its mappings.
+/// Returns the configuration with a domain that cuts pages out of its mappings.
 fn cuts(mut config: Config) -> Config {
     config.piece = 2;
     config.machine.capabilities.cut = true;
     config
 }
 
-/// A device with every fence, and a policy that allows them.
+/// Returns the configuration with a device that has every fence, and a policy that allows them.
 fn resets(mut config: Config) -> Config {
     config.policy.on_stuck_dma = OnStuckDma::Reset;
     config.machine.stop_class = StopClass::all();
@@ -69,11 +69,11 @@ pub fn alias_with_a_fault() -> Config {
     committed(Config { alias: true, removals: 1, ..Config::new("alias, removal, a fault").with_faults(1) })
 }
 
-pub fn alias_comes() -> Config {
-    committed(Config { adds_alias: true, removals: 1, ..Config::new("alias comes, memory goes") })
+pub fn alias_is_added() -> Config {
+    committed(Config { adds_alias: true, removals: 1, ..Config::new("alias added, memory removed") })
 }
 
-pub fn pages_come_back() -> Config {
+pub fn pages_become_shared_again() -> Config {
     let back = Conversion { to: PageState::Shared, ..Conversion::private(0b01) };
     let conversions = vec![Conversion::private(0b01), back];
     Config { conversions, ..Config::new("to private and back, a fault").with_faults(1) }
@@ -146,12 +146,12 @@ pub fn calls_in_two_steps() -> Config {
     committed(config)
 }
 
-pub fn one_inbox() -> Config {
-    committed(Config { batches: true, kills: 1, ..Config::new("one inbox, restart") })
+pub fn batched_events() -> Config {
+    committed(Config { batches: true, kills: 1, ..Config::new("batched events, restart") })
 }
 
-pub fn file_comes_and_goes() -> Config {
-    let config = Config::new("the file comes and goes in one inbox");
+pub fn file_is_added_and_removed() -> Config {
+    let config = Config::new("file added and removed in one batch");
     let conversions = Vec::new();
     Config { batches: true, splits_calls: true, adds_alias: true, removals: 1, conversions, ..config }
 }
@@ -161,7 +161,7 @@ pub fn strict_restart_between_two_conversions() -> Config {
     two_conversions(Config { kills: 1, ..config.strict() })
 }
 
-/// What `tests/long/search` searches, the smallest first.
+/// Returns the configurations that `tests/long/search` searches, the smallest first.
 pub fn larger() -> Vec<Config> {
     let three = || {
         let mut conversions = vec![Conversion::private(0b01), Conversion::private(0b11)];
@@ -224,18 +224,18 @@ pub fn larger() -> Vec<Config> {
             kills: 1,
             deaths: true,
             removals: 1,
-            ..Config::new("long: one inbox, restart")
+            ..Config::new("long: batched events, restart")
         },
         Config {
             adds_alias: true,
             removals: 1,
             deaths: true,
-            ..Config::new("long: alias comes, a fault").with_faults(1)
+            ..Config::new("long: alias added, a fault").with_faults(1)
         },
     ]
 }
 
-/// What random walks go through: too large to be searched.
+/// Returns the configurations of the random walks, which are too large to be searched.
 pub fn walked() -> Vec<Config> {
     let conversions = vec![
         Conversion::private(0b001),
@@ -260,8 +260,9 @@ pub fn walked() -> Vec<Config> {
     let strict = Config { name: "walk: strict", ..plain.clone() }.strict();
     let two_steps = Config { name: "walk: calls in two steps", splits_calls: true, ..plain.clone() };
     let pauses = Config { piece: 4, ..pauses(Config { name: "walk: pauses", ..plain.clone() }) };
-    let pauses_strictly = Config { name: "walk: pauses, strict", ..pauses.clone() }.strict();
-    let resets = resets(Config { name: "walk: every fence, one inbox", batches: true, ..plain.clone() });
-    let inbox = Config { name: "walk: one inbox, calls in two steps", batches: true, ..two_steps.clone() };
-    vec![plain, strict, two_steps, inbox, pauses, pauses_strictly, resets]
+    let pauses_strict = Config { name: "walk: pauses, strict", ..pauses.clone() }.strict();
+    let resets = resets(Config { name: "walk: every fence, batched events", batches: true, ..plain.clone() });
+    let batched =
+        Config { name: "walk: batched events, calls in two steps", batches: true, ..two_steps.clone() };
+    vec![plain, strict, two_steps, batched, pauses, pauses_strict, resets]
 }

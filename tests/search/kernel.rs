@@ -1,7 +1,7 @@
-//! An exact model of the kernel: what is mapped, which device is attached, what is in flight.
+//! An exact model of the kernel: its mappings, the state of its devices, and the operations in flight.
 //!
-//! It does what the [`Outcome`] of a call says and answers accordingly, and it takes the device's side: what a device
-//! could have in its translation cache is there, and what is in flight stays so until the search ends it.
+//! It executes a call as its [`Outcome`] states, and assumes the worst of devices: every translation that a device could have
+//! in its translation cache (ATS) is there, and operations stay in flight until the search ends them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,22 +16,22 @@ use rustix::io::Errno;
 
 use crate::plant::Plant;
 
-/// What the kernel does with one call, and what it answers.
+/// The effect of one call, and its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
-    /// It does all of it and says so.
+    /// It does all of it and succeeds.
     Done,
-    /// It does nothing and says that it failed.
+    /// It does nothing and fails.
     Fails,
-    /// It does all of it and says that it failed.
+    /// It does all of it and fails.
     FailsDone,
-    /// An attach only: it fails, and the device is out of its domain.
+    /// An attach only: it fails and leaves the device detached.
     FailsOut,
-    /// It does the first half and says that it failed.
+    /// It does the first half and fails.
     FailsHalf,
-    /// An unmap only: it removes the first half and says that it succeeded, with the bytes of that half.
+    /// An unmap only: it removes the first half and succeeds with the bytes of that half.
     Short,
-    /// An unmap only: it removes all of it, with operations in flight.
+    /// An unmap only: it removes all of it, and operations remain in flight.
     InFlight,
 }
 
@@ -53,43 +53,43 @@ impl Mapping {
     }
 }
 
-/// One device, as the kernel has it. Sets of pages of the file are bit masks.
+/// The state of one device. Sets of pages of the file are bit masks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
+pub struct DeviceState {
     pub attached: bool,
-    /// Stopped by its migration state or without bus mastering.
-    pub silent: bool,
+    /// True while it is stopped by its migration state or has bus mastering off.
+    pub stopped: bool,
     pub drained: bool,
-    /// Pages that its translation cache may still have although they were unmapped.
+    /// The pages that its translation cache may still have although they were unmapped.
     pub cached: u64,
 }
 
 #[derive(Debug, Default)]
 pub struct State {
     pub mappings: Vec<Mapping>,
-    pub ports: Vec<Port>,
-    /// Unmaps whose operations have not ended, and the pages that these are over.
+    pub device_states: Vec<DeviceState>,
+    /// Unmaps whose operations have not ended, and the pages of these operations.
     pub flights: Vec<(Ticket, u64)>,
     ended: Vec<Ticket>,
     tickets: u64,
     outcome: Option<Outcome>,
-    /// The first page that was to be mapped where something was mapped already: the ledger had lost it.
+    /// The first IOVA page whose map was requested while it was mapped: the ledger had lost the mapping.
     pub mapped_twice: Option<u64>,
 }
 
-/// What a machine is like.
+/// The hardware of a machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
     pub capabilities: Capabilities,
     pub devices: usize,
     pub stop_class: StopClass,
-    /// Whether the devices cache translations.
+    /// True if the devices cache translations.
     pub ats: bool,
-    /// What is wrong with the drivers, where a fault is planted.
+    /// The fault that is planted in the drivers.
     pub plant: Plant,
 }
 
-/// The kernel; it outlives every daemon.
+/// The kernel, which outlives every daemon.
 #[derive(Debug)]
 pub struct Kernel {
     pub machine: Machine,
@@ -98,8 +98,8 @@ pub struct Kernel {
 
 impl Kernel {
     pub fn new(machine: Machine) -> Arc<Self> {
-        let port = Port { attached: true, silent: false, drained: false, cached: 0 };
-        let state = State { ports: vec![port; machine.devices], ..State::default() };
+        let device = DeviceState { attached: true, stopped: false, drained: false, cached: 0 };
+        let state = State { device_states: vec![device; machine.devices], ..State::default() };
         Arc::new(Self { machine, state: Mutex::new(state) })
     }
 
@@ -107,8 +107,8 @@ impl Kernel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next call goes so.
-    pub fn next(&self, outcome: Outcome) {
+    /// Sets the outcome of the next call.
+    pub fn set_next_outcome(&self, outcome: Outcome) {
         self.state().outcome = Some(outcome);
     }
 
@@ -117,31 +117,34 @@ impl Kernel {
     }
 
     pub fn devices(self: &Arc<Self>) -> Vec<Arc<dyn Device>> {
-        let device = |port: usize| {
-            let name = format!("0000:00:{port:02x}.0");
-            let was_attached = self.state().ports[port].attached;
-            Arc::new(ModelDevice { kernel: Arc::clone(self), name, port, was_attached }) as Arc<dyn Device>
+        let device = |index: usize| {
+            let name = format!("0000:00:{index:02x}.0");
+            let was_attached = self.state().device_states[index].attached;
+            Arc::new(ModelDevice { kernel: Arc::clone(self), name, index, was_attached }) as Arc<dyn Device>
         };
         (0..self.machine.devices).map(device).collect()
     }
 }
 
 impl State {
-    /// The pages that some device may reach.
+    /// Returns the pages that some device may reach.
     pub fn reachable(&self) -> u64 {
         let mapped = self.mappings.iter().fold(0, |pages, mapping| pages | mapping.file_pages());
         let in_flight = self.flights.iter().fold(0, |pages, (_, over)| pages | over);
-        let cached =
-            self.ports.iter().filter(|port| port.attached).fold(0, |pages, port| pages | port.cached);
+        let cached = self
+            .device_states
+            .iter()
+            .filter(|device| device.attached)
+            .fold(0, |pages, device| pages | device.cached);
         mapped | in_flight | cached
     }
 
-    /// Whether the IOVA page is mapped.
+    /// True if the IOVA page is mapped.
     pub fn maps(&self, iova_page: u64) -> bool {
         self.mappings.iter().any(|mapping| (mapping.start..mapping.end()).contains(&iova_page))
     }
 
-    /// What is in flight under the `n`th ticket has ended.
+    /// Ends the operations in flight under the `n`th ticket.
     pub fn end_flight(&mut self, n: usize) {
         let (ticket, _) = self.flights.remove(n);
         self.ended.push(ticket);
@@ -157,21 +160,21 @@ impl State {
         self.outcome.take().unwrap_or(Outcome::Done)
     }
 
-    /// Removes the first `count` mappings in `iova`; their bytes, and the pages that they were over.
+    /// Removes the first `count` mappings in `iova`. Returns their bytes and their pages of the file.
     fn remove(&mut self, iova: PageRange<Iova>, count: usize, caches: bool) -> (u64, u64) {
         let (start, end) = (iova.start().0 / PAGE, iova.end().0 / PAGE);
-        let (mut bytes, mut over, mut left) = (0, 0, count);
+        let (mut bytes, mut over, mut remaining) = (0, 0, count);
         self.mappings.retain(|mapping| {
-            let goes = start <= mapping.start && mapping.end() <= end && left > 0;
+            let goes = start <= mapping.start && mapping.end() <= end && remaining > 0;
             if goes {
-                left -= 1;
+                remaining -= 1;
                 bytes += mapping.pages * PAGE;
                 over |= mapping.file_pages();
             }
             !goes
         });
-        for port in self.ports.iter_mut().filter(|port| port.attached && caches) {
-            port.cached |= over;
+        for device in self.device_states.iter_mut().filter(|device| device.attached && caches) {
+            device.cached |= over;
         }
         (bytes, over)
     }
@@ -329,8 +332,8 @@ impl Domain for ModelDomain {
 struct ModelDevice {
     kernel: Arc<Kernel>,
     name: String,
-    port: usize,
-    /// Whether it was when its daemon came.
+    index: usize,
+    /// True if it was attached when its daemon opened it.
     was_attached: bool,
 }
 
@@ -371,12 +374,12 @@ impl Device for ModelDevice {
             if step != FenceStep::Detach || outcome == Outcome::Done {
                 state.end_flights();
             }
-            let port = &mut state.ports[self.port];
+            let device = &mut state.device_states[self.index];
             match step {
-                FenceStep::Drain => port.drained = true,
-                FenceStep::Stop | FenceStep::Master => port.silent = true,
-                FenceStep::Detach => (port.attached, port.cached) = (false, 0),
-                FenceStep::Reset => (port.silent, port.cached) = (false, 0),
+                FenceStep::Drain => device.drained = true,
+                FenceStep::Stop | FenceStep::Master => device.stopped = true,
+                FenceStep::Detach => (device.attached, device.cached) = (false, 0),
+                FenceStep::Reset => (device.stopped, device.cached) = (false, 0),
             }
         }
         if outcome == Outcome::Done { Ok(()) } else { Err(self.failed()) }
@@ -385,15 +388,16 @@ impl Device for ModelDevice {
     fn attach(&self) -> Result<()> {
         let mut state = self.kernel.state();
         let outcome = state.outcome();
-        let port = &mut state.ports[self.port];
+        let device = &mut state.device_states[self.index];
         match outcome {
             Outcome::Fails => {}
-            Outcome::FailsOut => (port.attached, port.cached) = (false, 0),
+            Outcome::FailsOut => (device.attached, device.cached) = (false, 0),
             Outcome::Done => {
-                *port = Port { attached: true, silent: false, drained: false, cached: port.cached }
+                *device =
+                    DeviceState { attached: true, stopped: false, drained: false, cached: device.cached }
             }
-            // It is attached, but what comes after that (its migration state, bus mastering) failed.
-            _ => port.attached = true,
+            // It is attached, but a later step (its migration state, bus mastering) failed.
+            _ => device.attached = true,
         }
         if outcome == Outcome::Done { Ok(()) } else { Err(self.failed()) }
     }

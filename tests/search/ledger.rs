@@ -1,8 +1,8 @@
-//! The ledger of a path's first daemon.
+//! The persistent ledger of a path's first daemon.
 //!
-//! A path is replayed a hundred thousand times, and a new memfd costs more than all else in it. So each thread has one,
-//! which is made what it was when it was new: its first bytes are written back. What lies behind them nothing leads to,
-//! and a store fills what it takes before it uses it.
+//! Paths are replayed a hundred thousand times, and a new memfd would cost more than the rest of a replay. So each thread has one
+//! memfd, whose first bytes are reset to those of a new ledger. No entry there refers to the bytes behind them, and a store
+//! initialises what it allocates.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use passgate::session::lasting::Lasting;
 use passgate_backends::resume::Ids;
 
-/// Bytes of header, directory and first tables, and more.
+/// The number of bytes that are reset: more than the header, the directory and the first tables.
 const IMAGE_BYTES: usize = 512 << 10;
 
 struct Image {
@@ -32,18 +32,18 @@ fn image(devices: usize) -> Image {
     let file = File::from(lasting.fd().and_then(|fd| fd.try_clone_to_owned().ok()).expect("a descriptor"));
     let mut bytes = vec![0; IMAGE_BYTES];
     file.read_exact_at(&mut bytes, 0).expect("a memfd is read");
-    // Zeroes at the end need not be written back where nothing leads to them.
+    // Zeroes at the end need not be reset: no entry refers to what lies there.
     let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
     bytes.truncate(used);
     Image { file, bytes, devices }
 }
 
-/// Returns a ledger in which nothing is yet, and its memfd. The one that this thread had before must be gone.
+/// Returns an empty ledger and its memfd. The ledger that this thread got before must have been dropped.
 pub fn fresh(devices: usize) -> (Lasting, OwnedFd) {
-    IMAGE.with_borrow_mut(|kept| {
-        let image = match kept {
+    IMAGE.with_borrow_mut(|cached| {
+        let image = match cached {
             Some(image) if image.devices == devices => image,
-            _ => kept.insert(image(devices)),
+            _ => cached.insert(image(devices)),
         };
         image.file.write_all_at(&image.bytes, 0).expect("a memfd is written");
         let fd = || OwnedFd::from(image.file.try_clone().expect("a descriptor"));

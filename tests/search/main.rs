@@ -1,13 +1,13 @@
 //! Exhaustive search: gate, session and restart keep their promises in every order of everything that can happen, in
 //! small worlds.
 //!
-//! A [`world::World`] has a model of the kernel ([`kernel`]), a real session on it, one daemon after the other, and the
-//! clients. It tells what may happen next, does one of these things, and judges what comes of it by what is true
-//! ([`truth`]), which never looks into the gate. [`search`] goes through all states of a configuration breadth-first and
-//! [`walk`] at random through worlds that are too large for that. What runs in every `cargo test` is in
-//! [`configurations`]; docs/guide/testing.md says what all of it shows.
+//! A [`world::World`] consists of a model of the kernel ([`kernel`]), a real session on it, one daemon after the other, and the
+//! clients. It lists the actions that are possible next, performs one of them, and judges its results by the true state
+//! ([`oracle`]), which is never derived from the gate. [`search`] visits all states of a configuration breadth-first;
+//! [`walk`] takes random paths through worlds that are too large for that. [`configurations`] has those that run in every
+//! `cargo test`; docs/guide/testing.md describes what the search shows.
 
-// What cannot be is a failed test; and nobody links this crate.
+// A violated assumption fails the test; nothing links this crate.
 #![allow(clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 
 mod action;
@@ -17,9 +17,9 @@ mod config;
 mod configurations;
 mod kernel;
 mod ledger;
+mod oracle;
 mod plant;
 mod search;
 mod tests;
-mod truth;
 mod walk;
 mod world;

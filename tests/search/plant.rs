@@ -1,4 +1,4 @@
-//! Faults that are planted at the border of the session, to show that the search finds them.
+//! Faults that are planted at the interfaces of the session, to show that the search finds them.
 
 use passgate::gate::HeldBy;
 use passgate::session::lasting::Left;
@@ -7,28 +7,28 @@ use passgate::session::lasting::Left;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plant {
     Nothing,
-    /// ATS is read once, when the daemon comes, from the enable bit, which is off while a device is detached.
+    /// ATS is read once, at the start of the daemon, from the enable bit, which is off while a device is detached.
     LiveAts,
-    /// An unmap says that it succeeded and does nothing.
+    /// An unmap succeeds and does nothing.
     UnmapLies,
-    /// A detach says that it succeeded and does nothing.
+    /// A detach succeeds and does nothing.
     DetachLies,
-    /// A restart forgets what was held.
+    /// A restart loses the excluded ranges.
     HoldsLost,
-    /// A restart forgets which devices were stopped.
+    /// A restart loses the set of stopped devices.
     StopsLost,
     /// A restart takes every quarantine for a conversion that was open when the daemon ended.
     AllUnended,
 }
 
 impl Plant {
-    /// What the next daemon reads, with the fault.
-    pub fn spoil(self, left: &mut Left) {
+    /// Plants the fault in the state that the next daemon reads.
+    pub fn corrupt(self, state: &mut Left) {
         match self {
-            Self::HoldsLost => left.past.holds.clear(),
-            Self::StopsLost => left.past.stopped.clear(),
+            Self::HoldsLost => state.past.holds.clear(),
+            Self::StopsLost => state.past.stopped.clear(),
             Self::AllUnended => {
-                left.past.unended.extend(left.past.holds.iter().filter_map(|(.., by)| match by {
+                state.past.unended.extend(state.past.holds.iter().filter_map(|(.., by)| match by {
                     HeldBy::Quarantine(since, _) => Some(*since),
                     HeldBy::Open(_) => None,
                 }))

@@ -1,4 +1,5 @@
-//! The tests. What each configuration came to is printed past the test harness, which keeps the output of what passes.
+//! The tests. The figures of each configuration are printed to standard error, past the test harness, which captures the output
+//! of tests that pass.
 
 use std::io::Write;
 use std::time::Duration;
@@ -6,35 +7,36 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::configurations as with;
 use crate::plant::Plant;
-use crate::search::{Found, Limits, narrate, search};
+use crate::search::{Limits, SearchResult, describe_path, search};
 use crate::walk::walk;
 
-/// States after which a configuration is too large for every `cargo test`.
+/// The maximum number of states of a configuration that runs in every `cargo test`.
 const MAX_STATES: usize = 60_000;
-/// Random walks through each world, and steps of each.
+/// The number of random walks through each configuration.
 const WALKS: u64 = 40;
+/// The maximum number of steps of a walk.
 const WALK_STEPS: usize = 300;
 
-fn say(line: &str) {
-    // Nobody reads it where it cannot be written.
+fn print_line(line: &str) {
+    // A closed standard error is no failure.
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-fn report(config: &Config, limits: Limits) -> Found {
+fn report(config: &Config, limits: Limits) -> SearchResult {
     let found = search(config, limits);
-    let Found { states, transitions, depth, took, complete, .. } = &found;
+    let SearchResult { states, transitions, depth, took, complete, .. } = &found;
     let (name, seconds) = (config.name, took.as_secs_f64());
     let rest = if *complete { "complete" } else { "incomplete" };
-    say(&format!(
+    print_line(&format!(
         "search: {name}: {states} states, {transitions} transitions, {depth} deep, {seconds:.1} s of processor time, {rest}"
     ));
     found
 }
 
-fn keeps_every_promise(config: &Config, limits: Limits) -> Found {
+fn search_and_check(config: &Config, limits: Limits) -> SearchResult {
     let found = report(config, limits);
     if let Some((broken, path)) = &found.broken {
-        panic!("{}: {broken}\nafter {path:?}\n{}", config.name, narrate(config, path));
+        panic!("{}: {broken}\nafter {path:?}\n{}", config.name, describe_path(config, path));
     }
     found
 }
@@ -44,7 +46,7 @@ macro_rules! every_order_keeps_every_promise {
         #[test]
         fn $name() {
             let limits = Limits { states: MAX_STATES, time: Duration::MAX };
-            assert!(keeps_every_promise(&with::$name(), limits).complete, "it has become too large");
+            assert!(search_and_check(&with::$name(), limits).complete, "the configuration has more than {MAX_STATES} states");
         }
     )*};
 }
@@ -53,8 +55,8 @@ every_order_keeps_every_promise! {
     conversions_with_a_fault
     death_with_a_fault
     alias_with_a_fault
-    alias_comes
-    pages_come_back
+    alias_is_added
+    pages_become_shared_again
     strict_with_a_fault
     strict_with_two_devices
     restart
@@ -70,11 +72,11 @@ every_order_keeps_every_promise! {
     pages_are_cut
     every_fence
     calls_in_two_steps
-    one_inbox
-    file_comes_and_goes
+    batched_events
+    file_is_added_and_removed
 }
 
-/// A search that finds nothing shows nothing, unless it finds what is there.
+/// A search that finds nothing proves something only if it finds faults that are there.
 #[test]
 fn planted_faults_are_found() {
     let planted = [
@@ -90,7 +92,7 @@ fn planted_faults_are_found() {
         let name = config.name;
         let found = report(&config.planted(plant), Limits { states: MAX_STATES, time: Duration::MAX });
         let Some((broken, path)) = found.broken else { panic!("{plant:?} is not found by `{name}`") };
-        say(&format!("search: {plant:?} is found by `{name}` after {} steps: {broken}", path.len()));
+        print_line(&format!("search: {plant:?} is found by `{name}` after {} steps: {broken}", path.len()));
     }
 }
 
@@ -106,11 +108,11 @@ fn walks(first: u64, count: u64) {
             match walk(&config, seed, WALK_STEPS) {
                 Ok(walked) => steps += walked,
                 Err((broken, path)) => {
-                    panic!("{}, seed {seed}: {broken}\n{}", config.name, narrate(&config, &path))
+                    panic!("{}, seed {seed}: {broken}\n{}", config.name, describe_path(&config, &path))
                 }
             }
         }
-        say(&format!("search: {}: {count} walks from seed {first}, {steps} steps", config.name));
+        print_line(&format!("search: {}: {count} walks from seed {first}, {steps} steps", config.name));
     }
 }
 
@@ -118,15 +120,15 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// For `tests/long/search`: the next configuration of the larger ones, for so long, or random walks where there is no
-/// next one. Without `PASSGATE_SEARCH_SECONDS` it does nothing.
+/// For `tests/long/search`: searches the configuration with the index `PASSGATE_SEARCH_FROM` of the larger ones for
+/// `PASSGATE_SEARCH_SECONDS`, or takes random walks if there is none. Without `PASSGATE_SEARCH_SECONDS` it does nothing.
 #[test]
 fn larger_configurations_keep_every_promise() {
     let Some(seconds) = number("PASSGATE_SEARCH_SECONDS") else { return };
     let from = number("PASSGATE_SEARCH_FROM").unwrap_or(0);
     let limits = Limits { states: usize::MAX, time: Duration::from_secs(seconds) };
     match with::larger().get(from as usize) {
-        Some(config) => _ = keeps_every_promise(config, limits),
+        Some(config) => _ = search_and_check(config, limits),
         None => walks(1_000_000 + from * 1_000_000, seconds * 4),
     }
 }

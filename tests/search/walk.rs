@@ -1,15 +1,15 @@
-//! Random walks through worlds that are too large to be searched: clients, daemons and kernel calls come and go for
-//! hundreds of steps.
+//! Random walks of hundreds of steps through worlds that are too large to be searched: clients connect and die, daemons are
+//! killed and restarted, calls fail.
 
 use crate::action::Action;
 use crate::config::Config;
-use crate::truth::Broken;
+use crate::oracle::BrokenPromise;
 use crate::world::World;
 
-/// Chance that can be repeated: SplitMix64 (Steele, Lea, Flood 2014).
-struct Chance(u64);
+/// A reproducible random number generator: SplitMix64 (Steele, Lea, Flood 2014).
+struct Rng(u64);
 
-impl Chance {
+impl Rng {
     fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -19,7 +19,7 @@ impl Chance {
     }
 }
 
-/// How often a kind of step is taken where it is possible, against the others.
+/// Returns the relative frequency of an action among those that are possible.
 fn weight(action: &Action) -> usize {
     match action {
         Action::Call(_, crate::kernel::Outcome::Done) | Action::Result(_) => 12,
@@ -31,9 +31,13 @@ fn weight(action: &Action) -> usize {
     }
 }
 
-/// Walks `steps` steps and lets the world come to rest; the broken promise and the path to it, where one was broken.
-pub fn walk(config: &Config, seed: u64, steps: usize) -> Result<usize, (Broken, Vec<Action>)> {
-    let mut chance = Chance(seed);
+/// Takes at most `steps` steps and lets the world come to rest. Returns the number of steps.
+///
+/// # Errors
+///
+/// The broken promise, and the path that leads to it.
+pub fn walk(config: &Config, seed: u64, steps: usize) -> Result<usize, (BrokenPromise, Vec<Action>)> {
+    let mut rng = Rng(seed);
     let mut path = Vec::new();
     let mut world = World::new(config).map_err(|broken| (broken, Vec::new()))?;
     for _ in 0..steps {
@@ -42,10 +46,10 @@ pub fn walk(config: &Config, seed: u64, steps: usize) -> Result<usize, (Broken, 
         if total == 0 {
             break;
         }
-        let mut at = chance.below(total);
+        let mut at = rng.below(total);
         let chosen = enabled.into_iter().find(|action| match at.checked_sub(weight(action)) {
-            Some(left) => {
-                at = left;
+            Some(rest) => {
+                at = rest;
                 false
             }
             None => true,
@@ -54,6 +58,6 @@ pub fn walk(config: &Config, seed: u64, steps: usize) -> Result<usize, (Broken, 
         path.push(action);
         world.act(action).map_err(|broken| (broken, path.clone()))?;
     }
-    world.come_to_rest(|_, _| {}).map_err(|broken| (broken, path.clone()))?;
+    world.run_to_rest(|_, _| {}).map_err(|broken| (broken, path.clone()))?;
     Ok(path.len())
 }

@@ -1,4 +1,4 @@
-//! One machine, one daemon after the other on it, and its clients.
+//! One machine, the daemons that run on it one after the other, and their clients.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,63 +19,64 @@ use passgate_bindings::{Gpa, PAGE, PageRange, identity};
 
 use crate::action::{Action, Ending};
 use crate::canonical::{self, Fingerprint};
-use crate::clock::{self, HandClock};
+use crate::clock::{self, ManualClock};
 use crate::config::{Config, DEADLINE_NS};
 use crate::kernel::{Kernel, Outcome};
 use crate::ledger;
-use crate::truth::{Broken, Content, Kept, Region, Truth, What, broken};
+use crate::oracle::{BrokenPromise, CheckResult, Content, Oracle, Region, RequestKind, broken};
 
-/// The second connection, which may begin conversions and owns nothing.
-const SECOND: ClientId = ClientId(2);
+/// The second connection, which may begin conversions and owns no memory.
+const SECOND_CLIENT: ClientId = ClientId(2);
 /// The operator's connection.
 const OPERATOR: ClientId = ClientId(3);
-/// The connections of the VM count from here, one for each daemon.
-const VM: u32 = 10;
-/// The first page of the region, and of the second one.
-const REGIONS: [u64; 2] = [16, 64];
-/// Steps after which what nothing happens to any more has come to rest.
-const REST_STEPS: usize = 400;
-/// Timers in a row after which nothing comes any more: what frays is looked at every second, whatever is the case.
+/// The id of the VM's first connection; later connections of a VM count up from it.
+const FIRST_VM_CLIENT: u32 = 10;
+/// The first guest-physical page of the region, and of the second region.
+const REGION_STARTS: [u64; 2] = [16, 64];
+/// The number of steps within which a world without new requests must come to rest.
+const MAX_REST_STEPS: usize = 400;
+/// The number of timers in a row, without a call between, after which a world counts as at rest: a session with fragmented
+/// mappings has a tick every second for ever.
 const MAX_IDLE_TICKS: u32 = 16;
-/// An answer to an end may wait for what it maps.
-const END_NS: u64 = 500_000_000;
+/// The time within which an end must be answered, in nanoseconds: its answer may wait for the maps that follow it.
+const END_DEADLINE_NS: u64 = 500_000_000;
 
 pub struct World<'a> {
     config: &'a Config,
     kernel: Arc<Kernel>,
-    clock: Arc<HandClock>,
+    clock: Arc<ManualClock>,
     now: Instant,
     session: Session,
     ledger: Option<OwnedFd>,
-    truth: Truth,
-    /// Calls that the kernel has not carried out.
+    oracle: Oracle,
+    /// Calls that the kernel has not executed.
     calls: Vec<Call>,
-    /// Results that the session has not heard.
+    /// Results that were not delivered to the session.
     results: Vec<Returned>,
-    /// The VM's connection, while there is one.
+    /// The VM's connection, if there is one.
     vm: Option<ClientId>,
     has_second: bool,
     budget: Budget,
     last_cookie: u64,
-    /// Whether the session has been told something that it has done nothing about.
+    /// True while the session has events to which it has not reacted.
     is_pending: bool,
 }
 
-/// What may still happen.
+/// The actions that remain possible on this path.
 #[derive(Debug)]
 struct Budget {
-    /// Conversions that were begun, a bit for each.
+    /// The conversions that were begun, a bit for each.
     begun: u64,
     faults: u8,
     kills: u8,
     removals: u8,
     releases: u8,
     may_add: bool,
-    /// Connections of VMs so far.
+    /// The number of VM connections after the first.
     connections: u32,
 }
 
-/// The guest's memory: one file for all worlds, for nobody looks at its bytes.
+/// Returns the guest's memory: one file for all worlds, because its bytes are never read.
 fn guest_file() -> &'static GuestFile {
     static FILE: OnceLock<GuestFile> = OnceLock::new();
     FILE.get_or_init(|| GuestFile::memfd("search", 16 * PAGE).expect("a small memfd"))
@@ -94,10 +95,10 @@ fn file_id() -> FileId {
 }
 
 impl<'a> World<'a> {
-    /// A world whose VM has added its memory.
-    pub fn new(config: &'a Config) -> Kept<Self> {
+    /// Returns a world whose VM has added its memory.
+    pub fn new(config: &'a Config) -> CheckResult<Self> {
         let kernel = Kernel::new(config.machine);
-        let clock = Arc::new(HandClock::new());
+        let clock = Arc::new(ManualClock::new());
         let (session, ledger) = first_daemon(config, &kernel, &clock);
         let mut world = Self {
             config,
@@ -106,10 +107,10 @@ impl<'a> World<'a> {
             now: clock::start(),
             session,
             ledger,
-            truth: Truth::new(config.pages),
+            oracle: Oracle::new(config.pages),
             calls: Vec::new(),
             results: Vec::new(),
-            vm: Some(ClientId(VM)),
+            vm: Some(ClientId(FIRST_VM_CLIENT)),
             has_second: true,
             budget: Budget {
                 begun: 0,
@@ -124,13 +125,13 @@ impl<'a> World<'a> {
             is_pending: false,
         };
         world.drain()?;
-        for start in &REGIONS[..1 + usize::from(config.alias)] {
+        for start in &REGION_STARTS[..1 + usize::from(config.alias)] {
             world.add_region(*start);
             world.drain()?;
             while !world.calls.is_empty() {
-                world.carry_out(0, Outcome::Done);
+                world.execute(0, Outcome::Done);
                 for returned in std::mem::take(&mut world.results) {
-                    world.hear(returned);
+                    world.deliver(returned);
                 }
                 world.drain()?;
             }
@@ -138,8 +139,8 @@ impl<'a> World<'a> {
         Ok(world)
     }
 
-    /// A world in which this has happened.
-    pub fn replay(config: &'a Config, path: &[Action]) -> Kept<Self> {
+    /// Returns the world after `path`.
+    pub fn replay(config: &'a Config, path: &[Action]) -> CheckResult<Self> {
         let mut world = Self::new(config)?;
         path.iter().try_for_each(|action| world.act(*action))?;
         Ok(world)
@@ -162,11 +163,11 @@ impl<'a> World<'a> {
             sole_mapper: true,
             ..AddMemory::shared(start * PAGE, self.config.pages * PAGE)
         };
-        self.truth.ask(caller, What::Add, None);
+        self.oracle.add_request(caller, RequestKind::Add, None);
         self.session.add_memory(caller, memory, vec![guest_fd()]);
     }
 
-    /// Everything that may happen next.
+    /// Returns every action that is possible next.
     pub fn enabled(&self) -> Vec<Action> {
         let mut actions = Vec::new();
         let Budget { begun, faults, kills, removals, releases, may_add, .. } = self.budget;
@@ -181,11 +182,11 @@ impl<'a> World<'a> {
         for (nth, conversion) in self.config.conversions.iter().enumerate() {
             let client = if conversion.by_second { self.has_second } else { self.vm.is_some() };
             let is_begun = begun >> nth & 1 == 1 && !self.config.repeats;
-            if client && !is_begun && !(self.config.repeats && self.truth.is_begun(conversion.pages)) {
+            if client && !is_begun && !(self.config.repeats && self.oracle.is_begun(conversion.pages)) {
                 actions.push(Action::Begin(nth as u8));
             }
         }
-        for nth in 0..self.truth.granted.len() {
+        for nth in 0..self.oracle.granted.len() {
             actions.extend(self.config.endings.iter().map(|ending| Action::End(nth as u8, *ending)));
         }
         if self.config.time && !self.is_pending && self.session.next_deadline().is_some() {
@@ -200,15 +201,15 @@ impl<'a> World<'a> {
         if removals > 0
             && let Some(vm) = self.vm
         {
-            let removable = |(_, region): &(usize, &Region)| region.owner == vm && !region.going;
-            let regions = self.truth.regions.iter().enumerate().filter(removable);
+            let removable = |(_, region): &(usize, &Region)| region.owner == vm && !region.closing;
+            let regions = self.oracle.regions.iter().enumerate().filter(removable);
             actions.extend(regions.map(|(nth, _)| Action::Remove(nth as u8)));
         }
         if may_add && self.vm.is_some() {
             actions.push(Action::AddAlias);
         }
         if releases > 0 {
-            for (nth, id) in self.truth.quarantines().into_iter().enumerate() {
+            for (nth, id) in self.oracle.quarantines().into_iter().enumerate() {
                 let settles = self.vm.is_some_and(|vm| self.session.may_settle(vm, id));
                 for to in &self.config.released_as {
                     actions.push(Action::Release(nth as u8, *to));
@@ -226,15 +227,15 @@ impl<'a> World<'a> {
         if self.is_pending {
             actions.push(Action::Drain);
         }
-        // Of a release that nobody was told of the operator would have to ask.
-        if kills > 0 && !self.truth.waits_for_release() {
+        // After a kill an unanswered release may have taken effect or not, which the oracle could not know.
+        if kills > 0 && !self.oracle.waits_for_release() {
             let masks = if self.config.splits_calls { 1 } else { 1 << self.calls.len().min(4) };
             actions.extend((0..masks).map(Action::Kill));
         }
         actions
     }
 
-    /// How this call may go wrong here; none that comes to the same as another.
+    /// Returns the faults that this call may have here, without those that have the same effect as another.
     fn faults_of(&self, call: &Call) -> Vec<Outcome> {
         let state = self.kernel.state();
         let (faults, skipped) = match call {
@@ -248,38 +249,38 @@ impl<'a> World<'a> {
             }
             Call::Fence { .. } | Call::Replace { .. } => (&self.config.fence_faults, None),
             Call::Attach { .. } => {
-                let is_out = state.ports.iter().all(|port| !port.attached);
+                let is_out = state.device_states.iter().all(|device| !device.attached);
                 (&self.config.attach_faults, is_out.then_some(Outcome::FailsOut))
             }
             Call::Convert { .. } => (&self.config.convert_faults, None),
             Call::Examine { .. } => return Vec::new(),
         };
-        // What a restart finds in doubt is unmapped once more, and gone where the kernel says that it succeeded.
+        // After a restart the gate does not know how many bytes a range in doubt has, so it cannot detect a short unmap.
         let is_settled = self.budget.kills < self.config.kills;
         let is_possible =
             |fault: &Outcome| Some(*fault) != skipped && !(is_settled && *fault == Outcome::Short);
         faults.iter().copied().filter(is_possible).collect()
     }
 
-    /// Does one thing, and judges what comes of it.
-    pub fn act(&mut self, action: Action) -> Kept {
+    /// Performs one action, and judges its results.
+    pub fn act(&mut self, action: Action) -> CheckResult {
         match action {
             Action::Begin(nth) => self.begin(nth),
             Action::End(nth, ending) => {
-                let granted = self.truth.end(nth.into(), ending);
+                let granted = self.oracle.end(nth.into(), ending);
                 let outcome = match ending {
                     Ending::Committed => Converted::Committed,
                     Ending::NotCommitted => Converted::NotCommitted,
                     Ending::Unknown => Converted::Unknown { errno: 5, offset: 0 },
                 };
                 let caller = self.caller(granted.client);
-                self.truth.ask(caller, What::End, self.after(END_NS));
+                self.oracle.add_request(caller, RequestKind::End, self.after(END_DEADLINE_NS));
                 self.session.handle(Event::End { caller, invalidation: granted.id, outcome });
             }
-            Action::Call(nth, outcome) => self.carry_out(nth.into(), outcome),
+            Action::Call(nth, outcome) => self.execute(nth.into(), outcome),
             Action::Result(nth) => {
                 let returned = self.results.remove(nth.into());
-                self.hear(returned);
+                self.deliver(returned);
             }
             Action::FlightEnds(nth) => {
                 self.kernel.state().end_flight(nth.into());
@@ -294,47 +295,47 @@ impl<'a> World<'a> {
             }
             Action::ClientDies => {
                 if let Some(client) = self.vm.take() {
-                    // The loop drops what it finds out of memory that nobody adds any more.
+                    // The event loop drops the examination of memory whose client is gone.
                     self.calls.retain(|call| !matches!(call, Call::Examine { .. }));
                     self.results.retain(|result| !matches!(result, Returned::Examined { .. }));
-                    self.truth.client_dies(client);
+                    self.oracle.client_dies(client);
                     self.session.handle(Event::ClientGone { client });
                 }
             }
             Action::SecondDies => {
                 self.has_second = false;
-                self.truth.client_dies(SECOND);
-                self.session.handle(Event::ClientGone { client: SECOND });
+                self.oracle.client_dies(SECOND_CLIENT);
+                self.session.handle(Event::ClientGone { client: SECOND_CLIENT });
             }
             Action::Remove(nth) => {
                 self.budget.removals -= 1;
-                let Region { id: region, owner, .. } = self.truth.regions[usize::from(nth)];
+                let Region { id: region, owner, .. } = self.oracle.regions[usize::from(nth)];
                 let caller = self.caller(owner);
-                self.truth.ask(caller, What::Remove(region), self.after(DEADLINE_NS));
+                self.oracle.add_request(caller, RequestKind::Remove(region), self.after(DEADLINE_NS));
                 self.session.handle(Event::RemoveRegion { caller, region });
             }
             Action::AddAlias => {
                 self.budget.may_add = self.config.repeats;
-                self.add_region(REGIONS[1]);
+                self.add_region(REGION_STARTS[1]);
             }
             Action::Connect => {
                 self.budget.connections += 1;
-                self.vm = Some(ClientId(VM + self.budget.connections));
-                self.add_region(REGIONS[0]);
+                self.vm = Some(ClientId(FIRST_VM_CLIENT + self.budget.connections));
+                self.add_region(REGION_STARTS[0]);
             }
             Action::Release(nth, to) => self.release(OPERATOR, nth, to),
             Action::Settle(nth, to) => self.release(self.vm.unwrap_or(OPERATOR), nth, to),
             Action::Adopt => {
                 self.budget.connections += 1;
-                let client = ClientId(VM + self.budget.connections);
+                let client = ClientId(FIRST_VM_CLIENT + self.budget.connections);
                 self.vm = Some(client);
                 let caller = self.caller(client);
-                self.truth.ask(caller, What::Adopt, self.after(0));
+                self.oracle.add_request(caller, RequestKind::Adopt, self.after(0));
                 self.session.handle(Event::Adopt { caller });
             }
             Action::GiveUp => {
-                let orphans = self.truth.regions.iter_mut().filter(|region| region.owner == ORPHANS);
-                orphans.for_each(|region| region.going = true);
+                let orphans = self.oracle.regions.iter_mut().filter(|region| region.owner == ORPHANS);
+                orphans.for_each(|region| region.closing = true);
                 self.session.handle(Event::ClientGone { client: ORPHANS });
             }
             Action::Kill(done) => self.kill(done)?,
@@ -343,10 +344,10 @@ impl<'a> World<'a> {
         self.is_pending = self.config.batches && !matches!(action, Action::Drain | Action::Kill(_));
         if !self.is_pending {
             self.drain()?;
-            self.truth.resumed();
+            self.oracle.resumed();
         }
         if matches!(action, Action::Kill(_)) {
-            self.truth.learn(&self.session.snapshot().quarantine);
+            self.oracle.learn(&self.session.snapshot().quarantine);
         }
         self.check()
     }
@@ -354,16 +355,19 @@ impl<'a> World<'a> {
     fn begin(&mut self, nth: u8) {
         let conversion = self.config.conversions[usize::from(nth)];
         self.budget.begun |= 1 << nth;
-        let client = if conversion.by_second { SECOND } else { self.vm.unwrap_or(SECOND) };
+        let client = if conversion.by_second { SECOND_CLIENT } else { self.vm.unwrap_or(SECOND_CLIENT) };
         let caller = self.caller(client);
         let first = u64::from(conversion.pages.trailing_zeros());
         let count = u64::from(conversion.pages.count_ones());
-        let own = self.truth.regions.iter().find(|region| region.owner == client && !region.going);
-        let start = own.map_or(REGIONS[0], |region| region.start);
+        let own = self.oracle.regions.iter().find(|region| region.owner == client && !region.closing);
+        let start = own.map_or(REGION_STARTS[0], |region| region.start);
         let range = PageRange::<Gpa>::new((start + first) * PAGE, count * PAGE).expect("pages");
-        let what =
-            What::Begin { pages: conversion.pages, to: conversion.to, by_passgate: conversion.by_passgate };
-        self.truth.ask(caller, what, self.after(DEADLINE_NS));
+        let kind = RequestKind::Begin {
+            pages: conversion.pages,
+            to: conversion.to,
+            by_passgate: conversion.by_passgate,
+        };
+        self.oracle.add_request(caller, kind, self.after(DEADLINE_NS));
         let performer = if conversion.by_passgate { Performer::Passgate } else { Performer::Client };
         self.session.handle(Event::Begin {
             caller,
@@ -376,14 +380,14 @@ impl<'a> World<'a> {
 
     fn release(&mut self, client: ClientId, nth: u8, to: PageState) {
         self.budget.releases -= 1;
-        let invalidation = self.truth.quarantines()[usize::from(nth)];
+        let invalidation = self.oracle.quarantines()[usize::from(nth)];
         let caller = self.caller(client);
-        self.truth.ask(caller, What::Release(invalidation, to), self.after(0));
+        self.oracle.add_request(caller, RequestKind::Release(invalidation, to), self.after(0));
         self.session.handle(Event::Release { caller, invalidation, to });
     }
 
-    /// The kernel carries out a call.
-    fn carry_out(&mut self, nth: usize, outcome: Outcome) {
+    /// The kernel executes a call.
+    fn execute(&mut self, nth: usize, outcome: Outcome) {
         let call = self.calls.remove(nth);
         if outcome != Outcome::Done {
             self.budget.faults -= 1;
@@ -398,37 +402,37 @@ impl<'a> World<'a> {
                 Returned::Fact { event: Event::Converted { invalidation, outcome }, ticket: None }
             }
             call => {
-                self.kernel.next(outcome);
+                self.kernel.set_next_outcome(outcome);
                 call.run()
             }
         };
         if self.config.splits_calls {
             self.results.push(returned);
         } else {
-            self.hear(returned);
+            self.deliver(returned);
         }
     }
 
-    /// The session hears the result of a call.
-    fn hear(&mut self, returned: Returned) {
+    /// Delivers the result of a call to the session.
+    fn deliver(&mut self, returned: Returned) {
         if let Returned::Fact { event: Event::Converted { invalidation, outcome }, .. } = returned {
-            self.truth.converted(invalidation, outcome);
+            self.oracle.converted(invalidation, outcome);
         }
-        // Memory of a client that is gone meanwhile comes too late: the loop drops it.
+        // The event loop drops memory whose client is gone meanwhile.
         if let Returned::Examined { caller, .. } = &returned
             && self.vm != Some(caller.client)
         {
             return;
         }
         self.session.returned(returned);
-        self.see_regions();
+        self.record_regions();
     }
 
-    /// Takes down the regions that have come: at once, or once what was in their way had been closed.
-    fn see_regions(&mut self) {
+    /// Records the regions that were added: at once, or after a region in their way was closed.
+    fn record_regions(&mut self) {
         let snapshot = self.session.snapshot().regions;
         let is_new = |one: &&RegionStatus| {
-            !one.closing && self.truth.regions.iter().all(|other| other.id != one.region)
+            !one.closing && self.oracle.regions.iter().all(|other| other.id != one.region)
         };
         let new: Vec<_> = snapshot
             .iter()
@@ -437,22 +441,22 @@ impl<'a> World<'a> {
                 id: one.region,
                 owner: one.owner,
                 start: one.spec.gpa.start().0 / PAGE,
-                going: false,
+                closing: false,
             })
             .collect();
         if !new.is_empty() && snapshot.len() == new.len() {
-            // No region showed the file: what its pages are is what the VM says now.
-            self.truth.start_anew();
+            // No region showed the file: its pages are what the VM states now.
+            self.oracle.reset_to_shared();
         }
-        self.truth.regions.extend(new);
+        self.oracle.regions.extend(new);
     }
 
-    /// Does all that the session wants done, but for its calls.
-    fn drain(&mut self) -> Kept {
+    /// Takes every step that the session emits; its calls are only queued.
+    fn drain(&mut self) -> CheckResult {
         loop {
             let next = self.session.next_step();
-            if self.truth.awaits_memory() {
-                self.see_regions();
+            if self.oracle.awaits_memory() {
+                self.record_regions();
             }
             match next {
                 Next::Idle => return Ok(()),
@@ -461,34 +465,34 @@ impl<'a> World<'a> {
                     self.calls.push(call);
                 }
                 Next::Answer(caller, answer) => {
-                    self.truth.answered(caller, &answer, &self.kernel.state())?;
+                    self.oracle.answered(caller, &answer, &self.kernel.state())?;
                 }
-                Next::Refused(_, error) => broken!("memory is refused: {error}"),
-                Next::Notice(notice) => self.truth.noticed(&notice, &self.kernel.state())?,
+                Next::Refused(_, error) => broken!("the memory is refused: {error}"),
+                Next::Notice(notice) => self.oracle.noticed(&notice, &self.kernel.state())?,
             }
         }
     }
 
-    fn judge_call(&mut self, call: &Call) -> Kept {
+    fn judge_call(&mut self, call: &Call) -> CheckResult {
         let mask = |first: u64, pages: u64| ((1 << pages) - 1) << first;
         match call {
-            Call::Map { iova, offset, .. } => self.truth.maps(mask(offset.0 / PAGE, iova.pages())),
+            Call::Map { iova, offset, .. } => self.oracle.maps(mask(offset.0 / PAGE, iova.pages())),
             Call::Convert { invalidation, pages, to } => {
                 let pages = pages
                     .iter()
                     .fold(0, |all, (_, range, _)| all | mask(range.start().0 / PAGE, range.pages()));
-                self.truth.converts(*invalidation, pages, *to, &self.kernel.state())
+                self.oracle.converts(*invalidation, pages, *to, &self.kernel.state())
             }
             _ => Ok(()),
         }
     }
 
-    /// The daemon is killed, and the next goes on with what was kept.
-    fn kill(&mut self, done: u8) -> Kept {
+    /// The daemon is killed, and the next resumes from the persistent ledger.
+    fn kill(&mut self, done: u8) -> CheckResult {
         self.budget.kills -= 1;
         for (nth, call) in std::mem::take(&mut self.calls).into_iter().enumerate() {
             if done >> nth & 1 == 1 && !matches!(call, Call::Convert { .. }) {
-                self.kernel.next(Outcome::Done);
+                self.kernel.set_next_outcome(Outcome::Done);
                 _ = call.run();
             }
         }
@@ -496,46 +500,47 @@ impl<'a> World<'a> {
         let was_pending = std::mem::take(&mut self.is_pending);
         self.vm = None;
         self.has_second = false;
-        self.truth.daemon_dies();
+        self.oracle.daemon_dies();
         let ledger = self.ledger.as_ref().map(|fd| fd.try_clone().expect("a descriptor"));
-        let Some(ledger) = ledger else { broken!("nothing is kept") };
-        let (lasting, mut left) = match Lasting::open(ledger) {
+        let Some(ledger) = ledger else { broken!("there is no ledger to open") };
+        let (lasting, mut state) = match Lasting::open(ledger) {
             Ok(opened) => opened,
-            Err(error) => broken!("the next daemon cannot go on: {error}"),
+            Err(error) => broken!("the next daemon cannot open the ledger: {error}"),
         };
-        self.config.machine.plant.spoil(&mut left);
+        self.config.machine.plant.corrupt(&mut state);
         let memory = BTreeMap::from([(Name::Memory(file_id()), vec![guest_fd()])]);
         let (store, _) = FdStore::detached();
-        let hold = Hold { store, lasting, left: Some((left, KeptFiles::of(memory))), quarantine: None };
+        let hold = Hold { store, lasting, left: Some((state, KeptFiles::of(memory))), quarantine: None };
         self.session = session(self.config, &self.kernel, &self.clock, Some(hold));
         self.session.complete(IDS);
         let snapshot = self.session.snapshot();
         let is_there = |region: &Region| snapshot.regions.iter().any(|one| one.region == region.id);
-        self.truth.regions.retain(is_there);
-        for region in &mut self.truth.regions {
+        self.oracle.regions.retain(is_there);
+        for region in &mut self.oracle.regions {
             let status = snapshot.regions.iter().find(|one| one.region == region.id);
             region.owner = status.map_or(region.owner, |status| status.owner);
         }
-        self.truth.resume(&snapshot.quarantine, was_pending)
+        self.oracle.resume(&snapshot.quarantine, was_pending)
     }
 
-    fn check(&mut self) -> Kept {
+    fn check(&mut self) -> CheckResult {
         let state = self.kernel.state();
-        self.truth.check(&state, self.now)?;
+        self.oracle.check(&state, self.now)?;
         drop(state);
         if self.is_pending {
             return Ok(());
         }
-        let kept = self.session.snapshot().quarantine;
-        for (nth, page) in self.truth.pages.iter().enumerate() {
-            let is_kept = kept.iter().any(|held| held.range.contains(offset_of(nth as u64)));
-            if is_kept != page.quarantine.is_some() {
-                broken!("page {nth}: told as {:?}, kept as quarantined: {is_kept}", page.quarantine);
+        let quarantine = self.session.snapshot().quarantine;
+        for (nth, page) in self.oracle.pages.iter().enumerate() {
+            let is_quarantined =
+                quarantine.iter().any(|quarantined| quarantined.range.contains(offset_of(nth as u64)));
+            if is_quarantined != page.quarantine.is_some() {
+                broken!("page {nth}: reported as {:?}, in quarantine: {is_quarantined}", page.quarantine);
             }
         }
         if let Some(vm) = self.vm {
-            for id in self.truth.quarantines() {
-                if self.session.may_settle(vm, id) && !self.truth.may_be_settled(id) {
+            for id in self.oracle.quarantines() {
+                if self.session.may_settle(vm, id) && !self.oracle.may_be_settled(id) {
                     broken!("{vm:?} may settle {id:?}, which was not open when its daemon ended");
                 }
             }
@@ -543,10 +548,10 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Lets everything that is under way come to its end, and judges what is left.
-    pub fn come_to_rest(&mut self, mut each: impl FnMut(Action, &Self)) -> Kept {
+    /// Lets everything in progress end without faults, and judges the state at rest.
+    pub fn run_to_rest(&mut self, mut each: impl FnMut(Action, &Self)) -> CheckResult {
         let mut idle_ticks = 0;
-        for _ in 0..REST_STEPS {
+        for _ in 0..MAX_REST_STEPS {
             let flights = self.kernel.state().flights.len();
             let action = if self.is_pending {
                 Action::Drain
@@ -565,39 +570,39 @@ impl<'a> World<'a> {
             self.act(action)?;
             each(action, self);
         }
-        broken!("it never comes to rest")
+        broken!("it does not come to rest within {MAX_REST_STEPS} steps")
     }
 
-    fn check_rest(&self) -> Kept {
-        if let Some(waiting) = self.truth.waiting() {
-            broken!("nothing is under way, and nobody answers {waiting}");
+    fn check_rest(&self) -> CheckResult {
+        if let Some(waiting) = self.oracle.waiting() {
+            broken!("nothing is in progress, and no answer came to {waiting}");
         }
         let state = self.kernel.state();
-        let open = self.truth.granted.iter().fold(0, |pages, one| pages | one.pages);
+        let open = self.oracle.granted.iter().fold(0, |pages, one| pages | one.pages);
         if self.budget.faults < self.config.faults {
             return Ok(());
         }
-        for (nth, page) in self.truth.pages.iter().enumerate() {
+        for (nth, page) in self.oracle.pages.iter().enumerate() {
             let is_wanted =
                 page.content == Content::Shared && page.quarantine.is_none() && open >> nth & 1 == 0;
-            for region in self.truth.regions.iter().filter(|region| !region.going) {
+            for region in self.oracle.regions.iter().filter(|region| !region.closing) {
                 let is_mapped = state.maps(region.start + nth as u64);
                 if is_wanted && !is_mapped && !self.is_closing(region) {
-                    broken!(
-                        "page {nth} is shared and nothing is in its way, but {region:?} does not show it"
-                    );
+                    broken!("page {nth} is shared and not excluded, but not mapped for {region:?}");
                 }
             }
         }
-        // What did not return in time is told, and whoever is told decides.
-        if self.truth.is_in_doubt() {
+        // A range in doubt has been reported; its devices and regions may wait for an operator.
+        if self.oracle.is_in_doubt() {
             return Ok(());
         }
-        if let Some(port) = state.ports.iter().find(|port| !port.attached || port.silent || port.drained) {
-            broken!("nothing went wrong, and a device stays away: {port:?}");
+        if let Some(device) =
+            state.device_states.iter().find(|device| !device.attached || device.stopped || device.drained)
+        {
+            broken!("nothing failed, but a device is not attached and running: {device:?}");
         }
-        if let Some(region) = self.truth.regions.iter().find(|region| region.going) {
-            broken!("nothing went wrong, and a region stays: {region:?}");
+        if let Some(region) = self.oracle.regions.iter().find(|region| region.closing) {
+            broken!("nothing failed, but a region is not closed: {region:?}");
         }
         Ok(())
     }
@@ -606,23 +611,23 @@ impl<'a> World<'a> {
         self.session.snapshot().regions.iter().any(|status| status.region == region.id && status.closing)
     }
 
-    /// What is so, in a few lines, for whoever reads a path.
+    /// Returns the state in a few lines, for a failure's message.
     pub fn summary(&self) -> String {
         let state = self.kernel.state();
         let calls: Vec<_> = self.calls.iter().map(call_text).collect();
         let snapshot = self.session.snapshot();
         format!(
             "mapped {:?}, devices {:?}\n    calls {calls:?}\n    gate: {:?} {:?}\n    {:?}",
-            state.mappings, state.ports, snapshot.devices, snapshot.quarantine, self.truth
+            state.mappings, state.device_states, snapshot.devices, snapshot.quarantine, self.oracle
         )
     }
 
-    /// What tells this state from others.
+    /// Returns the fingerprint of this state.
     pub fn fingerprint(&self) -> Fingerprint {
         canonical::fingerprint(&self.text(), canonical::time_of(self.now))
     }
 
-    /// Everything that decides how it goes on.
+    /// Returns everything that decides what can happen next, as text.
     pub fn text(&self) -> String {
         let state = self.kernel.state();
         let mut calls: Vec<String> = self.calls.iter().map(call_text).collect();
@@ -633,10 +638,10 @@ impl<'a> World<'a> {
             "{}{:?} {:?} {:?} {:?}\n{:?}\n{calls:?} {results:?}\n{:?} {} {:?} {}",
             self.session.canonical(),
             state.mappings,
-            state.ports,
+            state.device_states,
             state.flights,
-            self.truth.regions.len(),
-            self.truth,
+            self.oracle.regions.len(),
+            self.oracle,
             self.vm,
             self.has_second,
             self.budget,
@@ -653,7 +658,7 @@ fn offset_of(page: u64) -> passgate_bindings::units::Offset {
     passgate_bindings::units::Offset(page * PAGE)
 }
 
-/// A call without the objects that it is on.
+/// Returns a call as text, without the domains, devices and files that it holds.
 fn call_text(call: &Call) -> String {
     match call {
         Call::Map { job, iova, piece, offset, shares, .. } => {
@@ -668,15 +673,19 @@ fn call_text(call: &Call) -> String {
     }
 }
 
-/// The model's domain, to those who go on with it.
+/// The kernel ids of the model's domain, for the daemon that resumes with it.
 pub const IDS: Ids = Ids::Type1 { entries: 65_535 };
 
-fn session(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<HandClock>, hold: Option<Hold>) -> Session {
+fn session(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<ManualClock>, hold: Option<Hold>) -> Session {
     let clock = Arc::clone(clock);
     Session::new(config.policy, kernel.domain(), kernel.devices(), Trust::default(), clock, None, hold)
 }
 
-fn first_daemon(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<HandClock>) -> (Session, Option<OwnedFd>) {
+fn first_daemon(
+    config: &Config,
+    kernel: &Arc<Kernel>,
+    clock: &Arc<ManualClock>,
+) -> (Session, Option<OwnedFd>) {
     if config.kills == 0 {
         return (session(config, kernel, clock, None), None);
     }
@@ -687,7 +696,7 @@ fn first_daemon(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<HandClock>) -
     (session, Some(ledger))
 }
 
-impl std::fmt::Display for Broken {
+impl std::fmt::Display for BrokenPromise {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }

@@ -1,4 +1,4 @@
-//! The command, as a management program meets it.
+//! The command line of `passgate vhost-user-blk`, as a management program uses it.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
@@ -8,16 +8,19 @@ fn passgate(name: &str, args: &[&str]) -> Output {
 }
 
 #[test]
-fn a_management_program_learns_what_it_is() {
-    // By the subcommand, and under the name that a description file gives.
+fn print_capabilities_describes_block_device() {
+    // By the subcommand, and by the program name of the description file.
     for (name, args) in [
         ("passgate", &["vhost-user-blk", "--print-capabilities"][..]),
         ("/usr/libexec/passgate-vhost-user-blk", &["--print-capabilities"]),
     ] {
-        let said = passgate(name, args);
-        assert!(said.status.success(), "{said:?}");
-        let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-        assert_eq!((said["type"].as_str(), said["features"][0].as_str()), (Some("block"), Some("read-only")));
+        let output = passgate(name, args);
+        assert!(output.status.success(), "{output:?}");
+        let output: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(
+            (output["type"].as_str(), output["features"][0].as_str()),
+            (Some("block"), Some("read-only"))
+        );
     }
     let description = include_str!("../../examples/qemu/50-passgate-blk.json");
     let description: serde_json::Value = serde_json::from_str(description).unwrap();
@@ -26,11 +29,11 @@ fn a_management_program_learns_what_it_is() {
 }
 
 #[test]
-fn what_makes_no_sense_is_said_in_one_line() {
+fn invalid_arguments_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("disk");
     let socket = socket.to_str().unwrap();
-    for (args, says, code) in [
+    for (args, expected, code) in [
         (&["--device", "0000:00:00.0"][..], "--socket-path", 2),
         (&["--socket-path", socket], "--device", 2),
         (&["--socket-path", socket, "--fd", "9", "--device", "x"], "cannot be used with", 2),
@@ -46,24 +49,24 @@ fn what_makes_no_sense_is_said_in_one_line() {
             3,
         ),
     ] {
-        let said = passgate("passgate", &[&["vhost-user-blk"], args].concat());
-        let error = String::from_utf8(said.stderr).unwrap();
-        assert!(error.contains(says), "{args:?}: {error}");
-        assert_eq!(said.status.code(), Some(code), "{error}");
+        let output = passgate("passgate", &[&["vhost-user-blk"], args].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains(expected), "{args:?}: {error}");
+        assert_eq!(output.status.code(), Some(code), "{error}");
         assert!(!std::path::Path::new(socket).exists());
     }
 }
 
 #[test]
-fn what_is_no_drive_is_no_disk() {
+fn non_nvme_device_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("disk");
     let socket = socket.to_str().unwrap();
-    let said = passgate("passgate", &["vhost-user-blk", "--socket-path", socket, "--device", "soft:0"]);
-    let error = String::from_utf8(said.stderr).unwrap();
+    let output = passgate("passgate", &["vhost-user-blk", "--socket-path", socket, "--device", "soft:0"]);
+    let error = String::from_utf8(output.stderr).unwrap();
     if error.contains("io_uring") {
-        return; // no software device here: the soft domain's own tests say so
+        return; // no software device on this host: the soft domain's own tests report that
     }
     assert!(error.contains("soft:0 is no NVMe drive"), "{error}");
-    assert_eq!(said.status.code(), Some(2), "{error}");
+    assert_eq!(output.status.code(), Some(2), "{error}");
 }

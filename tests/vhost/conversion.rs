@@ -1,4 +1,4 @@
-//! Guest memory that is converted and taken away while the drive works.
+//! Conversions and removals of guest memory while the drive uses it.
 
 use std::sync::mpsc;
 use std::time::Duration;
@@ -8,20 +8,20 @@ use passgate::gate::{OnStuckDma, Policy};
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_bindings::{Gpa, PageRange};
 
-use crate::guest::{DATA, Guest, IN, IOERR, OK, OUT, SIZE, UNTOUCHED};
+use crate::guest::{DATA_GPA, Guest, IN, IOERR, MEMORY_BYTES, OK, OUT, UNTOUCHED};
 use crate::world::{Setup, World};
 
-/// Longer than anything here takes, short enough that a test which waits in vain ends.
-const LONG: Duration = Duration::from_secs(20);
-/// What does not come within that, does not come by itself.
-const SHORT: Duration = Duration::from_millis(100);
+/// The longest time that a test waits.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// The time within which nothing must happen by itself.
+const QUIET_TIME: Duration = Duration::from_millis(100);
 
 fn pages(from: u64, count: u64) -> PageRange<Gpa> {
     PageRange::new(from, count * 4096).unwrap()
 }
 
 fn begin(channel: &mut Channel, range: PageRange<Gpa>, to: PageState) -> u64 {
-    match channel.begin(range, to, Some(LONG.as_millis() as u32)).unwrap() {
+    match channel.begin(range, to, Some(TIMEOUT.as_millis() as u32)).unwrap() {
         Answer::Granted { invalidation } => invalidation,
         other => panic!("{other:?}"),
     }
@@ -32,87 +32,96 @@ fn convert(channel: &mut Channel, range: PageRange<Gpa>, to: PageState) {
     channel.end(invalidation, Outcome::Committed).unwrap();
 }
 
-/// The data commands that the controller has taken.
-fn moved(world: &World) -> usize {
+/// Returns the number of data commands that the controller has taken.
+fn data_commands(world: &World) -> usize {
     let data = |opcode: u8| matches!(opcode, opcode::READ | opcode::WRITE);
     world.sim.history().iter().filter(|taken| taken.queue > 0 && data(taken.opcode)).count()
 }
 
 #[test]
-fn memory_that_is_private_is_an_error_and_no_dma() {
+fn request_to_private_memory_fails_without_dma() {
     let mut world = World::new();
     let (mut guest, mut channel) = (world.guest(), world.channel());
-    convert(&mut channel, pages(DATA + 4096, 1), PageState::Private);
-    let before = moved(&world);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 12288)]), IOERR);
-    assert_eq!(guest.ask(0, OUT, 0, &[(DATA + 4096, 512)]), IOERR);
-    assert_eq!(moved(&world), before, "no command was given");
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 4096), (DATA + 8192, 4096)]), OK, "its neighbours are open");
-    convert(&mut channel, pages(DATA + 4096, 1), PageState::Shared);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 12288)]), OK);
+    convert(&mut channel, pages(DATA_GPA + 4096, 1), PageState::Private);
+    let before = data_commands(&world);
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA, 12288)]), IOERR);
+    assert_eq!(guest.run_request(0, OUT, 0, &[(DATA_GPA + 4096, 512)]), IOERR);
+    assert_eq!(data_commands(&world), before, "a command was submitted to the drive");
+    assert_eq!(
+        guest.run_request(0, IN, 0, &[(DATA_GPA, 4096), (DATA_GPA + 8192, 4096)]),
+        OK,
+        "its neighbours must be accessible"
+    );
+    convert(&mut channel, pages(DATA_GPA + 4096, 1), PageState::Shared);
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA, 12288)]), OK);
 }
 
 #[test]
-fn a_request_between_begin_and_end_is_held_until_it_is_known_what_its_pages_are() {
+fn request_during_conversion_waits_for_its_end() {
     let mut world = World::new();
     let (mut guest, mut channel) = (world.guest(), world.channel());
     for (outcome, status) in [(Outcome::NotCommitted, OK), (Outcome::Committed, IOERR)] {
-        let open = begin(&mut channel, pages(DATA, 1), PageState::Private);
-        let before = moved(&world);
-        guest.request(0, 0, IN, 0, &[(DATA, 4096)]);
+        let open = begin(&mut channel, pages(DATA_GPA, 1), PageState::Private);
+        let before = data_commands(&world);
+        guest.request(0, 0, IN, 0, &[(DATA_GPA, 4096)]);
         guest.kick(0);
-        assert_eq!(guest.used_within(0, 1, SHORT), [], "held");
-        assert_eq!((guest.status(0, 0), moved(&world)), (UNTOUCHED, before));
-        assert_eq!(guest.ask(1, IN, 0, &[(DATA + 8192, 4096)]), OK, "others go on");
+        assert_eq!(guest.used_within(0, 1, QUIET_TIME), [], "the request must be held");
+        assert_eq!((guest.status(0, 0), data_commands(&world)), (UNTOUCHED, before));
+        assert_eq!(
+            guest.run_request(1, IN, 0, &[(DATA_GPA + 8192, 4096)]),
+            OK,
+            "other requests must be served"
+        );
         channel.end(open, outcome).unwrap();
         guest.await_used(0, 1);
         assert_eq!(guest.status(0, 0), status, "{outcome:?}");
     }
 }
 
-/// Begins in a thread of its own; what the answer is, and when.
-fn begin_aside(mut channel: Channel, range: PageRange<Gpa>) -> mpsc::Receiver<(Channel, Answer)> {
+/// Begins on a thread of its own; the receiver gets the channel and the answer.
+fn begin_in_thread(mut channel: Channel, range: PageRange<Gpa>) -> mpsc::Receiver<(Channel, Answer)> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
-        let answer = channel.begin(range, PageState::Private, Some(LONG.as_millis() as u32)).unwrap();
+        let answer = channel.begin(range, PageState::Private, Some(TIMEOUT.as_millis() as u32)).unwrap();
         let _ = sender.send((channel, answer));
     });
     receiver
 }
 
-fn fly(world: &World, guest: &mut Guest, data: u64) {
+/// Starts a read of 8 KiB whose data transfer the drive holds.
+fn start_held_read(world: &World, guest: &mut Guest, data: u64) {
     let held = world.sim.held();
     world.sim.fault(When::io(opcode::READ).times(1), Does::HoldData);
     guest.request(0, 0, IN, 0, &[(data, 8192)]);
     guest.kick(0);
-    assert!(world.sim.await_held(held + 1, LONG));
+    assert!(world.sim.await_held(held + 1, TIMEOUT));
 }
 
 #[test]
-fn pages_are_given_only_once_what_is_in_flight_over_them_has_ended() {
+fn grant_waits_for_in_flight_dma() {
     let mut world = World::new();
     let mut guest = world.guest();
-    fly(&world, &mut guest, DATA);
-    // A page that it does not touch, in the same large mapping: at once.
+    start_held_read(&world, &mut guest, DATA_GPA);
+    // A page of the same large mapping that the read does not touch is granted at once.
     let mut channel = world.channel();
-    convert(&mut channel, pages(DATA + 8192, 1), PageState::Private);
-    let answer = begin_aside(channel, pages(DATA + 4096, 1));
-    assert!(answer.recv_timeout(SHORT).is_err(), "it is in flight");
-    assert_eq!(guest.used(0), [], "and nothing has made it end");
+    convert(&mut channel, pages(DATA_GPA + 8192, 1), PageState::Private);
+    let answer = begin_in_thread(channel, pages(DATA_GPA + 4096, 1));
+    assert!(answer.recv_timeout(QUIET_TIME).is_err(), "the grant must wait for the read in flight");
+    assert_eq!(guest.used(0), [], "the read must not have been ended");
     assert_eq!(world.sim.release(), 1);
-    let (_, answer) = answer.recv_timeout(LONG).unwrap();
+    let (_, answer) = answer.recv_timeout(TIMEOUT).unwrap();
     assert!(matches!(answer, Answer::Granted { .. }), "{answer:?}");
     guest.await_used(0, 1);
-    assert_eq!(guest.status(0, 0), OK, "it has moved before its pages went");
+    assert_eq!(guest.status(0, 0), OK, "the read must have completed before the grant");
     assert_eq!(world.sim.dma_faults(), 0);
 }
 
 #[test]
-fn a_window_over_shared_memory_fails_nothing() {
-    // Mappings that cannot be cut are taken away whole for a moment, with the drive paused.
+fn dma_gap_over_shared_memory_fails_no_request() {
+    // Mappings that cannot be cut are unmapped as a whole for a short time (a DMA gap), with the drive paused.
     let mut world = World::with(Setup { cut: false, ..Setup::default() });
     let (mut guest, mut channel) = (world.guest(), world.channel());
-    let victim = DATA + 0x40_0000;
+    let victim = DATA_GPA + 0x40_0000;
     let converting = std::thread::spawn(move || {
         for _ in 0..50 {
             convert(&mut channel, pages(victim, 1), PageState::Private);
@@ -123,7 +132,10 @@ fn a_window_over_shared_memory_fails_nothing() {
     while !converting.is_finished() || rounds < 50 {
         for ring in 0..2 {
             let kind = if rounds % 2 == 0 { OUT } else { IN };
-            assert_eq!(guest.ask(ring, kind, rounds % 64, &[(DATA + 512 * (rounds % 32), 16384)]), OK);
+            assert_eq!(
+                guest.run_request(ring, kind, rounds % 64, &[(DATA_GPA + 512 * (rounds % 32), 16384)]),
+                OK
+            );
         }
         rounds += 1;
     }
@@ -132,27 +144,27 @@ fn a_window_over_shared_memory_fails_nothing() {
 }
 
 #[test]
-fn dma_that_does_not_end_is_fenced_where_that_is_allowed_and_refused_where_not() {
+fn stuck_dma_is_fenced_or_refused_by_policy() {
     for (on_stuck_dma, granted) in [(OnStuckDma::Refuse, false), (OnStuckDma::Fence, true)] {
         let policy = Policy { on_stuck_dma, ..Policy::default() };
         let mut world = World::with(Setup { policy, deadline: Duration::from_secs(60), ..Setup::default() });
         let (mut guest, mut channel) = (world.guest(), world.channel());
-        fly(&world, &mut guest, DATA);
+        start_held_read(&world, &mut guest, DATA_GPA);
         let begun = std::time::Instant::now();
-        // A seventh of it is left for the answer to travel.
+        // The answer is sent when a seventh of the deadline remains.
         let deadline = Duration::from_secs(5);
         let asked = Some(deadline.as_millis() as u32);
-        let answer = channel.begin(pages(DATA, 1), PageState::Private, asked).unwrap();
+        let answer = channel.begin(pages(DATA_GPA, 1), PageState::Private, asked).unwrap();
         assert!(begun.elapsed() < deadline, "{:?}", begun.elapsed());
         assert_eq!(matches!(answer, Answer::Granted { .. }), granted, "{answer:?}");
-        assert_eq!(guest.used(0), [], "the request itself has not ended");
+        assert_eq!(guest.used(0), [], "the request itself must not have ended");
         match answer {
             Answer::Granted { invalidation } => {
-                // Its page is not what it was: the request fails, and the drive serves all others again.
+                // Its page was converted: the request fails, and the drive serves the others again.
                 channel.end(invalidation, Outcome::Committed).unwrap();
                 guest.await_used(0, 1);
                 assert_eq!(guest.status(0, 0), IOERR);
-                assert_eq!(guest.ask(1, IN, 0, &[(DATA + 8192, 4096)]), OK);
+                assert_eq!(guest.run_request(1, IN, 0, &[(DATA_GPA + 8192, 4096)]), OK);
             }
             _ => {
                 world.sim.release();
@@ -165,56 +177,62 @@ fn dma_that_does_not_end_is_fenced_where_that_is_allowed_and_refused_where_not()
 }
 
 #[test]
-fn a_region_that_is_removed_is_given_back_once_nothing_is_in_flight() {
+fn region_removal_waits_for_in_flight_dma() {
     let world = World::new();
-    let mut guest = Guest::connect(&world.path(), 2);
-    guest.greet().unwrap();
-    let (low, high) = (guest.part(0, SIZE / 2), guest.part(SIZE / 2, SIZE / 2));
+    let mut guest = Guest::connect(&world.socket_path(), 2);
+    guest.negotiate().unwrap();
+    let (low, high) =
+        (guest.region_of(0, MEMORY_BYTES / 2), guest.region_of(MEMORY_BYTES / 2, MEMORY_BYTES / 2));
     use vhost::VhostBackend;
     use vhost::vhost_user::VhostUserFrontend;
     guest.frontend.set_mem_table(&[low, high]).unwrap();
     (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
-    let data = SIZE / 2 + 0x1000;
-    assert_eq!(guest.ask(0, IN, 0, &[(data, 4096)]), OK);
-    fly(&world, &mut guest, data);
-    let (sim, (sender, released)) = (&world.sim, mpsc::channel());
+    let data = MEMORY_BYTES / 2 + 0x1000;
+    assert_eq!(guest.run_request(0, IN, 0, &[(data, 4096)]), OK);
+    start_held_read(&world, &mut guest, data);
+    let (sim, (sender, release_started)) = (&world.sim, mpsc::channel());
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            // Long enough that a removal which does not wait would be over.
-            std::thread::sleep(SHORT);
-            // Said before it is so: the removal may be answered before this thread comes to say more.
+            // Long enough that a removal that does not wait would have ended.
+            std::thread::sleep(QUIET_TIME);
+            // Sent before the data moves, because the removal may be answered before this thread runs again.
             sender.send(()).unwrap();
             assert_eq!(sim.release(), 1);
         });
         guest.frontend.remove_mem_region(&high).unwrap();
-        assert_eq!(released.try_recv(), Ok(()), "the removal was answered while its memory was in flight");
+        assert_eq!(
+            release_started.try_recv(),
+            Ok(()),
+            "the removal was answered while its memory was in flight"
+        );
     });
     assert_eq!(world.control().status().unwrap().regions.len(), 1);
     guest.await_used(0, 1);
     assert_eq!(guest.status(0, 0), OK);
-    assert_eq!(guest.ask(0, IN, 0, &[(data, 4096)]), IOERR, "it is a hole now");
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 4096)]), OK);
+    assert_eq!(guest.run_request(0, IN, 0, &[(data, 4096)]), IOERR, "the removed region must be a hole");
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA, 4096)]), OK);
     guest.frontend.add_mem_region(&high).unwrap();
-    assert_eq!(guest.ask(1, IN, 0, &[(data, 4096)]), OK);
+    assert_eq!(guest.run_request(1, IN, 0, &[(data, 4096)]), OK);
 }
 
 #[test]
-fn a_removal_hears_no_no_and_is_never_answered_falsely() {
+fn region_removal_fences_stuck_drive() {
     let world = World::with(Setup { deadline: Duration::from_secs(60), ..Setup::default() });
-    let mut guest = Guest::connect(&world.path(), 2);
-    guest.greet().unwrap();
-    let (low, high) = (guest.part(0, SIZE / 2), guest.part(SIZE / 2, SIZE / 2));
+    let mut guest = Guest::connect(&world.socket_path(), 2);
+    guest.negotiate().unwrap();
+    let (low, high) =
+        (guest.region_of(0, MEMORY_BYTES / 2), guest.region_of(MEMORY_BYTES / 2, MEMORY_BYTES / 2));
     use vhost::VhostBackend;
     use vhost::vhost_user::VhostUserFrontend;
     guest.frontend.set_mem_table(&[low, high]).unwrap();
     (0..2).for_each(|ring| guest.start_ring(ring).unwrap());
-    fly(&world, &mut guest, SIZE / 2);
+    start_held_read(&world, &mut guest, MEMORY_BYTES / 2);
     let enabled = world.sim.enabled();
-    // A command that never ends: the drive is fenced by more than a drain, although nobody allowed that to others.
+    // The command never ends: the drive is fenced by more than a drain, although the policy allows that for no other client.
     guest.frontend.remove_mem_region(&high).unwrap();
     guest.await_used(0, 1);
     assert_eq!(guest.status(0, 0), IOERR);
-    assert_eq!(guest.ask(1, IN, 0, &[(DATA, 4096)]), OK, "the drive is back");
-    assert!(world.sim.enabled() > enabled, "it was brought up anew");
+    assert_eq!(guest.run_request(1, IN, 0, &[(DATA_GPA, 4096)]), OK, "the drive must serve again");
+    assert!(world.sim.enabled() > enabled, "the controller must have been reset");
     assert_eq!(world.sim.dma_faults(), 0);
 }

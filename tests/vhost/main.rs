@@ -1,4 +1,4 @@
-//! The vhost-user door with real front-ends of the `vhost` crate, a real gate, and a simulated drive.
+//! The vhost-user back-end with the front-ends of the `vhost` crate, a real gate, and a simulated drive.
 
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
@@ -12,7 +12,7 @@ mod reconnect;
 mod requests;
 mod world;
 
-/// What the back-end says, where RUST_LOG asks for it.
-pub fn listen() {
+/// Prints the back-end's log as RUST_LOG sets it.
+pub fn init_logging() {
     let _ = env_logger::builder().is_test(true).try_init();
 }

@@ -1,4 +1,4 @@
-//! What an operator sees of the disk: metrics, status and top say what has happened to requests.
+//! Metrics, status and top of the disk: the numbers of requests and their results.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -9,12 +9,12 @@ use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_backends::{Device, FenceStep};
 use passgate_bindings::PageRange;
 
-use crate::guest::{DATA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
+use crate::guest::{DATA_GPA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
 use crate::world::{Setup, World};
 
-const LONG: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The value of a series of the disk's; none where there is none.
+/// Returns the value of a series `passgate_disk_…`, if it exists.
 fn find(text: &str, series: &str) -> Option<u64> {
     let value = |line: &str| {
         line.strip_prefix("passgate_disk_")?.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned)
@@ -23,17 +23,17 @@ fn find(text: &str, series: &str) -> Option<u64> {
 }
 
 #[track_caller]
-fn assert_values(client: &mut Client, wanted: &[(&str, u64)]) {
+fn assert_values(client: &mut Client, expected: &[(&str, u64)]) {
     let text = client.metrics().unwrap();
-    for (series, number) in wanted {
+    for (series, number) in expected {
         assert_eq!(find(&text, series), Some(*number), "{series} in\n{text}");
     }
 }
 
 /// Waits until a series has this value.
 #[track_caller]
-fn until(client: &mut Client, series: &str, number: u64) {
-    let end = Instant::now() + LONG;
+fn wait_for_value(client: &mut Client, series: &str, number: u64) {
+    let end = Instant::now() + TIMEOUT;
     loop {
         let text = client.metrics().unwrap();
         if find(&text, series) == Some(number) {
@@ -45,28 +45,28 @@ fn until(client: &mut Client, series: &str, number: u64) {
 }
 
 #[test]
-fn requests_are_counted_by_what_they_are_and_how_they_went() {
+fn requests_are_counted_by_kind_and_status() {
     let world = World::new();
     let (mut guest, mut client) = (world.guest(), world.control());
     assert_values(
         &mut client,
         &[("requests_total{kind=\"read\",status=\"ok\"}", 0), ("read_bytes_total", 0)],
     );
-    // By both queues, which are two workers.
+    // On both queues, which have two workers.
     for ring in 0..2 {
-        assert_eq!(guest.ask(ring, OUT, 0, &[(DATA, 4096), (DATA + 8192, 512)]), OK);
-        assert_eq!(guest.ask(ring, IN, 0, &[(DATA, 8192)]), OK);
-        assert_eq!(guest.ask(ring, IN, 0, &[(DATA, 512), (DATA, 512)]), OK);
+        assert_eq!(guest.run_request(ring, OUT, 0, &[(DATA_GPA, 4096), (DATA_GPA + 8192, 512)]), OK);
+        assert_eq!(guest.run_request(ring, IN, 0, &[(DATA_GPA, 8192)]), OK);
+        assert_eq!(guest.run_request(ring, IN, 0, &[(DATA_GPA, 512), (DATA_GPA, 512)]), OK);
     }
     let mut range = 8u64.to_le_bytes().to_vec();
     range.extend([8, 0, 0, 0, 0, 0, 0, 0]);
-    guest.memory.write(DATA, &range).unwrap();
+    guest.memory.write(DATA_GPA, &range).unwrap();
     for (kind, sector, len, status) in [
         (FLUSH, 0, 0, OK),
         (DISCARD, 0, 16, OK),
         (WRITE_ZEROES, 0, 16, OK),
         (GET_ID, 0, 20, OK),
-        // Wrong in itself.
+        // Invalid requests.
         (IN, 65_536, 512, IOERR),
         (OUT, 65_536, 512, IOERR),
         (DISCARD, 0, 17, IOERR),
@@ -74,17 +74,17 @@ fn requests_are_counted_by_what_they_are_and_how_they_went() {
         (GET_ID, 0, 19, IOERR),
         (99, 0, 0, UNSUPP),
     ] {
-        let data = if len > 0 { vec![(DATA, len)] } else { vec![] };
-        assert_eq!(guest.ask(0, kind, sector, &data), status, "{kind}");
+        let data = if len > 0 { vec![(DATA_GPA, len)] } else { vec![] };
+        assert_eq!(guest.run_request(0, kind, sector, &data), status, "{kind}");
     }
-    // The drive fails it.
+    // Requests that the drive fails.
     world.sim.fault(When::io(opcode::READ), Does::Status(0x281));
-    assert_eq!(guest.ask(1, IN, 0, &[(DATA, 4096)]), IOERR);
+    assert_eq!(guest.run_request(1, IN, 0, &[(DATA_GPA, 4096)]), IOERR);
     world.sim.fault(When::io(opcode::FLUSH), Does::Status(0x6));
-    assert_eq!(guest.ask(1, FLUSH, 0, &[]), IOERR);
-    guest.memory.write(DATA + 12, &2u32.to_le_bytes()).unwrap();
-    assert_eq!(guest.ask(1, DISCARD, 0, &[(DATA, 16)]), UNSUPP);
-    // Each is counted before the guest can know of it: nothing is waited for here.
+    assert_eq!(guest.run_request(1, FLUSH, 0, &[]), IOERR);
+    guest.memory.write(DATA_GPA + 12, &2u32.to_le_bytes()).unwrap();
+    assert_eq!(guest.run_request(1, DISCARD, 0, &[(DATA_GPA, 16)]), UNSUPP);
+    // Each request is counted before it is used, so no wait is needed here.
     assert_values(
         &mut client,
         &[
@@ -112,20 +112,20 @@ fn requests_are_counted_by_what_they_are_and_how_they_went() {
 }
 
 #[test]
-fn what_is_held_is_seen_and_what_is_refused_is_counted() {
+fn held_requests_are_visible_and_refused_ones_counted() {
     let mut world = World::new();
     let (mut guest, mut channel, mut client) = (world.guest(), world.channel(), world.control());
-    let page = PageRange::new(DATA, 4096).unwrap();
+    let page = PageRange::new(DATA_GPA, 4096).unwrap();
     for (round, outcome) in [Outcome::NotCommitted, Outcome::Committed].into_iter().enumerate() {
         let before = round as u64;
         let Answer::Granted { invalidation } = channel.begin(page, PageState::Private, None).unwrap() else {
             panic!("not granted")
         };
         for ring in 0..2 {
-            guest.request(ring, 0, IN, 0, &[(DATA, 4096)]);
+            guest.request(ring, 0, IN, 0, &[(DATA_GPA, 4096)]);
             guest.kick(ring);
         }
-        until(&mut client, "requests_held", 2);
+        wait_for_value(&mut client, "requests_held", 2);
         assert_values(
             &mut client,
             &[
@@ -137,14 +137,14 @@ fn what_is_held_is_seen_and_what_is_refused_is_counted() {
         assert_eq!(client.status().unwrap().disk.map(|disk| (disk.held, disk.connected)), Some((2, true)));
         channel.end(invalidation, outcome).unwrap();
         (0..2).for_each(|ring| _ = guest.await_used(ring, 1));
-        until(&mut client, "requests_held", 0);
+        wait_for_value(&mut client, "requests_held", 0);
     }
-    // In the second round the page has become private.
+    // In the second round the page is private.
     let refused = "requests_refused_total{cause=\"not-shared\"}";
     let failed = "requests_total{kind=\"read\",status=\"ioerr\"}";
     assert_values(&mut client, &[(refused, 2), (failed, 2), ("read_bytes_total", 2 * 4096)]);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA - 512, 1024)]), IOERR);
-    assert_eq!(guest.ask(1, OUT, 0, &[(1 << 40, 512)]), IOERR, "memory that is in no region");
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA - 512, 1024)]), IOERR);
+    assert_eq!(guest.run_request(1, OUT, 0, &[(1 << 40, 512)]), IOERR, "memory outside every region");
     assert_values(
         &mut client,
         &[
@@ -159,144 +159,159 @@ fn what_is_held_is_seen_and_what_is_refused_is_counted() {
     assert_eq!((disk.done, disk.failed, disk.refused, disk.held), (2, 4, 4, 0));
 }
 
-/// Its pages are open all the while: it is tried again and again, and held again and again.
+/// Its pages are accessible, so the request is retried repeatedly while the drive is stopped.
 #[test]
-fn a_request_is_held_once_however_often_it_is_tried() {
+fn retried_request_counts_as_one_hold() {
     let world = World::new();
     let (mut guest, mut client) = (world.guest(), world.control());
     world.drive.fence(FenceStep::Drain).unwrap();
-    guest.request(0, 0, IN, 0, &[(DATA, 4096)]);
+    guest.request(0, 0, IN, 0, &[(DATA_GPA, 4096)]);
     guest.kick(0);
-    until(&mut client, "requests_held", 1);
-    assert_eq!(guest.used_within(0, 1, Duration::from_millis(50)), [], "the drive is stopped");
+    wait_for_value(&mut client, "requests_held", 1);
+    assert_eq!(
+        guest.used_within(0, 1, Duration::from_millis(50)),
+        [],
+        "a stopped drive must serve no request"
+    );
     assert_values(&mut client, &[("requests_held", 1), ("requests_in_flight", 0), ("holds_total", 1)]);
     world.drive.attach().unwrap();
     guest.await_used(0, 1);
     assert_eq!(guest.status(0, 0), OK);
-    until(&mut client, "requests_held", 0);
+    wait_for_value(&mut client, "requests_held", 0);
     assert_values(&mut client, &[("holds_total", 1)]);
 }
 
 #[test]
-fn what_is_at_the_drive_is_seen() {
+fn in_flight_requests_are_visible() {
     let world = World::with(Setup { deadline: Duration::from_secs(60), ..Setup::default() });
     let (mut guest, mut client) = (world.guest(), world.control());
     world.sim.fault(When::io(opcode::READ).times(3), Does::HoldData);
     for (ring, head) in [(0, 0), (0, 4), (1, 0)] {
-        guest.request(ring, head, IN, 0, &[(DATA, 512)]);
+        guest.request(ring, head, IN, 0, &[(DATA_GPA, 512)]);
         guest.kick(ring);
     }
-    assert!(world.sim.await_held(3, LONG));
-    until(&mut client, "requests_in_flight", 3);
+    assert!(world.sim.await_held(3, TIMEOUT));
+    wait_for_value(&mut client, "requests_in_flight", 3);
     assert!(world.sim.release_next());
-    until(&mut client, "requests_in_flight", 2);
+    wait_for_value(&mut client, "requests_in_flight", 2);
     assert_eq!(client.status().unwrap().disk.unwrap().in_flight, 2);
     world.sim.release();
-    until(&mut client, "requests_in_flight", 0);
+    wait_for_value(&mut client, "requests_in_flight", 0);
     assert_values(&mut client, &[("requests_total{kind=\"read\",status=\"ok\"}", 3)]);
 }
 
 #[test]
-fn aborts_and_resets_and_the_end_of_a_drive_are_counted() {
+fn aborts_resets_and_drive_loss_are_counted() {
     let world = World::with(Setup { deadline: Duration::from_secs(1), ..Setup::default() });
     let (mut guest, mut client) = (world.guest(), world.control());
     assert_values(&mut client, &[("aborts_total", 0), ("resets_total", 0), ("lost", 0)]);
     world.sim.fault(When::io(opcode::READ), Does::HoldData);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK, "it is aborted and done again");
+    assert_eq!(
+        guest.run_request(0, IN, 0, &[(DATA_GPA, 512)]),
+        OK,
+        "the command must be aborted and resubmitted"
+    );
     assert_values(&mut client, &[("aborts_total", 1), ("resets_total", 0)]);
     world.sim.obey_aborts(false);
     world.sim.fault(When::io(opcode::READ), Does::HoldData);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), OK, "the controller is reset, and it is done again");
+    assert_eq!(
+        guest.run_request(0, IN, 0, &[(DATA_GPA, 512)]),
+        OK,
+        "the controller must be reset and the command resubmitted"
+    );
     assert_values(&mut client, &[("aborts_total", 2), ("resets_total", 1), ("lost", 0)]);
     world.sim.vanish();
-    until(&mut client, "lost", 1);
+    wait_for_value(&mut client, "lost", 1);
     assert!(client.status().unwrap().disk.unwrap().lost);
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 512)]), IOERR);
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA, 512)]), IOERR);
 }
 
 #[test]
-fn front_ends_are_counted_and_there_is_nothing_without_a_door() {
+fn front_ends_are_counted_and_disk_metrics_need_back_end() {
     let mut world = World::new();
     let mut client = world.control();
-    until(&mut client, "front_end_connected", 0);
+    wait_for_value(&mut client, "front_end_connected", 0);
     for round in 1..=3 {
         let guest = world.guest();
         assert_values(&mut client, &[("front_end_connected", 1), ("front_ends_total", round)]);
         drop(guest);
-        until(&mut client, "front_end_connected", 0);
-        assert!(client.status().unwrap().regions.is_empty(), "its memory has gone before");
+        wait_for_value(&mut client, "front_end_connected", 0);
+        assert!(
+            client.status().unwrap().regions.is_empty(),
+            "the memory must be removed before the front-end counts as disconnected"
+        );
     }
     assert_eq!(client.status().unwrap().disk.map(|disk| disk.connected), Some(false));
-    world.shut_door();
+    world.stop_back_end();
     let text = client.metrics().unwrap();
     assert!(!text.contains("passgate_disk") && text.ends_with("\n# EOF\n"), "{text}");
     assert_eq!(client.status().unwrap().disk, None);
-    world.open_door_again();
+    world.restart_back_end();
     let _guest = world.guest();
     assert_values(&mut client, &[("front_end_connected", 1), ("front_ends_total", 1)]);
 }
 
-/// OpenMetrics 1.0: each family is said once and together, counters end in `_total`, a unit is the name's end.
+/// OpenMetrics 1.0: the lines of a family are contiguous, counters end in `_total`, and the name ends in the unit.
 #[test]
-fn the_text_is_as_scrapers_want_it() {
+fn metrics_text_is_valid_openmetrics() {
     let world = World::new();
     let _guest = world.guest();
     let text = world.control().metrics().unwrap();
-    let (mut said, mut family, mut kind) = (BTreeSet::new(), "", "");
+    let (mut families, mut family, mut kind) = (BTreeSet::new(), "", "");
     for line in text.lines() {
         let words: Vec<_> = line.split(' ').collect();
         match words[..] {
             ["#", "HELP", name, ..] => {
-                assert!(said.insert(name), "{name} twice");
+                assert!(families.insert(name), "family {name} twice");
                 (family, kind) = (name, "");
                 assert!(line.ends_with('.'), "{line}");
             }
-            ["#", "TYPE", name, of] => {
+            ["#", "TYPE", name, type_name] => {
                 assert_eq!(name, family);
-                kind = of;
+                kind = type_name;
             }
             ["#", "UNIT", name, unit] => assert!(name == family && name.ends_with(&format!("_{unit}"))),
             ["#", "EOF"] => family = "",
             [series, value] => {
                 let name = series.split('{').next().unwrap();
                 let suffix = name.strip_prefix(family).unwrap();
-                let right = match kind {
+                let valid_suffix = match kind {
                     "counter" => suffix == "_total",
                     "gauge" => suffix.is_empty(),
                     _ => !suffix.is_empty(),
                 };
-                assert!(right && value.parse::<f64>().is_ok(), "{line}");
-                assert!(!said.contains(name) || suffix.is_empty(), "{name} is a family as well");
+                assert!(valid_suffix && value.parse::<f64>().is_ok(), "{line}");
+                assert!(!families.contains(name) || suffix.is_empty(), "{name} is a family as well");
             }
             _ => panic!("{line}"),
         }
     }
-    assert!(said.iter().filter(|name| name.starts_with("passgate_disk_")).count() == 12, "{said:?}");
+    assert!(families.iter().filter(|name| name.starts_with("passgate_disk_")).count() == 12, "{families:?}");
 }
 
 #[test]
-fn status_and_top_say_it_in_a_line() {
+fn status_and_top_show_disk_line() {
     let mut world = World::new();
     let (mut guest, mut channel, mut client) = (world.guest(), world.channel(), world.control());
-    assert_eq!(guest.ask(0, IN, 0, &[(DATA, 4096)]), OK);
-    assert_eq!(guest.ask(0, IN, 65_536, &[(DATA, 4096)]), IOERR);
-    let page = PageRange::new(DATA, 4096).unwrap();
+    assert_eq!(guest.run_request(0, IN, 0, &[(DATA_GPA, 4096)]), OK);
+    assert_eq!(guest.run_request(0, IN, 65_536, &[(DATA_GPA, 4096)]), IOERR);
+    let page = PageRange::new(DATA_GPA, 4096).unwrap();
     let Answer::Granted { .. } = channel.begin(page, PageState::Private, None).unwrap() else { panic!() };
-    guest.request(0, 0, IN, 0, &[(DATA, 4096)]);
+    guest.request(0, 0, IN, 0, &[(DATA_GPA, 4096)]);
     guest.kick(0);
-    until(&mut client, "requests_held", 1);
+    wait_for_value(&mut client, "requests_held", 1);
     let socket = world.dir.path().join("control");
-    let says = |args: &[&str]| {
+    let command_output = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_passgate"));
         let output = command.args(args).arg("--socket-path").arg(&socket).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };
-    let now = "\ndisk: a front-end; requests: 0 in flight, 1 held";
-    let text = says(&["status"]);
-    assert!(text.contains(&format!("{now}; 1 done, 1 failed, 0 of them for their memory\n")), "{text}");
-    let json: serde_json::Value = serde_json::from_str(&says(&["status", "--json"])).unwrap();
+    let disk_line = "\ndisk: a front-end; requests: 0 in flight, 1 held";
+    let text = command_output(&["status"]);
+    assert!(text.contains(&format!("{disk_line}; 1 done, 1 failed, 0 of them for their memory\n")), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&command_output(&["status", "--json"])).unwrap();
     assert_eq!((&json["disk"]["held"], &json["disk"]["connected"]), (&1.into(), &true.into()));
-    let text = says(&["top", "--once", "--interval", "0.1"]);
-    assert!(text.contains(&format!("{now}, 0/s answered\n")), "{text}");
+    let text = command_output(&["top", "--once", "--interval", "0.1"]);
+    assert!(text.contains(&format!("{disk_line}, 0/s answered\n")), "{text}");
 }

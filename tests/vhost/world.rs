@@ -1,4 +1,4 @@
-//! A back-end in this process: a gate with a simulated IOMMU and a simulated drive, and the door.
+//! A vhost-user back-end in this process: a session with a simulated IOMMU and a simulated drive, and the back-end's socket.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,9 +15,9 @@ use tempfile::TempDir;
 
 use crate::guest::Guest;
 
-/// Everything that a back-end is, in the order in which it goes.
+/// The parts of a back-end, in the order in which they are dropped.
 pub struct World {
-    pub door: Option<Door>,
+    pub back_end: Option<Door>,
     pub server: Option<Handle>,
     pub inside: Inside,
     pub drive: Arc<nvme::Drive>,
@@ -26,13 +26,13 @@ pub struct World {
     pub dir: TempDir,
     clients: Vec<Client>,
     queues: u16,
-    _turn: MutexGuard<'static, ()>,
+    _guard: MutexGuard<'static, ()>,
 }
 
-/// A driver's own memory is one window for all drives of a process: one world at a time.
-static TURN: Mutex<()> = Mutex::new(());
+/// Serializes the tests of the process: all drives of a process have their driver memory in one IOVA range.
+static SERIAL: Mutex<()> = Mutex::new(());
 
-/// What differs from one test to the next.
+/// The parameters of a [`World`].
 pub struct Setup {
     pub drive: sim::Options,
     pub policy: Policy,
@@ -40,7 +40,7 @@ pub struct Setup {
     pub deadline: Duration,
     pub polling: Polling,
     pub read_only: bool,
-    /// Bytes of one kernel mapping are as many as can be; a page is cut out of them.
+    /// True if the domain can cut pages out of a mapping.
     pub cut: bool,
 }
 
@@ -59,21 +59,22 @@ impl Default for Setup {
 }
 
 impl World {
-    /// A back-end as it is by default.
+    /// Starts a back-end with the default parameters.
     pub fn new() -> Self {
         Self::with(Setup::default())
     }
 
+    /// Starts a back-end.
     pub fn with(setup: Setup) -> Self {
-        crate::listen();
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        crate::init_logging();
+        let guard = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
         let capabilities = passgate_backends::Capabilities { cut: setup.cut, ..Sim::CAPABILITIES };
         let iommu = Arc::new(Sim::new(capabilities, Memory::new()).unwrap());
         let sim = sim::Simulated::new(&iommu, setup.drive).unwrap();
-        let plain = Arc::clone(&iommu) as Arc<dyn Domain>;
+        let iommu_domain = Arc::clone(&iommu) as Arc<dyn Domain>;
         let options = DriveOptions { namespace: 1, queues: setup.queues, deadline: setup.deadline };
-        let drive = nvme::Drive::open(sim.registers(), &plain, options).unwrap();
-        let windowed = Arc::new(Windowed::new(plain, Arc::clone(drive.window())));
+        let drive = nvme::Drive::open(sim.registers(), &iommu_domain, options).unwrap();
+        let windowed = Arc::new(Windowed::new(iommu_domain, Arc::clone(drive.window())));
         let dir = tempfile::tempdir().unwrap();
         let options = Options { policy: setup.policy, ..Options::at(dir.path().join("control")) };
         let device = Arc::clone(&drive) as Arc<dyn Device>;
@@ -81,7 +82,7 @@ impl World {
         let inside = server.inside();
         let server = server.spawn().unwrap();
         let mut world = Self {
-            door: None,
+            back_end: None,
             server: Some(server),
             inside,
             drive,
@@ -90,52 +91,52 @@ impl World {
             dir,
             clients: Vec::new(),
             queues: setup.queues,
-            _turn: turn,
+            _guard: guard,
         };
-        world.open_door(setup.polling, setup.read_only);
+        world.start_back_end(setup.polling, setup.read_only);
         world
     }
 
-    /// The door is shut; the session stays.
-    pub fn shut_door(&mut self) {
-        self.door.take();
+    /// Stops the back-end; the session continues.
+    pub fn stop_back_end(&mut self) {
+        self.back_end.take();
     }
 
-    /// It opens again.
-    pub fn open_door_again(&mut self) {
-        self.open_door(Polling::Auto, false);
+    /// Starts the back-end again.
+    pub fn restart_back_end(&mut self) {
+        self.start_back_end(Polling::Auto, false);
     }
 
-    fn open_door(&mut self, polling: Polling, read_only: bool) {
+    fn start_back_end(&mut self, polling: Polling, read_only: bool) {
         let options = DoorOptions {
-            socket: Socket::Path(self.path()),
+            socket: Socket::Path(self.socket_path()),
             queues: self.queues,
             read_only,
             polling,
             kept: Vec::new(),
             stop_signals: Vec::new(),
         };
-        self.door = Some(Door::open(options, &self.drive, self.inside.clone(), || {}).unwrap());
+        self.back_end = Some(Door::open(options, &self.drive, self.inside.clone(), || {}).unwrap());
     }
 
-    /// Where the door is.
-    pub fn path(&self) -> PathBuf {
-        self.dir.path().join("door")
+    /// Returns the path of the back-end's socket.
+    pub fn socket_path(&self) -> PathBuf {
+        self.dir.path().join("disk")
     }
 
-    /// A guest whose rings run.
+    /// Returns a guest whose rings run.
     pub fn guest(&self) -> Guest {
-        let mut guest = Guest::connect(&self.path(), usize::from(self.queues));
+        let mut guest = Guest::connect(&self.socket_path(), usize::from(self.queues));
         guest.start().unwrap();
         guest
     }
 
-    /// A client of the control door.
+    /// Returns a client of the control socket.
     pub fn control(&self) -> Client {
         Client::connect(self.dir.path().join("control")).unwrap()
     }
 
-    /// The notification channel of such a client, which stays.
+    /// Returns the notification channel of a new control client, which stays connected.
     pub fn channel(&mut self) -> Channel {
         let mut client = self.control();
         let channel = client.open_channel().unwrap();
@@ -146,11 +147,15 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        self.door.take();
+        self.back_end.take();
         let stopped = self.server.take().map(Handle::stop);
         if !std::thread::panicking() {
             stopped.map(Result::unwrap);
-            assert_eq!(self.sim.complaints(), Vec::<String>::new(), "the controller was told nonsense");
+            assert_eq!(
+                self.sim.complaints(),
+                Vec::<String>::new(),
+                "the driver has violated the controller interface"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
-# shellcheck shell=bash disable=SC2034 # what is unused here is used by those who source it
-# What the scripts in tests/vm share: where things are kept, how they speak, and how they get packages without ever
-# touching the system's own package sources. Sourced, never run.
+# shellcheck shell=bash disable=SC2034 # used by the scripts that source it
+# Shared by the scripts in tests/vm: directories, messages, and packages, which are fetched without any change to the
+# system's own package sources. Sourced, never run.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 vm=$root/tests/vm
@@ -8,7 +8,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/passgate
 mkdir -p "$cache"
 PATH=$PATH:/usr/sbin:/sbin
 
-# Where a kernel or QEMU newer than this machine's release is looked for, best first.
+# The suites that are searched for a newer kernel than that of this machine's release, preferred first.
 kernel_suites=(trixie-backports testing)
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
@@ -16,7 +16,7 @@ die() {
     say "$*"
     exit 1
 }
-# Exit status of the rig's tools when something cannot be had here (no network and nothing cached): not a failed test.
+# The exit status of these scripts if something is not available (no network and not cached), which is no failed test.
 readonly cannot_status=77
 cannot() {
     say "$*"
@@ -27,7 +27,7 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
-# packages NAME…: installs those that are missing from the system's own archive.
+# packages NAME…: installs the packages that are missing, from the system's own archive.
 packages() {
     local missing=() name
     for name; do
@@ -39,7 +39,7 @@ packages() {
     apt_install "${missing[@]}"
 }
 
-# apt_update and apt_install take apt's options, and turns: apt's own locks do not wait for everything.
+# apt_update and apt_install take options of apt. The lock serializes them: apt waits for some of its own locks only.
 apt_update() {
     (flock 8 && as_root apt-get -qq -o APT::Update::Error-Mode=any "$@" update >"$cache/apt-update.log" 2>&1) 8>"$cache/apt.lock"
 }
@@ -53,14 +53,14 @@ apt_install() {
 
 release() { (. /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-unknown}"); }
 
-# The address of the archive this machine's release comes from, as apt itself knows it.
+# Prints the URI of the archive of this machine's release, from apt's own configuration.
 archive() {
     # shellcheck disable=SC2016 # apt fills these in, not the shell
     apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
         awk -v own="$(release)" '$1 == own || $1 ~ /^(old)?stable$/ { print $2; exit }'
 }
 
-# suite_view SUITE…: from here on apt sees these suites alone, through `suite_options`; refreshed when an hour old.
+# suite_view SUITE…: sets `suite_options` so that apt uses these suites only; refreshes its lists after one hour.
 suite_options=()
 suite_view() {
     local dir uri suite
@@ -87,8 +87,8 @@ unpack() {
     rm -rf "$debs"
 }
 
-# unpack_whole DIR SUITE PACKAGE…: the same with all that they need, as if nothing were installed here: libraries must be
-# of one release with the programs.
+# unpack_whole DIR SUITE PACKAGE…: like unpack, with all dependencies, as if no package were installed here: libraries and
+# programs must be of the same release.
 unpack_whole() {
     local dir=$1 suite=$2 debs deb
     shift 2
@@ -102,11 +102,11 @@ unpack_whole() {
 
 hash_of() { sha256sum | cut -c1-16; }
 
-# results: reads the output of test binaries (with cargo's `Running` lines where it ran them) and prints the sums
+# results: reads the output of test binaries (with the `Running` lines of cargo, if it ran them) and prints the totals
 # "passed failed skipped". A binary that ended without a result line counts as one failure.
 results() {
     awk '
-        # 0: between two binaries, 1: cargo has named one, 2: it has begun.
+        # open: 0 between two binaries, 1 after a line of cargo that names one, 2 while it runs.
         function close_binary() { if (open) { failed++; open = 0 } }
         /^ +(Running|Doc-tests) / { close_binary(); open = 1 }
         /^running [0-9]+ tests?$/ { if (open == 2) close_binary(); open = 2 }

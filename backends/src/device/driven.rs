@@ -1,9 +1,10 @@
-//! A device with a driver of ours: what every such driver shares, so that the rules about fences are kept once.
+//! A device with a driver in this crate: the part that all these drivers share, which implements the fences.
 //!
-//! An [`Engine`] knows registers and rings. [`Driven`] makes a [`Device`] of it: one transfer at a time, none while a
-//! fence holds, a device brought up anew after a transfer that did not end, and a drain with a deadline. A drain is a
-//! pause: what is asked for meanwhile waits for the attach (`pause.rs`). A fence stronger than a drain never
-//! waits for the engine: it goes to VFIO at once, and a transfer under way then ends by its own deadline.
+//! An [`Engine`] implements registers and rings of one kind of device. [`Driven`] makes a [`Device`] of it: one
+//! transfer at a time, none between a fence and the attach, a reset and restart of the device after a transfer that
+//! failed, and a drain with a time-out. Transfers that are requested after a drain wait for the attach (`pause.rs`). A
+//! fence stronger than a drain never waits for the engine: it is passed to VFIO at once, and a transfer in progress
+//! then ends by its own time-out.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -19,35 +20,36 @@ use super::pause::{self, Pause};
 use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load, own};
 use crate::{Error, Result};
 
-/// How long a fence or an attach waits for the transfer under way: longer than any transfer's own deadline and the
-/// bringing up that may follow it.
-const PATIENCE: Duration = Duration::from_secs(15);
-const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// The time for which a drain or an attach waits for the transfer in progress: longer than any transfer's own time-out
+/// and the restart of the device that may follow it.
+const TRANSFER_WAIT_TIMEOUT: Duration = Duration::from_secs(15);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The driver of one kind of device, at work on one device. All calls are made one at a time.
+/// The driver of one kind of device, for one device. All calls are made one at a time.
 pub trait Engine: Send + fmt::Debug + 'static {
-    /// Bytes of the longest single transfer.
+    /// The maximum length of one transfer in bytes.
     const CHUNK: usize;
 
-    /// Forgets all transfers and takes every queue from the device, by registers alone: it need not be able to
-    /// do DMA. When it returns the device does none and will begin none.
+    /// Discards all transfers and disables every queue, by register accesses only: the device need not be able to do
+    /// DMA. When it returns, the device does no DMA and begins none.
     fn reset(&mut self) -> Result<()>;
 
-    /// Brings a device up that has been reset, with empty queues.
+    /// Initialises a device that has been reset, with empty queues.
     fn start(&mut self) -> Result<()>;
 
-    /// Ends what is under way in order; when it returns the device does no DMA and will begin none until
+    /// Ends the transfers in progress in an orderly way. When it returns, the device does no DMA and begins none until
     /// [`Engine::start`].
     fn stop(&mut self) -> Result<()>;
 
-    /// The device reads memory at `iova`, and what it saw is left in `bytes`: at most [`Engine::CHUNK`], not none.
-    /// [`Error::Fault`] where that did not come to an end.
+    /// The device reads memory at `iova`, and the bytes that it read are stored in `bytes`: at least one and at most
+    /// [`Engine::CHUNK`]. [`Error::Fault`] if the transfer did not complete.
     fn read(&mut self, iova: Iova, bytes: &mut [u8]) -> Result<()>;
 
     /// The device writes `bytes` to memory at `iova`. As [`Engine::read`].
     fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()>;
 
-    /// The device writes something to memory at `iova`; what it is to be. As [`Engine::read`].
+    /// The device writes bytes of the driver's choosing to memory at `iova`. Returns the expected bytes. As
+    /// [`Engine::read`].
     fn touch(&mut self, iova: Iova) -> Result<Vec<u8>> {
         let stamp = vec![STAMP; Self::CHUNK.min(STAMP_LEN)];
         self.write(iova, &stamp)?;
@@ -55,21 +57,22 @@ pub trait Engine: Send + fmt::Debug + 'static {
     }
 }
 
-/// A device and its driver, shared with the loads that run on it.
+/// A device and its driver, shared with the loads that use it.
 #[derive(Debug)]
 pub struct Driven<E: Engine>(pub(super) Arc<Shared<E>>);
 
-/// The engine goes before the device, and with it the memory that the two share.
+/// A device and its driver. The order of the fields drops the engine, with the memory that driver and device share,
+/// before the device.
 #[derive(Debug)]
 pub(super) struct Shared<E: Engine> {
     engine: Mutex<E>,
-    /// Whether it may begin transfers: not from a fence on until it is attached again.
+    /// The fence state: no transfer begins between a fence and the attach.
     pause: Pause,
     device: Arc<dyn Device>,
 }
 
 impl<E: Engine> Driven<E> {
-    /// Brings `device` up by `engine`, whoever had it before.
+    /// Resets `device`, whatever state its previous user left it in, and starts it.
     pub(super) fn new(device: Arc<dyn Device>, mut engine: E) -> Result<Self> {
         engine.reset()?;
         engine.start()?;
@@ -78,7 +81,7 @@ impl<E: Engine> Driven<E> {
 }
 
 impl<E: Engine> Shared<E> {
-    /// Memory at `iova` into `bytes`, in chunks.
+    /// Reads memory at `iova` into `bytes`, in chunks.
     pub(super) fn read(&self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
         let mut at = iova;
         for chunk in bytes.chunks_mut(E::CHUNK) {
@@ -88,7 +91,7 @@ impl<E: Engine> Shared<E> {
         Ok(())
     }
 
-    /// `bytes` to memory at `iova`, in chunks.
+    /// Writes `bytes` to memory at `iova`, in chunks.
     pub(super) fn write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         let mut at = iova;
         for chunk in bytes.chunks(E::CHUNK) {
@@ -98,46 +101,48 @@ impl<E: Engine> Shared<E> {
         Ok(())
     }
 
-    /// One transfer. After one that failed the device is brought up anew, because nobody knows what it still holds.
+    /// Makes one transfer. If it fails, the device is reset and started again, because it may still have queued work.
     fn transfer<T>(&self, run: impl FnOnce(&mut E) -> Result<T>) -> Result<T> {
-        let deadline = Instant::now() + pause::PATIENCE;
+        let deadline = Instant::now() + pause::DRAIN_WAIT_TIMEOUT;
         let mut engine = loop {
-            // Waited for without the engine, which drain and attach need.
-            if !self.pause.admits(deadline) {
+            // Waits without the engine's lock, which drain and attach need.
+            if !self.pause.wait_until_up(deadline) {
                 return Err(self.stopped());
             }
             let engine = self.engine();
+            // Checked again under the lock: a fence may have come in between.
             if self.pause.is_up() {
                 break engine;
             }
         };
         let done = run(&mut engine);
         if matches!(&done, Err(error) if !matches!(error, Error::Unsupported { .. })) && self.pause.is_up() {
-            // A fence that came meanwhile, and this: neither gives the device anything to do.
+            // A stronger fence may come during the restart. That is safe: a restarted device has empty queues and does
+            // no DMA.
             if let Err(error) = engine.reset().and_then(|()| engine.start()) {
-                log::warn!("{}: not brought up after a transfer that failed: {error}", self.device.name());
+                log::warn!("{}: not restarted after a transfer that failed: {error}", self.device.name());
                 self.pause.stop();
             }
         }
         done
     }
 
-    /// The engine, between two transfers.
+    /// Returns the engine, once no transfer is in progress.
     pub(super) fn engine(&self) -> MutexGuard<'_, E> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The engine, once the transfer under way has ended.
-    fn patiently(&self, call: &'static str) -> Result<MutexGuard<'_, E>> {
+    /// Returns the engine, once the transfer in progress has ended; `ETIMEDOUT` after [`TRANSFER_WAIT_TIMEOUT`].
+    fn engine_within_timeout(&self, call: &'static str) -> Result<MutexGuard<'_, E>> {
         let begun = Instant::now();
         loop {
             match self.engine.try_lock() {
                 Ok(engine) => return Ok(engine),
                 Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) if begun.elapsed() > PATIENCE => {
+                Err(TryLockError::WouldBlock) if begun.elapsed() > TRANSFER_WAIT_TIMEOUT => {
                     return Err(self.failed(Failed::new(call, Errno::TIMEDOUT), ""));
                 }
-                Err(TryLockError::WouldBlock) => thread::sleep(LOOK_EVERY),
+                Err(TryLockError::WouldBlock) => thread::sleep(POLL_INTERVAL),
             }
         }
     }
@@ -169,27 +174,28 @@ impl<E: Engine> Device for Driven<E> {
         self.0.device.nature()
     }
 
-    /// From any fence on, done or failed, no transfer begins until [`Device::attach`]: after a drain it waits for
-    /// that, after anything stronger it fails.
+    /// After any fence, successful or not, no transfer begins until [`Device::attach`]: after a drain a transfer waits
+    /// for the attach, after any other fence it fails.
     fn fence(&self, step: FenceStep) -> Result<()> {
         if !self.stop_class().has(step) {
-            return self.0.device.fence(step); // which says so
+            return self.0.device.fence(step); // returns the error
         }
         if step == FenceStep::Drain {
             self.0.pause.drain();
-            return self.0.patiently("drain")?.stop();
+            return self.0.engine_within_timeout("drain")?.stop();
         }
+        // Without the engine's lock: a strong fence must not wait for a transfer that may never end.
         self.0.pause.stop();
         self.0.device.fence(step)
     }
 
-    /// The queues go before the device comes back: what was in them may be nobody's any more.
+    /// The engine is reset before the device is attached: its queues may refer to memory that was unmapped since.
     fn attach(&self) -> Result<()> {
-        let mut engine = self.0.patiently("attach")?;
+        let mut engine = self.0.engine_within_timeout("attach")?;
         engine.reset()?;
         self.0.device.attach()?;
         engine.start()?;
-        self.0.pause.lift();
+        self.0.pause.resume();
         Ok(())
     }
 
@@ -221,7 +227,7 @@ impl<E: Engine> Device for Driven<E> {
 }
 
 impl<E: Engine> Drop for Shared<E> {
-    /// The memory that driver and device share goes next: the device must have let go of it.
+    /// Resets the device before the memory that it shares with the driver is unmapped.
     fn drop(&mut self) {
         let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = engine.reset() {
@@ -230,7 +236,8 @@ impl<E: Engine> Drop for Shared<E> {
     }
 }
 
-/// Looks every while whether `done` says so; false when `within` is over.
+/// Polls `done` until it returns true; returns false if it does not within `within`. The interval grows from 20 µs to
+/// [`POLL_INTERVAL`].
 pub(super) fn await_that(within: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<bool> {
     let begun = Instant::now();
     let mut pause = Duration::from_micros(20);
@@ -239,7 +246,7 @@ pub(super) fn await_that(within: Duration, mut done: impl FnMut() -> Result<bool
             return Ok(false);
         }
         thread::sleep(pause);
-        pause = (pause * 2).min(LOOK_EVERY);
+        pause = (pause * 2).min(POLL_INTERVAL);
     }
     Ok(true)
 }

@@ -1,9 +1,8 @@
-//! QEMU's `edu` device (1234:11e8): a DMA engine on demand, to try a domain with.
+//! QEMU's `edu` device (1234:11e8; QEMU's docs/specs/edu.rst): DMA on demand, for tests of a domain.
 //!
-//! The engine has a buffer of 4096 bytes that only DMA can fill and empty. So every transfer goes by way of a
-//! scratch page that this driver maps for the time of the transfer, at an IOVA where no guest has memory: the
-//! page of the I/O APIC. One DMA takes about 100 ms. Start QEMU with `edu,dma_mask=0xffffffffffffffff`: otherwise
-//! the engine cuts addresses off at 28 bits.
+//! The engine has a buffer of 4096 bytes that only DMA can fill and empty. So every transfer goes through a scratch
+//! page of driver memory, which is mapped during the transfer. One DMA takes about 100 ms. QEMU must be started with
+//! `edu,dma_mask=0xffffffffffffffff`: otherwise the engine truncates addresses to 28 bits.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,8 +22,8 @@ use crate::{Error, Result};
 /// Vendor and device id.
 pub const IDS: (u16, u16) = (0x1234, 0x11e8);
 
-/// What a DMA read returns for bytes that never reached the device. QEMU puts zeroes where a read was refused,
-/// whatever the engine's buffer held, so poison cannot be anything else: look at memory that is not zero.
+/// The value of bytes in a DMA read that faulted. QEMU stores zeroes for a read that the IOMMU refuses, whatever was in
+/// the engine's buffer, so no other value is possible: a test must read memory that is not zero.
 pub const POISON: u8 = 0;
 
 /// Registers in BAR 0. Addresses are 64 bits wide.
@@ -33,23 +32,23 @@ const TARGET: u64 = 0x88;
 const COUNT: u64 = 0x90;
 const RUN: u64 = 0x98;
 
-/// In the run register: go, and which way.
+/// Bits of the run register: start a transfer, and its direction.
 const GO: u32 = 1;
 const TO_MEMORY: u32 = 2;
 
-/// Where the engine's buffer is, in the engine's own count, and how long.
+/// The address of the engine's buffer, in the device's address space, and its length in bytes.
 const BUFFER: u64 = 0x40000;
 const BUFFER_LEN: usize = 4096;
 
-/// A transfer takes 100 ms of the machine's time; one that takes so much longer never ends.
-const DEADLINE: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// The time after which a transfer counts as failed. A transfer takes 100 ms of the machine's virtual time.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The engine.
 #[derive(Debug)]
 pub struct Edu {
     registers: Region,
-    /// Held for the time of a transfer: there is one engine.
+    /// Locked during a transfer: the device has one engine.
     engine: Mutex<()>,
     device: VfioDevice,
     domain: Arc<dyn Domain>,
@@ -60,13 +59,13 @@ impl Edu {
     pub fn new(device: VfioDevice, domain: Arc<dyn Domain>) -> Result<Self> {
         let registers = device.region(0)?;
         let edu = Self { registers, engine: Mutex::new(()), device, domain };
-        // It has no reset: whoever had it before may have left a transfer under way, which must not meet memory of
-        // ours. The domain is empty as yet.
+        // The device has no reset. A transfer that its previous user has started must end before this driver maps
+        // memory; the domain is still empty.
         edu.wait()?;
         Ok(edu)
     }
 
-    /// Runs `transfers` with a scratch page mapped. One at a time: there is one engine.
+    /// Calls `transfers` with a mapped scratch page. Calls are serialised, because the device has one engine.
     fn with_scratch<T>(&self, transfers: impl FnOnce(&OwnMemory) -> Result<T>) -> Result<T> {
         let _engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
         transfers(&OwnMemory::map(&self.domain, 1)?)
@@ -82,7 +81,7 @@ impl Edu {
         self.run(BUFFER, to.0, len, GO | TO_MEMORY)
     }
 
-    /// While the engine runs it takes no register: a transfer that somebody left under way must end first.
+    /// Makes one transfer. The engine ignores register writes while it runs, so an earlier transfer must end first.
     fn run(&self, source: u64, target: u64, len: usize, command: u32) -> Result<()> {
         self.wait()?;
         self.set_address(SOURCE, source)?;
@@ -92,13 +91,14 @@ impl Edu {
         self.wait()
     }
 
-    /// Waits until the engine is at rest.
+    /// Waits until no transfer is in progress.
     fn wait(&self) -> Result<()> {
-        at_rest(&self.device, self.registers)
+        wait_until_idle(&self.device, self.registers)
     }
 
-    /// Sets an address register. One access of 4 bytes sets all 64 bits; for an address beyond that it takes one
-    /// of 8, which VFIO makes from Linux 6.14 on and splits before, so the result is checked.
+    /// Sets an address register. An access of 4 bytes sets all 64 bits, with zeroes in the upper half. An address
+    /// beyond 4 GiB needs an access of 8 bytes, which VFIO makes from Linux 6.14 on and splits before, so the result is
+    /// read back.
     fn set_address(&self, register: u64, address: u64) -> Result<()> {
         if let Ok(low) = u32::try_from(address) {
             return self.set_word(register, low);
@@ -124,18 +124,18 @@ impl Edu {
     }
 }
 
-/// Waits until the engine of a device that nobody drives is at rest.
-pub(super) fn rest(device: &VfioDevice) -> Result<()> {
-    at_rest(device, device.region(0)?)
+/// Waits until a device without a driver has no transfer in progress.
+pub(super) fn await_idle(device: &VfioDevice) -> Result<()> {
+    wait_until_idle(device, device.region(0)?)
 }
 
-fn at_rest(device: &VfioDevice, registers: Region) -> Result<()> {
+fn wait_until_idle(device: &VfioDevice, registers: Region) -> Result<()> {
     let begun = Instant::now();
     while device.read_u32(registers, RUN)? & GO != 0 {
-        if begun.elapsed() > DEADLINE {
+        if begun.elapsed() > TRANSFER_TIMEOUT {
             return Err(device.failed(Failed::new("edu DMA", Errno::TIMEDOUT)));
         }
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(POLL_INTERVAL);
     }
     Ok(())
 }
@@ -169,14 +169,15 @@ impl Device for Edu {
         self.device.guard()
     }
 
-    /// The engine cannot tell that a DMA faulted: what it did not get is [`POISON`].
+    /// The engine does not report that a DMA faulted: bytes that it could not read are [`POISON`].
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
         self.with_scratch(|scratch| {
             let failed = |failed| self.device.failed(failed);
             let mut bytes = vec![POISON; len];
             let mut at = iova;
             for chunk in bytes.chunks_mut(BUFFER_LEN) {
-                // A refused read is zeroes in the engine; zeroes in the page show one that reaches no memory at all.
+                // A faulting read leaves zeroes in the engine. If the copy to the page faults too, the page still has
+                // the zeroes written here.
                 scratch.file().write(0, chunk).map_err(failed)?;
                 self.fill(at, chunk.len())?;
                 self.drain(scratch.iova(0), chunk.len())?;
@@ -187,7 +188,7 @@ impl Device for Edu {
         })
     }
 
-    /// The engine cannot tell that a DMA faulted: look at the memory.
+    /// The engine does not report that a DMA faulted: a test must check the memory.
     fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         self.with_scratch(|scratch| {
             let mut at = iova;

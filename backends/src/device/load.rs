@@ -1,27 +1,27 @@
-//! Dense DMA that goes on by itself: what a conversion runs beside in a test or a self-test.
+//! Continuous DMA, as a load during conversions in tests and self-tests.
 
 use std::fmt;
 
 use crate::Result;
 
-/// What a load has done since it was started.
+/// The transfers that a load has made since it was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
-    /// Transfers that ended well, verified or not.
+    /// The number of transfers that succeeded, verified or not.
     pub done: u64,
-    /// Transfers that the device said it could not make: nothing was mapped at their address.
+    /// The number of transfers that the device reported as failed, because nothing was mapped at their address.
     pub faults: u64,
-    /// Transfers that the device said it made, where other bytes came back than were written. Memory that others
-    /// write meanwhile, or that is mapped anew between the two, counts here too.
+    /// The number of reads that the device reported as successful and that returned other bytes than were written.
+    /// Reads of memory that is written by others meanwhile, or mapped again between write and read, count here too.
     pub wrong: u64,
 }
 
-/// A load under way. Dropping it stops it.
+/// A running load. Dropping it stops it.
 pub trait Load: Send + fmt::Debug {
-    /// What it has done until now.
+    /// Returns the transfers made so far.
     fn counts(&self) -> Counts;
 
-    /// Issues no more, waits until what is outstanding has ended, and says what was done in all. It fails where
-    /// the device did not bring it all to an end within its deadline: DMA may still be under way then.
+    /// Stops issuing transfers, waits until the outstanding ones have ended, and returns all transfers made. An error
+    /// means that the device did not end them within its time-out: DMA may still be in flight.
     fn stop(self: Box<Self>) -> Result<Counts>;
 }

@@ -1,4 +1,4 @@
-//! Devices: what does DMA, and how surely it can be stopped.
+//! Devices: DMA, and the fences that stop it.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -21,17 +21,18 @@ pub mod soft;
 pub mod vfio;
 pub mod virtio;
 
-/// A rung of the ladder that acts on a device, weakest first.
+/// A fence, as a step of the gate's ladder that acts on a device, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FenceStep {
-    /// End what is in flight and issue no more, where the device can be told so (io_uring cancel, a driver's
-    /// own drain). Ended only when the tickets come back. Where the driver is ours, a transfer that is asked for
-    /// after it waits, for 5 s at most, until the device is attached again; behind any stronger fence it fails.
+    /// End the operations in flight and issue no more, where the device supports it (cancellation of io_uring
+    /// operations, the drain of a driver in this crate). Operations have ended only once their tickets are returned.
+    /// With a driver in this crate, a transfer that is requested after a drain waits, for 5 s at most, until the device
+    /// is attached again; after any stronger fence it fails.
     Drain,
-    /// The migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
+    /// Set the migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
     Stop,
-    /// Bus mastering off in the command register, then wait until no transaction is pending (PCI Express
-    /// Capability, Device Status): the device issues no new request, and none is on its way.
+    /// Clear Bus Master Enable in the Command register, then wait until Transactions Pending in Device Status is clear
+    /// (PCIe 6.0, 7.5.1.1.3 and 7.5.3.5): the device issues no new request, and none is outstanding.
     Master,
     /// Move the device to the blocking domain (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
     Detach,
@@ -40,7 +41,7 @@ pub enum FenceStep {
 }
 
 bitflags::bitflags! {
-    /// The fences that a device has: its stop class.
+    /// The set of fences that a device supports.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct StopClass: u8 {
         /// [`FenceStep::Drain`].
@@ -57,7 +58,7 @@ bitflags::bitflags! {
 }
 
 impl StopClass {
-    /// Whether the device has this fence.
+    /// Returns true if the device supports this fence.
     pub fn has(self, step: FenceStep) -> bool {
         self.contains(match step {
             FenceStep::Drain => Self::DRAIN,
@@ -69,99 +70,100 @@ impl StopClass {
     }
 }
 
-/// What [`Device::touch`] writes where the device can write anything.
+/// The byte that [`Device::touch`] writes if the device can write any bytes.
 const STAMP: u8 = 0xa5;
+/// The number of bytes that it writes.
 const STAMP_LEN: usize = 512;
 
-/// What of a device bears on which fences prove anything, found when it was opened.
+/// The properties of a device that determine which fences are proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Nature {
-    /// It caches translations of its own (PCI ATS is on): an unmap that succeeded may have been followed by an
-    /// invalidation of that cache which timed out, and nobody is told.
+    /// It caches translations (PCI ATS is on): the invalidation of that cache after an unmap may time out, which the
+    /// kernel does not report.
     pub ats: bool,
     /// It is a TDISP interface in CONFIG_LOCKED or RUN: bus mastering off or a reset ends the TDI (PCIe 6.1,
     /// 11.2.8: the interface goes to ERROR).
     pub tdi: bool,
 }
 
-/// A passthrough device, or the software one.
+/// A passthrough device, or a software device.
 pub trait Device: Send + Sync + fmt::Debug {
-    /// Its name: a PCI address (`0000:00:04.0`), or `soft:0`.
+    /// Returns its name: a PCI address (`0000:00:04.0`), or `soft:0`.
     fn name(&self) -> &str;
 
-    /// How it can be stopped, found when it was opened.
+    /// Returns the fences that it supports, found when it was opened.
     fn stop_class(&self) -> StopClass;
 
-    /// What of it bears on which fences prove anything.
+    /// Returns its present ATS and TDI state.
     fn nature(&self) -> Nature {
         Nature::default()
     }
 
-    /// Does one fence and returns once it is done; `Ok` says that the step did what it promises, not more.
+    /// Executes one fence and returns once it is complete. `Ok` means exactly that the step has its documented effect.
     fn fence(&self, step: FenceStep) -> Result<()>;
 
-    /// Puts a fenced device back into its domain.
+    /// Attaches a fenced device to its domain again.
     fn attach(&self) -> Result<()>;
 
-    /// An eventfd that is readable once the host wants the device back: somebody unbinds or removes it, and waits until
-    /// nobody has it open. None where that is not told.
+    /// Returns an eventfd that is readable once the host requests the device: it is being unbound or removed, which
+    /// waits until no process has it open (VFIO's request interrupt). None if that is not signalled.
     fn wanted(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// IOVAs of its domain that are its driver's own: no memory of a client may be there.
+    /// Returns the IOVAs of its domain that its driver uses: no memory of a client may be mapped there.
     fn reserved(&self) -> Option<PageRange<Iova>> {
         None
     }
 
-    /// What a guardian must hold to stop this device when the worker dies; empty where the kernel does it.
+    /// Returns the descriptors with which a guardian stops this device when the worker dies.
     fn guard(&self) -> Guard<'_>;
 
-    /// DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova` and
-    /// returns what it saw. A DMA that faults is an error where the device can tell; where it cannot (edu),
-    /// the bytes are zero ([`edu::POISON`]).
+    /// Does DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova`, which are
+    /// returned. A DMA that faults is an error if the device can report it; if it cannot (edu), the bytes are zero
+    /// ([`edu::POISON`]).
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
         let _ = (iova, len);
         Err(self.no_dma())
     }
 
-    /// DMA on demand: the device writes `bytes` to guest memory at `iova`.
+    /// Does DMA on demand: the device writes `bytes` to guest memory at `iova`.
     fn dma_write(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
         let _ = (iova, bytes);
         Err(self.no_dma())
     }
 
-    /// DMA on demand: the device writes something of its own choosing to guest memory at `iova`, at most a page and
-    /// not beyond a page's end if `iova` is at its start; returns what it is to be.
+    /// Does DMA on demand: the device writes bytes of its own choosing to guest memory at `iova`, at most a page (so
+    /// not beyond the page if `iova` is its start). Returns the expected bytes.
     fn touch(&self, iova: Iova) -> Result<Vec<u8>> {
         let stamp = vec![STAMP; STAMP_LEN];
         self.dma_write(iova, &stamp)?;
         Ok(stamp)
     }
 
-    /// Starts DMA over `pages`, each a page of guest memory, without a break: the device writes a page, reads it
-    /// back, and goes on to the next, several at a time. What is mapped there may come and go: a transfer that
-    /// faults is counted, and the load goes on. The fences act on it as on any DMA; [`Device::attach`] lets it go on,
-    /// after a drain without a transfer lost.
+    /// Starts continuous DMA over `pages`, each a page of guest memory: the device writes a page, reads it back, and
+    /// continues with the next, several at a time. The pages may be unmapped and mapped meanwhile: a transfer that
+    /// faults is counted, and the load continues. Fences act on it as on any DMA; it continues after
+    /// [`Device::attach`], and after a drain no transfer is lost.
     fn start(&self, pages: &[Iova]) -> Result<Box<dyn load::Load>> {
         let _ = pages;
         Err(Error::Unsupported { device: self.name().to_owned(), what: "DMA without a break" })
     }
 
-    /// The error of a device that has no DMA on demand.
+    /// Returns the error of a device without DMA on demand.
     fn no_dma(&self) -> Error {
         Error::Unsupported { device: self.name().to_owned(), what: "DMA on demand" }
     }
 }
 
-/// What the guardian process holds for one device, and does when the worker dies.
+/// The descriptors of one device that the guardian process needs, and its action when the worker dies.
 #[derive(Debug, Clone, Copy)]
 pub enum Guard<'a> {
-    /// The kernel stops the device by itself when its file closes (io_uring); there is nothing to hold.
+    /// No descriptor: the kernel stops the device when its file closes (io_uring).
     None,
-    /// A cdev bound to iommufd: detach it (blocking domain), then reset where it can.
+    /// A cdev bound to an iommufd: detach it (blocking domain), then reset it if it has a reset.
     Cdev(BorrowedFd<'a>),
-    /// A device of a type1 container: unmap everything in the container, then reset where it can.
+    /// A device of a type1 container: unmap everything in the container, then reset the device if it has a reset.
     Type1 {
         /// The container's fd.
         container: BorrowedFd<'a>,

@@ -1,7 +1,7 @@
-//! Memory of a driver's own in its device's domain: rings, bounce pages, scratch pages.
+//! Driver memory in the device's domain: rings, bounce pages, scratch pages.
 //!
-//! It is mapped where no guest has memory: beside the I/O APIC, below the window of message-signalled interrupts.
-//! It never belongs to a client and is never converted, so the gate's ledger does not hold it.
+//! It is mapped at IOVAs where no guest has memory: at the I/O APIC, below the range of message-signalled interrupts.
+//! It never belongs to a client and is never converted, so it is not in the gate's ledger.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,17 +13,18 @@ use rustix::io::Errno;
 use crate::iommu::{Domain, Unmap};
 use crate::{Error, Result};
 
-/// Where it is: from the I/O APIC to the interrupt window at 0xfee0_0000.
+/// The first IOVA of driver memory: the I/O APIC's address. The range ends at the MSI range, 0xfee0_0000.
 const START: u64 = 0xfec0_0000;
+/// The number of pages for the drivers of all devices together.
 const PAGES: usize = 512;
 
-/// Where no memory of a client may be, in a domain of a device with memory of its driver's own.
+/// Returns the range of IOVAs for driver memory, in which no memory of a client may be mapped.
 pub(super) fn window() -> Option<PageRange<Iova>> {
     PageRange::new(START, PAGES as u64 * PAGE).ok()
 }
 
-/// The pages that are in use, in whatever domain of this process.
-static TAKEN: Mutex<[bool; PAGES]> = Mutex::new([false; PAGES]);
+/// The pages that are in use, in any domain of this process.
+static ALLOCATED: Mutex<[bool; PAGES]> = Mutex::new([false; PAGES]);
 
 /// Pages that a driver and its device share, mapped until dropped.
 #[derive(Debug)]
@@ -31,42 +32,45 @@ pub(super) struct OwnMemory {
     file: Arc<GuestFile>,
     iova: PageRange<Iova>,
     domain: Arc<dyn Domain>,
-    place: Place,
+    allocation: Allocation,
 }
 
 impl OwnMemory {
-    /// `pages` zeroed pages, contiguous for the device.
+    /// Allocates and maps `pages` zeroed pages at contiguous IOVAs.
     pub(super) fn map(domain: &Arc<dyn Domain>, pages: usize) -> Result<Self> {
         let full = Error::Host {
-            what: format!("no room for {pages} pages of a driver's own: {PAGES} are there for all devices"),
+            what: format!(
+                "no room for {pages} pages of driver memory: {PAGES} are available for all devices"
+            ),
             mend: "give this process fewer devices",
         };
-        let Some(place) = Place::take(pages) else { return Err(full) };
+        let Some(allocation) = Allocation::new(pages) else { return Err(full) };
         let len = pages as u64 * PAGE;
-        let Ok(iova) = PageRange::new(START + place.first as u64 * PAGE, len) else { return Err(full) };
+        let Ok(iova) = PageRange::new(START + allocation.first as u64 * PAGE, len) else { return Err(full) };
         let file = GuestFile::memfd("passgate-driver", len)
             .map_err(|source| Error::Map { iova, source, mend: "" })
             .map(Arc::new)?;
         domain.map(iova, len.next_power_of_two(), &file, Offset(0), true)?;
-        Ok(Self { file, iova, domain: Arc::clone(domain), place })
+        Ok(Self { file, iova, domain: Arc::clone(domain), allocation })
     }
 
-    /// Where the device finds the byte at `offset`.
+    /// Returns the IOVA of the byte at `offset`.
     pub(super) fn iova(&self, offset: u64) -> Iova {
         Iova(self.iova.start().0 + offset)
     }
 
-    /// The driver's side: copies, and single aligned words with acquire and release order.
+    /// Returns the memory for accesses by the driver: copies, and aligned 64-bit words with acquire and release
+    /// ordering.
     pub(super) fn file(&self) -> &GuestFile {
         &self.file
     }
 }
 
-/// Takes out of the domain what drivers of an earlier process had there: their devices are quiet.
+/// Unmaps the driver memory of an earlier process. Its devices must be quiesced.
 pub(crate) fn clear(domain: &dyn Domain) -> Result<()> {
     let Ok(window) = PageRange::new(START, PAGES as u64 * PAGE) else { return Ok(()) };
     match domain.unmap(window) {
-        // ENOENT: nothing was there, said by an iommufd that tells it no other way.
+        // ENOENT: nothing was mapped, on an iommufd without the VFIO-compatible unmap.
         Unmap::Gone { .. } | Unmap::Failed { errno: Errno::NOENT, .. } => Ok(()),
         Unmap::InFlight { .. } => Err(stays(Errno::INPROGRESS)),
         Unmap::Failed { errno, .. } => Err(stays(errno)),
@@ -81,37 +85,38 @@ fn stays(errno: Errno) -> Error {
 }
 
 impl Drop for OwnMemory {
-    /// Pages that would not go are never used again.
+    /// Unmaps the pages. If that fails, their IOVAs are never allocated again.
     fn drop(&mut self) {
         let gone = self.domain.unmap(self.iova);
         if !matches!(gone, Unmap::Gone { bytes } if bytes == self.iova.len()) {
-            log::error!("a driver's own memory at IOVA {} stays mapped: {gone:?}", self.iova);
-            self.place.keep = true;
+            log::error!("driver memory at IOVA {} stays mapped: {gone:?}", self.iova);
+            self.allocation.leaked = true;
         }
     }
 }
 
-/// Pages of the window that are taken.
+/// Allocated pages of the range of driver memory, freed when dropped.
 #[derive(Debug)]
-struct Place {
+struct Allocation {
     first: usize,
     pages: usize,
-    keep: bool,
+    /// Set if the pages must not be freed because they are still mapped.
+    leaked: bool,
 }
 
-impl Place {
-    fn take(pages: usize) -> Option<Self> {
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = taken.windows(pages.max(1)).position(|window| !window.contains(&true))?;
-        taken[first..first + pages].fill(true);
-        Some(Self { first, pages, keep: false })
+impl Allocation {
+    fn new(pages: usize) -> Option<Self> {
+        let mut allocated = ALLOCATED.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = allocated.windows(pages.max(1)).position(|run| !run.contains(&true))?;
+        allocated[first..first + pages].fill(true);
+        Some(Self { first, pages, leaked: false })
     }
 }
 
-impl Drop for Place {
+impl Drop for Allocation {
     fn drop(&mut self) {
-        if !self.keep {
-            TAKEN.lock().unwrap_or_else(PoisonError::into_inner)[self.first..self.first + self.pages]
+        if !self.leaked {
+            ALLOCATED.lock().unwrap_or_else(PoisonError::into_inner)[self.first..self.first + self.pages]
                 .fill(false);
         }
     }

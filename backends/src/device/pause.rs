@@ -1,29 +1,31 @@
-//! Whether a device that we drive may begin transfers: what a fence does to those that are asked for after it.
+//! The fence state of a device with a driver in this crate, and its effect on transfers that are requested after a
+//! fence.
 //!
-//! A drain is also what the owner of the mappings takes when it must unmap, for a moment, pages that stay shared: so
-//! a transfer that is asked of a drained device *waits* for the attach, and is not failed on that account. It waits
-//! for [`PATIENCE`] at most, because nobody may ever attach the device again. A stronger fence says that something
-//! is wrong: from then on transfers are refused, also those that wait, until the attach.
+//! A drain is also used to unmap, for a short time, pages that stay shared: so a transfer that is requested while the
+//! device is drained *waits* for the attach and does not fail. It waits for [`DRAIN_WAIT_TIMEOUT`] at most, because the
+//! device may never be attached again. A stronger fence is a response to an error: from then on transfers fail,
+//! including those that wait, until the attach.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a transfer waits for a drained device: far longer than any window over shared memory.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// The time for which a transfer waits for a drained device: far longer than the gap in which shared pages are
+/// unmapped.
+pub(super) const DRAIN_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What transfers may do.
+/// The effect of the last fence on transfers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Mode {
-    /// Begin.
+    /// Transfers may begin.
     #[default]
     Up,
-    /// Wait.
+    /// New transfers wait.
     Drained,
-    /// Fail.
+    /// New transfers fail.
     Stopped,
 }
 
-/// The mode, and who waits for another one.
+/// The fence state, and the transfers that wait for a change of it.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
     inner: Mutex<Inner>,
@@ -33,12 +35,12 @@ pub(super) struct Pause {
 #[derive(Debug, Default)]
 struct Inner {
     mode: Mode,
-    /// Transfers that wait.
+    /// The number of transfers that wait.
     waiting: usize,
 }
 
 impl Pause {
-    /// The device is drained. One that is stopped stays so.
+    /// Records a drain. A device that is stopped stays stopped.
     pub(super) fn drain(&self) {
         let mut inner = self.lock();
         if inner.mode == Mode::Up {
@@ -46,37 +48,37 @@ impl Pause {
         }
     }
 
-    /// The device is stopped; who waits for it is refused.
+    /// Records a stronger fence. Waiting transfers fail.
     pub(super) fn stop(&self) {
         self.set(Mode::Stopped);
     }
 
-    /// The device is attached; who waits for it goes on.
-    pub(super) fn lift(&self) {
+    /// Records an attach. Waiting transfers continue.
+    pub(super) fn resume(&self) {
         self.set(Mode::Up);
     }
 
-    /// Whether transfers may begin now.
+    /// Returns true while transfers may begin.
     pub(super) fn is_up(&self) -> bool {
         self.lock().mode == Mode::Up
     }
 
-    /// Transfers that wait for the device now.
+    /// Returns the number of transfers that wait.
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
         self.lock().waiting
     }
 
-    /// Waits while the device is drained, until `deadline` at most; whether transfers may begin then.
-    pub(super) fn admits(&self, deadline: Instant) -> bool {
+    /// Waits while the device is drained, until `deadline` at most. Returns true if transfers may begin then.
+    pub(super) fn wait_until_up(&self, deadline: Instant) -> bool {
         let mut inner = self.lock();
         inner.waiting += 1;
         while inner.mode == Mode::Drained {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
                 break;
             }
-            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+            inner = self.changed.wait_timeout(inner, remaining).unwrap_or_else(PoisonError::into_inner).0;
         }
         inner.waiting -= 1;
         inner.mode == Mode::Up
@@ -97,15 +99,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_drain_never_undoes_a_stop() {
+    fn drain_never_undoes_a_stop() {
         let (pause, now) = (Pause::default(), Instant::now());
-        assert!(pause.is_up() && pause.admits(now));
+        assert!(pause.is_up() && pause.wait_until_up(now));
         pause.drain();
-        assert!(!pause.is_up() && !pause.admits(now), "its time is over");
+        assert!(!pause.is_up() && !pause.wait_until_up(now), "the deadline has passed");
         pause.stop();
         pause.drain();
-        assert!(!pause.admits(now + Duration::from_secs(3600)), "refused at once");
-        pause.lift();
-        assert!(pause.admits(now));
+        assert!(!pause.wait_until_up(now + Duration::from_secs(3600)), "refused at once");
+        pause.resume();
+        assert!(pause.wait_until_up(now));
     }
 }

@@ -1,8 +1,8 @@
-//! Why a device is not opened: what sysfs says about it before any file is touched.
+//! The checks of a device in sysfs, before any file is opened, and the reasons for which a device is refused.
 //!
-//! Refused are devices whose DMA nothing could block (no IOMMU, VFIO's no-IOMMU mode), devices that VFIO gives to
-//! nobody or only to who has a secret, devices that a driver of the host has, and devices of a group in which such a
-//! driver has another.
+//! Refused are devices whose DMA nothing can block (no IOMMU, VFIO's no-IOMMU mode), devices that VFIO refuses in any
+//! case or without a secret (VF token), devices that are bound to a host driver, and devices in a group with another
+//! device that is bound to a host driver.
 
 use std::path::Path;
 
@@ -14,24 +14,23 @@ use crate::{Error, Result};
 /// A device that may be opened.
 #[derive(Debug)]
 pub struct Candidate {
-    /// Its place in sysfs.
+    /// Its directory in sysfs.
     pub pci: PciDevice,
     /// Its IOMMU group.
     pub group: IommuGroup,
-    /// The other devices of its group, bridges left out: they share its address space.
+    /// The other devices of its group, except bridges: they share its address space.
     pub companions: Vec<PciAddress>,
 }
 
 impl Candidate {
-    /// The first device of its group that is not among `together`. Where there is one, detaching proves nothing:
-    /// the kernel moves a group to the blocking domain when its last device leaves.
+    /// Returns the first device of its group that is not among `together`. If there is one, a detach is no proof: the
+    /// kernel moves a group to the blocking domain only when its last device is detached.
     pub fn stays(&self, together: &[PciAddress]) -> Option<PciAddress> {
         self.companions.iter().copied().find(|other| !together.contains(other))
     }
 }
 
-/// The device called `name`, if nothing speaks against it. `sysfs` is
-/// [`SYSFS`](passgate_bindings::vfio::pci::SYSFS) but in tests.
+/// Checks the device called `name`. `sysfs` is [`SYSFS`](passgate_bindings::vfio::pci::SYSFS) except in tests.
 pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     let address: PciAddress = name.parse().map_err(|_| Error::Host {
         what: format!("`{name}` is not a PCI address"),
@@ -48,7 +47,7 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     if group.noiommu || pci.cdev().is_some_and(|cdev| cdev.name.starts_with("noiommu-")) {
         return Err(Error::Host {
             what: format!("{address} is in VFIO's no-IOMMU mode: nothing can block its DMA"),
-            mend: "switch the IOMMU on and enable_unsafe_noiommu_mode off; passgate takes no such device",
+            mend: "switch the IOMMU on and enable_unsafe_noiommu_mode off; passgate refuses such a device",
         });
     }
     let driver = pci.driver();
@@ -71,7 +70,7 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     let mut companions = Vec::new();
     for other in group.members.iter().filter(|other| **other != address) {
         let Some(found) = PciDevice::find(sysfs, *other) else {
-            // What cannot be looked at may be anything that does DMA.
+            // A member without an entry in sysfs may do DMA, so it counts as a companion.
             companions.push(*other);
             continue;
         };
@@ -92,15 +91,16 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     Ok(Candidate { pci, group, companions })
 }
 
-/// Refuses a device that VFIO would refuse whatever driver it is bound to, so that nobody binds it in vain.
+/// Refuses a device that VFIO refuses whatever driver it is bound to, before it is bound in vain.
 pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
     let address = pci.address();
-    // A `direct-relaxable` region may be given up; for `direct` the kernel refuses every domain without it.
+    // A `direct-relaxable` region need not be mapped; with a `direct` region the kernel refuses every domain without
+    // it.
     if let Some(region) = pci.reserved_regions().iter().find(|region| region.kind == "direct") {
         return Err(Error::Host {
             what: format!(
                 "{address} needs a 1:1 mapping of {:#x} to {:#x} that the firmware demands (RMRR, IVMD; `direct` in its \
-                 iommu_group/reserved_regions), and the kernel gives such a device to nobody",
+                 iommu_group/reserved_regions), and the kernel refuses to assign such a device",
                 region.start, region.last
             ),
             mend: "switch off in the firmware's setup what uses it (USB keyboard emulation, remote management, shared \
@@ -123,13 +123,13 @@ pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
     Ok(())
 }
 
-/// vfio-pci, or one of its variants for a single kind of device (mlx5_vfio_pci, nvgrace-gpu-vfio-pci…).
+/// Returns true for vfio-pci and its variants for one kind of device (mlx5_vfio_pci, nvgrace-gpu-vfio-pci…).
 fn is_vfio(driver: &str) -> bool {
     driver.contains("vfio")
 }
 
-/// Whether the kernel gives a group to VFIO although this driver has a device of it: one that does no DMA
-/// (`driver_managed_dma`).
+/// Returns true if the kernel lets VFIO use a group while a device of it is bound to this driver, because the driver
+/// does no DMA (`driver_managed_dma` in `struct pci_driver`).
 fn shares(driver: &str) -> bool {
     is_vfio(driver) || ["pci-stub", "pcieport"].contains(&driver)
 }
@@ -176,16 +176,16 @@ mod tests {
     const DISPLAY: &str = "0x030000";
 
     #[test]
-    fn a_device_of_vfio_alone_in_its_group_is_taken() {
+    fn vfio_device_alone_in_its_group_is_accepted() {
         let sysfs = Sysfs::new();
         sysfs.device("0000:01:00.0", DISPLAY, Some("vfio-pci"), Some(7));
         sysfs.device("0000:00:01.0", "0x060400", Some("pcieport"), Some(7));
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
-        assert_eq!((found.group.id, found.companions.len()), (7, 0), "a bridge is no companion");
+        assert_eq!((found.group.id, found.companions.len()), (7, 0), "a bridge is not a companion");
     }
 
     #[test]
-    fn a_device_with_a_mapping_of_the_firmwares_is_refused_with_the_range() {
+    fn device_with_a_direct_reserved_region_is_refused_with_the_range() {
         let sysfs = Sysfs::new();
         for driver in ["vfio-pci", "xhci_hcd"] {
             let name = if driver == "vfio-pci" { "0000:01:00.0" } else { "0000:01:00.1" };
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_virtual_function_of_vfios_is_refused_with_its_physical_one() {
+    fn virtual_function_of_a_vfio_physical_function_is_refused() {
         let sysfs = Sysfs::new();
         let dir = sysfs.device("0000:01:10.0", "0x020000", Some("vfio-pci"), Some(8));
         let physical = sysfs.device("0000:01:00.0", "0x020000", Some("igb"), Some(7));
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_reads_all_ones_is_refused_as_gone() {
+    fn device_that_reads_all_ones_is_refused_as_gone() {
         let sysfs = Sysfs::new();
         let dir = sysfs.device("0000:01:00.0", DISPLAY, Some("vfio-pci"), Some(7));
         fs::write(dir.join("config"), [0xff; 64]).unwrap();
@@ -230,23 +230,27 @@ mod tests {
     }
 
     #[test]
-    fn companions_of_vfio_are_named() {
+    fn companions_bound_to_vfio_are_listed() {
         let sysfs = Sysfs::new();
         sysfs.device("0000:01:00.0", DISPLAY, Some("mlx5_vfio_pci"), Some(7));
         sysfs.device("0000:01:00.1", DISPLAY, None, Some(7));
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
         let second = "01:00.1".parse().unwrap();
         assert_eq!(found.companions, [second]);
-        assert_eq!(found.stays(&[]), Some(second), "alone, a detach proves nothing");
+        assert_eq!(found.stays(&[]), Some(second), "alone, a detach is no proof");
         assert_eq!(found.stays(&[found.pci.address()]), Some(second));
-        assert_eq!(found.stays(&[second]), None, "together it does");
+        assert_eq!(found.stays(&[second]), None, "together it is");
         fs::remove_dir_all(sysfs.0.path().join("bus/pci/devices/0000:01:00.1")).unwrap();
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
-        assert_eq!(found.stays(&[]), Some(second), "what cannot be looked at is no bridge");
+        assert_eq!(
+            found.stays(&[]),
+            Some(second),
+            "a device without an entry in sysfs does not count as a bridge"
+        );
     }
 
     #[test]
-    fn each_refusal_says_what_to_do() {
+    fn each_refusal_names_the_remedy() {
         let sysfs = Sysfs::new();
         assert!(sysfs.refusal("nonsense").contains("`nonsense` is not a PCI address: write it as"));
         assert!(sysfs.refusal("09:00.0").contains("0000:09:00.0: there is no such PCI device"));

@@ -1,10 +1,10 @@
-//! A simulated device: attached to a [`crate::iommu::sim::Sim`] domain, stopped by its fences, never by itself.
+//! A simulated device in a [`crate::iommu::sim::Sim`] domain, which only its fences stop.
 //!
-//! Each fence does what its name promises and no more. Drain ends what is in flight unless it is stuck. Migration
-//! STOP and bus mastering off do so too, and the device issues nothing until it is attached again; what is stuck
-//! makes them fail, with the device silent all the same. Detach moves the device to the blocking domain. Reset ends
-//! everything in flight and leaves the device attached, to do DMA again. Only detach and reset empty the device's
-//! own cache of translations (ATS).
+//! Each fence has exactly the effect that its name promises. Drain ends operations in flight unless they are stuck.
+//! Migration STOP and bus mastering off do so too, and the device issues nothing until it is attached again; stuck
+//! operations make them fail, though the device is quiesced nevertheless. Detach moves the device to the blocking
+//! domain. Reset ends everything in flight and leaves the device attached, to do DMA again. Only detach and reset clear
+//! the device's own translation cache (ATS).
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
 use super::{Device, FenceStep, Guard, Nature, StopClass};
-use crate::iommu::sim::{Call, Ends, Fault, Seen, Shared};
+use crate::iommu::sim::{Call, DmaTarget, Fault, Shared, StaleUntil};
 use crate::{Error, Result};
 
 /// A simulated device.
@@ -36,14 +36,14 @@ impl SimDevice {
         Self { name: name.to_owned(), stop_class, nature, domain, port }
     }
 
-    /// True while the device is attached and issues requests.
+    /// Returns true while the device is attached and issues requests.
     pub fn runs(&self) -> bool {
         self.domain.runs(self.port)
     }
 
-    /// What this device's DMA meets at `iova`; none where it faults.
-    pub fn dma(&self, iova: Iova) -> Option<Seen> {
-        self.domain.translate(self.port, iova).map(|(seen, _)| seen)
+    /// Returns the memory that a DMA of this device accesses at `iova`; none if it faults.
+    pub fn dma(&self, iova: Iova) -> Option<DmaTarget> {
+        self.domain.translate(self.port, iova).map(|(target, _)| target)
     }
 
     /// Reads the naturally aligned word at `iova` in one access.
@@ -61,7 +61,7 @@ impl SimDevice {
         self.each_page(iova, size_of::<u64>(), true, |file, offset, _| file.store(offset, word))
     }
 
-    /// False while it is out of its domain.
+    /// Returns false while it is detached.
     pub(crate) fn is_attached(&self) -> bool {
         self.domain.is_attached(self.port)
     }
@@ -70,8 +70,8 @@ impl SimDevice {
         Error::Device { device: self.name.clone(), source: Failed::new(call, errno), mend: "" }
     }
 
-    /// Does one DMA of `len` bytes page by page: `touch` gets the file, the offset in it and the bytes' place. No unmap and
-    /// no fence returns while it copies within a page that they take.
+    /// Does one DMA of `len` bytes page by page: `touch` gets the file, the offset in it, and the range of the bytes.
+    /// The domain is locked meanwhile, so no unmap and no fence returns while a page that it affects is copied.
     fn each_page(
         &self,
         iova: Iova,
@@ -88,11 +88,11 @@ impl SimDevice {
             let at = iova.0.checked_add(done as u64).ok_or_else(|| self.fail("DMA", Errno::FAULT))?;
             let within = at % PAGE;
             let step = (len - done).min((PAGE - within) as usize);
-            let page = self.domain.with_page(self.port, Iova(at - within), |seen, file| {
-                if writes && !seen.writable {
+            let page = self.domain.with_page(self.port, Iova(at - within), |target, file| {
+                if writes && !target.writable {
                     return Err(Errno::ACCESS);
                 }
-                touch(file, seen.offset.0 + within, done..done + step).map_err(|source| source.errno)
+                touch(file, target.offset.0 + within, done..done + step).map_err(|source| source.errno)
             });
             page.unwrap_or(Err(Errno::FAULT)).map_err(|errno| self.fail("DMA", errno))?;
             done += step;
@@ -125,21 +125,21 @@ impl Device for SimDevice {
         let failed = if let Some(Fault::HalfDone(errno)) = fault { Some(errno) } else { None };
         match step {
             FenceStep::Drain => {
-                self.domain.end_flight(self.port, Ends::WithFlush);
+                self.domain.end_stale(self.port, StaleUntil::Flush);
             }
             FenceStep::Stop | FenceStep::Master => {
-                self.domain.silence(self.port, true);
-                if !self.domain.end_flight(self.port, Ends::WithFlush) {
+                self.domain.set_quiesced(self.port, true);
+                if !self.domain.end_stale(self.port, StaleUntil::Flush) {
                     return Err(self.fail("sim fence", Errno::TIMEDOUT));
                 }
             }
             FenceStep::Detach => {
                 self.domain.set_attached(self.port, false);
-                self.domain.end_flight(self.port, Ends::WithCache);
+                self.domain.end_stale(self.port, StaleUntil::CacheCleared);
             }
             FenceStep::Reset => {
-                self.domain.silence(self.port, false);
-                self.domain.end_flight(self.port, Ends::WithCache);
+                self.domain.set_quiesced(self.port, false);
+                self.domain.end_stale(self.port, StaleUntil::CacheCleared);
             }
         }
         failed.map_or(Ok(()), |errno| Err(self.fail("sim fence", errno)))
@@ -152,7 +152,7 @@ impl Device for SimDevice {
             return Err(self.fail("sim attach", errno));
         }
         self.domain.set_attached(self.port, true);
-        self.domain.silence(self.port, false);
+        self.domain.set_quiesced(self.port, false);
         match fault {
             Some(Fault::HalfDone(errno)) => Err(self.fail("sim attach", errno)),
             _ => Ok(()),

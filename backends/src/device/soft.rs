@@ -1,13 +1,13 @@
-//! The software device: real DMA without hardware, and DMA that hangs on request.
+//! The software device: DMA by the kernel without hardware, including DMA that does not end by itself.
 //!
-//! It goes by the domain's translation alone and never asks what is mapped: an operation on a page that was taken
-//! away is really issued, and it is the kernel that answers `EFAULT`. The engine moves bytes through a pipe,
-//! because on a pipe the kernel does the copy within the system call (about 1 µs; on a memfd or a file it hands it
-//! to a worker thread, six times as dear).
+//! It uses the domain's translations only and never checks what is mapped: an operation on an unmapped page is really
+//! issued, and the kernel returns `EFAULT`. The copy engine moves bytes through a pipe, because for a pipe the kernel
+//! copies within the system call (about 1 µs; for a memfd or another file it uses a worker thread, which takes six
+//! times as long).
 //!
-//! Two kinds of DMA do not end by themselves ([`Held`]). One can be cancelled; the other, a zero-copy send to a
-//! peer that does not read, only by resetting its connection. They are what makes the ladder of fences real on a
-//! machine without an IOMMU.
+//! Two kinds of DMA do not end by themselves ([`HeldDma`]). One can be cancelled (drain); the other, a zero-copy send
+//! to a peer that does not read, ends only when its connection is reset. With them the fences can be tested without an
+//! IOMMU.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,71 +19,73 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::device::pause::{self, Pause};
 use crate::device::{Device, FenceStep, Guard, StopClass};
-use crate::iommu::soft::reaper::Flight;
-use crate::iommu::soft::{Dma, Refusal, SoftDomain, lock};
+use crate::iommu::soft::reaper::Operation;
+use crate::iommu::soft::{Dma, IssueError, SoftDomain, lock};
 use crate::{Error, Result};
 
-mod held;
-mod window;
+mod held_dma;
+mod stalled_connection;
 
-pub use held::Held;
-pub use window::ClosedWindow;
+pub use held_dma::HeldDma;
+pub use stalled_connection::ClosedWindow;
 
-use held::Holding;
+use held_dma::HeldOperation;
 
 /// A software device in a [`SoftDomain`].
 #[derive(Debug)]
 pub struct SoftDevice {
     name: String,
     domain: Arc<SoftDomain>,
-    line: Mutex<Line>,
-    /// Whether it may start DMA: between a drain and the next attach it waits, after a reset it fails.
+    engine: Mutex<CopyEngine>,
+    /// The fence state: between a drain and the next attach new DMA waits, after a reset it fails.
     pause: Pause,
-    held: Mutex<Vec<Arc<Holding>>>,
+    held: Mutex<Vec<Arc<HeldOperation>>>,
 }
 
-/// The engine for DMA that ends within the call: one operation at a time, through one pipe that is empty between
-/// two of them.
+/// The engine for DMA that ends within the call: one operation at a time, through a pipe that is empty between
+/// operations.
 #[derive(Debug)]
-struct Line {
-    flight: Arc<Flight>,
-    inlet: OwnedFd,
-    outlet: OwnedFd,
-    /// Bytes that the pipe holds.
-    room: usize,
-    /// Where the rest of a write goes that faulted half-way.
-    spill: Box<[u8]>,
+struct CopyEngine {
+    operation: Arc<Operation>,
+    write_end: OwnedFd,
+    read_end: OwnedFd,
+    /// The capacity of the pipe in bytes.
+    capacity: usize,
+    /// A buffer for the rest of a write that faulted half-way, which is discarded.
+    discarded: Box<[u8]>,
 }
 
 impl SoftDevice {
     pub(crate) fn open(domain: Arc<SoftDomain>, name: &str) -> Result<Arc<Self>> {
-        // An operation that would have to wait fails instead (EAGAIN): this pipe never holds a slot.
-        let (outlet, inlet) = pipe(name, PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        let room = rustix::pipe::fcntl_getpipe_size(&inlet)
+        // Non-blocking: an operation that would have to wait fails (EAGAIN), so that this pipe never keeps a slot in
+        // use.
+        let (read_end, write_end) = pipe(name, PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let capacity = rustix::pipe::fcntl_getpipe_size(&write_end)
             .map_err(|errno| failure(name, Failed::new("F_GETPIPE_SZ", errno)))?;
-        let flight = Flight::new(domain.ring().name_op(), true);
-        domain.reaper().expect(&flight);
-        let line = Line { flight, inlet, outlet, room, spill: vec![0; room].into_boxed_slice() };
+        let operation = Operation::new(domain.ring().name_op(), true);
+        domain.reaper().register(&operation);
+        let discarded = vec![0; capacity].into_boxed_slice();
+        let engine = CopyEngine { operation, write_end, read_end, capacity, discarded };
         Ok(Arc::new(Self {
             name: name.to_owned(),
             domain,
-            line: Mutex::new(line),
+            engine: Mutex::new(engine),
             pause: Pause::default(),
             held: Mutex::default(),
         }))
     }
 
-    /// The device reads guest memory from `iova` on into `bytes`. Without allocation; a few microseconds a page.
-    /// On [`Error::Fault`] the bytes before the faulting address have been read.
+    /// The device reads guest memory from `iova` on into `bytes`. It allocates nothing and takes a few microseconds per
+    /// page. On [`Error::Fault`] the bytes before the faulting address have been read.
     pub fn read_into(&self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
-        let line = self.begin(&self.line)?;
-        let _at_work = self.domain.at_work();
+        let engine = self.begin(&self.engine)?;
+        let _busy = self.domain.mark_busy();
         let mut done = 0;
         while done < bytes.len() {
             let at = Iova(iova.0 + done as u64);
-            let len = (bytes.len() - done).min(line.room);
-            let len = self.transfer(&line, Dma::Read(line.inlet.as_fd()), at, len)?;
-            self.take(&line, &mut bytes[done..done + len])?;
+            let len = (bytes.len() - done).min(engine.capacity);
+            let len = self.transfer(&engine, Dma::Read(engine.write_end.as_fd()), at, len)?;
+            self.take(&engine, &mut bytes[done..done + len])?;
             done += len;
         }
         Ok(())
@@ -91,22 +93,23 @@ impl SoftDevice {
 
     /// The device writes `bytes` to guest memory from `iova` on. As [`SoftDevice::read_into`].
     pub fn write_from(&self, iova: Iova, bytes: &[u8]) -> Result<()> {
-        let mut line = self.begin(&self.line)?;
-        let _at_work = self.domain.at_work();
+        let mut engine = self.begin(&self.engine)?;
+        let _busy = self.domain.mark_busy();
         let mut at = iova;
-        for chunk in bytes.chunks(line.room) {
-            let put = rustix::io::write(&line.inlet, chunk);
+        for chunk in bytes.chunks(engine.capacity) {
+            let put = rustix::io::write(&engine.write_end, chunk);
             if put != Ok(chunk.len()) {
                 return Err(self.failed("write(pipe)", put.err().unwrap_or(Errno::IO)));
             }
-            let mut left = chunk.len();
-            while left > 0 {
-                match self.transfer(&line, Dma::Write(line.outlet.as_fd()), at, left) {
-                    Ok(len) => (left, at) = (left - len, Iova(at.0 + len as u64)),
+            let mut remaining = chunk.len();
+            while remaining > 0 {
+                match self.transfer(&engine, Dma::Write(engine.read_end.as_fd()), at, remaining) {
+                    Ok(len) => (remaining, at) = (remaining - len, Iova(at.0 + len as u64)),
                     Err(error) => {
-                        let mut spill = std::mem::take(&mut line.spill);
-                        let emptied = self.take(&line, &mut spill[..left]);
-                        line.spill = spill;
+                        // Empties the pipe for the next operation.
+                        let mut discarded = std::mem::take(&mut engine.discarded);
+                        let emptied = self.take(&engine, &mut discarded[..remaining]);
+                        engine.discarded = discarded;
                         return emptied.and(Err(error));
                     }
                 }
@@ -115,54 +118,57 @@ impl SoftDevice {
         Ok(())
     }
 
-    /// Starts a DMA write to guest memory that waits for its data (`READ_FIXED` from an empty pipe): it holds its
-    /// pages until [`Held::finish`] supplies the data or a fence ends it. At most to the end of the mapping.
+    /// Starts a DMA write to guest memory that waits for its data (`READ_FIXED` from an empty pipe): its pages stay in
+    /// use until [`HeldDma::finish`] supplies the data or a fence ends it. It ends at the end of the mapping at the
+    /// latest.
     ///
-    /// The kernel carries it on in the calling thread: when that ends, the operation ends too.
-    pub fn hold_write(&self, iova: Iova, len: usize) -> Result<Held> {
-        let (outlet, inlet) = pipe(&self.name, PipeFlags::CLOEXEC)?;
-        self.hold(Dma::Write(outlet.as_fd()), iova, len, Holding::pipe(self.flight(), inlet))
+    /// The kernel executes it as task work of the calling thread: when that thread exits, the operation ends too.
+    pub fn hold_write(&self, iova: Iova, len: usize) -> Result<HeldDma> {
+        let (read_end, write_end) = pipe(&self.name, PipeFlags::CLOEXEC)?;
+        self.hold(Dma::Write(read_end.as_fd()), iova, len, HeldOperation::pipe(self.operation(), write_end))
     }
 
-    /// Starts a DMA read from guest memory that nothing but a reset ends: a zero-copy send over `socket`, a TCP
-    /// connection whose peer does not read and whose window is closed ([`ClosedWindow`] makes one). What is sent
-    /// when the peer reads at last is whatever is in the page *then*.
-    pub fn send_zc(&self, iova: Iova, len: usize, socket: OwnedFd) -> Result<Held> {
+    /// Starts a DMA read from guest memory that only a reset ends: a zero-copy send over `socket`, a TCP connection
+    /// whose peer does not read and whose receive window is zero ([`ClosedWindow`] makes one). When the peer reads at
+    /// last, it gets the content that the page has *then*.
+    pub fn send_zc(&self, iova: Iova, len: usize, socket: OwnedFd) -> Result<HeldDma> {
         let named = |failed| failure(&self.name, failed);
-        let holding = Holding::socket(self.flight(), socket).map_err(named)?;
-        let socket = holding.socket_fd().map_err(named)?;
-        self.hold(Dma::Send(socket.as_fd()), iova, len, holding)
+        let held = HeldOperation::socket(self.operation(), socket).map_err(named)?;
+        let socket = held.socket_fd().map_err(named)?;
+        self.hold(Dma::Send(socket.as_fd()), iova, len, held)
     }
 
-    fn flight(&self) -> Arc<Flight> {
-        Flight::new(self.domain.ring().name_op(), false)
+    fn operation(&self) -> Arc<Operation> {
+        Operation::new(self.domain.ring().name_op(), false)
     }
 
-    fn hold(&self, dma: Dma<'_>, iova: Iova, len: usize, holding: Holding) -> Result<Held> {
-        // Held together with `pause`, so that a fence sees every operation that was begun before it.
+    fn hold(&self, dma: Dma<'_>, iova: Iova, len: usize, operation: HeldOperation) -> Result<HeldDma> {
+        // The list stays locked from the check of `pause` until the operation is in it, so that a fence, which locks it
+        // after changing `pause`, finds every operation that was begun before.
         let mut held = self.begin(&self.held)?;
-        held.retain(|other| other.flight.outcome().is_none());
-        let holding = Arc::new(holding);
-        self.domain.reaper().expect(&holding.flight);
-        if let Err(refusal) = self.domain.issue(dma, iova, len, &holding.flight) {
-            self.domain.reaper().forget(&holding.flight);
-            return Err(self.refused(refusal, iova));
+        held.retain(|other| other.operation.outcome().is_none());
+        let operation = Arc::new(operation);
+        self.domain.reaper().register(&operation.operation);
+        if let Err(error) = self.domain.issue(dma, iova, len, &operation.operation) {
+            self.domain.reaper().unregister(&operation.operation);
+            return Err(self.not_issued(error, iova));
         }
-        // What fails does so at once.
-        if let Some(Err(errno)) = self.domain.outcome(&holding.flight) {
+        // An operation that fails does so immediately.
+        if let Some(Err(errno)) = self.domain.outcome(&operation.operation) {
             return Err(self.dma_failed(errno, iova));
         }
-        held.push(Arc::clone(&holding));
-        Ok(Held::new(Arc::clone(&self.domain), holding))
+        held.push(Arc::clone(&operation));
+        Ok(HeldDma::new(Arc::clone(&self.domain), operation))
     }
 
-    /// What a DMA needs held, once it may begin.
-    fn begin<'a, T>(&self, needs: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
-        let deadline = Instant::now() + pause::PATIENCE;
-        while self.pause.admits(deadline) {
-            let held = lock(needs);
+    /// Waits until DMA may begin and returns the lock that it needs; `ESHUTDOWN` if a fence prevents DMA.
+    fn begin<'a, T>(&self, mutex: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
+        let deadline = Instant::now() + pause::DRAIN_WAIT_TIMEOUT;
+        while self.pause.wait_until_up(deadline) {
+            let guard = lock(mutex);
+            // Checked again under the lock: a fence may have come in between.
             if self.pause.is_up() {
-                return Ok(held);
+                return Ok(guard);
             }
         }
         Err(Error::Device {
@@ -172,26 +178,27 @@ impl SoftDevice {
         })
     }
 
-    /// One operation of the engine, and its length.
-    fn transfer(&self, line: &Line, dma: Dma<'_>, iova: Iova, len: usize) -> Result<usize> {
-        line.flight.rearm();
-        let len = self.domain.issue(dma, iova, len, &line.flight).map_err(|r| self.refused(r, iova))?;
+    /// Makes one operation of the engine and returns its length.
+    fn transfer(&self, engine: &CopyEngine, dma: Dma<'_>, iova: Iova, len: usize) -> Result<usize> {
+        engine.operation.rearm();
+        let issued = self.domain.issue(dma, iova, len, &engine.operation);
+        let len = issued.map_err(|error| self.not_issued(error, iova))?;
         loop {
-            match self.domain.outcome(&line.flight) {
+            match self.domain.outcome(&engine.operation) {
                 Some(Ok(done)) if done as usize == len => return Ok(len),
                 Some(Ok(_)) => return Err(self.dma_failed(Errno::IO, iova)),
                 Some(Err(errno)) => return Err(self.dma_failed(errno, iova)),
-                // Only where a kernel hands pipes to a worker.
-                None => self.domain.idle(Duration::from_millis(1)),
+                // Only on a kernel that passes operations on pipes to a worker thread.
+                None => self.domain.await_completion(Duration::from_millis(1)),
             }
         }
     }
 
-    /// Takes exactly `bytes` out of the pipe.
-    fn take(&self, line: &Line, bytes: &mut [u8]) -> Result<()> {
+    /// Reads exactly `bytes.len()` bytes from the pipe.
+    fn take(&self, engine: &CopyEngine, bytes: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() {
-            match rustix::io::read(&line.outlet, &mut bytes[done..]) {
+            match rustix::io::read(&engine.read_end, &mut bytes[done..]) {
                 Ok(0) => return Err(self.failed("read(pipe)", Errno::PIPE)),
                 Ok(n) => done += n,
                 Err(Errno::INTR) => {}
@@ -201,10 +208,10 @@ impl SoftDevice {
         Ok(())
     }
 
-    fn refused(&self, refusal: Refusal, iova: Iova) -> Error {
-        match refusal {
-            Refusal::Fault => Error::Fault { device: self.name.clone(), iova },
-            Refusal::Failed(failed) => failure(&self.name, failed),
+    fn not_issued(&self, error: IssueError, iova: Iova) -> Error {
+        match error {
+            IssueError::Fault => Error::Fault { device: self.name.clone(), iova },
+            IssueError::Failed(failed) => failure(&self.name, failed),
         }
     }
 
@@ -219,29 +226,30 @@ impl SoftDevice {
         failure(&self.name, Failed::new(call, errno))
     }
 
-    /// Ends what the kernel can end; the rest is not touched.
-    fn cancel(&self, held: &[Arc<Holding>]) -> Result<()> {
-        for holding in held.iter().filter(|holding| holding.flight.outcome().is_none()) {
-            self.domain.ring().cancel(holding.flight.id()).map_err(|failed| failure(&self.name, failed))?;
+    /// Cancels the operations that the kernel can cancel. Others stay in flight.
+    fn cancel(&self, held: &[Arc<HeldOperation>]) -> Result<()> {
+        for held in held.iter().filter(|held| held.operation.outcome().is_none()) {
+            self.domain.ring().cancel(held.operation.id()).map_err(|failed| failure(&self.name, failed))?;
         }
         Ok(())
     }
 
-    /// Lets no DMA start any more, waits for the engine, cancels, and cuts every connection.
+    /// Prevents new DMA, waits for the engine, cancels, and disconnects every socket.
     fn reset(&self) -> Result<()> {
         self.pause.stop();
         let mut held = lock(&self.held);
-        drop(lock(&self.line));
+        // Waits for the transfer in progress.
+        drop(lock(&self.engine));
         let cancelled = self.cancel(&held);
-        let mut cut = Ok(());
-        held.retain(|holding| match holding.cut() {
+        let mut disconnected = Ok(());
+        held.retain(|operation| match operation.disconnect() {
             Ok(()) => false,
             Err(failed) => {
-                cut = Err(failure(&self.name, failed));
+                disconnected = Err(failure(&self.name, failed));
                 true
             }
         });
-        cancelled.and(cut)
+        cancelled.and(disconnected)
     }
 }
 
@@ -259,7 +267,8 @@ impl Device for SoftDevice {
             FenceStep::Drain => {
                 self.pause.drain();
                 let held = lock(&self.held).clone();
-                drop(lock(&self.line));
+                // Waits for the transfer in progress.
+                drop(lock(&self.engine));
                 self.cancel(&held)
             }
             FenceStep::Reset => self.reset(),
@@ -268,7 +277,7 @@ impl Device for SoftDevice {
     }
 
     fn attach(&self) -> Result<()> {
-        self.pause.lift();
+        self.pause.resume();
         Ok(())
     }
 
@@ -288,13 +297,13 @@ impl Device for SoftDevice {
 }
 
 impl Drop for SoftDevice {
-    /// What it has begun ends with it.
+    /// Ends every operation that it has begun.
     fn drop(&mut self) {
         if let Err(error) = self.reset() {
             log::warn!("{error}");
         }
-        let flight = Arc::clone(&lock(&self.line).flight);
-        self.domain.reaper().forget(&flight);
+        let operation = Arc::clone(&lock(&self.engine).operation);
+        self.domain.reaper().unregister(&operation);
     }
 }
 

@@ -1,11 +1,12 @@
-//! A VFIO device, by its cdev in an iommufd or by its group in a type1 container, and the fences that it has.
+//! A VFIO device, opened by its cdev in an iommufd or by its group in a type1 container, and its fences.
 //!
-//! No BAR is mapped for anybody else: a mapped BAR keeps the device open past this process, and lets whoever has it
-//! start the device again past any gate. A driver of ours may map doorbells into this process, with which they go.
+//! No BAR mapping is handed out: a BAR mapping keeps the device open after this process has ended, and its owner could
+//! start the device again without the gate. A driver in this crate may map doorbells into this process; they are
+//! unmapped when it ends.
 
 mod ats;
+mod quiesce;
 mod resume;
-mod still;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -29,7 +30,7 @@ use crate::{Error, Result};
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 const CONFIG: u32 = 7;
 
-/// What to do where VFIO refuses a physical function with `EACCES` (drivers/vfio/pci/vfio_pci_core.c,
+/// The remedy if VFIO refuses a physical function with `EACCES` (drivers/vfio/pci/vfio_pci_core.c,
 /// `vfio_pci_core_match_token_uuid`).
 const NEEDS_TOKEN: &str = "; other processes have virtual functions of it, and VFIO demands the VF token that they share: \
                            stop them first";
@@ -43,22 +44,23 @@ pub struct VfioDevice {
     config: Region,
     capabilities: Capabilities,
     ats: Ats,
-    /// Signalled by the kernel once it wants the device back; none where it cannot.
+    /// The eventfd that the kernel signals when the device is to be unbound or removed; none if it does not support
+    /// that.
     request: Option<OwnedFd>,
-    seat: Seat,
+    handle: Handle,
 }
 
-/// Where the device sits. The order of the fields is the order of closing: first the device, then what it is in.
-/// An iommufd that closed first would leave the device's DMA running in its address space.
+/// The open device and its domain. The order of the fields is the order of closing: the device first, then its domain.
+/// If the iommufd closed first, the device's DMA would continue in its address space.
 #[derive(Debug)]
-enum Seat {
+enum Handle {
     Cdev { cdev: Arc<Cdev>, domain: Arc<IommufdDomain> },
     Group { file: DeviceFile, _group: Arc<Group>, domain: Arc<Type1Domain> },
 }
 
 impl VfioDevice {
-    /// Opens the device at PCI address `name` by its cdev and attaches it to `domain`, where the devices
-    /// `together` are, or will be, as well.
+    /// Opens the device at PCI address `name` by its cdev and attaches it to `domain`. `together` are the devices that
+    /// are or will be in the domain, which determine whether a detach is proof.
     pub fn open_cdev(name: &str, domain: &Arc<IommufdDomain>, together: &[PciAddress]) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         let device = candidate.pci.address().to_string();
@@ -81,18 +83,18 @@ impl VfioDevice {
                 _ => "",
             },
         })?;
-        Self::seat_cdev(candidate, cdev, domain, together)
+        Self::attach_cdev(candidate, cdev, domain, together)
     }
 
-    /// Takes the cdev of the device at PCI address `name`, opened by somebody with the right to, and attaches it
+    /// Takes the cdev of the device at PCI address `name`, opened by a process with the permission to, and attaches it
     /// to `domain`.
     pub fn from_cdev(name: &str, fd: OwnedFd, domain: &Arc<IommufdDomain>) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         resume::is_cdev_of(&candidate, &fd)?;
-        Self::seat_cdev(candidate, Cdev::from_fd(fd), domain, &[])
+        Self::attach_cdev(candidate, Cdev::from_fd(fd), domain, &[])
     }
 
-    /// Opens the device at PCI address `name` by its group, which joins `domain` if it is not there yet.
+    /// Opens the device at PCI address `name` by its group, which is added to `domain` if it is not in it yet.
     pub fn open_group(name: &str, domain: &Arc<Type1Domain>) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         let address = candidate.pci.address();
@@ -106,11 +108,11 @@ impl VfioDevice {
                 _ => "",
             },
         })?;
-        let seat = Seat::Group { file, _group: group, domain: Arc::clone(domain) };
-        Self::new(candidate.pci, seat, StopClass::empty())
+        let handle = Handle::Group { file, _group: group, domain: Arc::clone(domain) };
+        Self::new(candidate.pci, handle, StopClass::empty())
     }
 
-    fn seat_cdev(
+    fn attach_cdev(
         candidate: Candidate,
         cdev: Cdev,
         domain: &Arc<IommufdDomain>,
@@ -145,29 +147,29 @@ impl VfioDevice {
         } else {
             StopClass::DETACH
         };
-        Self::new(candidate.pci, Seat::Cdev { cdev, domain: Arc::clone(domain) }, stop)
+        Self::new(candidate.pci, Handle::Cdev { cdev, domain: Arc::clone(domain) }, stop)
     }
 
-    fn new(pci: PciDevice, seat: Seat, stop: StopClass) -> Result<Self> {
-        let device = Self::opened(pci, seat, stop, false)?;
-        // It was attached just before.
+    fn new(pci: PciDevice, handle: Handle, stop: StopClass) -> Result<Self> {
+        let device = Self::opened(pci, handle, stop, false)?;
+        // Valid here, because the device has just been attached.
         device.ats.attached(device.ats_on().ok());
         device.set_master(true)?;
         Ok(device)
     }
 
-    /// The device as it is, with nothing changed; `ats_unused` where an earlier process knew that ATS is off while it is
-    /// attached.
-    fn opened(pci: PciDevice, seat: Seat, stop: StopClass, ats_unused: bool) -> Result<Self> {
+    /// Makes the object for an open device and changes nothing in the device. `ats_unused` is set if an earlier process
+    /// has read ATS as off after the last attach.
+    fn opened(pci: PciDevice, handle: Handle, stop: StopClass, ats_unused: bool) -> Result<Self> {
         let name = pci.address().to_string();
         let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
-        let info = seat.file().info().map_err(fail)?;
-        let config = seat.file().region(CONFIG).map_err(fail)?;
-        let migrates = seat.file().can_stop().map_err(fail)?;
+        let info = handle.file().info().map_err(fail)?;
+        let config = handle.file().region(CONFIG).map_err(fail)?;
+        let migrates = handle.file().can_stop().map_err(fail)?;
         let capabilities = Capabilities::default();
-        let (ats, request) = (Ats::new(true, false), hear_requests(&name, seat.file()));
-        let mut device = Self { name, pci, stop, config, capabilities, ats, request, seat };
-        device.answers()?;
+        let (ats, request) = (Ats::new(true, false), register_request_irq(&name, handle.file()));
+        let mut device = Self { name, pci, stop, config, capabilities, ats, request, handle };
+        device.check_present()?;
         device.capabilities = device.find_capabilities()?;
         device.ats = Ats::new(device.capabilities.ats.is_some(), ats_unused);
         device.stop.set(StopClass::RESET, info.resets());
@@ -176,38 +178,38 @@ impl VfioDevice {
         Ok(device)
     }
 
-    /// Vendor and device id, from configuration space.
+    /// Returns vendor and device id, from configuration space.
     pub fn ids(&self) -> Result<(u16, u16)> {
         let [a, b, c, d] = self.read_u32(self.config, 0)?.to_le_bytes();
         Ok((u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
     }
 
-    /// Class code: base class, subclass and programming interface, from configuration space.
+    /// Returns the class code (base class, subclass and programming interface), from configuration space.
     pub fn class(&self) -> Result<u32> {
         Ok(self.read_u32(self.config, 8)? >> 8)
     }
 
-    /// The region with this index, for a driver of this kind of device.
+    /// Returns the region with this index, for a driver.
     pub(super) fn region(&self, index: u32) -> Result<Region> {
-        self.seat.file().region(index).map_err(|failed| self.failed(failed))
+        self.handle.file().region(index).map_err(|failed| self.failed(failed))
     }
 
-    /// The open device, for a driver of this kind of device.
+    /// Returns the open device, for a driver.
     pub(super) fn file(&self) -> &DeviceFile {
-        self.seat.file()
+        self.handle.file()
     }
 
-    /// Reads `bytes` at `at` of a region. All ones are [`Error::Gone`] where the device does not answer, and never taken
-    /// for what a register holds.
+    /// Reads `bytes` at `at` of a region. If all of them are 0xff, checks that the device still responds
+    /// ([`Error::Gone`] otherwise), so that the result is never mistaken for the content of a register.
     pub(super) fn read(&self, region: Region, at: u64, bytes: &mut [u8]) -> Result<()> {
-        self.seat.file().read(region, at, bytes).map_err(|f| self.failed(f.without_partial()))?;
-        if bytes.iter().all(|byte| *byte == u8::MAX) { self.answers() } else { Ok(()) }
+        self.handle.file().read(region, at, bytes).map_err(|f| self.failed(f.without_partial()))?;
+        if bytes.iter().all(|byte| *byte == u8::MAX) { self.check_present() } else { Ok(()) }
     }
 
-    /// [`Error::Gone`] where the device does not answer.
-    fn answers(&self) -> Result<()> {
+    /// Checks that the device responds; [`Error::Gone`] otherwise.
+    fn check_present(&self) -> Result<()> {
         let mut command = [0; 4];
-        let read = self.seat.file().read(self.config, COMMAND.into(), &mut command);
+        let read = self.handle.file().read(self.config, COMMAND.into(), &mut command);
         read.map_err(|f| self.failed(f.without_partial()))?;
         if is_gone(u32::from_le_bytes(command)) {
             return Err(Error::Gone { device: self.name.clone() });
@@ -224,31 +226,31 @@ impl VfioDevice {
 
     /// Writes the 32-bit register at `at` of a region.
     pub(super) fn write_u32(&self, region: Region, at: u64, value: u32) -> Result<()> {
-        let written = self.seat.file().write(region, at, &value.to_le_bytes());
+        let written = self.handle.file().write(region, at, &value.to_le_bytes());
         written.map_err(|f| self.failed(f.without_partial()))
     }
 
-    /// The error that a failed call on this device is.
+    /// Returns the error for a failed call on this device.
     pub(super) fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.name.clone(), source, mend: "" }
     }
 
-    /// Puts the device into its address space, out of whatever state an attach before has left it in.
-    fn sit(&self) -> Result<()> {
-        let Seat::Cdev { cdev, domain } = &self.seat else { return Ok(()) };
+    /// Attaches the device to its domain, whatever state an earlier attach has left it in. Does nothing on type1.
+    fn reattach(&self) -> Result<()> {
+        let Handle::Cdev { cdev, domain } = &self.handle else { return Ok(()) };
         domain.detach(cdev).map_err(|failed| self.failed(failed))?;
         domain.attach(cdev).map_err(|failed| self.failed(failed))
     }
 
-    /// False where a replace of the domain's that failed has left the device detached.
+    /// Returns false if a failed replace in its domain has left the device detached.
     pub(super) fn is_attached(&self) -> bool {
-        match &self.seat {
-            Seat::Cdev { cdev, domain } => domain.is_attached(cdev),
-            Seat::Group { .. } => true,
+        match &self.handle {
+            Handle::Cdev { cdev, domain } => domain.is_attached(cdev),
+            Handle::Group { .. } => true,
         }
     }
 
-    /// Lets the device issue requests.
+    /// Lets the device issue requests, by its migration state and Bus Master Enable.
     fn run(&self) -> Result<()> {
         if self.stop.has(FenceStep::Stop) {
             self.migration_run()?;
@@ -256,11 +258,11 @@ impl VfioDevice {
         self.set_master(true)
     }
 
-    /// Takes the device out of its address space where that is possible, else switches bus mastering off.
-    fn unseat(&self) -> Result<()> {
-        match &self.seat {
-            Seat::Cdev { cdev, domain } => domain.detach(cdev).map_err(|failed| self.failed(failed)),
-            Seat::Group { .. } => self.set_master(false),
+    /// Detaches the device, or, on type1, switches bus mastering off.
+    fn isolate(&self) -> Result<()> {
+        match &self.handle {
+            Handle::Cdev { cdev, domain } => domain.detach(cdev).map_err(|failed| self.failed(failed)),
+            Handle::Group { .. } => self.set_master(false),
         }
     }
 
@@ -268,7 +270,7 @@ impl VfioDevice {
         let what = match step {
             FenceStep::Drain => "draining its DMA",
             FenceStep::Stop => "stopping it by its migration state",
-            FenceStep::Master => "seeing its transactions end",
+            FenceStep::Master => "waiting until no transaction is pending",
             FenceStep::Detach => "detaching it from its address space",
             FenceStep::Reset => "resetting it",
         };
@@ -276,7 +278,7 @@ impl VfioDevice {
     }
 }
 
-impl Seat {
+impl Handle {
     fn file(&self) -> &DeviceFile {
         match self {
             Self::Cdev { cdev, .. } => cdev.device(),
@@ -302,46 +304,46 @@ impl Device for VfioDevice {
         Nature { ats: self.ats.caches(self.ats_on().ok()), tdi: self.pci.is_bound_tdi() }
     }
 
-    /// After a reset the device cannot issue requests until [`Device::attach`].
+    /// A reset leaves bus mastering off, so the device cannot issue requests until [`Device::attach`].
     fn fence(&self, step: FenceStep) -> Result<()> {
-        match (step, &self.seat) {
+        match (step, &self.handle) {
             _ if !self.stop.has(step) => Err(self.unsupported(step)),
             (FenceStep::Stop, _) => self.migration_stop(),
             (FenceStep::Master, _) => self.master_off(),
-            (FenceStep::Detach, Seat::Cdev { cdev, domain }) => {
+            (FenceStep::Detach, Handle::Cdev { cdev, domain }) => {
                 domain.detach(cdev).map_err(|f| self.failed(f))
             }
-            (FenceStep::Reset, seat) => {
-                seat.file().reset().map_err(|failed| self.failed(failed))?;
+            (FenceStep::Reset, handle) => {
+                handle.file().reset().map_err(|failed| self.failed(failed))?;
                 self.set_master(false)
             }
             _ => Err(self.unsupported(step)),
         }
     }
 
-    /// Detaches first: after a failed attach the hardware may be detached although the kernel says otherwise, and
-    /// only both together bring it back.
+    /// Detaches the device first: after a failed attach the hardware may be detached although the kernel reports it as
+    /// attached, and only a detach and an attach together restore it.
     ///
-    /// Where a later step fails the device is stopped again as surely as it can be. That may fail as well, so of a
-    /// device whose attach has failed nothing is known.
+    /// If a later step fails, the device is detached again, or on type1 its bus mastering switched off. That may fail
+    /// too, so the state of a device whose attach has failed is unknown.
     fn attach(&self) -> Result<()> {
         self.ats.attaching();
-        let brought = self.sit().and_then(|()| self.run());
-        match brought {
+        let attached = self.reattach().and_then(|()| self.run());
+        match attached {
             Ok(()) => self.ats.attached(self.ats_on().ok()),
             Err(_) => {
-                if let Err(error) = self.unseat() {
+                if let Err(error) = self.isolate() {
                     log::warn!("{error}; its attach failed before");
                 }
             }
         }
-        brought
+        attached
     }
 
     fn guard(&self) -> Guard<'_> {
-        match &self.seat {
-            Seat::Cdev { cdev, .. } => Guard::Cdev(cdev.as_fd()),
-            Seat::Group { file, domain, .. } => {
+        match &self.handle {
+            Handle::Cdev { cdev, .. } => Guard::Cdev(cdev.as_fd()),
+            Handle::Group { file, domain, .. } => {
                 Guard::Type1 { container: domain.container().as_fd(), device: file.as_fd() }
             }
         }
@@ -349,18 +351,18 @@ impl Device for VfioDevice {
 }
 
 impl Drop for VfioDevice {
-    /// Closing the file does all this, unless somebody else keeps the file open too.
+    /// Stops the device explicitly: closing the file does so only if no other process has the file open.
     fn drop(&mut self) {
-        if let Err(error) = self.unseat() {
+        if let Err(error) = self.isolate() {
             log::warn!("closing: {error}");
         }
     }
 }
 
-/// Has the kernel signal an eventfd once it wants the device back. Where it cannot, whoever unbinds the device waits until
-/// this process ends.
-fn hear_requests(name: &str, file: &DeviceFile) -> Option<OwnedFd> {
-    let heard = || {
+/// Registers an eventfd for VFIO's request interrupt, which the kernel signals when the device is to be unbound or
+/// removed. None if the device does not have that interrupt: an unbind then waits until this process ends.
+fn register_request_irq(name: &str, file: &DeviceFile) -> Option<OwnedFd> {
+    let registered = || {
         if file.irq_info(REQUEST_IRQ)?.count == 0 {
             return Err(Failed::new("VFIO_DEVICE_GET_IRQ_INFO", Errno::NOENT));
         }
@@ -369,7 +371,9 @@ fn hear_requests(name: &str, file: &DeviceFile) -> Option<OwnedFd> {
         file.set_irqs(REQUEST_IRQ, 0, &[Some(request.as_fd())])?;
         Ok(request)
     };
-    heard()
-        .inspect_err(|failed| log::warn!("{name}: it is not told when the host wants it back: {failed}"))
+    registered()
+        .inspect_err(|failed| {
+            log::warn!("{name}: requests to unbind or remove it are not signalled: {failed}")
+        })
         .ok()
 }

@@ -1,9 +1,10 @@
-//! The iommufd domain: for devices by their cdev. Linux 6.6 and later.
+//! The iommufd domain, for devices that are opened by their cdev. Linux 6.6 and later.
 //!
-//! Memfd and hugetlbfs are mapped by file where the kernel can; guest_memfd, which it cannot, by address. An
-//! unmap uses the VFIO-compatible call where probed, because that one alone tells "nothing was there" from "this
-//! would cut a mapping", says what it had removed when it fails half-way, and, where the IOMMU pages are small,
-//! cuts. How parts of mappings are taken out is chosen when the domain is made: [`Tables`].
+//! Memfd and hugetlbfs files are mapped by file if the kernel supports it (`IOMMU_IOAS_MAP_FILE`); guest_memfd, which
+//! it cannot map by file, by address. An unmap uses the VFIO-compatible call (`VFIO_IOMMU_UNMAP_DMA` on an iommufd) if
+//! probed, because only that call distinguishes "nothing is mapped" from "this would cut a mapping", reports the bytes
+//! removed before a failure, and cuts mappings if the IOMMU pages are small. [`Tables`] selects, when the domain is
+//! made, by which method parts of mappings are removed.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -22,52 +23,53 @@ use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
 mod areas;
+mod attachments;
 mod kernel;
 mod probe;
 mod resume;
-mod seats;
-mod side;
 mod standby;
+mod tracked_ioas;
 
 use standby::Standby;
 
-/// Which page tables an iommufd domain keeps, and so how it takes parts of mappings out.
+/// The page tables of an iommufd domain, which determine how it removes parts of mappings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tables {
-    /// IOMMU pages of 4 KiB (`IOMMU_OPTION_HUGE_PAGES` off): mappings are cut in place, which no device notices.
-    /// They cost 8 bytes of page table for each 4 KiB mapped, the time to write them, and more misses in the IOTLB.
-    /// Where the kernel turns out not to cut, this is [`Tables::Large`].
+    /// IOMMU pages of 4 KiB (`IOMMU_OPTION_HUGE_PAGES` off): mappings are cut in place, without a gap in any DMA beside
+    /// the cut. The cost is 8 bytes of page table for each 4 KiB mapped, the time to write them, and more IOTLB misses.
+    /// On a kernel that does not cut, this is the same as [`Tables::Large`].
     #[default]
     Small,
-    /// IOMMU pages as large as the memory allows; mappings go whole.
+    /// IOMMU pages as large as the memory allows; only whole mappings are unmapped.
     Large,
-    /// As [`Tables::Large`], and everything in two IOASes, each with page tables of its own that stay filled:
-    /// [`Domain::replace`] takes ranges out of one while the devices are in the other, and moves them. Linux 6.7.
+    /// As [`Tables::Large`], with everything mapped in two IOASes, each with page tables of its own that stay filled:
+    /// [`Domain::replace`] removes ranges from one while the devices are attached to the other, and then moves the
+    /// devices. Linux 6.7.
     Standby,
 }
 
 /// One or two IOASes and the iommufd that owns them.
 ///
-/// Devices hold this domain, so they detach and close before it goes; then the IOASes are destroyed, and the
-/// iommufd closes last.
+/// Each device has a reference to this domain, so all devices detach and close before it is dropped; then the IOASes
+/// are destroyed, and the iommufd closes last.
 #[derive(Debug)]
 pub struct IommufdDomain {
-    kept: Kept,
+    setup: IoasSetup,
     by_file: bool,
     iommufd: Iommufd,
 }
 
-/// What a domain maps in.
+/// The IOASes of a domain.
 #[derive(Debug)]
-enum Kept {
-    One {
+enum IoasSetup {
+    Single {
         ioas: IoasId,
-        /// Whether the VFIO-compatible unmap works on it,
-        tells: bool,
-        /// and cuts.
+        /// True if the VFIO-compatible unmap works on it.
+        compat_unmap: bool,
+        /// True if that unmap also cuts mappings.
         cuts: bool,
     },
-    Two(Standby),
+    Pair(Standby),
 }
 
 impl IommufdDomain {
@@ -88,7 +90,7 @@ impl IommufdDomain {
         Self::new(iommufd, tables)
     }
 
-    /// Makes a domain in an iommufd that somebody with the right to open one has passed.
+    /// Makes a domain in an iommufd that was opened by a process with the permission to.
     pub fn from_fd(fd: OwnedFd, tables: Tables) -> Result<Arc<Self>> {
         Self::new(Iommufd::from_fd(fd), tables)
     }
@@ -96,61 +98,61 @@ impl IommufdDomain {
     fn new(iommufd: Iommufd, tables: Tables) -> Result<Arc<Self>> {
         let ioas = alloc(&iommufd)?;
         let by_file = probe::maps_files(&iommufd, ioas);
-        let kept = match tables {
-            Tables::Standby => Kept::Two(Standby::new([ioas, alloc(&iommufd)?])),
+        let setup = match tables {
+            Tables::Standby => IoasSetup::Pair(Standby::new([ioas, alloc(&iommufd)?])),
             Tables::Small | Tables::Large => {
-                let tells = probe::tells(&iommufd, ioas);
-                let cuts = tells && tables == Tables::Small && small(&iommufd, ioas);
-                Kept::One { ioas, tells, cuts }
+                let compat_unmap = probe::compat_unmap(&iommufd, ioas);
+                let cuts = compat_unmap && tables == Tables::Small && use_small_pages(&iommufd, ioas);
+                IoasSetup::Single { ioas, compat_unmap, cuts }
             }
         };
-        Ok(Arc::new(Self { kept, by_file, iommufd }))
+        Ok(Arc::new(Self { setup, by_file, iommufd }))
     }
 
-    /// The iommufd, for devices to be bound to.
+    /// Returns the iommufd that devices are bound to.
     pub fn iommufd(&self) -> &Iommufd {
         &self.iommufd
     }
 
-    /// The IOASes, the one that devices are attached to now first.
+    /// Returns the IOASes. The first is the one that devices are attached to now.
     pub fn ioases(&self) -> Vec<IoasId> {
-        match &self.kept {
-            Kept::One { ioas, .. } => vec![*ioas],
-            Kept::Two(standby) => standby.ioases().to_vec(),
+        match &self.setup {
+            IoasSetup::Single { ioas, .. } => vec![*ioas],
+            IoasSetup::Pair(standby) => standby.ioases().to_vec(),
         }
     }
 
     /// Binds a device to the iommufd. Its DMA is blocked until it is attached.
     pub(crate) fn bind(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
         let id = cdev.bind(&self.iommufd)?;
-        if let Kept::Two(standby) = &self.kept {
+        if let IoasSetup::Pair(standby) = &self.setup {
             standby.add(cdev, id);
         }
         Ok(())
     }
 
-    /// Attaches a device that was bound here.
+    /// Attaches a device that was bound to this iommufd.
     pub(crate) fn attach(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
-        match &self.kept {
-            Kept::One { ioas, .. } => cdev.attach(*ioas),
-            Kept::Two(standby) => standby.attach(&self.iommufd, cdev),
+        match &self.setup {
+            IoasSetup::Single { ioas, .. } => cdev.attach(*ioas),
+            IoasSetup::Pair(standby) => standby.attach(&self.iommufd, cdev),
         }
     }
 
-    /// Detaches it: it is in no IOAS until it is attached again.
+    /// Detaches a device: its DMA is blocked until it is attached again.
     pub(crate) fn detach(&self, cdev: &Arc<Cdev>) -> Result<(), Failed> {
-        match &self.kept {
-            Kept::One { .. } => cdev.detach(),
-            Kept::Two(standby) => standby.detach(cdev),
+        match &self.setup {
+            IoasSetup::Single { .. } => cdev.detach(),
+            IoasSetup::Pair(standby) => standby.detach(cdev),
         }
     }
 
-    /// False where a replace that failed has left the device detached.
+    /// Returns false if a failed replace has left the device detached.
     pub(crate) fn is_attached(&self, cdev: &Arc<Cdev>) -> bool {
-        match &self.kept {
-            // Its devices never move.
-            Kept::One { .. } => true,
-            Kept::Two(standby) => standby.is_attached(cdev),
+        match &self.setup {
+            // Without a second page table no device is ever moved.
+            IoasSetup::Single { .. } => true,
+            IoasSetup::Pair(standby) => standby.is_attached(cdev),
         }
     }
 }
@@ -161,16 +163,16 @@ impl Domain for IommufdDomain {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // iommufd counts memory, not mappings.
+        // iommufd limits pinned memory, not the number of mappings.
         Capabilities {
             max_mappings: u64::MAX,
             max_mapping_len: LIMIT,
             by_file: self.by_file,
             tickets: false,
-            cut: matches!(self.kept, Kept::One { cuts: true, .. }),
-            replace: matches!(self.kept, Kept::Two(_)),
+            cut: matches!(self.setup, IoasSetup::Single { cuts: true, .. }),
+            replace: matches!(self.setup, IoasSetup::Pair(_)),
             // Only the VFIO-compatible call writes the byte count on an error.
-            counts_partial: matches!(self.kept, Kept::One { tells: true, .. }),
+            counts_partial: matches!(self.setup, IoasSetup::Single { compat_unmap: true, .. }),
         }
     }
 
@@ -190,56 +192,56 @@ impl Domain for IommufdDomain {
                 self.iommufd.map(ioas, iova, file, offset, writable)
             }
         };
-        match &self.kept {
-            Kept::One { ioas, .. } => {
+        match &self.setup {
+            IoasSetup::Single { ioas, .. } => {
                 pieces::map(iova, piece, offset, |iova, from| one(*ioas, iova, from), |made| self.unmap(made))
             }
-            Kept::Two(standby) => standby.map(&self.iommufd, (iova, piece), offset, writable, one),
+            IoasSetup::Pair(standby) => standby.map(&self.iommufd, (iova, piece), offset, writable, one),
         }
     }
 
-    /// On a kernel where the VFIO-compatible call was not found, a range without any mapping is
-    /// [`Unmap::Failed`] with `ENOENT`: the kernel does not tell it from a cut.
+    /// If the VFIO-compatible call is not available, an unmap of a range without any mapping is [`Unmap::Failed`] with
+    /// `ENOENT`: the kernel does not distinguish it from an unmap that would cut a mapping.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
-        let went = match &self.kept {
-            Kept::One { tells: true, .. } => self.iommufd.cut(iova),
-            Kept::One { ioas, .. } => self.iommufd.unmap(*ioas, iova),
-            Kept::Two(standby) => return standby.unmap(&self.iommufd, iova),
+        let unmapped = match &self.setup {
+            IoasSetup::Single { compat_unmap: true, .. } => self.iommufd.cut(iova),
+            IoasSetup::Single { ioas, .. } => self.iommufd.unmap(*ioas, iova),
+            IoasSetup::Pair(standby) => return standby.unmap(&self.iommufd, iova),
         };
-        match went {
+        match unmapped {
             Ok(bytes) => Unmap::Gone { bytes },
             Err(Failed { errno, partial, .. }) => Unmap::Failed { errno, bytes: partial },
         }
     }
 
     fn usable(&self) -> Vec<RangeInclusive<Iova>> {
-        let ioas = match &self.kept {
-            Kept::One { ioas, .. } => *ioas,
-            Kept::Two(standby) => standby.ioases()[0],
+        let ioas = match &self.setup {
+            IoasSetup::Single { ioas, .. } => *ioas,
+            IoasSetup::Pair(standby) => standby.ioases()[0],
         };
         self.iommufd.iova_ranges(ioas).map(|found| found.ranges).unwrap_or_default()
     }
 
     fn leave(&self) -> io::Result<(Left, Ids)> {
-        self.last()
+        self.hand_over()
     }
 
-    /// A device that does not move, and a copy that is not made, is [`Unmap::Failed`]: `gone` may then be mapped
-    /// as before, or only its pages pinned. A replace of the same ranges, or an unmap of the whole mappings that
-    /// held them, takes away what is left, and answers for all of it.
+    /// If a device cannot be moved or a copy cannot be made, this is [`Unmap::Failed`]: `gone` may still be mapped as
+    /// before, or be unmapped for the devices with its pages still pinned. A later replace of the same ranges, or an
+    /// unmap of the whole mappings that they were part of, removes the rest and reports all of the bytes.
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
-        match &self.kept {
-            Kept::One { .. } => Unmap::Failed { errno: Errno::NOSYS, bytes: 0 },
-            Kept::Two(standby) => standby.replace(&self.iommufd, gone),
+        match &self.setup {
+            IoasSetup::Single { .. } => Unmap::Failed { errno: Errno::NOSYS, bytes: 0 },
+            IoasSetup::Pair(standby) => standby.replace(&self.iommufd, gone),
         }
     }
 }
 
 impl Drop for IommufdDomain {
     fn drop(&mut self) {
-        match &self.kept {
-            Kept::One { ioas, .. } => destroy(&self.iommufd, *ioas),
-            Kept::Two(standby) => {
+        match &self.setup {
+            IoasSetup::Single { ioas, .. } => destroy(&self.iommufd, *ioas),
+            IoasSetup::Pair(standby) => {
                 standby.close(&self.iommufd);
                 standby.ioases().iter().for_each(|ioas| destroy(&self.iommufd, *ioas));
             }
@@ -263,12 +265,12 @@ fn destroy(iommufd: &Iommufd, ioas: IoasId) {
     }
 }
 
-/// Gives an empty IOAS small IOMMU pages, and keeps them if it can be cut then.
-fn small(iommufd: &Iommufd, ioas: IoasId) -> bool {
+/// Sets an empty IOAS to small IOMMU pages, if its mappings can be cut then. Returns true if they can.
+fn use_small_pages(iommufd: &Iommufd, ioas: IoasId) -> bool {
     let cuts = iommufd.set_huge_pages(ioas, false).is_ok() && probe::cuts(iommufd, ioas);
     if !cuts {
         log::info!("IOAS {}: this kernel does not cut mappings; its IOMMU pages are large", ioas.0);
-        // Refused only where switching it off was: then they are large anyway.
+        // This fails only if switching huge pages off has failed too, and then they are still on.
         let _ = iommufd.set_huge_pages(ioas, true);
     }
     cuts
@@ -283,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_without_iommufd_is_told_so_in_one_line() {
+    fn host_without_iommufd_is_reported_in_one_line() {
         if std::path::Path::new("/dev/iommu").exists() {
             return; // machine.rs covers such a host
         }
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_passed_file_that_is_no_iommufd_is_refused() {
+    fn passed_file_that_is_no_iommufd_is_refused() {
         let memfd = GuestFile::memfd("not-iommu", PAGE).unwrap();
         let error = IommufdDomain::from_fd(memfd.as_fd().try_clone_to_owned().unwrap(), Tables::default())
             .unwrap_err()

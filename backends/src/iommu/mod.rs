@@ -1,7 +1,7 @@
-//! IOVA domains: where mappings are made and taken back.
+//! IOVA domains: the objects in which mappings are made and removed.
 //!
-//! A domain answers for itself alone, on whatever thread calls it: every method takes `&self`, blocks for one
-//! kernel call, and may be called from several threads at once. What it can do is probed when it is opened.
+//! Every method takes `&self`, blocks for one kernel call, and may be called from several threads at once. A domain's
+//! capabilities are probed when it is opened.
 
 use std::fmt;
 use std::io;
@@ -23,68 +23,69 @@ pub mod sim;
 pub mod soft;
 pub mod type1;
 
-/// What a domain can do, probed when it was opened.
+/// The capabilities of a domain, probed when it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Mappings that the kernel lets this domain hold at most.
+    /// The maximum number of mappings in this domain.
     pub max_mappings: u64,
-    /// Longest single mapping in bytes (a registered buffer ends at 1 GiB).
+    /// The maximum length of one mapping in bytes (1 GiB for a registered buffer of io_uring).
     pub max_mapping_len: u64,
-    /// Whether a mapping can be made by file and offset.
+    /// True if mappings can be made by file and offset.
     pub by_file: bool,
-    /// Whether an unmap may leave operations in flight ([`Unmap::InFlight`]).
+    /// True if an unmap may leave operations in flight ([`Unmap::InFlight`]).
     pub tickets: bool,
-    /// Whether an unmap may begin and end inside mappings: what is left of them stays mapped without a moment's
-    /// break.
+    /// True if an unmap may begin and end inside mappings, whose rest stays mapped without a gap.
     pub cut: bool,
-    /// Whether [`Domain::replace`] can take ranges out.
+    /// True if [`Domain::replace`] is supported.
     pub replace: bool,
-    /// True where an unmap that fails half-way reports the bytes that it removed before ([`Unmap::Failed`]).
+    /// True if an unmap that fails half-way reports the number of bytes that it removed ([`Unmap::Failed`]).
     pub counts_partial: bool,
 }
 
-/// Names operations in flight over pages that an unmap took out of a domain; comes back from [`Domain::poll`].
+/// Identifies the operations that were in flight over pages when an unmap removed them. [`Domain::poll`] returns it
+/// when the last of them has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
-/// How an unmap went. Nothing here is "probably": what is not known to be gone is [`Unmap::Failed`].
+/// The result of an unmap. Whatever is not proved to be gone is [`Unmap::Failed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unmap {
     /// `bytes` were mapped and are gone; no operation over them is in flight.
     Gone {
-        /// Bytes that the kernel says it removed.
+        /// The number of bytes that the kernel reports as removed.
         bytes: u64,
     },
-    /// `bytes` are gone from the translation, but operations issued before still run over them.
+    /// `bytes` are gone from the translation, but operations issued before are in flight over them.
     InFlight {
-        /// Bytes that the kernel says it removed.
+        /// The number of bytes that the kernel reports as removed.
         bytes: u64,
-        /// [`Domain::poll`] returns it once the last of those operations has ended.
+        /// The ticket that [`Domain::poll`] returns once the last of those operations has ended.
         ticket: Ticket,
     },
-    /// The call failed. What of the range is still mapped is unknown.
+    /// The call failed. It is unknown which part of the range is still mapped.
     Failed {
-        /// The kernel's answer.
+        /// The errno of the kernel.
         errno: Errno,
-        /// Bytes that it says it removed before, the lowest addresses first, with nothing in flight over them: whoever
-        /// adds up what is gone waits for no ticket here. 0 where that is not certain.
+        /// The number of bytes that were removed before the failure, from the lowest address up, with nothing in flight
+        /// over them (no ticket is issued). 0 if that is not certain.
         bytes: u64,
     },
 }
 
 /// An IOVA domain.
 pub trait Domain: Send + Sync + fmt::Debug {
-    /// For messages: `iommufd`, `type1`, `soft`, `sim`.
+    /// Returns the backend's name, for messages: `iommufd`, `type1`, `soft`, `sim`.
     fn name(&self) -> &'static str;
 
-    /// What it can do.
+    /// Returns its capabilities.
     fn capabilities(&self) -> Capabilities;
 
-    /// Makes mappings that together cover `iova`, of the pages of `file` from `offset` on. They lie on a grid:
-    /// each begins and ends at an IOVA that is a multiple of `piece` bytes, but for the first, which begins where
-    /// `iova` does, and the last, which ends where `iova` does. All or nothing: on [`crate::Error::Map`] nothing
-    /// is left of it, on [`crate::Error::HalfMapped`] the range is unknown. `piece` is a multiple of the page
-    /// size, not 0.
+    /// Maps the pages of `file` from `offset` on at `iova`, as mappings on a grid of `piece` bytes: each mapping begins
+    /// and ends at an IOVA that is a multiple of `piece`, except that the first begins where `iova` does and the last
+    /// ends where `iova` does. `piece` is a multiple of the page size and not 0.
+    ///
+    /// All or nothing: after [`crate::Error::Map`] or [`crate::Error::Memlock`] no part of it is mapped; after
+    /// [`crate::Error::HalfMapped`] the state of the range is unknown.
     fn map(
         &self,
         iova: PageRange<Iova>,
@@ -94,45 +95,47 @@ pub trait Domain: Send + Sync + fmt::Debug {
         writable: bool,
     ) -> Result<()>;
 
-    /// Takes away what is mapped in `iova`; holes inside are no error. Where the domain can
-    /// [cut](Capabilities::cut), what sticks out of `iova` stays as mappings of its own; where it cannot, a
-    /// mapping that `iova` would cut in two is [`Unmap::Failed`], with nothing changed for it. Unless it fails, nothing in
-    /// `iova` is mapped afterwards, whatever was; operations over what a map left half made count as in flight.
+    /// Unmaps everything in `iova`; unmapped gaps inside are no error. If the domain can [cut](Capabilities::cut), the
+    /// parts of mappings outside `iova` stay mapped, as mappings of their own; if it cannot, a mapping that extends
+    /// beyond `iova` makes the call fail ([`Unmap::Failed`]), and that mapping is unchanged. Unless the call fails,
+    /// nothing in `iova` is mapped afterwards. Operations over the remains of a partial map
+    /// ([`crate::Error::HalfMapped`]) count as in flight.
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap;
 
-    /// Returns the IOVAs that its devices can use, in order; none where that is not known. Asked once the devices are
-    /// attached: each may take some away.
+    /// Returns the IOVA ranges that all attached devices can use, ascending; empty if unknown. Valid once the devices
+    /// are attached, for each device may exclude more.
     fn usable(&self) -> Vec<RangeInclusive<Iova>> {
         Vec::new()
     }
 
-    /// Copies of the files by which another process can go on with it ([`crate::resume`]), and its ids.
+    /// Duplicates the files with which another process can take the domain over ([`crate::resume`]), and returns its
+    /// ids.
     fn leave(&self) -> io::Result<(Left, Ids)> {
         Ok((Left::default(), Ids::Nothing))
     }
 
-    /// These pages were mapped by an earlier process, with this domain's files, and still are. Told once per range
-    /// before any other call over it.
+    /// Announces that `iova` was mapped by an earlier process and still is. Called once for each such range, before any
+    /// other call over it.
     fn resumed(&self, iova: PageRange<Iova>) {
         let _ = iova;
     }
 
-    /// Whether an unmap of this range would wait for more than the kernel, as things are now.
+    /// Returns true if an unmap of this range would at present wait for anything besides the kernel call.
     fn may_wait(&self, iova: PageRange<Iova>) -> bool {
         let _ = iova;
         false
     }
 
-    /// Takes exactly the ranges `gone` out at once, by filling a second page table without them and moving every
-    /// device to it. They are sorted and do not overlap; each may begin and end inside mappings, and what sticks
-    /// out stays as mappings of its own. [`Unmap::Gone`] has the sum of what was mapped in them; on any error
-    /// half-way it is [`Unmap::Failed`], and what of `gone` is still mapped is unknown. Every other page is mapped
-    /// before and after, in both tables.
+    /// Unmaps exactly the ranges `gone`, by filling a second page table without them and moving every device to it. The
+    /// ranges are ascending and do not overlap; each may begin and end inside mappings, whose rest stays mapped, as
+    /// mappings of its own. [`Unmap::Gone`] has the number of bytes that were mapped in all of them. After an error
+    /// half-way ([`Unmap::Failed`]) it is unknown which part of `gone` is still mapped. Every other page stays mapped,
+    /// in both tables.
     ///
-    /// **Not hitless**: VT-d and AMD block the device for a moment while it moves, and a DMA that comes then,
-    /// also to a page that stays, is lost (the kernel promises no more, whatever the IOMMU).
+    /// **Not hitless**: VT-d and AMD block the device briefly while it moves, and a DMA in that gap is lost, also one
+    /// to a page that stays mapped. The kernel guarantees no more for any IOMMU.
     ///
-    /// `ENOSYS` where the domain [cannot](Capabilities::replace): nothing has changed then.
+    /// `ENOSYS` if the domain does not [support it](Capabilities::replace): nothing has changed then.
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
         let _ = gone;
         Unmap::Failed { errno: Errno::NOSYS, bytes: 0 }
@@ -143,7 +146,8 @@ pub trait Domain: Send + Sync + fmt::Debug {
         let _ = ended;
     }
 
-    /// Readable whenever [`Domain::poll`] has something to say; none for a domain without tickets.
+    /// Returns a descriptor that is readable while [`Domain::poll`] has tickets to return; none for a domain without
+    /// tickets.
     fn wake(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -1,4 +1,4 @@
-//! Mappings made in pieces, all or nothing: what the kernel-backed domains share.
+//! Mapping a range in several pieces, all or nothing, for the domains that make one kernel call for each piece.
 
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Failed, Iova, PageRange};
@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::Unmap;
 use crate::{Error, Result};
 
-/// The parts of `iova` between the multiples of `piece` bytes, in order; all of it for a `piece` of 0.
+/// Returns the parts of `iova` between the multiples of `piece` bytes, ascending; all of `iova` for a `piece` of 0.
 pub(super) fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = PageRange<Iova>> {
     let mut at = iova.start();
     std::iter::from_fn(move || {
@@ -19,14 +19,14 @@ pub(super) fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = Pa
     })
 }
 
-/// How many there are.
+/// Returns the number of parts of [`grid`].
 pub(super) fn count(iova: PageRange<Iova>, piece: u64) -> u64 {
     let nth = |address: u64| address.checked_div(piece).unwrap_or(0);
     nth(iova.end().0 - 1) - nth(iova.start().0) + 1
 }
 
-/// Makes the mappings of the grid of `piece` bytes that together cover `iova`, by `map` one after the other. If
-/// one fails, takes back by `unmap` those made before, and checks that every byte of them went.
+/// Maps each part of the [`grid`] of `piece` bytes over `iova` by one call of `map`. If one fails, removes the parts
+/// made before by `unmap`, and checks that every byte of them was removed.
 pub(super) fn map(
     iova: PageRange<Iova>,
     piece: u64,
@@ -38,17 +38,17 @@ pub(super) fn map(
         let from = Offset(offset.0 + (next.start().0 - iova.start().0));
         if let Err(source) = map(next, from) {
             if let Some(made) = PageRange::between(iova.start(), next.start()) {
-                take_back(iova, made, unmap(made))?;
+                roll_back(iova, made, unmap(made))?;
             }
-            return Err(Error::Map { iova, source, mend: mend(source.errno) });
+            return Err(Error::Map { iova, source, mend: remedy(source.errno) });
         }
     }
     Ok(())
 }
 
-/// Whether the roll-back of `made`, a part of `iova`, removed all of it.
-fn take_back(iova: PageRange<Iova>, made: PageRange<Iova>, went: Unmap) -> Result<()> {
-    let errno = match went {
+/// Checks that the roll-back of `made`, a part of `iova`, removed all of it; [`Error::HalfMapped`] otherwise.
+fn roll_back(iova: PageRange<Iova>, made: PageRange<Iova>, unmapped: Unmap) -> Result<()> {
+    let errno = match unmapped {
         Unmap::Gone { bytes } if bytes == made.len() => return Ok(()),
         Unmap::Gone { .. } | Unmap::InFlight { .. } => Errno::IO,
         Unmap::Failed { errno, .. } => errno,
@@ -56,8 +56,8 @@ fn take_back(iova: PageRange<Iova>, made: PageRange<Iova>, went: Unmap) -> Resul
     Err(Error::HalfMapped { iova, source: Failed::new("unmap", errno) })
 }
 
-/// What a user can do about a map that failed like this.
-fn mend(errno: Errno) -> &'static str {
+/// Returns the remedy for a map that failed with `errno`, to be appended to the error.
+fn remedy(errno: Errno) -> &'static str {
     match errno {
         Errno::NOMEM => {
             "; pinned pages count against RLIMIT_MEMLOCK: raise it (ulimit -l, or LimitMEMLOCK= in the unit)"
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_lie_on_the_grid_and_the_first_and_the_last_may_be_shorter() {
+    fn pieces_lie_on_the_grid_except_at_both_ends() {
         let made = RefCell::new(Vec::new());
         let one = |iova, offset: Offset| {
             made.borrow_mut().push((iova, offset.0 / PAGE));
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_count_is_that_of_the_grid() {
+    fn count_equals_number_of_grid_parts() {
         for start in 0..9 {
             for pages in 1..9 {
                 for piece in [0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE, u64::MAX] {
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn whichever_piece_fails_those_before_are_taken_back() {
+    fn failed_piece_rolls_back_all_before_it() {
         for fails in 0..5 {
             let one = |iova: PageRange<Iova>, _| match iova.start().0 / PAGE {
                 page if page == fails => Err(Failed::new("map", Errno::NOMEM)),
@@ -135,8 +135,8 @@ mod tests {
     }
 
     #[test]
-    fn a_roll_back_that_fails_or_falls_short_leaves_the_range_unknown() {
-        for went in [
+    fn incomplete_roll_back_is_half_mapped() {
+        for unmapped in [
             Unmap::Gone { bytes: PAGE },
             Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) },
             Unmap::Failed { errno: Errno::BUSY, bytes: 0 },
@@ -145,7 +145,7 @@ mod tests {
                 2 => Err(Failed::new("map", Errno::NOMEM)),
                 _ => Ok(()),
             };
-            let error = map(range(0, 4), PAGE, Offset(0), one, |_| went).unwrap_err();
+            let error = map(range(0, 4), PAGE, Offset(0), one, |_| unmapped).unwrap_err();
             assert!(matches!(error, Error::HalfMapped { .. }), "{error}");
         }
     }

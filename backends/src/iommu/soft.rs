@@ -1,19 +1,24 @@
-//! The domain of software devices: io_uring's registered buffers as its mappings. The embedded default.
+//! The domain of software devices, whose mappings are registered buffers of an io_uring. It is the default without an
+//! IOMMU.
 //!
-//! No IOMMU, and yet nothing here is pretended: every mapping is a long-term pin that the kernel holds, DMA is
-//! done by the kernel through that pin, a DMA to an empty slot is the kernel's own `EFAULT`, and *gone* is said
-//! only once the kernel has reported the slot's tag. The devices never ask the domain's book; they go by a
-//! translation of their own, which an unmap leaves stale ([`view`]).
+//! There is no IOMMU, but nothing is simulated: every mapping is a long-term pin of the kernel, DMA is done by the
+//! kernel through that pin, a DMA to an empty slot fails with the kernel's `EFAULT`, and an unmap is [`Unmap::Gone`]
+//! only once the kernel has released the slot's tag. The devices do not consult the domain's slot table; they use
+//! translations of their own, which an unmap leaves stale ([`view`]).
 //!
-//! Limits, stated: one ring, so 16 384 mappings of at most 1 GiB; the kernel pins for writing, so a file opened
-//! read-only cannot be mapped, and that a mapping is read-only is kept by the devices' translation alone; the
-//! pinned bytes count against RLIMIT_MEMLOCK without CAP_IPC_LOCK. Before Linux 6.13 the kernel lets go of slots
-//! strictly in turn: one operation that does not end holds back the tickets of all later unmaps. The kernel holds
-//! the ring while it pins the pages of one slot, so short pieces keep a map from delaying an unmap elsewhere. A
-//! process that forks without exec hands the ring, and so every pin, to its child.
+//! Limits:
 //!
-//! Locks are taken in this order: maps, then table, then view or reaper; view, then submissions. But for the
-//! first, none is held for longer than one kernel call.
+//! - One ring, so 16 384 mappings of at most 1 GiB each.
+//! - The kernel pins for writing, so a file opened read-only cannot be mapped. A mapping that is read-only is so in the
+//!   devices' translations only.
+//! - The pinned bytes count against RLIMIT_MEMLOCK without CAP_IPC_LOCK.
+//! - Before Linux 6.13 the kernel releases slots strictly in order: one operation that does not end delays the tickets
+//!   of all later unmaps.
+//! - The kernel locks the ring while it pins the pages of one slot, so a map of long pieces delays unmaps elsewhere.
+//! - A process that forks without exec passes the ring, and so every pin, to its child.
+//!
+//! Lock order: map lock, then table, then view or reaper; view, then submissions. Except for the map lock, none is held
+//! for longer than one kernel call.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,74 +40,74 @@ pub(crate) mod reaper;
 mod table;
 mod view;
 
-use mapping::Want;
-use reaper::{Bell, Flight, Reaper};
+use mapping::MapRequest;
+use reaper::{Operation, Reaper, WakeSource};
 use table::Table;
 use view::View;
 
-/// Operations that may be on their way into the kernel at once: one for each thread, and those are few.
-const SUBMISSIONS: u32 = 64;
+/// Entries of the submission queue: one for each thread that submits at the same time, which are few.
+const SQ_ENTRIES: u32 = 64;
 
 /// A soft domain. Devices come from [`SoftDomain::device`]; all of them see the same mappings.
 #[derive(Debug)]
 pub struct SoftDomain {
     ring: Arc<Ring>,
-    /// Bytes that may be pinned, or none where there is no limit.
+    /// The maximum number of bytes that may be pinned (RLIMIT_MEMLOCK); none if there is no limit.
     memlock: Option<u64>,
-    /// Held by whoever makes mappings, so that the table need not be held while the kernel pins.
-    maps: Mutex<()>,
+    /// Serialises maps, so that the table is not locked while the kernel pins pages.
+    map_lock: Mutex<()>,
     table: Mutex<Table>,
     view: RwLock<View>,
     submissions: Mutex<Submissions>,
     reaper: Mutex<Reaper>,
-    /// Whether a ticket is outstanding.
-    waiting: Arc<AtomicBool>,
+    /// True while a ticket is outstanding.
+    tickets_outstanding: Arc<AtomicBool>,
     wake: Arc<OwnedFd>,
 }
 
-/// What a device does to the memory at an IOVA, and with which file.
+/// The kind of a DMA, with the file at its other end.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Dma<'fd> {
-    /// The device writes guest memory, with what it reads from the file.
+    /// The device writes to guest memory the bytes that it reads from the file.
     Write(BorrowedFd<'fd>),
-    /// The device reads guest memory, into the file.
+    /// The device reads guest memory and writes it to the file.
     Read(BorrowedFd<'fd>),
-    /// The device sends guest memory from where it is.
+    /// The device sends guest memory over the socket, without a copy (zero-copy send).
     Send(BorrowedFd<'fd>),
 }
 
-/// Why a DMA was not issued.
+/// The reason for which a DMA was not issued.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Refusal {
-    /// No translation, or not for writing.
+pub(crate) enum IssueError {
+    /// There is no translation, or none for writing.
     Fault,
-    /// The kernel did not take it.
+    /// The kernel did not accept the submission.
     Failed(Failed),
 }
 
 impl SoftDomain {
-    /// Opens a domain of its own ring. The locked-memory limit is that of the calling thread, now.
+    /// Opens a domain with a ring of its own. The limit of locked memory is the present one of the calling thread.
     pub fn open() -> Result<Arc<Self>> {
         Self::with_slots(uring::MAX_SLOTS)
     }
 
-    /// Opens a domain with a smaller table, at most 16 384 slots.
+    /// Opens a domain with `slots` slots, from 1 to 16 384.
     pub fn with_slots(slots: u32) -> Result<Arc<Self>> {
         let memlock = uring::memlock_limit();
         let slots = slots.clamp(1, uring::MAX_SLOTS);
-        let (ring, submissions, completions) = Ring::open(SUBMISSIONS, slots)?;
-        let bell = Bell::new().map_err(|failed| Error::Host {
+        let (ring, submissions, completions) = Ring::open(SQ_ENTRIES, slots)?;
+        let wake_source = WakeSource::new().map_err(|failed| Error::Host {
             what: failed.to_string(),
             mend: "raise the limit of open files (`ulimit -n`, `LimitNOFILE=` in a systemd unit)",
         })?;
-        let wake = bell.fd();
-        let reaper = Reaper::new(Arc::clone(&ring), completions, bell);
+        let wake = wake_source.fd();
+        let reaper = Reaper::new(Arc::clone(&ring), completions, wake_source);
         Ok(Arc::new(Self {
-            maps: Mutex::default(),
+            map_lock: Mutex::default(),
             table: Mutex::new(Table::new(slots)),
             view: RwLock::default(),
             submissions: Mutex::new(submissions),
-            waiting: reaper.waiting(),
+            tickets_outstanding: reaper.tickets_outstanding(),
             reaper: Mutex::new(reaper),
             ring,
             memlock,
@@ -110,29 +115,29 @@ impl SoftDomain {
         }))
     }
 
-    /// A device in this domain, called `name` in messages.
+    /// Makes a device in this domain, called `name` in messages.
     pub fn device(self: &Arc<Self>, name: &str) -> Result<Arc<SoftDevice>> {
         SoftDevice::open(Arc::clone(self), name)
     }
 
-    /// Mappings that exist now.
+    /// Returns the number of mappings.
     pub fn mappings(&self) -> usize {
         self.table().live()
     }
 
-    /// Translates `iova` and issues one operation of at most `len` bytes there: as far as the mapping goes, which
-    /// is returned. When this returns, the operation has its slot.
+    /// Translates `iova` and issues one operation of at most `len` bytes there. Returns its length, which ends with the
+    /// mapping at the latest. When this returns, the operation has a reference to its slot.
     pub(crate) fn issue(
         &self,
         dma: Dma<'_>,
         iova: Iova,
         len: usize,
-        flight: &Flight,
-    ) -> Result<usize, Refusal> {
+        operation: &Operation,
+    ) -> Result<usize, IssueError> {
         let view = read(&self.view);
-        let translation = view.find(iova).ok_or(Refusal::Fault)?;
+        let translation = view.find(iova).ok_or(IssueError::Fault)?;
         if matches!(dma, Dma::Write(_)) && !translation.writable {
-            return Err(Refusal::Fault);
+            return Err(IssueError::Fault);
         }
         let into = iova.0 - translation.iova.start().0;
         let len = (len as u64).min(translation.iova.len() - into);
@@ -143,34 +148,37 @@ impl SoftDomain {
             Dma::Read(to) => Op::Drain(to, span),
             Dma::Send(socket) => Op::SendZeroCopy(socket, span),
         };
-        // Not a moment earlier than this may the view be written to.
-        lock(&self.submissions).submit(op, flight.id()).map_err(Refusal::Failed)?;
+        // The view stays locked until the submission returns: a map may reuse the slot only after the kernel has taken
+        // the operation, with the buffer that is in the slot now.
+        lock(&self.submissions).submit(op, operation.id()).map_err(IssueError::Failed)?;
         Ok(len as usize)
     }
 
-    /// Looks whether `flight` has ended, and delivers whatever else has.
-    pub(crate) fn outcome(&self, flight: &Flight) -> Option<Result<u32, Errno>> {
-        flight.outcome().or_else(|| {
+    /// Returns the result of `operation` if it has ended, after reaping all completions.
+    pub(crate) fn outcome(&self, operation: &Operation) -> Option<Result<u32, Errno>> {
+        operation.outcome().or_else(|| {
             self.reaper().reap();
-            flight.outcome()
+            operation.outcome()
         })
     }
 
-    /// Says that the calling device is at work until the answer is dropped.
-    pub(crate) fn at_work(&self) -> Option<AtWork<'_>> {
-        // A ticket that begins right now costs its owner one vain look at the queue for each operation under way.
-        self.waiting.load(Ordering::Acquire).then(|| {
-            self.reaper().begin();
-            AtWork(self)
+    /// Marks the calling device as busy until the returned value is dropped. None while no ticket is outstanding.
+    pub(crate) fn mark_busy(&self) -> Option<BusyDevice<'_>> {
+        // A ticket that becomes outstanding after this check only costs spurious wake-ups, one for each operation in
+        // flight.
+        self.tickets_outstanding.load(Ordering::Acquire).then(|| {
+            self.reaper().device_busy();
+            BusyDevice(self)
         })
     }
 
-    /// Waits until something may have happened at the ring, at most `patience`.
-    pub(crate) fn idle(&self, patience: Duration) {
-        // Another thread may take the completion off the queue, so this never sleeps long.
-        let patience = patience.min(Duration::from_millis(1));
-        let patience = rustix::time::Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
-        let _ = poll(&mut [PollFd::new(&self.ring, PollFlags::IN)], Some(&patience));
+    /// Waits until the ring may have a completion, at most `timeout` or 1 ms.
+    pub(crate) fn await_completion(&self, timeout: Duration) {
+        // Another thread may reap the completion first, in which case poll would sleep for the whole timeout: so it is
+        // short.
+        let timeout = timeout.min(Duration::from_millis(1));
+        let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout.subsec_nanos().into() };
+        let _ = poll(&mut [PollFd::new(&self.ring, PollFlags::IN)], Some(&timeout));
     }
 
     pub(crate) fn ring(&self) -> &Ring {
@@ -185,29 +193,31 @@ impl SoftDomain {
         lock(&self.table)
     }
 
-    /// Books slots as empty that have just been emptied, and answers with a ticket where operations still run.
-    /// The table has been held since before they were emptied.
+    /// Records slots that have just been emptied. Returns a ticket if operations are in flight over their pages;
+    /// [`Domain::poll`] returns it later only if it is `reported`. The table must have been locked since before the
+    /// slots were emptied: the tags of two unmaps must not mix.
     fn settle(
         &self,
         table: &mut Table,
         emptied: impl ExactSizeIterator<Item = Slot> + Clone,
-        told: bool,
+        reported: bool,
     ) -> Option<Ticket> {
         let fillings = emptied.clone().filter_map(|slot| table.filling(slot));
-        let ticket = self.reaper().settle(emptied.len(), fillings, told);
-        emptied.for_each(|slot| table.empty(slot));
+        let ticket = self.reaper().settle(emptied.len(), fillings, reported);
+        emptied.for_each(|slot| table.mark_stale(slot));
         ticket
     }
 
-    /// Empties slots, neighbours in one call; how many, and why not all.
+    /// Empties slots, adjacent ones by one call. Returns the number of emptied slots, and the errno if it is not all of
+    /// them.
     fn empty(&self, slots: impl Iterator<Item = Slot>) -> (usize, Option<Errno>) {
-        // As many tags as the queue holds without the kernel keeping some aside.
-        const RUN: u32 = 1024;
+        // The number of tags for which the completion queue has room. More would go to the kernel's overflow list.
+        const MAX_RUN: u32 = 1024;
         let mut slots = slots.peekable();
         let mut emptied = 0;
         while let Some(first) = slots.next() {
             let mut count = 1;
-            while count < RUN
+            while count < MAX_RUN
                 && slots.next_if(|slot| u32::from(slot.0) == u32::from(first.0) + count).is_some()
             {
                 count += 1;
@@ -216,7 +226,7 @@ impl SoftDomain {
                 Ok(()) => emptied += count as usize,
                 Err(failed) => return (emptied + failed.partial as usize, Some(failed.errno)),
             }
-            if count == RUN {
+            if count == MAX_RUN {
                 self.reaper().reap();
             }
         }
@@ -224,12 +234,12 @@ impl SoftDomain {
     }
 }
 
-/// A device is at work.
-pub(crate) struct AtWork<'a>(&'a SoftDomain);
+/// Marks a device as busy until it is dropped.
+pub(crate) struct BusyDevice<'a>(&'a SoftDomain);
 
-impl Drop for AtWork<'_> {
+impl Drop for BusyDevice<'_> {
     fn drop(&mut self) {
-        self.0.reaper().end();
+        self.0.reaper().device_idle();
     }
 }
 
@@ -245,7 +255,7 @@ impl Domain for SoftDomain {
             max_mapping_len: uring::MAX_SLOT_LEN,
             by_file: false,
             tickets: true,
-            // A registered buffer is given back whole.
+            // A registered buffer can only be unregistered as a whole.
             cut: false,
             replace: false,
             counts_partial: true,
@@ -260,38 +270,38 @@ impl Domain for SoftDomain {
         offset: Offset,
         writable: bool,
     ) -> Result<()> {
-        self.make(&Want { iova, piece, file, offset, writable })
+        self.make(&MapRequest { iova, piece, file, offset, writable })
     }
 
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
         let mut table = self.table();
-        // Operations over what a failed map had made and taken back.
+        // Operations over pages that a failed map had mapped and rolled back.
         let unfinished = table.is_unfinished(iova, |ticket| self.reaper().is_running(ticket));
         let unfinished = unfinished.then_some(Errno::INPROGRESS);
-        let mut doomed = std::mem::take(&mut table.scratch);
-        doomed.clear();
+        let mut targets = std::mem::take(&mut table.scratch);
+        targets.clear();
         let whole = read(&self.view).overlapping(iova).filter(|t| table.is_live(t.slot)).all(|t| {
-            doomed.push((t.slot, t.iova.len()));
+            targets.push((t.slot, t.iova.len()));
             iova.covers(t.iova)
         });
-        let answer = if !whole {
+        let result = if !whole {
             Unmap::Failed { errno: Errno::INVAL, bytes: 0 }
-        } else if doomed.is_empty() {
-            answer(0, unfinished, None)
+        } else if targets.is_empty() {
+            unmap_result(0, unfinished, None)
         } else {
-            let (emptied, failed) = self.empty(doomed.iter().map(|(slot, _)| *slot));
+            let (emptied, failed) = self.empty(targets.iter().map(|(slot, _)| *slot));
             let failed = failed.or(unfinished);
-            let gone = &doomed[..emptied];
+            let gone = &targets[..emptied];
             let bytes = gone.iter().map(|(_, len)| len).sum();
             let ticket = self.settle(&mut table, gone.iter().map(|(slot, _)| *slot), failed.is_none());
             if failed.is_some() {
-                // Nobody has the ticket.
+                // The caller does not get the ticket, so a later unmap over this range must check it.
                 table.unfinished.extend(ticket.map(|ticket| (iova, ticket)));
             }
-            answer(bytes, failed, ticket)
+            unmap_result(bytes, failed, ticket)
         };
-        table.scratch = doomed;
-        answer
+        table.scratch = targets;
+        result
     }
 
     fn poll(&self, ended: &mut Vec<Ticket>) {
@@ -305,10 +315,11 @@ impl Domain for SoftDomain {
     }
 }
 
-/// The answer to an unmap that has emptied `bytes`, and has failed then or not; `ticket` where operations still run.
-fn answer(bytes: u64, failed: Option<Errno>, ticket: Option<Ticket>) -> Unmap {
+/// Returns the result of an unmap that has removed `bytes` and then failed with an errno or not; `ticket` is set if
+/// operations are in flight over them.
+fn unmap_result(bytes: u64, failed: Option<Errno>, ticket: Option<Ticket>) -> Unmap {
     match (failed, ticket) {
-        // What is gone but in flight is not told as gone: nobody would wait for it.
+        // Bytes with operations in flight are not reported: a failed unmap returns no ticket to wait for.
         (Some(errno), ticket) => Unmap::Failed { errno, bytes: if ticket.is_none() { bytes } else { 0 } },
         (None, Some(ticket)) => Unmap::InFlight { bytes, ticket },
         (None, None) => Unmap::Gone { bytes },
@@ -316,7 +327,7 @@ fn answer(bytes: u64, failed: Option<Errno>, ticket: Option<Ticket>) -> Unmap {
 }
 
 impl Drop for SoftDomain {
-    /// Closing the ring releases the pins too, but some time later and unseen.
+    /// Empties all slots. Closing the ring would unpin the pages too, but asynchronously, at an unknown time.
     fn drop(&mut self) {
         let slots = self.table().all_live();
         self.empty(slots.into_iter());
@@ -324,7 +335,7 @@ impl Drop for SoftDomain {
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No holder of these locks can panic between two writes that belong together.
+    // Poisoning is ignored: no code that has one of these locks can panic between two writes that belong together.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -341,11 +352,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unmap_that_fails_half_way_does_not_count_what_is_in_flight() {
+    fn partial_unmap_does_not_count_bytes_in_flight() {
         let (ticket, errno) = (Some(Ticket(1)), Errno::NOMEM);
-        assert_eq!(answer(2 * PAGE, Some(errno), ticket), Unmap::Failed { errno, bytes: 0 });
-        assert_eq!(answer(2 * PAGE, Some(errno), None), Unmap::Failed { errno, bytes: 2 * PAGE });
-        assert_eq!(answer(2 * PAGE, None, ticket), Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) });
-        assert_eq!(answer(2 * PAGE, None, None), Unmap::Gone { bytes: 2 * PAGE });
+        assert_eq!(unmap_result(2 * PAGE, Some(errno), ticket), Unmap::Failed { errno, bytes: 0 });
+        assert_eq!(unmap_result(2 * PAGE, Some(errno), None), Unmap::Failed { errno, bytes: 2 * PAGE });
+        let in_flight = Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) };
+        assert_eq!(unmap_result(2 * PAGE, None, ticket), in_flight);
+        assert_eq!(unmap_result(2 * PAGE, None, None), Unmap::Gone { bytes: 2 * PAGE });
     }
 }

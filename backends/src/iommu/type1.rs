@@ -1,9 +1,9 @@
-//! The type1 domain: a VFIO container with the type1v2 IOMMU, for devices by their group. Every kernel with VFIO,
-//! and the only way on those built without iommufd, which are the stock kernels of Debian.
+//! The type1 domain: a VFIO container with the type1v2 IOMMU driver, for devices that are opened by their group.
+//! Available on every kernel with VFIO, and the only backend on kernels without iommufd, such as Debian's.
 //!
-//! Everything is mapped by address, the number of mappings is limited (`dma_entry_limit`, 65 535 unless set), and
-//! there is no blocking domain to move a device to. An unmap checks both ends of the range before it changes
-//! anything, so a failed one has changed nothing.
+//! Everything is mapped by address, the number of mappings is limited (`dma_entry_limit`, 65 535 by default), and there
+//! is no blocking domain to move a device to. The kernel checks both ends of an unmap's range before it changes
+//! anything, so an unmap that fails has changed nothing.
 
 mod resume;
 
@@ -24,25 +24,27 @@ use super::{Capabilities, Domain, Unmap, pieces};
 use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
-/// Where the kernel states how many mappings a container may hold.
-const ENTRY_LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+/// The module parameter with the maximum number of mappings in a container.
+const ENTRY_LIMIT_PATH: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
 
-/// What that is where the kernel does not state it.
-const DEFAULT_ENTRIES: u64 = 65_535;
+/// The maximum number of mappings if the kernel does not state it (`U16_MAX` in drivers/vfio/vfio_iommu_type1.c).
+const DEFAULT_MAX_MAPPINGS: u64 = 65_535;
 
 /// A container and the groups in it.
 ///
-/// A group stays until the domain goes: when the last one leaves, the kernel takes every mapping with it. The
-/// groups close before the container, and the devices, which hold the domain, before both.
+/// Groups stay in the container as long as the domain exists: when the last group leaves a container, the kernel
+/// removes every mapping. The order of the fields closes the groups before the container; each device has a reference
+/// to the domain, so all devices close before both.
 #[derive(Debug)]
 pub struct Type1Domain {
     groups: Mutex<Vec<Arc<Group>>>,
+    /// The maximum number of mappings.
     entries: u64,
     container: Container,
 }
 
 impl Type1Domain {
-    /// A new container, with the group of its first device: a container without a group maps nothing.
+    /// Opens a new container with the group of its first device: a container without a group maps nothing.
     pub fn open(address: PciAddress, group: &IommuGroup) -> Result<Arc<Self>> {
         let container = Container::open().map_err(|failed| Error::Host {
             what: failed.to_string(),
@@ -58,14 +60,14 @@ impl Type1Domain {
         Self::new(container, open_group(address, group)?, address)
     }
 
-    /// A container and its first group that somebody with the right to open them has passed. The group is not in
-    /// a container yet.
+    /// Makes a domain of a container and its first group that were opened by a process with the permission to. The
+    /// group must not be in a container yet.
     pub fn from_fds(container: OwnedFd, group: (u32, OwnedFd), address: PciAddress) -> Result<Arc<Self>> {
         Self::new(Container::from_fd(container), Group::from_fd(group.0, group.1), address)
     }
 
     fn new(container: Container, group: Group, address: PciAddress) -> Result<Arc<Self>> {
-        put(&group, &container, address)?;
+        add_group(&group, &container, address)?;
         container.set_type1().map_err(|source| Error::Device {
             device: address.to_string(),
             source,
@@ -81,30 +83,30 @@ impl Type1Domain {
             Ok(info) => info.mappings_left.map(u64::from),
             Err(_) => None,
         };
-        let stated = || fs::read_to_string(ENTRY_LIMIT).ok()?.trim().parse().ok();
-        let entries = entries.or_else(stated).unwrap_or(DEFAULT_ENTRIES);
+        let parameter = || fs::read_to_string(ENTRY_LIMIT_PATH).ok()?.trim().parse().ok();
+        let entries = entries.or_else(parameter).unwrap_or(DEFAULT_MAX_MAPPINGS);
         Ok(Arc::new(Self { groups: Mutex::new(vec![Arc::new(group)]), entries, container }))
     }
 
-    /// The container, which a guardian holds.
+    /// Returns the container, of which a guardian has a duplicate.
     pub fn container(&self) -> &Container {
         &self.container
     }
 
-    /// The group of this number, if it is in the container.
-    pub(crate) fn group_left(&self, id: u32) -> Option<Arc<Group>> {
+    /// Returns the group with this number, if it is in the container.
+    pub(crate) fn group_by_id(&self, id: u32) -> Option<Arc<Group>> {
         let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         groups.iter().find(|group| group.id() == id).map(Arc::clone)
     }
 
-    /// The group of the device at `address`, put into the container if it is not there yet.
+    /// Returns the group of the device at `address`, after adding it to the container if it is not in it yet.
     pub fn group(&self, address: PciAddress, group: &IommuGroup) -> Result<Arc<Group>> {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = groups.iter().find(|known| known.id() == group.id) {
             return Ok(Arc::clone(found));
         }
         let opened = open_group(address, group)?;
-        put(&opened, &self.container, address)?;
+        add_group(&opened, &self.container, address)?;
         let opened = Arc::new(opened);
         groups.push(Arc::clone(&opened));
         Ok(opened)
@@ -152,7 +154,7 @@ impl Domain for Type1Domain {
     }
 
     fn leave(&self) -> io::Result<(Left, Ids)> {
-        self.last()
+        self.hand_over()
     }
 }
 
@@ -177,7 +179,8 @@ fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
     }
 }
 
-/// What sysfs did not show: a driver of the host came to a device of the group, or has one that sysfs hides.
+/// Returns the error for a group with a device that is bound to a host driver, although sysfs did not show that when it
+/// was checked.
 fn not_viable(address: PciAddress, group: &IommuGroup) -> Error {
     let members: Vec<_> = group.members.iter().map(PciAddress::to_string).collect();
     Error::Host {
@@ -190,7 +193,8 @@ fn not_viable(address: PciAddress, group: &IommuGroup) -> Error {
     }
 }
 
-fn put(group: &Group, container: &Container, address: PciAddress) -> Result<()> {
+/// Adds a group to a container.
+fn add_group(group: &Group, container: &Container, address: PciAddress) -> Result<()> {
     group.set_container(container).map_err(|source| Error::Device {
         device: address.to_string(),
         source,
@@ -207,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_that_is_not_viable_is_named_with_its_devices() {
+    fn error_of_a_group_that_is_not_viable_names_its_devices() {
         let members = ["04:00.0", "04:00.1"].map(|name| name.parse().unwrap()).to_vec();
         let group = IommuGroup { id: 9, noiommu: false, members };
         let error = not_viable("04:00.0".parse().unwrap(), &group).to_string();
@@ -222,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_vfio_is_told_so_in_one_line() {
+    fn host_without_vfio_is_reported_in_one_line() {
         if std::path::Path::new("/dev/vfio").exists() {
             return; // machine.rs covers such a host
         }

@@ -1,14 +1,14 @@
-//! Which pages are open: one bit each, 48 bits of IOVA.
+//! The open pages: a bit for each, over 48 bits of IOVA.
 //!
-//! A tree of three levels (512 GiB, 1 GiB, page), of which only what was ever open exists. Branches are never taken
-//! away again: a reader needs no lock and no counter, and 1 GiB of guest memory costs 32 KiB.
+//! A tree of three levels (512 GiB, 1 GiB, page). A branch is allocated when a page in it is opened for the first time
+//! and never freed: so a reader needs neither a lock nor a reference count, and 1 GiB of guest memory costs 32 KiB.
 
 use passgate_bindings::PAGE;
 
 use super::sync::{AtomicU64, Ordering};
 
-/// Pages in a word.
-const BITS: u64 = 64;
+/// The number of pages in a word.
+const PAGES_PER_WORD: u64 = 64;
 
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -20,26 +20,26 @@ impl Pages {
         Self { words: Words::new() }
     }
 
-    /// Opens the pages from `start` to before `end`, bytes on page boundaries.
+    /// Opens the pages from `start` to before `end`, in bytes, multiples of the page size.
     pub(super) fn open(&self, start: u64, end: u64) {
         for (index, mask) in masks(start, end) {
             self.words.make(index).fetch_or(mask, Ordering::Release);
         }
     }
 
-    /// Closes them. A fence comes between this and any look at the slots.
+    /// Closes pages. A SeqCst fence must come between this and a scan of the slots.
     pub(super) fn close(&self, start: u64, end: u64) {
         let mut masks = masks(start, end);
         while let Some((index, mask)) = masks.next() {
             match self.words.get(index) {
                 Some(word) => _ = word.fetch_and(!mask, Ordering::Release),
-                // Nothing of this branch was ever open.
+                // No page of this leaf or branch was ever open.
                 None => masks.skip_to(self.words.next_branch(index)),
             }
         }
     }
 
-    /// Whether every page that holds a byte from `start` to before `end` is open.
+    /// Returns true if every page with a byte from `start` to before `end` is open.
     pub(super) fn all_open(&self, start: u64, end: u64) -> bool {
         masks(start, end).all(|(index, mask)| {
             self.words.get(index).is_some_and(|word| word.load(Ordering::Acquire) & mask == mask)
@@ -47,7 +47,7 @@ impl Pages {
     }
 }
 
-/// The words, and the bits in each, of the pages that hold a byte from `start` to before `end`.
+/// Returns the index of each word, with a mask of its bits, for the pages with a byte from `start` to before `end`.
 fn masks(start: u64, end: u64) -> Masks {
     Masks { page: start / PAGE, end: end.div_ceil(PAGE) }
 }
@@ -59,7 +59,7 @@ struct Masks {
 
 impl Masks {
     fn skip_to(&mut self, index: u64) {
-        self.page = self.page.max(index * BITS);
+        self.page = self.page.max(index * PAGES_PER_WORD);
     }
 }
 
@@ -70,10 +70,10 @@ impl Iterator for Masks {
         if self.page >= self.end {
             return None;
         }
-        let (index, first) = (self.page / BITS, self.page % BITS);
-        let count = (BITS - first).min(self.end - self.page);
+        let (index, first) = (self.page / PAGES_PER_WORD, self.page % PAGES_PER_WORD);
+        let count = (PAGES_PER_WORD - first).min(self.end - self.page);
         self.page += count;
-        Some((index, (u64::MAX >> (BITS - count)) << first))
+        Some((index, (u64::MAX >> (PAGES_PER_WORD - count)) << first))
     }
 }
 
@@ -84,15 +84,15 @@ use tree::Words;
 mod tree {
     use std::sync::OnceLock;
 
-    use super::{AtomicU64, BITS};
+    use super::{AtomicU64, PAGES_PER_WORD};
     use crate::window::REACH;
     use passgate_bindings::PAGE;
 
-    /// Words in a leaf: 1 GiB.
-    const LEAF: u64 = (1 << 30) / PAGE / BITS;
-    /// Leaves in a branch, and branches.
+    /// The number of words in a leaf, for 1 GiB.
+    const LEAF: u64 = (1 << 30) / PAGE / PAGES_PER_WORD;
+    /// The number of leaves in a branch, and of branches.
     const FAN: u64 = 512;
-    const _: () = assert!(LEAF * FAN * FAN * BITS * PAGE == REACH);
+    const _: () = assert!(LEAF * FAN * FAN * PAGES_PER_WORD * PAGE == REACH);
 
     type Leaf = Box<[AtomicU64]>;
     type Branch = Box<[OnceLock<Leaf>]>;
@@ -102,30 +102,32 @@ mod tree {
         branches: Box<[OnceLock<Branch>]>,
     }
 
-    fn many<T>(count: u64, one: impl Fn() -> T) -> Box<[T]> {
+    fn boxed<T>(count: u64, one: impl Fn() -> T) -> Box<[T]> {
         (0..count).map(|_| one()).collect()
     }
 
     impl Words {
         pub(super) fn new() -> Self {
-            Self { branches: many(FAN, OnceLock::new) }
+            Self { branches: boxed(FAN, OnceLock::new) }
         }
 
-        /// The word at `index`, below [`REACH`]; none where nothing near it was ever open.
+        /// Returns the word at `index`, which is below [`REACH`]; none if no page of its leaf was ever open.
         pub(super) fn get(&self, index: u64) -> Option<&AtomicU64> {
             let branch = self.branches.get((index / LEAF / FAN) as usize)?.get()?;
             let leaf = branch[(index / LEAF % FAN) as usize].get()?;
             leaf.get((index % LEAF) as usize)
         }
 
+        /// Returns the word at `index`, after allocating its branch and leaf if they do not exist.
         pub(super) fn make(&self, index: u64) -> &AtomicU64 {
             let branch =
-                self.branches[(index / LEAF / FAN) as usize].get_or_init(|| many(FAN, OnceLock::new));
-            let leaf = branch[(index / LEAF % FAN) as usize].get_or_init(|| many(LEAF, || AtomicU64::new(0)));
+                self.branches[(index / LEAF / FAN) as usize].get_or_init(|| boxed(FAN, OnceLock::new));
+            let leaf =
+                branch[(index / LEAF % FAN) as usize].get_or_init(|| boxed(LEAF, || AtomicU64::new(0)));
             &leaf[(index % LEAF) as usize]
         }
 
-        /// The first word after the leaf or branch that is missing at `index`.
+        /// Returns the index of the first word after the leaf or branch that does not exist at `index`.
         pub(super) fn next_branch(&self, index: u64) -> u64 {
             let made = |branch: &OnceLock<Branch>| branch.get().is_some();
             let span = if self.branches.get((index / LEAF / FAN) as usize).is_some_and(made) {
@@ -139,11 +141,11 @@ mod tree {
 }
 
 #[cfg(loom)]
-use few::Words;
+use single_word::Words;
 
-/// For the model: 64 pages, for each atomic costs it interleavings.
+/// The words for loom: one only (64 pages), because each atomic multiplies the number of interleavings.
 #[cfg(loom)]
-mod few {
+mod single_word {
     use super::AtomicU64;
 
     #[derive(Debug)]

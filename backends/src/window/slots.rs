@@ -1,24 +1,24 @@
-//! The requests in flight, each with the memory that it touches. Written by I/O threads, read by the gate's side.
+//! The requests in flight, each with the memory that it accesses. Written by I/O threads, read by the gate's side.
 //!
-//! A slot is one word (era, occupied, number of ranges) and its ranges beside it. The words lie together, so that a
-//! look at all of them touches few cache lines; the slots of one queue are neighbours, so that threads seldom share
-//! one.
+//! A slot is one word (era, busy flag, number of ranges) and its ranges in another array. The words are contiguous, so
+//! that a scan of all of them reads few cache lines; the slots of one queue are adjacent, so that threads seldom share
+//! a cache line.
 
 use super::sync::{AtomicU64, Ordering, fence};
 
-/// In a slot's word: it holds a request.
+/// The bit of a slot's word that is set while it has a request.
 const BUSY: u64 = 1 << 15;
-/// In a slot's word: its ranges.
-const COUNT: u64 = BUSY - 1;
-/// In a slot's word: where the era begins.
-const ERA: u32 = 16;
+/// The bits of a slot's word with the number of ranges.
+const COUNT_MASK: u64 = BUSY - 1;
+/// The lowest bit of a slot's word with the era.
+const ERA_SHIFT: u32 = 16;
 
 #[derive(Debug)]
 pub(super) struct Slots {
     words: Box<[AtomicU64]>,
-    /// First byte and byte after the last, `segments` times per slot.
+    /// First byte and byte after the last of each range, `segments` ranges per slot.
     bounds: Box<[[AtomicU64; 2]]>,
-    /// Ranges that a slot holds.
+    /// The maximum number of ranges in a slot.
     segments: usize,
 }
 
@@ -36,10 +36,11 @@ impl Slots {
         self.words.len()
     }
 
-    /// Writes a request into a slot. The caller's fence comes after it.
+    /// Writes a request into a slot. The caller must issue a SeqCst fence after it.
     pub(super) fn publish(&self, slot: usize, era: u64, runs: impl Iterator<Item = (u64, u64)>) {
         let bounds = self.bounds(slot);
-        // Who reads one of the bounds below knows that whatever was in this slot before has left it.
+        // With the fence in `overlaps`: whoever reads one of the bounds stored below has also seen the slot cleared, so
+        // the request that was in it before has left.
         self.clear(slot);
         fence(Ordering::Release);
         let mut count = 0;
@@ -50,7 +51,8 @@ impl Slots {
                     after.store(end, Ordering::Relaxed);
                     count += 1;
                 }
-                // No room: the last range is made to span this one too. Never less than the truth.
+                // All ranges are used: the last one is extended to this one too. It may only become larger, never
+                // smaller.
                 None => {
                     let [first, after] = &bounds[count - 1];
                     first.store(first.load(Ordering::Relaxed).min(start), Ordering::Relaxed);
@@ -58,33 +60,36 @@ impl Slots {
                 }
             }
         }
-        self.words[slot].store(era << ERA | BUSY | count as u64, Ordering::Release);
+        self.words[slot].store(era << ERA_SHIFT | BUSY | count as u64, Ordering::Release);
     }
 
     pub(super) fn clear(&self, slot: usize) {
         self.words[slot].store(0, Ordering::Release);
     }
 
-    /// Whether a slot holds a request of this era or a later one. The caller's fence comes before it.
+    /// Returns true if a slot has a request of this era or a later one. The caller must have issued a SeqCst fence.
     pub(super) fn is_busy(&self, slot: usize, era: u64) -> bool {
-        Self::counts(self.words[slot].load(Ordering::Acquire), era)
+        Self::is_current(self.words[slot].load(Ordering::Acquire), era)
     }
 
-    /// Whether it holds one that touches a byte from `start` to before `end`.
+    /// Returns true if a slot has such a request that accesses a byte from `start` to before `end`.
     pub(super) fn overlaps(&self, slot: usize, era: u64, start: u64, end: u64) -> bool {
         let word = self.words[slot].load(Ordering::Acquire);
-        let ranges = self.bounds(slot).iter().take((word & COUNT) as usize);
-        let overlaps = Self::counts(word, era)
+        let ranges = self.bounds(slot).iter().take((word & COUNT_MASK) as usize);
+        let overlaps = Self::is_current(word, era)
             && ranges
                 .map(|[first, after]| (first.load(Ordering::Relaxed), after.load(Ordering::Relaxed)))
                 .any(|(first, after)| first < end && start < after);
-        // With the fence in `publish`: what came before a bound that was read, came before this.
+        // Pairs with the release fence in `publish`: whatever happened before a bound was stored that was read here,
+        // happened before the return of this function.
         fence(Ordering::Acquire);
         overlaps
     }
 
-    fn counts(word: u64, era: u64) -> bool {
-        word & BUSY != 0 && word >> ERA >= era
+    /// Returns true if a slot's word is of a request of `era` or a later one. A later one is possible because the
+    /// caller has read the era earlier.
+    fn is_current(word: u64, era: u64) -> bool {
+        word & BUSY != 0 && word >> ERA_SHIFT >= era
     }
 
     fn bounds(&self, slot: usize) -> &[[AtomicU64; 2]] {

@@ -1,4 +1,4 @@
-//! The atomics of the window: the processor's, or those of the model that tries every interleaving.
+//! The atomics of the window: those of `std`, or those of loom, which checks every interleaving.
 
 #[cfg(not(loom))]
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

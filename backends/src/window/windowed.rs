@@ -1,9 +1,9 @@
-//! A domain whose pages are open in a window exactly while they are mapped.
+//! A domain whose pages are open in an admission window only while they are mapped.
 //!
-//! Pages open once they are mapped, and close before they are taken away: then it waits until nothing in flight
-//! touches them. Where that takes too long nothing is taken away and the answer is `EBUSY`: the gate climbs on, to
-//! fences that need not wait. Pages that were closed open again by being mapped, and by nothing else: whatever a
-//! failed call left behind, no request finds it.
+//! Pages are opened after they were mapped, and closed before they are unmapped; an unmap then waits until no request
+//! in flight accesses them. If that takes too long, nothing is unmapped and the result is `EBUSY`: the gate proceeds to
+//! fences that need not wait. Closed pages are opened again only by a map: whatever state a failed call has left, no
+//! request can access these pages.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -20,39 +20,40 @@ use super::Window;
 use crate::resume::{Ids, Left};
 use crate::{Capabilities, Domain, Result, Ticket, Unmap};
 
-/// How long an unmap waits for what is in flight: longer than nearly every request takes, and a small part of the time in
-/// which whoever asked for it must be answered, for there are stronger means.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// The time for which an unmap waits for requests in flight: longer than nearly every request takes, and a small part
+/// of an invalidation's deadline, because stronger fences are left after that.
+const IN_FLIGHT_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// A domain behind a window.
+/// A domain with an admission window.
 #[derive(Debug)]
 pub struct Windowed {
     inner: Arc<dyn Domain>,
     window: Arc<Window>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Windowed {
-    /// `inner`, whose pages are from now on open in `window` while they are mapped. What is mapped already is not
-    /// known here ([`Domain::resumed`]).
+    /// Makes a domain that opens the pages of `inner` in `window` while they are mapped. Pages that are mapped already
+    /// are not opened, unless they are announced ([`Domain::resumed`]).
     pub fn new(inner: Arc<dyn Domain>, window: Arc<Window>) -> Self {
-        Self { inner, window, patience: PATIENCE }
+        Self { inner, window, timeout: IN_FLIGHT_TIMEOUT }
     }
 
-    /// How long an unmap waits for what is in flight over its pages; 100 ms unless said otherwise.
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    /// Sets the time for which an unmap waits for requests in flight over its pages (100 ms by default).
+    pub fn with_patience(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
-    /// Closes the ranges and waits until nothing in flight touches them.
-    fn shut(&self, ranges: &[PageRange<Iova>]) -> Result<(), Errno> {
+    /// Closes the ranges and waits until no request in flight accesses them; `EBUSY` after the timeout.
+    fn close_and_wait(&self, ranges: &[PageRange<Iova>]) -> Result<(), Errno> {
         ranges.iter().for_each(|range| self.window.close(*range));
-        let until = Instant::now() + self.patience;
+        // One deadline for all ranges together.
+        let until = Instant::now() + self.timeout;
         for range in ranges {
             if !self.window.await_clear(*range, until.saturating_duration_since(Instant::now())) {
                 log::warn!(
                     "requests in flight over IOVA {range} did not end within {:?}: it stays mapped",
-                    self.patience
+                    self.timeout
                 );
                 return Err(Errno::BUSY);
             }
@@ -61,7 +62,7 @@ impl Windowed {
     }
 }
 
-// A method that is not passed on would be the trait's own answer instead of the domain's.
+// A method that is not forwarded would return the trait's default instead of the inner domain's result.
 #[deny(clippy::missing_trait_methods)]
 impl Domain for Windowed {
     fn name(&self) -> &'static str {
@@ -90,7 +91,7 @@ impl Domain for Windowed {
     }
 
     fn unmap(&self, iova: PageRange<Iova>) -> Unmap {
-        match self.shut(&[iova]) {
+        match self.close_and_wait(&[iova]) {
             Ok(()) => self.inner.unmap(iova),
             Err(errno) => Unmap::Failed { errno, bytes: 0 },
         }
@@ -106,11 +107,11 @@ impl Domain for Windowed {
     }
 
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
-        // Where it cannot, nothing may change.
+        // If replace is not supported, nothing may change, so no page is closed.
         if !self.inner.capabilities().replace {
             return self.inner.replace(gone);
         }
-        match self.shut(gone) {
+        match self.close_and_wait(gone) {
             Ok(()) => self.inner.replace(gone),
             Err(errno) => Unmap::Failed { errno, bytes: 0 },
         }

@@ -15,8 +15,8 @@ struct Rig {
     file: Arc<GuestFile>,
 }
 
-fn rig(can: Capabilities) -> Rig {
-    let sim = Sim::new(can, Memory::new()).unwrap();
+fn rig(capabilities: Capabilities) -> Rig {
+    let sim = Sim::new(capabilities, Memory::new()).unwrap();
     let window = Window::new(4, 4);
     let domain = Windowed::new(Arc::new(sim.clone()), Arc::clone(&window));
     Rig { sim, window, domain, file: Arc::new(GuestFile::memfd("windowed", 64 * PAGE).unwrap()) }
@@ -35,7 +35,7 @@ impl Rig {
         self.window.enter(slot, &[Segment { iova: Iova(page * PAGE), len: PAGE as u32 }])
     }
 
-    /// Which of the first pages are open.
+    /// Returns the pages below 16 that are open.
     fn open(&self) -> Vec<u64> {
         (0..16)
             .filter(|page| {
@@ -62,7 +62,7 @@ fn pages_are_open_while_they_are_mapped() {
 }
 
 #[test]
-fn a_map_that_fails_opens_nothing() {
+fn failed_map_opens_nothing() {
     for fault in [Fault::Errno(Errno::NOMEM), Fault::HalfMapped(Errno::NOMEM)] {
         let rig = rig(Sim::CAPABILITIES);
         rig.sim.fail_next(Call::Map, fault);
@@ -72,7 +72,7 @@ fn a_map_that_fails_opens_nothing() {
 }
 
 #[test]
-fn an_unmap_waits_for_what_is_in_flight() {
+fn unmap_waits_for_requests_in_flight() {
     let mut rig = rig(Sim::CAPABILITIES);
     rig.domain = rig.domain.with_patience(Duration::from_secs(20));
     rig.map(0, 4, 1).unwrap();
@@ -90,15 +90,15 @@ fn an_unmap_waits_for_what_is_in_flight() {
             rig.window.leave(2);
             std::hint::spin_loop();
         }
-        assert_eq!(rig.sim.calls(Call::Unmap), 0, "the request still runs");
+        assert_eq!(rig.sim.calls(Call::Unmap), 0, "the request is still in flight");
         rig.window.leave(0);
         assert_eq!(unmapping.join().unwrap(), Unmap::Gone { bytes: 2 * PAGE });
     });
-    assert_eq!(rig.open(), [2, 3], "what runs beside it is no reason to wait");
+    assert_eq!(rig.open(), [2, 3], "a request over other pages is not waited for");
 }
 
 #[test]
-fn what_does_not_end_is_not_unmapped_and_stays_closed() {
+fn range_with_a_request_that_does_not_end_stays_mapped_and_closed() {
     let mut rig = rig(CUTS);
     rig.domain = rig.domain.with_patience(Duration::from_millis(5));
     rig.map(0, 8, 8).unwrap();
@@ -108,16 +108,16 @@ fn what_does_not_end_is_not_unmapped_and_stays_closed() {
     assert_eq!(rig.domain.replace(&[pages(1, 1), pages(4, 1)]), busy);
     assert_eq!((rig.sim.calls(Call::Unmap), rig.sim.calls(Call::Replace)), (0, 0));
     assert_eq!(rig.open(), [2, 3, 5, 6, 7]);
-    // A fence has proved that it runs no more.
+    // A fence has proved that its DMA has ended.
     rig.window.pause();
     rig.window.void();
     rig.window.lift();
     assert_eq!(rig.domain.unmap(pages(0, 2)), Unmap::Gone { bytes: 2 * PAGE });
-    assert_eq!(rig.open(), [2, 3, 5, 6, 7], "page 4 is mapped, but nobody mapped it since");
+    assert_eq!(rig.open(), [2, 3, 5, 6, 7], "page 4 is mapped, but was not mapped again since");
 }
 
 #[test]
-fn replace_waits_for_what_is_in_flight_over_any_of_its_ranges() {
+fn replace_waits_for_requests_over_any_of_its_ranges() {
     let gone = [pages(1, 1), pages(3, 2), pages(6, 1)];
     for busy in [1, 4, 6] {
         let mut rig = rig(CUTS);
@@ -132,7 +132,7 @@ fn replace_waits_for_what_is_in_flight_over_any_of_its_ranges() {
 }
 
 #[test]
-fn a_cut_or_a_replace_leaves_the_rest_open() {
+fn cut_and_replace_leave_the_rest_open() {
     let rig = rig(CUTS);
     rig.map(0, 8, 8).unwrap();
     assert_eq!(rig.domain.unmap(pages(2, 1)), Unmap::Gone { bytes: PAGE });
@@ -142,12 +142,12 @@ fn a_cut_or_a_replace_leaves_the_rest_open() {
 }
 
 #[test]
-fn a_split_without_cut_fails_and_is_closed_until_it_is_mapped_again() {
+fn failed_split_stays_closed_until_mapped_again() {
     let rig = rig(Sim::CAPABILITIES);
     rig.map(0, 8, 4).unwrap();
     assert!(matches!(rig.domain.unmap(pages(2, 1)), Unmap::Failed { .. }));
     assert_eq!(rig.open(), [0, 1, 3, 4, 5, 6, 7]);
-    // By whole pieces, as the gate does it.
+    // By whole pieces, as the gate does.
     assert_eq!(rig.domain.unmap(pages(0, 4)), Unmap::Gone { bytes: 4 * PAGE });
     rig.map(0, 2, 4).unwrap();
     rig.map(3, 1, 4).unwrap();
@@ -155,7 +155,7 @@ fn a_split_without_cut_fails_and_is_closed_until_it_is_mapped_again() {
 }
 
 #[test]
-fn an_unmap_that_fails_half_way_opens_nothing_again() {
+fn partial_unmap_opens_nothing_again() {
     for fault in [Fault::Errno(Errno::IO), Fault::HalfUnmapped(Errno::IO), Fault::Short, Fault::Late] {
         let rig = rig(CUTS);
         let _device = rig.sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
@@ -167,7 +167,7 @@ fn an_unmap_that_fails_half_way_opens_nothing_again() {
 }
 
 #[test]
-fn a_domain_that_cannot_replace_changes_nothing() {
+fn unsupported_replace_closes_nothing() {
     let rig = rig(Sim::CAPABILITIES);
     rig.map(0, 4, 1).unwrap();
     assert_eq!(rig.domain.replace(&[pages(0, 1)]), Unmap::Failed { errno: Errno::NOSYS, bytes: 0 });
@@ -175,7 +175,7 @@ fn a_domain_that_cannot_replace_changes_nothing() {
 }
 
 #[test]
-fn what_an_earlier_process_mapped_is_open_once_it_is_told() {
+fn announced_mapping_of_an_earlier_process_is_open() {
     let rig = rig(Sim::CAPABILITIES);
     rig.sim.map(pages(0, 4), PAGE, &rig.file, Offset(0), true).unwrap();
     assert!(rig.open().is_empty());
@@ -183,86 +183,86 @@ fn what_an_earlier_process_mapped_is_open_once_it_is_told() {
     assert_eq!(rig.open(), [1, 2]);
 }
 
-/// Takes down which of its methods was called, and answers none as the trait would by itself.
+/// A domain that records the calls to it, and returns other values than the trait's defaults.
 #[derive(Debug)]
-struct Scribe {
+struct Recorder {
     calls: Mutex<Vec<&'static str>>,
     wake: std::os::fd::OwnedFd,
     window: Arc<Window>,
 }
 
-impl Scribe {
-    fn note(&self, call: &'static str) {
+impl Recorder {
+    fn record(&self, call: &'static str) {
         self.calls.lock().unwrap().push(call);
     }
 
-    /// While the domain changes what is mapped at page 0, nothing enters there.
-    fn is_shut(&self, call: &str) {
+    /// Checks that page 0 is closed, as it must be while its mapping changes.
+    fn assert_closed(&self, call: &str) {
         let entered = self.window.enter(0, &[Segment { iova: Iova(0), len: 1 }]);
         assert_eq!(entered, Entered::Closed, "in {call}");
     }
 }
 
 #[deny(clippy::missing_trait_methods)]
-impl Domain for Scribe {
+impl Domain for Recorder {
     fn name(&self) -> &'static str {
-        self.note("name");
-        "scribe"
+        self.record("name");
+        "recorder"
     }
     fn capabilities(&self) -> Capabilities {
-        self.note("capabilities");
+        self.record("capabilities");
         Capabilities { max_mappings: 77, ..CUTS }
     }
     fn map(&self, _: PageRange<Iova>, _: u64, _: &Arc<GuestFile>, _: Offset, _: bool) -> Result<()> {
-        self.note("map");
-        self.is_shut("map");
+        self.record("map");
+        self.assert_closed("map");
         Ok(())
     }
     fn unmap(&self, _: PageRange<Iova>) -> Unmap {
-        self.note("unmap");
-        self.is_shut("unmap");
+        self.record("unmap");
+        self.assert_closed("unmap");
         Unmap::InFlight { bytes: 7, ticket: Ticket(7) }
     }
     fn usable(&self) -> Vec<std::ops::RangeInclusive<Iova>> {
-        self.note("usable");
+        self.record("usable");
         vec![Iova(7)..=Iova(8)]
     }
     fn leave(&self) -> io::Result<(Left, Ids)> {
-        self.note("leave");
+        self.record("leave");
         Ok((Left::default(), Ids::Type1 { entries: 7 }))
     }
     fn resumed(&self, _: PageRange<Iova>) {
-        self.note("resumed");
-        self.is_shut("resumed");
+        self.record("resumed");
+        self.assert_closed("resumed");
     }
     fn may_wait(&self, _: PageRange<Iova>) -> bool {
-        self.note("may_wait");
+        self.record("may_wait");
         true
     }
     fn replace(&self, _: &[PageRange<Iova>]) -> Unmap {
-        self.note("replace");
-        self.is_shut("replace");
+        self.record("replace");
+        self.assert_closed("replace");
         Unmap::Gone { bytes: 7 }
     }
     fn poll(&self, ended: &mut Vec<Ticket>) {
-        self.note("poll");
+        self.record("poll");
         ended.push(Ticket(7));
     }
     fn wake(&self) -> Option<BorrowedFd<'_>> {
-        self.note("wake");
+        self.record("wake");
         Some(std::os::fd::AsFd::as_fd(&self.wake))
     }
 }
 
 #[test]
-fn every_call_reaches_the_domain_and_every_answer_comes_back() {
+fn windowed_forwards_every_call_and_result() {
     let wake = std::fs::File::open("/dev/null").unwrap().into();
     let window = Window::new(1, 1);
-    let scribe = Arc::new(Scribe { calls: Mutex::default(), wake, window: Arc::clone(&window) });
-    let domain = Windowed::new(Arc::clone(&scribe) as _, window);
+    let recorder = Arc::new(Recorder { calls: Mutex::default(), wake, window: Arc::clone(&window) });
+    let domain = Windowed::new(Arc::clone(&recorder) as _, window);
     let file = Arc::new(GuestFile::memfd("windowed", PAGE).unwrap());
     let mut ended = Vec::new();
-    assert_eq!(domain.name(), "scribe");
+    assert_eq!(domain.name(), "recorder");
     assert_eq!(domain.capabilities().max_mappings, 77);
     domain.map(pages(0, 1), PAGE, &file, Offset(0), true).unwrap();
     assert_eq!(domain.unmap(pages(0, 1)), Unmap::InFlight { bytes: 7, ticket: Ticket(7) });
@@ -274,9 +274,9 @@ fn every_call_reaches_the_domain_and_every_answer_comes_back() {
     domain.poll(&mut ended);
     assert_eq!(ended, [Ticket(7)]);
     assert!(domain.wake().is_some());
-    let mut calls = scribe.calls.lock().unwrap().clone();
+    let mut calls = recorder.calls.lock().unwrap().clone();
     calls.dedup();
-    // A method of the trait that is not in here was forgotten above: clippy says so, and so does this.
+    // Every method of the trait must be called above. Clippy checks the impl; this checks the forwarding.
     let trait_of_it = include_str!("../iommu/mod.rs").split_once("pub trait Domain").unwrap().1;
     let methods: Vec<_> = trait_of_it
         .lines()
@@ -285,6 +285,6 @@ fn every_call_reaches_the_domain_and_every_answer_comes_back() {
         .collect();
     assert!(methods.len() >= 10);
     for method in methods {
-        assert!(calls.contains(&method), "{method} is not passed on");
+        assert!(calls.contains(&method), "{method} is not forwarded");
     }
 }

@@ -1,4 +1,4 @@
-//! What a trial works with: the machine's devices, pages with a pattern in them, and ways to look.
+//! The fixture of a trial: the machine's devices, pages with a pattern, and checks.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::{Iova, PAGE, PageRange, guest_memfd};
 
-/// Where the trials map: some free IOVA.
+/// The first IOVA at which the trials map.
 pub const BASE: u64 = 0x4000_0000;
 
 /// The machine, for one kind of domain.
@@ -49,7 +49,7 @@ impl Bench {
         })
     }
 
-    /// A fresh domain with these devices, even where nothing stops them for certain.
+    /// Makes a domain with these devices, including devices that cannot be stopped reliably.
     pub fn assign(&self, devices: &[&String]) -> Result<Assignment, Failed> {
         let names: Vec<String> = devices.iter().map(|&name| name.clone()).collect();
         Ok(assign(
@@ -60,7 +60,7 @@ impl Bench {
         )?)
     }
 
-    /// The device itself, without a driver of its kind, in a fresh domain where `together` will be too.
+    /// Opens a device without its driver, in a new domain in which the devices `together` will be too.
     pub fn raw(&self, name: &str, together: &[PciAddress]) -> Result<VfioDevice, Failed> {
         if self.kind == Kind::Iommufd {
             return Ok(VfioDevice::open_cdev(name, &IommufdDomain::open(self.tables)?, together)?);
@@ -70,13 +70,13 @@ impl Bench {
         Ok(VfioDevice::open_group(name, &domain)?)
     }
 
-    /// A fresh domain with the first engine, which cuts no mapping.
+    /// Makes a domain with the first engine that does not cut mappings.
     pub fn whole(&self) -> Result<Engine, Failed> {
         let tables = if self.tables == Tables::Small { Tables::Large } else { self.tables };
         Self::new(self.kind, tables)?.engine()
     }
 
-    /// A fresh domain with the first engine.
+    /// Makes a domain with the first engine.
     pub fn engine(&self) -> Result<Engine, Failed> {
         let Assignment { domain, mut devices, .. } = self.assign(&[&self.edu[0]])?;
         Ok(Engine { device: devices.remove(0), domain })
@@ -84,7 +84,7 @@ impl Bench {
 }
 
 impl Engine {
-    /// Maps `pages` of `file` from its start at page `page` after BASE, in one piece, writable.
+    /// Maps the first `pages` pages of `file` at page `page` after BASE, as one writable mapping.
     pub fn map(&self, page: u64, pages: u64, file: &Arc<GuestFile>) -> Result<(), Failed> {
         Ok(self.domain.map(range(page, pages), pages * PAGE, file, Offset(0), true)?)
     }
@@ -93,12 +93,13 @@ impl Engine {
         self.domain.unmap(range(page, pages))
     }
 
-    /// What the device sees at page `page` after BASE.
+    /// Returns the bytes that the device reads at page `page` after BASE.
     pub fn sees(&self, page: u64, len: usize) -> Result<Vec<u8>, Failed> {
         Ok(self.device.dma_read(at(page), len)?)
     }
 
-    /// Whether DMA between the device and page `page` after BASE, which is page 0 of `file`, goes both ways.
+    /// Returns true if DMA to and from page `page` after BASE reaches page 0 of `file`. An error if only one direction
+    /// does.
     pub fn reaches(&self, page: u64, file: &GuestFile) -> Result<bool, Failed> {
         let (here, there) = (fresh(64), fresh(64));
         file.write(0, &here)?;
@@ -120,18 +121,18 @@ pub fn at(page: u64) -> Iova {
     Iova(BASE + page * PAGE)
 }
 
-/// A memfd of `pages` pages.
+/// Makes a memfd of `pages` pages.
 pub fn memfd(pages: u64) -> Result<Arc<GuestFile>, Failed> {
     Ok(Arc::new(GuestFile::memfd("machine", pages * PAGE)?))
 }
 
-/// A guest_memfd of `pages` pages that the host may map.
+/// Makes a guest_memfd of `pages` pages that the host may map.
 pub fn guest_memfd(pages: u64) -> Result<Arc<GuestFile>, Failed> {
     let (_vm, file) = guest_memfd::shared(pages * PAGE)?;
     Ok(Arc::new(file))
 }
 
-/// `len` bytes unlike any before, none of them 0 or a common poison.
+/// Returns `len` bytes that differ from those of earlier calls, all from 1 to 120 (so none is a usual poison value).
 pub fn fresh(len: usize) -> Vec<u8> {
     use std::sync::atomic::{AtomicU8, Ordering};
     static SALT: AtomicU8 = AtomicU8::new(1);
@@ -145,12 +146,12 @@ pub fn bytes(file: &GuestFile, offset: u64, len: usize) -> Result<Vec<u8>, Faile
     Ok(bytes)
 }
 
-/// Fails the trial with both values where they differ.
+/// Fails the trial, with both values, if they differ.
 pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), Failed> {
     if is == should { Ok(()) } else { Err(format!("{what}: {is:x?}, not {should:x?}").into()) }
 }
 
-/// Fails the trial where `held` is false.
-pub fn check(what: &str, held: bool) -> Result<(), Failed> {
-    if held { Ok(()) } else { Err(what.into()) }
+/// Fails the trial if `condition` is false.
+pub fn check(what: &str, condition: bool) -> Result<(), Failed> {
+    if condition { Ok(()) } else { Err(what.into()) }
 }

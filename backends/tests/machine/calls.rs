@@ -1,4 +1,4 @@
-//! The calls of `bindings` that no backend uses yet, or uses only in part: that they do what their comments say.
+//! The calls of `bindings` that no backend uses, or uses only in part, checked against their documentation.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn pci(name: &str) -> Result<PciDevice, Failed> {
     Ok(PciDevice::find(Path::new(SYSFS), name.parse()?).ok_or("no such device")?)
 }
 
-/// An iommufd with one IOAS and a device attached to it.
+/// Makes an iommufd with one IOAS and a device attached to it.
 fn attached(bench: &Bench) -> Result<(Cdev, Iommufd, IoasId), Failed> {
     let (cdev, iommufd) = (Cdev::open(&pci(&bench.edu[0])?)?, Iommufd::open()?);
     let ioas = iommufd.ioas_alloc()?;
@@ -47,29 +47,29 @@ pub fn ranges_and_options_of_an_ioas(bench: &Bench) -> Outcome {
     let narrow = iommufd.iova_ranges(ioas)?;
     check("a device narrows the ranges", narrow.ranges.len() > 1)?;
     let msi = Iova(0xfee0_0000);
-    check("interrupts are left out", !narrow.ranges.iter().any(|range| range.contains(&msi)))?;
+    check("the MSI range is excluded", !narrow.ranges.iter().any(|range| range.contains(&msi)))?;
     iommufd.allow_iovas(ioas, &[range(0, 16)])?;
     let refused = iommufd.allow_iovas(ioas, &[PageRange::new(msi.0, PAGE)?]).unwrap_err();
-    same("what is reserved cannot be allowed", refused.errno, Errno::ADDRINUSE)?;
+    same("a reserved range cannot be allowed", refused.errno, Errno::ADDRINUSE)?;
     iommufd.allow_iovas(ioas, &[])?;
     iommufd.map_file(ioas, range(0, 1), &*memfd(1)?, Offset(0), true)?;
     same("too late", iommufd.set_huge_pages(ioas, false).unwrap_err().errno, Errno::INVAL)
 }
 
-pub fn a_copy_maps_part_of_a_mapping(bench: &Bench) -> Outcome {
+pub fn copy_maps_a_part_of_a_mapping(bench: &Bench) -> Outcome {
     let (_cdev, iommufd, ioas) = attached(bench)?;
     let (file, other) = (guest_memfd(4)?, iommufd.ioas_alloc()?);
     iommufd.map(ioas, range(0, 4), &file, Offset(0), true)?;
     iommufd.copy((ioas, range(1, 2)), (other, at(100)), true)?;
-    same("the original goes", iommufd.unmap(ioas, range(0, 4)), Ok(4 * PAGE))?;
-    check("the copy holds the window", Arc::strong_count(&file) == 2)?;
-    same("the copy goes", iommufd.unmap(other, range(0, 200)), Ok(2 * PAGE))?;
-    check("and nothing holds it", Arc::strong_count(&file) == 1)?;
+    same("the original is unmapped", iommufd.unmap(ioas, range(0, 4)), Ok(4 * PAGE))?;
+    check("the copy has a reference to the file", Arc::strong_count(&file) == 2)?;
+    same("the copy is unmapped", iommufd.unmap(other, range(0, 200)), Ok(2 * PAGE))?;
+    check("no reference remains", Arc::strong_count(&file) == 1)?;
     let nothing = iommufd.unmap(other, range(0, 200)).unwrap_err();
-    same("there is nothing left", (nothing.errno, nothing.partial), (Errno::NOENT, 0))
+    same("nothing is mapped", (nothing.errno, nothing.partial), (Errno::NOENT, 0))
 }
 
-pub fn cut_leaves_the_neighbours_alone(bench: &Bench) -> Outcome {
+pub fn cut_preserves_adjacent_pages(bench: &Bench) -> Outcome {
     let (cdev, iommufd) = (Cdev::open(&pci(&bench.edu[0])?)?, Iommufd::open()?);
     same("no compatibility IOAS", iommufd.compat_ioas().unwrap_err().errno, Errno::NODEV)?;
     let ioas = iommufd.ioas_alloc()?;
@@ -83,10 +83,10 @@ pub fn cut_leaves_the_neighbours_alone(bench: &Bench) -> Outcome {
     same("a page out of eight", iommufd.cut(range(3, 1)), Ok(PAGE))?;
     same("the same again", iommufd.cut(range(3, 1)), Ok(0))?;
     same("both pieces", iommufd.unmap(ioas, range(0, 8)), Ok(7 * PAGE))?;
-    check("the window is let go", Arc::strong_count(&file) == 1)
+    check("no reference to the file remains", Arc::strong_count(&file) == 1)
 }
 
-pub fn only_files_change_process(_: &Bench) -> Outcome {
+pub fn change_process_works_for_file_mappings_only(_: &Bench) -> Outcome {
     let iommufd = Iommufd::open()?;
     let (ioas, file) = (iommufd.ioas_alloc()?, memfd(2)?);
     iommufd.map_file(ioas, range(0, 1), &file, Offset(0), true)?;
@@ -94,7 +94,7 @@ pub fn only_files_change_process(_: &Bench) -> Outcome {
     iommufd.map(ioas, range(1, 1), &file, Offset(0), true)?;
     same("by address", iommufd.change_process().unwrap_err().errno, Errno::INVAL)?;
     iommufd.ioas_destroy(ioas)?;
-    check("the window is let go", Arc::strong_count(&file) == 1)
+    check("no reference to the file remains", Arc::strong_count(&file) == 1)
 }
 
 pub fn attach_moves_a_device_between_spaces(bench: &Bench) -> Outcome {
@@ -114,7 +114,7 @@ pub fn interrupts_features_and_registers(bench: &Bench) -> Outcome {
     cdev.bind(&iommufd)?;
     let device = cdev.device();
     let info = device.info()?;
-    check("it resets", info.resets())?;
+    check("it has a reset", info.resets())?;
 
     let (bar, config) = (device.region(0)?, device.region(7)?);
     let (mut vendor, mut version) = ([0; 2], [0; 4]);
@@ -141,10 +141,10 @@ pub fn interrupts_features_and_registers(bench: &Bench) -> Outcome {
     let none = device.feature_get(Feature::MIGRATION, &mut [0; 8]).unwrap_err();
     same("it does not migrate", none.errno, Errno::NOTTY)?;
     same("and so cannot be stopped that way", device.can_stop(), Ok(false))?;
-    same("nor has it a state", device.migration_state().unwrap_err().errno, Errno::NOTTY)
+    same("and has no migration state", device.migration_state().unwrap_err().errno, Errno::NOTTY)
 }
 
-pub fn the_container_says_what_it_can_do(bench: &Bench) -> Outcome {
+pub fn container_reports_its_capabilities(bench: &Bench) -> Outcome {
     let device = pci(&bench.edu[0])?;
     let group = device.group().ok_or("no group")?;
     {
@@ -156,13 +156,13 @@ pub fn the_container_says_what_it_can_do(bench: &Bench) -> Outcome {
         let info = container.info()?;
         check("4 KiB pages", info.page_sizes & PAGE != 0)?;
         same("mappings", info.mappings_left, Some(65_535))?;
-        check("interrupts are left out", info.iova_ranges.len() > 1)?;
+        check("the MSI range is excluded", info.iova_ranges.len() > 1)?;
         let file = Arc::new(GuestFile::memfd("container", 4 * PAGE)?);
         container.map(range(0, 4), &file, Offset(0), true)?;
         same("one fewer", container.info()?.mappings_left, Some(65_534))?;
-        check("its window is held", Arc::strong_count(&file) == 2)?;
+        check("the mapping has a reference to the file", Arc::strong_count(&file) == 2)?;
         same("all of it", container.unmap_all(), Ok(4 * PAGE))?;
-        check("and let go", Arc::strong_count(&file) == 1)?;
+        check("no reference remains", Arc::strong_count(&file) == 1)?;
         let in_it = opened.device(device.address())?;
         same("a device is open", opened.unset_container().unwrap_err().errno, Errno::BUSY)?;
         drop(in_it);

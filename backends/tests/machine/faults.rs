@@ -1,9 +1,9 @@
-//! Kernel allocations that fail inside one call: for every N the Nth allocation that a map, unmap, cut, replace,
-//! attach or detach makes in the kernel fails once (`/proc/thread-self/fail-nth`, Documentation/fault-injection).
+//! Kernel allocations that fail inside one call: for every N the Nth allocation that a map, unmap, cut, replace, attach
+//! or detach makes in the kernel fails once (`/proc/thread-self/fail-nth`, Documentation/fault-injection).
 //!
-//! Whatever the call then answers must be true: what is reported as gone is out of reach of a device, what is
-//! reported as not mapped is not mapped and not pinned, and what is reported as failed is accounted for, to the
-//! byte, by the same call without a fault.
+//! Whatever the call then returns must be correct: a range that is reported as gone is out of reach of a device, one
+//! that is reported as not mapped is neither mapped nor pinned, and after a failure the same call without a fault
+//! accounts for every byte.
 
 use std::fs;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ type Outcome = Result<(), Failed>;
 /// The pages of every mapping here.
 const PAGES: u64 = 4;
 
-/// The number of allocations after which a call is taken for one that never ends; no call here makes half as many.
+/// The number of allocations after which a call counts as endless; no call here makes half as many.
 const MAX_ALLOCATIONS: u32 = 4096;
 
 /// The reason for which no fault can be injected here, if there is one.
@@ -46,22 +46,22 @@ fn set_up() -> Outcome {
     Ok(())
 }
 
-/// Runs `call` with its `nth` kernel allocation failing; true where it made so many.
+/// Runs `call` with its `nth` kernel allocation failing. The second value is true if the call made that many.
 fn with_fault<T>(nth: u32, call: impl FnOnce() -> T) -> Result<(T, bool), Failed> {
     const FAIL_NTH: &str = "/proc/thread-self/fail-nth";
-    // Opened first: opening it allocates too.
+    // Opened before the fault is armed, because opening allocates too.
     let file = fs::File::options().read(true).write(true).open(FAIL_NTH)?;
     rustix::io::pwrite(&file, nth.to_string().as_bytes(), 0)?;
     let result = call();
-    let mut left = [0; 16];
-    let len = rustix::io::pread(&file, &mut left, 0)?;
+    let mut remaining = [0; 16];
+    let len = rustix::io::pread(&file, &mut remaining, 0)?;
     rustix::io::pwrite(&file, b"0", 0)?;
-    let left: u32 = std::str::from_utf8(&left[..len])?.trim().parse()?;
-    Ok((result, left == 0))
+    let remaining: u32 = std::str::from_utf8(&remaining[..len])?.trim().parse()?;
+    Ok((result, remaining == 0))
 }
 
-/// Calls `trial` with 1, 2, … until no fault was injected any more. It returns whether one was, and whether the call
-/// said that it failed.
+/// Calls `trial` with 1, 2, … until no fault was injected any more. `trial` returns whether one was injected, and
+/// whether the call failed.
 fn for_every_allocation(what: &str, mut trial: impl FnMut(u32) -> Result<(bool, bool), Failed>) -> Outcome {
     set_up()?;
     let (mut injected, mut failed) = (0, 0);
@@ -78,16 +78,16 @@ fn for_every_allocation(what: &str, mut trial: impl FnMut(u32) -> Result<(bool, 
     Err(format!("{what} allocates without end").into())
 }
 
-/// True where the device's DMA arrives in page `page` after the base, which is that page of `file`.
+/// Returns true if a DMA of the device to page `page` after BASE changes that page of `file`.
 fn reaches(device: &dyn Device, page: u64, file: &GuestFile) -> Result<bool, Failed> {
-    let kept = fresh(PAGE as usize);
-    file.write(page * PAGE, &kept)?;
+    let content = fresh(PAGE as usize);
+    file.write(page * PAGE, &content)?;
     match device.touch(at(page)) {
-        // QEMU's devices do not report every fault: memory is the witness.
+        // QEMU's devices do not report every fault, so the content of memory decides.
         Ok(_) | Err(Error::Fault { .. }) => {}
         Err(error) => return Err(error.into()),
     }
-    Ok(bytes(file, page * PAGE, PAGE as usize)? != kept)
+    Ok(bytes(file, page * PAGE, PAGE as usize)? != content)
 }
 
 fn all_reach(engine: &Engine, pages: &[(u64, bool)], file: &GuestFile) -> Outcome {
@@ -97,25 +97,25 @@ fn all_reach(engine: &Engine, pages: &[(u64, bool)], file: &GuestFile) -> Outcom
     Ok(())
 }
 
-/// Memory that is mapped by file where the kernel can, and memory that is mapped by address.
+/// Makes memory that is mapped by file if the kernel supports it, and memory that is mapped by address.
 fn memories() -> Result<[Arc<GuestFile>; 2], Failed> {
     Ok([memfd(PAGES)?, guest_memfd(PAGES)?])
 }
 
-/// The bytes that an unmap without a fault finds after one that answered `first`, of `mapped` in all.
-fn left_after(first: Unmap, mapped: u64) -> u64 {
+/// Returns the number of bytes that remain mapped after an unmap of `mapped` bytes that returned `first`.
+fn remaining_after(first: Unmap, mapped: u64) -> u64 {
     match first {
         Unmap::Gone { bytes } | Unmap::InFlight { bytes, .. } | Unmap::Failed { bytes, .. } => mapped - bytes,
     }
 }
 
-pub fn map_leaves_nothing_or_says_so(bench: &Bench) -> Outcome {
+pub fn map_leaves_nothing_or_reports_it(bench: &Bench) -> Outcome {
     let engine = traffic::engine(bench, "PASSGATE_NVME")?;
     for file in memories()? {
         let before = pinned()?;
         let mut refused = 0;
         for_every_allocation("map", |nth| {
-            // In pieces, so that a failure half-way has something to take back.
+            // In pieces, so that a failure half-way has to roll pieces back.
             let map = || engine.domain.map(range(0, PAGES), PAGE, &file, Offset(0), true);
             let (result, injected) = with_fault(nth, map)?;
             let failed = result.is_err();
@@ -126,13 +126,13 @@ pub fn map_leaves_nothing_or_says_so(bench: &Bench) -> Outcome {
                 }
                 // The range is unknown until an unmap succeeds.
                 Err(Error::HalfMapped { .. }) => {
-                    check("it is taken back", matches!(engine.unmap(0, PAGES), Unmap::Gone { .. }))?;
+                    check("it is unmapped", matches!(engine.unmap(0, PAGES), Unmap::Gone { .. }))?;
                 }
                 Err(error @ (Error::Map { .. } | Error::Memlock { .. })) => {
                     refused += 1;
                     all_reach(&engine, &[(0, false), (PAGES - 1, false)], &file)?;
-                    let left = engine.unmap(0, PAGES);
-                    same(&format!("left by `{error}`"), left, Unmap::Gone { bytes: 0 })?;
+                    let remaining = engine.unmap(0, PAGES);
+                    same(&format!("mapped after `{error}`"), remaining, Unmap::Gone { bytes: 0 })?;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -156,8 +156,8 @@ pub fn unmap_accounts_for_every_byte(bench: &Bench) -> Outcome {
                 same("gone", bytes, PAGES * PAGE)?;
                 all_reach(&engine, &[(0, false), (PAGES - 1, false)], &file)?;
             }
-            let left = left_after(result, PAGES * PAGE);
-            same("the next unmap finds the rest", engine.unmap(0, PAGES), Unmap::Gone { bytes: left })?;
+            let remaining = remaining_after(result, PAGES * PAGE);
+            same("the next unmap", engine.unmap(0, PAGES), Unmap::Gone { bytes: remaining })?;
             all_reach(&engine, &[(0, false), (PAGES - 1, false)], &file)?;
             same("pinned", pinned()?, before)?;
             Ok((injected, matches!(result, Unmap::Failed { .. })))
@@ -166,8 +166,8 @@ pub fn unmap_accounts_for_every_byte(bench: &Bench) -> Outcome {
     Ok(())
 }
 
-/// A page out of the middle of a mapping, by a cut or by a replace, as the domain can.
-pub fn a_page_leaves_a_mapping_or_nothing_is_said_to_be_gone(bench: &Bench) -> Outcome {
+/// A page is removed from the middle of a mapping, by a cut or, if the domain has two page tables, by a replace.
+pub fn page_leaves_a_mapping_or_nothing_is_reported_gone(bench: &Bench) -> Outcome {
     let engine = traffic::engine(bench, "PASSGATE_NVME")?;
     let replaces = bench.tables == Tables::Standby;
     for file in memories()? {
@@ -184,9 +184,9 @@ pub fn a_page_leaves_a_mapping_or_nothing_is_said_to_be_gone(bench: &Bench) -> O
             }
             all_reach(&engine, &[(0, true), (2, true), (3, true)], &file)?;
             if failed {
-                // The ledger goes on asking until an unmap without a fault accounts for it.
-                let left = left_after(result, PAGE);
-                same("the same again finds the rest", take(), Unmap::Gone { bytes: left })?;
+                // The gate repeats the call until one without a fault accounts for every byte.
+                let remaining = remaining_after(result, PAGE);
+                same("the same call again", take(), Unmap::Gone { bytes: remaining })?;
                 all_reach(&engine, &[(0, true), (1, false), (2, true), (3, true)], &file)?;
             }
             let rest = Unmap::Gone { bytes: (PAGES - 1) * PAGE };
@@ -199,8 +199,8 @@ pub fn a_page_leaves_a_mapping_or_nothing_is_said_to_be_gone(bench: &Bench) -> O
     Ok(())
 }
 
-/// The engine that this takes has no driver that brings a controller up: what fails is the attach itself.
-pub fn a_failed_attach_is_undone_by_a_detach(bench: &Bench) -> Outcome {
+/// Uses the edu engine, whose driver does not restart the device: so it is the attach itself that fails.
+pub fn failed_attach_is_undone_by_a_detach(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(PAGES)?);
     engine.map(0, PAGES, &file)?;
     for_every_allocation("attach", |nth| {
@@ -216,7 +216,7 @@ pub fn a_failed_attach_is_undone_by_a_detach(bench: &Bench) -> Outcome {
     })
 }
 
-pub fn a_detach_that_succeeds_has_stopped_dma(bench: &Bench) -> Outcome {
+pub fn successful_detach_has_stopped_dma(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(PAGES)?);
     engine.map(0, PAGES, &file)?;
     for_every_allocation("detach", |nth| {
@@ -237,18 +237,14 @@ type Named = (&'static str, fn(&Bench) -> Outcome);
 /// The trials of one domain.
 pub fn trials(kind: Kind) -> Vec<Named> {
     let mut trials: Vec<Named> = vec![
-        ("fail_nth_map_leaves_nothing_or_says_so", map_leaves_nothing_or_says_so),
+        ("fail_nth_map_leaves_nothing_or_reports_it", map_leaves_nothing_or_reports_it),
         ("fail_nth_unmap_accounts_for_every_byte", unmap_accounts_for_every_byte),
     ];
     if kind == Kind::Iommufd {
-        let page = a_page_leaves_a_mapping_or_nothing_is_said_to_be_gone;
-        trials.push(("fail_nth_a_page_leaves_a_mapping_or_nothing_is_said_to_be_gone", page));
-        trials
-            .push(("fail_nth_a_failed_attach_is_undone_by_a_detach", a_failed_attach_is_undone_by_a_detach));
-        trials.push((
-            "fail_nth_a_detach_that_succeeds_has_stopped_dma",
-            a_detach_that_succeeds_has_stopped_dma,
-        ));
+        let page = page_leaves_a_mapping_or_nothing_is_reported_gone;
+        trials.push(("fail_nth_page_leaves_a_mapping_or_nothing_is_reported_gone", page));
+        trials.push(("fail_nth_failed_attach_is_undone_by_a_detach", failed_attach_is_undone_by_a_detach));
+        trials.push(("fail_nth_successful_detach_has_stopped_dma", successful_detach_has_stopped_dma));
     }
     trials
 }

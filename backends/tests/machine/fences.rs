@@ -1,4 +1,4 @@
-//! What a fence stops, and what brings the device back.
+//! The effect of each fence, and of the attach after it.
 
 use libtest_mimic::Failed;
 use passgate_backends::device::edu::POISON;
@@ -11,26 +11,27 @@ use super::bench::{Bench, at, bytes, check, fresh, guest_memfd, memfd, same};
 
 type Outcome = Result<(), Failed>;
 
-pub fn detach_stops_dma_and_attach_brings_it_back(bench: &Bench) -> Outcome {
+pub fn detach_stops_dma_and_attach_resumes_it(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(1)?);
     engine.map(0, 1, &file)?;
     check("an engine alone in its group can be detached", engine.device.stop_class().has(FenceStep::Detach))?;
-    check("DMA goes before", engine.reaches(0, &file)?)?;
+    check("DMA works before", engine.reaches(0, &file)?)?;
     for _ in 0..2 {
         engine.device.fence(FenceStep::Detach)?;
-        let kept = fresh(64);
-        file.write(0, &kept)?;
-        same("detached, a read brings poison", engine.sees(0, 64)?, vec![POISON; 64])?;
+        let content = fresh(64);
+        file.write(0, &content)?;
+        same("detached, a read returns poison", engine.sees(0, 64)?, vec![POISON; 64])?;
         engine.device.dma_write(at(0), &fresh(64))?;
-        same("and a write changes nothing", bytes(&file, 0, 64)?, kept)?;
+        same("and a write changes nothing", bytes(&file, 0, 64)?, content)?;
         engine.device.attach()?;
-        check("DMA goes again", engine.reaches(0, &file)?)?;
+        check("DMA works again", engine.reaches(0, &file)?)?;
     }
-    same("the mapping was there all along", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })
+    same("the mapping was not changed", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })
 }
 
-/// An attach pins what is mapped by address once more, through the address: the window must still be there.
-pub fn a_window_stays_open_for_the_next_attach(bench: &Bench) -> Outcome {
+/// An attach pins memory that is mapped by address again, through the address: so the file must still be mapped in this
+/// process.
+pub fn mapping_by_address_survives_detach_and_attach(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, guest_memfd(1)?);
     engine.map(0, 1, &file)?;
     let written = fresh(64);
@@ -42,21 +43,21 @@ pub fn a_window_stays_open_for_the_next_attach(bench: &Bench) -> Outcome {
     same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })
 }
 
-pub fn detach_is_unsupported(bench: &Bench) -> Outcome {
+pub fn detach_is_unsupported_on_type1(bench: &Bench) -> Outcome {
     let engine = bench.engine()?;
     check("type1 has no blocking domain", !engine.device.stop_class().has(FenceStep::Detach))?;
     let error = engine.device.fence(FenceStep::Detach).expect_err("no such fence");
     same("the error", error.errno(), Some(Errno::OPNOTSUPP))
 }
 
-/// What each device of the machine has, asked of the device itself: a driver of its kind may add a drain.
-pub fn each_device_has_the_stop_class_that_it_shows(bench: &Bench) -> Outcome {
+/// The fences of each device without its driver, which may add a drain.
+pub fn each_device_has_its_expected_stop_class(bench: &Bench) -> Outcome {
     let express = StopClass::MASTER | StopClass::RESET;
     let of =
         |variable| Ok::<_, Failed>(std::env::var(variable).map_err(|_| format!("{variable} is not set"))?);
     let (net, gpu) = (of("PASSGATE_VIRTIO_NET")?, of("PASSGATE_VIRTIO_GPU")?);
     let none = StopClass::empty();
-    // QEMU puts virtio on the root bus as conventional PCI, without a reset; edu is no more anywhere.
+    // On the root bus QEMU's virtio devices are conventional PCI devices without a reset; edu always is.
     let classes = [(&bench.nvme, express), (&bench.igb, express), (&net, express)].into_iter();
     let plain = bench.edu.iter().chain([&gpu]).map(|name| (name, none));
     for (name, class) in classes.chain(plain) {
@@ -72,9 +73,9 @@ pub fn each_device_has_the_stop_class_that_it_shows(bench: &Bench) -> Outcome {
     Ok(())
 }
 
-/// What stands in the command register and in Device Status, by sysfs: past VFIO, past the device's driver.
-/// QEMU's devices never leave a transaction pending, so that DMA really ends with it is for each driver's tests.
-pub fn bus_master_off_is_off_and_attach_brings_it_back(bench: &Bench) -> Outcome {
+/// Checks the Command register and Device Status through sysfs, independently of VFIO. QEMU's devices never have a
+/// pending transaction, so the tests of each driver check that DMA really ends.
+pub fn bus_master_off_takes_effect_and_attach_reverts_it(bench: &Bench) -> Outcome {
     const MASTER: u32 = 1 << 2;
     for name in [&bench.nvme, &bench.igb] {
         let device = bench.raw(name, &[])?;
@@ -103,7 +104,7 @@ pub fn bus_master_off_is_off_and_attach_brings_it_back(bench: &Bench) -> Outcome
 pub fn reset_is_offered_where_the_device_has_it(bench: &Bench) -> Outcome {
     let set = bench.assign(&[&bench.nvme, &bench.igb, &bench.edu[0]])?;
     for device in &set.devices[..2] {
-        check("it resets", device.stop_class().has(FenceStep::Reset))?;
+        check("it has a reset", device.stop_class().has(FenceStep::Reset))?;
         device.fence(FenceStep::Reset)?;
         device.attach()?;
     }
@@ -113,11 +114,11 @@ pub fn reset_is_offered_where_the_device_has_it(bench: &Bench) -> Outcome {
     same("the error", error.errno(), Some(Errno::OPNOTSUPP))
 }
 
-pub fn a_closed_device_can_be_opened_again(bench: &Bench) -> Outcome {
+pub fn closed_device_can_be_opened_again(bench: &Bench) -> Outcome {
     for _ in 0..3 {
         let (engine, file) = (bench.engine()?, memfd(1)?);
         engine.map(0, 1, &file)?;
-        check("DMA goes", engine.reaches(0, &file)?)?;
+        check("DMA works", engine.reaches(0, &file)?)?;
         if bench.kind == Kind::Iommufd {
             engine.device.fence(FenceStep::Detach)?; // closed while fenced, and while its memory is mapped
         }

@@ -1,5 +1,5 @@
-//! A group of two devices, which the IOMMU cannot tell apart: the machine's SATA and SMBus controllers. Neither has
-//! a reset or PCI Express, so that a detach is all there is to stop them.
+//! An IOMMU group of two devices: the machine's SATA and SMBus controllers. Neither has a reset or is a PCI Express
+//! device, so that a detach is their only fence.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ type Outcome = Result<(), Failed>;
 
 const PAIR: [&str; 2] = ["0000:00:1f.2", "0000:00:1f.3"];
 
-/// A device on vfio-pci, and on no driver again when dropped.
+/// A device that is bound to vfio-pci until this value is dropped, and to no driver afterwards.
 struct Bound(&'static str);
 
 impl Bound {
@@ -21,7 +21,7 @@ impl Bound {
         let device = Self(address);
         fs::write(device.at("driver_override"), "vfio-pci")?;
         fs::write("/sys/bus/pci/drivers_probe", address)?;
-        check("vfio-pci took it", fs::exists(device.at("driver"))?)?;
+        check("it is bound to vfio-pci", fs::exists(device.at("driver"))?)?;
         Ok(device)
     }
 
@@ -32,17 +32,17 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        fs::write(self.at("driver_override"), "\n").expect("the override goes");
-        fs::write(self.at("driver/unbind"), self.0).expect("it is bound");
+        fs::write(self.at("driver_override"), "\n").expect("the override is cleared");
+        fs::write(self.at("driver/unbind"), self.0).expect("it is unbound");
     }
 }
 
-/// The kernel moves a group to the blocking domain when its last device leaves.
-pub fn a_detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
+/// The kernel moves a group to the blocking domain only when its last device is detached.
+pub fn detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
     let _first = Bound::new(PAIR[0])?;
     let alone = bench.raw(PAIR[0], &[])?;
     check(
-        "one of two is not detached",
+        "one of two cannot be detached",
         !passgate_backends::Device::stop_class(&alone).has(FenceStep::Detach),
     )?;
     drop(alone);
@@ -59,7 +59,7 @@ pub fn a_detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
     let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables)?;
     for _ in 0..2 {
         for device in &both.devices {
-            check("both are", device.stop_class().has(FenceStep::Detach))?;
+            check("both can be detached", device.stop_class().has(FenceStep::Detach))?;
             device.fence(FenceStep::Detach)?;
         }
         for device in &both.devices {

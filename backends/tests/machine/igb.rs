@@ -1,4 +1,4 @@
-//! The igb NIC does DMA on demand, and can be stopped.
+//! DMA on demand and fences of the igb NIC.
 
 use super::bench::Bench;
 use super::traffic::{self, Outcome};
@@ -13,16 +13,16 @@ pub fn unmapped_memory_is_out_of_reach(bench: &Bench) -> Outcome {
     traffic::unmapped_memory_is_out_of_reach(&traffic::engine(bench, IGB)?)
 }
 
-pub fn a_fence_under_dma_stops_it_until_the_attach(bench: &Bench) -> Outcome {
-    traffic::a_fence_under_dma_stops_it_until_the_attach(&traffic::engine(bench, IGB)?)
+pub fn fence_stops_dma_until_attach(bench: &Bench) -> Outcome {
+    traffic::fence_stops_dma_until_attach(&traffic::engine(bench, IGB)?)
 }
 
 pub fn every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
     traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, IGB)?)
 }
 
-pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
-    traffic::it_can_be_opened_again(bench, IGB)
+pub fn can_be_opened_again(bench: &Bench) -> Outcome {
+    traffic::can_be_opened_again(bench, IGB)
 }
 
 pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
@@ -30,6 +30,6 @@ pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
     traffic::no_dma_reaches_a_page_after_its_unmap(&*engine.domain, &[engine.device])
 }
 
-pub fn a_load_runs_beside_unmaps(bench: &Bench) -> Outcome {
-    traffic::a_load_runs_beside_unmaps(&traffic::engine(bench, IGB)?)
+pub fn load_continues_during_unmaps(bench: &Bench) -> Outcome {
+    traffic::load_continues_during_unmaps(&traffic::engine(bench, IGB)?)
 }

@@ -1,4 +1,4 @@
-//! Interrupts that are set, moved and taken away while the device is reset.
+//! Interrupts that are set, changed and disabled while the device is reset.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,8 +18,8 @@ const MSIX: u32 = 2;
 const VECTORS: u32 = 4;
 const RESETS: u32 = 10;
 
-/// A second descriptor of the device, as a VMM with trust would have one.
-fn copy(device: &dyn Device) -> Result<DeviceFile, Failed> {
+/// Duplicates the descriptor of the device.
+fn duplicate(device: &dyn Device) -> Result<DeviceFile, Failed> {
     match device.guard() {
         Guard::Cdev(fd) | Guard::Type1 { device: fd, .. } => {
             Ok(DeviceFile::from_fd(fd.try_clone_to_owned()?))
@@ -36,18 +36,18 @@ fn eventfds() -> Result<Vec<OwnedFd>, Failed> {
     (0..VECTORS).map(|_| Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)).collect()
 }
 
-/// CVE-2024-26810 to 26814: the kernel's own races between setting interrupts and a reset. Whatever it answers in the
-/// middle, afterwards the device takes interrupts, and nothing is left open.
+/// CVE-2024-26810 to 26814: races in the kernel between setting interrupts and a reset. Whatever the calls return
+/// meanwhile, afterwards the device accepts interrupts, and no descriptor is leaked.
 pub fn class_13_interrupts_set_during_resets_leave_a_device_that_works(bench: &Bench) -> Result<(), Failed> {
     let set = bench.assign(&[&bench.nvme])?;
     let device = &set.devices[0];
-    let file = copy(&**device)?;
+    let file = duplicate(&**device)?;
     check("it has vectors", file.irq_info(MSIX)?.count >= VECTORS)?;
     let before = descriptors();
-    let (stop, went) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, succeeded) = (AtomicBool::new(false), AtomicU64::new(0));
     let reset = thread::scope(|scope| {
         for nth in 0..2 {
-            let (file, stop, went) = (&file, &stop, &went);
+            let (file, stop, succeeded) = (&file, &stop, &succeeded);
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(fds) = eventfds() else { return };
@@ -57,7 +57,8 @@ pub fn class_13_interrupts_set_during_resets_leave_a_device_that_works(bench: &B
                         file.set_irqs(MSIX, nth, &[None]),
                         file.disable_irqs(MSIX),
                     ];
-                    went.fetch_add(done.iter().filter(|done| done.is_ok()).count() as u64, Ordering::Relaxed);
+                    let count = done.iter().filter(|done| done.is_ok()).count() as u64;
+                    succeeded.fetch_add(count, Ordering::Relaxed);
                 }
             });
         }
@@ -69,11 +70,11 @@ pub fn class_13_interrupts_set_during_resets_leave_a_device_that_works(bench: &B
         reset
     });
     reset?;
-    check("interrupts were set meanwhile", went.load(Ordering::Relaxed) > 0)?;
+    check("interrupts were set meanwhile", succeeded.load(Ordering::Relaxed) > 0)?;
     let fds = eventfds()?;
     let all: Vec<_> = fds.iter().map(|fd| Some(fd.as_fd())).collect();
     file.set_irqs(MSIX, 0, &all)?;
     file.disable_irqs(MSIX)?;
     drop(fds);
-    same("no descriptor is left", descriptors(), before)
+    same("open descriptors", descriptors(), before)
 }

@@ -1,4 +1,4 @@
-//! The NVMe drive does DMA on demand, and can be stopped.
+//! DMA on demand and fences of the NVMe drive.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,31 +28,32 @@ pub fn every_fence_is_undone_by_an_attach(bench: &Bench) -> Outcome {
     traffic::every_fence_is_undone_by_an_attach(bench, &traffic::engine(bench, NVME)?)
 }
 
-pub fn it_can_be_opened_again(bench: &Bench) -> Outcome {
-    traffic::it_can_be_opened_again(bench, NVME)
+pub fn can_be_opened_again(bench: &Bench) -> Outcome {
+    traffic::can_be_opened_again(bench, NVME)
 }
 
-/// The drive writes its identification to a page all the time, while the page is taken away and given back: from the
-/// unmap on it does not change. (A write of blocks is done by a thread of the host's in memory that QEMU looked up when
-/// it began, and QEMU's IOMMU does not wait for it, as a real one must: so no such claim is made of those here, nor behind a fence that does not wait.)
+/// The drive writes its Identify data to a page all the time, while the page is unmapped and mapped again: after the
+/// unmap the page does not change. Reads of blocks are not tested here: QEMU translates their addresses when they
+/// begin, a host thread copies the data later, and QEMU's IOMMU does not wait for it, as a real one must. For the same
+/// reason nothing is tested after a fence that does not wait.
 pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
     let (engine, page) = (traffic::engine(bench, NVME)?, memfd(1)?);
     let (touches, done) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
-                let _ = engine.device.touch(at(0)); // whether it faulted QEMU's does not tell
+                let _ = engine.device.touch(at(0)); // QEMU's drive does not report a fault here
                 touches.fetch_add(1, Ordering::AcqRel);
             }
         });
         let outcome = (0..200).try_for_each(|_| -> Outcome {
             engine.map(0, 1, &page)?;
-            some(&touches);
+            await_touches(&touches);
             same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })?;
-            let kept = fresh(PAGE as usize);
-            page.write(0, &kept)?;
-            some(&touches);
-            check("the page is as it was left", bytes(&page, 0, PAGE as usize)? == kept)
+            let content = fresh(PAGE as usize);
+            page.write(0, &content)?;
+            await_touches(&touches);
+            check("the page is unchanged", bytes(&page, 0, PAGE as usize)? == content)
         });
         done.store(true, Ordering::Release);
         load.join().expect("no panic");
@@ -60,56 +61,57 @@ pub fn no_dma_reaches_a_page_after_its_unmap(bench: &Bench) -> Outcome {
     })
 }
 
-/// Waits for three more.
-fn some(touches: &AtomicU64) {
+/// Waits for three more writes.
+fn await_touches(touches: &AtomicU64) {
     let until = touches.load(Ordering::Acquire) + 3;
     while touches.load(Ordering::Acquire) < until {
         std::thread::yield_now();
     }
 }
 
-/// Not asked to overwrite its blocks, it moves no bytes of others' choosing, and still shows that it does DMA.
-pub fn without_scratch_blocks_it_only_says_what_it_is(bench: &Bench) -> Outcome {
+/// Without permission to overwrite blocks, the drive refuses DMA on demand, but `touch` still does DMA.
+pub fn without_scratch_blocks_refuses_dma_on_demand(bench: &Bench) -> Outcome {
     let Assignment { domain, mut devices, .. } =
         assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
     let engine = Engine { device: devices.remove(0), domain };
     let file = memfd(1)?;
     engine.map(0, 1, &file)?;
     for refused in [engine.device.dma_write(at(0), &[1; 512]), engine.device.dma_read(at(0), 512).map(drop)] {
-        check("it says so", matches!(refused, Err(Error::Unsupported { .. })))?;
+        check("it is refused", matches!(refused, Err(Error::Unsupported { .. })))?;
     }
     let touched = engine.device.touch(at(0))?;
-    same("what it wrote", bytes(&file, 0, touched.len())?, touched)?;
+    same("the bytes that it wrote", bytes(&file, 0, touched.len())?, touched)?;
     same("unmapped", engine.unmap(0, 1), Unmap::Gone { bytes: PAGE })?;
-    let kept = fresh(64);
-    file.write(0, &kept)?;
-    let _ = engine.device.touch(at(0)); // QEMU's does not tell
-    same("nothing was written", bytes(&file, 0, 64)?, kept)
+    let content = fresh(64);
+    file.write(0, &content)?;
+    let _ = engine.device.touch(at(0)); // QEMU's drive does not report a fault here
+    same("nothing was written", bytes(&file, 0, 64)?, content)
 }
 
-/// The driver's own memory is taken from under it, so that no completion can arrive: a drain fails in its time, and
-/// the fence above it does what the drain could not.
-pub fn a_command_that_never_completes_fails_the_drain_and_not_the_next_fence(bench: &Bench) -> Outcome {
+/// The driver's memory is unmapped, so that no completion can arrive: a drain times out, and the next stronger fence
+/// stops the device.
+pub fn command_that_never_completes_fails_the_drain_but_not_the_reset(bench: &Bench) -> Outcome {
     let engine = traffic::engine(bench, NVME)?;
     let file = memfd(1)?;
     engine.map(0, 1, &file)?;
-    check("DMA goes", engine.reaches(0, &file)?)?;
-    let own: PageRange<Iova> = PageRange::new(OWN, OWN_LEN)?;
-    check("it was there", matches!(engine.domain.unmap(own), Unmap::Gone { bytes } if bytes > 0))?;
+    check("DMA works", engine.reaches(0, &file)?)?;
+    let driver_memory: PageRange<Iova> = PageRange::new(DRIVER_MEMORY, DRIVER_MEMORY_LEN)?;
+    let unmapped = engine.domain.unmap(driver_memory);
+    check("driver memory was mapped", matches!(unmapped, Unmap::Gone { bytes } if bytes > 0))?;
     let drained = engine.device.fence(FenceStep::Drain).expect_err("its completion cannot arrive");
     same("the error", drained.errno(), Some(Errno::TIMEDOUT))?;
     engine.device.fence(FenceStep::Reset)?;
-    let kept = fresh(64);
-    file.write(0, &kept)?;
-    check("nothing moves", engine.device.dma_write(at(0), &fresh(64)).is_err())?;
-    same("nothing was written", bytes(&file, 0, 64)?, kept)
+    let content = fresh(64);
+    file.write(0, &content)?;
+    check("DMA is refused", engine.device.dma_write(at(0), &fresh(64)).is_err())?;
+    same("nothing was written", bytes(&file, 0, 64)?, content)
 }
 
-/// Where drivers have their own memory (backends/src/device/own.rs).
-const OWN: u64 = 0xfec0_0000;
-const OWN_LEN: u64 = 0x20_0000;
+/// The range of driver memory (backends/src/device/own.rs).
+const DRIVER_MEMORY: u64 = 0xfec0_0000;
+const DRIVER_MEMORY_LEN: u64 = 0x20_0000;
 
-/// Completions come by interrupt, one or more for every two commands that a DMA takes.
+/// Completions are signalled by interrupts, at least one for each DMA, which takes two commands.
 pub fn completions_come_by_interrupt(bench: &Bench) -> Outcome {
     let domain = IommufdDomain::open(bench.tables)?;
     let together = [bench.nvme.parse().map_err(|_| Failed::from("no PCI address"))?];

@@ -1,4 +1,4 @@
-//! What is refused when it is opened, and that the reason helps.
+//! Devices that are refused when they are opened, and the remedies in the errors.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -11,13 +11,13 @@ use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
 use super::bench::{Bench, check, same};
 
-/// Takes what cannot be stopped, too.
-const ANY: Accept = Accept { unstoppable: true, scratch: true, drive: None };
+/// Accepts devices that cannot be stopped reliably.
+const ACCEPT_ALL: Accept = Accept { unstoppable: true, scratch: true, drive: None };
 
 type Outcome = Result<(), Failed>;
 
 pub fn refusal<T>(opened: Result<T, passgate_backends::Error>) -> Result<String, Failed> {
-    let error = opened.err().ok_or("it was opened all the same")?.to_string();
+    let error = opened.err().ok_or("it was not refused")?.to_string();
     check("the error is one line", !error.contains('\n'))?;
     Ok(error)
 }
@@ -26,34 +26,34 @@ pub fn says(error: &str, what: &str) -> Outcome {
     if error.contains(what) { Ok(()) } else { Err(format!("`{error}` does not say `{what}`").into()) }
 }
 
-pub fn a_busy_device_is_refused(bench: &Bench) -> Outcome {
+pub fn busy_device_is_refused(bench: &Bench) -> Outcome {
     let _first = bench.engine()?;
-    let error = refusal(assign(bench.kind, &bench.edu[..1], ANY, bench.tables))?;
+    let error = refusal(assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, bench.tables))?;
     says(&error, &bench.edu[0])?;
     says(&error, "another process has")
 }
 
-/// The machine's SMBus controller belongs to the host, or to nobody; the root port in front of igb is a bridge.
-pub fn an_unbound_device_is_refused(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ANY, bench.tables))?;
+/// The machine's SMBus controller is bound to a host driver or to none; the root port above igb is a bridge.
+pub fn unbound_device_is_refused(bench: &Bench) -> Outcome {
+    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ACCEPT_ALL, bench.tables))?;
     says(&error, "not to vfio-pci; bind it:")?;
-    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ANY, bench.tables))?;
+    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ACCEPT_ALL, bench.tables))?;
     says(&error, "0000:00:07.0 is a bridge")
 }
 
-/// The engine has no reset, and on type1 nothing is detached.
-pub fn what_cannot_be_stopped_is_refused_unless_accepted(bench: &Bench) -> Outcome {
+/// The edu engine has no reset, and on type1 no device can be detached.
+pub fn unstoppable_device_is_refused_unless_accepted(bench: &Bench) -> Outcome {
     let error = refusal(assign(bench.kind, &bench.edu[..1], Accept::default(), bench.tables))?;
     says(&error, "cannot be stopped for certain")?;
     says(&error, "type1 detaches nothing: use --iommu iommufd")?;
     says(&error, "--allow-unstoppable")?;
-    let taken = assign(bench.kind, &bench.edu[..1], ANY, bench.tables)?;
-    check("nothing stops it", taken.devices[0].stop_class().is_empty())?;
+    let taken = assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, bench.tables)?;
+    check("it has no fence", taken.devices[0].stop_class().is_empty())?;
     assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
     Ok(())
 }
 
-pub fn a_passed_cdev_must_be_the_device_named(bench: &Bench) -> Outcome {
+pub fn passed_cdev_must_be_of_the_named_device(bench: &Bench) -> Outcome {
     let open = |name: &str| -> Result<OwnedFd, Failed> {
         let device = PciDevice::find(Path::new(SYSFS), name.parse()?).ok_or("no such device")?;
         let cdev = device.cdev().ok_or("no cdev")?.name;

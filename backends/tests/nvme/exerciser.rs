@@ -1,4 +1,4 @@
-//! The other driver: DMA of given bytes into given memory, one command at a time.
+//! The exerciser, the driver for tests: DMA of given bytes into given memory, one command at a time.
 
 use passgate_backends::nvme::{self, Nvme};
 use passgate_backends::{Device, Error, FenceStep, Unmap};
@@ -11,19 +11,19 @@ struct Bench {
     domain: Sim,
     memory: Arc<GuestFile>,
     sim: Simulated,
-    _budget: MutexGuard<'static, ()>,
+    _driver_memory: MutexGuard<'static, ()>,
 }
 
 impl Bench {
     fn new(options: Options, scratch: bool) -> Self {
-        let budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+        let driver_memory = DRIVER_MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let sim = Simulated::new(&domain, options).unwrap();
         let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
         let nvme = Some(nvme::exercise(sim.registers(), &shared, scratch).unwrap());
         let memory = Arc::new(GuestFile::memfd("guest", 16 * PAGE).unwrap());
         domain.map(pages_at(0, 16), 1 << 30, &memory, Offset(0), true).unwrap();
-        Self { nvme, domain, memory, sim, _budget: budget }
+        Self { nvme, domain, memory, sim, _driver_memory: driver_memory }
     }
 
     fn nvme(&self) -> &Nvme {
@@ -36,13 +36,13 @@ impl Drop for Bench {
         self.nvme = None;
         if !std::thread::panicking() {
             assert_eq!(self.sim.complaints(), Vec::<String>::new());
-            assert_eq!(self.domain.mapping_count(), 1, "only the guest's memory is left");
+            assert_eq!(self.domain.mapping_count(), 1, "only guest memory is mapped");
         }
     }
 }
 
 #[test]
-fn bytes_of_any_length_go_by_way_of_scratch_blocks() {
+fn transfers_of_any_length_use_scratch_blocks() {
     for (sgl, block) in [(0, 512), (0, 4096), (1, 512), (1, 4096)] {
         let bench = Bench::new(Options { sgl, block, ..Options::default() }, true);
         let lengths: &[usize] = if sgl == 1 { &[1, 77, 4096, 9000] } else { &[4096, 8192] };
@@ -63,18 +63,18 @@ fn bytes_of_any_length_go_by_way_of_scratch_blocks() {
 }
 
 #[test]
-fn without_scratch_blocks_it_says_what_it_is_and_writes_nothing() {
+fn without_scratch_blocks_the_drive_only_identifies_itself() {
     let bench = Bench::new(Options::default(), false);
     assert!(matches!(bench.nvme().dma_write(Iova(BASE), &[1; 512]), Err(Error::Unsupported { .. })));
-    let said = bench.nvme().touch(Iova(BASE + PAGE)).unwrap();
-    let mut seen = vec![0; said.len()];
+    let identity = bench.nvme().touch(Iova(BASE + PAGE)).unwrap();
+    let mut seen = vec![0; identity.len()];
     bench.memory.read(PAGE, &mut seen).unwrap();
-    assert!(seen == said && seen[4..13] == *b"SIMULATED");
+    assert!(seen == identity && seen[4..13] == *b"SIMULATED");
     assert_eq!(bench.sim.taken(), 0);
 }
 
 #[test]
-fn what_is_not_mapped_is_a_fault_and_no_more() {
+fn unmapped_memory_is_a_dma_fault_and_nothing_more() {
     let bench = Bench::new(Options::default(), true);
     assert_eq!(bench.domain.unmap(pages_at(0, 16)), Unmap::Gone { bytes: 16 * PAGE });
     for failed in [
@@ -89,18 +89,18 @@ fn what_is_not_mapped_is_a_fault_and_no_more() {
 }
 
 #[test]
-fn every_fence_stops_it_and_an_attach_lets_it_go_on() {
+fn every_fence_stops_the_load_and_attach_resumes_it() {
     let bench = Bench::new(Options::default(), true);
     for step in [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset] {
         let pages: Vec<_> = (0..8).map(|page| Iova(BASE + page * PAGE)).collect();
         let load = bench.nvme().start(&pages).unwrap();
-        assert!(bench.sim.await_taken(bench.sim.taken() + 20, LONG), "no load");
+        assert!(bench.sim.await_taken(bench.sim.taken() + 20, TIMEOUT), "no load");
         bench.nvme().fence(step).unwrap();
         let before = snapshot(&bench.memory);
-        assert!(!bench.sim.await_taken(bench.sim.taken() + 1, SHORT), "{step:?}: it goes on");
-        assert!(snapshot(&bench.memory) == before, "{step:?}: it moves bytes");
+        assert!(!bench.sim.await_taken(bench.sim.taken() + 1, SETTLE_TIME), "{step:?}: commands continue");
+        assert!(snapshot(&bench.memory) == before, "{step:?}: DMA continues");
         bench.nvme().attach().unwrap();
-        assert!(bench.sim.await_taken(bench.sim.taken() + 20, LONG), "{step:?}: it does not go on");
+        assert!(bench.sim.await_taken(bench.sim.taken() + 20, TIMEOUT), "{step:?}: the load does not resume");
         drop(load);
     }
 }

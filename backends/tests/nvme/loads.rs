@@ -1,35 +1,35 @@
-//! Load without a break, while fences and faults come: every byte that was said to be written is there.
+//! Continuous load under fences and faults: everything that was reported as written is on the medium.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use passgate_backends::nvme::sim::{Does, Turn, When, opcode};
+use passgate_backends::nvme::sim::{Does, ReadyChange, When, opcode};
 use passgate_backends::{Device, FenceStep, Unmap};
 
-use super::fences::STRONG;
+use super::fences::STRONGER_THAN_DRAIN;
 use super::*;
 
-/// Requests under way of each owner.
-const DEEP: u32 = 16;
+/// The number of requests that each owner has in flight.
+const QUEUE_DEPTH: u32 = 16;
 
-/// How an owner's work has gone.
+/// The progress of an owner.
 #[derive(Debug, Default)]
 struct Work {
     done: AtomicU64,
-    again: AtomicU64,
-    /// Whether each request is eight commands.
+    retried: AtomicU64,
+    /// True if each request needs eight commands.
     in_pieces: bool,
 }
 
-/// A page as it is, or in pieces that are no two of one command.
-fn lies(in_pieces: bool, nth: u64) -> Vec<Segment> {
+/// Returns a page as one segment, or as segments no two of which fit into one command.
+fn page_segments(in_pieces: bool, nth: u64) -> Vec<Segment> {
     match in_pieces {
         true => (0..8).rev().map(|piece| segment(nth * PAGE + piece * 512, 512)).collect(),
         false => page(nth).to_vec(),
     }
 }
 
-/// Writes a page, reads it back elsewhere and compares, without a break, several at a time. What was withheld, closed or
-/// given up is done again. Anything else is wrong.
+/// Writes a page, reads it back elsewhere and compares, continuously and several at a time. Requests that are
+/// withheld, not admitted, or time out are repeated. Any other failure fails the test.
 fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Work) {
     #[derive(Clone, Copy)]
     struct Job {
@@ -38,17 +38,17 @@ fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Wor
         under_way: bool,
     }
     let (base, first) = (nth * 64, nth * 10_000);
-    let mut jobs = [Job { round: 0, reads: false, under_way: false }; DEEP as usize];
+    let mut jobs = [Job { round: 0, reads: false, under_way: false }; QUEUE_DEPTH as usize];
     loop {
         for (tag, job) in (0u64..).zip(&mut jobs) {
             if job.under_way || stop.load(Ordering::Relaxed) {
                 continue;
             }
             let (op, at) = if job.reads {
-                (read(first + tag * 8, 8), lies(work.in_pieces, base + 32 + tag))
+                (read(first + tag * 8, 8), page_segments(work.in_pieces, base + 32 + tag))
             } else {
-                bench.fill(&lies(work.in_pieces, base + tag), seed(nth, tag, job.round));
-                (write(first + tag * 8, 8), lies(work.in_pieces, base + tag))
+                bench.fill(&page_segments(work.in_pieces, base + tag), seed(nth, tag, job.round));
+                (write(first + tag * 8, 8), page_segments(work.in_pieces, base + tag))
             };
             match owner.submit(tag as u32, op, &at) {
                 Submitted::Started => job.under_way = true,
@@ -63,28 +63,28 @@ fn work(bench: &Bench, mut owner: Owner, nth: u64, stop: &AtomicBool, work: &Wor
         owner.wait();
         for (tag, result) in std::mem::take(&mut owner.results) {
             let job = &mut jobs[tag as usize];
-            assert!(job.under_way, "request {tag} comes back and was not under way");
+            assert!(job.under_way, "request {tag} completed but was not in flight");
             job.under_way = false;
             match result {
                 Ok(()) if job.reads => {
-                    let seen = bench.seen(&lies(work.in_pieces, base + 32 + u64::from(tag)));
+                    let seen = bench.read_memory(&page_segments(work.in_pieces, base + 32 + u64::from(tag)));
                     let expected = pattern(seed(nth, tag.into(), job.round), PAGE as usize);
                     assert!(seen == expected, "owner {nth}, job {tag}, round {}: other bytes", job.round);
                     (job.reads, job.round) = (false, job.round + 1);
                     work.done.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(()) => job.reads = true,
-                Err(Fault::Withheld | Fault::TimedOut) => _ = work.again.fetch_add(1, Ordering::Relaxed),
+                Err(Fault::Withheld | Fault::TimedOut) => _ = work.retried.fetch_add(1, Ordering::Relaxed),
                 Err(fault) => panic!("owner {nth}, job {tag}: {fault:?}"),
             }
         }
     }
 }
 
-/// Ends the work, also where the test has failed.
-struct End<'a>(&'a AtomicBool);
+/// Ends the work when dropped, also if the test fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for End<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -95,15 +95,15 @@ fn seed(nth: u64, tag: u64, round: u64) -> u64 {
 }
 
 fn await_more(work: &Work, more: u64) {
-    let (from, until) = (work.done.load(Ordering::Relaxed), Instant::now() + LONG);
+    let (from, until) = (work.done.load(Ordering::Relaxed), Instant::now() + TIMEOUT);
     while work.done.load(Ordering::Relaxed) < from + more {
-        assert!(Instant::now() < until, "the load does not go on");
+        assert!(Instant::now() < until, "the load makes no progress");
         std::thread::yield_now();
     }
 }
 
 #[test]
-fn a_load_survives_every_fence_and_loses_nothing() {
+fn load_survives_every_fence_without_loss() {
     let bench = Bench::new(Options::default(), 2);
     let (stop, works) = (AtomicBool::new(false), [Work::default(), Work::default()]);
     std::thread::scope(|scope| {
@@ -111,16 +111,16 @@ fn a_load_survives_every_fence_and_loses_nothing() {
             let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
             scope.spawn(move || work(bench, owner, nth.into(), stop, done));
         }
-        let end = End(&stop);
-        for step in STRONG.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
+        let end = StopOnDrop(&stop);
+        for step in STRONGER_THAN_DRAIN.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
             works.iter().for_each(|work| await_more(work, 20));
             bench.drive().fence(step).unwrap();
-            let (taken, before) = (bench.sim.taken(), targets(&bench));
-            // What was under way may go, for nothing of it moves.
+            let (taken, before) = (bench.sim.taken(), drive_written_pages(&bench));
+            // Pages of requests in flight may be unmapped, because none of these does DMA any more.
             let all = pages_at(0, PAGES);
             assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE }, "{step:?}");
-            assert!(!bench.sim.await_taken(taken + 1, SHORT / 4), "{step:?}: something started");
-            assert!(targets(&bench) == before, "{step:?}: something moved");
+            assert!(!bench.sim.await_taken(taken + 1, SETTLE_TIME / 4), "{step:?}: something started");
+            assert!(drive_written_pages(&bench) == before, "{step:?}: something moved");
             bench.map(0, PAGES);
             bench.drive().attach().unwrap();
         }
@@ -130,42 +130,42 @@ fn a_load_survives_every_fence_and_loses_nothing() {
     assert!(bench.drive().window().idle());
 }
 
-/// The pages that only the drive writes.
-fn targets(bench: &Bench) -> Vec<u8> {
-    bench.seen(&[segment(32 * PAGE, 32 * PAGE as u32), segment(96 * PAGE, 32 * PAGE as u32)])
+/// Returns the content of the pages that only the drive writes.
+fn drive_written_pages(bench: &Bench) -> Vec<u8> {
+    bench.read_memory(&[segment(32 * PAGE, 32 * PAGE as u32), segment(96 * PAGE, 32 * PAGE as u32)])
 }
 
-/// What may happen to a controller that is recovered from.
-fn mischief(bench: &Bench, nth: u64) {
+/// Injects one of twelve faults from which the driver recovers.
+fn inject_fault(bench: &Bench, nth: u64) {
     let sim = &bench.sim;
     match nth % 12 {
         0 => sim.fault(When::io(opcode::WRITE).nth(3), Does::HoldData),
         1 => sim.fault(When::any().times(5), Does::DelayCompletion(DEADLINE / 8)),
         2 => sim.fault(When::io(opcode::READ), Does::HoldCompletion),
-        3 => sim.fault(When::any().nth(7), Does::Twice),
-        4 => sim.fault(When::any().nth(2), Does::Foreign(9999)),
+        3 => sim.fault(When::any().nth(7), Does::CompleteTwice),
+        4 => sim.fault(When::any().nth(2), Does::CompleteWrongCid(9999)),
         5 => sim.fault(When::any().on(2), Does::Fatal),
         6 => sim.obey_aborts(nth / 12 % 2 == 1),
         7 => sim.raise_interrupts(nth / 12 % 2 == 1),
-        8 => sim.next_enable(Turn::Fatal),
-        9 => sim.next_disable(Turn::After(DEADLINE / 8)),
+        8 => sim.next_enable(ReadyChange::Fatal),
+        9 => sim.next_disable(ReadyChange::After(DEADLINE / 8)),
         10 => sim.fail(),
-        _ => bench.drive().fence(STRONG[(nth / 12 % 3) as usize]).unwrap(),
+        _ => bench.drive().fence(STRONGER_THAN_DRAIN[(nth / 12 % 3) as usize]).unwrap(),
     }
 }
 
 #[test]
-fn a_load_survives_whatever_happens_and_loses_nothing() {
-    whatever_happens(Options::default(), false);
+fn load_survives_all_faults_without_loss() {
+    load_under_all_faults(Options::default(), false);
 }
 
-/// Requests that are longer than a queue.
+/// Requests of more commands than a queue has entries.
 #[test]
-fn a_load_in_turns_survives_whatever_happens_and_loses_nothing() {
-    whatever_happens(Options { entries: 8, ..Options::default() }, true);
+fn load_in_turns_survives_all_faults_without_loss() {
+    load_under_all_faults(Options { entries: 8, ..Options::default() }, true);
 }
 
-fn whatever_happens(options: Options, in_pieces: bool) {
+fn load_under_all_faults(options: Options, in_pieces: bool) {
     let bench = Bench::new(options, 2);
     assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     [(0, 16), (16, 32), (48, PAGES - 48)].into_iter().for_each(|(page, pages)| bench.map(page, pages));
@@ -175,18 +175,18 @@ fn whatever_happens(options: Options, in_pieces: bool) {
             let (bench, stop, owner) = (&bench, &stop, bench.owner(nth));
             scope.spawn(move || work(bench, owner, nth.into(), stop, done));
         }
-        let end = End(&stop);
-        // Steps of five through twelve: each thing once, in an order in which no neighbours are alike.
+        let end = StopOnDrop(&stop);
+        // Steps of five, modulo twelve: each fault once per round, in an order without similar neighbours.
         for nth in 0..36 {
-            mischief(&bench, nth / 12 * 12 + nth * 5 % 12);
-            // The gate takes a part of what is in use, and gives it back.
+            inject_fault(&bench, nth / 12 * 12 + nth * 5 % 12);
+            // As the gate does, unmap a part of the memory in use, and map it again.
             let part = pages_at(16, 32);
             let gone = bench.windowed.unmap(part);
             bench.drive().attach().unwrap();
             if gone == (Unmap::Gone { bytes: 32 * PAGE }) {
                 bench.map(16, 32);
             } else {
-                // It climbs, as a gate does.
+                // As the gate does, use a stronger fence.
                 bench.drive().fence(FenceStep::Detach).unwrap();
                 assert_eq!(bench.windowed.unmap(part), Unmap::Gone { bytes: 32 * PAGE });
                 bench.map(16, 32);

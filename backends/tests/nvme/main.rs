@@ -1,7 +1,7 @@
-//! The driver of NVMe drives in front of a simulated controller: every block arrives, whatever the controller does, and
-//! nothing moves that must not.
+//! The NVMe driver with a simulated controller: no data is lost whatever the controller does, and no DMA happens that
+//! must not.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failure here is a failed test
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,35 +19,36 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 mod exerciser;
 mod faults;
 mod fences;
-mod interrupted;
+mod fencing_registers;
 mod loads;
-mod trips;
+mod transfers;
 mod window;
 
-/// Where the guest's memory is mapped, and how much there is.
+/// The IOVA of guest memory.
 const BASE: u64 = 0x4000_0000;
+/// The size of guest memory, in pages.
 const PAGES: u64 = 1024;
-/// Longer than anything takes here.
-const LONG: Duration = Duration::from_secs(60);
-/// How long is waited for what must not come.
-const SHORT: Duration = Duration::from_millis(60);
-/// A deadline for commands that never end, where it does not matter if one that is only slow meets it too.
+/// A timeout that no test reaches unless it fails.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// The time after which something that must not happen is taken not to.
+const SETTLE_TIME: Duration = Duration::from_millis(60);
+/// A command deadline for tests in which it is harmless that a slow command exceeds it too.
 const DEADLINE: Duration = Duration::from_millis(150);
-/// A deadline that only those meet which never end.
+/// A command deadline that only commands exceed that never complete.
 const LONG_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Drivers of one process share what memory they may have: one test at a time.
-static BUDGET: Mutex<()> = Mutex::new(());
+/// Serializes the tests: the drivers of one process share a limited IOVA range for their own memory.
+static DRIVER_MEMORY: Mutex<()> = Mutex::new(());
 
-/// A simulated drive, its driver, and guest memory that is mapped. It ends by looking whether the controller has
-/// complained.
+/// A simulated drive, its driver, and guest memory that is mapped. On drop it checks that the driver has not violated
+/// the specification.
 struct Bench {
     drive: Option<Arc<Drive>>,
     windowed: Arc<Windowed>,
     domain: Sim,
     memory: Arc<GuestFile>,
     sim: Simulated,
-    _budget: MutexGuard<'static, ()>,
+    _driver_memory: MutexGuard<'static, ()>,
 }
 
 impl Bench {
@@ -55,32 +56,38 @@ impl Bench {
         Self::with_deadline(options, queues, DEADLINE)
     }
 
-    /// Where every command is ended by the test, none by its deadline.
-    fn patient(options: Options, queues: u16) -> Self {
-        Self::with_deadline(options, queues, LONG)
+    /// Returns a bench whose commands never exceed their deadline.
+    fn without_deadline(options: Options, queues: u16) -> Self {
+        Self::with_deadline(options, queues, TIMEOUT)
     }
 
     fn with_deadline(options: Options, queues: u16, deadline: Duration) -> Self {
-        Self::behind(options, queues, deadline, |registers| registers)
+        Self::with_registers(options, queues, deadline, |registers| registers)
     }
 
-    /// A bench whose driver accesses the controller's registers through what `wrap` makes of them.
-    fn behind(
+    /// Returns a bench whose driver accesses the controller's registers through the result of `wrap`.
+    fn with_registers(
         options: Options,
         queues: u16,
         deadline: Duration,
         wrap: impl FnOnce(Arc<dyn Registers>) -> Arc<dyn Registers>,
     ) -> Self {
-        let budget = BUDGET.lock().unwrap_or_else(PoisonError::into_inner);
+        let driver_memory = DRIVER_MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let sim = Simulated::new(&domain, options).unwrap();
         let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
         let options = DriveOptions { queues, deadline, ..DriveOptions::default() };
         let drive = Drive::open(wrap(sim.registers()), &shared, options).unwrap();
-        let windowed = Windowed::new(shared, Arc::clone(drive.window())).with_patience(SHORT);
+        let windowed = Windowed::new(shared, Arc::clone(drive.window())).with_patience(SETTLE_TIME);
         let memory = Arc::new(GuestFile::memfd("guest", PAGES * PAGE).unwrap());
-        let bench =
-            Self { drive: Some(drive), windowed: Arc::new(windowed), domain, memory, sim, _budget: budget };
+        let bench = Self {
+            drive: Some(drive),
+            windowed: Arc::new(windowed),
+            domain,
+            memory,
+            sim,
+            _driver_memory: driver_memory,
+        };
         bench.map(0, PAGES);
         bench
     }
@@ -97,7 +104,7 @@ impl Bench {
         self.windowed.map(pages_at(page, pages), 1 << 30, &self.memory, Offset(page * PAGE), true).unwrap();
     }
 
-    /// Fills bytes of guest memory with what nobody else writes.
+    /// Writes a pattern that depends on `seed` to guest memory, and returns it.
     fn fill(&self, segments: &[Segment], seed: u64) -> Vec<u8> {
         let len = segments.iter().map(|segment| segment.len as usize).sum();
         let bytes = pattern(seed, len);
@@ -110,8 +117,8 @@ impl Bench {
         bytes
     }
 
-    /// What is in guest memory.
-    fn seen(&self, segments: &[Segment]) -> Vec<u8> {
+    /// Returns the content of guest memory.
+    fn read_memory(&self, segments: &[Segment]) -> Vec<u8> {
         let mut all = Vec::new();
         for segment in segments {
             let mut bytes = vec![0; segment.len as usize];
@@ -131,7 +138,7 @@ impl Drop for Bench {
     }
 }
 
-/// Whoever owns a queue, and what has come back to him.
+/// The owner of a queue, and the results of its requests.
 struct Owner {
     queue: Queue,
     results: BTreeMap<u32, Result<(), Fault>>,
@@ -152,52 +159,52 @@ impl Owner {
         assert_eq!(self.submit(tag, op, segments), Submitted::Started);
     }
 
-    /// Waits until the drive takes requests again: its controller is up a moment before.
+    /// Waits until the drive accepts requests again, which is shortly after its controller is ready.
     fn await_open(&mut self) {
         let begun = Instant::now();
         while self.submit(u32::MAX, Op::Flush, &[]) != Submitted::Started {
-            assert!(begun.elapsed() < LONG, "the drive takes nothing");
+            assert!(begun.elapsed() < TIMEOUT, "the drive accepts no request");
             self.wait();
         }
         assert_eq!(self.result(u32::MAX), Ok(()));
     }
 
-    /// Takes what has come; nothing comes twice.
-    fn look(&mut self) {
+    /// Takes completions; no request may complete twice.
+    fn reap(&mut self) {
         let mut done = Vec::new();
         self.queue.complete(&mut done);
         for completed in done {
             let before = self.results.insert(completed.tag, completed.result);
-            assert_eq!(before, None, "request {} came back twice", completed.tag);
+            assert_eq!(before, None, "request {} completed twice", completed.tag);
         }
     }
 
-    /// Waits for the interrupt, and looks.
+    /// Waits for the interrupt for a short time, then takes completions.
     fn wait(&mut self) {
         let wait = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
         poll(&mut [PollFd::new(&self.queue.interrupt(), PollFlags::IN)], Some(&wait)).unwrap();
         let _ = rustix::io::read(self.queue.interrupt(), &mut [0; 8]);
-        self.look();
+        self.reap();
     }
 
-    /// As an owner who waits for nothing but interrupts.
+    /// Waits for the interrupt without a time limit, then takes completions.
     fn sleep(&mut self) {
-        let wait = Timespec { tv_sec: LONG.as_secs() as i64, tv_nsec: 0 };
+        let wait = Timespec { tv_sec: TIMEOUT.as_secs() as i64, tv_nsec: 0 };
         let woken = poll(&mut [PollFd::new(&self.queue.interrupt(), PollFlags::IN)], Some(&wait));
-        assert_eq!(woken, Ok(1), "nobody wakes him");
+        assert_eq!(woken, Ok(1), "the owner is not woken");
         let _ = rustix::io::read(self.queue.interrupt(), &mut [0; 8]);
-        self.look();
+        self.reap();
     }
 
-    /// The result of a request that is under way.
+    /// Waits for the result of a request in flight.
     fn result(&mut self, tag: u32) -> Result<(), Fault> {
         let begun = Instant::now();
-        self.look();
+        self.reap();
         loop {
             if let Some(result) = self.results.remove(&tag) {
                 return result;
             }
-            assert!(begun.elapsed() < LONG, "request {tag} does not come back");
+            assert!(begun.elapsed() < TIMEOUT, "request {tag} does not complete");
             self.wait();
         }
     }
@@ -216,7 +223,7 @@ fn segment(offset: u64, len: u32) -> Segment {
     Segment { iova: Iova(BASE + offset), len }
 }
 
-/// A page of guest memory.
+/// Returns a page of guest memory, as one segment.
 fn page(nth: u64) -> [Segment; 1] {
     [segment(nth * PAGE, PAGE as u32)]
 }

@@ -1,4 +1,5 @@
-//! What the gate takes away is not touched any more, and what it must not wait for it does not wait for.
+//! The admission window in front of the driver: no DMA to closed pages, and an unmap waits for requests on its pages
+//! only.
 
 use std::sync::mpsc::{self, Receiver};
 use std::thread::Scope;
@@ -10,29 +11,30 @@ use rustix::io::Errno;
 
 use super::*;
 
-/// Does it on a thread of its own.
-fn aside<'scope, T: Send + 'scope>(
+/// Calls `what` on a thread of its own; the result is sent to the receiver.
+fn spawn_in<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     what: impl FnOnce() -> T + Send + 'scope,
 ) -> Receiver<T> {
-    let (tell, told) = mpsc::channel();
-    scope.spawn(move || tell.send(what()));
-    told
+    let (sender, receiver) = mpsc::channel();
+    scope.spawn(move || sender.send(what()));
+    receiver
 }
 
-/// Waits until a page is closed: whoever closes it may not have begun. No owner has this place in the window.
+/// Waits until a page is closed, which an unmap on another thread does at its beginning. Uses a window slot that no
+/// owner has.
 fn await_closed(bench: &Bench, nth: u64) {
-    const PLACE: usize = 100;
+    const UNUSED_SLOT: usize = 100;
     let (window, begun) = (bench.drive().window(), Instant::now());
-    while window.enter(PLACE, &page(nth)) != Entered::Closed {
-        window.leave(PLACE);
-        assert!(begun.elapsed() < LONG, "page {nth} stays open");
+    while window.enter(UNUSED_SLOT, &page(nth)) != Entered::Closed {
+        window.leave(UNUSED_SLOT);
+        assert!(begun.elapsed() < TIMEOUT, "page {nth} stays open");
         std::thread::yield_now();
     }
 }
 
 #[test]
-fn a_closed_page_is_not_touched() {
+fn closed_page_is_not_accessed() {
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);
     assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
@@ -49,9 +51,9 @@ fn a_closed_page_is_not_touched() {
 }
 
 #[test]
-fn an_unmap_waits_for_what_touches_its_pages_and_for_nothing_else() {
-    let bench = Bench::patient(Options::default(), 1);
-    let windowed = patient(&bench);
+fn unmap_waits_only_for_requests_on_its_pages() {
+    let bench = Bench::without_deadline(Options::default(), 1);
+    let windowed = waiting_domain(&bench);
     let mut owner = bench.owner(0);
     assert_eq!(windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     bench.map(0, 4);
@@ -60,30 +62,30 @@ fn an_unmap_waits_for_what_touches_its_pages_and_for_nothing_else() {
     bench.sim.medium().write(0, &expected);
     bench.sim.fault(When::io(opcode::READ), Does::HoldData);
     owner.start(1, read(0, 8), &page(3));
-    assert!(bench.sim.await_held(1, LONG));
+    assert!(bench.sim.await_held(1, TIMEOUT));
     std::thread::scope(|scope| {
         assert_eq!(windowed.unmap(pages_at(4, 4)), Unmap::Gone { bytes: 4 * PAGE });
         assert!(windowed.may_wait(pages_at(0, 4)));
-        let gone = aside(scope, || windowed.unmap(pages_at(0, 4)));
+        let gone = spawn_in(scope, || windowed.unmap(pages_at(0, 4)));
         await_closed(&bench, 3);
-        assert!(gone.recv_timeout(SHORT).is_err(), "it did not wait for the read");
+        assert!(gone.recv_timeout(SETTLE_TIME).is_err(), "the unmap did not wait for the read");
         assert_eq!(owner.submit(2, read(0, 8), &page(0)), Submitted::Closed);
         assert_eq!(bench.domain.mapping_count(), mappings(&bench, 1));
         assert_eq!(bench.sim.release(), 1);
         assert_eq!(owner.result(1), Ok(()));
-        assert_eq!(gone.recv_timeout(LONG), Ok(Unmap::Gone { bytes: 4 * PAGE }));
+        assert_eq!(gone.recv_timeout(TIMEOUT), Ok(Unmap::Gone { bytes: 4 * PAGE }));
     });
-    assert_eq!(bench.seen(&page(3)), expected, "the read was late");
+    assert_eq!(bench.read_memory(&page(3)), expected, "the data of the read has not arrived");
     assert_eq!(bench.sim.dma_faults(), 0);
 }
 
-/// The domain, whose unmaps wait as long as it takes.
-fn patient(bench: &Bench) -> Windowed {
+/// Returns the domain behind the window, with unmaps that wait as long as it takes.
+fn waiting_domain(bench: &Bench) -> Windowed {
     let window = Arc::clone(bench.drive().window());
-    Windowed::new(Arc::new(bench.domain.clone()), window).with_patience(LONG)
+    Windowed::new(Arc::new(bench.domain.clone()), window).with_patience(TIMEOUT)
 }
 
-/// Mappings, beside those of the driver's own memory, which are two.
+/// Returns the expected number of mappings: those of the guest, and two for the driver's own memory.
 fn mappings(bench: &Bench, of_the_guest: u64) -> u64 {
     let own = bench.domain.mappings().iter().filter(|mapping| mapping.iova.start().0 >= 0xfec0_0000).count();
     assert_eq!(own, 2);
@@ -91,47 +93,47 @@ fn mappings(bench: &Bench, of_the_guest: u64) -> u64 {
 }
 
 #[test]
-fn an_unmap_that_waits_too_long_takes_nothing() {
-    let bench = Bench::patient(Options::default(), 1);
+fn unmap_that_times_out_unmaps_nothing() {
+    let bench = Bench::without_deadline(Options::default(), 1);
     let mut owner = bench.owner(0);
     let expected = pattern(5, PAGE as usize);
     bench.sim.medium().write(0, &expected);
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, LONG));
+    assert!(bench.sim.await_held(1, TIMEOUT));
     let all = pages_at(0, PAGES);
     assert_eq!(bench.windowed.unmap(all), Unmap::Failed { errno: Errno::BUSY, bytes: 0 });
-    assert_eq!(owner.submit(2, read(0, 8), &page(9)), Submitted::Closed, "it stays closed");
+    assert_eq!(owner.submit(2, read(0, 8), &page(9)), Submitted::Closed, "the page stays closed");
     bench.sim.release();
     assert_eq!(owner.result(1), Ok(()));
-    assert_eq!(bench.seen(&page(0)), expected);
+    assert_eq!(bench.read_memory(&page(0)), expected);
     assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE });
     assert_eq!(bench.sim.dma_faults(), 0);
 }
 
 #[test]
-fn a_drain_ends_what_is_in_flight_and_nothing_starts_before_the_attach() {
-    let bench = Bench::patient(Options::default(), 2);
+fn drain_waits_for_requests_in_flight_and_admits_none_before_attach() {
+    let bench = Bench::without_deadline(Options::default(), 2);
     let (mut one, mut two) = (bench.owner(0), bench.owner(1));
     bench.sim.fault(When::any().times(2), Does::HoldCompletion);
     one.start(1, write(0, 8), &page(0));
     two.start(1, Op::Flush, &[]);
-    assert!(bench.sim.await_held(2, LONG));
+    assert!(bench.sim.await_held(2, TIMEOUT));
     std::thread::scope(|scope| {
-        // A drain waits 300 ms at most, and is asked for again where this machine was slower.
-        let drained = aside(scope, || while bench.drive().fence(FenceStep::Drain).is_err() {});
+        // A drain waits 300 ms at most; it is repeated on a slow machine.
+        let drained = spawn_in(scope, || while bench.drive().fence(FenceStep::Drain).is_err() {});
         let begun = Instant::now();
         while !bench.drive().window().is_paused() {
-            assert!(begun.elapsed() < LONG, "nothing is drained");
+            assert!(begun.elapsed() < TIMEOUT, "no drain has begun");
             std::thread::yield_now();
         }
-        assert!(drained.recv_timeout(SHORT / 3).is_err(), "it did not wait");
+        assert!(drained.recv_timeout(SETTLE_TIME / 3).is_err(), "the drain did not wait");
         assert_eq!(one.submit(2, write(0, 8), &page(0)), Submitted::Closed);
         bench.sim.release();
         assert_eq!(one.result(1), Ok(()));
-        assert!(drained.recv_timeout(SHORT / 3).is_err(), "it did not wait for the other queue");
+        assert!(drained.recv_timeout(SETTLE_TIME / 3).is_err(), "the drain did not wait for the other queue");
         assert_eq!(two.result(1), Ok(()));
-        drained.recv_timeout(LONG).unwrap();
+        drained.recv_timeout(TIMEOUT).unwrap();
     });
     let taken = bench.sim.taken();
     for tag in 2..20 {
@@ -146,24 +148,24 @@ fn a_drain_ends_what_is_in_flight_and_nothing_starts_before_the_attach() {
 }
 
 #[test]
-fn a_request_of_several_commands_is_in_the_window_until_the_last_has_ended() {
-    let bench = Bench::patient(Options { mdts: 1, ..Options::default() }, 1);
+fn request_stays_in_the_window_until_its_last_command_completes() {
+    let bench = Bench::without_deadline(Options { mdts: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any().over(24..25), Does::HoldData);
     owner.start(1, read(0, 48), &[segment(0, 6 * PAGE as u32)]);
-    assert!(bench.sim.await_taken(3, LONG) && bench.sim.await_held(1, LONG));
+    assert!(bench.sim.await_taken(3, TIMEOUT) && bench.sim.await_held(1, TIMEOUT));
     std::thread::scope(|scope| {
         let all = pages_at(0, PAGES);
-        let patient = patient(&bench);
-        let gone = aside(scope, move || patient.unmap(all));
+        let waiting_domain = waiting_domain(&bench);
+        let gone = spawn_in(scope, move || waiting_domain.unmap(all));
         await_closed(&bench, 0);
-        owner.look();
-        assert!(gone.recv_timeout(SHORT).is_err(), "a part of it is in flight");
-        owner.look();
-        assert!(owner.results.is_empty(), "it is not over");
+        owner.reap();
+        assert!(gone.recv_timeout(SETTLE_TIME).is_err(), "the unmap did not wait for the last command");
+        owner.reap();
+        assert!(owner.results.is_empty(), "the request has not ended");
         bench.sim.release();
         assert_eq!(owner.result(1), Ok(()));
-        assert_eq!(gone.recv_timeout(LONG), Ok(Unmap::Gone { bytes: PAGES * PAGE }));
+        assert_eq!(gone.recv_timeout(TIMEOUT), Ok(Unmap::Gone { bytes: PAGES * PAGE }));
     });
     assert_eq!(bench.sim.dma_faults(), 0);
 }

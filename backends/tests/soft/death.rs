@@ -1,4 +1,4 @@
-//! A process that is killed in the middle of a DMA that does not end: the kernel stops it, nobody else is needed.
+//! A process that is killed during a DMA that does not end by itself: the kernel ends the DMA and unpins the pages.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
@@ -9,11 +9,12 @@ use rustix::fs::{Mode, OFlags, SealFlags};
 
 use super::*;
 
-/// Where the killed process finds its memory; it is the test `victim` of this binary, started once more.
+/// The environment variable with the path of the memory, for the process to be killed: the test `victim` of this
+/// binary.
 const MEMORY: &str = "PASSGATE_TEST_MEMORY";
 
 #[test]
-fn killed_in_mid_send_a_process_leaves_no_pin_behind() {
+fn process_killed_during_a_send_leaves_no_pinned_page() {
     let memory = GuestFile::memfd("death", PAGE).unwrap();
     memory.write(0, &[b'A'; PAGE as usize]).unwrap();
     let witness: OwnedFd = memory.as_fd().try_clone_to_owned().unwrap();
@@ -31,14 +32,14 @@ fn killed_in_mid_send_a_process_leaves_no_pin_behind() {
     assert_eq!(seal(), Err(Errno::BUSY));
     victim.kill().unwrap();
     victim.wait().unwrap();
-    // The reset is the event; letting go of the last page follows it, in the kernel's own time.
-    far.set_read_timeout(Some(LONG)).unwrap();
+    // The kernel resets the connection first and unpins the last page some time later.
+    far.set_read_timeout(Some(EVENT_TIMEOUT)).unwrap();
     let end = far.read_to_end(&mut Vec::new());
     assert!(end.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
     let begin = Instant::now();
     while seal() == Err(Errno::BUSY) {
-        // Each try waits in the kernel for the pins to go.
-        assert!(begin.elapsed() < LONG, "still pinned");
+        // Each attempt waits in the kernel for pins to be released.
+        assert!(begin.elapsed() < EVENT_TIMEOUT, "still pinned");
     }
 }
 
@@ -62,5 +63,5 @@ fn victim() {
     let _ticket = ticket(domain.unmap(iova(0, 1)), 1);
     drop(memory);
     println!("ready");
-    held.wait(LONG);
+    held.wait(EVENT_TIMEOUT);
 }

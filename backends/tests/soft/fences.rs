@@ -1,27 +1,27 @@
-//! Operations that do not end by themselves, and what each fence does to them.
+//! Operations that do not end by themselves, and the effect of each fence on them.
 
 use std::io::Read;
 
 use passgate_backends::FenceStep;
-use passgate_backends::device::soft::{ClosedWindow, Held};
+use passgate_backends::device::soft::{ClosedWindow, HeldDma};
 
 use super::*;
 
 #[test]
-fn what_an_unmap_finds_in_flight_is_said_and_ends_by_cancelling() {
+fn operation_in_flight_is_reported_and_ends_by_a_drain() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.store(0, 1);
     let held = bench.device.hold_write(at(0), 8).unwrap();
     let ticket = ticket(bench.unmap(0, 1), 1);
-    assert_eq!(tickets(&bench.domain, 1, SHORT), []);
+    assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     assert_eq!(held.outcome(), None);
     bench.device.fence(FenceStep::Drain).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert_eq!(held.outcome(), Some(Err(Errno::CANCELED)));
     assert_eq!(bench.load(0), 1);
-    assert!(!readable(bench.domain.wake().unwrap(), Duration::ZERO), "said once");
-    // The attach lets it go on.
+    assert!(!readable(bench.domain.wake().unwrap(), Duration::ZERO), "reported once");
+    // After the attach the device does DMA again.
     bench.map(0, 1);
     bench.device.attach().unwrap();
     bench.dma_store(0, 2).unwrap();
@@ -29,15 +29,18 @@ fn what_an_unmap_finds_in_flight_is_said_and_ends_by_cancelling() {
 }
 
 #[test]
-fn what_is_asked_of_a_drained_device_waits_for_the_attach() {
+fn dma_on_a_drained_device_waits_for_the_attach() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.store(0, 1);
     bench.device.fence(FenceStep::Drain).unwrap();
-    assert_eq!(bench.unmap(0, 1), gone(1), "nothing is in flight behind a drain");
+    assert_eq!(bench.unmap(0, 1), gone(1), "nothing is in flight after a drain");
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| bench.dma_store(0, 2));
-        assert!(!readable(bench.domain.wake().unwrap(), SHORT), "a window over a page that stays shared");
+        assert!(
+            !readable(bench.domain.wake().unwrap(), QUIET_TIME),
+            "a gap in DMA to a page that stays shared"
+        );
         assert_eq!(bench.load(0), 1);
         bench.map(0, 1);
         bench.device.attach().unwrap();
@@ -46,27 +49,27 @@ fn what_is_asked_of_a_drained_device_waits_for_the_attach() {
     assert_eq!(bench.load(0), 2, "not failed, not lost");
     bench.device.fence(FenceStep::Drain).unwrap();
     bench.device.fence(FenceStep::Reset).unwrap();
-    assert!(bench.dma_store(0, 3).is_err(), "behind a reset it fails at once");
+    assert!(bench.dma_store(0, 3).is_err(), "after a reset it fails at once");
     bench.device.attach().unwrap();
     bench.dma_store(0, 3).unwrap();
 }
 
 #[test]
-fn a_late_write_lands_after_the_unmap_and_only_then_the_ticket_ends() {
+fn late_write_completes_after_the_unmap_and_ends_its_ticket() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     let held = bench.device.hold_write(at(0), 8).unwrap();
     let ticket = ticket(bench.unmap(0, 1), 1);
     is_fault(bench.dma_load(0), 0);
     held.finish(&0x1a7e_u64.to_ne_bytes()).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
-    assert_eq!(held.wait(LONG), Some(Ok(8)));
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
+    assert_eq!(held.wait(EVENT_TIMEOUT), Some(Ok(8)));
     assert_eq!(bench.load(0), 0x1a7e, "the unmap alone proved nothing");
     assert_eq!(held.finish(&[0; 8]).unwrap_err().errno, Errno::PIPE);
 }
 
 #[test]
-fn a_page_mapped_again_has_a_ticket_for_each_time() {
+fn each_unmap_of_a_page_has_its_own_ticket() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     let first = bench.device.hold_write(at(0), 8).unwrap();
@@ -76,49 +79,49 @@ fn a_page_mapped_again_has_a_ticket_for_each_time() {
     let two = ticket(bench.unmap(0, 1), 1);
     bench.map(0, 1);
     assert_eq!(bench.unmap(0, 1), gone(1), "this time nothing was in flight");
-    // Not in the order in which they began.
+    // They end in another order than they began.
     second.finish(&[2; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [two]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [two]);
     first.finish(&[1; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [one]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [one]);
 }
 
 #[test]
-fn a_ticket_waits_for_the_last_operation_over_its_range() {
+fn ticket_ends_with_the_last_operation_over_its_range() {
     let bench = Bench::new(4);
     bench.map(0, 4);
-    let held: Vec<Held> = [0, 2, 2].map(|page| bench.device.hold_write(at(page), 8).unwrap()).into();
+    let held: Vec<HeldDma> = [0, 2, 2].map(|page| bench.device.hold_write(at(page), 8).unwrap()).into();
     let ticket = ticket(bench.unmap(0, 4), 4);
     held[1].finish(&[0; 8]).unwrap();
     held[0].finish(&[0; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, SHORT), []);
+    assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     held[2].finish(&[0; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
 }
 
 #[test]
-fn a_ticket_waits_only_for_what_is_in_flight_in_whatever_order_pages_were_mapped() {
+fn ticket_covers_exactly_the_operations_in_flight_in_any_slot_order() {
     let bench = Bench::new(8);
-    // Filled in another order than they are emptied in.
+    // The slots are filled in another order than they are emptied.
     for page in [6, 2, 7, 0, 5, 1, 4, 3] {
         bench.map(page, 1);
     }
     let held = bench.device.hold_write(at(4), 8).unwrap();
     let first = ticket(bench.unmap(0, 8), 8);
     held.finish(&[0; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [first]);
-    // What came with that unmap is not taken for the next one's.
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [first]);
+    // The tags of that unmap must not count for the next one.
     bench.map(0, 8);
     let held = [bench.device.hold_write(at(1), 8).unwrap(), bench.device.hold_write(at(6), 8).unwrap()];
     let second = ticket(bench.unmap(0, 8), 8);
     held[1].finish(&[0; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, SHORT), []);
+    assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     held[0].finish(&[0; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [second]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [second]);
 }
 
 #[test]
-fn what_has_ended_with_one_unmap_does_not_count_for_the_next() {
+fn tags_of_one_unmap_do_not_count_for_the_next() {
     let bench = Bench::new(2);
     let unmapped = [(); 3].map(|()| {
         bench.map(0, 2);
@@ -127,24 +130,24 @@ fn what_has_ended_with_one_unmap_does_not_count_for_the_next() {
     });
     for (held, ticket) in unmapped {
         held.finish(&[0; 8]).unwrap();
-        assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+        assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     }
 }
 
 #[test]
-fn a_ticket_taken_off_the_queue_by_the_device_still_wakes_its_owner() {
+fn ticket_reaped_by_the_device_wakes_the_owner() {
     let bench = Bench::new(2);
     bench.map(0, 2);
     let held = bench.device.hold_write(at(0), 8).unwrap();
     let ticket = ticket(bench.unmap(0, 1), 1);
     held.finish(&[0; 8]).unwrap();
-    assert_eq!(held.wait(LONG), Some(Ok(8)));
+    assert_eq!(held.wait(EVENT_TIMEOUT), Some(Ok(8)));
     bench.dma_store(1, 1).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
 }
 
 #[test]
-fn the_thread_that_began_an_operation_may_end() {
+fn thread_that_began_an_operation_may_exit() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     let device = Arc::clone(&bench.device);
@@ -154,54 +157,54 @@ fn the_thread_that_began_an_operation_may_end() {
         other => ticket(other, 1),
     };
     bench.device.fence(FenceStep::Drain).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert!(held.outcome().is_some());
 }
 
-/// A zero-copy send of page 0, which was all 'A', into a closed window.
-fn stuck(bench: &Bench) -> (Held, ClosedWindow) {
+/// Starts a zero-copy send of page 0, filled with 'A', to a peer whose receive window is zero.
+fn stuck_send(bench: &Bench) -> (HeldDma, ClosedWindow) {
     bench.map(0, 1);
     bench.memory.write(0, &[b'A'; PAGE as usize]).unwrap();
-    let window = ClosedWindow::open().unwrap();
-    let near = window.near.try_clone().unwrap();
+    let connection = ClosedWindow::open().unwrap();
+    let near = connection.near.try_clone().unwrap();
     let held = bench.device.send_zc(at(0), PAGE as usize, near).unwrap();
-    (held, window)
+    (held, connection)
 }
 
 #[test]
-fn a_send_into_a_closed_window_is_not_ended_by_cancelling_and_sends_what_is_written_later() {
+fn stalled_send_survives_a_drain_and_sends_later_content() {
     let bench = Bench::new(1);
-    let (held, mut window) = stuck(&bench);
+    let (held, mut connection) = stuck_send(&bench);
     let ticket = ticket(bench.unmap(0, 1), 1);
     is_fault(bench.dma_load(0), 0);
     bench.device.fence(FenceStep::Drain).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, SHORT), []);
+    assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     assert_eq!(held.outcome(), None);
     bench.memory.write(0, &[b'B'; PAGE as usize]).unwrap();
 
-    let mut filler = vec![0; window.filler as usize];
-    window.far.read_exact(&mut filler).unwrap();
+    let mut filler = vec![0; connection.filler as usize];
+    connection.far.read_exact(&mut filler).unwrap();
     let mut sent = vec![0; PAGE as usize];
-    window.far.read_exact(&mut sent).unwrap();
+    connection.far.read_exact(&mut sent).unwrap();
     assert!(sent.iter().all(|byte| *byte == b'B'), "the peer reads what was written after the unmap");
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert_eq!(held.outcome(), Some(Ok(PAGE as u32)));
 }
 
 #[test]
-fn a_send_into_a_closed_window_is_ended_by_a_reset() {
+fn stalled_send_ends_by_a_reset() {
     let bench = Bench::new(2);
-    let (held, mut window) = stuck(&bench);
+    let (held, mut connection) = stuck_send(&bench);
     let ticket = ticket(bench.unmap(0, 1), 1);
     bench.device.fence(FenceStep::Reset).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
-    assert_eq!(held.outcome(), Some(Ok(PAGE as u32)), "taken by the socket, and thrown away there");
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
+    assert_eq!(held.outcome(), Some(Ok(PAGE as u32)), "queued in the socket, and discarded there");
     let mut sent = Vec::new();
-    let end = window.far.read_to_end(&mut sent);
+    let end = connection.far.read_to_end(&mut sent);
     assert!(end.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
     assert!(!sent.contains(&b'A'));
 
-    // Until it is attached again it does nothing.
+    // It does no DMA until it is attached again.
     bench.map(1, 1);
     let refused = bench.dma_store(1, 1).unwrap_err();
     assert!(refused.to_string().contains("attach"), "{refused}");
@@ -213,13 +216,13 @@ fn a_send_into_a_closed_window_is_ended_by_a_reset() {
 }
 
 #[test]
-fn a_device_that_goes_lets_go_of_what_it_held() {
+fn dropped_device_ends_its_held_operations() {
     let bench = Bench::new(2);
-    let (_, _window) = stuck(&bench);
+    let (_, _connection) = stuck_send(&bench);
     bench.map(1, 1);
     bench.device.hold_write(at(1), 8).unwrap();
     let ticket = ticket(bench.unmap(0, 2), 2);
     let Bench { domain, device, .. } = bench;
     drop(device);
-    assert_eq!(tickets(&domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&domain, 1, EVENT_TIMEOUT), [ticket]);
 }

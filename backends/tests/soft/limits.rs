@@ -1,4 +1,4 @@
-//! What the domain refuses, and that a refusal leaves nothing behind.
+//! The maps that the domain refuses, without any effect.
 
 use passgate_bindings::uring;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -7,7 +7,7 @@ use rustix::thread::{CapabilitySet, Uid, capabilities, set_capabilities, set_thr
 use super::skip::skip;
 use super::*;
 
-/// The text of a refusal of `iova`, with the domain unchanged by it.
+/// Checks that a map of `iova` is refused with `errno` and changes nothing. Returns the text of the error.
 fn refused(bench: &Bench, iova: PageRange<Iova>, piece: u64, offset: u64, errno: Errno) -> String {
     let before = bench.domain.mappings();
     let error = bench.domain.map(iova, piece, &bench.memory, Offset(offset), true).unwrap_err();
@@ -17,7 +17,7 @@ fn refused(bench: &Bench, iova: PageRange<Iova>, piece: u64, offset: u64, errno:
 }
 
 #[test]
-fn a_bad_map_is_refused_whole() {
+fn invalid_map_is_refused_without_effect() {
     let bench = Bench::new(8);
     bench.map(2, 2);
     let text = refused(&bench, iova(0, 8), PAGE, 0, Errno::EXIST);
@@ -33,15 +33,15 @@ fn a_bad_map_is_refused_whole() {
 }
 
 #[test]
-fn slots_run_out_with_a_clear_word_and_come_back() {
-    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+fn full_slot_table_is_reported_and_slots_are_reused() {
+    let budget = MEMLOCK_BUDGET.read().unwrap_or_else(PoisonError::into_inner);
     let bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 64, Some(budget));
     bench.map(0, 5);
     let text = refused(&bench, iova(8, 4), PAGE, 0, Errno::NOSPC);
     assert!(text.contains("larger pieces"), "{text}");
     bench.map(8, 3);
     assert_eq!(bench.domain.capabilities().max_mappings, 8);
-    // Every slot in turn for another IOVA: nothing of what was there before may be hit.
+    // Every slot is reused for another IOVA: no earlier translation may reach its new pages.
     for round in 0..10 {
         assert!(matches!(bench.unmap(0, 64), Unmap::Gone { .. }));
         let page = 16 + 4 * round;
@@ -58,10 +58,10 @@ fn slots_run_out_with_a_clear_word_and_come_back() {
 }
 
 #[test]
-fn a_map_that_fails_half_way_leaves_nothing_and_costs_no_slot() {
-    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+fn partial_map_is_rolled_back_and_frees_its_slots() {
+    let budget = MEMLOCK_BUDGET.read().unwrap_or_else(PoisonError::into_inner);
     let mut bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 1, Some(budget));
-    // The last two pages are behind the end of the file: the kernel finds that out.
+    // The last two pages are beyond the end of the file, which only the kernel detects.
     let short = GuestFile::memfd("short", 6 * PAGE).unwrap();
     let fd = short.as_fd().try_clone_to_owned().unwrap();
     bench.memory = Arc::new(GuestFile::new(fd, short.kind(), 8 * PAGE, true));
@@ -69,7 +69,7 @@ fn a_map_that_fails_half_way_leaves_nothing_and_costs_no_slot() {
         let text = refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
         assert!(text.contains("inside it"), "{text}");
         (0..8).for_each(|page| is_fault(bench.dma_load(page), page));
-        // From the second time on the device knows some of the pieces from before.
+        // From the second round on the device has translations of some of the pieces.
         bench.map(round % 4, 3);
         bench.dma_store(round % 4, round).unwrap();
         assert_eq!(bench.load(round % 4), round);
@@ -77,9 +77,9 @@ fn a_map_that_fails_half_way_leaves_nothing_and_costs_no_slot() {
     }
 }
 
-/// A domain of eight slots, and a file of eight pages of which the last two can be taken away.
+/// Makes a domain of eight slots, and a file of eight pages that can be truncated.
 fn shrinkable() -> (Bench, std::fs::File) {
-    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+    let budget = MEMLOCK_BUDGET.read().unwrap_or_else(PoisonError::into_inner);
     let mut bench = Bench::of(SoftDomain::with_slots(8).unwrap(), 1, Some(budget));
     let file = rustix::fs::memfd_create("short", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, 8 * PAGE).unwrap();
@@ -89,12 +89,12 @@ fn shrinkable() -> (Bench, std::fs::File) {
 }
 
 #[test]
-fn a_map_that_failed_takes_nothing_away_from_a_later_one() {
+fn slots_of_a_failed_map_are_not_shared_with_a_later_map() {
     let (bench, file) = shrinkable();
     rustix::fs::ftruncate(&file, 6 * PAGE).unwrap();
     refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
     bench.map(0, 2);
-    // The slots that the failed map had filled are used elsewhere.
+    // The slots that the failed map had filled are reused elsewhere.
     bench.domain.map(iova(16, 6), PAGE, &bench.memory, Offset(0), true).unwrap();
     for page in [0, 1] {
         bench.dma_store(page, 7 + page).unwrap();
@@ -103,13 +103,14 @@ fn a_map_that_failed_takes_nothing_away_from_a_later_one() {
 }
 
 #[test]
-fn what_a_device_knows_from_before_a_map_that_failed_leads_nowhere_else() {
+fn stale_translation_after_a_failed_map_reaches_no_other_page() {
     let (bench, file) = shrinkable();
     bench.map(0, 8);
     assert_eq!(bench.unmap(0, 8), gone(8));
     rustix::fs::ftruncate(&file, 6 * PAGE).unwrap();
     refused(&bench, iova(0, 8), PAGE, 0, Errno::FAULT);
-    // The same pages elsewhere, the last one first: in the slots of the two that were not reached, if these were free.
+    // The same pages elsewhere, the last one first: if the slots of the two pages that were not reached counted as
+    // free, these pages would get them.
     rustix::fs::ftruncate(&file, 8 * PAGE).unwrap();
     for page in [7, 6] {
         bench.domain.map(iova(16 + page, 1), PAGE, &bench.memory, Offset(page * PAGE), true).unwrap();
@@ -121,7 +122,7 @@ fn what_a_device_knows_from_before_a_map_that_failed_leads_nowhere_else() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_refused_with_the_mend() {
+fn read_only_file_is_refused_with_the_remedy() {
     let Bench { domain, _budget, .. } = Bench::new(1);
     let memory = GuestFile::memfd("read-only", PAGE).unwrap();
     let fd = memory.as_fd().try_clone_to_owned().unwrap();
@@ -147,31 +148,32 @@ fn all_slots_are_mapped_and_unmapped_at_once() {
     let ticket = ticket(bench.unmap(0, pages), pages);
     is_fault(bench.dma_store(pages - 1, 1), pages - 1);
     held.finish(&[1; 8]).unwrap();
-    assert_eq!(tickets(&bench.domain, 1, LONG), [ticket]);
+    assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
 }
 
 #[test]
-fn the_locked_memory_limit_is_told_with_its_mend_and_nothing_is_left_of_the_map() {
-    let _alone = BUDGET.write().unwrap_or_else(PoisonError::into_inner);
+fn map_beyond_the_memlock_limit_names_the_remedy_and_leaves_nothing() {
+    let _alone = MEMLOCK_BUDGET.write().unwrap_or_else(PoisonError::into_inner);
     let before = getrlimit(Resource::Memlock);
     let limit = before.current.unwrap_or(u64::MAX).min(4 << 20);
     setrlimit(Resource::Memlock, Rlimit { current: Some(limit), ..before }).unwrap();
-    // Capabilities are of a thread, so nobody else loses them.
+    // Capabilities are per thread, so no other test loses them.
     let outcome = std::thread::spawn(move || under_a_limit(limit)).join();
     setrlimit(Resource::Memlock, before).unwrap();
     outcome.unwrap();
 }
 
 fn under_a_limit(limit: u64) {
-    // The budget is the user's: where we may, we are one that nobody else is. This, too, is of a thread.
-    let nobody = Uid::from_raw((1 << 30) + std::process::id());
-    if set_thread_uid(nobody).is_err() {
-        println!("no user of its own: another process of this user may get in the way");
+    // The budget is per user: the thread changes to a user id that no other process has, if it may. This is per thread
+    // too.
+    let unused = Uid::from_raw((1 << 30) + std::process::id());
+    if set_thread_uid(unused).is_err() {
+        println!("cannot change the user id: other processes of this user may disturb the test");
     }
-    let mut mine = capabilities(None).unwrap();
-    mine.effective.remove(CapabilitySet::IPC_LOCK);
-    mine.permitted.remove(CapabilitySet::IPC_LOCK);
-    set_capabilities(None, mine).unwrap();
+    let mut reduced = capabilities(None).unwrap();
+    reduced.effective.remove(CapabilitySet::IPC_LOCK);
+    reduced.permitted.remove(CapabilitySet::IPC_LOCK);
+    set_capabilities(None, reduced).unwrap();
 
     let pages = limit / PAGE;
     let bench = Bench::of(SoftDomain::open().unwrap(), 2 * pages, None);
@@ -183,7 +185,7 @@ fn under_a_limit(limit: u64) {
     }
     bench.dma_store(99, 1).unwrap();
     is_fault(bench.dma_load(100), 100);
-    // What was rolled back is not pinned either: as much can be mapped again.
+    // The pages that were rolled back are not pinned any more: as many can be mapped again.
     bench.map(100, pages / 2);
     bench.dma_store(100, 1).unwrap();
 

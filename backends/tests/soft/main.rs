@@ -1,7 +1,7 @@
-//! The soft domain and its devices on the running kernel: what is mapped is pinned, what is gone faults, and what
-//! is in flight is said to be.
+//! The soft domain and its devices on the running kernel: mapped pages are pinned, DMA to unmapped pages faults, and
+//! operations in flight are reported.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a panic fails the test
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Once, PoisonError, RwLock, RwLockReadGuard};
@@ -24,14 +24,14 @@ mod races;
 #[path = "../../../tests/common/skip.rs"]
 mod skip;
 
-/// Where the tests map their memory.
+/// The first IOVA at which the tests map.
 const BASE: u64 = 0x4000_0000;
 
-/// What the kernel lets a user lock is one budget: the test that uses it up wants it for itself. Each test holds it
-/// once: a second time would wait behind the one that wants it alone.
-static BUDGET: RwLock<()> = RwLock::new(());
+/// The user's budget of locked memory (RLIMIT_MEMLOCK): the test that uses it up locks this for writing, all others for
+/// reading. A test may lock it once only: a second read lock would wait behind a waiting writer.
+static MEMLOCK_BUDGET: RwLock<()> = RwLock::new(());
 
-/// A domain, one device in it, and guest memory that is not mapped yet.
+/// A domain, a device in it, and guest memory that is not mapped yet.
 struct Bench {
     _budget: Option<RwLockReadGuard<'static, ()>>,
     domain: Arc<SoftDomain>,
@@ -41,7 +41,7 @@ struct Bench {
 
 impl Bench {
     fn new(pages: u64) -> Self {
-        let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+        let budget = MEMLOCK_BUDGET.read().unwrap_or_else(PoisonError::into_inner);
         Self::of(SoftDomain::open().unwrap(), pages, Some(budget))
     }
 
@@ -50,7 +50,7 @@ impl Bench {
         Self { _budget: budget, domain, device, memory: memory(pages) }
     }
 
-    /// Maps page `page` and `count` after it, each by itself, at the same place from [`BASE`].
+    /// Maps `count` pages from page `page` on, each as a mapping of its own, at the same offset from [`BASE`].
     fn map(&self, page: u64, count: u64) {
         self.domain.map(iova(page, count), PAGE, &self.memory, Offset(page * PAGE), true).unwrap();
     }
@@ -77,13 +77,13 @@ impl Bench {
     }
 }
 
-/// guest_memfd where there is one; where not, a memfd, which is pinned and punched in the same way.
+/// Makes a guest_memfd, or, if the kernel has none, a memfd, which is pinned and punched in the same way.
 fn memory(pages: u64) -> Arc<GuestFile> {
     match guest_memfd::shared(pages * PAGE) {
         Ok((_vm, file)) => Arc::new(file),
         Err(why) => {
-            static TOLD: Once = Once::new();
-            TOLD.call_once(|| println!("a memfd instead of a guest_memfd: {why}"));
+            static PRINTED: Once = Once::new();
+            PRINTED.call_once(|| println!("a memfd instead of a guest_memfd: {why}"));
             Arc::new(GuestFile::memfd("passgate-test", pages * PAGE).unwrap())
         }
     }
@@ -115,12 +115,12 @@ fn ticket(unmap: Unmap, pages: u64) -> Ticket {
     }
 }
 
-/// Whether `fd` becomes readable within `patience`.
-fn readable(fd: BorrowedFd<'_>, patience: Duration) -> bool {
-    let deadline = Instant::now() + patience;
+/// Returns true if `fd` becomes readable within `timeout`.
+fn readable(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
     loop {
-        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap();
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
+        let remaining = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap();
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&remaining)) {
             Ok(ready) => return ready > 0,
             Err(Errno::INTR) => {}
             Err(errno) => panic!("{errno}"),
@@ -128,9 +128,9 @@ fn readable(fd: BorrowedFd<'_>, patience: Duration) -> bool {
     }
 }
 
-/// The tickets that end within `patience`, waited for as a session does: on the wake fd.
-fn tickets(domain: &SoftDomain, count: usize, patience: Duration) -> Vec<Ticket> {
-    let deadline = Instant::now() + patience;
+/// Returns the tickets that end within `timeout`, at most `count`. Waits as a session does, on the wake fd.
+fn tickets(domain: &SoftDomain, count: usize, timeout: Duration) -> Vec<Ticket> {
+    let deadline = Instant::now() + timeout;
     let mut ended = Vec::new();
     while ended.len() < count
         && readable(domain.wake().unwrap(), deadline.saturating_duration_since(Instant::now()))
@@ -140,19 +140,19 @@ fn tickets(domain: &SoftDomain, count: usize, patience: Duration) -> Vec<Ticket>
     ended
 }
 
-/// Small steps that are not the same each time, and need no crate.
+/// Returns the next number of a pseudo-random sequence (a linear congruential generator).
 fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     *state >> 33
 }
 
-/// Long enough for anything that comes at all.
-const LONG: Duration = Duration::from_secs(60);
-/// How long a test watches that nothing comes.
-const SHORT: Duration = Duration::from_millis(100);
+/// The time-out for events that must come.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The time for which a test checks that no event comes.
+const QUIET_TIME: Duration = Duration::from_millis(100);
 
 #[test]
-fn mapped_pages_are_what_the_device_sees_and_changes() {
+fn device_reads_and_writes_the_mapped_pages() {
     let bench = Bench::new(4);
     bench.map(0, 4);
     for page in 0..4 {
@@ -164,8 +164,8 @@ fn mapped_pages_are_what_the_device_sees_and_changes() {
 }
 
 #[test]
-fn one_dma_goes_over_many_mappings() {
-    // Longer than the device's pipe, too.
+fn dma_spans_many_mappings() {
+    // Longer than the capacity of the device's pipe.
     let bench = Bench::new(64);
     bench.map(0, 64);
     let pattern: Vec<u8> = (0..60 * PAGE).map(|i| (i / 7) as u8).collect();
@@ -177,7 +177,7 @@ fn one_dma_goes_over_many_mappings() {
 }
 
 #[test]
-fn an_unmapped_page_faults_and_stays_as_it_is() {
+fn unmapped_page_faults_and_is_unchanged() {
     let bench = Bench::new(4);
     bench.map(0, 4);
     bench.store(1, 7);
@@ -185,21 +185,21 @@ fn an_unmapped_page_faults_and_stays_as_it_is() {
     is_fault(bench.dma_load(1), 1);
     is_fault(bench.dma_store(1, 8), 1);
     assert_eq!(bench.load(1), 7);
-    // Its neighbours do not notice, also in one DMA that ends in the hole.
+    // The pages beside it are not affected, not even by a DMA that ends in the unmapped page.
     bench.dma_store(0, 9).unwrap();
     bench.dma_store(2, 9).unwrap();
     is_fault(bench.device.dma_write(at(0), &[1; 3 * PAGE as usize]), 1);
     assert_eq!((bench.load(0), bench.load(1), bench.load(2)), (0x0101_0101_0101_0101, 7, 9));
-    // Nothing of the failed DMA is left in the device.
+    // No bytes of the failed DMA remain in the device's pipe.
     assert_eq!(bench.dma_load(2).unwrap(), 9);
-    // Never mapped at all.
+    // A page that was never mapped.
     is_fault(bench.dma_load(77), 77);
     bench.map(1, 1);
     assert_eq!(bench.dma_load(1).unwrap(), 7);
 }
 
 #[test]
-fn a_punched_page_that_is_still_mapped_is_read_stale() {
+fn punched_page_that_is_still_mapped_is_read_stale() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.store(0, 0x01d);
@@ -207,11 +207,11 @@ fn a_punched_page_that_is_still_mapped_is_read_stale() {
     assert_eq!(bench.load(0), 0, "the owner sees a fresh page");
     assert_eq!(bench.dma_load(0).unwrap(), 0x01d, "the device still reads the old one: the canonical bug");
     bench.dma_store(0, 0xbad).unwrap();
-    assert_eq!(bench.load(0), 0, "and writes to it, where nobody sees it");
+    assert_eq!(bench.load(0), 0, "and its writes go to the old page");
 }
 
 #[test]
-fn a_page_that_is_unmapped_before_the_punch_is_never_read_stale() {
+fn page_unmapped_before_the_punch_is_never_read_stale() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.store(0, 0x01d);
@@ -225,7 +225,7 @@ fn a_page_that_is_unmapped_before_the_punch_is_never_read_stale() {
 }
 
 #[test]
-fn an_alias_keeps_its_dma_when_the_other_goes() {
+fn alias_stays_mapped_when_the_other_is_unmapped() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.domain.map(iova(9, 1), PAGE, &bench.memory, Offset(0), true).unwrap();
@@ -238,7 +238,7 @@ fn an_alias_keeps_its_dma_when_the_other_goes() {
 }
 
 #[test]
-fn a_part_of_a_mapping_is_not_unmapped() {
+fn unmap_of_a_part_of_a_mapping_is_refused() {
     let bench = Bench::new(8);
     bench.domain.map(iova(0, 8), 2 * PAGE, &bench.memory, Offset(0), true).unwrap();
     for (page, count) in [(0, 1), (1, 1), (1, 2), (0, 3), (1, 7), (5, 9)] {
@@ -254,14 +254,14 @@ fn a_part_of_a_mapping_is_not_unmapped() {
 }
 
 #[test]
-fn a_read_only_mapping_is_not_written_to() {
+fn read_only_mapping_is_not_written() {
     let bench = Bench::new(1);
     bench.domain.map(iova(0, 1), PAGE, &bench.memory, Offset(0), false).unwrap();
     bench.store(0, 3);
     assert_eq!(bench.dma_load(0).unwrap(), 3);
     is_fault(bench.dma_store(0, 4), 0);
     assert_eq!(bench.load(0), 3);
-    // The same IOVA again, now writable.
+    // The same IOVA mapped again, writable this time.
     assert_eq!(bench.unmap(0, 1), gone(1));
     bench.map(0, 1);
     bench.dma_store(0, 4).unwrap();
@@ -269,7 +269,7 @@ fn a_read_only_mapping_is_not_written_to() {
 }
 
 #[test]
-fn nothing_pins_the_memory_after_a_session() {
+fn no_page_is_pinned_after_the_unmap() {
     let memory = Arc::new(GuestFile::memfd("witness", 4 * PAGE).unwrap());
     let witness: OwnedFd = memory.as_fd().try_clone_to_owned().unwrap();
     let Bench { domain, device, _budget, .. } = Bench::new(1);

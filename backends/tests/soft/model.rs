@@ -1,35 +1,35 @@
-//! The domain against a model of it.
+//! The domain compared with a model.
 
 use std::collections::HashSet;
 
 use super::*;
 
-const PLACES: u64 = 48;
+const PAGES: u64 = 48;
 const SLOTS: u64 = 16;
 
-/// Every page against a model that knows nothing of slots: mapped in random pieces, at random places, from random
-/// pages, with fewer slots than there are places.
+/// Compares every page with a model without slots: random maps and unmaps, in random pieces, with fewer slots than
+/// pages.
 #[test]
-fn whatever_is_mapped_and_unmapped_the_device_sees_exactly_that() {
-    let budget = BUDGET.read().unwrap_or_else(PoisonError::into_inner);
-    let bench = Bench::of(SoftDomain::with_slots(SLOTS as u32).unwrap(), PLACES, Some(budget));
-    (0..PLACES).for_each(|page| bench.store(page, page));
-    // For each place: the first place of its mapping, and the page behind it.
-    let mut model: Vec<Option<(u64, u64)>> = vec![None; PLACES as usize];
+fn random_maps_and_unmaps_match_the_model() {
+    let budget = MEMLOCK_BUDGET.read().unwrap_or_else(PoisonError::into_inner);
+    let bench = Bench::of(SoftDomain::with_slots(SLOTS as u32).unwrap(), PAGES, Some(budget));
+    (0..PAGES).for_each(|page| bench.store(page, page));
+    // For each page of the address space: the first page of its mapping, and the page of the file.
+    let mut model: Vec<Option<(u64, u64)>> = vec![None; PAGES as usize];
     let mut state = 1;
     let (mut made, mut refused, mut cut) = (0, 0, 0);
     for _ in 0..3000 {
-        let start = next(&mut state) % PLACES;
-        let len = 1 + next(&mut state) % (PLACES - start).min(9);
-        let places = start as usize..(start + len) as usize;
+        let start = next(&mut state) % PAGES;
+        let len = 1 + next(&mut state) % (PAGES - start).min(9);
+        let range = start as usize..(start + len) as usize;
         if !next(&mut state).is_multiple_of(3) {
             let piece = 1 + next(&mut state) % 3;
-            let page = next(&mut state) % (PLACES - len + 1);
-            let occupied = model[places.clone()].iter().any(Option::is_some);
+            let page = next(&mut state) % (PAGES - len + 1);
+            let occupied = model[range.clone()].iter().any(Option::is_some);
             let firsts: HashSet<_> = model.iter().flatten().map(|(first, _)| first).collect();
-            // Of a place: the first of its mapping, on the grid of absolute IOVAs.
-            let first = |place: u64| {
-                let page = BASE / PAGE + place;
+            // The first page of a page's mapping, on the grid of absolute IOVAs.
+            let first = |index: u64| {
+                let page = BASE / PAGE + index;
                 (page - page % piece).max(BASE / PAGE + start) - BASE / PAGE
             };
             let new: HashSet<_> = (start..start + len).map(first).collect();
@@ -48,27 +48,27 @@ fn whatever_is_mapped_and_unmapped_the_device_sees_exactly_that() {
                 }
             }
         } else {
-            let inside = |place: usize| model.get(place).copied().flatten().map(|(first, _)| first);
+            let inside = |index: usize| model.get(index).copied().flatten().map(|(first, _)| first);
             let cuts =
                 |edge: usize| edge > 0 && inside(edge - 1).is_some() && inside(edge - 1) == inside(edge);
             match bench.unmap(start, len) {
                 Unmap::Gone { bytes } => {
-                    assert!(!cuts(places.start) && !cuts(places.end));
-                    let mapped = model[places.clone()].iter().flatten().count() as u64;
+                    assert!(!cuts(range.start) && !cuts(range.end));
+                    let mapped = model[range.clone()].iter().flatten().count() as u64;
                     assert_eq!(bytes, mapped * PAGE);
-                    model[places].fill(None);
+                    model[range].fill(None);
                 }
                 Unmap::Failed { errno: Errno::INVAL, bytes: 0 } => {
-                    assert!(cuts(places.start) || cuts(places.end));
+                    assert!(cuts(range.start) || cuts(range.end));
                     cut += 1;
                 }
                 other => panic!("{other:?}"),
             }
         }
-        for (place, behind) in model.iter().enumerate() {
-            match behind {
-                Some((_, page)) => assert_eq!(bench.dma_load(place as u64).unwrap(), *page),
-                None => is_fault(bench.dma_load(place as u64), place as u64),
+        for (index, entry) in model.iter().enumerate() {
+            match entry {
+                Some((_, page)) => assert_eq!(bench.dma_load(index as u64).unwrap(), *page),
+                None => is_fault(bench.dma_load(index as u64), index as u64),
             }
         }
     }

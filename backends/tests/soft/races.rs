@@ -1,18 +1,18 @@
-//! Devices hard at work while another thread maps and unmaps under them.
+//! Devices that do DMA all the time while another thread maps and unmaps.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use passgate_backends::device::soft::Held;
+use passgate_backends::device::soft::HeldDma;
 
 use super::*;
 
-/// How often a page is mapped and unmapped.
+/// The number of unmaps, each followed by a map of the same page.
 const ROUNDS: u64 = 100_000;
 const PAGES: u64 = 16;
 
 #[test]
-fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
+fn no_dma_reaches_an_unmapped_page_and_no_ticket_is_lost() {
     let bench = Bench::new(PAGES);
     let stop = AtomicBool::new(false);
     let (hits, faults, holds) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
@@ -24,15 +24,15 @@ fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
             let (stop, hits, faults, holds) = (&stop, &hits, &faults, &holds);
             scope.spawn(move || {
                 let mut state = thread;
-                let mut late: Option<Held> = None;
+                let mut late: Option<HeldDma> = None;
                 while !stop.load(Ordering::Relaxed) {
                     let page = at(next(&mut state) % PAGES);
                     let result = match next(&mut state) % 64 {
-                        // Now and then one that stays in flight until the next such round.
+                        // One in 64 stays in flight until the next such round.
                         0 => {
                             if let Some(held) = late.take() {
                                 held.finish(&[0xff; 8]).unwrap();
-                                assert_eq!(held.wait(LONG), Some(Ok(8)));
+                                assert_eq!(held.wait(EVENT_TIMEOUT), Some(Ok(8)));
                             }
                             device.hold_write(page, 8).map(|held| {
                                 late = Some(held);
@@ -54,15 +54,11 @@ fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
         for round in 0..ROUNDS {
             let page = next(&mut state) % PAGES;
             match bench.unmap(page, 1) {
-                // An older filling of the page may still be in flight: then it is not the owner's yet.
+                // An operation over an earlier mapping of the page may be in flight; then its owner may not use it yet.
                 Unmap::Gone { .. } if !waiting.values().any(|of| *of == page) => {
                     bench.store(page, round);
                     std::hint::spin_loop();
-                    assert_eq!(
-                        bench.load(page),
-                        round,
-                        "written by a device after the unmap was answered gone"
-                    );
+                    assert_eq!(bench.load(page), round, "written by a device after the unmap returned gone");
                     owned += 1;
                 }
                 Unmap::Gone { .. } => {}
@@ -78,10 +74,10 @@ fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    for ticket in tickets(&bench.domain, waiting.len(), LONG) {
+    for ticket in tickets(&bench.domain, waiting.len(), EVENT_TIMEOUT) {
         assert!(waiting.remove(&ticket).is_some());
     }
-    assert_eq!(waiting.len(), 0, "lost");
+    assert_eq!(waiting.len(), 0, "a ticket was lost");
     println!(
         "{hits:?} hits, {faults:?} faults, {holds:?} held, {tickets_seen} tickets, {owned} pages checked"
     );
@@ -89,8 +85,8 @@ fn no_dma_reaches_a_page_that_is_gone_and_no_ticket_is_lost() {
 }
 
 #[test]
-fn a_busy_device_does_not_keep_the_owner_of_a_ticket_awake() {
-    const ENOUGH: u64 = 50_000;
+fn busy_device_does_not_wake_the_owner_of_a_ticket() {
+    const MIN_OPERATIONS: u64 = 50_000;
     let bench = Bench::new(2);
     bench.map(0, 2);
     let held = bench.device.hold_write(at(0), 8).unwrap();
@@ -99,28 +95,28 @@ fn a_busy_device_does_not_keep_the_owner_of_a_ticket_awake() {
     let wakes = std::thread::scope(|scope| {
         let busy = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                // Hits and faults in turn.
+                // Hits and faults alternate.
                 let nth = done.fetch_add(1, Ordering::Relaxed);
                 let _ = bench.device.read_into(at(nth % 2), &mut [0; 64]);
             }
         });
         let begin = Instant::now();
         let (mut wakes, mut ended) = (0_u64, Vec::new());
-        while done.load(Ordering::Relaxed) < ENOUGH {
-            assert!(begin.elapsed() < LONG, "the device is not busy");
-            if readable(bench.domain.wake().unwrap(), SHORT) {
+        while done.load(Ordering::Relaxed) < MIN_OPERATIONS {
+            assert!(begin.elapsed() < EVENT_TIMEOUT, "the device is not busy");
+            if readable(bench.domain.wake().unwrap(), QUIET_TIME) {
                 wakes += 1;
                 bench.domain.poll(&mut ended);
             }
         }
         assert_eq!(ended, []);
         held.finish(&[0; 8]).unwrap();
-        assert_eq!(tickets(&bench.domain, 1, LONG), [ticket], "also while the device is busy");
+        assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket], "also while the device is busy");
         stop.store(true, Ordering::Relaxed);
         busy.join().unwrap();
         wakes
     });
     let dma = done.into_inner();
-    println!("{wakes} vain wakes in {dma} operations");
+    println!("{wakes} spurious wake-ups in {dma} operations");
     assert!(wakes * 1000 <= dma);
 }

@@ -1,21 +1,22 @@
-//! What of an iommufd and its IOASes can be set (`IOMMU_OPTION`).
+//! Options of an iommufd and its IOASes (`IOMMU_OPTION`, include/uapi/linux/iommufd.h).
 
 use iommufd_bindings as uapi;
 
 use super::{IoasId, Iommufd, size};
 use crate::Failed;
 
-/// How pinned pages count against `RLIMIT_MEMLOCK` (`IOMMU_OPTION_RLIMIT_MODE`).
+/// The accounting of pinned pages against `RLIMIT_MEMLOCK` (`IOMMU_OPTION_RLIMIT_MODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RlimitMode {
-    /// Per user, over all processes; the kernel's default.
+    /// Per user, summed over all processes; the kernel's default.
     User,
-    /// Per process, as type1 counts.
+    /// Per process, as in type1.
     Process,
 }
 
 impl Iommufd {
-    /// Whether the IOAS may join pages into larger IOMMU pages (`IOMMU_OPTION_HUGE_PAGES`); it may by default.
+    /// Returns true where the IOAS may combine pages into larger IOMMU pages (`IOMMU_OPTION_HUGE_PAGES`), which is the
+    /// default.
     pub fn huge_pages(&self, ioas: IoasId) -> Result<bool, Failed> {
         self.option(
             uapi::iommufd_option_IOMMU_OPTION_HUGE_PAGES,
@@ -26,7 +27,7 @@ impl Iommufd {
         .map(|value| value != 0)
     }
 
-    /// Sets it; `EINVAL` once a device is attached and something is mapped.
+    /// Sets the option of [`Iommufd::huge_pages`]. `EINVAL` once a device is attached and memory is mapped.
     pub fn set_huge_pages(&self, ioas: IoasId, on: bool) -> Result<(), Failed> {
         self.option(
             uapi::iommufd_option_IOMMU_OPTION_HUGE_PAGES,
@@ -37,8 +38,8 @@ impl Iommufd {
         .map(drop)
     }
 
-    /// Sets how pinned pages are counted (`IOMMU_OPTION_RLIMIT_MODE`). `EPERM` without CAP_SYS_RESOURCE,
-    /// `EINVAL` once the iommufd holds an object.
+    /// Sets the accounting of pinned pages (`IOMMU_OPTION_RLIMIT_MODE`). `EPERM` without CAP_SYS_RESOURCE, `EINVAL` once the
+    /// iommufd contains an object.
     pub fn set_rlimit_mode(&self, mode: RlimitMode) -> Result<(), Failed> {
         self.option(
             uapi::iommufd_option_IOMMU_OPTION_RLIMIT_MODE,
@@ -53,7 +54,7 @@ impl Iommufd {
         let mut arg = uapi::iommu_option {
             size: size::<uapi::iommu_option>(),
             option_id: option,
-            op: op as u16, // the kernel's enum, 0 or 1
+            op: op as u16, // enum iommufd_option_ops, 0 or 1
             object_id: object,
             val64: value,
             ..Default::default()

@@ -1,29 +1,29 @@
-//! Page tables by name: what a device is attached to.
+//! Hardware page tables (HWPT) and the ids of the objects that a device can be attached to.
 
 use iommufd_bindings as uapi;
 
 use super::{IoasId, Iommufd, size};
 use crate::Failed;
 
-/// Names a device that is bound to an iommufd, within that.
+/// The id of a device within the iommufd that it is bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceId(pub u32);
 
-/// Names an HWPT, the page table of one IOMMU that the kernel keeps filled with what an IOAS maps.
+/// The id of an HWPT: an IOMMU page table in which the kernel keeps all mappings of an IOAS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HwptId(pub u32);
 
-/// What a device can be attached to.
+/// The object that a device is attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageTable {
-    /// An IOAS: the kernel finds or makes an HWPT of it, and takes that away with the last device that leaves.
+    /// An IOAS: the kernel finds or allocates an HWPT for it, and destroys that when its last device is detached.
     Ioas(IoasId),
-    /// An HWPT that was allocated explicitly, and stays without a device.
+    /// An HWPT that was allocated explicitly; it stays when no device is attached.
     Hwpt(HwptId),
 }
 
 impl PageTable {
-    /// The number of the object.
+    /// Returns the object's id.
     pub(crate) fn id(self) -> u32 {
         match self {
             Self::Ioas(IoasId(id)) | Self::Hwpt(HwptId(id)) => id,
@@ -44,9 +44,9 @@ impl From<HwptId> for PageTable {
 }
 
 impl Iommufd {
-    /// A page table for `device`, and for others that its IOMMU can give it to, filled with what `ioas` maps now
-    /// and from now on, whether or not a device is attached (`IOMMU_HWPT_ALLOC`, Linux 6.7). The time that it
-    /// takes grows with the bytes mapped.
+    /// Allocates an HWPT for `device`, which other devices of a compatible IOMMU can share (`IOMMU_HWPT_ALLOC`, Linux 6.7).
+    /// The kernel fills it with all mappings of `ioas` and keeps it up to date, also while no device is attached. Takes
+    /// time in proportion to the mapped bytes.
     pub fn hwpt_alloc(&self, device: DeviceId, ioas: IoasId) -> Result<HwptId, Failed> {
         let mut arg = uapi::iommu_hwpt_alloc {
             size: size::<uapi::iommu_hwpt_alloc>(),
@@ -54,13 +54,12 @@ impl Iommufd {
             pt_id: ioas.0,
             ..Default::default()
         };
-        // SAFETY: the call's own structure; with a data length of 0 its one pointer is not looked at.
+        // SAFETY: the call's own structure; with a data length of 0 the kernel does not use its one pointer.
         unsafe { self.call("IOMMU_HWPT_ALLOC", uapi::IOMMUFD_CMD_HWPT_ALLOC, &mut arg) }?;
         Ok(HwptId(arg.out_hwpt_id))
     }
 
-    /// Destroys a page table that no device is attached to (`IOMMU_DESTROY`). What its IOAS maps stays mapped
-    /// there.
+    /// Destroys an HWPT, to which no device is attached (`IOMMU_DESTROY`). The mappings of its IOAS are not affected.
     pub fn hwpt_destroy(&self, hwpt: HwptId) -> Result<(), Failed> {
         let mut arg = uapi::iommu_destroy { size: size::<uapi::iommu_destroy>(), id: hwpt.0 };
         // SAFETY: the call's own structure, without pointers.

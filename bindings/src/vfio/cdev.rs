@@ -1,4 +1,4 @@
-//! A VFIO device by its own character device, `/dev/vfio/devices/vfioN`, in an iommufd (Linux 6.6).
+//! A VFIO device opened by its character device, `/dev/vfio/devices/vfioN`, and bound to an iommufd (Linux 6.6).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -13,14 +13,15 @@ use super::pci::PciDevice;
 use crate::Failed;
 use crate::iommufd::{DeviceId, Iommufd, PageTable};
 
-/// A VFIO character device. Until it is bound the kernel refuses every other call with `EINVAL`.
+/// A VFIO character device. Until it is bound, every other call fails with `EINVAL`.
 #[derive(Debug)]
 pub struct Cdev {
     device: DeviceFile,
 }
 
 impl Cdev {
-    /// Opens the character device of `device`. `ENODEV` where it has none: not bound to VFIO, or no such kernel.
+    /// Opens the character device of `device`. `ENODEV` where it has none: it is not bound to VFIO, or the kernel has no
+    /// VFIO character devices.
     pub fn open(device: &PciDevice) -> Result<Self, Failed> {
         let errno = match vfio_ioctls::VfioDevice::open_cdev(device.dir()) {
             Ok(file) => return Ok(Self::from_fd(file.into())),
@@ -30,36 +31,36 @@ impl Cdev {
         Err(Failed::new("open /dev/vfio/devices/vfioN", errno))
     }
 
-    /// Takes a character device that somebody with the right to open it has passed.
+    /// Takes a character device that another process opened and passed.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { device: DeviceFile::from_fd(fd) }
     }
 
-    /// The device behind it.
+    /// Returns the device's file.
     pub fn device(&self) -> &DeviceFile {
         &self.device
     }
 
-    /// Binds the device to `iommufd`, until its file closes, and returns its id there
-    /// (`VFIO_DEVICE_BIND_IOMMUFD`). Its DMA is blocked until it is attached. `EINVAL` where it is open already,
-    /// through this file or another, in any process; `EBUSY` where its group is open, or a driver of the host uses
-    /// it. A KVM that is to know the device must be told before.
+    /// Binds the device to `iommufd` until its file is closed, and returns its id there (`VFIO_DEVICE_BIND_IOMMUFD`). Its
+    /// DMA is blocked until it is attached. `EINVAL` where the device is bound already, by this file or by another in any
+    /// process; `EBUSY` where its group is open or a host driver uses it. A KVM VM that needs the device
+    /// (`KVM_DEV_VFIO_FILE_ADD`) must be given its file before.
     pub fn bind(&self, iommufd: &Iommufd) -> Result<DeviceId, Failed> {
         let mut arg = uapi::vfio_device_bind_iommufd {
             argsz: argsz::<uapi::vfio_device_bind_iommufd>(),
             iommufd: iommufd.as_fd().as_raw_fd(),
             ..Default::default()
         };
-        // SAFETY: the call's own structure; without the token flag its one pointer is not looked at.
+        // SAFETY: the call's own structure; without the token flag the kernel does not use its one pointer.
         if unsafe { ioctl_with_mut_ref(&self.as_fd(), number::DEVICE_BIND_IOMMUFD(), &mut arg) } < 0 {
             return Err(Failed::last("VFIO_DEVICE_BIND_IOMMUFD"));
         }
         Ok(DeviceId(arg.out_devid))
     }
 
-    /// Attaches the device to a page table or an IOAS, or moves it there from another one
-    /// (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). A move is not hitless, and one that fails may leave the device detached
-    /// in hardware although a later attach returns 0: only detach, then attach, brings it back.
+    /// Attaches the device to a page table or an IOAS, replacing an earlier one (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`). A replace
+    /// is not hitless. One that fails may leave the device detached in hardware, although a later attach returns 0: only a
+    /// detach followed by an attach restores it.
     pub fn attach(&self, to: impl Into<PageTable>) -> Result<(), Failed> {
         let mut arg = uapi::vfio_device_attach_iommufd_pt {
             argsz: argsz::<uapi::vfio_device_attach_iommufd_pt>(),
@@ -73,8 +74,8 @@ impl Cdev {
         }
     }
 
-    /// Moves the device to the blocking domain: all its DMA faults (`VFIO_DEVICE_DETACH_IOMMUFD_PT`). The kernel
-    /// returns 0 always, and does it only once the last attached device of the group leaves.
+    /// Detaches the device to the blocking domain, where all its DMA faults (`VFIO_DEVICE_DETACH_IOMMUFD_PT`). The kernel
+    /// always returns 0, but blocks DMA only when the last attached device of the group is detached.
     pub fn detach(&self) -> Result<(), Failed> {
         let mut arg = uapi::vfio_device_detach_iommufd_pt {
             argsz: argsz::<uapi::vfio_device_detach_iommufd_pt>(),
@@ -95,5 +96,5 @@ impl AsFd for Cdev {
 }
 
 fn argsz<T>() -> u32 {
-    size_of::<T>() as u32 // a structure of some dozen bytes
+    size_of::<T>() as u32 // less than 100 bytes
 }

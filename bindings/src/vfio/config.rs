@@ -1,47 +1,50 @@
-//! PCI configuration space: where a function's capabilities lie (PCI 3.0, 6.7; PCIe 6.0, 7.5.3 and 7.9.3).
+//! PCI configuration space: the capabilities of a function (PCI 3.0, 6.7; PCIe 6.0, 7.5.3 and 7.6.3).
 //!
-//! Every pointer comes from the device and is checked; a list that runs in circles ends.
+//! Every pointer comes from the device and is checked. The number of list entries is limited, so that a cycle ends.
 
-/// The command register.
+/// The offset of the Command register (PCIe 6.0, 7.5.1.1.3).
 pub const COMMAND: u16 = 0x04;
-/// In the command register: the function answers accesses to its memory.
+/// Memory Space Enable in the Command register: the function responds to accesses to its memory BARs.
 pub const COMMAND_MEMORY: u16 = 1 << 1;
-/// In the command register: Bus Master Enable, the function may issue requests.
+/// Bus Master Enable in the Command register: the function may issue memory requests.
 pub const COMMAND_MASTER: u16 = 1 << 2;
 
-/// Returns whether the 4 bytes at [`COMMAND`] are those of a function that does not answer: removed, without power
-/// (D3cold), or behind a link that is down. Every read of it is completed with all ones then (PCIe 6.0, 2.3.2), and no
-/// function has a Status register of all ones, because some bits of it are reserved (7.5.1.1.4).
+/// Returns true where `word`, the 4 bytes at [`COMMAND`], shows that the function does not respond: it is removed, has no
+/// power (D3cold), or its link is down. Then every read returns all ones (PCIe 6.0, 2.3.2); the Status register of a
+/// responding function cannot have all ones, because some of its bits are reserved (7.5.1.1.4).
 pub fn is_gone(word: u32) -> bool {
     word >> 16 == 0xffff
 }
 
-/// The first byte behind the space that every function has.
-const EXTENDED: u16 = 0x100;
+/// The offset of the extended configuration space and of its first capability (PCIe 6.0, 7.6).
+const EXTENDED_SPACE: u16 = 0x100;
 
-/// Links of either list that are followed: no more of them fit.
-const LINKS: usize = 48;
-const EXTENDED_LINKS: usize = 960;
+/// The maximum number of capabilities: 192 bytes have room for that many of 4 bytes.
+const MAX_CAPABILITIES: usize = 48;
+/// The maximum number of extended capabilities: 3840 bytes have room for that many of 4 bytes.
+const MAX_EXTENDED_CAPABILITIES: usize = 960;
 
-/// The capabilities that bear on how a function's DMA is stopped: where each begins.
+/// The offsets of the capabilities that concern a function's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Capabilities {
-    /// PCI Express (id 0x10); none for a conventional PCI device.
+    /// PCI Express (id 0x10; PCIe 6.0, 7.5.3); none for a conventional PCI device.
     pub express: Option<u16>,
-    /// Address Translation Services (extended, id 0x0f): it caches translations.
+    /// Address Translation Services (extended, id 0x0f; PCIe 6.0, 10.5.1): the function can cache translations.
     pub ats: Option<u16>,
-    /// Page Request Interface (extended, id 0x13): it asks for pages.
+    /// Page Request Interface (extended, id 0x13; PCIe 6.0, 10.5.2): the function can request pages.
     pub pri: Option<u16>,
 }
 
 impl Capabilities {
-    /// Finds them in a space of `size` bytes; `read` gives the 4 bytes at an offset divisible by 4.
+    /// Finds the capabilities in a configuration space of `size` bytes. `read` returns the 4 bytes at an offset that is a
+    /// multiple of 4; its errors are returned.
     pub fn find<E>(size: u64, mut read: impl FnMut(u16) -> Result<u32, E>) -> Result<Self, E> {
         let mut found = Self::default();
-        // Status register, Capabilities List.
+        // Bit 4 of the Status register, Capabilities List: the pointer at 0x34 is valid (PCIe 6.0, 7.5.1.1.4).
         let status = read(COMMAND)? >> 16;
         let mut at = if status != 0xffff && status & 1 << 4 != 0 { read(0x34)? as u16 & 0xfc } else { 0 };
-        for _ in 0..LINKS {
+        for _ in 0..MAX_CAPABILITIES {
+            // 0 ends the list; no capability lies in the header, which ends at 0x40.
             if at < 0x40 {
                 break;
             }
@@ -51,11 +54,11 @@ impl Capabilities {
             }
             at = (header >> 8) as u16 & 0xfc;
         }
-        if size <= u64::from(EXTENDED) {
+        if size <= u64::from(EXTENDED_SPACE) {
             return Ok(found);
         }
-        at = EXTENDED;
-        for _ in 0..EXTENDED_LINKS {
+        at = EXTENDED_SPACE;
+        for _ in 0..MAX_EXTENDED_CAPABILITIES {
             let header = read(at)?;
             match header {
                 0 | u32::MAX => break,
@@ -64,34 +67,35 @@ impl Capabilities {
                 _ => {}
             }
             at = (header >> 20) as u16 & 0xffc;
-            if at < EXTENDED || u64::from(at) + 4 > size {
+            if at < EXTENDED_SPACE || u64::from(at) + 4 > size {
                 break;
             }
         }
         Ok(found)
     }
 
-    /// Whether requests of the function have not been completed yet (Device Status, Transactions Pending; PCIe
-    /// 6.0, 7.5.3.5). None for a function that cannot say.
+    /// Returns true while requests of the function are not completed (Transactions Pending in Device Status; PCIe 6.0,
+    /// 7.5.3.5). None for a function without that register.
     pub fn transactions_pending<E>(
         &self,
         mut read: impl FnMut(u16) -> Result<u32, E>,
     ) -> Result<Option<bool>, E> {
         let Some(express) = self.express else { return Ok(None) };
-        // Device Control at 8, Device Status at 10.
+        // Device Control at 8, Device Status at 10, of which bit 5 is Transactions Pending.
         Ok(Some(read(express + 8)? >> 16 & 1 << 5 != 0))
     }
 
-    /// Whether the function may use its translation cache (ATS Control, Enable).
+    /// Returns true where the function may cache translations (Enable in ATS Control; PCIe 6.0, 10.5.1.3).
     pub fn ats_on<E>(&self, mut read: impl FnMut(u16) -> Result<u32, E>) -> Result<bool, E> {
         let Some(ats) = self.ats else { return Ok(false) };
-        // ATS Capability at 4, ATS Control at 6.
+        // ATS Capability at 4, ATS Control at 6, of which bit 15 is Enable.
         Ok(read(ats + 4)? >> 31 != 0)
     }
 
-    /// Whether the function may ask for pages (Page Request Control, Enable).
+    /// Returns true where the function may request pages (Enable in Page Request Control; PCIe 6.0, 10.5.2.2).
     pub fn pri_on<E>(&self, mut read: impl FnMut(u16) -> Result<u32, E>) -> Result<bool, E> {
         let Some(pri) = self.pri else { return Ok(false) };
+        // Page Request Control at 4, of which bit 0 is Enable.
         Ok(read(pri + 4)? & 1 != 0)
     }
 }
@@ -100,7 +104,7 @@ impl Capabilities {
 mod tests {
     use super::*;
 
-    /// A configuration space as bytes; reading beyond it is an error.
+    /// A configuration space as bytes. A read beyond its end is an error.
     struct Space(Vec<u8>);
 
     impl Space {
@@ -133,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_are_found_by_following_the_lists() {
+    fn find_follows_both_capability_lists() {
         let found = endpoint().find();
         assert_eq!(found, Ok(Capabilities { express: Some(0x80), ats: Some(0x150), pri: Some(0x160) }));
         let mut conventional = Space::new(256);
@@ -141,51 +145,51 @@ mod tests {
         assert_eq!(conventional.find(), Ok(Capabilities::default()), "MSI alone");
         let mut without = endpoint();
         without.set(4, 0x0006);
-        assert_eq!(without.find().unwrap().express, None, "no list, whatever the pointer says");
+        assert_eq!(without.find().unwrap().express, None, "no list, whatever the pointer is");
         let mut inside = endpoint();
         inside.set(0x34, 0x3c).set(0x3c, 0x0010);
         assert_eq!(inside.find().unwrap().express, None, "no capability lies in the header");
     }
 
     #[test]
-    fn a_hidden_first_capability_does_not_end_the_list() {
+    fn hidden_first_extended_capability_does_not_end_the_list() {
         let mut space = endpoint();
-        space.set(0x100, 0x150 << 20); // as vfio-pci shows one that it hides
+        space.set(0x100, 0x150 << 20); // as vfio-pci shows a capability that it hides
         assert_eq!(space.find().unwrap().ats, Some(0x150));
     }
 
     #[test]
-    fn circles_end_and_a_device_that_is_gone_has_nothing() {
-        let mut circle = endpoint();
-        circle.set(0x50, 0x5001).set(0x100, 0x0001 | 1 << 16 | 0x100 << 20);
-        assert_eq!(circle.find(), Ok(Capabilities::default()));
+    fn cyclic_list_ends_and_absent_device_has_no_capabilities() {
+        let mut cycle = endpoint();
+        cycle.set(0x50, 0x5001).set(0x100, 0x0001 | 1 << 16 | 0x100 << 20);
+        assert_eq!(cycle.find(), Ok(Capabilities::default()));
         let gone = Space(vec![0xff; 4096]);
         assert!(is_gone(gone.read(COMMAND).unwrap()) && !is_gone(endpoint().read(COMMAND).unwrap()));
-        assert!(is_gone(0xffff_0002), "of a virtual function VFIO makes up the command register");
+        assert!(is_gone(0xffff_0002), "VFIO emulates the command register of a virtual function");
         assert_eq!(gone.find(), Ok(Capabilities::default()));
         let short = Space(endpoint().0[..64].to_vec());
         assert_eq!(
             Capabilities::find(4096, |at| short.read(at)),
             Err(0x50),
-            "what a user without rights sees"
+            "an unprivileged user reads only the first 64 bytes"
         );
     }
 
     #[test]
-    fn each_bit_is_where_the_specification_has_it() {
+    fn status_bits_are_at_the_offsets_of_the_specification() {
         let mut space = endpoint();
         let found = space.find().unwrap();
-        let seen = |space: &Space| {
+        let bits = |space: &Space| {
             let read = |at| space.read(at);
             let pending = found.transactions_pending(read).unwrap();
             (pending, found.ats_on(read).unwrap(), found.pri_on(read).unwrap())
         };
-        assert_eq!(seen(&space), (Some(false), false, false));
-        // Every bit of the registers but the one in question.
+        assert_eq!(bits(&space), (Some(false), false, false));
+        // All bits of the registers except the one that is read.
         space.set(0x88, !(1 << 21)).set(0x154, !(1 << 31)).set(0x164, !1);
-        assert_eq!(seen(&space), (Some(false), false, false));
+        assert_eq!(bits(&space), (Some(false), false, false));
         space.set(0x88, 1 << 21).set(0x154, 1 << 31).set(0x164, 1);
-        assert_eq!(seen(&space), (Some(true), true, true));
+        assert_eq!(bits(&space), (Some(true), true, true));
         let none = Capabilities::default();
         assert_eq!(none.transactions_pending(|at| space.read(at)), Ok(None));
         assert_eq!(

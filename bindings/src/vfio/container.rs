@@ -1,4 +1,4 @@
-//! A VFIO container, `/dev/vfio/vfio`, with the type1v2 IOMMU: the address space of its groups' devices.
+//! A VFIO container, `/dev/vfio/vfio`, with the type1v2 IOMMU: the IOVA space of the devices of its groups.
 
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,19 +10,24 @@ use vfio_ioctls::{VfioContainer, VfioError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use super::number;
+use crate::address_mappings::{AddressMappings, Mark, check};
 use crate::memory::GuestFile;
 use crate::units::Offset;
-use crate::windows::{Windows, check};
 use crate::{Failed, Iova, PageRange};
 
-/// What a type1 IOMMU can do (`VFIO_IOMMU_GET_INFO`).
+/// The maximum size in bytes of the kernel's answer to `VFIO_IOMMU_GET_INFO`; a longer one is cut off.
+const MAX_INFO_BYTES: u32 = 1 << 20;
+/// The maximum number of capabilities in that answer.
+const MAX_CAPABILITIES: usize = 64;
+
+/// The properties of a type1 IOMMU (`VFIO_IOMMU_GET_INFO`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Type1Info {
-    /// A bit for each page size, in bytes.
+    /// The supported page sizes: the bit of value N is set for pages of N bytes.
     pub page_sizes: u64,
-    /// The usable IOVAs, both ends included; empty where the kernel does not say.
+    /// The usable IOVAs, both ends included; empty where the kernel does not report them.
     pub iova_ranges: Vec<RangeInclusive<Iova>>,
-    /// How many mappings can be made yet; none where the kernel does not say (before Linux 5.10).
+    /// The number of further mappings that can be made; none where the kernel does not report it (before Linux 5.10).
     pub mappings_left: Option<u32>,
 }
 
@@ -30,11 +35,11 @@ pub struct Type1Info {
 #[derive(Debug)]
 pub struct Container {
     fd: OwnedFd,
-    windows: Windows,
+    mappings: AddressMappings,
 }
 
 impl Container {
-    /// Opens `/dev/vfio/vfio` and checks that it speaks our version and has type1v2. `NODEV` where it has not.
+    /// Opens `/dev/vfio/vfio` and checks that it has the API version of this crate and type1v2; `ENODEV` otherwise.
     pub fn open() -> Result<Self, Failed> {
         const CALL: &str = "open /dev/vfio/vfio";
         let opened = VfioContainer::new(None).map_err(|error| match error {
@@ -51,13 +56,13 @@ impl Container {
             .map_err(|error| Failed::new(CALL, Errno::from_io_error(&error).unwrap_or(Errno::IO)))
     }
 
-    /// Takes a container that somebody with the right to open one has passed.
+    /// Takes a container that another process opened and passed.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd, windows: Windows::default() }
+        Self { fd, mappings: AddressMappings::default() }
     }
 
-    /// Makes it a type1v2 IOMMU (`VFIO_SET_IOMMU`). `EINVAL` before a group is in it, `EPERM` where the machine
-    /// has no interrupt remapping.
+    /// Sets its IOMMU type to type1v2 (`VFIO_SET_IOMMU`). `EINVAL` before it has a group, `EPERM` where the machine has no
+    /// interrupt remapping.
     pub fn set_type1(&self) -> Result<(), Failed> {
         // SAFETY: the call takes a number.
         match unsafe { ioctl_with_val(&self.fd, number::SET_IOMMU(), uapi::VFIO_TYPE1v2_IOMMU.into()) } {
@@ -66,22 +71,22 @@ impl Container {
         }
     }
 
-    /// What the IOMMU can do (`VFIO_IOMMU_GET_INFO`).
+    /// Returns the properties of the IOMMU (`VFIO_IOMMU_GET_INFO`).
     pub fn info(&self) -> Result<Type1Info, Failed> {
         let mut words = vec![0_u64; size_of::<uapi::vfio_iommu_type1_info>() / 8];
         loop {
             let argsz = words.len() * 8;
-            // argsz is the first u32; a kernel that knows more than fits says so there.
+            // argsz is the first u32. The kernel writes a larger one there if its answer has more bytes.
             words.fill(0);
-            words[0] = u64::from_ne_bytes(first_u32(argsz as u32)); // a few KiB at most
-            // SAFETY: the kernel reads and writes at most argsz bytes, which the words hold; they outlive the
-            // call, and u64 is as aligned as the structure.
+            words[0] = u64::from_ne_bytes(first_u32(argsz as u32)); // at most MAX_INFO_BYTES
+            // SAFETY: the kernel reads and writes at most argsz bytes, the size of `words`, which outlive the call and
+            // have the alignment of the structure.
             if unsafe { ioctl_with_mut_ptr(&self.fd, number::IOMMU_GET_INFO(), words.as_mut_ptr()) } < 0 {
                 return Err(Failed::last("VFIO_IOMMU_GET_INFO"));
             }
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
             match u32_at(&bytes, 0) {
-                Some(wanted) if wanted as usize > argsz && wanted <= 1 << 20 => {
+                Some(wanted) if wanted as usize > argsz && wanted <= MAX_INFO_BYTES => {
                     words.resize((wanted as usize).div_ceil(8), 0);
                 }
                 _ => return Ok(parse_info(&bytes)),
@@ -89,8 +94,8 @@ impl Container {
         }
     }
 
-    /// Maps `iova` to the pages of `file` from `offset` on and pins them (`VFIO_IOMMU_MAP_DMA`). `ENOSPC` when
-    /// the container holds as many mappings as it may.
+    /// Maps `iova` to the pages of `file` from `offset` on and pins them (`VFIO_IOMMU_MAP_DMA`). `ENOSPC` at the limit of
+    /// the container's mappings (the module parameter `dma_entry_limit` of vfio_iommu_type1).
     pub fn map(
         &self,
         iova: PageRange<Iova>,
@@ -108,35 +113,36 @@ impl Container {
             iova: iova.start().0,
             size: iova.len(),
         };
-        // SAFETY: vaddr..vaddr+size lies in the window of `file`, as `check` has seen, which only volatile copies
-        // and devices touch; `windows` keeps it mapped for as long as the kernel may pin through it.
+        // SAFETY: `check` ensures that vaddr..vaddr+size lies in this process's mapping of `file`, which only devices and
+        // the copies of `GuestFile` access; `mappings` keeps it mapped while the kernel may pin through it.
         if unsafe { ioctl_with_ref(&self.fd, number::IOMMU_MAP_DMA(), &arg) } < 0 {
             return Err(Failed::last(CALL));
         }
-        self.windows.hold(0, iova, Arc::clone(file));
+        self.mappings.add(0, iova, Arc::clone(file));
         Ok(())
     }
 
-    /// Takes away every mapping in `iova` and returns its bytes, 0 for none (`VFIO_IOMMU_UNMAP_DMA`). `EINVAL`,
-    /// with nothing changed, where a mapping sticks out at either end. On an error the kernel writes no size back
-    /// and the partial count is 0.
+    /// Unmaps every mapping in `iova` and returns the number of bytes, 0 for none (`VFIO_IOMMU_UNMAP_DMA`). `EINVAL`, with
+    /// nothing unmapped, where a mapping extends beyond either end. The kernel writes no size on an error, so the partial
+    /// count is 0.
     pub fn unmap(&self, iova: PageRange<Iova>) -> Result<u64, Failed<u64>> {
-        self.unmap_dma(0, iova.start().0, iova.len(), |mark| self.windows.release(0, iova, mark))
+        self.unmap_dma(0, iova.start().0, iova.len(), |mark| self.mappings.remove(0, iova, mark))
     }
 
-    /// Takes away every mapping there is and returns its bytes (`VFIO_DMA_UNMAP_FLAG_ALL`, Linux 5.12).
+    /// Unmaps every mapping of the container and returns the number of bytes (`VFIO_DMA_UNMAP_FLAG_ALL`, Linux 5.12).
     pub fn unmap_all(&self) -> Result<u64, Failed<u64>> {
-        self.unmap_dma(uapi::VFIO_DMA_UNMAP_FLAG_ALL, 0, 0, |mark| self.windows.release_all(0, mark))
+        self.unmap_dma(uapi::VFIO_DMA_UNMAP_FLAG_ALL, 0, 0, |mark| self.mappings.remove_all(0, mark))
     }
 
+    /// Makes the unmap call, and calls `unmapped` once it has succeeded.
     fn unmap_dma(
         &self,
         flags: u32,
         iova: u64,
         size: u64,
-        gone: impl FnOnce(crate::windows::Mark),
+        unmapped: impl FnOnce(Mark),
     ) -> Result<u64, Failed<u64>> {
-        let mark = self.windows.mark();
+        let mark = self.mappings.mark();
         let mut arg = uapi::vfio_iommu_type1_dma_unmap {
             argsz: size_of::<uapi::vfio_iommu_type1_dma_unmap>() as u32,
             flags,
@@ -144,12 +150,13 @@ impl Container {
             size,
             ..Default::default()
         };
-        // SAFETY: the call's own structure, without pointers; no flag asks for the trailing bitmap.
+        // SAFETY: the call's own structure, without pointers; no flag requests the trailing bitmap.
         if unsafe { ioctl_with_mut_ref(&self.fd, number::IOMMU_UNMAP_DMA(), &mut arg) } < 0 {
+            // The kernel writes the number of bytes unmapped into `size`, but not on every error.
             let partial = if arg.size == size { 0 } else { arg.size };
             return Err(Failed::last_with("VFIO_IOMMU_UNMAP_DMA", partial));
         }
-        gone(mark);
+        unmapped(mark);
         Ok(arg.size)
     }
 }
@@ -160,21 +167,22 @@ impl AsFd for Container {
     }
 }
 
-/// Reads `struct vfio_iommu_type1_info` and the chain of capabilities behind it. Every offset comes from the
-/// kernel and is checked all the same; a chain that runs in circles ends after 64 links.
+/// Reads `struct vfio_iommu_type1_info` and the chain of capabilities after it. Every offset is checked, although it comes
+/// from the kernel; a cyclic chain ends after [`MAX_CAPABILITIES`].
 fn parse_info(bytes: &[u8]) -> Type1Info {
     let mut info = Type1Info { page_sizes: u64_at(bytes, 8).unwrap_or(0), ..Type1Info::default() };
     if u32_at(bytes, 4).unwrap_or(0) & uapi::VFIO_IOMMU_INFO_CAPS == 0 {
         return info;
     }
     let mut at = u32_at(bytes, 16).unwrap_or(0) as usize;
-    for _ in 0..64 {
+    for _ in 0..MAX_CAPABILITIES {
         // struct vfio_info_cap_header: u16 id, u16 version, u32 next.
         let (Some(id), Some(next), Some(value)) =
             (bytes.get(at..at + 2), u32_at(bytes, at + 4), u32_at(bytes, at + 8))
         else {
             break;
         };
+        // Offset 0 ends the chain.
         if at == 0 {
             break;
         }
@@ -194,14 +202,17 @@ fn parse_info(bytes: &[u8]) -> Type1Info {
     info
 }
 
+/// Returns the u32 at offset `at`, or none beyond the end.
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
+/// Returns the u64 at offset `at`, or none beyond the end.
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
+/// Returns 8 bytes with `value` first in memory and 0 after it.
 fn first_u32(value: u32) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&value.to_ne_bytes());
@@ -218,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_capabilities_are_read_whatever_their_order() {
+    fn info_capabilities_are_read_in_any_order() {
         let caps = uapi::VFIO_IOMMU_INFO_PGSIZES | uapi::VFIO_IOMMU_INFO_CAPS;
         // argsz, flags, page sizes (u64), cap_offset, pad; then DMA_AVAIL at 24, then two ranges at 36.
         let mut bytes = words(&[84, caps, 0x1000, 0, 24, 0]);
@@ -232,20 +243,20 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_that_leaves_the_buffer_or_runs_in_circles_ends() {
+    fn info_chain_ends_outside_the_buffer_and_in_a_cycle() {
         let caps = uapi::VFIO_IOMMU_INFO_CAPS;
         assert_eq!(parse_info(&[]), Type1Info::default());
         assert_eq!(parse_info(&words(&[24, caps, 0, 0, u32::MAX, 0])), Type1Info::default());
-        let mut circle = words(&[36, caps, 0, 0, 24, 0]);
-        circle.extend(words(&[3 | 1 << 16, 24, 7]));
-        assert_eq!(parse_info(&circle).mappings_left, Some(7));
-        let mut greedy = words(&[40, caps, 0, 0, 24, 0]);
-        greedy.extend(words(&[1 | 1 << 16, 0, u32::MAX, 0]));
-        assert_eq!(parse_info(&greedy).iova_ranges, []);
+        let mut cycle = words(&[36, caps, 0, 0, 24, 0]);
+        cycle.extend(words(&[3 | 1 << 16, 24, 7]));
+        assert_eq!(parse_info(&cycle).mappings_left, Some(7));
+        let mut too_many = words(&[40, caps, 0, 0, 24, 0]);
+        too_many.extend(words(&[1 | 1 << 16, 0, u32::MAX, 0]));
+        assert_eq!(parse_info(&too_many).iova_ranges, []);
     }
 
     #[test]
-    fn a_file_of_another_kind_knows_no_call() {
+    fn calls_on_another_file_fail_with_enotty() {
         let file = Arc::new(GuestFile::memfd("not-a-container", PAGE).unwrap());
         let container = Container::from_fd(file.as_fd().try_clone_to_owned().unwrap());
         let range = PageRange::new(0, PAGE).unwrap();

@@ -1,5 +1,5 @@
-//! A VFIO group, `/dev/vfio/N`: the devices that an IOMMU cannot tell apart, and the way to a device where the
-//! kernel has no cdev. It can be open once at a time in the whole system.
+//! A VFIO group, `/dev/vfio/N`: the devices that an IOMMU cannot isolate from each other, and the way to open a device
+//! where the kernel has no VFIO character devices. A group can be open only once in the whole system.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -23,25 +23,25 @@ pub struct Group {
 }
 
 impl Group {
-    /// Opens `/dev/vfio/<id>`. `EBUSY` where it is open already, here or in another process.
+    /// Opens `/dev/vfio/<id>`. `EBUSY` where it is open already, in this or another process.
     pub fn open(id: u32) -> Result<Self, Failed> {
         rustix::fs::open(format!("/dev/vfio/{id}"), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map(|fd| Self::from_fd(id, fd))
             .map_err(|errno| Failed::new("open /dev/vfio/GROUP", errno))
     }
 
-    /// Takes a group that somebody with the right to open it has passed.
+    /// Takes a group that another process opened and passed.
     pub fn from_fd(id: u32, fd: OwnedFd) -> Self {
         Self { id, fd }
     }
 
-    /// Its number.
+    /// Returns the number of the IOMMU group.
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// Whether every device of the group is bound to VFIO or to nothing that does DMA
-    /// (`VFIO_GROUP_GET_STATUS`, VFIO_GROUP_FLAGS_VIABLE).
+    /// Returns true where every device of the group is bound to VFIO or to no driver that does DMA
+    /// (`VFIO_GROUP_FLAGS_VIABLE` of `VFIO_GROUP_GET_STATUS`).
     pub fn viable(&self) -> Result<bool, Failed> {
         let mut arg =
             uapi::vfio_group_status { argsz: size_of::<uapi::vfio_group_status>() as u32, flags: 0 };
@@ -62,8 +62,8 @@ impl Group {
         }
     }
 
-    /// Takes the group out of its container (`VFIO_GROUP_UNSET_CONTAINER`). `EBUSY` while a device is open. When
-    /// the last group leaves, every mapping of the container goes.
+    /// Removes the group from its container (`VFIO_GROUP_UNSET_CONTAINER`). `EBUSY` while a device of it is open. With its
+    /// last group a container loses all mappings.
     pub fn unset_container(&self) -> Result<(), Failed> {
         // SAFETY: the call takes no argument.
         match unsafe { ioctl(&self.fd, number::GROUP_UNSET_CONTAINER()) } {
@@ -77,9 +77,9 @@ impl Group {
     pub fn device(&self, address: PciAddress) -> Result<DeviceFile, Failed> {
         const CALL: &str = "VFIO_GROUP_GET_DEVICE_FD";
         let name = CString::new(address.to_string()).map_err(|_| Failed::new(CALL, Errno::INVAL))?;
-        // SAFETY: the kernel reads a string that ends in NUL and outlives the call.
+        // SAFETY: the kernel reads a NUL-terminated string, which outlives the call.
         match unsafe { ioctl_with_ptr(&self.fd, number::GROUP_GET_DEVICE_FD(), name.as_ptr()) } {
-            // SAFETY: the kernel has just made this descriptor, close-on-exec, for us alone.
+            // SAFETY: the kernel has just created this descriptor (close-on-exec) for this call; nothing else owns it.
             fd @ 0.. => Ok(DeviceFile::from_fd(unsafe { OwnedFd::from_raw_fd(fd) })),
             _ => Err(Failed::last(CALL)),
         }

@@ -1,10 +1,11 @@
-//! VFIO (`<linux/vfio.h>`): the calls that the published crates lack or swallow.
+//! VFIO (include/uapi/linux/vfio.h): the calls that the published crates lack or implement with loss of information.
 //!
-//! Two ways lead to a device: its own character device, bound to an iommufd ([`cdev`]), or its group, put into
-//! a type1 container ([`group`], [`container`]). Behind either it is the same file ([`device`]). Each can be
-//! opened here or taken as a file descriptor that somebody with the right to open it has passed.
+//! A device is opened by its own character device, which is bound to an iommufd ([`cdev`]), or by its group, which is put
+//! into a type1 container ([`group`], [`container`]). Either yields the same kind of device file ([`device`]). Each file
+//! can be opened here, or taken as a descriptor that another process opened and passed.
 //!
-//! `vfio-ioctls` opens the cdev and the container; docs/decisions/0003-vfio-ioctls.md says why no more.
+//! The crate `vfio-ioctls` opens the cdev and the container; docs/decisions/0003-vfio-ioctls.md gives the reason why it
+//! does no more.
 
 pub mod cdev;
 pub mod config;
@@ -22,8 +23,8 @@ pub use group::Group;
 pub use migration::MigrationState;
 pub use pci::PciAddress;
 
-/// The call numbers: `_IO(VFIO_TYPE, VFIO_BASE + n)`, the size being in the structure.
-#[allow(missing_docs)] // each is the header's name without VFIO_
+/// The ioctl numbers: `_IO(VFIO_TYPE, VFIO_BASE + n)`. The structures carry their size.
+#[allow(missing_docs)] // each has the header's name without VFIO_
 pub(crate) mod number {
     use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_TYPE};
     use vmm_sys_util::ioctl_io_nr;
@@ -49,7 +50,7 @@ pub(crate) mod number {
     #[cfg(test)]
     mod tests {
         #[test]
-        fn the_numbers_are_those_of_the_header() {
+        fn ioctl_numbers_match_the_header() {
             assert_eq!(super::SET_IOMMU(), 0x3b66);
             assert_eq!(super::IOMMU_UNMAP_DMA(), 0x3b72);
             assert_eq!(super::DEVICE_RESET(), 0x3b6f);

@@ -1,4 +1,4 @@
-//! A PCI device as sysfs shows it: address, driver, IOMMU group, cdev. Reads only.
+//! A PCI device in sysfs: address, driver, IOMMU group, cdev. Nothing here writes to sysfs.
 
 use std::fmt;
 use std::fs;
@@ -8,10 +8,10 @@ use std::str::FromStr;
 
 use super::config::is_gone;
 
-/// Where sysfs is mounted.
+/// The mount point of sysfs.
 pub const SYSFS: &str = "/sys";
 
-/// A PCI address: domain, bus, device, function.
+/// A PCI address: domain (segment), bus, device, function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
     domain: u32,
@@ -20,7 +20,7 @@ pub struct PciAddress {
     function: u8,
 }
 
-/// Not a PCI address.
+/// A text that is not a PCI address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a PCI address: write it as 0000:04:00.0 or 04:00.0, in hexadecimal")]
 pub struct NotAnAddress(pub String);
@@ -28,8 +28,8 @@ pub struct NotAnAddress(pub String);
 impl FromStr for PciAddress {
     type Err = NotAnAddress;
 
-    /// `DDDD:BB:DD.F`, or `BB:DD.F` in domain 0. The domain has 4 to 8 digits (Intel VMD counts from 0x10000),
-    /// bus and device 2, the function one.
+    /// Parses `DDDD:BB:DD.F`, or `BB:DD.F` in domain 0, in hexadecimal. The domain has 4 to 8 digits (Intel VMD numbers
+    /// domains from 0x10000), bus and device have 2, the function has 1.
     fn from_str(text: &str) -> Result<Self, NotAnAddress> {
         parse(text).ok_or_else(|| NotAnAddress(text.to_owned()))
     }
@@ -44,9 +44,10 @@ fn parse(text: &str) -> Option<PciAddress> {
         Some(_) => return None,
         None => 0,
     };
-    let sized = parts.next().is_none() && bus.len() == 2 && device.len() == 2 && function.len() == 1;
+    let lengths_are_right =
+        parts.next().is_none() && bus.len() == 2 && device.len() == 2 && function.len() == 1;
     let (bus, device, function) = (hex(bus)?, hex(device)?, hex(function)?);
-    (sized && device < 32 && function < 8).then_some(PciAddress {
+    (lengths_are_right && device < 32 && function < 8).then_some(PciAddress {
         domain,
         bus: u8::try_from(bus).ok()?,
         device: u8::try_from(device).ok()?,
@@ -54,10 +55,10 @@ fn parse(text: &str) -> Option<PciAddress> {
     })
 }
 
-/// Hexadecimal digits only: `from_str_radix` alone would take a sign.
+/// Parses hexadecimal digits. `from_str_radix` alone would accept a sign.
 fn hex(digits: &str) -> Option<u32> {
-    let all = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
-    all.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
+    let is_hex = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    is_hex.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
 }
 
 impl fmt::Display for PciAddress {
@@ -71,13 +72,13 @@ impl fmt::Display for PciAddress {
 pub struct IommuGroup {
     /// Its number, as in `/dev/vfio/N`.
     pub id: u32,
-    /// Whether VFIO made it up for a device without an IOMMU: its DMA cannot be blocked.
+    /// True where VFIO created the group for a device without an IOMMU (no-IOMMU mode): its DMA cannot be blocked.
     pub noiommu: bool,
-    /// The devices in it, in address order.
+    /// The addresses of its devices, ascending.
     pub members: Vec<PciAddress>,
 }
 
-/// A range of I/O virtual addresses that an IOMMU group cannot use as it likes
+/// A range of I/O virtual addresses that is reserved in an IOMMU group, both ends included
 /// (Documentation/ABI/testing/sysfs-kernel-iommu_groups).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReservedRegion {
@@ -106,64 +107,65 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// The device at `address`, if there is one. `sysfs` is [`SYSFS`] but in tests.
+    /// Returns the device at `address`, if it exists. `sysfs` is [`SYSFS`], except in tests.
     pub fn find(sysfs: &Path, address: PciAddress) -> Option<Self> {
         let dir = sysfs.join("bus/pci/devices").join(address.to_string());
         dir.is_dir().then_some(Self { address, dir })
     }
 
-    /// Its address.
+    /// Returns its address.
     pub fn address(&self) -> PciAddress {
         self.address
     }
 
-    /// Its directory.
+    /// Returns its directory in sysfs.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The driver that it is bound to.
+    /// Returns the name of the driver that it is bound to.
     pub fn driver(&self) -> Option<String> {
-        name_behind(&self.dir.join("driver"))
+        link_name(&self.dir.join("driver"))
     }
 
-    /// Vendor and device id.
+    /// Returns its vendor id and device id.
     pub fn ids(&self) -> Option<(u16, u16)> {
         let id = |name| u16::try_from(self.number(name)?).ok();
         Some((id("vendor")?, id("device")?))
     }
 
-    /// Its class, subclass and programming interface, as in 0x010802.
+    /// Returns its class code: class, subclass and programming interface, as in 0x010802 for NVMe.
     pub fn class(&self) -> Option<u32> {
         self.number("class")
     }
 
-    /// Whether it is a bridge (class 06xx), which does no DMA of its own.
+    /// Returns true where it is a bridge (class 06h), which does no DMA of its own.
     pub fn is_bridge(&self) -> bool {
         self.class().is_some_and(|class| class >> 16 == 0x06)
     }
 
-    /// Whether it is a TDISP interface that has left CONFIG_UNLOCKED: `tsm/bound` then names the platform's TSM
-    /// (Documentation/ABI/testing/sysfs-bus-pci). False where the kernel has no such file, true where it cannot be read.
+    /// Returns true where it is a TDISP interface (TDI) that has left CONFIG_UNLOCKED: `tsm/bound` then has the name of the
+    /// platform's TSM (Documentation/ABI/testing/sysfs-bus-pci). False where the kernel has no such file, true where it
+    /// cannot be read.
     pub fn is_bound_tdi(&self) -> bool {
         text(&self.dir.join("tsm/bound")).is_none_or(|name| !name.trim().is_empty())
     }
 
-    /// Its IOMMU group, if it has one whose devices can be listed.
+    /// Returns its IOMMU group; none where it has no group, or the group's devices cannot be listed.
     pub fn group(&self) -> Option<IommuGroup> {
         let dir = self.dir.join("iommu_group");
-        let id = name_behind(&dir)?.parse().ok()?;
+        let id = link_name(&dir)?.parse().ok()?;
         let noiommu = text(&dir.join("name")).is_none_or(|name| name.trim() == "vfio-noiommu");
         let entries = fs::read_dir(dir.join("devices")).ok()?;
         let names = entries.map(|entry| Some(entry.ok()?.file_name())).collect::<Option<Vec<_>>>()?;
         let mut members: Vec<PciAddress> =
             names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect();
         members.sort();
-        // A list without the device itself is not that of its group: nothing follows from who is missing in it.
+        // A list without this device is not the list of its group, so it cannot show which other devices are in the group.
         members.contains(&self.address).then_some(IommuGroup { id, noiommu, members })
     }
 
-    /// Returns the reserved regions of its IOMMU group; none where it has no group.
+    /// Returns the reserved regions of its IOMMU group; an empty list where it has no group.
     pub fn reserved_regions(&self) -> Vec<ReservedRegion> {
         let text = fs::read_to_string(self.dir.join("iommu_group/reserved_regions")).unwrap_or_default();
         let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
@@ -175,8 +177,8 @@ impl PciDevice {
         text.lines().filter_map(region).collect()
     }
 
-    /// True where the device does not answer: its configuration space reads as all ones ([`is_gone`]). False where it
-    /// cannot be read.
+    /// Returns true where the device does not respond: its configuration space reads as all ones ([`is_gone`]). False where
+    /// that cannot be read.
     pub fn is_gone(&self) -> bool {
         let mut head = [0; 8];
         let mut config = fs::File::open(self.dir.join("config"));
@@ -185,13 +187,13 @@ impl PciDevice {
         read && is_gone(u32::from_le_bytes(word))
     }
 
-    /// Returns the physical function that it is a virtual function of.
+    /// Returns its physical function, if it is a virtual function.
     pub fn physical_function(&self) -> Option<PciAddress> {
-        name_behind(&self.dir.join("physfn"))?.parse().ok()
+        link_name(&self.dir.join("physfn"))?.parse().ok()
     }
 
-    /// Its VFIO character device, if it is bound to VFIO on a kernel that has such devices: one without them
-    /// has the directory all the same, but no device number in it.
+    /// Returns its VFIO character device; none where it is not bound to VFIO or the kernel has no such devices. Such a kernel
+    /// has the directory, but no device number in it.
     pub fn cdev(&self) -> Option<CdevName> {
         let entry = fs::read_dir(self.dir.join("vfio-dev")).ok()?.flatten().next()?;
         let number = fs::read_to_string(entry.path().join("dev")).ok()?;
@@ -202,13 +204,14 @@ impl PciDevice {
         })
     }
 
+    /// Returns the hexadecimal number in the file `name`.
     fn number(&self, name: &str) -> Option<u32> {
         let text = fs::read_to_string(self.dir.join(name)).ok()?;
         hex(text.trim().strip_prefix("0x")?)
     }
 }
 
-/// The text of the file at `path`: empty where there is no such file, none where it cannot be read.
+/// Returns the contents of the file at `path`: empty where it does not exist, none where it cannot be read.
 fn text(path: &Path) -> Option<String> {
     match fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(String::new()),
@@ -216,8 +219,8 @@ fn text(path: &Path) -> Option<String> {
     }
 }
 
-/// The last part of what the link at `path` points to.
-fn name_behind(path: &Path) -> Option<String> {
+/// Returns the last component of the target of the link at `path`.
+fn link_name(path: &Path) -> Option<String> {
     Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
 }
 
@@ -226,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_strictly_and_written_in_full() {
+    fn pci_address_is_parsed_strictly_and_printed_in_full() {
         for (text, full) in [
             ("0000:04:00.0", "0000:04:00.0"),
             ("04:00.0", "0000:04:00.0"),
@@ -265,12 +268,12 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_there_is_none() {
+    fn absent_device_is_not_found() {
         assert!(PciDevice::find(Path::new("/nowhere"), "04:00.0".parse().unwrap()).is_none());
     }
 
     #[test]
-    fn sysfs_is_read_as_the_kernel_lays_it_out() {
+    fn properties_are_read_from_sysfs() {
         let sysfs = tempfile::tempdir().unwrap();
         let group = sysfs.path().join("kernel/iommu_groups/7/devices");
         fs::create_dir_all(&group).unwrap();
@@ -289,7 +292,7 @@ mod tests {
         let device = PciDevice::find(sysfs.path(), "04:00.0".parse().unwrap()).unwrap();
         assert_eq!(device.driver().as_deref(), Some("vfio-pci"));
         assert_eq!(device.ids(), Some((0x1234, 0x11e8)));
-        assert_eq!(device.cdev(), None, "this kernel has no cdevs");
+        assert_eq!(device.cdev(), None, "a kernel without VFIO character devices");
         fs::write(dir.join("vfio-dev/vfio3/dev"), "511:3\n").unwrap();
         assert_eq!(device.cdev(), Some(CdevName { name: "vfio3".to_owned(), number: (511, 3) }));
         assert!(!device.is_bridge());
@@ -297,12 +300,12 @@ mod tests {
         let members = vec!["04:00.0".parse().unwrap(), "04:00.1".parse().unwrap()];
         assert_eq!(device.group(), Some(IommuGroup { id: 7, noiommu: false, members }));
         fs::remove_dir(group.join("0000:04:00.0")).unwrap();
-        assert_eq!(device.group(), None, "a list without it is none of its group");
+        assert_eq!(device.group(), None, "a list without the device is not the list of its group");
         fs::remove_dir_all(&group).unwrap();
-        assert_eq!(device.group(), None, "a group that cannot be listed is not one without others");
+        assert_eq!(device.group(), None, "a group that cannot be listed may have other devices");
         fs::create_dir_all(group.join("0000:04:00.0")).unwrap();
         fs::create_dir(sysfs.path().join("kernel/iommu_groups/7/name")).unwrap();
-        assert!(device.group().unwrap().noiommu, "a name that cannot be read may be VFIO's");
+        assert!(device.group().unwrap().noiommu, "a name that cannot be read may be vfio-noiommu");
         assert_eq!((device.reserved_regions(), device.physical_function()), (vec![], None));
         assert!(!device.is_gone(), "it cannot be read");
         for (bytes, gone) in [([0xff; 64], true), ([0x10; 64], false)] {
@@ -320,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tdi_is_bound_where_its_tsm_is_named() {
+    fn tdi_is_bound_where_its_tsm_is_named() {
         let sysfs = tempfile::tempdir().unwrap();
         let dir = sysfs.path().join("bus/pci/devices/0000:04:00.0");
         fs::create_dir_all(dir.join("tsm")).unwrap();
@@ -332,6 +335,6 @@ mod tests {
         assert!(device.is_bound_tdi());
         fs::remove_file(dir.join("tsm/bound")).unwrap();
         fs::create_dir(dir.join("tsm/bound")).unwrap();
-        assert!(device.is_bound_tdi(), "what cannot be read is not unlocked");
+        assert!(device.is_bound_tdi(), "a state that cannot be read counts as bound");
     }
 }

@@ -1,58 +1,58 @@
-//! Which parts of a store's memory are in use: blocks of 2 KiB, each a node, a part of a table, or sixteen leaves.
+//! The allocator of a store's memory: blocks of 2 KiB, each a node, a part of a table, or sixteen leaves.
 //!
-//! This lives in process memory only. A store that is opened finds it again by walking what its roots reach, so that
-//! whatever was half made or half taken away when a process died is simply free.
+//! Its records lie in process memory only. When a store is opened they are rebuilt by walking everything that the roots
+//! reach, so that a block that was half linked or half unlinked when a process died is simply free.
 
-/// Words of a block, and of a node.
+/// The number of words of a block, and of a node.
 pub(super) const BLOCK_WORDS: usize = 256;
-/// Bytes of a block.
+/// The number of bytes of a block.
 pub(super) const BLOCK_BYTES: u64 = BLOCK_WORDS as u64 * 8;
-/// Leaves of a block.
+/// The number of leaves of a block.
 pub(super) const LEAVES: u32 = 16;
-/// Words of a leaf.
+/// The number of words of a leaf.
 pub(super) const LEAF_WORDS: usize = BLOCK_WORDS / LEAVES as usize;
 
-/// A block that is one thing, not leaves, or whose leaves are all taken.
+/// Marks a block that is a node or a part of a table, or whose leaves are all in use.
 const WHOLE: u16 = u16::MAX;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Block {
-    /// A bit per leaf in use.
+    /// One bit per leaf in use.
     used: u16,
-    /// Where it is a node: the block in which the last leaf below it was taken or freed, or 0.
+    /// For a node: the block in which the last leaf below it was allocated or freed, or 0.
     near: u32,
 }
 
-/// What is in use. Nodes and leaves are named by *unit*: which 128 bytes of the memory they start at.
+/// The blocks in use. Nodes and leaves are named by *unit*: the number of the 128 bytes of the memory that they start at.
 #[derive(Debug)]
 pub(super) struct Blocks {
-    /// The blocks used so far; what lies behind was never touched.
+    /// The blocks used so far; those behind were never touched.
     blocks: Vec<Block>,
-    /// Those of them that are free.
+    /// The numbers of those that are free.
     free: Vec<u32>,
-    /// How many there may be.
+    /// The maximum number of blocks.
     limit: u32,
 }
 
 impl Blocks {
-    /// `limit` blocks, of which the first `header` are in use.
+    /// Returns `limit` blocks, of which the first `header` are in use.
     pub(super) fn new(header: u32, limit: u32) -> Self {
         let block = Block { used: WHOLE, near: 0 };
         Self { blocks: vec![block; header as usize], free: Vec::new(), limit }
     }
 
-    /// Blocks ever used, and bytes of process memory that it takes to know of them.
+    /// Returns the number of blocks ever used, and the bytes of process memory of these records.
     pub(super) fn footprint(&self) -> (usize, usize) {
         let process = self.blocks.capacity() * size_of::<Block>() + self.free.capacity() * size_of::<u32>();
         (self.blocks.len(), process)
     }
 
-    /// Blocks that are free.
+    /// Returns the number of free blocks.
     pub(super) fn room(&self) -> u64 {
         u64::from(self.limit) - self.blocks.len() as u64 + self.free.len() as u64
     }
 
-    /// A block for one thing; its unit.
+    /// Allocates a block for a node. Returns its unit.
     pub(super) fn take(&mut self) -> Option<u32> {
         self.take_block(WHOLE).map(|block| block * LEAVES)
     }
@@ -70,8 +70,9 @@ impl Blocks {
         Some(block)
     }
 
-    /// A leaf below the node `parent`, in a block with others of its leaves where one has room: neighbours are read
-    /// together, and no node ever takes more blocks than its leaves could fill. `siblings` are its leaves' units.
+    /// Allocates a leaf below the node `parent`, in a block with others of its leaves where one has room: neighbours are read
+    /// together, and no node ever takes more blocks than its leaves could fill. `siblings` are its leaves' units. Returns the
+    /// leaf's unit.
     pub(super) fn take_leaf(&mut self, parent: u32, siblings: impl Iterator<Item = u32>) -> Option<u32> {
         let parent = parent / LEAVES;
         let near = self.blocks.get(parent as usize).map_or(0, |block| block.near);
@@ -94,12 +95,12 @@ impl Blocks {
         Some(block * LEAVES + leaf)
     }
 
-    /// The last resort of a full store: room beside another node's leaves.
+    /// Returns a block with room beside another node's leaves: the last resort of a full store.
     fn any_open(&self) -> Option<u32> {
         self.blocks.iter().position(|block| block.used != WHOLE && block.used != 0).map(|at| at as u32)
     }
 
-    /// The block at `unit` is free; whether it was in use.
+    /// Frees the block at `unit`. Returns true if it was in use.
     pub(super) fn give(&mut self, unit: u32) -> bool {
         match self.blocks.get_mut((unit / LEAVES) as usize) {
             Some(block) if block.used == WHOLE && unit.is_multiple_of(LEAVES) => {
@@ -111,7 +112,7 @@ impl Blocks {
         }
     }
 
-    /// The leaf at `unit`, below the node `parent`, is free.
+    /// Frees the leaf at `unit`, below the node `parent`.
     pub(super) fn give_leaf(&mut self, unit: u32, parent: u32) {
         let (at, bit) = (unit / LEAVES, 1 << (unit % LEAVES));
         let Some(block) = self.blocks.get_mut(at as usize).filter(|block| block.used & bit != 0) else {
@@ -127,7 +128,7 @@ impl Blocks {
         }
     }
 
-    /// `count` blocks side by side; the first one's number.
+    /// Allocates `count` adjacent blocks. Returns the number of the first.
     pub(super) fn take_row(&mut self, count: u32) -> Option<u32> {
         let mut first = 0;
         for (at, block) in self.blocks.iter().enumerate() {
@@ -146,12 +147,12 @@ impl Blocks {
         Some(first)
     }
 
-    /// At opening: the block at `unit` was found in use. Whether that can be.
+    /// Marks the block at `unit` as in use when a store is opened. Returns false if it cannot be.
     pub(super) fn claim(&mut self, unit: u32) -> bool {
         unit.is_multiple_of(LEAVES) && self.found(unit / LEAVES, WHOLE)
     }
 
-    /// At opening: the leaf at `unit` was found in use. Whether that can be.
+    /// Marks the leaf at `unit` as in use when a store is opened. Returns false if it cannot be.
     pub(super) fn claim_leaf(&mut self, unit: u32) -> bool {
         self.found(unit / LEAVES, 1 << (unit % LEAVES))
     }
@@ -169,7 +170,7 @@ impl Blocks {
         free
     }
 
-    /// At opening: everything in use is claimed, the rest is free.
+    /// Ends the opening of a store: everything in use is marked, the rest is free.
     pub(super) fn claimed(&mut self) {
         let free = self.blocks.iter().enumerate().filter(|(_, block)| block.used == 0);
         self.free = free.map(|(at, _)| at as u32).rev().collect();

@@ -1,4 +1,4 @@
-//! What can be wrong with a store: it is full, or what lies in its memory is not one.
+//! Errors of a store: it is full, or its memory does not contain one.
 
 use super::store::VERSION;
 
@@ -8,40 +8,40 @@ use super::store::VERSION;
     "the ledger's memory of {bytes} bytes is full: start passgate with a larger one, or with less guest memory"
 )]
 pub struct Full {
-    /// How large it is.
+    /// The size of its memory.
     pub bytes: u64,
 }
 
-/// Why memory cannot be opened as a store. None of it is used then; what it held is unknown.
+/// The reason for which memory cannot be opened as a store. None of it is used then, and its contents are unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// Something else, or nothing, lies there.
+    /// There is no store header.
     #[error(
         "the memory passed is no ledger: pass the descriptor that passgate gave out, or none to start afresh"
     )]
     Foreign,
-    /// Of another passgate.
+    /// It was written with another layout.
     #[error(
         "the ledger is of layout {found}, this passgate reads {VERSION}: restart with the one that wrote it, or afresh"
     )]
     Version {
-        /// What it says.
+        /// The version in the header.
         found: u64,
     },
     /// Its length is not what its header says.
     #[error("the ledger says that it has {says} bytes, its memory has {has}: start afresh")]
     Length {
-        /// What the header says.
+        /// The length in the header, in bytes.
         says: u64,
-        /// What there is.
+        /// The length of the memory, in bytes.
         has: u64,
     },
-    /// A root, or what it leads to, cannot be.
+    /// A root, or an entry that it leads to, is invalid.
     #[error("the ledger's root {slot} leads to {found:#x}, which cannot be: it is damaged; start afresh")]
     Damaged {
-        /// Which slot of the directory.
+        /// The slot of the directory.
         slot: usize,
-        /// The word, or the entry, that is wrong.
+        /// The invalid word or entry.
         found: u64,
     },
 }

@@ -1,48 +1,48 @@
-//! What one entry says of all pages below it: that they have the same value, or that they lie on a *grid*.
+//! Fills: one entry for all pages below it, which have the same value or lie on a *grid*.
 //!
-//! On a grid of 2^n pages the pages at its multiples are 2 and the others 1. So a terabyte of kernel mappings of equal
-//! size, each beginning where the one before it ends, is one entry, too.
+//! On a grid of 2^n pages the pages at multiples of 2^n are 2 and the others 1. So a terabyte of kernel mappings of equal
+//! size, each beginning where the one before it ends, is one entry too.
 
 use std::ops::Range;
 
 use super::leaf::spread;
 
-/// Entries below this say what all pages below them are; the others are units.
+/// Entries below this are fills; the others are units.
 pub(super) const UNIFORM: u32 = 64;
-/// Entries from this on are grids: of two pages, of four, and so on.
+/// The first entry that is a grid: of two pages; the next of four, and so on.
 const GRIDS: u32 = 4;
 
-/// What all pages below an entry are.
+/// The values of all pages below an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fill(u32);
 
 impl Fill {
-    /// All of them `value`.
+    /// Returns the fill of which all pages are `value`.
     pub(super) const fn all(value: u8) -> Self {
         Self(value as u32 & 3)
     }
 
-    /// A grid of 2^`bits` pages (`bits` below 60).
+    /// Returns a grid of 2^`bits` pages (`bits` below 60).
     pub(super) const fn grid(bits: u32) -> Self {
         if bits == 0 { Self::all(2) } else { Self(GRIDS + bits - 1) }
     }
 
-    /// What `entry` says, where it is no unit.
+    /// Returns the fill that `entry` is; none where it is a unit.
     pub(super) const fn of(entry: u32) -> Option<Self> {
         if entry < UNIFORM { Some(Self(entry)) } else { None }
     }
 
-    /// As an entry.
+    /// Returns it as an entry.
     pub(super) const fn entry(self) -> u32 {
         self.0
     }
 
-    /// How many pages apart the grid's lines are, as a power of two; none where all pages are the same.
+    /// Returns the distance of the grid's lines in pages, as a power of two; none where all pages are the same.
     pub(super) const fn bits(self) -> Option<u32> {
         if self.0 >= GRIDS { Some(self.0 - GRIDS + 1) } else { None }
     }
 
-    /// The value of `page`.
+    /// Returns the value of `page`.
     pub(super) fn value(self, page: u64) -> u8 {
         match self.bits() {
             None => self.0 as u8,
@@ -50,7 +50,7 @@ impl Fill {
         }
     }
 
-    /// The word of a leaf whose first page is `first`, a multiple of 32.
+    /// Returns the word of a leaf whose first page is `first`, a multiple of 32.
     pub(super) fn word(self, first: u64) -> u64 {
         match self.bits() {
             None => spread(self.0 as u8),
@@ -59,7 +59,7 @@ impl Fill {
         }
     }
 
-    /// What an entry for 2^`span` pages says that lies below this one and begins at page `first`.
+    /// Returns the fill of an entry for 2^`span` pages that lies below this one and begins at page `first`.
     pub(super) fn below(self, first: u64, span: u32) -> Self {
         match self.bits() {
             Some(bits) if bits > span && self.value(first) == 2 => Self::grid(span),
@@ -68,7 +68,7 @@ impl Fill {
         }
     }
 
-    /// How many of `pages` are `value`.
+    /// Returns the number of `pages` that are `value`.
     pub(super) fn count(self, pages: Range<u64>, value: u8) -> u64 {
         let len = pages.end - pages.start;
         match self.bits() {
@@ -86,7 +86,7 @@ impl Fill {
         }
     }
 
-    /// The first of `pages` that is not `value`.
+    /// Returns the first of `pages` that is not `value`.
     pub(super) fn next_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
         let next = match (self.bits(), self.value(pages.start) == value) {
             (_, false) => pages.start,
@@ -98,7 +98,7 @@ impl Fill {
         (next < pages.end).then_some(next)
     }
 
-    /// The last of `pages` that is not `value`.
+    /// Returns the last of `pages` that is not `value`.
     pub(super) fn last_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
         let last = pages.end - 1;
         let last = match (self.bits(), self.value(last) == value) {
@@ -110,7 +110,7 @@ impl Fill {
         (last >= pages.start).then_some(last)
     }
 
-    /// The fill of a node of entries for 2^`span` pages each, where one says the same.
+    /// Returns the fill that equals a node of entries for 2^`span` pages each; none where no fill does.
     pub(super) fn of_node(mut entries: impl Iterator<Item = u32> + Clone, span: u32) -> Option<Self> {
         let first = Self::of(entries.clone().next()?)?;
         let fill = if first.bits() == Some(span) {
@@ -129,7 +129,7 @@ impl Fill {
         fits.then_some(fill)
     }
 
-    /// The fill of a leaf's words, where one says the same.
+    /// Returns the fill that equals a leaf's words; none where no fill does.
     pub(super) fn of_leaf(mut words: impl Iterator<Item = u64> + Clone) -> Option<Self> {
         let first = words.clone().next()?;
         let fill = if first & 3 == 2 && first != spread(2) {
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn words_counts_and_searches_say_what_the_pages_are() {
+    fn fill_words_counts_and_searches_agree_with_each_page() {
         for fill in fills() {
             for first in [0, 32, 64, 512, 1 << 20, 3 << 9] {
                 let word = fill.word(first);
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_apart_is_put_together_again() {
+    fn fill_split_into_words_or_entries_folds_back() {
         for fill in fills() {
             let words: Vec<_> = (0..16).map(|index| fill.word(index * 32)).collect();
             let leaf = Fill::of_leaf(words.iter().copied()).unwrap();

@@ -1,16 +1,16 @@
-//! What may not be mapped now, in one file: ranges under an open invalidation, and ranges in quarantine.
+//! Exclusions from mapping in one file: ranges under an open invalidation, and ranges in quarantine.
 //!
-//! Holds never overlap. A hold keeps every mapping out, at every alias, whatever the pages' state says.
+//! Exclusions never overlap. An excluded page is mapped at no alias, whatever its state.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use passgate_bindings::PageRange;
 use passgate_bindings::units::Offset;
 
-use crate::gate::event::InvalidationId;
+use crate::gate::ids::InvalidationId;
 use crate::gate::verdict::Reason;
 
-/// Why a range is held.
+/// The reason for an exclusion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeldBy {
     /// An invalidation between begin and end.
@@ -19,41 +19,41 @@ pub enum HeldBy {
     Quarantine(InvalidationId, Reason),
 }
 
-/// What may not be mapped now, in one file.
+/// The exclusions of one file.
 #[derive(Debug, Default)]
 pub struct Holds {
     holds: BTreeMap<Offset, (PageRange<Offset>, HeldBy)>,
-    /// The starts of those in quarantine, by the invalidation since which they are.
+    /// The starts of those in quarantine, by the invalidation that they date from.
     quarantined: BTreeSet<(InvalidationId, Offset)>,
 }
 
 impl Holds {
-    /// Whether nothing is held.
+    /// True if nothing is excluded.
     pub fn is_empty(&self) -> bool {
         self.holds.is_empty()
     }
 
-    /// How many ranges are held.
+    /// Returns the number of excluded ranges.
     pub fn len(&self) -> usize {
         self.holds.len()
     }
 
-    /// Whether anything is in quarantine.
+    /// True if anything is in quarantine.
     pub fn quarantined(&self) -> bool {
         !self.quarantined.is_empty()
     }
 
-    /// Every hold, in order.
+    /// Returns every exclusion, in order.
     pub fn iter(&self) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
         self.holds.values().copied()
     }
 
-    /// Whether nothing of `range` is held.
+    /// True if no page of `range` is excluded.
     pub fn is_clear(&self, range: PageRange<Offset>) -> bool {
         self.holds.range(..range.end()).next_back().is_none_or(|(_, (held, _))| held.end() <= range.start())
     }
 
-    /// The holds that share a page with `range`, whole, in order.
+    /// Returns the exclusions that share a page with `range`, whole, in order.
     pub fn overlapping(
         &self,
         range: PageRange<Offset>,
@@ -65,12 +65,12 @@ impl Holds {
             .chain(self.holds.range(range.start()..range.end()).map(|(_, hold)| *hold))
     }
 
-    /// The parts of `range` that nothing holds, in order.
+    /// Returns the parts of `range` that are not excluded, in order.
     pub fn gaps(&self, range: PageRange<Offset>) -> impl Iterator<Item = PageRange<Offset>> + '_ {
         gaps(range, self.overlapping(range).map(|(held, _)| held))
     }
 
-    /// Holds what of `range` nothing holds yet.
+    /// Excludes the parts of `range` that are not excluded yet.
     pub fn hold(&mut self, range: PageRange<Offset>, by: HeldBy) {
         if self.is_clear(range) {
             self.insert(range, by);
@@ -89,7 +89,7 @@ impl Holds {
         self.holds.insert(range.start(), (range, by));
     }
 
-    /// Lets go of what invalidation `id` holds in `range`.
+    /// Ends the exclusions of invalidation `id` in `range`.
     pub fn release(&mut self, range: PageRange<Offset>, id: InvalidationId) {
         if let Some((held, by)) = self.holds.get(&range.start())
             && *held == range
@@ -108,7 +108,7 @@ impl Holds {
         }
     }
 
-    /// What is in quarantine since invalidation `id`, in order.
+    /// Returns the ranges in quarantine that date from invalidation `id`, in order.
     pub fn since(&self, id: InvalidationId) -> impl Iterator<Item = (PageRange<Offset>, Reason)> + '_ {
         let starts = self.quarantined.range((id, Offset(0))..=(id, Offset(u64::MAX)));
         starts.filter_map(|(_, start)| match self.holds.get(start)? {
@@ -117,7 +117,7 @@ impl Holds {
         })
     }
 
-    /// Lifts the quarantine that starts at `start`: the caller has proof.
+    /// Ends the quarantine that starts at `start`. The caller has proof.
     pub fn lift(&mut self, start: Offset) {
         if let Some((_, HeldBy::Quarantine(since, _))) = self.holds.get(&start) {
             self.quarantined.remove(&(*since, start));
@@ -125,7 +125,7 @@ impl Holds {
         }
     }
 
-    /// Lifts every quarantine that dates from `id`, and tells where: a person vouches for it.
+    /// Ends every quarantine that dates from `id`, for an operator. Returns the ranges.
     pub fn lift_all(&mut self, id: InvalidationId) -> Vec<PageRange<Offset>> {
         let lifted: Vec<_> = self.since(id).map(|(held, _)| held).collect();
         for held in &lifted {
@@ -135,7 +135,7 @@ impl Holds {
     }
 }
 
-/// The parts of `range` that none of `taken` (in order, not overlapping) covers.
+/// Returns the parts of `range` that none of `taken` (in order, not overlapping) covers.
 pub fn gaps<A: passgate_bindings::units::Address>(
     range: PageRange<A>,
     taken: impl Iterator<Item = PageRange<A>>,
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_are_what_is_left() {
+    fn gaps_are_the_uncovered_parts() {
         let taken = [range(2, 2), range(6, 4)];
         let left: Vec<_> = gaps(range(0, 8), taken.into_iter()).collect();
         assert_eq!(left, [range(0, 2), range(4, 2)]);
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_fills_only_gaps_and_releases_only_its_own() {
+    fn exclusion_fills_only_gaps_and_ends_only_its_own() {
         let (one, two) = (InvalidationId(1), InvalidationId(2));
         let mut holds = Holds::default();
         holds.hold(range(4, 2), HeldBy::Open(one));

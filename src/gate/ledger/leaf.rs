@@ -1,7 +1,7 @@
 //! The two-bit values of 512 pages in sixteen words.
 //!
-//! The two bits of a page lie side by side in one word, so that a page changes in one store: whoever reads the memory
-//! after a crash finds the old value or the new one, never a mixture.
+//! The two bits of a page lie side by side in one word, so that a page changes in one store: after a crash the memory has
+//! the old value or the new one, never a mixture.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 use super::blocks::LEAF_WORDS;
 use super::fill::Fill;
 
-/// Pages of a leaf.
+/// The number of pages of a leaf.
 pub(super) const PAGES: u64 = 512;
-/// Pages of a word.
+/// The number of pages of a word.
 pub(super) const PER_WORD: u64 = 32;
 /// The lower bit of every page of a word.
 const LOW: u64 = u64::MAX / 3;
@@ -21,28 +21,28 @@ const LOW: u64 = u64::MAX / 3;
 #[derive(Clone, Copy)]
 pub(super) struct Leaf<'a>(pub(super) &'a [AtomicU64; LEAF_WORDS]);
 
-/// A word in which every page is `value`.
+/// Returns a word in which every page is `value`.
 pub(super) const fn spread(value: u8) -> u64 {
     value as u64 * LOW
 }
 
-/// The lower bit of each page whose two bits are not both 0.
+/// Returns the lower bit of each page whose two bits are not both 0.
 fn any(word: u64) -> u64 {
     (word | word >> 1) & LOW
 }
 
-/// The lower bit of each page of `word` that differs from the page before it; `before` is the one before the word.
+/// Returns the lower bit of each page of `word` that differs from the page before it; `before` is the one before the word.
 pub(super) fn changes(word: u64, before: u8) -> u64 {
     any(word ^ (word << 2 | u64::from(before)))
 }
 
-/// The word in which pages that are 2 are 1 instead.
+/// Returns the word with pages that are 2 changed to 1.
 pub(super) fn merged(word: u64) -> u64 {
     let (low, high) = (word & LOW, word >> 1 & LOW);
     low | high | (low & high) << 1
 }
 
-/// Writes a word that others may be led by: what was written before is there for whoever sees it.
+/// Writes a word that makes others reachable. Release order: a reader that sees it sees everything written before.
 #[inline]
 pub(super) fn publish(word: &AtomicU64, value: u64) {
     word.store(value, Release);
@@ -50,23 +50,23 @@ pub(super) fn publish(word: &AtomicU64, value: u64) {
     super::store::tests::cut::published();
 }
 
-/// The pages `pages` (within the word) as a mask of both their bits.
+/// Returns `pages` (within the word) as a mask of both their bits.
 fn mask(pages: Range<u64>) -> u64 {
     u64::MAX >> (64 - 2 * (pages.end - pages.start)) << (2 * pages.start)
 }
 
 impl Leaf<'_> {
-    /// Word `index`.
+    /// Returns word `index`.
     pub(super) fn word(self, index: u64) -> u64 {
         self.0.get(index as usize).map_or(0, |word| word.load(Relaxed))
     }
 
-    /// The value of `page` (0 to 511).
+    /// Returns the value of `page` (0 to 511).
     pub(super) fn get(self, page: u64) -> u8 {
         (self.word(page / PER_WORD) >> (2 * (page % PER_WORD)) & 3) as u8
     }
 
-    /// Sets one page; its value before, and whether its word is `value` all over since.
+    /// Sets one page. Returns its value before, and true if its word is `value` in every page now.
     #[inline]
     pub(super) fn put(self, page: u64, value: u8) -> (u8, bool) {
         let shift = 2 * (page % PER_WORD);
@@ -79,7 +79,7 @@ impl Leaf<'_> {
         ((old >> shift & 3) as u8, new == spread(value))
     }
 
-    /// Sets the pages of this leaf, whose first page is `base`; whether a word that changed is now filled.
+    /// Sets the pages of this leaf, whose first page is `base`. Returns true if a word that changed equals the fill now.
     pub(super) fn set(self, base: u64, pages: Range<u64>, fill: Fill) -> bool {
         let (first, last) = (pages.start / PER_WORD, (pages.end - 1) / PER_WORD);
         let mut even = false;
@@ -98,12 +98,12 @@ impl Leaf<'_> {
         even
     }
 
-    /// What all of it is, where one fill says it.
+    /// Returns the fill that equals it; none where no fill does.
     pub(super) fn fill(self) -> Option<Fill> {
         Fill::of_leaf(self.0.iter().map(|word| word.load(Relaxed)))
     }
 
-    /// The first of the pages that is `value`.
+    /// Returns the first of the pages that is `value`.
     pub(super) fn next_is(self, pages: Range<u64>, value: u8) -> Option<u64> {
         let mut from = pages.start % PER_WORD;
         for index in pages.start / PER_WORD..pages.end.div_ceil(PER_WORD) {
@@ -117,7 +117,7 @@ impl Leaf<'_> {
         None
     }
 
-    /// How many of the pages are `value`.
+    /// Returns the number of the pages that are `value`.
     pub(super) fn count(self, pages: Range<u64>, value: u8) -> u64 {
         let words = pages.start / PER_WORD..=(pages.end - 1) / PER_WORD;
         let count = words.map(|index| {
@@ -128,7 +128,7 @@ impl Leaf<'_> {
         count.sum()
     }
 
-    /// Adds up how many of the pages are 0, 1, 2 and 3.
+    /// Adds the numbers of pages that are 0, 1, 2 and 3 to `counts`.
     pub(super) fn counts(self, pages: Range<u64>, counts: &mut [u64; 4]) {
         let mut rest = pages.end - pages.start;
         for index in pages.start / PER_WORD..=(pages.end - 1) / PER_WORD {
@@ -144,7 +144,7 @@ impl Leaf<'_> {
         counts[0] += rest;
     }
 
-    /// The first of the pages that is not `value`.
+    /// Returns the first of the pages that is not `value`.
     pub(super) fn next_not(self, pages: Range<u64>, value: u8) -> Option<u64> {
         let mut from = pages.start % PER_WORD;
         for index in pages.start / PER_WORD..pages.end.div_ceil(PER_WORD) {
@@ -158,7 +158,7 @@ impl Leaf<'_> {
         None
     }
 
-    /// The last page before `end` (1 to 512) that is not `value`.
+    /// Returns the last page before `end` (1 to 512) that is not `value`.
     pub(super) fn last_not(self, end: u64, value: u8) -> Option<u64> {
         for index in (0..end.div_ceil(PER_WORD)).rev() {
             let within = mask(0..(end - index * PER_WORD).min(PER_WORD));

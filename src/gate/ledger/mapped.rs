@@ -1,13 +1,13 @@
-//! What is mapped in one domain: every kernel mapping with its exact borders, and what is under way or in doubt.
+//! The mappings of one domain: every kernel mapping with its exact borders, and every range in progress or in doubt.
 //!
-//! A page is *live* (plainly mapped, in a kernel mapping whose borders are known), or it lies in a *run* (being mapped, being
-//! unmapped, failed: in one piece, with its state), or nothing is there. A run may hold pages of which nothing was
-//! mapped: an unmap takes neighbours of one range away by one call, with the gaps between them. A page leaves this table only
-//! through [`Mapped::remove`], which the gate calls on proof and nowhere else.
+//! A page is *live* (plainly mapped, in a kernel mapping whose borders are known), or it lies in a *run* (a range being
+//! mapped, being unmapped, or failed, with its state), or nothing is there. A run may contain pages that were not mapped: an
+//! unmap removes neighbours of one range by one call, with the gaps between them. A page leaves this table only through
+//! [`Mapped::remove`], which is called on proof and nowhere else.
 //!
 //! A page is two bits in a tree: nothing, inside a live mapping, the first of one, in a run. So a terabyte of mappings of
-//! equal size costs next to nothing, and one in 4 KiB pages in the worst order 66 MiB. Only what a run is lies beside it;
-//! after a crash that is lost, and what was in one is in doubt.
+//! equal size takes almost no memory, and one in 4 KiB pages in the worst order 66 MiB. Only the states of runs lie beside it;
+//! after a crash they are lost, and the runs are in doubt.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,43 +21,43 @@ use super::holds::gaps;
 use super::run::{Run, RunState};
 use super::store::{Key, Store};
 use super::tree::{PAGES, Tree};
-use crate::gate::event::DomainId;
+use crate::gate::ids::DomainId;
 
 pub use super::run::objects;
 
-/// What kind of root this is, in a store.
+/// The kind of this root in a store.
 const KIND: u64 = 2;
 
 /// `ENOSPC`: the store was full.
 const NO_SPACE: i32 = 28;
 
-/// What a page can be, in the tree.
+/// The values of a page in the tree.
 const NOTHING: u8 = 0;
 const INSIDE: u8 = 1;
 const BEGINS: u8 = 2;
 const IN_RUN: u8 = 3;
 
-/// What is mapped in one domain.
+/// The mappings of one domain.
 #[derive(Debug)]
 pub struct Mapped {
     tree: Tree,
     runs: BTreeMap<Iova, Run>,
-    /// Of the runs.
+    /// The number of kernel mappings in the runs.
     objects: u64,
     bytes: u64,
     unsettled: usize,
 }
 
 impl Default for Mapped {
-    /// Nothing, in memory of its own that ends with the process.
+    /// Returns an empty table in memory of its own, which ends with the process.
     fn default() -> Self {
         Self::over(Tree::own())
     }
 }
 
 impl Mapped {
-    /// What is mapped in `domain` as `store` knows it; nothing where it does not know the domain yet. One at a time
-    /// per domain. What was in a run when the process that wrote it ended comes back as [`RunState::Suspect`].
+    /// Returns the mappings of `domain` in `store`; none where it does not know the domain yet. Only one may exist per domain at
+    /// a time. Pages that were in a run when the process that wrote it ended are [`RunState::Suspect`].
     pub fn in_store(store: &Store, domain: DomainId) -> Result<Self, Full> {
         let tree = Tree::new(store, Key { kind: KIND, a: domain.0.into(), b: 0 })?;
         let mut mapped = Self::over(tree);
@@ -65,12 +65,12 @@ impl Mapped {
         Ok(mapped)
     }
 
-    /// Forgets the domain: the store knows nothing of it any more.
+    /// Removes it from the store.
     pub fn discard(self) {
         self.tree.discard();
     }
 
-    /// Bytes of the store that it takes at most if only `range` is ever mapped.
+    /// Returns the maximum of bytes that it takes in the store if only `range` is ever mapped.
     pub fn worst(range: PageRange<Iova>) -> u64 {
         Tree::worst(pages(range))
     }
@@ -79,33 +79,33 @@ impl Mapped {
         Self { tree, runs: BTreeMap::new(), objects: 0, bytes: 0, unsettled: 0 }
     }
 
-    /// Kernel mappings in use, or about to be.
+    /// Returns the number of kernel mappings in use, or about to be.
     pub fn objects(&self) -> u64 {
         self.tree.total(BEGINS) + self.objects
     }
 
-    /// Bytes that are mapped, or may be.
+    /// Returns the bytes that are mapped, or may be.
     pub fn bytes(&self) -> u64 {
         (self.tree.total(INSIDE) + self.tree.total(BEGINS)) * PAGE + self.bytes
     }
 
-    /// Runs on their way out or in doubt.
+    /// Returns the number of runs being unmapped or in doubt.
     pub fn unsettled(&self) -> usize {
         self.unsettled
     }
 
-    /// Runs that are being mapped.
+    /// Returns the number of runs being mapped.
     pub fn filling(&self) -> usize {
         self.runs.len() - self.unsettled
     }
 
-    /// Whether nothing of `range` is live or in a run.
+    /// True if no page of `range` is live or in a run.
     pub fn is_clear(&self, range: PageRange<Iova>) -> bool {
         // A full store may not know of a run.
         self.tree.next_not(pages(range), NOTHING).is_none() && self.runs(range).next().is_none()
     }
 
-    /// The runs that share a page with `range`, whole, in order.
+    /// Returns the runs that share a page with `range`, whole, in order.
     pub fn runs(&self, range: PageRange<Iova>) -> impl Iterator<Item = Run> + '_ {
         let before = self.runs.range(..range.start()).next_back().map(|(_, run)| *run);
         before
@@ -114,13 +114,13 @@ impl Mapped {
             .chain(self.runs.range(range.start()..range.end()).map(|(_, run)| *run))
     }
 
-    /// The longest stretches of live pages in `range`, cut to it, in order.
+    /// Returns the longest ranges of live pages in `range`, cut to it, in order.
     pub fn live(&self, range: PageRange<Iova>) -> impl Iterator<Item = PageRange<Iova>> + '_ {
         let spans = self.tree.merged_spans(pages(range));
         spans.filter(|(_, value)| *value == INSIDE).filter_map(|(span, _)| bytes(span))
     }
 
-    /// What of `range` is live or in a run, in order, cut to it or whole.
+    /// Returns the live ranges in `range`, cut to it, and the runs, whole; in order.
     pub fn taken(&self, range: PageRange<Iova>) -> Vec<PageRange<Iova>> {
         if self.is_clear(range) {
             return Vec::new();
@@ -134,7 +134,7 @@ impl Mapped {
         taken
     }
 
-    /// From the first live page in `range` to the last.
+    /// Returns the range from the first live page in `range` to the last.
     pub fn extent(&self, range: PageRange<Iova>) -> Option<PageRange<Iova>> {
         if range.pages() == 1 {
             let value = self.tree.get(pages(range).start);
@@ -151,7 +151,7 @@ impl Mapped {
         }
     }
 
-    /// `range`, widened at either end to where no live mapping sticks out of it.
+    /// Returns `range`, widened at either end to the borders of the live mappings there.
     pub fn whole(&self, range: PageRange<Iova>) -> PageRange<Iova> {
         let mut whole = pages(range);
         if self.tree.get(whole.start) == INSIDE {
@@ -163,7 +163,7 @@ impl Mapped {
         bytes(whole).unwrap_or(range)
     }
 
-    /// Whether a mapping that is being made will stick out of `range`.
+    /// True if a mapping that is being made will extend beyond `range`.
     pub fn fills_around(&self, range: PageRange<Iova>) -> bool {
         self.runs(range).any(|run| {
             let RunState::Filling { piece, .. } = run.state else { return false };
@@ -173,17 +173,17 @@ impl Mapped {
         })
     }
 
-    /// Whether a live mapping goes on over the border before `page`.
+    /// True if a live mapping crosses the border before `page`.
     fn sticks_out(&self, page: u64) -> bool {
         self.tree.get(page) == INSIDE
     }
 
-    /// Live kernel mappings that begin in `range`.
+    /// Returns the number of live kernel mappings that begin in `range`.
     pub fn starts(&self, range: PageRange<Iova>) -> u64 {
         self.tree.count(pages(range), BEGINS)
     }
 
-    /// Puts a run where nothing is.
+    /// Inserts a run where nothing is.
     pub fn insert(&mut self, run: Run) {
         debug_assert!(self.is_clear(run.range));
         self.put(run);
@@ -194,7 +194,7 @@ impl Mapped {
         self.change(pages(run.range), Fill::all(IN_RUN));
     }
 
-    /// The run at `start` was being mapped, and is live now.
+    /// Makes the run at `start`, which was being mapped, live.
     pub fn made(&mut self, start: Iova) {
         let Some(Run { range, state: RunState::Filling { piece, .. }, .. }) = self.runs.get(&start).copied()
         else {
@@ -211,8 +211,8 @@ impl Mapped {
         }
     }
 
-    /// Everything live in `range`, in which no run is, becomes one run over the whole of it. Mappings that stick out
-    /// are cut.
+    /// Makes everything live in `range`, in which no run is, one run over the whole of it. Mappings that extend beyond it are
+    /// cut.
     pub fn take(&mut self, range: PageRange<Iova>, state: RunState) -> Run {
         debug_assert!(self.runs(range).next().is_none());
         let within = pages(range);
@@ -221,7 +221,7 @@ impl Mapped {
         let run = Run { range, bytes: (inside + begins) * PAGE, objects, state };
         let rest = self.sticks_out(within.end);
         self.put(run);
-        // What is left behind it is a mapping of its own. Who is killed before this finds it out by the run.
+        // The rest behind it is a mapping of its own. After a kill before this, `adopt` finds it by the run.
         if rest {
             self.change(within.end..within.end + 1, Fill::all(BEGINS));
         }
@@ -235,19 +235,19 @@ impl Mapped {
         }
     }
 
-    /// Takes the run at `start` out of the ledger: the caller has proof that it is gone.
+    /// Removes the run at `start`. The caller has proof that it is gone.
     pub fn remove(&mut self, start: Iova) -> Option<Run> {
         let run = self.unrecord(start)?;
         self.change(pages(run.range), Fill::all(NOTHING));
         Some(run)
     }
 
-    /// The runs in this state, in order.
+    /// Returns the runs in this state, in order.
     pub fn in_state(&self, state: RunState) -> Vec<Run> {
         self.runs.values().filter(|run| run.state == state).copied().collect()
     }
 
-    /// The run that starts at `start`.
+    /// Returns the run that starts at `start`.
     pub fn at(&self, start: Iova) -> Option<Run> {
         self.runs.get(&start).copied()
     }
@@ -267,8 +267,8 @@ impl Mapped {
         Some(run)
     }
 
-    /// Changes the pages of `range`; whether there was room for it. In a full store their neighbours become part of a
-    /// run as well: nothing is known of them then but that they may be mapped.
+    /// Changes the pages of `range`. Returns true if there was room. In a full store their neighbours become part of a run as
+    /// well: then it is only known that they may be mapped.
     fn change(&mut self, pages: Range<u64>, fill: Fill) -> bool {
         let fits = self.tree.force_fill(pages.clone(), fill, IN_RUN);
         if !fits {
@@ -279,13 +279,13 @@ impl Mapped {
         fits
     }
 
-    /// All that is known of `range` is that it may be mapped.
+    /// Records that `range` may be mapped.
     fn doubt(&mut self, range: PageRange<Iova>, errno: i32) {
         let state = RunState::Suspect { gone: None, errno };
         self.record(Run { range, bytes: range.len(), objects: 1, state });
     }
 
-    /// Makes runs in doubt of the pages that are in a run of which nothing is known.
+    /// Makes suspect runs of the pages in a run whose state is not known.
     fn adopt(&mut self, within: Range<u64>, errno: i32) {
         let mut at = within.start;
         while self.tree.total(IN_RUN) > 0
@@ -295,7 +295,7 @@ impl Mapped {
             let Some(span) = bytes(first..at) else { return };
             let known: Vec<_> = self.runs(span).map(|run| run.range).collect();
             gaps(span, known.into_iter()).for_each(|range| self.doubt(range, errno));
-            // What was cut off by it is a mapping of its own.
+            // The part behind it is a mapping of its own.
             if self.sticks_out(at) {
                 self.change(at..at + 1, Fill::all(BEGINS));
             }

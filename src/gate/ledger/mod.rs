@@ -1,7 +1,9 @@
-//! The ledger: what every page is, what is mapped where, and what may not be mapped now.
+//! The ledger: the state of every page ([`pages`]), the mappings of every domain ([`mapped`]), and the ranges excluded from
+//! mapping ([`holds`]).
 //!
-//! Page state and holds are kept by file identity and offset, so that every alias of a page is one page here;
-//! mappings are kept by domain and IOVA, as the kernel keeps them.
+//! Page states and exclusions are stored by file identity and offset, so that every alias of a page is one page here;
+//! mappings are stored by domain and IOVA, as in the kernel. States and mappings are trees of two bits a page ([`tree`]) in
+//! memory that may outlive the process ([`store`]).
 
 mod blocks;
 mod fault;
@@ -27,26 +29,26 @@ pub use store::{Key, Store};
 pub use table::Table;
 pub use tree::Tree;
 
-/// What a page of guest memory is to devices.
+/// The state of a page of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum PageState {
-    /// Devices may see it.
+    /// Devices may access it.
     Shared = 0,
-    /// Only the guest may see it.
+    /// Only the guest may access it.
     Private = 1,
-    /// Nothing is there: punched, not given again yet.
+    /// No page is allocated: a hole was punched.
     Hole = 2,
-    /// Not known: after an end that said so, or none.
+    /// Not known: its owner did not know at the end of a conversion, or there was no end.
     Unknown = 3,
 }
 
 impl PageState {
-    /// All of them, in the order of their numbers.
+    /// All states, in the order of their numbers.
     pub const ALL: [PageState; 4] = [Self::Shared, Self::Private, Self::Hole, Self::Unknown];
 
-    /// In words, for messages and for JSON.
+    /// Returns its name in messages and in JSON.
     pub fn word(self) -> &'static str {
         match self {
             Self::Shared => "shared",

@@ -1,4 +1,4 @@
-//! The state of every page of one file: a terabyte in 66 MiB at worst, a few KiB at rest.
+//! The state of every page of one file: a terabyte takes 66 MiB at worst, a few KiB at rest.
 //!
 //! Pages that were never set are [`PageState::Unknown`].
 
@@ -9,65 +9,65 @@ use super::fault::Full;
 use super::store::{Key, Store};
 use super::tree::Tree;
 use super::{PageState, spans};
-use crate::gate::event::FileId;
+use crate::gate::ids::FileId;
 
-/// What kind of root this is, in a store.
+/// The kind of this root in a store.
 const KIND: u64 = 1;
 /// The state of every page of one file.
 #[derive(Debug)]
 pub struct PageMap(Tree);
 
 impl PageMap {
-    /// A map in memory of its own, in which every page is [`PageState::Unknown`]; it ends with the process.
+    /// Returns a map in memory of its own, which ends with the process. Every page is [`PageState::Unknown`].
     pub fn new() -> Self {
         Self(Tree::own())
     }
 
-    /// The map of `file` in `store`: the one that is there, or a new one. One at a time per file.
+    /// Returns the map of `file` in `store`: the one that is there, or a new one. Only one may exist per file at a time.
     pub fn in_store(store: &Store, file: FileId) -> Result<Self, Full> {
         Tree::new(store, key(file)).map(Self)
     }
 
-    /// The files that `store` has maps of.
+    /// Returns the files that `store` has maps of.
     pub fn files(store: &Store) -> Vec<FileId> {
         let keys = store.keys().into_iter().filter(|key| key.kind == KIND);
         keys.map(|key| FileId { device: key.a, inode: key.b }).collect()
     }
 
-    /// Forgets it: the store has no map of the file any more.
+    /// Removes it from the store.
     pub fn discard(self) {
         self.0.discard();
     }
 
-    /// Bytes of the store that the map takes at most if only `range` is ever set.
+    /// Returns the maximum of bytes that the map takes in the store if only `range` is ever set.
     pub fn worst(range: PageRange<Offset>) -> u64 {
         Tree::worst(pages(range))
     }
 
-    /// The state of the page at `offset`.
+    /// Returns the state of the page at `offset`.
     pub fn get(&self, offset: Offset) -> PageState {
         state(self.0.get(offset.raw() / PAGE))
     }
 
-    /// Sets every page of `range`. Where the store has no room to tell them from their neighbours, these and those
-    /// become [`PageState::Unknown`]: never mapped, never wrong. Who asks for [`PageMap::worst`] before never sees it.
+    /// Sets every page of `range`. Where the store has no room to distinguish them from their neighbours, both
+    /// become [`PageState::Unknown`]: never mapped, never wrong. It cannot happen in a store with room for [`PageMap::worst`].
     pub fn set(&mut self, range: PageRange<Offset>, state: PageState) {
         self.0.force(pages(range), value(state), value(PageState::Unknown));
     }
 
-    /// The longest runs of equal state that make up `range`, in order. Costs by runs, not by pages.
+    /// Returns the longest runs of equal state that make up `range`, in order. Costs by runs, not by pages.
     pub fn runs(&self, range: PageRange<Offset>) -> Runs<'_> {
         Runs(self.0.spans(pages(range)))
     }
 
-    /// How many pages of `range` are in each state, in the order of [`PageState::ALL`]. Costs next to nothing where
-    /// `range` is all that was ever set.
+    /// Returns the number of pages of `range` in each state, in the order of [`PageState::ALL`]. Immediate if `range` is all that
+    /// was ever set.
     pub fn counts(&self, range: PageRange<Offset>) -> [u64; 4] {
         let counts = self.0.counts(pages(range));
         PageState::ALL.map(|state| counts[usize::from(value(state))])
     }
 
-    /// Bytes of memory that the map takes with all else in its store, for budgets and benchmarks.
+    /// Returns the bytes of memory that the map takes with all else in its store, for budgets and benchmarks.
     pub fn footprint(&self) -> usize {
         self.0.store().footprint()
     }
@@ -113,7 +113,7 @@ fn key(file: FileId) -> Key {
     Key { kind: KIND, a: file.device, b: file.inode }
 }
 
-/// What was never set is 0 in the tree, and unknown.
+/// Returns the value in the tree: pages that were never set are 0 there, and unknown.
 fn value(state: PageState) -> u8 {
     state as u8 ^ PageState::Unknown as u8
 }
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_set_is_unknown_and_each_state_is_itself() {
+    fn unset_pages_are_unknown_and_states_round_trip() {
         let mut map = PageMap::new();
         assert_eq!(map.runs(range(7, 9)).collect::<Vec<_>>(), [(range(7, 9), PageState::Unknown)]);
         for (page, state) in (0..).zip(PageState::ALL) {
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn outlives_its_process_by_file() {
+    fn page_states_outlive_the_process_by_file() {
         let store = Store::new(Words::memfd("pages", 1 << 20).unwrap()).unwrap();
         let [one, two] = [1, 2].map(|inode| FileId { device: 5, inode });
         let mut map = PageMap::in_store(&store, one).unwrap();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn without_room_pages_are_unknown() {
+    fn full_store_makes_pages_unknown() {
         let store = Store::new(Words::anonymous(32 << 10).unwrap()).unwrap();
         let mut map = PageMap::in_store(&store, FileId { device: 1, inode: 1 }).unwrap();
         map.set(range(0, 1 << 18), PageState::Shared);

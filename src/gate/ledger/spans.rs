@@ -8,17 +8,17 @@ use super::tree::{Values, Walk};
 /// The longest spans of equal value that make up a range of pages; see [`super::Tree::spans`].
 pub struct Spans<'a> {
     walk: Walk<'a>,
-    /// Whether 2 is told as 1.
+    /// True if pages that are 2 count as 1.
     merged: bool,
-    /// The span that is being followed: where it starts, and its value.
+    /// The start of the current span. `value` is its value.
     start: u64,
     value: u8,
-    /// The first page not looked at yet, and the one at which to stop.
+    /// The first page not read yet. `end` is the end of the range.
     next: u64,
     end: u64,
-    /// The leaf that is being read, and its first page.
+    /// The leaf that is being read, with its first page.
     leaf: Option<(Leaf<'a>, u64)>,
-    /// The word last read, its first page, and where in it a span begins that was not told yet.
+    /// The word last read. `first` is its first page, `changes` has a bit where a span begins that was not returned yet.
     word: u64,
     first: u64,
     changes: u64,
@@ -53,7 +53,7 @@ impl<'a> Spans<'a> {
         spans
     }
 
-    /// Reads on: one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
+    /// Reads one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
     #[inline]
     fn look(&mut self) {
         let page = self.next;
@@ -84,7 +84,7 @@ impl<'a> Spans<'a> {
         self.next = self.first + PER_WORD;
         self.changes = leaf::changes(self.word, self.value);
         if page != self.first {
-            // What the pages before the range are is nobody's business.
+            // Pages before the range do not count.
             self.changes &= u64::MAX << (2 * (page - self.first)) << 1;
         }
         if self.next > self.end {
@@ -92,7 +92,7 @@ impl<'a> Spans<'a> {
         }
     }
 
-    /// The span before the next change in the word last read.
+    /// Returns the span before the next change in the word last read.
     #[inline]
     fn change(&mut self) -> (Range<u64>, u8) {
         let bit = self.changes.trailing_zeros();
@@ -127,7 +127,7 @@ impl Iterator for Spans<'_> {
         }
     }
 
-    /// As `next` again and again, without coming back here for each: `for_each`, `sum` and their kin run on it.
+    /// As `next` again and again, with the state in registers: `for_each` and `sum` run on it.
     #[inline]
     fn fold<B, F: FnMut(B, Self::Item) -> B>(mut self, init: B, mut tell: F) -> B {
         let mut told = init;

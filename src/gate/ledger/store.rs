@@ -1,11 +1,11 @@
 //! The memory that the ledger lies in: nodes, leaves and tables, found again through a small directory of roots.
 //!
-//! In a memfd it survives the process. Two rules make a crash at any instruction harmless: what is new is filled
-//! before the one word that makes it reachable is written, and what is no longer wanted is unlinked before it is
-//! used again. Which parts are free is not written down at all ([`Blocks`]).
+//! In a memfd it outlives the process. Two rules make a crash at any instruction harmless: a new node is filled before the
+//! one word that makes it reachable is written, and an old one is unlinked before its memory is used again. The free
+//! parts are not recorded at all ([`Blocks`]).
 //!
-//! The contents of memory that another process filled are checked when it is opened: nothing in it can lead outside
-//! it, or in a circle. Nothing here panics on what it finds there, not even if it is changed afterwards.
+//! The contents of memory that another process wrote are checked when it is opened: no entry leads outside it, or in a
+//! circle. Nothing here panics on its contents, not even if they are changed afterwards.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::{Relaxed, Release};
@@ -21,37 +21,37 @@ use super::table::Table;
 
 /// "passgate", as a little-endian word.
 const MAGIC: u64 = u64::from_le_bytes(*b"passgate");
-/// The layout that this file describes.
+/// The version of the layout.
 pub(super) const VERSION: u64 = 1;
-/// Header: magic, version, length in bytes, slots of the directory ever used.
+/// The words of the header: magic, version, length in bytes, slots of the directory ever used.
 const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 1;
 const AT_LENGTH: usize = 2;
 const AT_SLOTS: usize = 3;
-/// Where the directory starts.
+/// The first word of the directory.
 const DIRECTORY: usize = 8;
-/// Words of a slot: the root (0: none), then the key.
+/// The number of words of a slot: the root (0: none), then the key.
 const SLOT: usize = 4;
-/// Blocks of header and directory.
+/// The number of blocks of header and directory.
 const HEADER: u32 = 16;
-/// Slots of the directory.
+/// The number of slots of the directory.
 const SLOTS: usize = (HEADER as usize * BLOCK_WORDS - DIRECTORY) / SLOT;
 
-/// Levels of nodes at most: 2^54 pages.
+/// The maximum number of levels of nodes: 2^54 pages.
 pub(super) const LEVELS: u32 = 5;
 
-/// What a root is of, in its highest byte.
+/// The kind of a root, in its highest byte.
 const TREE: u64 = 1;
 const TABLE: u64 = 2;
 
-/// Names a root for whoever opens the store again: what kind of thing it is, and whose.
+/// The key of a root: its kind, and its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    /// What kind of thing; each user of the store has its own.
+    /// The kind; each user of the store has its own.
     pub kind: u64,
-    /// Whose.
+    /// The first word of the owner.
     pub a: u64,
-    /// Whose, further.
+    /// The second word of the owner.
     pub b: u64,
 }
 
@@ -62,12 +62,12 @@ pub struct Store(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     words: Words,
-    /// Taken only when a node or a leaf comes or goes.
+    /// Locked only while a node or a leaf is allocated or freed.
     blocks: Mutex<Blocks>,
 }
 
 impl Store {
-    /// An empty store, whatever `words` held. `Full` where not even the header has room.
+    /// Returns an empty store in `words`, whose contents are lost. `Full` where there is no room for the header.
     pub fn new(words: Words) -> Result<Self, Full> {
         let bytes = words.len() as u64 * 8;
         let limit = limit(&words).ok_or(Full { bytes })?;
@@ -79,7 +79,7 @@ impl Store {
         Ok(Self(Arc::new(Inner { words, blocks: Mutex::new(Blocks::new(HEADER, limit)) })))
     }
 
-    /// The store that another process left in `words`.
+    /// Opens the store that another process left in `words`.
     pub fn open(words: Words) -> Result<Self, OpenError> {
         let says = |at: usize| words.get(at).map_or(0, |word| word.load(Relaxed));
         let has = words.len() as u64 * 8;
@@ -95,29 +95,29 @@ impl Store {
         Ok(store)
     }
 
-    /// The memory, for whoever hands its descriptor on.
+    /// Returns the memory, whose descriptor can be passed on.
     pub fn words(&self) -> &Words {
         &self.0.words
     }
 
-    /// Bytes of memory that were ever written, and those of this process that know which are free.
+    /// Returns the bytes of memory that were ever written, with those of the allocator's records.
     pub fn footprint(&self) -> usize {
         let (blocks, process) = self.blocks().footprint();
         // Of the directory only the first page, as long as that is enough.
         (blocks - HEADER as usize) * BLOCK_BYTES as usize + 4096 + process
     }
 
-    /// Bytes that are free.
+    /// Returns the number of free bytes.
     pub fn room(&self) -> u64 {
         self.blocks().room() * BLOCK_BYTES
     }
 
-    /// Every key there is a root of.
+    /// Returns the keys of all roots.
     pub fn keys(&self) -> Vec<Key> {
         self.slots().filter(|at| self.load(*at) != 0).map(|at| self.key(at)).collect()
     }
 
-    /// A table of at least `lines` records of 64 bytes, all zero, under a key that has none yet.
+    /// Returns a new table of at least `lines` records of 64 bytes, all zero, under a key that has none yet.
     pub fn reserve(&self, key: Key, lines: u32) -> Result<Table, Full> {
         let count = u64::from(lines).div_ceil(BLOCK_BYTES / 64).max(1);
         let count = u32::try_from(count).map_err(|_| self.full())?;
@@ -133,13 +133,13 @@ impl Store {
         }
     }
 
-    /// The table under `key`.
+    /// Returns the table under `key`.
     pub fn table(&self, key: Key) -> Option<Table> {
         let (first, count) = as_table(self.load(self.slot(key)?))?;
         Some(Table::new(self.clone(), first, count))
     }
 
-    /// Forgets what lies under `key`; its memory is free.
+    /// Removes the tree or table under `key` and frees its memory.
     pub fn remove(&self, key: Key) {
         let Some(at) = self.slot(key) else { return };
         let root = self.load(at);
@@ -151,7 +151,7 @@ impl Store {
         }
     }
 
-    /// The slot of the tree under `key`, a new one (all pages 0) where there is none.
+    /// Returns the slot of the tree under `key`, of a new one (all pages 0) where there is none.
     pub(super) fn tree(&self, key: Key) -> Result<usize, Full> {
         match self.slot(key) {
             Some(at) => Ok(at),
@@ -159,7 +159,7 @@ impl Store {
         }
     }
 
-    /// Height and entry of the tree in slot `at`.
+    /// Returns height and entry of the tree in slot `at`.
     pub(super) fn root(&self, at: usize) -> (u32, u32) {
         as_tree(self.load(at)).unwrap_or((1, 0))
     }
@@ -169,7 +169,7 @@ impl Store {
         self.put(at, of_tree(height, entry));
     }
 
-    /// A new node for entries of 2^`span` pages from page `first` on, filled; nothing leads to it yet.
+    /// Returns a new node, filled, for entries of 2^`span` pages from page `first` on. It is not linked yet.
     pub(super) fn take_node(&self, fill: Fill, first: u64, span: u32) -> Result<u32, Full> {
         let unit = self.blocks().take().ok_or_else(|| self.full())?;
         let entry = |index: u64| u64::from(fill.below(first + (index << span), span).entry());
@@ -179,7 +179,7 @@ impl Store {
         Ok(unit)
     }
 
-    /// A new leaf below the node `parent`, from page `first` on, filled; nothing leads to it yet.
+    /// Returns a new leaf, filled, below the node `parent`, from page `first` on. It is not linked yet.
     pub(super) fn take_leaf(&self, parent: u32, fill: Fill, first: u64) -> Result<u32, Full> {
         let siblings = self.entries(parent).filter(|unit| *unit >= UNIFORM);
         let unit = self.blocks().take_leaf(parent, siblings).ok_or_else(|| self.full())?;
@@ -189,13 +189,13 @@ impl Store {
         Ok(unit)
     }
 
-    /// Entry `index` of the node at `unit`.
+    /// Returns entry `index` of the node at `unit`.
     pub(super) fn entry(&self, unit: u32, index: u64) -> u32 {
         let pair = self.load(unit as usize * LEAF_WORDS + (index / 2) as usize);
         (pair >> (index % 2 * 32)) as u32
     }
 
-    /// All entries of the node at `unit`.
+    /// Returns all entries of the node at `unit`.
     pub(super) fn entries(&self, unit: u32) -> impl Iterator<Item = u32> + Clone + '_ {
         let pairs = self.words_at(unit, BLOCK_WORDS).iter().map(|pair| pair.load(Relaxed));
         pairs.flat_map(|pair| [pair as u32, (pair >> 32) as u32])
@@ -225,7 +225,7 @@ impl Store {
         }
     }
 
-    /// `count` words from `unit` on; none where that is outside.
+    /// Returns `count` words from `unit` on; none where that is outside.
     pub(super) fn words_at(&self, unit: u32, count: usize) -> &[std::sync::atomic::AtomicU64] {
         let at = unit as usize * LEAF_WORDS;
         self.0.words.get(at..at + count).unwrap_or_default()
@@ -256,7 +256,7 @@ impl Store {
         }
     }
 
-    /// Where the slots ever used are.
+    /// Returns the words at which the slots ever used begin.
     fn slots(&self) -> impl Iterator<Item = usize> + use<> {
         let used = usize::try_from(self.load(AT_SLOTS)).map_or(SLOTS, |used| used.min(SLOTS));
         (0..used).map(|slot| DIRECTORY + slot * SLOT)
@@ -270,7 +270,7 @@ impl Store {
         self.slots().find(|at| self.load(*at) != 0 && self.key(*at) == key)
     }
 
-    /// Writes a root down: its key first, and then the word that makes it one.
+    /// Writes a root: its key first, then the word that makes it one.
     fn publish(&self, key: Key, root: u64) -> Result<usize, Full> {
         let used = self.slots().count();
         let at = match self.slots().find(|at| self.load(*at) == 0) {
@@ -290,7 +290,7 @@ impl Store {
         Ok(at)
     }
 
-    /// Claims whatever the roots reach, and judges it.
+    /// Claims everything that the roots reach, and checks it.
     fn walk(&self) -> Result<(), OpenError> {
         let used = self.load(AT_SLOTS);
         if used > SLOTS as u64 {
@@ -320,7 +320,7 @@ impl Store {
         Ok(())
     }
 
-    /// Claims what `entry`, at `height`, reaches; the entry that is wrong, where one is.
+    /// Claims everything that `entry`, at `height`, reaches. Returns the first invalid entry as an error.
     fn claim(&self, blocks: &mut Blocks, entry: u32, height: u32) -> Result<(), u32> {
         if entry < UNIFORM {
             return Ok(());
@@ -338,7 +338,7 @@ impl Store {
     }
 }
 
-/// Blocks that `words` have room for; none where that is not even the header.
+/// Returns the number of blocks that `words` have room for; none where there is no room for the header.
 fn limit(words: &Words) -> Option<u32> {
     // Units are numbered in 32 bits.
     let limit = u32::try_from(words.len() / BLOCK_WORDS).unwrap_or(u32::MAX).min(u32::MAX / LEAVES);
@@ -349,13 +349,13 @@ fn of_tree(height: u32, entry: u32) -> u64 {
     TREE << 56 | u64::from(height) << 32 | u64::from(entry)
 }
 
-/// Height and entry, where `root` is a tree's.
+/// Returns height and entry, where `root` is a tree's.
 fn as_tree(root: u64) -> Option<(u32, u32)> {
     let height = (root >> 32) as u32 & 0xff_ffff;
     (root >> 56 == TREE && (1..=LEVELS).contains(&height)).then_some((height, root as u32))
 }
 
-/// First block and number of blocks, where `root` is a table's.
+/// Returns the first block and the number of blocks, where `root` is a table's.
 fn as_table(root: u64) -> Option<(u32, u32)> {
     let count = (root >> 32) as u32 & 0xff_ffff;
     (root >> 56 == TABLE && count > 0).then_some((root as u32, count))

@@ -1,4 +1,4 @@
-//! Records of fixed size in a store, addressed by number: for what is not pages.
+//! Tables: records of fixed size in a store, addressed by number, for data that is not by page.
 
 use std::ops::Deref;
 use std::sync::atomic::AtomicU64;
@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicU64;
 use super::blocks::{BLOCK_WORDS, LEAVES};
 use super::store::Store;
 
-/// Words of a record: 64 bytes.
+/// The number of words of a record: 64 bytes.
 const LINE: usize = 8;
 
-/// Records of 64 bytes, zero until written. Each word of one is read and written whole; what must be seen together is
-/// its user's to order.
+/// Records of 64 bytes, zero until written. Each word of a record is read and written as a whole; the order of several words
+/// is up to the user.
 #[derive(Debug, Clone)]
 pub struct Table {
     store: Store,
@@ -23,12 +23,12 @@ impl Table {
         Self { store, first, blocks }
     }
 
-    /// How many records it has.
+    /// Returns the number of records.
     pub fn lines(&self) -> usize {
         self.len() / LINE
     }
 
-    /// The eight words of record `line`.
+    /// Returns the eight words of record `line`.
     pub fn line(&self, line: usize) -> Option<&[AtomicU64; LINE]> {
         self.as_chunks().0.get(line)
     }

@@ -1,8 +1,8 @@
 //! A two-bit value for every page number, in a store: nodes of 512 entries above leaves of 512 pages.
 //!
-//! An entry is the value of all pages below it, or the unit of the node or leaf that tells them apart; what becomes
-//! equal is folded back into one entry at once. The root has as many levels as its highest page needs. Pages that were
-//! never set are 0.
+//! An entry is the fill of all pages below it, or the unit of the node or leaf that distinguishes them; a node or leaf that
+//! becomes uniform is folded back into one entry at once. The root has as many levels as its highest page needs. Pages that
+//! were never set are 0.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::ops::Range;
@@ -22,61 +22,61 @@ use set::{Place, Setting, move_page};
 use walk::bits;
 pub(super) use walk::{Values, Walk, span};
 
-/// Page numbers end here; a [`passgate_bindings::PageRange`] has none beyond.
+/// The end of page numbers; a [`passgate_bindings::PageRange`] has none beyond.
 pub const PAGES: u64 = span(LEVELS);
 
-/// Bytes of address space for a tree of its own: 31 TiB of pages. None of it is taken before it is needed.
+/// Bytes of address space for a tree of its own: enough for 31 TiB of guest memory. Memory is allocated as it is needed.
 const OWN: u64 = 2 << 30;
 
-/// The values of all pages under one key of a store. There is one of these per key at a time.
+/// The values of all pages under one key of a store. Only one may exist per key at a time.
 #[derive(Debug)]
 pub struct Tree {
     store: Store,
     key: Key,
-    /// Where in the store its root is.
+    /// The word of the store that has its root.
     root: usize,
-    /// How many pages are 1, 2 and 3; those that are 0 are not counted.
+    /// The numbers of pages that are 1, 2 and 3; those that are 0 are not counted.
     totals: [u64; 4],
 }
 
 impl Tree {
-    /// The tree under `key`; where the store has none yet, a new one.
+    /// Returns the tree under `key`; where the store has none yet, a new one.
     pub fn new(store: &Store, key: Key) -> Result<Self, Full> {
         let mut tree = Self { root: store.tree(key)?, store: store.clone(), key, totals: [0; 4] };
         tree.totals = tree.tally(0..span(store.root(tree.root).0));
         Ok(tree)
     }
 
-    /// One in memory of its own, which ends with the process.
+    /// Returns a tree in memory of its own, which ends with the process.
     pub fn own() -> Self {
         let (key, sizes) = (Key { kind: 0, a: 0, b: 0 }, (16..=OWN.ilog2()).rev().map(|bits| 1 << bits));
-        // As much address space as a limit on this process's allows.
+        // As much address space as RLIMIT_AS allows.
         let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
             let store = Store::new(words).ok()?;
             Self::new(&store, key).ok()
         });
-        // The machine has not even room for an empty one.
+        // There is no memory even for an empty one.
         made.unwrap_or_else(|| handle_alloc_error(Layout::new::<[u64; 1 << 13]>()))
     }
 
-    /// Forgets it: its memory is free, and the store has nothing under its key.
+    /// Removes it from the store and frees its memory.
     pub fn discard(self) {
         self.store.remove(self.key);
     }
 
-    /// The store that it lies in.
+    /// Returns the store that it lies in.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Bytes of the store that it takes at most if only `pages` (not empty) are ever set.
+    /// Returns the maximum of bytes that it takes in the store if only `pages` (not empty) are ever set.
     pub fn worst(pages: Range<u64>) -> u64 {
         let touched = |span: u64| (pages.end - 1) / span - pages.start / span + 1;
         let nodes: u64 = (1..=LEVELS).map(|height| touched(span(height))).sum();
         (nodes + touched(span(0) * u64::from(LEAVES))) * BLOCK_BYTES
     }
 
-    /// The value of `page`.
+    /// Returns the value of `page`.
     pub fn get(&self, page: u64) -> u8 {
         match self.walk().find(page).values {
             Values::All(fill) => fill.value(page),
@@ -90,14 +90,14 @@ impl Tree {
         self.set_or(pages, Fill::all(value), None)
     }
 
-    /// Sets every page of `pages` to `value`, and where there is no room to tell them from their neighbours, these too
-    /// to `coarse`: a fold needs no memory. Where the tree cannot grow, pages beyond its end stay 0. Whether there was
-    /// room.
+    /// Sets every page of `pages` to `value`, and where there is no room to distinguish them from their neighbours, these too
+    /// to `coarse`: a fold needs no memory. Where the tree cannot grow, pages beyond its end stay 0. Returns true if there
+    /// was room.
     pub fn force(&mut self, pages: Range<u64>, value: u8, coarse: u8) -> bool {
         self.force_fill(pages, Fill::all(value), coarse)
     }
 
-    /// As [`Tree::force`], to what a fill says.
+    /// As [`Tree::force`], to a fill.
     pub(super) fn force_fill(&mut self, pages: Range<u64>, to: Fill, coarse: u8) -> bool {
         self.set_or(pages, to, Some(coarse)).is_ok()
     }
@@ -107,7 +107,7 @@ impl Tree {
         if pages.is_empty() {
             return Ok(());
         }
-        // One page beside others that are told apart: by far the most common, and nothing but its word changes.
+        // One page of a leaf: by far the most common case, and nothing but its word changes.
         if pages.end - pages.start == 1 {
             let value = to.value(pages.start);
             match self.walk().find(pages.start).values {
@@ -148,7 +148,7 @@ impl Tree {
         short.map_or(Ok(()), Err)
     }
 
-    /// A root one level higher than `entry` at `height`.
+    /// Returns a root one level higher than `entry` at `height`.
     fn raise(&self, entry: u32, height: u32) -> Result<u32, Full> {
         if entry == 0 {
             return Ok(0);
@@ -158,17 +158,17 @@ impl Tree {
         Ok(node)
     }
 
-    /// The longest spans of equal value that make up `pages`, in order.
+    /// Returns the longest spans of equal value that make up `pages`, in order.
     pub fn spans(&self, pages: Range<u64>) -> Spans<'_> {
         Spans::new(self.walk(), pages, false)
     }
 
-    /// As [`Tree::spans`], with pages that are 2 told as if they were 1.
+    /// As [`Tree::spans`], with pages that are 2 counted as 1.
     pub fn merged_spans(&self, pages: Range<u64>) -> Spans<'_> {
         Spans::new(self.walk(), pages, true)
     }
 
-    /// The first page of `pages` that is not `value`.
+    /// Returns the first page of `pages` that is not `value`.
     pub fn next_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         self.search(pages, |values, pages, first| match values {
             Values::All(fill) => fill.next_not(pages, value),
@@ -178,7 +178,7 @@ impl Tree {
         })
     }
 
-    /// The first page of `pages` that is `value`.
+    /// Returns the first page of `pages` that is `value`.
     pub fn next(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         self.search(pages, |values, pages, first| match values {
             Values::All(fill) if fill.value(pages.start) == value => Some(pages.start),
@@ -193,7 +193,7 @@ impl Tree {
         })
     }
 
-    /// The first page that `look` finds, which is given pages found together and the first page of their leaf.
+    /// Returns the first page that `look` finds, which is given pages found together and the first page of their leaf.
     fn search(
         &self,
         pages: Range<u64>,
@@ -211,7 +211,7 @@ impl Tree {
         None
     }
 
-    /// The last page of `pages` that is not `value`.
+    /// Returns the last page of `pages` that is not `value`.
     pub fn last_not(&self, pages: Range<u64>, value: u8) -> Option<u64> {
         let (mut end, mut walk) = (pages.end, self.walk());
         while pages.start < end {
@@ -229,7 +229,7 @@ impl Tree {
         None
     }
 
-    /// How many of `pages` are `value`.
+    /// Returns the number of `pages` that are `value`.
     pub fn count(&self, pages: Range<u64>, value: u8) -> u64 {
         let (mut at, mut count, mut walk) = (pages.start, 0, self.walk());
         while at < pages.end {
@@ -244,12 +244,12 @@ impl Tree {
         count
     }
 
-    /// How many pages of the whole tree are 1, 2 and 3; of no use for 0.
+    /// Returns the number of pages of the whole tree that are `value` (1 to 3).
     pub fn total(&self, value: u8) -> u64 {
         self.totals[usize::from(value & 3)]
     }
 
-    /// How many of `pages` are 0, 1, 2 and 3. At once where all other pages are 0, as when a file is asked for whole.
+    /// Returns the numbers of `pages` that are 0, 1, 2 and 3. Immediate where all other pages are 0, as for a whole file.
     pub fn counts(&self, pages: Range<u64>) -> [u64; 4] {
         let ends = span(self.store.root(self.root).0);
         if self.next_not(0..pages.start.min(ends), 0).is_none()
@@ -263,7 +263,7 @@ impl Tree {
         self.tally(pages)
     }
 
-    /// As [`Tree::counts`], by looking: better for few pages.
+    /// As [`Tree::counts`], by a walk: faster for few pages.
     pub(super) fn tally(&self, pages: Range<u64>) -> [u64; 4] {
         let (mut at, mut counts, mut walk) = (pages.start, [0; 4], self.walk());
         while at < pages.end {
@@ -280,7 +280,7 @@ impl Tree {
         counts
     }
 
-    /// A look from page to page.
+    /// Returns a walk over its pages.
     pub(super) fn walk(&self) -> Walk<'_> {
         Walk::new(&self.store, self.root)
     }

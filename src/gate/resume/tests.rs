@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use passgate_bindings::PAGE;
 use passgate_bindings::words::Words;
 
 use super::super::*;
@@ -15,12 +14,12 @@ const DOMAIN: DomainId = DomainId(0);
 const DEVICE: DeviceId = DeviceId(0);
 const FILE: FileId = FileId { device: 1, inode: 7 };
 const PAGES: u64 = 8;
-/// Where the two aliases of the file are, in pages.
+/// The first pages of the two aliases of the file.
 const ALIASES: [u64; 2] = [0, 64];
 /// Steps after which a scene must have come to rest.
 const MAX_STEPS: usize = 400;
 
-/// How a device is stopped, and what the platform asks of it.
+/// A device's fences, and the platform.
 #[derive(Debug, Clone, Copy)]
 struct Host {
     platform: Platform,
@@ -36,7 +35,7 @@ const HOSTS: [Host; 4] = [
     Host { platform: Platform::Strict, hitless: Hitless::Prefer, cut: false, ats: true },
 ];
 
-/// What devices reach: each mapped page with the start of its mapping, and the page of the file behind it.
+/// The pages that devices reach: each with the start of its mapping, and the page of the file behind it.
 #[derive(Debug, Clone, Default)]
 struct Kernel {
     pages: BTreeMap<u64, (u64, u64)>,
@@ -78,7 +77,7 @@ impl Kernel {
     }
 }
 
-/// What the owner of the memory knows.
+/// The state of a page as the owner of the memory knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Truth {
     Shared,
@@ -236,18 +235,19 @@ impl World {
         }
     }
 
-    /// What no device may reach is not plainly mapped, unless it is being removed.
+    /// Asserts that no page is plainly mapped that no device may reach, unless it is being unmapped.
     #[track_caller]
     fn judge_ledger(&self, what: &str) {
         for live in self.gate.live(DOMAIN) {
-            for part in self.gate.files_at(live) {
-                let file = &self.gate.files[&part.file];
-                let held = file.holds.overlapping(part.range).map(|(held, _)| held);
-                let taken = file.pages.runs(part.range).filter(|(_, state)| *state != PageState::Shared);
+            for part in self.gate.memory.pages_at(live) {
+                let excluded = self.gate.memory.excluded(part.file).unwrap();
+                let held = excluded.overlapping(part.range).map(|(held, _)| held);
+                let states = self.gate.memory.states(part.file, part.range);
+                let taken = states.filter(|(_, state)| *state != PageState::Shared);
                 for pages in held.chain(taken.map(|(run, _)| run)).filter_map(|r| r.intersection(part.range))
                 {
                     let iova = pages.rebase(part.range.start(), live.start());
-                    assert!(self.gate.awaited(iova), "{what}: {iova:?} stays mapped");
+                    assert!(self.gate.invalidations.is_awaited(iova), "{what}: {iova:?} stays mapped");
                 }
             }
         }
@@ -286,7 +286,7 @@ impl World {
         self.begun.clear();
     }
 
-    /// What is in quarantine is released by an operator, to `to`; true where that was granted.
+    /// An operator releases a quarantine, as `to`. Returns true if that was granted.
     fn release(&mut self, id: InvalidationId, to: PageState) -> bool {
         let held: Vec<_> = self.gate.snapshot().quarantine;
         let held: Vec<_> = held.iter().filter(|one| one.invalidation == id).map(|one| one.range).collect();
@@ -371,7 +371,7 @@ fn each_kill(mut then: impl FnMut(World, &str)) {
 }
 
 #[test]
-fn killed_at_any_step_no_held_page_stays_mapped_and_no_release_hands_out_a_reachable_page() {
+fn kill_at_any_step_leaves_no_excluded_page_mapped_and_no_reachable_page_released() {
     for to in [PageState::Private, PageState::Hole, PageState::Shared] {
         each_kill(|mut world, what| {
             world.restart();
@@ -394,11 +394,11 @@ fn killed_at_any_step_no_held_page_stays_mapped_and_no_release_hands_out_a_reach
                 "{what}: nothing is left mapped, so all of it is released"
             );
             // What is shared is mapped again, at every alias, and nothing else.
-            for (at, region) in ALIASES.iter().zip(world.gate.regions.values()) {
+            for (at, (_, region)) in ALIASES.iter().zip(world.gate.memory.regions()) {
                 let mapped: Vec<bool> =
                     (0..PAGES).map(|p| world.kernel.pages.contains_key(&(at + p))).collect();
                 let shared: Vec<bool> = (0..PAGES).map(|page| world.truth[&page] == Truth::Shared).collect();
-                assert!(region.adding.is_none());
+                assert!(!region.is_being_added());
                 assert_eq!(mapped, shared, "{what}");
             }
         });
@@ -406,7 +406,7 @@ fn killed_at_any_step_no_held_page_stays_mapped_and_no_release_hands_out_a_reach
 }
 
 #[test]
-fn a_page_whose_removal_fails_after_a_restart_is_released_as_shared_or_not_at_all() {
+fn unmap_error_after_a_restart_allows_release_only_as_shared() {
     each_kill(|mut world, what| {
         world.restart();
         world.kernel.fails = (world.kernel.unmaps + 1..world.kernel.unmaps + 1000).collect();
@@ -427,7 +427,7 @@ fn a_page_whose_removal_fails_after_a_restart_is_released_as_shared_or_not_at_al
 }
 
 #[test]
-fn killed_again_while_the_first_restart_is_still_removing_pages_it_ends_the_same() {
+fn second_kill_during_a_restart_ends_as_one_restart() {
     each_kill(|mut world, what| {
         world.restart();
         for again in 0..6 {
@@ -450,17 +450,17 @@ fn killed_again_while_the_first_restart_is_still_removing_pages_it_ends_the_same
 }
 
 #[test]
-fn a_mapping_that_no_region_is_of_is_taken_away_and_none_is_released_as_private_before() {
+fn stray_mapping_is_unmapped_before_any_release_as_private() {
     let mut world = World::new(HOSTS[0]);
     world.ask(Ask::Add(0));
     world.settle("add");
     world.ask(Ask::Begin(2, 1));
     world.settle("begin");
     // The record of a region is lost, its mapping is not.
-    let stray = Run::filling(range(200, 4), 4 * PAGE, JobId(77));
-    world.gate.domains[0].mapped.insert(stray);
-    world.gate.domains[0].mapped.made(stray.range.start());
-    world.kernel.map(stray.range, 4 * PAGE, Offset(0));
+    let (stray, piece) = (range(200, 4), 4 * PAGE);
+    world.gate.mappings.start_map(DOMAIN, JobId(77), RegionId(77), stray, piece);
+    assert!(world.gate.mappings.end_map(DOMAIN, JobId(77), stray, MapResult::Mapped));
+    world.kernel.map(stray, piece, Offset(0));
     world.kernel.fails = [world.kernel.unmaps + 1].into();
     world.restart();
     let [id] = world.quarantined().into_iter().collect::<Vec<_>>()[..] else {
@@ -477,7 +477,7 @@ fn a_mapping_that_no_region_is_of_is_taken_away_and_none_is_released_as_private_
 }
 
 #[test]
-fn stopped_devices_are_brought_back_after_a_restart() {
+fn stopped_devices_are_attached_after_a_restart() {
     let mut world = World::new(HOSTS[3]);
     world.ask(Ask::Add(0));
     world.settle("add");
@@ -496,7 +496,7 @@ fn stopped_devices_are_brought_back_after_a_restart() {
 }
 
 #[test]
-fn a_device_that_was_about_to_be_attached_is_attached_after_a_restart() {
+fn device_about_to_be_attached_is_attached_after_a_restart() {
     for host in [HOSTS[1], HOSTS[3]] {
         let mut world = World::new(host);
         world.ask(Ask::Add(0));
@@ -533,12 +533,12 @@ fn devices_are_stopped_before_a_closing_region_is_unmapped_after_a_restart() {
             world.step(true);
         }
         world.settle("closed");
-        assert!(stopped && world.gate.regions.is_empty() && world.kernel.pages.is_empty(), "{host:?}");
+        assert!(stopped && world.gate.region_count() == 0 && world.kernel.pages.is_empty(), "{host:?}");
     }
 }
 
 #[test]
-fn a_page_that_is_not_shared_does_not_stay_mapped_after_a_restart() {
+fn page_that_is_not_shared_is_unmapped_after_a_restart() {
     for (host, state) in
         HOSTS.into_iter().zip([PageState::Private, PageState::Hole, PageState::Unknown, PageState::Private])
     {
@@ -547,7 +547,7 @@ fn a_page_that_is_not_shared_does_not_stay_mapped_after_a_restart() {
         ALIASES.into_iter().for_each(|at| world.ask(Ask::Add(at)));
         world.settle("add");
         // No hold tells of it, only its state.
-        world.gate.file(FILE).pages.set(range(3, 1), state);
+        world.gate.memory.restore_state(FILE, range(3, 1), state);
         world.restart();
         world.judge_ledger(&what);
         world.settle(&what);
@@ -565,8 +565,8 @@ fn numbers_are_not_used_again_after_a_restart() {
         world.restart();
         let now = world.gate.last();
         assert!(now.0 >= region && now.1 >= invalidation, "{what}: {now:?}");
-        let begun = world.gate.invalidations.keys().all(|id| id.0 > invalidation);
-        assert!(begun, "{what}: {:?}", world.gate.invalidations.keys());
+        let mut open = world.gate.invalidations.iter().map(|(id, _)| id);
+        assert!(open.all(|id| id.0 > invalidation), "{what}");
     });
 }
 
@@ -583,7 +583,7 @@ fn unmap_with(world: &mut World, result: fn(u64) -> UnmapResult) {
 }
 
 #[test]
-fn a_page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
+fn page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
     let mut world = World::new(HOSTS[0]);
     world.ask(Ask::Add(0));
     world.settle("add");
@@ -604,7 +604,7 @@ fn a_page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
 }
 
 #[test]
-fn a_copy_in_a_device_outlasts_the_unmap_of_a_restart_until_the_device_is_detached() {
+fn cached_translation_outlasts_the_unmap_of_a_restart_until_the_detach() {
     let mut world = World::new(HOSTS[3]);
     world.ask(Ask::Add(0));
     world.ask(Ask::Begin(2, 1));
@@ -625,7 +625,7 @@ fn a_copy_in_a_device_outlasts_the_unmap_of_a_restart_until_the_device_is_detach
 }
 
 #[test]
-fn a_soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
+fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
     let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Step::Unmap, errno: 0 };
     for unmapped in [true, false] {
         let mut world = World::new(HOSTS[0]);
@@ -642,7 +642,7 @@ fn a_soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
         past.regions[0].closing = false;
         // The process that had the mappings is gone, and they with it; the pages are as they were.
         world.gate = Gate::new(Policy::default());
-        Mapped::in_store(&world.store, DOMAIN).unwrap().discard();
+        crate::gate::ledger::Mapped::in_store(&world.store, DOMAIN).unwrap().discard();
         world.kernel.pages.clear();
         world.start();
         world.gate.resume(past, &mut world.effects);
@@ -650,7 +650,7 @@ fn a_soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
         // All that this daemon has mapped around it goes.
         world.tell(Event::RemoveRegion { caller: caller(ORPHANS), region: RegionId(1) });
         world.settle("remove");
-        assert!(world.kernel.pages.is_empty() && world.gate.regions.is_empty());
+        assert!(world.kernel.pages.is_empty() && world.gate.region_count() == 0);
         let left = world.quarantined().contains(&InvalidationId(3));
         assert_eq!(
             left, unmapped,
@@ -677,10 +677,10 @@ fn closing_regions_are_not_adopted() {
         _ => None,
     });
     assert_eq!(adopted, Some(vec![RegionId(1)]));
-    assert_ne!(world.gate.regions[&RegionId(2)].owner, ClientId(2));
+    assert_ne!(world.gate.memory.region(RegionId(2)).unwrap().owner(), ClientId(2));
 }
 
-/// What `client` may settle after it has adopted.
+/// Returns the conversions that `client` may settle after it has adopted.
 fn adopt(world: &mut World, client: ClientId) -> Vec<u64> {
     world.answers.clear();
     world.tell(Event::Adopt { caller: caller(client) });
@@ -698,7 +698,7 @@ fn adopt(world: &mut World, client: ClientId) -> Vec<u64> {
 }
 
 #[test]
-fn an_adopter_settles_what_was_open_at_the_restart_and_nothing_of_a_client_that_died_before() {
+fn adopter_settles_only_conversions_open_at_the_restart() {
     let mut world = World::new(HOSTS[0]);
     world.ask(Ask::Add(0));
     // Another client shows the same file, converts there, and dies between begin and end.
@@ -740,7 +740,7 @@ fn an_adopter_settles_what_was_open_at_the_restart_and_nothing_of_a_client_that_
 }
 
 #[test]
-fn an_alias_does_not_stand_for_a_page_that_is_not_the_adopters() {
+fn adopter_settles_no_page_that_only_an_alias_shows() {
     let mut world = World::new(HOSTS[0]);
     let spec = |gpa: u64, file: u64| {
         let backing = Backing { file: FileId { device: 1, inode: file }, offset: Offset(0) };
@@ -788,7 +788,7 @@ fn resume_from(world: &mut World, past: Past) {
 }
 
 #[test]
-fn an_adopter_does_not_settle_what_lies_in_its_memory_in_part() {
+fn adopter_settles_no_conversion_only_partly_in_its_memory() {
     for (pages, settles) in [(1, false), (2, true)] {
         let mut world = World::new(HOSTS[0]);
         let backing = Backing { file: FILE, offset: Offset(0) };
@@ -854,9 +854,9 @@ fn quarantine_that_was_disproved_when_the_daemon_ended_is_lifted_at_the_restart(
         world.settle("begin");
         assert_eq!(world.quarantined().len(), 2);
         for alias in heard {
-            let mapped = world.gate.mapped_in(DOMAIN).unwrap();
-            for run in mapped.runs(range(*alias, PAGES)).collect::<Vec<_>>() {
-                mapped.remove(run.range.start());
+            let domain = world.gate.mappings.get_mut(DOMAIN).unwrap();
+            for run in domain.mapped().runs(range(*alias, PAGES)).collect::<Vec<_>>() {
+                domain.end_leftover(run.range, UnmapResult::Gone { bytes: 0 }, false);
                 let pages = run.range.start().0 / PAGE..run.range.end().0 / PAGE;
                 pages.for_each(|page| _ = world.kernel.pages.remove(&page));
             }

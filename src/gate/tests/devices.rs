@@ -66,7 +66,7 @@ fn detach_and_reset_that_were_asked_for_during_a_drain_are_both_made() {
 }
 
 #[test]
-fn stopped_device_comes_back_only_after_every_fence_of_its_domain_has_returned() {
+fn attach_waits_for_every_fence_of_the_domain() {
     for step in [Step::Drain, Step::Stop, Step::Detach] {
         let mut world = world_of(&[&[step], &[step]]);
         let invalidation = world.begin(&[(2, 1)], PageState::Private);

@@ -1,9 +1,9 @@
-//! What is in doubt is in quarantine, all of it and nothing else, until it is proved gone.
+//! Every page in doubt is in quarantine, and no other, until it is proved gone.
 
 use super::*;
 
 #[test]
-fn client_that_goes_leaves_all_that_is_in_flight_in_quarantine() {
+fn client_gone_quarantines_all_pages_in_flight() {
     let mut world = World::new(Policy::default(), &[SPLITS; 2]);
     world.add(0, 8, 0, 1);
     world.settle();

@@ -1,4 +1,4 @@
-//! How memory comes, and how it goes.
+//! Adding and removing memory.
 
 use super::*;
 

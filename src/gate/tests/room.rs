@@ -47,7 +47,7 @@ fn memory_that_comes_during_a_conversion_has_room_for_what_waits_for_its_end() {
 }
 
 #[test]
-fn place_that_keeps_being_split_is_mapped_page_by_page_only_where_there_is_room() {
+fn mapping_split_often_is_mapped_by_page_only_where_there_is_room() {
     for (max_mappings, by_page) in [(10_000, true), (400, false), (64, false)] {
         let mut world = World::new(policy(), &[Able { max_mappings, ..SPLITS }]);
         world.add(0, 512, 0, 512);

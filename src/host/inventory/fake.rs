@@ -1,4 +1,4 @@
-//! A sysfs and a procfs in a folder, for tests.
+//! A sysfs and a procfs in a directory, for tests.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -6,10 +6,10 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// The folder; procfs is `proc` in it, and shows every process of the initial PID namespace.
-pub(crate) struct Tree(TempDir);
+/// A directory that is a sysfs. The procfs is `proc` in it; this process is in the initial PID namespace there.
+pub(crate) struct FakeTree(TempDir);
 
-impl Tree {
+impl FakeTree {
     pub(crate) fn new() -> Self {
         let tree = Self(tempfile::tempdir().unwrap());
         fs::create_dir_all(tree.path().join("proc/1")).unwrap();
@@ -44,7 +44,7 @@ impl Tree {
         self.link(name, target);
     }
 
-    /// A device 1b36:0010 of this class, without a configuration space.
+    /// Adds a device 1b36:0010 of this class, without a configuration space.
     pub(crate) fn device(&self, address: &str, class: u32, driver: Option<&str>, group: Option<u32>) {
         let dir = format!("bus/pci/devices/{address}");
         self.write(&format!("{dir}/class"), format!("{class:#08x}\n"));
@@ -60,20 +60,20 @@ impl Tree {
         }
     }
 
-    /// Makes it a PCI Express device with ATS, on or off, and PRI off.
+    /// Gives the device a configuration space: PCI Express, with ATS on or off and PRI off.
     pub(crate) fn endpoint(&self, address: &str, ats: bool) {
         let mut bytes = vec![0; 4096];
         let mut set = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        set(4, 1 << 20);
-        set(0x34, 0x40);
-        set(0x40, 0x0010);
-        set(0x100, 0x000f | 1 << 16 | 0x120 << 20);
-        set(0x104, u32::from(ats) << 31);
-        set(0x120, 0x0013 | 1 << 16);
+        set(4, 1 << 20); // Status: Capabilities List
+        set(0x34, 0x40); // Capabilities Pointer
+        set(0x40, 0x0010); // PCI Express Capability
+        set(0x100, 0x000f | 1 << 16 | 0x120 << 20); // ATS Extended Capability
+        set(0x104, u32::from(ats) << 31); // ATS Control: Enable
+        set(0x120, 0x0013 | 1 << 16); // Page Request Extended Capability
         self.write(&format!("bus/pci/devices/{address}/config"), bytes);
     }
 
-    /// Makes it a conventional PCI device, without any capability.
+    /// Gives the device the configuration space of conventional PCI, without capabilities.
     pub(crate) fn conventional(&self, address: &str) {
         self.write(&format!("bus/pci/devices/{address}/config"), [0; 256]);
     }

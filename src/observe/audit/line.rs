@@ -1,4 +1,4 @@
-//! What a line says: the head of a segment, or one event and what the gate wanted done about it.
+//! The lines of a log: the head of a segment, one event with the effects that the gate asked for, or a mark.
 
 use std::borrow::Cow;
 
@@ -14,20 +14,20 @@ use crate::gate::{
 /// The first line of a segment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
-    /// The version of passgate that wrote it.
+    /// The version of passgate that wrote the segment.
     pub passgate: String,
-    /// The version of the format. Files of version 0 have none, and no [`Mark`]s: whether their end is there cannot be told.
+    /// The version of the format. Files of version 0 do not state it and have no [`Mark`]s, so a missing end cannot be detected.
     #[serde(default)]
     pub format: u64,
-    /// Names the run of the daemon: when it started, in nanoseconds since 1970.
+    /// The run of the daemon, identified by the time of its start in nanoseconds since 1970.
     pub run: u64,
-    /// The kernel's boot: files have other identities after another.
+    /// The boot identifier of the kernel; after another boot files have other identities.
     pub boot: String,
-    /// Which segment of the run this is, from 0.
+    /// The number of the segment in its run, from 0.
     pub segment: u64,
     /// The number of the first line after this one.
     pub first: u64,
-    /// When the segment was begun, in nanoseconds since 1970.
+    /// The time at which the segment was begun, in nanoseconds since 1970.
     pub wall: u64,
     /// The policy of the run's gate.
     pub policy: Policy,
@@ -35,8 +35,7 @@ pub struct Head {
     pub iommu: String,
     /// The devices' names, in the order of their numbers.
     pub devices: Vec<String>,
-    /// Whether it goes on from what an earlier daemon had (`serve --restart hold`): then its beginning is in that
-    /// daemon's run.
+    /// True if the run resumes from an earlier daemon's ledger (`serve --restart hold`): then its beginning is in that daemon's run.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub resumed: bool,
 }
@@ -44,211 +43,212 @@ pub struct Head {
 /// The version of the format that these types describe.
 pub const FORMAT: u64 = 1;
 
-/// A line about the log itself. Every file keeps room for its marks, so that one can be written where no line can.
+/// A line about the log itself. Room for the marks is reserved in every file, so that one can be written when no other line can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "mark", rename_all = "kebab-case")]
 pub enum Mark {
-    /// The file is full and no other could be made: what comes is dropped and counted.
+    /// The file is full and no other could be created: further lines are dropped and counted.
     Gap {
         /// The number of the first line that was dropped.
         n: u64,
     },
-    /// The run goes on in another file.
+    /// The run continues in another file.
     More {
-        /// Which file of the run, from 0.
+        /// The number of that file in the run, from 0.
         segment: u64,
     },
     /// The daemon has ended in order.
     End {
         /// One more than the number of its last line.
         n: u64,
-        /// Lines that could not be written since the run's start.
+        /// The number of lines that could not be written since the run's start.
         dropped: u64,
     },
 }
 
-/// Every other line.
+/// The line of one event. The fields have short names because they are written with every line.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Line {
-    /// Its number: one more than the last line's.
+    /// Its number: one more than that of the line before.
     pub n: u64,
     /// Nanoseconds since the run's start.
     pub t: u64,
-    /// What happened.
+    /// The event.
     pub e: Event,
-    /// What the gate wanted done about it, in order, as far as it is logged.
+    /// The effects that the gate asked for, in order, as far as they are logged.
     #[serde(default)]
-    pub x: Vec<Said<'static>>,
+    pub x: Vec<LoggedEffect<'static>>,
 }
 
-/// An effect as the log has it. Receipts are left out, because they follow from the events, and so is what concerns
-/// neither devices nor anybody outside.
+/// An effect as it is logged. Receipts are omitted, because they follow from the events, and so are effects that concern neither a
+/// device nor a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Said<'a> {
+pub enum LoggedEffect<'a> {
     /// [`Effect::Map`].
     Map {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
         /// Bytes per kernel mapping.
         piece: u64,
-        /// Of this file.
+        /// The file that is mapped.
         file: FileId,
-        /// From here on.
+        /// The offset in the file, in bytes, of the first page.
         offset: Offset,
-        /// Whether devices may write.
+        /// True if devices may write.
         writable: bool,
     },
     /// [`Effect::Unmap`].
     Unmap {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
         /// The whole range.
         iova: PageRange<Iova>,
     },
     /// [`Effect::Replace`].
     Replace {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
-        /// Where.
+        /// The domain.
         domain: DomainId,
-        /// What goes.
+        /// The ranges that are removed.
         gone: Vec<PageRange<Iova>>,
     },
     /// [`Effect::Fence`].
     Fence {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
         /// The device.
         device: DeviceId,
-        /// Which fence.
+        /// The fence.
         step: Step,
     },
     /// [`Effect::Attach`].
     Attach {
-        /// Names the result.
+        /// The number of the call.
         job: JobId,
         /// The device.
         device: DeviceId,
     },
-    /// [`Effect::Convert`]: passgate changes the pages of a begin.
+    /// [`Effect::Convert`]: passgate converts the pages of a begin.
     Convert {
-        /// Which begin.
+        /// The invalidation.
         invalidation: InvalidationId,
     },
-    /// [`Effect::Arm`]: the first one names the invalidation of a begin.
+    /// [`Effect::Arm`]: the first one after a begin has the number of its invalidation.
     Arm {
-        /// Which.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// Which rung is to be over by then.
+        /// The rung that is to be over by then.
         rung: Step,
         /// Nanoseconds from now.
         after_ns: u64,
     },
     /// [`Answer::RegionAdded`].
     Added {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// Its name.
+        /// The number of the region.
         region: RegionId,
         /// Bytes mapped.
         mapped: u64,
     },
     /// [`Answer::RegionRemoved`].
     Removed {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// Its name.
+        /// The number of the region.
         region: RegionId,
     },
     /// [`Answer::Verdict`].
     Verdict {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// On what.
+        /// The invalidation.
         invalidation: InvalidationId,
-        /// The word.
+        /// The verdict.
         verdict: Verdict,
     },
     /// [`Answer::Ended`].
     Ended {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// What.
+        /// The invalidation.
         invalidation: InvalidationId,
     },
     /// [`Answer::Adopted`].
     Adopted {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// Which.
+        /// The regions.
         regions: Vec<RegionId>,
     },
     /// [`Answer::Released`].
     Released {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
         /// Bytes that were in quarantine.
         bytes: u64,
     },
     /// [`Answer::Refused`].
     Wrong {
-        /// Whom.
+        /// The caller that is answered.
         to: Caller,
-        /// As the channel says it.
+        /// The errno on the notification channel.
         errno: i32,
-        /// In words.
+        /// The message.
         why: Cow<'a, str>,
     },
     /// [`Notice::Quarantined`].
     Quarantined {
-        /// Since which invalidation.
+        /// The invalidation that the quarantine dates from.
         invalidation: InvalidationId,
-        /// Pages of this file.
+        /// The file.
         file: FileId,
-        /// Which.
+        /// The pages of it.
         range: PageRange<Offset>,
-        /// Why.
+        /// The reason.
         reason: Reason,
     },
     /// [`Notice::Freed`].
     Freed {
-        /// Pages of this file.
+        /// The file.
         file: FileId,
-        /// Which.
+        /// The pages of it.
         range: PageRange<Offset>,
     },
     /// [`Notice::Released`].
-    LetGo {
-        /// Who asked.
+    #[serde(rename = "let-go")]
+    OperatorReleased {
+        /// The client that asked.
         client: ClientId,
-        /// Pages of this file.
+        /// The file.
         file: FileId,
-        /// Which.
+        /// The pages of it.
         range: PageRange<Offset>,
-        /// What they are.
+        /// The state that the pages have now.
         to: PageState,
     },
     /// [`Notice::RegionClosed`].
     Closed {
-        /// Which.
+        /// The region.
         region: RegionId,
     },
     /// [`Notice::SessionClosed`].
     ClientClosed {
-        /// Whose.
+        /// The client.
         client: ClientId,
     },
 }
 
-impl Said<'_> {
-    /// What the log has of an effect, where it has anything.
+impl LoggedEffect<'_> {
+    /// Returns an effect as it is logged; none for one that is not.
     pub fn of(effect: &Effect) -> Option<Self> {
         Some(match effect {
             Effect::Map { job, domain, iova, piece, file, offset, writable } => Self::Map {
@@ -303,21 +303,22 @@ impl Said<'_> {
             }
             Notice::Freed { file, range, gpa: _ } => Self::Freed { file: *file, range: *range },
             Notice::Released { client, invalidation: _, file, range, gpa: _, to } => {
-                Self::LetGo { client: *client, file: *file, range: *range, to: *to }
+                Self::OperatorReleased { client: *client, file: *file, range: *range, to: *to }
             }
             Notice::RegionClosed { region } => Self::Closed { region: *region },
             Notice::SessionClosed { client } => Self::ClientClosed { client: *client },
-            // They follow from the answers and from the events of the same line.
+            // These follow from the answers and from the events of the same line.
             Notice::Refused { .. }
             | Notice::DeviceFenced { .. }
             | Notice::TdiEnded { .. }
             | Notice::DeviceAttached { .. }
             | Notice::DeviceWanted { .. }
+            | Notice::Inconsistent { .. }
             | Notice::MapFailed { .. } => return None,
         })
     }
 
-    /// Whom it answers, where it is an answer.
+    /// Returns the caller that it answers; none if it is no answer.
     pub fn answers(&self) -> Option<Caller> {
         match self {
             Self::Added { to, .. }

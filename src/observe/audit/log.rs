@@ -1,4 +1,4 @@
-//! The writer.
+//! The writer of the audit log.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -6,39 +6,39 @@ use std::time::{Duration, Instant, SystemTime};
 use passgate_bindings::segment::Segment;
 
 use super::files;
-use super::line::{FORMAT, Head, Mark, Said};
-use super::spare::Spare;
+use super::line::{FORMAT, Head, LoggedEffect, Mark};
+use super::next_segment::NextSegment;
 use crate::gate::{Effect, Event, Policy};
 
-/// How long until a log that could not be written is tried again.
-const AGAIN: Duration = Duration::from_secs(1);
-/// How long a session waits for the disk, where it is not told otherwise.
+/// The time after which a log that could not be written is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// The time that a session waits for a new file, unless its options say otherwise.
 pub const PATIENCE: Duration = Duration::from_millis(250);
-/// What of the line's buffer is kept from one line to the next; lines are some hundred bytes, but for rare ones.
-const USUAL: usize = 64 << 10;
-/// A line longer than a file less this never fits one.
-const HEAD: u64 = 4096;
-/// Bytes at the end of a file that are kept for its marks: three, of at most 80 bytes each.
-const MARKS: u64 = 256;
+/// Bytes of the line's buffer that stay allocated between two lines; lines have some hundred bytes, except for rare ones.
+const LINE_BUFFER_BYTES: usize = 64 << 10;
+/// Bytes of a file that are reserved for its first line: a longer line than the rest fits no file.
+const HEAD_BYTES: u64 = 4096;
+/// Bytes at the end of a file that are reserved for its marks: three, of at most 80 bytes each.
+const MARKS_BYTES: u64 = 256;
 
-/// What a log is told once.
+/// The options of a log.
 #[derive(Debug, Clone)]
 pub struct LogOptions {
     /// Bytes of one file.
     pub segment: u64,
-    /// How long the writer waits for a file that is not ready when it is needed; then lines are dropped.
+    /// The time that the writer waits for a file that is not ready when it is needed; after that, lines are dropped.
     pub patience: Duration,
-    /// Files that are kept, with the one that is written and the one that is next; the oldest goes.
+    /// The maximum number of files, including the one that is written and the one that is allocated next; the oldest is removed.
     pub keep: usize,
     /// The gate's policy, which replay needs.
     pub policy: Policy,
-    /// The kernel's boot.
+    /// The boot identifier of the kernel.
     pub boot: String,
     /// The interface to the IOMMU.
     pub iommu: String,
     /// The devices' names, in the order of their numbers.
     pub devices: Vec<String>,
-    /// Whether the run goes on from what an earlier daemon had.
+    /// True if the run resumes from an earlier daemon's ledger.
     pub resumed: bool,
 }
 
@@ -48,21 +48,23 @@ pub struct Log {
     dir: PathBuf,
     head: Head,
     start: Instant,
-    spare: Spare,
+    next_segment: NextSegment,
     segment: Option<Segment>,
-    /// Set once the file that is written says that lines after it were dropped: no other line may follow.
+    /// Set once the present file says that the lines after it were dropped: no other line may follow in it.
     gap: bool,
-    /// Bytes of one.
-    room: u64,
-    /// When to try again, after a failure.
-    again: Option<Instant>,
+    /// Bytes of one file.
+    segment_bytes: u64,
+    /// The time before which a failed change of files is not tried again.
+    retry_at: Option<Instant>,
+    /// The number of the next line.
     next: u64,
     dropped: u64,
+    /// The buffer of the line that is being composed.
     line: Vec<u8>,
 }
 
 impl Log {
-    /// A log in `dir`, which is this process's own ([`crate::observe::keep`] holds the lock).
+    /// Begins a log in `dir`, which this process has locked ([`crate::observe::records`]).
     pub fn open(dir: &Path, options: LogOptions) -> std::io::Result<Self> {
         files::remove_unwritten(dir)?;
         let number = files::list(dir)?.last().map_or(0, |(number, _)| number + 1);
@@ -84,24 +86,30 @@ impl Log {
             dir: dir.to_owned(),
             head,
             start: Instant::now(),
-            spare: Spare::start(dir, number, options.segment, options.keep.max(2), options.patience)?,
+            next_segment: NextSegment::start(
+                dir,
+                number,
+                options.segment,
+                options.keep.max(2),
+                options.patience,
+            )?,
             segment: None,
             gap: false,
-            room: options.segment,
-            again: None,
+            segment_bytes: options.segment,
+            retry_at: None,
             next: 0,
             dropped: 0,
-            line: Vec::with_capacity(USUAL),
+            line: Vec::with_capacity(LINE_BUFFER_BYTES),
         };
-        log.turn();
+        log.rotate();
         Ok(log)
     }
 
-    /// Takes down an event; [`Log::finish`] must follow, with what the gate made of it.
+    /// Begins the line of an event that the gate is about to take. [`Log::finish`] must follow.
     pub fn begin(&mut self, event: &Event) {
         let t = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.line.clear();
-        self.line.shrink_to(USUAL);
+        self.line.shrink_to(LINE_BUFFER_BYTES);
         self.line.extend_from_slice(b"{\"n\":");
         json(&mut self.line, &self.next);
         self.line.extend_from_slice(b",\"t\":");
@@ -110,15 +118,15 @@ impl Log {
         json(&mut self.line, event);
     }
 
-    /// Completes the line with the effects, and writes it.
+    /// Completes the line with the effects that the gate asked for, and writes it.
     pub fn finish(&mut self, effects: &[Effect]) {
-        let mut open: &[u8] = b",\"x\":[";
-        for said in effects.iter().filter_map(Said::of) {
-            self.line.extend_from_slice(open);
-            json(&mut self.line, &said);
-            open = b",";
+        let mut separator: &[u8] = b",\"x\":[";
+        for logged in effects.iter().filter_map(LoggedEffect::of) {
+            self.line.extend_from_slice(separator);
+            json(&mut self.line, &logged);
+            separator = b",";
         }
-        self.line.extend_from_slice(if open == b"," { b"]}\n" } else { b"}\n" });
+        self.line.extend_from_slice(if separator == b"," { b"]}\n" } else { b"}\n" });
         let number = self.next;
         self.next += 1;
         if self.append() || self.overflow(number) {
@@ -130,14 +138,14 @@ impl Log {
         }
     }
 
-    /// Writes the line where there is room for it besides the marks.
+    /// Writes the line. Returns false if there is no room for it besides the marks.
     fn append(&mut self) -> bool {
-        let needed = self.line.len() as u64 + MARKS;
+        let needed = self.line.len() as u64 + MARKS_BYTES;
         let segment = self.segment.as_mut().filter(|segment| !self.gap && segment.room() >= needed);
         segment.is_some_and(|segment| segment.append(&self.line))
     }
 
-    /// Writes a mark into the file that is written; false where there is none.
+    /// Writes a mark into the present file. Returns false if there is none.
     fn mark(&mut self, mark: Mark) -> bool {
         let mut line = Vec::with_capacity(96);
         json(&mut line, &mark);
@@ -145,55 +153,55 @@ impl Log {
         self.segment.as_mut().is_some_and(|segment| segment.append(&line))
     }
 
-    /// Lines that could not be written since the start.
+    /// Returns the number of lines that could not be written since the start.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Goes on in the next segment, with line `number` that did not fit; whether it is written now.
+    /// Writes line `number`, which did not fit, into the next file. Returns false if that failed.
     fn overflow(&mut self, number: u64) -> bool {
-        let too_long = self.line.len() as u64 + HEAD > self.room;
-        if too_long || self.again.is_some_and(|again| Instant::now() < again) {
+        let too_long = self.line.len() as u64 + HEAD_BYTES > self.segment_bytes;
+        if too_long || self.retry_at.is_some_and(|retry_at| Instant::now() < retry_at) {
             return false;
         }
         self.head.first = number;
-        self.turn();
+        self.rotate();
         self.append()
     }
 
-    /// Begins the next segment.
-    fn turn(&mut self) {
-        // The old one is kept until there is a new one: it has the room to say that there is none.
-        let failed = match self.spare.take() {
+    /// Changes to the next file.
+    fn rotate(&mut self) {
+        // The old file stays open until there is a new one: it has room for the mark that says that there is none.
+        let failed = match self.next_segment.take() {
             Ok(mut segment) => {
                 self.head.wall = wall();
                 let mut head = Vec::with_capacity(512);
                 json(&mut head, &self.head);
                 head.push(b'\n');
                 let fits = segment.append(&head);
-                // Once the new one has its first line: a daemon that is killed in between leaves no mark of a file that
-                // is not there.
+                // After the new file has its first line: else a daemon that is killed in between leaves the mark of a file
+                // that is not there.
                 self.mark(Mark::More { segment: self.head.segment });
                 if let Some(full) = self.segment.take() {
-                    self.spare.finish(full);
+                    self.next_segment.finish(full);
                 }
                 self.gap = false;
                 self.head.segment += u64::from(fits);
                 self.segment = Some(segment);
-                self.again = None;
+                self.retry_at = None;
                 if fits { None } else { Some("its files are too small for their first line".to_owned()) }
             }
             Err(error) => Some(error.to_string()),
         };
         if let Some(why) = failed {
-            if self.again.is_none() {
+            if self.retry_at.is_none() {
                 log::error!(
                     "{}: the audit log cannot be written ({why}): its lines are dropped and counted until it can; \
                      make room there, on a file system that has fallocate",
                     self.dir.display()
                 );
             }
-            self.again = Some(Instant::now() + AGAIN);
+            self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
         }
     }
 }
@@ -204,13 +212,14 @@ impl Drop for Log {
     }
 }
 
-/// Nanoseconds since 1970.
+/// Returns the wall clock time in nanoseconds since 1970.
 fn wall() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// These types have no map with odd keys, and a `Vec` takes every byte: it cannot fail.
+/// Appends a value as JSON.
 fn json(to: &mut Vec<u8>, value: &impl serde::Serialize) {
+    // Fails only for a map whose keys are no strings, which no logged type has: writing to a Vec does not fail.
     let _ = serde_json::to_writer(to, value);
 }

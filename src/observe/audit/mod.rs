@@ -1,18 +1,18 @@
-//! The audit log: every event that the gate was told, and what it had done about it. docs/guide/audit.md.
+//! The audit log: every event of the gate, and the effects that the gate asked for. docs/guide/audit.md.
 //!
-//! The gate is pure, so its events are the whole evidence: a receipt, a verdict, a quarantine follow from them, and
-//! whoever doubts one runs them through a gate again ([`super::replay`]). A line is in the page cache before any effect
-//! of its event is executed, so no answer leaves this process before the line that holds it is out of its hands.
+//! The gate is pure, so its events are the whole evidence: every receipt, verdict and quarantine follows from them, and can be
+//! checked by running them through a gate again ([`super::replay`]). A line is in the page cache before any effect of its event is
+//! executed, so an answer is sent only after the line that has it would outlive this process.
 //!
-//! The log never stops the daemon. What cannot be written is counted, and the numbers of the lines show the gap; where
-//! none comes after it, a mark does ([`Mark`]), for which each file keeps room.
+//! The log never stops the daemon. Lines that cannot be written are counted, and the numbers of the lines show the gap. If no line
+//! follows the gap, a mark shows it ([`Mark`]), for which room is reserved in each file.
 
 pub mod files;
 pub mod line;
 mod log;
+mod next_segment;
 pub mod reader;
-mod spare;
 
-pub use line::{Head, Line, Mark, Said};
+pub use line::{Head, Line, LoggedEffect, Mark};
 pub use log::{Log, LogOptions, PATIENCE};
 pub use reader::{ReadError, Reader, Run};

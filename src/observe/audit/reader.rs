@@ -1,6 +1,6 @@
 //! The reader: the files of a log as runs of a daemon, and their lines one by one.
 //!
-//! A log is read as what somebody found on a disk: every number in it is checked as a client's would be.
+//! A log may come from anywhere, so every number in it is checked as a client's is.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -12,20 +12,24 @@ use passgate_bindings::units::LIMIT;
 use super::files;
 use super::line::{Head, Line, Mark};
 use crate::gate::Event;
-use crate::observe::private;
+use crate::observe::regular_file;
 
-/// Bytes of one line at most: the writer's come to some hundred, but for a client that dies with all that it may have.
-const MAX_LINE: u64 = 64 << 20;
+/// The maximum size of a line in bytes. The writer's lines have some hundred bytes, except for the death of a client with the maximum
+/// of regions and invalidations.
+const MAX_LINE_BYTES: u64 = 64 << 20;
 
-/// Why a log cannot be read. The text is the message that the user reads.
+/// The maximum size of a file's first line in bytes.
+const MAX_HEAD_BYTES: u64 = 1 << 20;
+
+/// The reason why a log cannot be read. The text is the message that the user reads.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// A file cannot be read.
     #[error("{path}: {source}: name the files of a log, or their directory")]
     Io {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// There is no log.
@@ -33,42 +37,42 @@ pub enum ReadError {
         "{path}: no audit-*.jsonl with anything in it: name the --state-dir of a daemon, or files from there"
     )]
     Nothing {
-        /// Where none is.
+        /// The file or directory.
         path: PathBuf,
     },
     /// A file does not begin as a log does.
     #[error("{path}: the first line is not the head of an audit log: {why}")]
     Head {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error in its first line.
         why: String,
     },
-    /// A line is none.
+    /// A line is not one of an audit log.
     #[error("{path}, line {line}: not a line of an audit log: {why}")]
     Line {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Which line of it, from 1.
+        /// The number of the line in the file, from 1.
         line: u64,
-        /// What is wrong with it.
+        /// The error in the line.
         why: String,
     },
 }
 
-/// What is there of one run of a daemon.
+/// The files of one run of a daemon.
 #[derive(Debug)]
 pub struct Run {
     /// The head of its first file.
     pub head: Head,
     /// Its files, in order.
     pub files: Vec<PathBuf>,
-    /// Bytes of them, at most.
+    /// The sum of their sizes in bytes, including what was not written.
     pub bytes: u64,
 }
 
 impl Run {
-    /// Every run in these files and directories, oldest first.
+    /// Returns every run in these files and directories, oldest first.
     pub fn find(paths: &[PathBuf]) -> Result<Vec<Self>, ReadError> {
         let mut segments = Vec::new();
         for path in paths {
@@ -101,12 +105,12 @@ impl Run {
         Ok(runs)
     }
 
-    /// Whether its beginning is there, and it began with nothing.
+    /// Returns true if its first file is there, and it did not resume from an earlier run.
     pub fn is_whole(&self) -> bool {
         self.head.segment == 0 && !self.head.resumed
     }
 
-    /// Its lines.
+    /// Returns a reader of its lines.
     pub fn lines(&self) -> Reader<'_> {
         Reader {
             files: self.files.iter(),
@@ -120,35 +124,36 @@ impl Run {
     }
 }
 
-/// The head of a file; none where nothing was written to it.
+/// Reads the head of a file; none if nothing was written to the file.
 pub(in crate::observe) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
-    let mut file = BufReader::new(private::open(path, true).map_err(io)?);
+    let mut file = BufReader::new(regular_file::open(path, true).map_err(io)?);
     let mut line = Vec::new();
-    if !more(&mut file).map_err(io)? {
+    if !has_line(&mut file).map_err(io)? {
         return Ok(None);
     }
-    file.take(1 << 20).read_until(b'\n', &mut line).map_err(io)?;
+    file.take(MAX_HEAD_BYTES).read_until(b'\n', &mut line).map_err(io)?;
     let wrong = |error: serde_json::Error| ReadError::Head { path: path.to_owned(), why: error.to_string() };
     serde_json::from_slice(&line).map(Some).map_err(wrong)
 }
 
-/// Whether anything comes that was written: what was not reads as NUL.
-fn more(file: &mut impl BufRead) -> io::Result<bool> {
+/// Returns true if a line follows. A part of the file that was not written reads as NULs.
+fn has_line(file: &mut impl BufRead) -> io::Result<bool> {
     Ok(file.fill_buf()?.first().is_some_and(|byte| *byte != 0))
 }
 
-struct Open<'a> {
+/// The file that is being read.
+struct OpenFile<'a> {
     path: &'a Path,
     file: BufReader<File>,
-    /// Lines read.
+    /// The number of lines read.
     line: u64,
 }
 
 /// The lines of a run, one by one.
 pub struct Reader<'a> {
     files: std::slice::Iter<'a, PathBuf>,
-    open: Option<Open<'a>>,
+    open: Option<OpenFile<'a>>,
     bytes: u64,
     cut: bool,
     mark: Option<Mark>,
@@ -157,41 +162,42 @@ pub struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The mark that the last line read is; none where it is none.
+    /// Returns the last line read, if it is a mark.
     pub fn mark(&self) -> Option<Mark> {
         self.mark
     }
 
-    /// True where the last file read is filled up with NUL bytes, as a daemon that was killed leaves it.
+    /// Returns true if the last file read is filled up with NULs, as a daemon that was killed leaves it.
     pub fn is_filled(&self) -> bool {
         self.filled
     }
 
-    /// Bytes read so far.
+    /// Returns the number of bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Whether a file ended in the middle of a line, which is left out.
+    /// Returns true if a file ended in the middle of a line, which is skipped.
     pub fn is_cut(&self) -> bool {
         self.cut
     }
 
-    /// Reads the next line into the buffer; whether there is one, and whether it is the head of a file.
+    /// Reads the next line into the buffer. Returns true for the head of a file, none at the end of the run.
     fn read(&mut self) -> Result<Option<bool>, ReadError> {
         loop {
             if self.open.is_none() {
                 let Some(path) = self.files.next() else { return Ok(None) };
                 let io = |source| ReadError::Io { path: path.clone(), source };
-                let file = BufReader::with_capacity(256 << 10, private::open(path, true).map_err(io)?);
-                self.open = Some(Open { path, file, line: 0 });
+                let file = BufReader::with_capacity(256 << 10, regular_file::open(path, true).map_err(io)?);
+                self.open = Some(OpenFile { path, file, line: 0 });
             }
             let Some(open) = &mut self.open else { return Ok(None) };
             let io = |source| ReadError::Io { path: open.path.to_owned(), source };
             self.line.clear();
-            if more(&mut open.file).map_err(io)? {
+            if has_line(&mut open.file).map_err(io)? {
                 self.mark = None;
-                let got = (&mut open.file).take(MAX_LINE).read_until(b'\n', &mut self.line).map_err(io)?;
+                let got =
+                    (&mut open.file).take(MAX_LINE_BYTES).read_until(b'\n', &mut self.line).map_err(io)?;
                 self.bytes += got as u64;
                 open.line += 1;
                 if self.line.ends_with(b"\n") {
@@ -213,7 +219,7 @@ impl Reader<'_> {
         if let Event::AddRegion { spec, .. } = &line.e {
             let (at, len) = (spec.backing.offset.0, spec.gpa.len());
             if !at.is_multiple_of(PAGE) || at.checked_add(len).is_none_or(|end| end > LIMIT) {
-                return Err(wrong(format!("offset {at:#x} of the file is no place for a region")));
+                return Err(wrong(format!("offset {at:#x} of the file is not valid for a region")));
             }
         }
         Ok(line)

@@ -1,8 +1,8 @@
-//! The independent checker: promises judged from what calls returned, without any of the gate's code.
+//! The independent checker: it checks the promises by the results of calls, without any of the gate's code.
 //!
-//! It keeps which pages of which file are mapped where (a map that returned mapped or unknown, or has not returned;
-//! less what an unmap took away at its full length with nothing in flight), which are between begin and end, and which
-//! are in quarantine. It never looks at what the gate concluded, but to judge it.
+//! It records which pages of which file are mapped at which addresses (by a map that returned mapped or unknown, or has not returned;
+//! except those that an unmap removed at its full length with nothing in flight), which are between begin and end, and which are in
+//! quarantine. The gate's conclusions are only checked, never used.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -11,22 +11,24 @@ use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::mapped::{Mapped, Pages, bytes, show};
 use super::spans::Spans;
-use super::waiting::Waiting;
+use super::unanswered::Unanswered;
 use crate::gate::{
     Caller, ClientId, DomainId, Event, FileId, InvalidationId, JobId, MapResult, Performer, RegionId,
     RegionSpec, UnmapResult, Verdict,
 };
-use crate::observe::audit::{Line, Said};
+use crate::observe::audit::{Line, LoggedEffect};
 
-/// A call whose result is awaited.
+/// A call that has not returned, or an unmap whose operations have not ended.
 #[derive(Debug)]
 struct Job {
     domain: DomainId,
     ranges: Vec<PageRange<Iova>>,
 }
 
+/// A region that is being added, or was added.
 #[derive(Debug)]
 pub(super) struct Region {
+    /// Its number; none while it is not known.
     pub(super) id: Option<RegionId>,
     pub(super) caller: Caller,
     pub(super) spec: RegionSpec,
@@ -39,38 +41,43 @@ pub(super) struct Open {
     pub(super) pages: Vec<Pages>,
     pub(super) iova: Vec<PageRange<Iova>>,
     pub(super) performer: Performer,
+    /// The time of the begin, in nanoseconds since the run's start.
     pub(super) begun: u64,
     pub(super) deadline_ns: u64,
     pub(super) answered: bool,
-    /// Whether passgate is at the pages itself.
+    /// True while passgate converts the pages itself.
     pub(super) converting: bool,
 }
 
-/// What is known at a point of the log.
+/// The state after the lines of the log that were read so far.
 #[derive(Debug)]
 pub(super) struct Checker {
-    /// Whether everything since the daemon's start was seen: else what is unknown is not held against anybody.
+    /// True if every line since the daemon's start was read; else nothing is reported that an earlier line may explain.
     pub(super) whole: bool,
     pub(super) mapped: Mapped,
     pub(super) regions: Vec<Region>,
     last_region: u32,
     pub(super) open: BTreeMap<InvalidationId, Open>,
-    pub(super) held: HashMap<FileId, Spans>,
+    /// The pages of open invalidations.
+    pub(super) open_pages: HashMap<FileId, Spans>,
     pub(super) quarantine: HashMap<FileId, Spans>,
     jobs: HashMap<JobId, Job>,
-    /// What a map has left half made: nobody knows how much of it, so that an unmap of it that succeeds is whole.
-    half: HashSet<(DomainId, PageRange<Iova>)>,
-    /// Bytes that went in part, by the ranges that were asked for.
-    partly: HashMap<(DomainId, Vec<PageRange<Iova>>), u64>,
-    waiting: Waiting,
-    /// What must be in quarantine by the end of the line, and since which invalidation.
-    pub(super) must: Vec<(InvalidationId, Pages)>,
+    /// The ranges of maps that failed half-way: it is not known how many bytes are mapped, so a successful unmap is whole with
+    /// any number of bytes.
+    half_mapped: HashSet<(DomainId, PageRange<Iova>)>,
+    /// Bytes that unmaps have removed of ranges that are not wholly gone yet, by the ranges that were asked for.
+    partly_gone: HashMap<(DomainId, Vec<PageRange<Iova>>), u64>,
+    unanswered: Unanswered,
+    /// The pages that must be in quarantine by the end of the line, with the invalidation that left them unknown.
+    pub(super) must_be_quarantined: Vec<(InvalidationId, Pages)>,
+    /// The time of the present line, in nanoseconds since the run's start.
     pub(super) now: u64,
-    found: Vec<String>,
+    /// The violations in the present line.
+    violations: Vec<String>,
 }
 
-/// Who asked, where an event is a request.
-fn asked(event: &Event) -> Option<Caller> {
+/// Returns the caller of an event that is a request.
+fn requester(event: &Event) -> Option<Caller> {
     match event {
         Event::AddRegion { caller, .. }
         | Event::RemoveRegion { caller, .. }
@@ -82,6 +89,11 @@ fn asked(event: &Event) -> Option<Caller> {
     }
 }
 
+/// Returns true if the effect answers this caller that its request was refused.
+fn refuses(effect: &LoggedEffect<'_>, caller: Caller) -> bool {
+    matches!(effect, LoggedEffect::Wrong { to, .. } if *to == caller)
+}
+
 impl Checker {
     pub(super) fn new(whole: bool) -> Self {
         Self {
@@ -90,72 +102,72 @@ impl Checker {
             regions: Vec::new(),
             last_region: 0,
             open: BTreeMap::new(),
-            held: HashMap::new(),
+            open_pages: HashMap::new(),
             quarantine: HashMap::new(),
             jobs: HashMap::new(),
-            half: HashSet::new(),
-            partly: HashMap::new(),
-            waiting: Waiting::new(whole),
-            must: Vec::new(),
+            half_mapped: HashSet::new(),
+            partly_gone: HashMap::new(),
+            unanswered: Unanswered::new(whole),
+            must_be_quarantined: Vec::new(),
             now: 0,
-            found: Vec::new(),
+            violations: Vec::new(),
         }
     }
 
-    /// Takes one line in; what it broke is appended to `found`.
-    pub(super) fn line(&mut self, line: &Line, found: &mut Vec<String>) {
+    /// Takes one line; appends the violations in it to `violations`.
+    pub(super) fn line(&mut self, line: &Line, violations: &mut Vec<String>) {
         self.now = line.t;
         self.event(line);
-        for (nth, said) in line.x.iter().enumerate() {
-            if matches!(said, Said::Verdict { verdict, .. } if *verdict != Verdict::Done) {
-                // The answer leaves before the notices of what it left in quarantine: all of one event is one fact.
+        for (nth, effect) in line.x.iter().enumerate() {
+            if matches!(effect, LoggedEffect::Verdict { verdict, .. } if *verdict != Verdict::Done) {
+                // The answer comes before the notices of the quarantine that it leaves, but all effects of one event belong
+                // together.
                 line.x[nth..].iter().for_each(|later| self.quarantined_by(later));
             }
-            if let Some(to) = said.answers()
-                && !self.waiting.answered(to)
+            if let Some(to) = effect.answers()
+                && !self.unanswered.answered(to)
             {
                 let Caller { client, cookie, .. } = to;
-                self.broken(format!("client {} is answered request {cookie} twice, or unasked", client.0));
+                self.violated(format!("client {} is answered request {cookie} twice, or unasked", client.0));
             }
-            self.said(said, &line.e);
+            self.effect(effect, &line.e);
         }
-        for (id, pages) in std::mem::take(&mut self.must) {
+        for (id, pages) in std::mem::take(&mut self.must_be_quarantined) {
             let safe = self.quarantine.get(&pages.0).is_some_and(|spans| spans.covers(pages.1.clone()));
             if !safe {
                 let at = show(&pages);
-                self.broken(format!("invalidation {} left {at} unknown and not in quarantine", id.0));
+                self.violated(format!("invalidation {} left {at} unknown and not in quarantine", id.0));
             }
         }
-        found.append(&mut self.found);
+        violations.append(&mut self.violations);
     }
 
-    /// The log is over: who should have had an answer by then?
-    pub(super) fn end(&mut self, found: &mut Vec<String>) {
+    /// Checks at the end of the log that every begin was answered whose deadline has passed.
+    pub(super) fn end(&mut self, violations: &mut Vec<String>) {
         for (id, open) in &self.open {
             if !open.answered && self.now.saturating_sub(open.begun) > open.deadline_ns {
-                found.push(format!("invalidation {} was not answered within its deadline", id.0));
+                violations.push(format!("invalidation {} was not answered within its deadline", id.0));
             }
         }
     }
 
-    /// What is in quarantine at this point.
+    /// Returns the pages that are in quarantine now.
     pub(super) fn quarantined(&self) -> impl Iterator<Item = Pages> + '_ {
         self.quarantine.iter().flat_map(|(file, spans)| spans.iter().map(|range| (*file, range)))
     }
 
-    pub(super) fn broken(&mut self, what: String) {
-        self.found.push(what);
+    pub(super) fn violated(&mut self, what: String) {
+        self.violations.push(what);
     }
 
     fn event(&mut self, line: &Line) {
-        if let Some(caller) = asked(&line.e) {
-            self.waiting.asked(caller);
+        if let Some(caller) = requester(&line.e) {
+            self.unanswered.requested(caller);
         }
         match &line.e {
             Event::AddRegion { caller, spec } => {
                 let (caller, spec) = (*caller, *spec);
-                let refused = |said: &Said<'_>| matches!(said, Said::Wrong { to, .. } if *to == caller);
-                if !line.x.iter().any(refused) {
+                if !line.x.iter().any(|effect| refuses(effect, caller)) {
                     self.last_region += 1;
                     let id = self.whole.then_some(RegionId(self.last_region));
                     self.regions.retain(|other| !other.spec.gpa.overlaps(spec.gpa));
@@ -169,7 +181,7 @@ impl Checker {
                     match result {
                         MapResult::Mapped => {}
                         MapResult::Refused { .. } => self.mapped.remove(domain, iova),
-                        MapResult::Unknown { .. } => _ = self.half.insert((domain, iova)),
+                        MapResult::Unknown { .. } => _ = self.half_mapped.insert((domain, iova)),
                     }
                 }
             }
@@ -190,15 +202,15 @@ impl Checker {
     fn begin(&mut self, line: &Line) {
         let Event::Begin { caller, ranges, performer, deadline_ns, .. } = &line.e else { return };
         let (caller, performer, deadline_ns) = (*caller, *performer, *deadline_ns);
-        let named = line.x.iter().find_map(|said| match said {
-            Said::Arm { invalidation, .. }
-            | Said::Verdict { invalidation, .. }
-            | Said::Convert { invalidation } => Some(*invalidation),
+        let number = line.x.iter().find_map(|effect| match effect {
+            LoggedEffect::Arm { invalidation, .. }
+            | LoggedEffect::Verdict { invalidation, .. }
+            | LoggedEffect::Convert { invalidation } => Some(*invalidation),
             _ => None,
         });
-        let Some(id) = named else {
-            if !line.x.iter().any(|said| matches!(said, Said::Wrong { to, .. } if *to == caller)) {
-                self.broken("a begin has neither an answer nor an alarm that would bring one".to_owned());
+        let Some(id) = number else {
+            if !line.x.iter().any(|effect| refuses(effect, caller)) {
+                self.violated("a begin has neither an answer nor an alarm that would bring one".to_owned());
             }
             return;
         };
@@ -211,7 +223,7 @@ impl Checker {
         };
         let pages: Vec<Pages> = ranges.iter().flat_map(shown).collect();
         for (file, range) in &pages {
-            self.held.entry(*file).or_default().insert(range.clone());
+            self.open_pages.entry(*file).or_default().insert(range.clone());
         }
         let iova = ranges.iter().map(|range| range.rebase(Gpa(0), Iova(0))).collect();
         let open = Open {
@@ -225,7 +237,7 @@ impl Checker {
             converting: false,
         };
         if self.open.insert(id, open).is_some() {
-            self.broken(format!("invalidation {} was begun twice", id.0));
+            self.violated(format!("invalidation {} was begun twice", id.0));
         }
     }
 
@@ -234,41 +246,42 @@ impl Checker {
         let (UnmapResult::Gone { bytes }
         | UnmapResult::InFlight { bytes }
         | UnmapResult::Failed { bytes, .. }) = result;
-        let asked = self.asked(domain, &ranges);
-        let partly = self.partly.entry((domain, ranges.clone())).or_default();
-        *partly = partly.saturating_add(bytes);
+        let mapped = self.mapped_bytes(domain, &ranges);
+        let gone = self.partly_gone.entry((domain, ranges.clone())).or_default();
+        *gone = gone.saturating_add(bytes);
         match result {
             UnmapResult::Gone { .. } => self.gone_if_whole(domain, ranges),
             UnmapResult::InFlight { .. } => _ = self.jobs.insert(job, Job { domain, ranges }),
-            UnmapResult::Failed { .. } => *partly = (*partly).min(asked),
+            UnmapResult::Failed { .. } => *gone = (*gone).min(mapped),
         }
     }
 
-    /// Nothing is in flight any more: if its full length was reported gone, it is.
+    /// Removes the mappings in these ranges if their full length was reported gone. Nothing may be in flight any more.
     fn gone_if_whole(&mut self, domain: DomainId, ranges: Vec<PageRange<Iova>>) {
-        let asked = self.asked(domain, &ranges);
-        let half = matches!(ranges[..], [iova] if self.half.contains(&(domain, iova)));
+        let mapped = self.mapped_bytes(domain, &ranges);
+        let half_mapped = matches!(ranges[..], [iova] if self.half_mapped.contains(&(domain, iova)));
         let key = (domain, ranges);
-        let Some(partly) = self.partly.get_mut(&key) else { return };
-        // What was mapped before the log begins goes too, and was not seen.
-        if *partly == asked || (half && *partly < asked) || (!self.whole && *partly > asked) {
-            self.partly.remove(&key);
+        let Some(gone) = self.partly_gone.get_mut(&key) else { return };
+        // More than is known to be mapped: the rest was mapped before the first line that was read.
+        if *gone == mapped || (half_mapped && *gone < mapped) || (!self.whole && *gone > mapped) {
+            self.partly_gone.remove(&key);
             for iova in key.1 {
                 self.mapped.remove(domain, iova);
-                self.half.remove(&(domain, iova));
+                self.half_mapped.remove(&(domain, iova));
             }
         } else {
-            *partly = (*partly).min(asked);
+            *gone = (*gone).min(mapped);
         }
     }
 
-    /// Bytes that an unmap of these ranges has to take away: there may be gaps in them.
-    fn asked(&self, domain: DomainId, ranges: &[PageRange<Iova>]) -> u64 {
+    /// Returns the number of bytes that are mapped in these ranges, which may have gaps.
+    fn mapped_bytes(&self, domain: DomainId, ranges: &[PageRange<Iova>]) -> u64 {
         ranges.iter().map(|iova| self.mapped.bytes_at(domain, *iova)).sum()
     }
 
     fn client_gone(&mut self, client: ClientId) {
-        self.waiting.gone(client);
+        self.unanswered.gone(client);
+        // A conversion by passgate continues, and ends by its own result.
         let over: Vec<InvalidationId> = self
             .open
             .iter()
@@ -278,64 +291,66 @@ impl Checker {
         for id in over {
             let Some(open) = self.close(id) else { continue };
             if open.answered {
-                self.must.extend(open.pages.into_iter().map(|pages| (id, pages)));
+                self.must_be_quarantined.extend(open.pages.into_iter().map(|pages| (id, pages)));
             }
         }
     }
 
-    /// Takes an invalidation out of the open ones; its pages are no longer held.
+    /// Ends an invalidation. Returns it.
     pub(super) fn close(&mut self, id: InvalidationId) -> Option<Open> {
         let open = self.open.remove(&id)?;
         for (file, range) in &open.pages {
-            if let Some(spans) = self.held.get_mut(file) {
+            if let Some(spans) = self.open_pages.get_mut(file) {
                 spans.remove(range.clone());
                 if spans.is_empty() {
-                    self.held.remove(file);
+                    self.open_pages.remove(file);
                 }
             }
         }
         Some(open)
     }
 
-    fn quarantined_by(&mut self, said: &Said<'_>) {
-        if let Said::Quarantined { file, range, .. } = said {
+    fn quarantined_by(&mut self, effect: &LoggedEffect<'_>) {
+        if let LoggedEffect::Quarantined { file, range, .. } = effect {
             self.quarantine.entry(*file).or_default().insert(bytes(*range));
         }
     }
 
-    fn said(&mut self, said: &Said<'_>, event: &Event) {
-        match said {
-            Said::Map { job, domain, iova, file, offset, .. } => {
+    fn effect(&mut self, effect: &LoggedEffect<'_>, event: &Event) {
+        match effect {
+            LoggedEffect::Map { job, domain, iova, file, offset, .. } => {
                 let pages = (*file, offset.raw()..offset.raw().saturating_add(iova.len()));
-                self.may_be_mapped(&pages);
+                self.check_map(&pages);
                 self.mapped.insert(*domain, *iova, *file, offset.raw());
                 self.jobs.insert(*job, Job { domain: *domain, ranges: vec![*iova] });
             }
-            Said::Unmap { job, domain, iova } => {
+            LoggedEffect::Unmap { job, domain, iova } => {
                 self.jobs.insert(*job, Job { domain: *domain, ranges: vec![*iova] });
             }
-            Said::Replace { job, domain, gone } => {
+            LoggedEffect::Replace { job, domain, gone } => {
                 self.jobs.insert(*job, Job { domain: *domain, ranges: gone.clone() });
             }
-            Said::Convert { invalidation } => {
-                self.is_clear(*invalidation, "passgate converts");
+            LoggedEffect::Convert { invalidation } => {
+                self.check_clear(*invalidation, "passgate converts");
                 if let Some(open) = self.open.get_mut(invalidation) {
                     open.converting = true;
                 }
             }
-            Said::Verdict { invalidation, verdict, .. } => self.verdict(*invalidation, *verdict),
-            Said::Ended { to, invalidation } => self.ended(to.client, *invalidation, event),
-            Said::Added { to, region, .. } => {
+            LoggedEffect::Verdict { invalidation, verdict, .. } => {
+                self.check_verdict(*invalidation, *verdict);
+            }
+            LoggedEffect::Ended { to, invalidation } => self.check_end(to.client, *invalidation, event),
+            LoggedEffect::Added { to, region, .. } => {
                 let added = self.regions.iter_mut().find(|known| known.caller == *to);
                 added.into_iter().for_each(|known| known.id = Some(*region));
             }
-            // Where its name is known it is told when it closes.
-            Said::Wrong { to, .. } => {
+            // A region whose number is known stays until the notice that it is closed.
+            LoggedEffect::Wrong { to, .. } => {
                 self.regions.retain(|region| region.caller != *to || region.id.is_some())
             }
-            Said::Closed { region } => self.region_closed(*region),
-            Said::Quarantined { .. } => self.quarantined_by(said),
-            Said::Freed { file, range } | Said::LetGo { file, range, .. } => {
+            LoggedEffect::Closed { region } => self.check_region_closed(*region),
+            LoggedEffect::Quarantined { .. } => self.quarantined_by(effect),
+            LoggedEffect::Freed { file, range } | LoggedEffect::OperatorReleased { file, range, .. } => {
                 if let Some(spans) = self.quarantine.get_mut(file) {
                     spans.remove(bytes(*range));
                 }

@@ -1,4 +1,4 @@
-//! What is mapped, as the results of calls say: by domain, and by file whatever the address.
+//! The mappings according to the results of calls, by domain and address, and by file at all addresses.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,29 +9,31 @@ use passgate_bindings::{Iova, PageRange};
 use super::spans::Spans;
 use crate::gate::{DomainId, FileId};
 
-/// Pages of a file, from one byte to another.
+/// A file, and a range of it in bytes.
 pub(super) type Pages = (FileId, Range<u64>);
 
-/// Where a file shows in a domain: what is added to an offset to come to the IOVA.
+/// The difference between the IOVA at which a file is mapped and the offset in the file.
 type Shift = i128;
 
-/// Everything that is mapped, about to be, in flight, or not known to be gone.
+/// The ranges of files that are mapped, about to be mapped, in flight, or not known to be gone.
 #[derive(Debug, Default)]
 pub(super) struct Mapped(BTreeMap<(DomainId, FileId, Shift), Spans>);
 
+/// Returns pages as text for a message.
 pub(super) fn show((file, range): &Pages) -> String {
     format!("{:#x}+{:#x} of file {}:{}", range.start, range.end - range.start, file.device, file.inode)
 }
 
+/// Returns a page range in bytes.
 pub(super) fn bytes<A: Address>(range: PageRange<A>) -> Range<u64> {
     range.start().raw()..range.end().raw()
 }
 
-/// `iova` as offsets of a file that shows there shifted by `shift`; none where the file ends before.
+/// Returns the offsets of a file that is mapped with `shift` at `iova`; none if all of them would be negative.
 fn offsets(iova: PageRange<Iova>, shift: Shift) -> Option<Range<u64>> {
-    let back = |at: u64| i128::from(at) - shift;
-    let start = u64::try_from(back(iova.start().0).max(0)).ok()?;
-    let end = u64::try_from(back(iova.end().0)).ok()?;
+    let offset = |at: u64| i128::from(at) - shift;
+    let start = u64::try_from(offset(iova.start().0).max(0)).ok()?;
+    let end = u64::try_from(offset(iova.end().0)).ok()?;
     (start < end).then_some(start..end)
 }
 
@@ -53,14 +55,14 @@ impl Mapped {
         });
     }
 
-    /// Bytes that are mapped at these addresses.
+    /// Returns the number of bytes that are mapped at these addresses.
     pub(super) fn bytes_at(&self, domain: DomainId, iova: PageRange<Iova>) -> u64 {
         let here = self.0.iter().filter(|((at, ..), _)| *at == domain);
         let spans = here.filter_map(|((.., shift), spans)| Some(spans.within(offsets(iova, *shift)?)));
         spans.flatten().map(|span| span.end - span.start).sum()
     }
 
-    /// What of these pages is mapped, wherever it shows.
+    /// Returns the parts of these pages that are mapped, at any address, with their domains.
     pub(super) fn of_file(&self, pages: &Pages) -> impl Iterator<Item = (DomainId, Range<u64>)> {
         let (file, range) = pages.clone();
         self.0
@@ -69,12 +71,12 @@ impl Mapped {
             .flat_map(move |((domain, ..), spans)| spans.within(range.clone()).map(|span| (*domain, span)))
     }
 
-    /// The first of what is mapped at these addresses, in any domain.
+    /// Returns a domain and the IOVAs of a part of `iova` that is mapped in it, if there is any.
     pub(super) fn at(&self, iova: PageRange<Iova>) -> Option<(DomainId, Range<u64>)> {
         self.0.iter().find_map(|((domain, _, shift), spans)| {
             let found = spans.within(offsets(iova, *shift)?).next()?;
-            let there = |at: u64| u64::try_from(i128::from(at) + shift).unwrap_or(u64::MAX);
-            Some((*domain, there(found.start)..there(found.end)))
+            let address = |offset: u64| u64::try_from(i128::from(offset) + shift).unwrap_or(u64::MAX);
+            Some((*domain, address(found.start)..address(found.end)))
         })
     }
 }

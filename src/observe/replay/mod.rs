@@ -1,14 +1,14 @@
-//! `passgate replay`: whether a log bears out what its daemon said.
+//! `passgate replay`: checks that a log supports the answers of its daemon.
 //!
-//! Two judges read it, run by run. One is a gate of this program: told the same events it must want the same things
-//! done and give the same answers. The other is a checker that has none of the gate's code and looks at nothing but
-//! what calls returned: a mistake that gate and daemon share is one that it can still see.
+//! Every run is checked twice. A gate of this program gets the same events, and must ask for the same effects and give the same
+//! answers. And a checker that has none of the gate's code uses only the results of calls: it can find an error that the gates of
+//! both programs have.
 
 mod checker;
-mod judge;
+mod checks;
 mod mapped;
 mod spans;
-mod waiting;
+mod unanswered;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,69 +16,72 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::gate::{Effect, Effects, FileId, Gate, InvalidationId, Receipt};
-use crate::observe::audit::{Head, Line, Mark, ReadError, Run, Said};
+use crate::observe::audit::{Head, Line, LoggedEffect, Mark, ReadError, Run};
 use checker::Checker;
 use spans::Spans;
 
-/// Problems that are told of one run; further ones are only counted.
-const TOLD: usize = 100;
+/// The maximum number of problems in the report of one run; further ones are only counted.
+const MAX_PROBLEMS: usize = 100;
 
-/// What replaying a log came to.
+/// The number of lines after which progress is reported.
+const PROGRESS_LINES: u64 = 4096;
+
+/// The result of replaying a log.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    /// Every run of the daemon in it, oldest first.
+    /// Every run of the daemon in the log, oldest first.
     pub runs: Vec<RunReport>,
 }
 
-/// One run.
+/// The result of replaying one run.
 #[derive(Debug, Serialize)]
 pub struct RunReport {
-    /// When it started, in nanoseconds since 1970.
+    /// The time at which the run started, in nanoseconds since 1970.
     pub run: u64,
-    /// Its version of passgate.
+    /// The version of passgate that wrote it.
     pub passgate: String,
-    /// Lines read.
+    /// The number of lines read.
     pub lines: u64,
-    /// Answers in them.
+    /// The number of answers in them.
     pub answers: u64,
-    /// Whether it was read from its very beginning; else it was checked as far as it goes, and not by a gate.
+    /// True if it was read from its beginning; else it was checked as far as it goes, and not by a gate.
     pub whole: bool,
-    /// What is worth knowing and no fault.
+    /// Circumstances of the check that are no problem.
     pub notes: Vec<String>,
-    /// What is wrong; the first hundred.
+    /// The first hundred problems.
     pub problems: Vec<Problem>,
-    /// How many more there are.
+    /// The number of further problems.
     pub more: u64,
 }
 
-/// Something that is wrong.
+/// A violated promise, or a fault of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The number of the line.
     pub n: u64,
-    /// What.
+    /// The description.
     pub what: String,
 }
 
 impl Report {
-    /// Whether nothing is wrong.
+    /// Returns true if there is no problem.
     pub fn is_clean(&self) -> bool {
         self.runs.iter().all(|run| run.problems.is_empty())
     }
 }
 
-/// Replays the log in these files and directories. `progress` hears how many bytes of how many were read.
+/// Replays the log in these files and directories. `progress` is called with the number of bytes read and of all bytes.
 pub fn replay(paths: &[PathBuf], mut progress: impl FnMut(u64, u64)) -> Result<Report, ReadError> {
     let runs = Run::find(paths)?;
     let all: u64 = runs.iter().map(|run| run.bytes).sum();
-    let (mut report, mut before, mut kept) = (Report::default(), 0, Kept::default());
+    let (mut report, mut before, mut last) = (Report::default(), 0, LastQuarantine::default());
     for run in &runs {
         let mut one = Replay::new(run);
-        one.opening = (kept.boot == run.head.boot && one.whole).then_some(std::mem::take(&mut kept.pages));
+        one.opening = (last.boot == run.head.boot && one.whole).then_some(std::mem::take(&mut last.pages));
         let mut lines = run.lines();
         while let Some(line) = lines.next() {
             one.line(&line?);
-            if one.report.lines.is_multiple_of(4096) {
+            if one.report.lines.is_multiple_of(PROGRESS_LINES) {
                 progress(before + lines.bytes(), all);
             }
         }
@@ -90,15 +93,16 @@ pub fn replay(paths: &[PathBuf], mut progress: impl FnMut(u64, u64)) -> Result<R
                 "a file ends in the middle of a line: what came after it is missing".to_owned(),
             );
         } else {
-            one.ends(&run.head, lines.mark(), lines.is_filled());
+            one.check_end(&run.head, lines.mark(), lines.is_filled());
         }
-        kept = Kept { boot: run.head.boot.clone(), pages: one.end() };
+        last = LastQuarantine { boot: run.head.boot.clone(), pages: one.end() };
         report.runs.push(one.report);
     }
     Ok(report)
 }
 
-/// The evidence of one invalidation, from the newest run in these files that has it, and the names in that run.
+/// Returns the evidence of one invalidation from the newest run in these files that has it, and the head of that run, which has the
+/// names of the devices. Only runs that are there from their beginning can be searched.
 pub fn explain(paths: &[PathBuf], id: InvalidationId) -> Result<Option<(Receipt, Head)>, ReadError> {
     let mut found = None;
     for run in Run::find(paths)?.into_iter().filter(Run::is_whole) {
@@ -122,28 +126,29 @@ pub fn explain(paths: &[PathBuf], id: InvalidationId) -> Result<Option<(Receipt,
     Ok(found)
 }
 
-/// Why a run is not whole.
-fn why(head: &Head) -> &'static str {
-    if head.resumed { "it goes on from an earlier daemon's run" } else { "its beginning was rotated away" }
+/// Returns the reason why a run is not whole.
+fn why_not_whole(head: &Head) -> &'static str {
+    if head.resumed { "it resumes from an earlier daemon's run" } else { "its beginning was rotated away" }
 }
 
-/// What was in quarantine when the last run ended.
+/// The quarantine at the end of the last run.
 #[derive(Debug, Default)]
-struct Kept {
+struct LastQuarantine {
     boot: String,
     pages: BTreeMap<FileId, Spans>,
 }
 
-/// One run, as it is replayed.
+/// The replay of one run.
 struct Replay {
     report: RunReport,
-    /// Whether all lines so far are there.
+    /// True while no line is missing.
     whole: bool,
+    /// The number of the next line.
     next: u64,
     gate: Gate,
     effects: Effects,
     checker: Checker,
-    /// What the last run left in quarantine, until the first line that is not of the start.
+    /// The quarantine of the last run, until the first line that does not belong to the start.
     opening: Option<BTreeMap<FileId, Spans>>,
 }
 
@@ -153,7 +158,7 @@ impl Replay {
         let head = &run.head;
         let mut notes = Vec::new();
         if !whole {
-            notes.push(format!("{}: checked as far as it goes, without a gate", why(&run.head)));
+            notes.push(format!("{}: checked as far as it goes, without a gate", why_not_whole(&run.head)));
         }
         if head.passgate != env!("CARGO_PKG_VERSION") {
             notes.push(format!("written by passgate {}, whose gate may differ from this one", head.passgate));
@@ -194,49 +199,50 @@ impl Replay {
             self.opening = None;
         }
         self.next = line.n + 1;
-        self.report.answers += line.x.iter().filter(|said| said.answers().is_some()).count() as u64;
+        self.report.answers += line.x.iter().filter(|effect| effect.answers().is_some()).count() as u64;
         if self.whole {
-            self.again(line);
+            self.compare(line);
         }
-        let mut found = Vec::new();
-        self.checker.line(line, &mut found);
-        for what in found {
+        let mut violations = Vec::new();
+        self.checker.line(line, &mut violations);
+        for what in violations {
             self.problem(line.n, what);
         }
         if !is_start(line) {
-            self.opened(line.n);
+            self.check_opening(line.n);
         }
     }
 
-    /// Has the gate do it again.
-    fn again(&mut self, line: &Line) {
+    /// Passes the event to the gate, and compares its effects with those in the log. Only the first difference is a problem.
+    fn compare(&mut self, line: &Line) {
         self.effects.clear();
         self.gate.handle(line.e.clone(), &mut self.effects);
-        let mut now = self.effects.iter().filter_map(Said::of);
-        let mut then = line.x.iter();
+        let mut replayed = self.effects.iter().filter_map(LoggedEffect::of);
+        let mut logged = line.x.iter();
         loop {
-            match (then.next(), now.next()) {
+            match (logged.next(), replayed.next()) {
                 (None, None) => return,
-                (Some(then), Some(now)) if *then == now => {}
-                (then, now) => {
-                    let words = |said: Option<&Said<'_>>| {
-                        said.map_or("nothing".to_owned(), |said| {
-                            serde_json::to_string(said).unwrap_or_else(|_| format!("{said:?}"))
+                (Some(logged), Some(replayed)) if *logged == replayed => {}
+                (logged, replayed) => {
+                    let text = |effect: Option<&LoggedEffect<'_>>| {
+                        effect.map_or("nothing".to_owned(), |effect| {
+                            serde_json::to_string(effect).unwrap_or_else(|_| format!("{effect:?}"))
                         })
                     };
-                    let what = format!("the log says {}, the gate says {}", words(then), words(now.as_ref()));
+                    let (logged, replayed) = (text(logged), text(replayed.as_ref()));
+                    let what = format!("the log says {logged}, the gate says {replayed}");
                     return self.problem(line.n, what);
                 }
             }
         }
     }
 
-    /// The start is over: all that the last run left in quarantine must be in it again.
-    fn opened(&mut self, n: u64) {
-        let Some(left) = self.opening.take() else { return };
+    /// Checks at the end of the start that everything is in quarantine that was when the last run ended.
+    fn check_opening(&mut self, n: u64) {
+        let Some(earlier) = self.opening.take() else { return };
         let mut now: BTreeMap<FileId, Spans> = BTreeMap::new();
         self.checker.quarantined().for_each(|(file, range)| now.entry(file).or_default().insert(range));
-        for (file, spans) in &left {
+        for (file, spans) in &earlier {
             for range in spans.iter() {
                 if !now.get(file).is_some_and(|spans| spans.covers(range.clone())) {
                     let at = mapped::show(&(*file, range));
@@ -249,14 +255,14 @@ impl Replay {
         }
     }
 
-    /// The number of the last line read.
+    /// Returns the number of the last line read.
     fn last(&self) -> u64 {
         self.next.saturating_sub(1)
     }
 
-    /// Judges whether the run's end is there, by the mark that its last line is. A daemon that was killed has left none,
-    /// and a file that is `filled` up.
-    fn ends(&mut self, head: &Head, mark: Option<Mark>, filled: bool) {
+    /// Checks that the run's end is there, by the mark that its last line is. A daemon that was killed leaves no mark, and a file that
+    /// is `filled` up with NULs.
+    fn check_end(&mut self, head: &Head, mark: Option<Mark>, filled: bool) {
         let (last, next) = (self.last(), self.next);
         match mark {
             Some(Mark::End { n, dropped }) if n > next => {
@@ -270,12 +276,12 @@ impl Replay {
                 format!("from line {n} on nothing could be written: how many lines are missing is unknown"),
             ),
             Some(Mark::More { segment }) => {
-                self.problem(last, format!("it goes on in its file {segment}, which is missing"));
+                self.problem(last, format!("it continues in its file {segment}, which is missing"));
             }
             None if head.format == 0 => {
-                self.report.notes.push(
-                    "of an earlier format: whether lines are missing at its end cannot be told".to_owned(),
-                );
+                self.report
+                    .notes
+                    .push("of an earlier format: missing lines at its end cannot be detected".to_owned());
             }
             None if filled => {}
             None => self.problem(last, "its end is missing: the file was cut, or changed".to_owned()),
@@ -283,31 +289,33 @@ impl Replay {
     }
 
     fn problem(&mut self, n: u64, what: String) {
-        if self.report.problems.len() < TOLD {
+        if self.report.problems.len() < MAX_PROBLEMS {
             self.report.problems.push(Problem { n, what });
         } else {
             self.report.more += 1;
         }
     }
 
-    /// The run is over; what is in quarantine.
+    /// Ends the run. Returns what is in quarantine.
     fn end(&mut self) -> BTreeMap<FileId, Spans> {
-        // It ended before it was told all that the last run had left.
-        if let Some(left) = self.opening.take() {
-            return left;
+        // The run ended during its start: the quarantine of the run before it still counts.
+        if let Some(earlier) = self.opening.take() {
+            return earlier;
         }
-        let mut found = Vec::new();
-        self.checker.end(&mut found);
-        for what in found {
+        let mut violations = Vec::new();
+        self.checker.end(&mut violations);
+        for what in violations {
             self.problem(self.next.saturating_sub(1), what);
         }
-        let mut left: BTreeMap<FileId, Spans> = BTreeMap::new();
-        self.checker.quarantined().for_each(|(file, range)| left.entry(file).or_default().insert(range));
-        left
+        let mut quarantine: BTreeMap<FileId, Spans> = BTreeMap::new();
+        self.checker
+            .quarantined()
+            .for_each(|(file, range)| quarantine.entry(file).or_default().insert(range));
+        quarantine
     }
 }
 
-/// Whether a line is of the daemon's start, before any client.
+/// Returns true for a line of the daemon's start, before any client.
 fn is_start(line: &Line) -> bool {
     use crate::gate::Event::{DeviceAdded, DomainAdded, Quarantine};
     matches!(line.e, DomainAdded { .. } | DeviceAdded { .. } | Quarantine { .. })

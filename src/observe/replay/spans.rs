@@ -16,7 +16,7 @@ impl Spans {
         self.0.iter().map(|(start, end)| *start..*end)
     }
 
-    /// What of the set lies in `range`.
+    /// Returns the parts of the set in `range`, ascending.
     pub(super) fn within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         let before = self.0.range(..range.start).next_back().filter(|(_, end)| **end > range.start);
         let inside = self.0.range(range.start..range.end.max(range.start));
@@ -26,7 +26,7 @@ impl Spans {
             .map(move |(start, end)| (*start).max(range.start)..(*end).min(range.end))
     }
 
-    /// Whether all of `range` is in the set.
+    /// Returns true if all of `range` is in the set.
     pub(super) fn covers(&self, range: Range<u64>) -> bool {
         self.0.range(..=range.start).next_back().is_some_and(|(_, end)| *end >= range.end)
     }
@@ -67,9 +67,9 @@ impl Spans {
 mod tests {
     use super::*;
 
-    /// The same, bit by bit.
+    /// Compares the set with an array that has one element for each byte.
     #[test]
-    fn agrees_with_single_bytes() {
+    fn spans_agree_with_single_bytes() {
         let (mut spans, mut bits, mut random) = (Spans::default(), [false; 64], 1u64);
         for _ in 0..20_000 {
             random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

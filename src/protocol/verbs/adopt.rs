@@ -1,8 +1,8 @@
-//! `Adopt`: memory that outlived its daemon.
+//! `Adopt`: a client takes over memory that a restart of the daemon has preserved.
 
 use serde::{Deserialize, Serialize};
 
-/// `Adopt`: the memory that an earlier daemon's clients had is this connection's from now on.
+/// The parameters of `Adopt`: the memory of the earlier daemon's clients becomes that of the calling connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Adopt {}
@@ -10,48 +10,48 @@ pub struct Adopt {}
 /// The reply to `Adopt`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Adopted {
-    /// The regions that are its own now.
+    /// The regions, which the connection owns now.
     pub regions: Vec<AdoptedRegion>,
-    /// Conversions that were open when the earlier daemon ended; their pages are in quarantine. Only the connection
-    /// that adopted them may `Release` them although it speaks for a VM.
+    /// The conversions that were open when the earlier daemon ended; their pages are in quarantine. The adopting connection
+    /// may `Release` them, although it is that of a VM.
     pub unended: Vec<Unended>,
-    /// How many more there are than are listed.
+    /// The number of such conversions that `unended` does not list.
     pub more_unended: u64,
 }
 
 /// A region, in the reply to `Adopt`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 pub struct AdoptedRegion {
-    /// Its name.
+    /// The id of the region.
     pub region: u32,
     /// First guest-physical address, in bytes.
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Which file it is of: `st_dev`,
+    /// `st_dev` of its file.
     pub device: u64,
-    /// and `st_ino`.
+    /// `st_ino` of its file.
     pub inode: u64,
-    /// Where in its file it starts, in bytes.
+    /// Its offset in its file, in bytes.
     pub offset: u64,
-    /// Bytes per kernel mapping.
+    /// The size of a kernel mapping in bytes.
     pub piece: u64,
-    /// Whether devices may write to it.
+    /// True where devices may write to it.
     pub writable: bool,
-    /// Bytes by state: shared, private, hole, unknown.
+    /// The number of bytes that are shared.
     pub shared: u64,
-    /// See `shared`.
+    /// The number of bytes that are private.
     pub private: u64,
-    /// See `shared`.
+    /// The number of bytes in holes.
     pub hole: u64,
-    /// See `shared`.
+    /// The number of bytes whose state is unknown.
     pub unknown: u64,
 }
 
-/// A conversion without an end, in the reply to `Adopt`.
+/// A conversion that was begun and not ended, in the reply to `Adopt`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Unended {
-    /// Its number.
+    /// The id of its invalidation.
     pub invalidation: u64,
     /// First guest-physical address, in bytes.
     pub gpa: u64,

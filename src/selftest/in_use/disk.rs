@@ -1,4 +1,4 @@
-//! Disks: each is claimed.
+//! Disks: each disk of the device is claimed.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -7,40 +7,41 @@ use std::path::Path;
 use rustix::fs::{OFlags, major, minor};
 use rustix::io::Errno;
 
-use super::below::{Below, DeviceFile, Entry};
-use super::{Host, names, node, text, text_of, unknown};
+use super::descendants::{Descendants, DeviceFile, Entry};
+use super::{Host, device_node, list_dir, read_optional, read_required, unreadable};
 
-/// Opens every disk below the device exclusively. A claim of a disk fails where one of its partitions is claimed, and
-/// keeps others from claiming any (`bd_may_claim`, block/bdev.c).
-pub(super) fn claim(host: Host<'_>, below: &Below) -> Result<Vec<File>, String> {
+/// Opens every disk of the device exclusively. The claim of a disk fails if one of its partitions is claimed, and prevents
+/// others from claiming any of them (`bd_may_claim`, block/bdev.c).
+pub(super) fn claim(host: Host<'_>, descendants: &Descendants) -> Result<Vec<File>, String> {
     let mut claimed = Vec::new();
-    let disks = below.of("block").filter(|entry| !entry.dir.join("partition").exists());
+    let disks = descendants.of_subsystem("block").filter(|entry| !entry.dir.join("partition").exists());
     for disk in disks {
-        let parts: Vec<_> = below.of("block").filter(|entry| entry.dir.starts_with(&disk.dir)).collect();
+        let parts: Vec<_> =
+            descendants.of_subsystem("block").filter(|entry| entry.dir.starts_with(&disk.dir)).collect();
         for part in &parts {
-            if let Some(user) = user(host, part)? {
+            if let Some(user) = find_user(host, part)? {
                 return Err(user);
             }
         }
-        // A path of a multipath disk has no device file; the disk is below the device as well.
-        if text(&disk.dir.join("hidden"))?.is_some_and(|hidden| hidden.trim() == "1") {
+        // A path of an NVMe multipath disk is hidden and has no device file. The disk itself is among the descendants too.
+        if read_optional(&disk.dir.join("hidden"))?.is_some_and(|hidden| hidden.trim() == "1") {
             continue;
         }
-        match exclusively(host, disk)? {
-            Claim::Have(file) => claimed.push(file),
+        match open_exclusively(host, disk)? {
+            Claim::Opened(file) => claimed.push(file),
             Claim::NoMedium => {}
             Claim::Busy => {
-                // Of its partitions one says more than the disk.
+                // A claimed partition is named instead of the disk.
                 let mut name = disk.name.as_str();
                 for part in parts.iter().filter(|part| part.dir != disk.dir) {
-                    if matches!(exclusively(host, part)?, Claim::Busy) {
+                    if matches!(open_exclusively(host, part)?, Claim::Busy) {
                         name = &part.name;
                     }
                 }
                 return Err(format!(
                     "{} cannot be opened exclusively: it is mounted in another namespace, or a part of a btrfs, a ZFS \
                      pool or the like; stop what uses it",
-                    node(host, name).display()
+                    device_node(host, name).display()
                 ));
             }
         }
@@ -48,18 +49,21 @@ pub(super) fn claim(host: Host<'_>, below: &Below) -> Result<Vec<File>, String> 
     Ok(claimed)
 }
 
+/// The result of opening a disk exclusively.
 enum Claim {
-    Have(File),
+    Opened(File),
+    /// Another user has claimed it.
     Busy,
-    /// A drive for removable media without one.
+    /// A drive for removable media has no medium.
     NoMedium,
 }
 
-fn exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
+fn open_exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
     let Some(DeviceFile { number, name }) = &entry.file else {
         return Err(format!("whether {} is used cannot be found out: it has no device number", entry.name));
     };
-    let path = node(host, name);
+    let path = device_node(host, name);
+    // Without O_CREAT, O_EXCL claims a block device: open(2).
     let flags = OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(&path);
     let file = match opened {
@@ -67,10 +71,10 @@ fn exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
         Err(error) => match Errno::from_io_error(&error) {
             Some(Errno::BUSY) => return Ok(Claim::Busy),
             Some(Errno::NOMEDIUM) => return Ok(Claim::NoMedium),
-            _ => return Err(unknown(&path, &error)),
+            _ => return Err(unreadable(&path, &error)),
         },
     };
-    let meta = file.metadata().map_err(|error| unknown(&path, &error))?;
+    let meta = file.metadata().map_err(|error| unreadable(&path, &error))?;
     if !meta.file_type().is_block_device() || (major(meta.rdev()), minor(meta.rdev())) != *number {
         return Err(format!(
             "whether {} is used cannot be found out: {} is another file",
@@ -78,52 +82,53 @@ fn exclusively(host: Host<'_>, entry: &Entry) -> Result<Claim, String> {
             path.display()
         ));
     }
-    Ok(Claim::Have(file))
+    Ok(Claim::Opened(file))
 }
 
-/// Who uses this disk or partition, where a list says so.
-fn user(host: Host<'_>, part: &Entry) -> Result<Option<String>, String> {
+/// Returns who uses this disk or partition, with the remedy; none if no list of the kernel names a user.
+fn find_user(host: Host<'_>, part: &Entry) -> Result<Option<String>, String> {
     let Some(DeviceFile { number: (major, minor), name }) = &part.file else { return Ok(None) };
-    let path = node(host, name);
+    let path = device_node(host, name);
     let path = path.display();
     let number = format!("{major}:{minor}");
-    // Fields of a line: include Documentation/filesystems/proc.rst, 3.5.
-    let mounts = text_of(&host.proc.join("self/mountinfo"))?;
+    // Fields 3 and 5 of a line are the device number and the mount point: Documentation/filesystems/proc.rst, 3.5.
+    let mounts = read_required(&host.proc.join("self/mountinfo"))?;
     let mut lines = mounts.lines().map(|line| line.split(' ').skip(2));
     if let Some(at) = lines.find_map(|mut fields| (fields.next()? == number).then(|| fields.nth(1))?) {
         return Ok(Some(format!("{path} is mounted at {at}: unmount it")));
     }
-    let swaps = text(&host.proc.join("swaps"))?.unwrap_or_default();
+    let swaps = read_optional(&host.proc.join("swaps"))?.unwrap_or_default();
     let is_this = |swap: &str| fs::metadata(swap).is_ok_and(|meta| is_block(&meta, (*major, *minor)));
     if swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()).any(is_this) {
         return Ok(Some(format!("{path} is swapped to: swapoff {path}")));
     }
-    if let Some(holder) = names(&part.dir.join("holders"))?.first() {
+    if let Some(holder) = list_dir(&part.dir.join("holders"))?.first() {
         return Ok(Some(format!("{path} is a part of {}: stop that first", full_name(host, holder)?)));
     }
-    for id in names(&host.sysfs.join("fs/btrfs"))? {
+    for id in list_dir(&host.sysfs.join("fs/btrfs"))? {
         if host.sysfs.join("fs/btrfs").join(&id).join("devices").join(&part.name).exists() {
             return Ok(Some(format!("{path} is a device of the mounted btrfs {id}: unmount it")));
         }
     }
-    for name in names(&host.sysfs.join("block"))? {
-        let backing = text(&host.sysfs.join("block").join(&name).join("loop/backing_file"))?;
+    for name in list_dir(&host.sysfs.join("block"))? {
+        let backing = read_optional(&host.sysfs.join("block").join(&name).join("loop/backing_file"))?;
         if backing.is_some_and(|file| is_this(file.trim_end_matches('\n'))) {
             return Ok(Some(format!("{path} is behind {name}: losetup -d {name}")));
         }
     }
-    exported(host, is_this)
+    nvmet_namespace(host, is_this)
         .map(|name| name.map(|name| format!("{path} is exported by nvmet as {name}: disable it")))
 }
 
-/// The namespace of the kernel's NVMe target that exports a disk, which it does not open exclusively.
-fn exported(host: Host<'_>, is_this: impl Fn(&str) -> bool) -> Result<Option<String>, String> {
+/// Returns the namespace of the kernel's NVMe target (nvmet) that exports a disk. nvmet does not open the disk exclusively.
+fn nvmet_namespace(host: Host<'_>, is_this: impl Fn(&str) -> bool) -> Result<Option<String>, String> {
     let subsystems = host.sysfs.join("kernel/config/nvmet/subsystems");
-    for subsystem in names(&subsystems)? {
+    for subsystem in list_dir(&subsystems)? {
         let spaces = subsystems.join(&subsystem).join("namespaces");
-        for name in names(&spaces)? {
-            let is_off = text(&spaces.join(&name).join("enable"))?.is_some_and(|on| on.trim() == "0");
-            let exports = text(&spaces.join(&name).join("device_path"))?;
+        for name in list_dir(&spaces)? {
+            let is_off =
+                read_optional(&spaces.join(&name).join("enable"))?.is_some_and(|on| on.trim() == "0");
+            let exports = read_optional(&spaces.join(&name).join("device_path"))?;
             if !is_off && exports.is_some_and(|file| is_this(file.trim())) {
                 return Ok(Some(format!("{subsystem}/{name}")));
             }
@@ -136,70 +141,73 @@ fn is_block(meta: &fs::Metadata, number: (u32, u32)) -> bool {
     meta.file_type().is_block_device() && (major(meta.rdev()), minor(meta.rdev())) == number
 }
 
-/// The name of a holder, with that of its own where it is of the device mapper.
+/// Returns the name of a holder, with its device mapper name where it has one.
 fn full_name(host: Host<'_>, holder: &str) -> Result<String, String> {
-    let named = text(&Path::new(&host.sysfs.join("class/block").join(holder)).join("dm/name"))?;
+    let named = read_optional(&Path::new(&host.sysfs.join("class/block").join(holder)).join("dm/name"))?;
     Ok(named.map_or(holder.to_owned(), |name| format!("{holder} ({})", name.trim())))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::Fake;
+    use super::super::fake::FakeHost;
 
     /// `/dev/null` stands for a node that is not the disk.
     #[test]
-    fn a_disk_that_cannot_be_opened_is_not_free() {
-        let fake = Fake::new();
+    fn disk_that_cannot_be_opened_is_in_use() {
+        let fake = FakeHost::new();
         fake.entry("block", "nvme/nvme0/nvme0n1", Some("259:0"));
-        assert!(fake.says().unwrap().contains("cannot be found out"), "there is no node");
+        assert!(fake.user().unwrap().contains("cannot be found out"), "there is no node");
         fake.link_node("nvme0n1", "/dev/null");
-        assert!(fake.says().unwrap().contains("nvme0n1 is another file"));
+        assert!(fake.user().unwrap().contains("nvme0n1 is another file"));
     }
 
     #[test]
-    fn whoever_uses_a_disk_is_named() {
-        let fake = Fake::new();
+    fn user_of_disk_is_named() {
+        let fake = FakeHost::new();
         fake.entry("block", "nvme/nvme0/nvme0n1", Some("259:0"));
         let part = fake.entry("block", "nvme/nvme0/nvme0n1/nvme0n1p1", Some("259:1"));
         fake.write("nvme/nvme0/nvme0n1/nvme0n1p1/partition", "1\n");
         fake.mounts("36 35 259:1 / /data rw,noatime - ext4 /dev/root rw\n");
-        let said = fake.says().unwrap();
+        let user = fake.user().unwrap();
         assert!(
-            said.ends_with("dev/nvme0n1p1 is mounted at /data: unmount it"),
-            "by number, not by name: {said}"
+            user.ends_with("dev/nvme0n1p1 is mounted at /data: unmount it"),
+            "by number, not by name: {user}"
         );
         fake.mounts("36 35 259:10 / /data rw,noatime - ext4 /dev/nvme0n1p1 rw\n");
-        assert!(fake.says().unwrap().contains("cannot be found out"), "another's number begins alike");
+        assert!(
+            fake.user().unwrap().contains("cannot be found out"),
+            "the number of another disk that starts with the same digits"
+        );
         std::fs::create_dir_all(part.join("holders/md0")).unwrap();
-        assert!(fake.says().unwrap().ends_with("nvme0n1p1 is a part of md0: stop that first"));
+        assert!(fake.user().unwrap().ends_with("nvme0n1p1 is a part of md0: stop that first"));
         std::fs::remove_dir(part.join("holders/md0")).unwrap();
         std::fs::create_dir_all(fake.sysfs().join("fs/btrfs/0af1/devices/nvme0n1p1")).unwrap();
         assert!(
-            fake.says().unwrap().ends_with("nvme0n1p1 is a device of the mounted btrfs 0af1: unmount it")
+            fake.user().unwrap().ends_with("nvme0n1p1 is a device of the mounted btrfs 0af1: unmount it")
         );
     }
 
-    /// With native multipath the disk is not below its controller, only a hidden path is.
+    /// With native multipath only a hidden path is below the controller, and the disk is in the NVMe subsystem.
     #[test]
-    fn the_disk_behind_a_path_of_an_nvme_subsystem_is_below_its_controller() {
-        let fake = Fake::new();
+    fn nvme_multipath_disk_is_descendant_of_its_controller() {
+        let fake = FakeHost::new();
         let controller = fake.entry("nvme", "nvme/nvme0", Some("245:0"));
         fake.entry("block", "nvme/nvme0/nvme0c0n1", Some("259:1"));
         fake.write("nvme/nvme0/nvme0c0n1/hidden", "1\n");
-        assert_eq!(fake.says(), None, "a path is no disk");
+        assert_eq!(fake.user(), None, "a hidden path is not a disk");
         let subsystem = fake.elsewhere("nvme-subsystem", "nvme-subsys0", None);
         fake.elsewhere("block", "nvme-subsys0/nvme0n1", Some("259:0"));
         fake.mounts("36 35 259:0 / /data rw - xfs /dev/nvme0n1 rw\n");
-        assert_eq!(fake.says(), None, "another's");
+        assert_eq!(fake.user(), None, "the disk of another controller");
         std::os::unix::fs::symlink(controller, subsystem.join("nvme0")).unwrap();
-        assert!(fake.says().unwrap().ends_with("nvme0n1 is mounted at /data: unmount it"));
+        assert!(fake.user().unwrap().ends_with("nvme0n1 is mounted at /data: unmount it"));
     }
 
     #[test]
-    fn without_a_list_of_mounts_no_disk_is_free() {
-        let fake = Fake::new();
+    fn missing_mountinfo_makes_disk_in_use() {
+        let fake = FakeHost::new();
         fake.entry("block", "ata1/sda", Some("8:0"));
         fake.remove_mounts();
-        assert!(fake.says().unwrap().contains("there is no "));
+        assert!(fake.user().unwrap().contains("there is no "));
     }
 }

@@ -5,16 +5,16 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use super::{Host, claim};
-use crate::host::inventory::fake::Tree;
+use crate::host::inventory::fake::FakeTree;
 
 pub(super) const ADDRESS: &str = "0000:04:00.0";
 
-/// sysfs is `sys`, procfs `proc` and the device files are in `dev` of a folder.
-pub(super) struct Fake(Tree);
+/// A directory with sysfs in `sys`, procfs in `proc`, and device files in `dev`.
+pub(super) struct FakeHost(FakeTree);
 
-impl Fake {
+impl FakeHost {
     pub(super) fn new() -> Self {
-        let fake = Self(Tree::new());
+        let fake = Self(FakeTree::new());
         for dir in [&fake.device(), &fake.sysfs().join("bus/pci/devices"), &fake.dev()] {
             fs::create_dir_all(dir).unwrap();
         }
@@ -39,12 +39,12 @@ impl Fake {
         self.sysfs().join("devices/pci0000:00").join(ADDRESS)
     }
 
-    /// Makes an entry of this class, at `path` below the device.
+    /// Adds an entry of this class, at `path` below the device.
     pub(super) fn entry(&self, class: &str, path: &str, number: Option<&str>) -> PathBuf {
         self.make(class, &self.device().join(path), number)
     }
 
-    /// The same, below no device.
+    /// As [`FakeHost::entry`], below no device.
     pub(super) fn elsewhere(&self, class: &str, path: &str, number: Option<&str>) -> PathBuf {
         self.make(class, &self.sysfs().join("devices/virtual").join(path), number)
     }
@@ -89,13 +89,13 @@ impl Fake {
         fs::write(self.own().join("net").join(list), text).unwrap();
     }
 
-    pub(super) fn leave_the_namespace(&self) {
+    pub(super) fn leave_initial_pid_namespace(&self) {
         let own = format!("proc/{}/ns/pid", std::process::id());
         self.0.replace_link(&own, "pid:[4026532201]");
     }
 
-    /// Who uses the device.
-    pub(super) fn says(&self) -> Option<String> {
+    /// Returns the error of a claim: who uses the device.
+    pub(super) fn user(&self) -> Option<String> {
         let (sysfs, proc, dev) = (self.sysfs(), self.proc(), self.dev());
         claim(Host { sysfs: &sysfs, proc: &proc, dev: &dev }, ADDRESS.parse().unwrap()).err()
     }

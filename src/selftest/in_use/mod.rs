@@ -1,11 +1,11 @@
-//! Whether somebody uses a device that is to be taken from its driver: a disk, a network interface, a display, or a
-//! process with one of its device files.
+//! Checks that a device which is to be unbound from its driver is not in use: as a disk, a network interface, a display, or
+//! by a process that has one of its device files open.
 //!
-//! The kernel is asked, not a list: a disk is free when it can be opened exclusively, which mounts, swap, md, device
-//! mapper, btrfs and ZFS all prevent, in any mount namespace. Lists only give the reason a name. What cannot be found
-//! out counts as use: this check may refuse a free device, and must never pass one that is used.
+//! For a disk the kernel decides, and not a list: the disk is free if it can be opened exclusively, which mounts, swap, md,
+//! device mapper, btrfs and ZFS all prevent, in any mount namespace. Lists serve only to name the user. What cannot be
+//! determined counts as in use: this check may refuse a free device, but must never pass one that is used.
 
-mod below;
+mod descendants;
 mod disk;
 mod display;
 mod network;
@@ -17,95 +17,98 @@ use std::path::{Path, PathBuf};
 
 use passgate_bindings::vfio::PciAddress;
 
-use below::Below;
+use descendants::Descendants;
 
-/// Where a host's file systems are mounted: elsewhere only in tests.
+/// The mount points of the file systems of a host. They differ from the comments below only in tests.
 #[derive(Debug, Clone, Copy)]
 pub struct Host<'a> {
-    /// `/sys`.
+    /// The mount point of sysfs, `/sys`.
     pub sysfs: &'a Path,
-    /// `/proc`.
+    /// The mount point of procfs, `/proc`.
     pub proc: &'a Path,
-    /// `/dev`.
+    /// The directory of device files, `/dev`.
     pub dev: &'a Path,
 }
 
-/// The disks of a device, opened exclusively. Nobody mounts, or makes anything of them, until this is dropped.
+/// The disks of a device, opened exclusively. Until this is dropped, nobody can mount them or add them to an md array, a
+/// device mapper table or the like.
 #[derive(Debug)]
 #[must_use]
 pub struct Claims {
-    /// Held for what their being open prevents.
+    /// Never read: the disks are claimed while these files are open.
     _disks: Vec<File>,
 }
 
-/// Claims what is below the device. An error says, in words, who uses the device, or why that cannot be found out.
+/// Claims the disks of the device, after checking that nothing else of it is in use. The error is text for the user: who
+/// uses the device and the remedy, or why that cannot be determined.
 pub fn claim(host: Host<'_>, address: PciAddress) -> Result<Claims, String> {
     let dir = host.sysfs.join("bus/pci/devices").join(address.to_string());
     let dir = match fs::canonicalize(&dir) {
-        // Whoever opens it says that it is not there.
+        // That there is no such device is reported when it is opened.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Claims { _disks: Vec::new() }),
-        found => found.map_err(|error| unknown(&dir, &error))?,
+        found => found.map_err(|error| unreadable(&dir, &error))?,
     };
-    let below = Below::find(host.sysfs, &dir)?;
-    virtual_functions(&dir)?;
-    let disks = disk::claim(host, &below)?;
-    network::check(host, &below)?;
-    display::check(host, &dir, &below)?;
-    for entry in below.of("dma") {
-        if !number_is_zero(&entry.dir.join("in_use"))? {
+    let descendants = Descendants::find(host.sysfs, &dir)?;
+    check_virtual_functions(&dir)?;
+    let disks = disk::claim(host, &descendants)?;
+    network::check(host, &descendants)?;
+    display::check(host, &dir, &descendants)?;
+    for entry in descendants.of_subsystem("dma") {
+        if !is_zero(&entry.dir.join("in_use"))? {
             return Err(format!("its DMA channel {} is in use", entry.name));
         }
     }
-    processes::check(host, &dir, &below)?;
+    processes::check(host, &dir, &descendants)?;
     Ok(Claims { _disks: disks })
 }
 
-/// A physical function takes its virtual functions with it.
-fn virtual_functions(dir: &Path) -> Result<(), String> {
+/// Refuses a physical function that has virtual functions: unbinding its driver removes them.
+fn check_virtual_functions(dir: &Path) -> Result<(), String> {
     let path = dir.join("sriov_numvfs");
-    if number_is_zero(&path)? {
+    if is_zero(&path)? {
         return Ok(());
     }
     Err(format!("it has virtual functions: echo 0 > {}", path.display()))
 }
 
-fn number_is_zero(path: &Path) -> Result<bool, String> {
-    Ok(text(path)?.is_none_or(|number| number.trim() == "0"))
+/// Returns true if the file contains 0, or does not exist.
+fn is_zero(path: &Path) -> Result<bool, String> {
+    Ok(read_optional(path)?.is_none_or(|number| number.trim() == "0"))
 }
 
-/// The text of a file; none where there is no such file.
-fn text(path: &Path) -> Result<Option<String>, String> {
+/// Returns the text of a file; none if there is no such file.
+fn read_optional(path: &Path) -> Result<Option<String>, String> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(unknown(path, &error)),
+        Err(error) => Err(unreadable(path, &error)),
     }
 }
 
-/// The text of a file without which nothing can be said.
-fn text_of(path: &Path) -> Result<String, String> {
-    text(path)?
+/// Returns the text of a file. That it does not exist is an error too: without it, use cannot be ruled out.
+fn read_required(path: &Path) -> Result<String, String> {
+    read_optional(path)?
         .ok_or_else(|| format!("whether it is used cannot be found out: there is no {}", path.display()))
 }
 
-/// The entries of a directory; none where there is no such directory.
-fn names(dir: &Path) -> Result<Vec<String>, String> {
+/// Returns the names in a directory; none if there is no such directory.
+fn list_dir(dir: &Path) -> Result<Vec<String>, String> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(unknown(dir, &error)),
+        Err(error) => return Err(unreadable(dir, &error)),
     };
     let name =
         |entry: std::io::Result<fs::DirEntry>| entry.map(|entry| entry.file_name().to_string_lossy().into());
-    entries.map(name).collect::<Result<_, _>>().map_err(|error| unknown(dir, &error))
+    entries.map(name).collect::<Result<_, _>>().map_err(|error| unreadable(dir, &error))
 }
 
-fn unknown(path: &Path, error: &std::io::Error) -> String {
+fn unreadable(path: &Path, error: &std::io::Error) -> String {
     format!("whether it is used cannot be found out: {}: {error}; run as root", path.display())
 }
 
-/// The path of a device file called `name` by the kernel.
-fn node(host: Host<'_>, name: &str) -> PathBuf {
+/// Returns the path of the device file that the kernel calls `name`.
+fn device_node(host: Host<'_>, name: &str) -> PathBuf {
     host.dev.join(name)
 }
 
@@ -114,34 +117,37 @@ pub(super) mod fake;
 
 #[cfg(test)]
 mod tests {
-    use super::fake::{ADDRESS, Fake};
+    use super::fake::{ADDRESS, FakeHost};
     use super::*;
 
     #[test]
-    fn a_device_with_nothing_below_it_is_free() {
-        let fake = Fake::new();
-        assert_eq!(fake.says(), None);
+    fn device_without_descendants_is_free() {
+        let fake = FakeHost::new();
+        assert_eq!(fake.user(), None);
         let nowhere = Path::new("/nowhere");
         let host = Host { sysfs: nowhere, proc: nowhere, dev: nowhere };
-        assert!(claim(host, ADDRESS.parse().unwrap()).is_ok(), "the error is that of who opens it");
+        assert!(
+            claim(host, ADDRESS.parse().unwrap()).is_ok(),
+            "a device that does not exist is reported when it is opened"
+        );
     }
 
     #[test]
-    fn a_device_with_virtual_functions_is_in_use() {
-        let fake = Fake::new();
+    fn device_with_virtual_functions_is_in_use() {
+        let fake = FakeHost::new();
         fake.write("sriov_numvfs", "0\n");
-        assert_eq!(fake.says(), None);
+        assert_eq!(fake.user(), None);
         fake.write("sriov_numvfs", "2\n");
-        assert!(fake.says().unwrap().contains("it has virtual functions: echo 0 > "));
+        assert!(fake.user().unwrap().contains("it has virtual functions: echo 0 > "));
     }
 
     #[test]
-    fn a_dma_channel_with_a_client_is_in_use() {
-        let fake = Fake::new();
+    fn dma_channel_with_client_is_in_use() {
+        let fake = FakeHost::new();
         let channel = fake.entry("dma", "dma/dma0chan0", None);
         fake.write("dma/dma0chan0/in_use", "0\n");
-        assert_eq!(fake.says(), None);
+        assert_eq!(fake.user(), None);
         fs::write(channel.join("in_use"), "1\n").unwrap();
-        assert_eq!(fake.says().unwrap(), "its DMA channel dma0chan0 is in use");
+        assert_eq!(fake.user().unwrap(), "its DMA channel dma0chan0 is in use");
     }
 }

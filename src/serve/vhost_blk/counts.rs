@@ -1,8 +1,7 @@
-//! What the door counts (docs/guide/metrics.md).
+//! Counters of the disk (docs/guide/metrics.md).
 //!
-//! Each worker has numbers of its own, which its thread alone writes: to count is a load and a store, without a locked
-//! instruction or a cache line that somebody else writes. Whoever asks adds them up; each number is true, but not all of
-//! them are of one moment.
+//! Each worker has counters that its thread alone writes: counting is a load and a store, without a locked instruction or a
+//! cache line that another thread writes. A reader adds them up. Each value is exact; together they are no atomic snapshot.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -11,27 +10,27 @@ use passgate_backends::nvme::{Drive, Health};
 
 use crate::observe::disk::{Disk, Kind, Refusal, STATUSES};
 
-/// What one worker counts, on cache lines of its own (two, because processors fetch them in pairs).
+/// The counters of one worker, on cache lines of its own (128 bytes, because processors fetch lines in pairs).
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(super) struct Counts {
+pub(super) struct WorkerCounters {
     requests: [[AtomicU64; STATUSES.len()]; Kind::COUNT],
     read: AtomicU64,
     written: AtomicU64,
-    holds: AtomicU64,
+    deferrals: AtomicU64,
     refused: [AtomicU64; Refusal::COUNT],
     in_flight: AtomicU64,
-    held: AtomicU64,
+    deferred: AtomicU64,
 }
 
-/// Only the worker's own thread calls this.
+/// Adds to a counter. Only the worker's own thread calls this, so load and store need not be one atomic operation.
 fn add(count: &AtomicU64, more: u64) {
     count.store(count.load(Relaxed).wrapping_add(more), Relaxed);
 }
 
-impl Counts {
-    /// A request is answered with this status; where that is *ok* so many bytes have moved.
-    pub(super) fn answered(&self, kind: Kind, status: u8, bytes: u64) {
+impl WorkerCounters {
+    /// Counts the answer to a request. `bytes` were transferred if the status is `VIRTIO_BLK_S_OK`.
+    pub(super) fn count_answer(&self, kind: Kind, status: u8, bytes: u64) {
         let by_status = self.requests.get(kind as usize);
         if let Some(count) = by_status.and_then(|by_status| by_status.get(usize::from(status))) {
             add(count, 1);
@@ -43,24 +42,25 @@ impl Counts {
         }
     }
 
-    /// A request is held, for the first time.
-    pub(super) fn holds(&self) {
-        add(&self.holds, 1);
+    /// Counts a request that is deferred for the first time.
+    pub(super) fn count_deferral(&self) {
+        add(&self.deferrals, 1);
     }
 
-    /// A request is refused because of its memory.
-    pub(super) fn refused(&self, why: Refusal) {
+    /// Counts a request that is refused because of its memory.
+    pub(super) fn count_refusal(&self, why: Refusal) {
         if let Some(count) = self.refused.get(why as usize) {
             add(count, 1);
         }
     }
 
-    /// How many requests are at the drive, and how many are held.
-    pub(super) fn now(&self, in_flight: u64, held: u64) {
+    /// Sets the number of requests that are in flight at the drive, and of those that are deferred.
+    pub(super) fn set_gauges(&self, in_flight: u64, deferred: u64) {
         self.in_flight.store(in_flight, Relaxed);
-        self.held.store(held, Relaxed);
+        self.deferred.store(deferred, Relaxed);
     }
 
+    /// Adds these counters to those of a disk.
     pub(super) fn add_to(&self, disk: &mut Disk) {
         let sum = |to: &mut u64, count: &AtomicU64| *to = to.wrapping_add(count.load(Relaxed));
         let requests = disk.requests.iter_mut().flatten().zip(self.requests.iter().flatten());
@@ -68,35 +68,35 @@ impl Counts {
         disk.refused.iter_mut().zip(&self.refused).for_each(|(to, count)| sum(to, count));
         sum(&mut disk.read, &self.read);
         sum(&mut disk.written, &self.written);
-        sum(&mut disk.holds, &self.holds);
+        sum(&mut disk.holds, &self.deferrals);
         sum(&mut disk.in_flight, &self.in_flight);
-        sum(&mut disk.held, &self.held);
+        sum(&mut disk.held, &self.deferred);
     }
 }
 
-/// What a whole door counts.
+/// The counters of the disk: those of all workers, of the drive and of front-ends.
 #[derive(Debug)]
-pub(in crate::serve) struct Counted {
+pub(in crate::serve) struct DiskCounters {
     drive: Arc<Drive>,
-    workers: Vec<Arc<Counts>>,
+    workers: Vec<Arc<WorkerCounters>>,
     connected: AtomicBool,
     front_ends: AtomicU64,
 }
 
-impl Counted {
-    /// With these workers.
-    pub(super) fn new(drive: Arc<Drive>, workers: Vec<Arc<Counts>>) -> Self {
+impl DiskCounters {
+    /// Returns the counters of a disk with these workers.
+    pub(super) fn new(drive: Arc<Drive>, workers: Vec<Arc<WorkerCounters>>) -> Self {
         Self { drive, workers, connected: AtomicBool::new(false), front_ends: AtomicU64::new(0) }
     }
 
-    /// A front-end is served, until what is returned is dropped.
-    pub(super) fn front_end(&self) -> FrontEnd<'_> {
+    /// Counts a front-end. It is reported as connected until the returned value is dropped.
+    pub(super) fn front_end(&self) -> ConnectedFrontEnd<'_> {
         self.front_ends.fetch_add(1, Relaxed);
         self.connected.store(true, Relaxed);
-        FrontEnd(self)
+        ConnectedFrontEnd(self)
     }
 
-    /// Everything as it is now; waits for nobody.
+    /// Returns the current values, without blocking.
     pub(in crate::serve) fn read(&self) -> Disk {
         let Health { aborts, resets, lost } = self.drive.health();
         let (connected, front_ends) = (self.connected.load(Relaxed), self.front_ends.load(Relaxed));
@@ -106,11 +106,11 @@ impl Counted {
     }
 }
 
-/// A front-end that is served. There is one at a time.
+/// A front-end that is connected. There is one at a time.
 #[derive(Debug)]
-pub(super) struct FrontEnd<'a>(&'a Counted);
+pub(super) struct ConnectedFrontEnd<'a>(&'a DiskCounters);
 
-impl Drop for FrontEnd<'_> {
+impl Drop for ConnectedFrontEnd<'_> {
     fn drop(&mut self) {
         self.0.connected.store(false, Relaxed);
     }

@@ -1,38 +1,40 @@
-//! A front-end that would translate addresses (vhost-user protocol, "IOMMU support").
+//! Refusal of a front-end that translates addresses (vhost-user protocol, "IOMMU support").
 //!
-//! The drive takes guest-physical addresses: its translation is the gate's. `VIRTIO_F_ACCESS_PLATFORM` is offered all the
-//! same, because the guests of SEV and TDX refuse a device without it: where the VM has no virtual IOMMU it changes no
-//! address, and no IOTLB message ever comes. Where one comes, what the guest puts into its rings are other addresses than
-//! the drive would use: the front-end is refused, and nothing of it is served.
+//! The drive uses guest-physical addresses, which the gate maps. `VIRTIO_F_ACCESS_PLATFORM` is offered all the same, because
+//! guests under SEV and TDX refuse a device without it. In a VM without a virtual IOMMU it changes no address, and no IOTLB
+//! message ever comes. If one comes, the addresses in the guest's rings are not those that the drive would use: the connection
+//! is closed, and no request is served.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{RecvFlags, recv};
 
-/// The message, by its number in the protocol.
+/// The number of the message `VHOST_USER_IOTLB_MSG`.
 const IOTLB_MSG: u32 = 22;
-/// Header flags: the protocol's version, a reply, and that a reply is wanted.
+/// The protocol version in the flags of a header.
 const VERSION: u32 = 1;
+/// The flag of a reply.
 const REPLY: u32 = 1 << 2;
+/// The flag of a message that wants a reply (`REPLY_ACK`).
 const NEED_REPLY: u32 = 1 << 3;
-/// Bytes of a header: request, flags, bytes of the payload.
+/// The length of a header in bytes: request, flags, and length of the payload, 32 bits each.
 const HEADER_LEN: usize = 12;
-/// Bytes of a payload that are taken at most, as of any other message.
+/// The length of a payload in bytes, at most, as for any other message.
 const MAX_PAYLOAD_LEN: u32 = 4096;
 
-/// Why such a front-end is let go, and what helps.
+/// The log line for such a front-end, with the remedy.
 pub(super) const REFUSAL: &str = "the front-end translates addresses (IOTLB): the VM has a virtual IOMMU, and this disk \
     takes guest-physical addresses; start the VM without it (iommu_platform=on alone is fine)";
 
-/// Returns true where the next message is one of a translating front-end. Nothing is taken off the socket.
+/// Returns true if the next message is an IOTLB message. It stays in the socket.
 pub(super) fn is_next(stream: &UnixStream) -> bool {
     let mut request = [0; 4];
     let found = recv(stream, &mut request, RecvFlags::PEEK | RecvFlags::DONTWAIT);
     found.is_ok_and(|(_, len)| len == request.len()) && u32::from_ne_bytes(request) == IOTLB_MSG
 }
 
-/// Takes that message, and answers that it has failed where an answer is wanted (`REPLY_ACK`).
+/// Reads an IOTLB message, and answers that it has failed if a reply is wanted.
 pub(super) fn refuse(mut stream: &UnixStream) -> io::Result<()> {
     let mut header = [0; HEADER_LEN];
     stream.read_exact(&mut header)?;

@@ -12,7 +12,7 @@ use crate::serve::{Handle, Options, Server};
 
 const LEN: u64 = 0x1_0000;
 
-/// A gate without devices, and a table whose regions go into it.
+/// A gate without devices, and a memory table on it.
 struct Bench {
     table: Table,
     domain: Arc<Sim>,
@@ -31,10 +31,10 @@ impl Bench {
         Self { table, domain, file: GuestFile::memfd("guest", 4 * LEN).unwrap(), server }
     }
 
-    /// Part `nth` of the file, at its place in the guest and in the front-end.
-    fn part(&self, nth: u64) -> (Shape, u64, File) {
+    /// Returns part `index` of the file as a region: its shape, its address in the front-end, and the file.
+    fn part(&self, index: u64) -> (Shape, u64, File) {
         let file = self.file.as_fd().try_clone_to_owned().unwrap();
-        (Shape { gpa: nth * LEN, len: LEN, offset: nth * LEN }, 0x7000_0000 + nth * LEN, file.into())
+        (Shape { gpa: index * LEN, len: LEN, offset: index * LEN }, 0x7000_0000 + index * LEN, file.into())
     }
 }
 
@@ -44,7 +44,7 @@ impl Drop for Bench {
     }
 }
 
-/// Where devices reach memory.
+/// Returns the guest-physical addresses of the parts that are mapped for devices.
 fn mapped(domain: &Sim) -> Vec<u64> {
     let mut at: Vec<_> = domain.mappings().iter().map(|mapping| mapping.iova.start().0 / LEN * LEN).collect();
     at.sort_unstable();
@@ -52,8 +52,8 @@ fn mapped(domain: &Sim) -> Vec<u64> {
     at
 }
 
-/// Where workers see memory.
-fn seen(memory: &GuestMemoryMmap) -> Vec<u64> {
+/// Returns the guest-physical addresses of the regions that workers see.
+fn visible(memory: &GuestMemoryMmap) -> Vec<u64> {
     memory.iter().map(|region| region.start_addr().0).collect()
 }
 
@@ -62,53 +62,56 @@ fn added_memory_is_mapped_before_workers_see_it() {
     let mut bench = Bench::new();
     let ((shape, user, file), domain) = (bench.part(0), Arc::clone(&bench.domain));
     let mut steps = Vec::new();
-    bench.table.add(shape, user, file, |memory| steps.push((seen(&memory), mapped(&domain)))).unwrap();
+    bench.table.add(shape, user, file, |memory| steps.push((visible(&memory), mapped(&domain)))).unwrap();
     assert_eq!(steps, [(vec![0], vec![0])]);
 }
 
 #[test]
-fn removed_memory_is_unmapped_after_workers_have_lost_it() {
+fn removed_memory_is_taken_from_workers_before_it_is_unmapped() {
     let mut bench = Bench::new();
-    for nth in [0, 1] {
-        let (shape, user, file) = bench.part(nth);
+    for index in [0, 1] {
+        let (shape, user, file) = bench.part(index);
         bench.table.add(shape, user, file, drop).unwrap();
     }
     let ((shape, user, _), domain) = (bench.part(1), Arc::clone(&bench.domain));
     let mut steps = Vec::new();
-    bench.table.remove(shape, user, |memory| steps.push((seen(&memory), mapped(&domain)))).unwrap();
+    bench.table.remove(shape, user, |memory| steps.push((visible(&memory), mapped(&domain)))).unwrap();
     assert_eq!((steps, mapped(&domain)), (vec![(vec![0], vec![0, LEN])], vec![0]));
     assert_eq!((bench.table.has(0), bench.table.has(LEN), bench.table.gpa(user)), (true, false, None));
 }
 
-/// Two parts go, one stays, one comes.
+/// Two parts are removed, one remains, one is added.
 #[test]
-fn table_takes_old_memory_from_workers_first_and_shows_new_memory_last() {
+fn new_table_takes_old_memory_from_workers_before_it_shows_new_memory() {
     let mut bench = Bench::new();
-    let first = [0, 1, 2].map(|nth| bench.part(nth)).into();
+    let first = [0, 1, 2].map(|index| bench.part(index)).into();
     bench.table.set(first, drop).unwrap();
-    let (second, domain) = ([1, 3].map(|nth| bench.part(nth)).into(), Arc::clone(&bench.domain));
+    let (second, domain) = ([1, 3].map(|index| bench.part(index)).into(), Arc::clone(&bench.domain));
     let mut steps = Vec::new();
-    bench.table.set(second, |memory| steps.push((seen(&memory), mapped(&domain)))).unwrap();
-    let (stays, comes) = (LEN, 3 * LEN);
-    assert_eq!(steps, [(vec![stays], vec![0, LEN, 2 * LEN]), (vec![stays, comes], vec![stays, comes])]);
+    bench.table.set(second, |memory| steps.push((visible(&memory), mapped(&domain)))).unwrap();
+    let (unchanged, added) = (LEN, 3 * LEN);
+    assert_eq!(
+        steps,
+        [(vec![unchanged], vec![0, LEN, 2 * LEN]), (vec![unchanged, added], vec![unchanged, added])]
+    );
 }
 
-/// `st_dev` and `st_ino`.
+/// Returns `st_dev` and `st_ino` of a file.
 fn numbers(file: &GuestFile) -> (u64, u64) {
     let found = identity::identify(file).unwrap();
     (found.device, found.inode)
 }
 
-/// True where devices reach nothing but the bench's file.
+/// Returns true if nothing but the bench's file is mapped for devices.
 fn only_its_file_is_mapped(bench: &Bench) -> bool {
     let mappings = bench.domain.mappings();
     !mappings.is_empty() && mappings.iter().all(|mapping| mapping.file == FileKey::of(&bench.file).unwrap())
 }
 
-/// A VMM that has begun anew has memory of the same shape in another file. That one may have the numbers of the file before:
-/// the kernel counts inodes in 32 bits.
+/// A VMM that restarts has memory of the same shape in another file. That file may have the numbers of the one before, because
+/// the kernel's inode numbers wrap at 32 bits.
 #[test]
-fn file_of_the_same_shape_is_not_taken_for_the_one_before() {
+fn another_file_of_the_same_shape_replaces_the_region() {
     for same_numbers in [false, true] {
         let mut bench = Bench::new();
         let before = vec![bench.part(0)];
@@ -126,8 +129,8 @@ fn file_of_the_same_shape_is_not_taken_for_the_one_before() {
     }
 }
 
-/// A region that a restart has kept mapped, with these numbers.
-fn keep(bench: &mut Bench, (device, inode): (u64, u64)) -> u32 {
+/// Adds an adopted region that a restart has left mapped, with these numbers. Returns its number at the gate.
+fn adopt(bench: &mut Bench, (device, inode): (u64, u64)) -> u32 {
     let (shape, _, file) = bench.part(0);
     let memory = AddMemory { offset: shape.offset, ..AddMemory::shared(shape.gpa, shape.len) };
     let region = bench.table.client.add_memory(&memory, &[&file.as_fd()]).unwrap().region;
@@ -151,14 +154,14 @@ fn keep(bench: &mut Bench, (device, inode): (u64, u64)) -> u32 {
 }
 
 #[test]
-fn file_of_the_same_shape_is_not_taken_for_one_that_a_restart_has_kept() {
+fn another_file_of_the_same_shape_is_not_adopted_after_a_restart() {
     for same_numbers in [false, true] {
         let mut bench = Bench::new();
         let new = GuestFile::memfd("guest", 4 * LEN).unwrap();
         let of = numbers(if same_numbers { &new } else { &bench.file });
-        keep(&mut bench, of);
+        adopt(&mut bench, of);
         let old = Arc::new(std::mem::replace(&mut bench.file, new));
-        bench.table.kept = vec![Arc::downgrade(&old)];
+        bench.table.inherited_files = vec![Arc::downgrade(&old)];
         let after = vec![bench.part(0)];
         bench.table.set(after, drop).unwrap();
         assert!(only_its_file_is_mapped(&bench), "the same numbers: {same_numbers}");
@@ -167,13 +170,13 @@ fn file_of_the_same_shape_is_not_taken_for_one_that_a_restart_has_kept() {
 }
 
 #[test]
-fn file_that_a_restart_has_kept_stays_mapped() {
+fn same_file_is_adopted_and_stays_mapped_after_a_restart() {
     let mut bench = Bench::new();
     let of = numbers(&bench.file);
-    let region = keep(&mut bench, of);
+    let region = adopt(&mut bench, of);
     let copy = bench.file.as_fd().try_clone_to_owned().unwrap();
-    let held = Arc::new(GuestFile::new(copy, bench.file.kind(), bench.file.size(), true));
-    bench.table.kept = vec![Arc::downgrade(&held)];
+    let inherited = Arc::new(GuestFile::new(copy, bench.file.kind(), bench.file.size(), true));
+    bench.table.inherited_files = vec![Arc::downgrade(&inherited)];
     let after = vec![bench.part(0)];
     bench.table.set(after, drop).unwrap();
     assert_eq!(bench.table.regions[0].id, region);

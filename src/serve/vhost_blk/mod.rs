@@ -1,14 +1,13 @@
-//! The vhost-user door: a virtio block device over an assigned NVMe drive, for a VMM as it is.
+//! The vhost-user back-end: a virtio block device over an assigned NVMe drive, for an unmodified VMM.
 //!
-//! The drive's DMA goes straight into guest memory, at guest-physical addresses, through the gate. The front-end is one
-//! more client of the session, by a connection inside this process: its memory table is regions, what it removes is
-//! invalidations. It hears no "no": what cannot be taken from the drive otherwise is fenced, up to a reset.
+//! The drive's DMA goes straight into guest memory, at guest-physical addresses that the gate maps. The front-end is one more
+//! client of the session, by a connection inside this process: its memory regions are regions of the gate, and a removal is an
+//! invalidation. A removal is not refused: memory that the drive does not stop using is fenced, up to a reset.
 //!
-//! Threads: one for the front-end's connection (one at a time; the next is served after it), and one worker for each
-//! queue of the drive. A request takes no lock for its check and its account ([`passgate_backends::window`]).
+//! Threads: one for the front-end's connection (one at a time; the next is served after it), and one worker for each queue of
+//! the drive. Checking and accounting a request takes no lock ([`passgate_backends::window`]).
 //!
-//! What it must never do: look at a guest's descriptor twice, answer a removal before the gate has, or answer a write
-//! before the drive has.
+//! It must never read a guest's descriptor twice, answer a removal before the gate has, or answer a write before the drive has.
 
 mod config;
 mod counts;
@@ -41,60 +40,60 @@ use vhost_user_backend::VringT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::Inside;
-use super::socket_file::{Mends, SocketFile, listen, socket_error};
+use super::socket_file::{Remedies, SocketFile, listen, socket_error};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use counts::{Counts, FrontEnd};
-use frontend::{Frontend, Rings};
+use counts::{ConnectedFrontEnd, WorkerCounters};
+use frontend::{BlockDevice, Frontend};
 use memory::Table;
-use ring::{Desk, LONGEST, MOST, Vring};
-use worker::{Mailbox, Order, Worker};
+use ring::{MAX_QUEUE_SIZE, MAX_QUEUES, RingContext, Vring};
+use worker::{Mailbox, Worker, WorkerCommand};
 
-pub(super) use counts::Counted;
+pub(super) use counts::DiskCounters;
 pub use poll::Polling;
 
-const MENDS: Mends = Mends {
+const SOCKET_REMEDIES: Remedies = Remedies {
     no_socket: ": that is no socket; choose another --socket-path",
     in_use: ": another back-end serves there; choose another --socket-path",
     full: ": who listens there accepts nobody; end that process, or choose another --socket-path",
     other: ": choose another --socket-path",
 };
 
-/// Where front-ends come from.
+/// The socket of front-ends.
 #[derive(Debug)]
 pub enum Socket {
-    /// They connect here (mode 0600).
+    /// A socket is made at this path (mode 0600).
     Path(PathBuf),
-    /// A socket that was handed to this process: one that listens, or one that is connected already. After the latter
-    /// has left, the door is shut.
+    /// A socket that this process was given: one that listens, or the connected one of a front-end. In the latter case the
+    /// back-end ends when that front-end disconnects.
     Handed(OwnedFd),
 }
 
-/// What a door is told once.
+/// The configuration of a back-end.
 #[derive(Debug)]
 pub struct Options {
-    /// Where front-ends come from.
+    /// The socket of front-ends.
     pub socket: Socket,
-    /// Virtqueues that are offered.
+    /// The number of virtqueues that are offered, 1 to 64.
     pub queues: u16,
-    /// Whether nothing may be written.
+    /// True if guests may not write to the drive.
     pub read_only: bool,
-    /// When workers look instead of sleeping.
+    /// The policy by which idle workers poll.
     pub polling: Polling,
-    /// The files of memory that an earlier daemon may have left to take over (`--restart hold`).
+    /// The files of the regions that were taken over from an earlier daemon (`--restart hold`).
     pub kept: Vec<Weak<GuestFile>>,
-    /// Signals that shut the door.
+    /// The signals that stop the back-end.
     pub stop_signals: Vec<i32>,
 }
 
-/// How long nobody is accepted where descriptors have run out.
-const STARVED: Duration = Duration::from_millis(100);
-/// How long a front-end may take for the rest of a message that it has begun.
-const MESSAGE: Duration = Duration::from_secs(5);
-/// How long the message under way may take once the door is to be shut.
-const LAST_MESSAGE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+/// The time between two attempts to accept a front-end once descriptors have run out.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// The time that a front-end may take for the rest of a message that it has begun.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The time that the message in progress may take once the back-end is to stop.
+const LAST_MESSAGE_TIMEOUT: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
-/// An open door.
+/// A running back-end. Stopped when dropped.
 #[derive(Debug)]
 pub struct Door {
     stop: UnixStream,
@@ -103,100 +102,106 @@ pub struct Door {
     _file: Option<SocketFile>,
 }
 
-enum Entrance {
+/// The socket from which front-ends come.
+enum FrontEndSource {
     Listening(UnixListener),
     Connected(UnixStream),
 }
 
 impl Door {
-    /// Opens it: from here on front-ends are served. `over` is called when no front-end can come any more.
+    /// Starts the threads that serve front-ends. `on_end` is called on one of them when no front-end can connect any more.
+    ///
+    /// Fails if `queues` is not 1 to 64, or if the socket, a queue of the drive, a descriptor or a thread cannot be had.
     pub fn open(
         options: Options,
         drive: &Arc<Drive>,
         inside: Inside,
-        over: impl FnOnce() + Send + 'static,
+        on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self> {
-        let (entrance, file) = match options.socket {
+        let (source, file) = match options.socket {
             Socket::Path(path) => {
-                let listener = listen(&path, &MENDS)?;
-                (Entrance::Listening(listener), Some(SocketFile::at(path)))
+                let listener = listen(&path, &SOCKET_REMEDIES)?;
+                (FrontEndSource::Listening(listener), Some(SocketFile::at(path)))
             }
-            Socket::Handed(fd) => (entrance(fd)?, None),
+            Socket::Handed(fd) => (source_of(fd)?, None),
         };
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        if !(1..=MOST).contains(&options.queues) {
-            return Err(Error::Usage(format!("--num-queues: give 1 to {MOST}")));
+        if !(1..=MAX_QUEUES).contains(&options.queues) {
+            return Err(Error::Usage(format!("--num-queues: give 1 to {MAX_QUEUES}")));
         }
-        let vring = || Vring::new(memory.clone(), LONGEST);
+        let vring = || Vring::new(memory.clone(), MAX_QUEUE_SIZE);
         let vrings = (0..options.queues).map(|_| vring()).collect::<std::result::Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| Error::Usage(format!("--num-queues: {error}")))?;
         let count = drive.queues().min(options.queues);
         let read_only = options.read_only || drive.geometry().read_only;
-        let counts: Vec<_> = (0..count).map(|_| Arc::new(Counts::default())).collect();
+        let counts: Vec<_> = (0..count).map(|_| Arc::new(WorkerCounters::default())).collect();
         let write_through = Arc::new(AtomicBool::new(false));
         let mut workers = Vec::new();
-        for (nth, counts) in (0..count).zip(&counts) {
-            let desk = Desk {
-                drive: drive.take_queue(nth)?,
+        for (index, counts) in (0..count).zip(&counts) {
+            let context = RingContext {
+                drive: drive.take_queue(index)?,
                 geometry: drive.geometry().clone(),
                 read_only,
                 write_through: Arc::clone(&write_through),
             };
-            let share = (0..options.queues).filter(|ring| ring % count == nth);
-            let share = share.filter_map(|ring| Some((ring, vrings.get(usize::from(ring))?.clone())));
-            let rings = share.collect();
+            let assigned = (0..options.queues).filter(|ring| ring % count == index);
+            let assigned = assigned.filter_map(|ring| Some((ring, vrings.get(usize::from(ring))?.clone())));
+            let rings = assigned.collect();
             let (memory, inside, counts) = (memory.clone(), inside.clone(), Arc::clone(counts));
-            workers.push(Worker::spawn(desk, memory, rings, inside, options.polling, counts)?);
+            workers.push(Worker::spawn(context, memory, rings, inside, options.polling, counts)?);
         }
         let mailboxes: Vec<_> = workers.iter().map(|(mailbox, _)| mailbox.clone()).collect();
         let of = |ring: usize| mailboxes[ring % mailboxes.len()].clone();
-        let rings = Rings {
+        let device = BlockDevice {
             geometry: Arc::new(drive.geometry().clone()),
             read_only,
             memory,
-            rings: Arc::new(vrings.into_iter().enumerate().map(|(nth, vring)| (vring, of(nth))).collect()),
+            rings: Arc::new(
+                vrings.into_iter().enumerate().map(|(index, vring)| (vring, of(index))).collect(),
+            ),
             write_through,
         };
-        let (stop, stopped) = UnixStream::pair().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+        let (stop, stopped) =
+            UnixStream::pair().map_err(|e| socket_error(Path::new("vhost-user back-end"), e, ""))?;
         for signal in options.stop_signals {
-            let stop = stop.try_clone().map_err(|e| socket_error(Path::new("the door"), e, ""))?;
+            let stop = stop.try_clone().map_err(|e| socket_error(Path::new("vhost-user back-end"), e, ""))?;
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
-        let counted = Arc::new(Counted::new(Arc::clone(drive), counts));
-        inside.show(Arc::downgrade(&counted));
-        let ending = Ending { stopped, drive: Arc::clone(drive), kept: options.kept, counted };
+        let counters = Arc::new(DiskCounters::new(Arc::clone(drive), counts));
+        inside.report_disk(Arc::downgrade(&counters));
+        let serving = Serving { stopped, drive: Arc::clone(drive), inherited_files: options.kept, counters };
         let run = move || {
-            serve_all(&ending, entrance, &rings, &inside);
-            drop(ending);
-            over();
+            serve_all(&serving, source, &device, &inside);
+            drop(serving);
+            on_end();
         };
         let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run);
         Ok(Self { stop, thread: Some(thread.map_err(Error::Thread)?), workers, _file: file })
     }
 
-    fn shut(&mut self) {
+    fn shut_down(&mut self) {
         let _ = std::io::Write::write(&mut &self.stop, &[0]);
-        // The workers end what the connection had; only then they go.
+        // The connection's thread first: it needs the workers to stop its rings.
         let join = |thread: JoinHandle<()>| {
             if thread.join().is_err() {
-                log::error!("a thread of the vhost-user door panicked; this is a bug of passgate");
+                log::error!("a thread of the vhost-user back-end panicked; this is a bug of passgate");
             }
         };
         self.thread.take().map(join);
-        self.workers.iter().for_each(|(mailbox, _)| mailbox.send(Order::Leave));
+        self.workers.iter().for_each(|(mailbox, _)| mailbox.send(WorkerCommand::Exit));
         self.workers.drain(..).for_each(|(_, thread)| join(thread));
     }
 }
 
 impl Drop for Door {
-    /// The front-end's connection ends, then the workers do; the drive is left with nothing to do.
+    /// Ends the front-end's connection, then the workers. No request is in flight at the drive afterwards.
     fn drop(&mut self) {
-        self.shut();
+        self.shut_down();
     }
 }
 
-/// What a socket that was handed over is.
-fn entrance(fd: OwnedFd) -> Result<Entrance> {
+/// Returns what a given socket is: one that listens, or a connected one.
+fn source_of(fd: OwnedFd) -> Result<FrontEndSource> {
     let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
     let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(failed("--fd: getsockopt"))?;
     Ok(if listens {
@@ -206,53 +211,56 @@ fn entrance(fd: OwnedFd) -> Result<Entrance> {
             source,
             mend: "",
         })?;
-        Entrance::Listening(listener)
+        FrontEndSource::Listening(listener)
     } else {
-        Entrance::Connected(UnixStream::from(fd))
+        FrontEndSource::Connected(UnixStream::from(fd))
     })
 }
 
-/// What shuts the door, and what its thread is told.
-struct Ending {
-    /// Readable where somebody here wants it shut.
+/// The state of the thread that serves front-ends, and the reasons for its end.
+struct Serving {
+    /// Readable once this process stops the back-end.
     stopped: UnixStream,
-    /// The kernel may want the drive back.
+    /// The drive, which the kernel may want back.
     drive: Arc<Drive>,
-    kept: Vec<Weak<GuestFile>>,
-    counted: Arc<Counted>,
+    inherited_files: Vec<Weak<GuestFile>>,
+    counters: Arc<DiskCounters>,
 }
 
-impl Ending {
-    /// Waits until `fd` is ready; false where the door is to be shut.
+impl Serving {
+    /// Waits until `fd` is readable. Returns false if the back-end is to stop.
     fn await_ready(&self, fd: impl AsFd) -> bool {
         let [stopped, removal] = self.wait(Some(fd.as_fd()), None);
         if removal {
-            log::warn!("the kernel wants the drive back: its front-end is let go, and this back-end ends");
+            log::warn!(
+                "the kernel wants the drive back: the front-end is disconnected and this back-end ends"
+            );
         }
         !stopped && !removal
     }
 
-    /// Whether the door is to be shut.
-    fn is_over(&self) -> bool {
+    /// Returns true if the back-end is to stop.
+    fn is_stopping(&self) -> bool {
         self.wait(None, Some(&Timespec::default())).contains(&true)
     }
 
-    /// Once the door is to be shut, ends a message that the front-end does not go on with, and answers that it does not
-    /// read. A message that takes its time is answered, and the front-end learns of the end when its memory is no
-    /// device's. `served` becomes readable when no message is answered any more.
-    fn cut_off(&self, connection: &UnixStream, served: &UnixStream) {
+    /// Waits until the back-end is to stop, then shuts the connection down if the message in progress does not end within
+    /// [`LAST_MESSAGE_TIMEOUT`]: its rest is not read any more, and where the front-end does not read its answers, none is sent
+    /// either. A message that only takes long to serve is answered. The connection itself is closed once the front-end's memory
+    /// is mapped for no device. `served` becomes readable when no more messages are served.
+    fn end_connection(&self, connection: &UnixStream, served: &UnixStream) {
         if !self.wait(Some(served.as_fd()), None).contains(&true) {
             return;
         }
-        while !is_ready(served, PollFlags::IN, &LAST_MESSAGE) {
-            log::warn!("vhost-user: the front-end's message is not over yet; no more are read");
+        while !is_ready(served, PollFlags::IN, &LAST_MESSAGE_TIMEOUT) {
+            log::warn!("vhost-user: the front-end's last message has not ended; no more is read");
             let reads = is_ready(connection, PollFlags::OUT, &Timespec::default());
             let _ = connection.shutdown(if reads { Shutdown::Read } else { Shutdown::Both });
         }
     }
 
-    /// Waits until `fd` is ready, the door is to be shut or the time is over: whether somebody here wants it shut, and
-    /// whether the kernel wants the drive back. An error of the kernel shuts the door.
+    /// Waits until `fd` is readable, the back-end is to stop, or the time is over. Returns two flags: this process stops the
+    /// back-end; the kernel wants the drive back. An error of poll(2) counts as the former.
     fn wait(&self, fd: Option<BorrowedFd<'_>>, within: Option<&Timespec>) -> [bool; 2] {
         let mut ready = vec![PollFd::new(&self.stopped, PollFlags::IN)];
         let removal = self.drive.removal();
@@ -266,34 +274,35 @@ impl Ending {
                 }
                 Ok(_) => {}
             }
-            let is_ready = |nth: usize| ready.get(nth).is_some_and(|fd| !fd.revents().is_empty());
+            let is_ready = |index: usize| ready.get(index).is_some_and(|fd| !fd.revents().is_empty());
             return [is_ready(0), removal.is_some() && is_ready(1)];
         }
     }
 }
 
+/// Waits until `socket` has one of the events `what`, for at most `within`. Returns true if it has.
 fn is_ready(socket: &UnixStream, what: PollFlags, within: &Timespec) -> bool {
     poll(&mut [PollFd::new(socket, what)], Some(within)).is_ok_and(|count| count > 0)
 }
 
-/// Serves one front-end after the other.
-fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside) {
-    let listener = match entrance {
-        Entrance::Connected(stream) => {
-            serve_one(ending, stream, rings, inside);
+/// Serves one front-end after the other, until the back-end is to stop.
+fn serve_all(serving: &Serving, source: FrontEndSource, device: &BlockDevice, inside: &Inside) {
+    let listener = match source {
+        FrontEndSource::Connected(stream) => {
+            serve_one(serving, stream, device, inside);
             return;
         }
-        Entrance::Listening(listener) => listener,
+        FrontEndSource::Listening(listener) => listener,
     };
-    let mut starved_logged = false;
-    while ending.await_ready(&listener) {
+    let mut shortage_logged = false;
+    while serving.await_ready(&listener) {
         match listener.accept() {
             Ok((stream, _)) => {
-                starved_logged = false;
-                let connection = serve_one(ending, stream, rings, inside);
-                if ending.is_over() {
-                    // Nobody listens any more when the front-end hears that it is alone: one that comes back at once
-                    // would wait in a queue that is about to go, and Cloud Hypervisor gives its disk up for that.
+                shortage_logged = false;
+                let connection = serve_one(serving, stream, device, inside);
+                if serving.is_stopping() {
+                    // The listener is closed before the connection: a front-end that reconnects at once would otherwise wait in
+                    // a queue that is about to be closed, and Cloud Hypervisor gives its disk up for that.
                     drop(listener);
                     drop(connection);
                     return;
@@ -301,70 +310,70 @@ fn serve_all(ending: &Ending, entrance: Entrance, rings: &Rings, inside: &Inside
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                if !std::mem::replace(&mut starved_logged, true) {
-                    let mend = "raise the limit of files (`LimitNOFILE=`)";
-                    log::warn!("vhost-user: no front-end can be accepted: {error}; {mend}");
+                if !std::mem::replace(&mut shortage_logged, true) {
+                    let remedy = "raise the limit of files (`LimitNOFILE=`)";
+                    log::warn!("vhost-user: no front-end can be accepted: {error}; {remedy}");
                 }
-                std::thread::sleep(STARVED);
+                std::thread::sleep(ACCEPT_RETRY_DELAY);
             }
         }
     }
 }
 
-/// Serves a front-end until it leaves, or the door is shut. Its connection, still open, and what counts it until that is
-/// closed; none where it was not served.
+/// Serves a front-end until it disconnects or the back-end is to stop. Returns its connection, still open, and the value that
+/// reports it as connected until both are dropped; none if it could not be served.
 fn serve_one<'a>(
-    ending: &'a Ending,
+    serving: &'a Serving,
     stream: UnixStream,
-    rings: &Rings,
+    device: &BlockDevice,
     inside: &Inside,
-) -> Option<(UnixStream, FrontEnd<'a>)> {
+) -> Option<(UnixStream, ConnectedFrontEnd<'a>)> {
     let prepared = (inside.connect(), stream.try_clone(), stream.set_nonblocking(false));
-    let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE))) {
+    let (client, copy) = match (prepared, stream.set_read_timeout(Some(MESSAGE_TIMEOUT))) {
         ((Ok(client), Ok(copy), Ok(())), Ok(())) => (client, copy),
         ((Err(error), ..), _) => {
             log::error!("vhost-user: {error}");
             return None;
         }
         (_, _) => {
-            log::error!("vhost-user: the front-end's socket will not do");
+            log::error!("vhost-user: the front-end's socket cannot be set up");
             return None;
         }
     };
-    let Ok((over, served)) = UnixStream::pair() else {
-        log::error!("vhost-user: no descriptors are left; raise the limit of files (`LimitNOFILE=`)");
+    let Ok((answering, served)) = UnixStream::pair() else {
+        log::error!("vhost-user: descriptors have run out; raise the limit of files (`LimitNOFILE=`)");
         return None;
     };
-    log::info!("vhost-user: a front-end has come");
-    // Until its memory is no device's, and its connection is closed.
-    let counted = ending.counted.front_end();
+    log::info!("vhost-user: a front-end has connected");
+    // Reported until the front-end's memory is mapped for no device and its connection is closed.
+    let connected = serving.counters.front_end();
     let connection = &copy;
     std::thread::scope(|scope| {
-        let cut_off = || ending.cut_off(connection, &served);
+        let end_connection = || serving.end_connection(connection, &served);
         if let Err(error) =
-            std::thread::Builder::new().name("vhost-user-end".into()).spawn_scoped(scope, cut_off)
+            std::thread::Builder::new().name("vhost-user-end".into()).spawn_scoped(scope, end_connection)
         {
             log::error!("vhost-user: {error}");
             return;
         }
-        serve_messages(ending, (stream, connection), client, rings, over);
+        serve_messages(serving, (stream, connection), client, device, answering);
     });
-    Some((copy, counted))
+    Some((copy, connected))
 }
 
-/// Answers a front-end's messages until it leaves, or the door is shut; closes `answering` and takes back what the
-/// front-end had.
+/// Serves a front-end's messages until it disconnects or the back-end is to stop. Then drops `answering` and removes the
+/// front-end's memory and requests from the drive.
 fn serve_messages(
-    ending: &Ending,
+    serving: &Serving,
     (stream, connection): (UnixStream, &UnixStream),
     client: Client,
-    rings: &Rings,
+    device: &BlockDevice,
     answering: UnixStream,
 ) {
-    let table = Table::new(client, ending.kept.clone());
-    let frontend = Arc::new(Mutex::new(Frontend::new(rings.clone(), table)));
+    let table = Table::new(client, serving.inherited_files.clone());
+    let frontend = Arc::new(Mutex::new(Frontend::new(device.clone(), table)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&frontend));
-    while ending.await_ready(connection) {
+    while serving.await_ready(connection) {
         if iotlb::is_next(connection) {
             log::error!("vhost-user: {}", iotlb::REFUSAL);
             if let Err(error) = iotlb::refuse(connection) {
@@ -375,17 +384,17 @@ fn serve_messages(
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::PartialMessage) => {
-                log::info!("vhost-user: the front-end has left");
+                log::info!("vhost-user: the front-end has disconnected");
                 break;
             }
             Err(error) => {
-                log::warn!("vhost-user: the front-end is let go: {error}");
+                log::warn!("vhost-user: the front-end is disconnected: {error}");
                 break;
             }
         }
     }
     drop((handler, answering));
     if let Some(frontend) = Arc::into_inner(frontend) {
-        frontend.into_inner().unwrap_or_else(PoisonError::into_inner).leave();
+        frontend.into_inner().unwrap_or_else(PoisonError::into_inner).disconnect();
     }
 }

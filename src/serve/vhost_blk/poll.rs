@@ -1,57 +1,56 @@
-//! How long a worker looks at its queues before it sleeps.
+//! Adaptive polling: the time for which an idle worker polls its queues before it sleeps.
 //!
-//! What hurts is waking up. A worker that has just had something to do looks on for a moment, because the next
-//! completion or the guest's next request is often there within it. The moment grows while looking would have found
-//! what woke the worker, and is nothing where it would not.
+//! A wake-up costs more than a completion or a request that comes soon. An idle worker therefore polls for a while first. That
+//! time grows while polling would have found what woke the worker, and drops to zero once it would not have.
 
 use std::time::Duration;
 
-/// When to look instead of sleeping.
+/// The policy by which an idle worker polls instead of sleeping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Polling {
-    /// As long as it pays, at most [`MOST`].
+    /// For a time that adapts to the load, at most 32 µs.
     #[default]
     Auto,
-    /// Without a break: a processor for each worker.
+    /// Without end: each worker takes a processor.
     Always,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
-/// The longest look.
-const MOST: Duration = Duration::from_micros(32);
-/// The first.
-const FIRST: Duration = Duration::from_micros(4);
+/// The longest polling time.
+const MAX_POLL: Duration = Duration::from_micros(32);
+/// The first polling time above zero.
+const MIN_POLL: Duration = Duration::from_micros(4);
 
-/// The moment of one worker.
+/// The polling time of one worker.
 #[derive(Debug)]
-pub(super) struct Moment {
+pub(super) struct AdaptivePoll {
     polling: Polling,
-    now: Duration,
+    duration: Duration,
 }
 
-impl Moment {
+impl AdaptivePoll {
     pub(super) fn new(polling: Polling) -> Self {
-        Self { polling, now: Duration::ZERO }
+        Self { polling, duration: Duration::ZERO }
     }
 
-    /// Whether to look on, `idle` after there was something to do.
-    pub(super) fn lasts(&self, idle: Duration) -> bool {
+    /// Returns true if the worker is to poll on, `idle` after it last had something to do.
+    pub(super) fn continues(&self, idle: Duration) -> bool {
         match self.polling {
             Polling::Always => true,
             Polling::Never => false,
-            Polling::Auto => idle < self.now,
+            Polling::Auto => idle < self.duration,
         }
     }
 
-    /// The worker has slept for `slept` after it had looked in vain, until there was something to do.
-    pub(super) fn woken(&mut self, slept: Duration) {
-        self.now = if slept > MOST {
+    /// Adapts the polling time: the worker has polled in vain and then slept for `slept` until there was something to do.
+    pub(super) fn woke_after(&mut self, slept: Duration) {
+        self.duration = if slept > MAX_POLL {
             Duration::ZERO
-        } else if slept > Duration::ZERO && self.now < MOST {
-            (self.now * 2).clamp(FIRST, MOST)
+        } else if slept > Duration::ZERO && self.duration < MAX_POLL {
+            (self.duration * 2).clamp(MIN_POLL, MAX_POLL)
         } else {
-            self.now
+            self.duration
         };
     }
 }
@@ -61,27 +60,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_look_lasts_as_long_as_it_pays() {
+    fn polling_time_grows_while_it_would_have_found_work() {
         let us = Duration::from_micros;
-        let mut moment = Moment::new(Polling::Auto);
-        assert!(!moment.lasts(Duration::ZERO), "nothing is known yet");
-        moment.woken(us(20));
-        assert!(moment.lasts(us(3)) && !moment.lasts(us(4)));
+        let mut poll = AdaptivePoll::new(Polling::Auto);
+        assert!(!poll.continues(Duration::ZERO), "nothing is known yet");
+        poll.woke_after(us(20));
+        assert!(poll.continues(us(3)) && !poll.continues(us(4)));
         for _ in 0..8 {
-            moment.woken(us(20));
+            poll.woke_after(us(20));
         }
-        assert!(moment.lasts(us(31)) && !moment.lasts(us(32)));
-        moment.woken(us(33));
-        assert!(!moment.lasts(Duration::ZERO), "a look would not have found it");
+        assert!(poll.continues(us(31)) && !poll.continues(us(32)));
+        poll.woke_after(us(33));
+        assert!(!poll.continues(Duration::ZERO), "polling would not have found it");
     }
 
     #[test]
-    fn always_and_never_are_what_they_say() {
-        let (mut always, mut never) = (Moment::new(Polling::Always), Moment::new(Polling::Never));
+    fn always_and_never_do_not_adapt() {
+        let (mut always, mut never) = (AdaptivePoll::new(Polling::Always), AdaptivePoll::new(Polling::Never));
         for slept in [1, 1000] {
-            always.woken(Duration::from_micros(slept));
-            never.woken(Duration::from_micros(slept));
-            assert!(always.lasts(Duration::from_secs(1)) && !never.lasts(Duration::ZERO));
+            always.woke_after(Duration::from_micros(slept));
+            never.woke_after(Duration::from_micros(slept));
+            assert!(always.continues(Duration::from_secs(1)) && !never.continues(Duration::ZERO));
         }
     }
 }

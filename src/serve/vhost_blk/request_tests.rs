@@ -3,10 +3,10 @@ use vm_memory::GuestMemoryMmap;
 
 use super::*;
 
-/// Bytes of guest memory, in two regions with a hole between.
+/// The size of guest memory in bytes, in two regions with a hole between them.
 const SIZE: u64 = 0x1_0000;
 const HOLE: std::ops::Range<u64> = 0x8000..0xa000;
-/// Where the ring's table is, and an indirect one.
+// The addresses of the ring's descriptor table and of an indirect one.
 const TABLE: u64 = 0x1000;
 const INDIRECT: u64 = 0x2000;
 const ENTRIES: u16 = 16;
@@ -29,12 +29,12 @@ fn drive() -> Geometry {
     }
 }
 
-/// One descriptor: address, length, flags, next.
+/// A descriptor: address, length, flags, next.
 type Raw = (u64, u32, u16, u16);
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-const TABLED: u16 = 4;
+const INDIRECT_FLAG: u16 = 4;
 
 fn put(memory: &GuestMemoryMmap, table: u64, index: u64, (addr, len, flags, next): Raw) {
     let mut bytes = addr.to_le_bytes().to_vec();
@@ -63,7 +63,7 @@ fn read(
     Ok((read, segments))
 }
 
-/// A request of these pieces, each with the next behind it.
+/// Writes a chain of these pieces (address, length, flags) to the ring's table, from descriptor 0 on.
 fn chain(memory: &GuestMemoryMmap, pieces: &[(u64, u32, u16)]) {
     for (index, (addr, len, flags)) in pieces.iter().enumerate() {
         let last = index + 1 == pieces.len();
@@ -72,106 +72,106 @@ fn chain(memory: &GuestMemoryMmap, pieces: &[(u64, u32, u16)]) {
     }
 }
 
-fn asked(kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (Wanted, Vec<(u64, u32)>, u32) {
+fn parse_request(kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (Action, Vec<(u64, u32)>, u32) {
     let memory = memory();
     header(&memory, HEADERS, kind, sector);
     chain(&memory, &[&[(HEADERS, 16, 0)], data, &[(0x3100, 1, WRITE)]].concat());
     let (request, segments) = read(&memory, 0, false, false).unwrap();
     assert_eq!(request.status, GuestAddress(0x3100));
-    (request.wanted, segments.iter().map(|s| (s.iova.0, s.len)).collect(), request.written)
+    (request.action, segments.iter().map(|s| (s.iova.0, s.len)).collect(), request.written)
 }
 
 #[test]
-fn what_is_asked_for_is_what_is_done() {
+fn valid_requests_become_drive_operations() {
     let data = [(0x4000, 512, WRITE), (0x5000, 1024, WRITE)];
-    let op = Wanted::Drive(Op::Read { first: 7, blocks: 3 });
-    assert_eq!(asked(VIRTIO_BLK_T_IN, 7, &data), (op, vec![(0x4000, 512), (0x5000, 1024)], 1536));
+    let op = Action::Drive(Op::Read { first: 7, blocks: 3 });
+    assert_eq!(parse_request(VIRTIO_BLK_T_IN, 7, &data), (op, vec![(0x4000, 512), (0x5000, 1024)], 1536));
     let data = [(0x4000, 512, 0)];
-    let op = Wanted::Drive(Op::Write { first: 999, blocks: 1, fua: false });
-    assert_eq!(asked(VIRTIO_BLK_T_OUT, 999, &data), (op, vec![(0x4000, 512)], 0));
-    assert_eq!(asked(VIRTIO_BLK_T_FLUSH, 5, &[]), (Wanted::Drive(Op::Flush), vec![], 0));
-    let (id, segments, _) = asked(VIRTIO_BLK_T_GET_ID, 0, &[(0x4000, 20, WRITE)]);
-    assert_eq!((id, segments), (Wanted::Id, vec![(0x4000, 20)]));
-    let unsupported = Wanted::Status(VIRTIO_BLK_S_UNSUPP as u8);
-    assert_eq!(asked(77, 0, &[]), (unsupported, vec![], 0));
+    let op = Action::Drive(Op::Write { first: 999, blocks: 1, fua: false });
+    assert_eq!(parse_request(VIRTIO_BLK_T_OUT, 999, &data), (op, vec![(0x4000, 512)], 0));
+    assert_eq!(parse_request(VIRTIO_BLK_T_FLUSH, 5, &[]), (Action::Drive(Op::Flush), vec![], 0));
+    let (id, segments, _) = parse_request(VIRTIO_BLK_T_GET_ID, 0, &[(0x4000, 20, WRITE)]);
+    assert_eq!((id, segments), (Action::Id, vec![(0x4000, 20)]));
+    let unsupported = Action::Status(VIRTIO_BLK_S_UNSUPP as u8);
+    assert_eq!(parse_request(77, 0, &[]), (unsupported, vec![], 0));
 }
 
 #[test]
-fn what_cannot_be_done_is_an_error() {
+fn invalid_ranges_are_answered_with_ioerr() {
     let wrong = |kind, sector, data: &[(u64, u32, u16)]| {
-        let (wanted, segments, _) = asked(kind, sector, data);
+        let (action, segments, _) = parse_request(kind, sector, data);
         assert_eq!(
-            (wanted, segments),
-            (Wanted::Status(VIRTIO_BLK_S_IOERR as u8), vec![]),
+            (action, segments),
+            (Action::Status(VIRTIO_BLK_S_IOERR as u8), vec![]),
             "{kind} {sector} {data:?}"
         );
     };
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
-        let way = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
+        let direction = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
         for (sector, len) in
             [(1000, 512), (999, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 511), (0, 513), (0, 0)]
         {
-            wrong(kind, sector, &[(0x4000, len, way)]);
+            wrong(kind, sector, &[(0x4000, len, direction)]);
         }
-        wrong(kind, 0, &[(0x4000, 512, WRITE - way)]);
+        wrong(kind, 0, &[(0x4000, 512, WRITE - direction)]);
         wrong(kind, 0, &[]);
     }
     wrong(VIRTIO_BLK_T_GET_ID, 0, &[(0x4000, 19, WRITE)]);
 }
 
-/// Never with a part of its pieces.
+/// Such a request is never submitted with a part of its pieces.
 #[test]
-fn request_of_more_pieces_than_a_guest_is_told_is_an_error() {
+fn request_beyond_seg_max_is_answered_with_ioerr() {
     let memory = memory();
-    for (kind, way) in [(VIRTIO_BLK_T_IN, WRITE), (VIRTIO_BLK_T_OUT, 0)] {
+    for (kind, direction) in [(VIRTIO_BLK_T_IN, WRITE), (VIRTIO_BLK_T_OUT, 0)] {
         header(&memory, HEADERS, kind, 0);
-        for count in [SEGMENTS - 1, SEGMENTS, SEGMENTS + 1, SEGMENTS + 2, 200] {
-            let data = vec![(0x4000, 512, way | NEXT); count];
+        for count in [MAX_SEGMENTS - 1, MAX_SEGMENTS, MAX_SEGMENTS + 1, MAX_SEGMENTS + 2, 200] {
+            let data = vec![(0x4000, 512, direction | NEXT); count];
             let pieces = [&[(HEADERS, 16, NEXT)], &data[..], &[(0x3100, 1, WRITE)]].concat();
             for (index, (addr, len, flags)) in pieces.iter().enumerate() {
                 put(&memory, INDIRECT, index as u64, (*addr, *len, *flags, index as u16 + 1));
             }
-            put(&memory, TABLE, 0, (INDIRECT, pieces.len() as u32 * 16, TABLED, 0));
+            put(&memory, TABLE, 0, (INDIRECT, pieces.len() as u32 * 16, INDIRECT_FLAG, 0));
             let (request, segments) = read(&memory, 0, false, false).unwrap();
-            let op = match way {
+            let op = match direction {
                 WRITE => Op::Read { first: 0, blocks: count as u32 },
                 _ => Op::Write { first: 0, blocks: count as u32, fua: false },
             };
-            let (wanted, left) = match count <= SEGMENTS {
-                true => (Wanted::Drive(op), count),
-                false => (Wanted::Status(VIRTIO_BLK_S_IOERR as u8), 0),
+            let (action, segment_count) = match count <= MAX_SEGMENTS {
+                true => (Action::Drive(op), count),
+                false => (Action::Status(VIRTIO_BLK_S_IOERR as u8), 0),
             };
-            assert_eq!((request.wanted, segments.len()), (wanted, left), "{count} pieces");
+            assert_eq!((request.action, segments.len()), (action, segment_count), "{count} pieces");
             assert_eq!(request.status, GuestAddress(0x3100), "{count} pieces");
         }
     }
 }
 
 #[test]
-fn what_is_no_request_is_told_apart() {
+fn malformed_chains_are_distinguished() {
     let memory = memory();
-    let says = |head| read(&memory, head, false, false).map(drop);
+    let parse = |head| read(&memory, head, false, false).map(drop);
     chain(&memory, &[(HEADERS, 16, 0), (0x4000, 512, WRITE), (0x3100, 1, 0)]);
-    assert_eq!(says(0), Err(Malformed::Order));
+    assert_eq!(parse(0), Err(Malformed::BadOrder));
     chain(&memory, &[(u64::MAX - 8, 16, WRITE)]);
-    assert_eq!(says(0), Err(Malformed::Order));
+    assert_eq!(parse(0), Err(Malformed::BadOrder));
     chain(&memory, &[(HEADERS, 16, 0)]);
-    assert_eq!(says(0), Err(Malformed::NoStatus));
+    assert_eq!(parse(0), Err(Malformed::NoStatus));
     put(&memory, TABLE, 0, (HEADERS, 16, NEXT, 0));
-    assert_eq!(says(0), Err(Malformed::Endless));
+    assert_eq!(parse(0), Err(Malformed::TooLong));
     put(&memory, TABLE, 0, (HEADERS, 16, NEXT, ENTRIES));
-    assert_eq!((says(0), says(ENTRIES)), (Err(Malformed::Beyond), Err(Malformed::Beyond)));
-    put(&memory, TABLE, 0, (HOLE.start, 16, TABLED, 0));
-    assert_eq!(says(0), Err(Malformed::Nowhere));
-    put(&memory, TABLE, 0, (INDIRECT, 16, TABLED, 0));
-    put(&memory, INDIRECT, 0, (INDIRECT, 16, TABLED, 0));
-    assert_eq!(says(0), Err(Malformed::Indirect));
-    put(&memory, TABLE, 0, (INDIRECT, 17, TABLED, 0));
-    assert_eq!(says(0), Err(Malformed::Indirect));
+    assert_eq!((parse(0), parse(ENTRIES)), (Err(Malformed::NextOutOfTable), Err(Malformed::NextOutOfTable)));
+    put(&memory, TABLE, 0, (HOLE.start, 16, INDIRECT_FLAG, 0));
+    assert_eq!(parse(0), Err(Malformed::NotInMemory));
+    put(&memory, TABLE, 0, (INDIRECT, 16, INDIRECT_FLAG, 0));
+    put(&memory, INDIRECT, 0, (INDIRECT, 16, INDIRECT_FLAG, 0));
+    assert_eq!(parse(0), Err(Malformed::BadIndirect));
+    put(&memory, TABLE, 0, (INDIRECT, 17, INDIRECT_FLAG, 0));
+    assert_eq!(parse(0), Err(Malformed::BadIndirect));
 }
 
 #[test]
-fn who_may_not_write_does_not() {
+fn read_only_drive_refuses_writes() {
     let memory = memory();
     for (kind, data) in [
         (VIRTIO_BLK_T_OUT, (0x4000, 512, 0)),
@@ -181,25 +181,25 @@ fn who_may_not_write_does_not() {
         header(&memory, HEADERS, kind, 0);
         memory.write_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], GuestAddress(0x4000)).unwrap();
         chain(&memory, &[(HEADERS, 16, 0), data, (0x3100, 1, WRITE)]);
-        let wanted = |read_only| read(&memory, 0, read_only, false).unwrap().0.wanted;
-        assert_eq!(wanted(true), Wanted::Status(VIRTIO_BLK_S_IOERR as u8), "{kind}");
-        assert!(matches!(wanted(false), Wanted::Drive(_)), "{kind}");
+        let action = |read_only| read(&memory, 0, read_only, false).unwrap().0.action;
+        assert_eq!(action(true), Action::Status(VIRTIO_BLK_S_IOERR as u8), "{kind}");
+        assert!(matches!(action(false), Action::Drive(_)), "{kind}");
     }
 }
 
 #[test]
-fn a_write_through_write_is_forced() {
+fn write_through_sets_force_unit_access() {
     let memory = memory();
     header(&memory, HEADERS, VIRTIO_BLK_T_OUT, 0);
     chain(&memory, &[(HEADERS, 16, 0), (0x4000, 512, 0), (0x3100, 1, WRITE)]);
     for through in [false, true] {
-        let wanted = read(&memory, 0, false, through).unwrap().0.wanted;
-        assert_eq!(wanted, Wanted::Drive(Op::Write { first: 0, blocks: 1, fua: through }));
+        let action = read(&memory, 0, false, through).unwrap().0.action;
+        assert_eq!(action, Action::Drive(Op::Write { first: 0, blocks: 1, fua: through }));
     }
 }
 
 #[test]
-fn ranges_are_checked() {
+fn discard_and_write_zeroes_ranges_are_checked() {
     let memory = memory();
     for (kind, sector, sectors, flags, good) in [
         (VIRTIO_BLK_T_DISCARD, 0, 128, 0, true),
@@ -219,13 +219,13 @@ fn ranges_are_checked() {
         range.extend(u32::to_le_bytes(flags));
         memory.write_slice(&range, GuestAddress(0x4000)).unwrap();
         chain(&memory, &[(HEADERS, 16, 0), (0x4000, 16, 0), (0x3100, 1, WRITE)]);
-        let wanted = read(&memory, 0, false, false).unwrap().0.wanted;
-        assert_eq!(matches!(wanted, Wanted::Drive(_)), good, "{kind} {sector} {sectors} {flags}: {wanted:?}");
+        let action = read(&memory, 0, false, false).unwrap().0.action;
+        assert_eq!(matches!(action, Action::Drive(_)), good, "{kind} {sector} {sectors} {flags}: {action:?}");
     }
-    // Several ranges at once were not offered.
+    // Several ranges in one request are not offered.
     chain(&memory, &[(HEADERS, 16, 0), (0x4000, 32, 0), (0x3100, 1, WRITE)]);
-    let wanted = read(&memory, 0, false, false).unwrap().0.wanted;
-    assert_eq!(wanted, Wanted::Status(VIRTIO_BLK_S_IOERR as u8));
+    let action = read(&memory, 0, false, false).unwrap().0.action;
+    assert_eq!(action, Action::Status(VIRTIO_BLK_S_IOERR as u8));
 }
 
 fn descriptor() -> impl Strategy<Value = Raw> {
@@ -243,18 +243,17 @@ fn descriptor() -> impl Strategy<Value = Raw> {
         1 => (0..8u32).prop_map(|n| n * 16),
         1 => any::<u32>(),
     ];
-    let flags =
-        prop_oneof![6 => 0..4u16, 2 => Just(NEXT), 2 => Just(NEXT | WRITE), 1 => 0..8u16, 1 => Just(TABLED)];
+    let flags = prop_oneof![6 => 0..4u16, 2 => Just(NEXT), 2 => Just(NEXT | WRITE), 1 => 0..8u16, 1 => Just(INDIRECT_FLAG)];
     let next = prop_oneof![8 => 0..ENTRIES, 1 => any::<u16>()];
     (addr, len, flags, next)
 }
 
-/// A table in which descriptors mostly go on with the next one.
+/// Generates a table in which most descriptors chain to the next one.
 fn table() -> impl Strategy<Value = Vec<Raw>> {
     proptest::collection::vec((descriptor(), 0..4u8), usize::from(ENTRIES)).prop_map(|table| {
         let follow = |(index, ((addr, len, flags, next), any)): (usize, (Raw, u8))| {
-            // What lies elsewhere in memory is no table, and would be descriptors that this test does not know.
-            let addr = if flags & TABLED != 0 && addr < SIZE { INDIRECT } else { addr };
+            // An indirect table elsewhere in memory would have descriptors that this test does not know.
+            let addr = if flags & INDIRECT_FLAG != 0 && addr < SIZE { INDIRECT } else { addr };
             (addr, len, flags, if any == 0 { next } else { index as u16 + 1 })
         };
         table.into_iter().enumerate().map(follow).collect()
@@ -264,10 +263,10 @@ fn table() -> impl Strategy<Value = Vec<Raw>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
 
-    /// Whatever the tables say, there is an answer, and the drive is told of no byte but those that a descriptor of the
-    /// right kind names, of no block that it has not, and of as many bytes as blocks.
+    /// Whatever is in the tables, an accepted request uses only bytes of descriptors of the right direction and blocks that the
+    /// drive has, and as many bytes as blocks.
     #[test]
-    fn what_is_accepted_was_described(
+    fn accepted_requests_use_only_described_memory_and_blocks(
         table in table(),
         indirect in table(),
         headers in proptest::collection::vec((prop_oneof![0..2u32, 0..16u32], prop_oneof![0..1000u64, any::<u64>()]), 8),
@@ -283,34 +282,34 @@ proptest! {
                 (flags & WRITE != 0) == writable && *addr <= at && at - addr + u64::from(len) <= u64::from(*of)
             })
         };
-        prop_assert!(named(true, request.status.0, 1), "the status is nowhere");
-        prop_assert!(segments.len() <= SEGMENTS);
+        prop_assert!(named(true, request.status.0, 1), "no descriptor has the status byte");
+        prop_assert!(segments.len() <= MAX_SEGMENTS);
         let bytes: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
         prop_assert!(segments.iter().all(|segment| segment.len > 0 && segment.iova.0.checked_add(segment.len.into()).is_some()));
-        match request.wanted {
-            Wanted::Drive(Op::Read { first, blocks }) => {
+        match request.action {
+            Action::Drive(Op::Read { first, blocks }) => {
                 prop_assert!(blocks > 0 && first + u64::from(blocks) <= 1000);
                 prop_assert_eq!(bytes, u64::from(blocks) * 512);
                 prop_assert_eq!(u64::from(request.written), bytes);
                 prop_assert!(segments.iter().all(|segment| named(true, segment.iova.0, segment.len)));
             }
-            Wanted::Drive(Op::Write { first, blocks, .. }) => {
+            Action::Drive(Op::Write { first, blocks, .. }) => {
                 prop_assert!(blocks > 0 && first + u64::from(blocks) <= 1000);
                 prop_assert_eq!((bytes, request.written), (u64::from(blocks) * 512, 0));
                 prop_assert!(segments.iter().all(|segment| named(false, segment.iova.0, segment.len)));
             }
-            Wanted::Drive(Op::WriteZeroes { first, blocks, .. } | Op::Discard { first, blocks }) => {
+            Action::Drive(Op::WriteZeroes { first, blocks, .. } | Op::Discard { first, blocks }) => {
                 prop_assert!(blocks > 0 && first + u64::from(blocks) <= 1000);
                 prop_assert!(segments.is_empty());
             }
-            Wanted::Id => prop_assert!(segments.iter().all(|segment| named(true, segment.iova.0, segment.len))),
-            Wanted::Drive(Op::Flush) | Wanted::Status(_) => prop_assert!(segments.is_empty()),
+            Action::Id => prop_assert!(segments.iter().all(|segment| named(true, segment.iova.0, segment.len))),
+            Action::Drive(Op::Flush) | Action::Status(_) => prop_assert!(segments.is_empty()),
         }
     }
 
-    /// However a request is cut, it is the same.
+    /// A request is parsed alike, whatever pieces it is in.
     #[test]
-    fn a_request_is_the_same_however_it_is_cut(
+    fn request_is_independent_of_its_framing(
         cuts in proptest::collection::btree_set(1..16u32, 0..5),
         data in proptest::collection::btree_set((1..8u32).prop_map(|n| n * 128), 0..6),
         out in any::<bool>(),
@@ -320,14 +319,14 @@ proptest! {
         let memory = memory();
         let kind = if out { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
         header(&memory, HEADERS, kind, sector);
-        let cut = |from: u64, len: u32, cuts: &std::collections::BTreeSet<u32>, way: u16| {
+        let cut = |from: u64, len: u32, cuts: &std::collections::BTreeSet<u32>, direction: u16| {
             let borders: Vec<u32> = std::iter::once(0).chain(cuts.iter().copied()).chain([len]).collect();
-            borders.windows(2).map(|two| (from + u64::from(two[0]), two[1] - two[0], way)).collect::<Vec<_>>()
+            borders.windows(2).map(|two| (from + u64::from(two[0]), two[1] - two[0], direction)).collect::<Vec<_>>()
         };
-        let way = if out { 0 } else { WRITE };
+        let direction = if out { 0 } else { WRITE };
         let mut pieces = cut(HEADERS, 16, &cuts, 0);
-        pieces.extend(cut(0x4000, 1024, &data, way));
-        // The status may lie behind the data, in one piece with it.
+        pieces.extend(cut(0x4000, 1024, &data, direction));
+        // The status may follow the data in the same piece.
         let together = joined && !out;
         match pieces.last_mut() {
             Some(last) if together => last.1 += 1,
@@ -336,7 +335,7 @@ proptest! {
         chain(&memory, &pieces);
         let (request, segments) = read(&memory, 0, false, false).unwrap();
         let op = if out { Op::Write { first: sector, blocks: 2, fua: false } } else { Op::Read { first: sector, blocks: 2 } };
-        prop_assert_eq!(request.wanted, Wanted::Drive(op));
+        prop_assert_eq!(request.action, Action::Drive(op));
         prop_assert_eq!(request.status.0, if together { 0x4400 } else { 0x3100 });
         let bytes: Vec<u64> =
             segments.iter().flat_map(|segment| segment.iova.0..segment.iova.0 + u64::from(segment.len)).collect();

@@ -1,8 +1,9 @@
-//! One virtqueue at work: requests from the guest to the drive, and answers back. It belongs to one worker.
+//! One virtqueue while it is served: requests from the guest to the drive, and their completions back to the guest. A ring
+//! belongs to one worker.
 //!
-//! A request is *in flight* at the drive, *waiting* for room there, or *held*: a page of it is not open to the drive
-//! just now. What is held waits for what the session says of its pages. It is failed only where they are nobody's to
-//! give ([`Admits::Never`]), or after [`PATIENCE`].
+//! A request is *outstanding* at the drive, *pending* until there is room there, or *deferred* (`held` in status and metrics):
+//! a page of it is not mapped for the drive at present. A deferred request waits for the session's answer about its pages. It
+//! fails only if they are not the guest's to give ([`Admits::Never`]), or after [`DEFERRAL_TIMEOUT`].
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -19,259 +20,272 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::counts::Counts;
+use super::counts::WorkerCounters;
 use super::inflight::QueueInflight;
-use super::request::{self, Chain, Limits, Wanted};
-use super::slot::{Slot, State, pages, tag};
+use super::request::{self, Action, Chain, Limits};
+use super::slot::{Slot, SlotState, pages, tag};
 use crate::gate::Admits;
 use crate::observe::disk::Refusal;
 
-/// Guest memory, as it changes.
+/// The guest's memory, which the front-end replaces when its memory table changes.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-/// A virtqueue, as front-end and worker share it.
+/// A virtqueue, shared by front-end and worker under a lock.
 pub(super) type Vring = VringMutex<Memory>;
 
-/// Descriptors of a virtqueue at most.
-pub(super) const LONGEST: u16 = 1024;
-/// Virtqueues at most.
-pub(super) const MOST: u16 = 64;
-/// Requests that are taken from a ring before others have their turn.
-const TURN: usize = 128;
-/// How long a request is held at most.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How soon a request is tried again whose pages are said to be open and were not.
-const AGAIN: Duration = Duration::from_millis(1);
+/// The number of descriptors of a virtqueue, at most. A tag has ten bits for a head ([`super::slot::tag`]).
+pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
+/// The number of virtqueues, at most. A tag has six bits for a ring ([`super::slot::tag`]).
+pub(super) const MAX_QUEUES: u16 = 64;
+/// The number of requests that are taken from a ring before the other rings' turn.
+const MAX_REQUESTS_PER_PULL: usize = 128;
+/// The time from the first deferral of a request to its failure.
+const DEFERRAL_TIMEOUT: Duration = Duration::from_secs(30);
+/// The time after which a request is submitted again whose pages were reported as open although the drive could not use them.
+const RETRY_DELAY: Duration = Duration::from_millis(1);
 
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
-pub(super) const FAILED: u8 = VIRTIO_BLK_S_IOERR as u8;
+const STATUS_OK: u8 = VIRTIO_BLK_S_OK as u8;
+pub(super) const STATUS_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 
-/// What the rings of one worker share.
+/// The drive's queue and properties, as all rings of one worker use them.
 #[derive(Debug)]
-pub(super) struct Desk {
+pub(super) struct RingContext {
     pub(super) drive: DriveQueue,
     pub(super) geometry: Geometry,
     pub(super) read_only: bool,
-    /// True while a write must be on the medium before it is answered. It is read after the available ring: who has set it
-    /// before offering a write finds it set for that write.
+    /// True while a write must be on the medium before it is answered. Read after the available ring, so that it applies to
+    /// every write that is offered after it was set.
     pub(super) write_through: Arc<AtomicBool>,
 }
 
-/// A question about the pages of a held request: what they are for the drive.
+/// A query of the session about the pages of a deferred request.
 #[derive(Debug)]
-pub(super) struct Question {
+pub(super) struct PageQuery {
     pub(super) head: u16,
+    /// Identifies the query: the answer to an earlier one of the same head is ignored.
     pub(super) ticket: u64,
     pub(super) pages: Vec<PageRange<Iova>>,
-    /// Whether the drive would write to them.
+    /// True if the drive would write to the pages.
     pub(super) writes: bool,
 }
 
-/// What has become of a ring.
+/// The state of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// It takes requests from the guest.
-    On,
+    Running,
     /// It takes none.
-    Off,
-    /// The guest has written nonsense into it: it takes none until it is set up anew.
+    Stopped,
+    /// The guest has written something invalid into it: it takes no requests until it is set up again.
     Broken,
 }
 
-/// A virtqueue at work.
+/// A virtqueue while it is served.
 #[derive(Debug)]
 pub(super) struct Ring {
     index: u16,
-    /// Which it is since this process began.
-    life: u16,
+    /// Grows with every start and end of the ring. Completions of an earlier generation are dropped.
+    generation: u16,
     phase: Phase,
+    /// The requests, by head.
     slots: Vec<Slot>,
-    /// To be submitted, in order.
-    waiting: VecDeque<u16>,
-    /// To be tried again, and when.
-    delayed: VecDeque<(Instant, u16)>,
-    flying: u32,
-    held: u32,
+    /// The heads of requests to submit, in order.
+    pending: VecDeque<u16>,
+    /// The heads of requests to submit again, and when, in order.
+    retries: VecDeque<(Instant, u16)>,
+    /// The number of requests in flight at the drive.
+    outstanding: u32,
+    /// The number of requests that wait for the answer to their query.
+    deferred: u32,
     inflight: Option<QueueInflight>,
     chain: Chain,
-    /// Whether the guest is to be told of something.
-    told: bool,
+    /// True if a used buffer has been added since the guest was last notified.
+    notify: bool,
     last_ticket: u64,
-    counts: Arc<Counts>,
-    /// Questions that are to be asked.
-    pub(super) questions: Vec<Question>,
+    counts: Arc<WorkerCounters>,
+    /// The queries that the worker has not sent to the session yet.
+    pub(super) queries: Vec<PageQuery>,
 }
 
 impl Ring {
-    pub(super) fn new(index: u16, counts: Arc<Counts>) -> Self {
+    pub(super) fn new(index: u16, counts: Arc<WorkerCounters>) -> Self {
         Self {
             index,
-            life: 0,
-            phase: Phase::Off,
+            generation: 0,
+            phase: Phase::Stopped,
             slots: Vec::new(),
-            waiting: VecDeque::new(),
-            delayed: VecDeque::new(),
-            flying: 0,
-            held: 0,
+            pending: VecDeque::new(),
+            retries: VecDeque::new(),
+            outstanding: 0,
+            deferred: 0,
             inflight: None,
             chain: Chain::default(),
-            told: false,
+            notify: false,
             last_ticket: 0,
             counts,
-            questions: Vec::new(),
+            queries: Vec::new(),
         }
     }
 
-    /// Whether it takes requests from the guest.
-    pub(super) fn is_on(&self) -> bool {
-        self.phase == Phase::On
+    /// Returns true while it takes requests from the guest.
+    pub(super) fn is_running(&self) -> bool {
+        self.phase == Phase::Running
     }
 
-    /// Requests that the drive has of it.
-    pub(super) fn flying(&self) -> u32 {
-        self.flying
+    /// Returns the number of its requests that are in flight at the drive.
+    pub(super) fn outstanding(&self) -> u32 {
+        self.outstanding
     }
 
-    /// Whether something of it waits for room at the drive.
-    pub(super) fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+    /// Returns true while one of its requests waits for room at the drive.
+    pub(super) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
     }
 
-    /// How many requests are at the drive, and how many are held, or were and are about to be tried again.
-    pub(super) fn now(&self) -> (u64, u64) {
-        (self.flying.into(), u64::from(self.held) + self.delayed.len() as u64)
+    /// Returns the number of requests in flight at the drive, and of those that are deferred or wait for their retry.
+    pub(super) fn gauges(&self) -> (u64, u64) {
+        (self.outstanding.into(), u64::from(self.deferred) + self.retries.len() as u64)
     }
 
-    /// When it wants to be looked at although nothing happens.
-    pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
-        const OFTEN: Duration = Duration::from_millis(100);
-        let delayed = self.delayed.front().map(|(when, _)| *when);
-        delayed.into_iter().chain((self.held > 0 || self.flying > 0).then(|| now + OFTEN)).min()
+    /// Returns the time by which [`Ring::tick`] must be called although nothing happens; none if there is no need.
+    pub(super) fn next_tick(&self, now: Instant) -> Option<Instant> {
+        const TICK_INTERVAL: Duration = Duration::from_millis(100);
+        let retry = self.retries.front().map(|(when, _)| *when);
+        retry
+            .into_iter()
+            .chain((self.deferred > 0 || self.outstanding > 0).then(|| now + TICK_INTERVAL))
+            .min()
     }
 
-    /// Begins: first with what an earlier back-end had in flight, where that is known.
+    /// Starts the ring. Requests that an earlier back-end had in flight are served first, where they were tracked.
     pub(super) fn start(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
         inflight: Option<QueueInflight>,
-        desk: &Desk,
+        context: &RingContext,
     ) {
-        self.forget();
+        self.reset();
         self.slots.resize_with(queue.size().into(), Slot::default);
         self.inflight = inflight;
-        self.phase = Phase::On;
+        self.phase = Phase::Running;
         if !queue.is_valid(memory) {
-            return self.breaks(&"its parts are not in guest memory");
+            return self.mark_broken(&"its parts are not in guest memory");
         }
         let Ok(Wrapping(used)) = queue.used_idx(memory, Ordering::Acquire) else {
-            return self.breaks(&"its used ring is not in guest memory");
+            return self.mark_broken(&"its used ring is not in guest memory");
         };
         queue.set_next_used(used);
-        let Some(again) = self.inflight.as_mut().and_then(|tracked| tracked.recover(used)) else { return };
-        queue.set_next_avail(used.wrapping_add(again.len() as u16));
-        for head in again {
-            self.take(queue, memory, head, desk);
+        let Some(recovered) = self.inflight.as_mut().and_then(|tracked| tracked.recover(used)) else {
+            return;
+        };
+        // The requests taken from the available ring so far are those in the used ring and those in flight.
+        queue.set_next_avail(used.wrapping_add(recovered.len() as u16));
+        for head in recovered {
+            self.accept(queue, memory, head, context);
         }
     }
 
-    /// Takes no more from the guest.
+    /// Takes no more requests from the guest.
     pub(super) fn stop(&mut self) {
-        self.phase = Phase::Off;
+        self.phase = Phase::Stopped;
     }
 
-    /// Ends, with nothing at the drive any more. What was not done is done by whoever goes on with the ring, where
-    /// somebody can know of it; else it has failed.
-    pub(super) fn end(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap) {
+    /// Ends the ring once no request is in flight at the drive. Unfinished requests are left to the next back-end if they are
+    /// tracked, and fail otherwise.
+    pub(super) fn finish(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap) {
         if self.inflight.is_none() {
             for head in 0..self.slots.len() as u16 {
-                if self.slots.get(usize::from(head)).is_some_and(|slot| slot.state != State::Free) {
-                    self.answer(queue, memory, head, FAILED);
+                if self.slots.get(usize::from(head)).is_some_and(|slot| slot.state != SlotState::Free) {
+                    self.answer(queue, memory, head, STATUS_IOERR);
                 }
             }
         }
-        self.forget();
+        self.reset();
     }
 
-    /// Ends at once, whatever the drive has of it. Nothing is written for it any more.
+    /// Ends the ring although requests are in flight at the drive. From now on their completions write nothing to guest memory.
     pub(super) fn abandon(&mut self) {
-        self.forget();
-        self.told = false;
+        self.reset();
+        self.notify = false;
     }
 
-    fn forget(&mut self) {
-        // What was answered before is still to be told.
-        let Self { index, life, last_ticket, told, .. } = *self;
+    fn reset(&mut self) {
+        // `notify` survives: the guest is not notified yet of answers that were written before.
+        let Self { index, generation, last_ticket, notify, .. } = *self;
         let new = Self::new(index, Arc::clone(&self.counts));
-        *self = Self { life: life.wrapping_add(1), last_ticket, told, ..new };
+        *self = Self { generation: generation.wrapping_add(1), last_ticket, notify, ..new };
     }
 
-    /// Submits what waits, takes what the guest offers, and submits that; whether there was anything. It takes [`TURN`]
-    /// at most: a guest that offers as fast as it is answered keeps nobody here.
+    /// Submits pending requests, then takes and submits new ones from the guest, up to [`MAX_REQUESTS_PER_PULL`], so that a guest
+    /// that offers requests as fast as they are answered does not starve other rings. Returns true if there was anything to do.
     pub(super) fn pull(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
-        desk: &mut Desk,
+        context: &mut RingContext,
         enabled: bool,
     ) -> bool {
-        let mut did = self.submit(queue, memory, desk);
-        for _ in 0..TURN {
-            if !enabled || self.phase != Phase::On {
+        let mut progress = self.submit(queue, memory, context);
+        for _ in 0..MAX_REQUESTS_PER_PULL {
+            if !enabled || self.phase != Phase::Running {
                 break;
             }
             let head = match queue.iter(memory) {
                 Ok(mut chains) => chains.next().map(|chain| chain.head_index()),
                 Err(error) => {
-                    self.breaks(&error);
+                    self.mark_broken(&error);
                     break;
                 }
             };
             let Some(head) = head else { break };
-            did = true;
-            let free = self.slots.get(usize::from(head)).is_some_and(|slot| slot.state == State::Free);
+            progress = true;
+            let free = self.slots.get(usize::from(head)).is_some_and(|slot| slot.state == SlotState::Free);
             if !free {
-                self.breaks(&format_args!("descriptor {head} is offered twice, or there is none"));
+                self.mark_broken(&format_args!("descriptor {head} is offered twice, or there is none"));
                 break;
             }
+            // Before anything is done for the request (vhost-user protocol, "Inflight I/O tracking").
             if let Some(tracked) = &mut self.inflight {
-                tracked.begin(head);
+                tracked.mark(head);
             }
-            self.take(queue, memory, head, desk);
-            self.submit(queue, memory, desk);
+            self.accept(queue, memory, head, context);
+            self.submit(queue, memory, context);
         }
-        did
+        progress
     }
 
-    /// The drive has done, or not done, what it was given in this life of the ring.
+    /// Handles a completion of the drive. One of an earlier generation of the ring is dropped.
     pub(super) fn completed(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
-        (life, head): (u16, u16),
+        (generation, head): (u16, u16),
         result: Result<(), Fault>,
     ) {
-        if life != self.life {
+        if generation != self.generation {
             return;
         }
-        let Some(slot) = self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == State::Flying)
+        let Some(slot) =
+            self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == SlotState::Outstanding)
         else {
             return;
         };
-        self.flying -= 1;
+        self.outstanding -= 1;
         match result {
-            Ok(()) => self.answer(queue, memory, head, OK),
-            Err(Fault::Withheld) => self.hold(head),
-            // Its pages went by force, or for a moment while others of their mapping went. Who knows is asked, once.
-            Err(Fault::Memory) if slot.since.is_none() => self.hold(head),
+            Ok(()) => self.answer(queue, memory, head, STATUS_OK),
+            Err(Fault::Withheld) => self.defer(head),
+            // The pages were unmapped by a fence, or for a short time while others of their mapping were unmapped. The session
+            // is queried once; a second fault is an error.
+            Err(Fault::Memory) if slot.deferred_since.is_none() => self.defer(head),
             Err(fault) => {
                 log::warn!("queue {}: request {head} has failed: {fault:?}", self.index);
-                self.answer(queue, memory, head, FAILED);
+                self.answer(queue, memory, head, STATUS_IOERR);
             }
         }
     }
 
-    /// What the session said of a held request's pages.
-    pub(super) fn answered(
+    /// Handles the session's answer about the pages of a deferred request. The answer to an earlier query is ignored.
+    pub(super) fn query_answered(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
@@ -280,75 +294,78 @@ impl Ring {
         admits: Admits,
     ) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
-        if slot.state != State::Held(ticket) {
+        if slot.state != SlotState::Deferred(ticket) {
             return;
         }
-        self.held -= 1;
-        slot.state = State::Waiting;
+        self.deferred -= 1;
+        slot.state = SlotState::Pending;
         match admits {
             Admits::Never => {
-                self.counts.refused(Refusal::NotShared);
-                self.answer(queue, memory, head, FAILED);
+                self.counts.count_refusal(Refusal::NotShared);
+                self.answer(queue, memory, head, STATUS_IOERR);
             }
-            Admits::Open | Admits::Later => self.delayed.push_back((Instant::now() + AGAIN, head)),
+            Admits::Open | Admits::Later => self.retries.push_back((Instant::now() + RETRY_DELAY, head)),
         }
     }
 
-    /// Looks at what time has brought.
+    /// Queues the retries that are due, and fails requests that have been deferred for too long.
     pub(super) fn tick(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, now: Instant) {
-        while self.delayed.front().is_some_and(|(when, _)| *when <= now) {
-            let Some((_, head)) = self.delayed.pop_front() else { break };
-            // Its pages are said to be open, again and again, and the drive takes nothing.
-            match self.is_over(head, now) {
-                true => self.give_up(queue, memory, head),
-                false => self.waiting.push_back(head),
+        while self.retries.front().is_some_and(|(when, _)| *when <= now) {
+            let Some((_, head)) = self.retries.pop_front() else { break };
+            // The time counts from the first deferral: the session may report the pages as open each time, while the drive is
+            // fenced and accepts nothing.
+            match self.is_deferral_expired(head, now) {
+                true => self.fail_deferred(queue, memory, head),
+                false => self.pending.push_back(head),
             }
         }
-        if self.held == 0 {
+        if self.deferred == 0 {
             return;
         }
         for head in 0..self.slots.len() as u16 {
-            let held =
-                self.slots.get(usize::from(head)).is_some_and(|slot| matches!(slot.state, State::Held(_)));
-            if held && self.is_over(head, now) {
-                self.held -= 1;
-                self.give_up(queue, memory, head);
+            let deferred = self
+                .slots
+                .get(usize::from(head))
+                .is_some_and(|slot| matches!(slot.state, SlotState::Deferred(_)));
+            if deferred && self.is_deferral_expired(head, now) {
+                self.deferred -= 1;
+                self.fail_deferred(queue, memory, head);
             }
         }
     }
 
-    /// Whether a request was held for too long.
-    fn is_over(&self, head: u16, now: Instant) -> bool {
-        let since = self.slots.get(usize::from(head)).and_then(|slot| slot.since);
-        since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE)
+    /// Returns true if a request was deferred first more than [`DEFERRAL_TIMEOUT`] ago.
+    fn is_deferral_expired(&self, head: u16, now: Instant) -> bool {
+        let since = self.slots.get(usize::from(head)).and_then(|slot| slot.deferred_since);
+        since.is_some_and(|since| now.saturating_duration_since(since) > DEFERRAL_TIMEOUT)
     }
 
-    fn give_up(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16) {
-        let seconds = PATIENCE.as_secs();
+    fn fail_deferred(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16) {
+        let seconds = DEFERRAL_TIMEOUT.as_secs();
         log::warn!("queue {}: a request has failed whose memory was withheld for {seconds} s", self.index);
-        self.counts.refused(Refusal::HeldTooLong);
-        self.answer(queue, memory, head, FAILED);
+        self.counts.count_refusal(Refusal::HeldTooLong);
+        self.answer(queue, memory, head, STATUS_IOERR);
     }
 
-    /// Whether the guest is to be told that there are answers; asked once.
-    pub(super) fn take_told(&mut self) -> bool {
-        std::mem::take(&mut self.told)
+    /// Returns true if the guest is to be notified of used buffers, and clears that.
+    pub(super) fn take_notify(&mut self) -> bool {
+        std::mem::take(&mut self.notify)
     }
 
-    /// Reads a request: it waits then, or is answered at once.
-    fn take(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, desk: &Desk) {
+    /// Reads a request from guest memory. It is pending then, or is answered at once if it is not for the drive.
+    fn accept(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, context: &RingContext) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
-        let write_through = desk.write_through.load(Ordering::Acquire);
-        let limits = Limits { drive: &desk.geometry, read_only: desk.read_only, write_through };
+        let write_through = context.write_through.load(Ordering::Acquire);
+        let limits = Limits { drive: &context.geometry, read_only: context.read_only, write_through };
         let table = GuestAddress(queue.desc_table());
         let read = self.chain.read(memory, table, queue.size(), head, limits, &mut slot.segments);
         let request = match read {
             Ok(request) => request,
-            Err(error) => return self.breaks(&error),
+            Err(error) => return self.mark_broken(&error),
         };
         *slot = Slot {
-            state: State::Waiting,
-            since: None,
+            state: SlotState::Pending,
+            deferred_since: None,
             kind: request.kind,
             op: None,
             bytes: 0,
@@ -356,57 +373,61 @@ impl Ring {
             written: request.written,
             segments: std::mem::take(&mut slot.segments),
         };
-        match request.wanted {
-            Wanted::Drive(op) => {
+        match request.action {
+            Action::Drive(op) => {
                 slot.op = Some(op);
                 if let Op::Read { blocks, .. } | Op::Write { blocks, .. } = op {
-                    slot.bytes = u64::from(blocks) * u64::from(desk.geometry.block);
+                    slot.bytes = u64::from(blocks) * u64::from(context.geometry.block);
                 }
-                self.waiting.push_back(head);
+                self.pending.push_back(head);
             }
-            Wanted::Id => {
-                let status = if tell_id(memory, &slot.segments, &desk.geometry) { OK } else { FAILED };
+            Action::Id => {
+                let status = if write_id(memory, &slot.segments, &context.geometry) {
+                    STATUS_OK
+                } else {
+                    STATUS_IOERR
+                };
                 self.answer(queue, memory, head, status);
             }
-            Wanted::Status(status) => self.answer(queue, memory, head, status),
+            Action::Status(status) => self.answer(queue, memory, head, status),
         }
     }
 
-    /// Gives the drive what waits, as far as it has room; whether there was anything.
-    fn submit(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, desk: &mut Desk) -> bool {
-        let mut did = false;
-        while let Some(head) = self.waiting.front().copied() {
-            let slot = self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == State::Waiting);
+    /// Submits pending requests while the drive has room. Returns true if there was anything to do.
+    fn submit(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, context: &mut RingContext) -> bool {
+        let mut progress = false;
+        while let Some(head) = self.pending.front().copied() {
+            let slot = self.slots.get_mut(usize::from(head)).filter(|slot| slot.state == SlotState::Pending);
             let Some((slot, op)) = slot.and_then(|slot| slot.op.map(|op| (slot, op))) else {
-                self.waiting.pop_front();
+                self.pending.pop_front();
                 continue;
             };
-            match desk.drive.submit(tag(self.life, self.index, head), &op, &slot.segments) {
+            match context.drive.submit(tag(self.generation, self.index, head), &op, &slot.segments) {
                 Submitted::Full => break,
                 Submitted::Started => {
-                    slot.state = State::Flying;
-                    self.flying += 1;
+                    slot.state = SlotState::Outstanding;
+                    self.outstanding += 1;
                 }
-                Submitted::Closed => self.hold(head),
-                Submitted::Lost | Submitted::Wrong => self.answer(queue, memory, head, FAILED),
+                Submitted::Closed => self.defer(head),
+                Submitted::Lost | Submitted::Wrong => self.answer(queue, memory, head, STATUS_IOERR),
             }
-            self.waiting.pop_front();
-            did = true;
+            self.pending.pop_front();
+            progress = true;
         }
-        did
+        progress
     }
 
-    /// A page of a request is not open: whoever knows why is asked.
-    fn hold(&mut self, head: u16) {
+    /// Defers a request of which a page is not open to the drive, and queries the session about its pages.
+    fn defer(&mut self, head: u16) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
         self.last_ticket += 1;
-        slot.state = State::Held(self.last_ticket);
-        if slot.since.is_none() {
-            slot.since = Some(Instant::now());
-            self.counts.holds();
+        slot.state = SlotState::Deferred(self.last_ticket);
+        if slot.deferred_since.is_none() {
+            slot.deferred_since = Some(Instant::now());
+            self.counts.count_deferral();
         }
-        self.held += 1;
-        self.questions.push(Question {
+        self.deferred += 1;
+        self.queries.push(PageQuery {
             head,
             ticket: self.last_ticket,
             pages: slot.segments.iter().filter_map(pages).collect(),
@@ -414,45 +435,47 @@ impl Ring {
         });
     }
 
-    /// Answers a request.
+    /// Writes the status of a request, adds its used buffer, and frees its slot.
     fn answer(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap, head: u16, status: u8) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
-        slot.state = State::Free;
-        // Before the guest can know of it: whoever has seen an answer finds it counted.
-        self.counts.answered(slot.kind, status, slot.bytes);
-        // Where the place for the status has gone meanwhile, nobody reads it.
+        slot.state = SlotState::Free;
+        // Before the guest can see the answer, so that an answer that was seen is also counted.
+        self.counts.count_answer(slot.kind, status, slot.bytes);
+        // The status byte's memory may have been removed meanwhile. Then the guest does not read it either.
         let _ = memory.write_obj(status, slot.status);
-        let len = if status == OK { slot.written.saturating_add(1) } else { 1 };
+        let len = if status == STATUS_OK { slot.written.saturating_add(1) } else { 1 };
         if let Some(tracked) = &self.inflight {
-            tracked.telling(head);
+            tracked.set_last_batch_head(head);
         }
         if let Err(error) = queue.add_used(memory, head, len) {
-            return self.breaks(&error);
+            return self.mark_broken(&error);
         }
+        // Only now: a request whose mark goes before its used buffer is visible would be lost if this process died in between.
         if let Some(tracked) = &self.inflight {
-            tracked.told(head, queue.next_used());
+            tracked.unmark(head, queue.next_used());
         }
-        self.told = true;
+        self.notify = true;
     }
 
-    fn breaks(&mut self, why: &dyn Display) {
-        if self.phase == Phase::On {
-            log::warn!("queue {}: {why}; it rests until the guest sets it up anew", self.index);
+    /// Takes no more requests until the ring is set up again: a chain without a status byte cannot be answered.
+    fn mark_broken(&mut self, why: &dyn Display) {
+        if self.phase == Phase::Running {
+            log::warn!("queue {}: {why}; it is stopped until the guest sets it up again", self.index);
         }
         self.phase = Phase::Broken;
     }
 }
 
-/// Writes the drive's name into the guest's memory; whether it is all there.
-fn tell_id(memory: &GuestMemoryMmap, segments: &[Segment], drive: &Geometry) -> bool {
-    let id = request::id(drive);
+/// Writes the drive's serial number to guest memory (`VIRTIO_BLK_T_GET_ID`). Returns true if all of it was written.
+fn write_id(memory: &GuestMemoryMmap, segments: &[Segment], drive: &Geometry) -> bool {
+    let id = request::serial_id(drive);
     let mut rest = &id[..];
     for segment in segments {
-        let (now, then) = rest.split_at(rest.len().min(segment.len as usize));
-        if memory.write_slice(now, GuestAddress(segment.iova.0)).is_err() {
+        let (part, remaining) = rest.split_at(rest.len().min(segment.len as usize));
+        if memory.write_slice(part, GuestAddress(segment.iova.0)).is_err() {
             return false;
         }
-        rest = then;
+        rest = remaining;
     }
     rest.is_empty()
 }

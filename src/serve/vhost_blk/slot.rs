@@ -1,4 +1,4 @@
-//! One request of a ring while it is not answered, and its name at the drive.
+//! The state of one request until it is answered, and its tag at the drive.
 
 use std::time::Instant;
 
@@ -7,47 +7,52 @@ use passgate_backends::window::Segment;
 use passgate_bindings::{Iova, PAGE, PageRange};
 use vm_memory::GuestAddress;
 
-use super::ring::{LONGEST, MOST};
+use super::ring::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::observe::disk::Kind;
 
+/// The state of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum State {
+pub(super) enum SlotState {
+    /// There is no request with this head.
     #[default]
     Free,
-    /// For room at the drive, or to be tried again.
-    Waiting,
-    /// By the question that was asked.
-    Held(u64),
-    /// At the drive.
-    Flying,
+    /// It waits for room at the drive, or for its retry.
+    Pending,
+    /// It waits for the answer to the access query with this ticket.
+    Deferred(u64),
+    /// It is in flight at the drive.
+    Outstanding,
 }
 
-/// A request, by the number of its first descriptor.
+/// A request, by the index of its first descriptor (head).
 #[derive(Debug, Default)]
 pub(super) struct Slot {
-    pub(super) state: State,
-    /// Since when it was held, if it was.
-    pub(super) since: Option<Instant>,
+    pub(super) state: SlotState,
+    /// The time at which it was deferred first, if it was.
+    pub(super) deferred_since: Option<Instant>,
     pub(super) kind: Kind,
     pub(super) op: Option<Op>,
-    /// What moves between the drive and guest memory where all goes well.
+    /// The number of bytes that the drive transfers if it succeeds.
     pub(super) bytes: u64,
+    /// The address of the status byte.
     pub(super) status: GuestAddress,
+    /// The number of bytes that the drive writes to guest memory if it succeeds, without the status byte.
     pub(super) written: u32,
     pub(super) segments: Vec<Segment>,
 }
 
-/// A request's name at the drive: the life of its ring, the ring, the request. What outlives a ring's life is nobody's.
-pub(super) fn tag(life: u16, ring: u16, head: u16) -> u32 {
-    u32::from(life) << 16 | u32::from(ring % MOST) << 10 | u32::from(head % LONGEST)
+/// Returns the tag of a request at the drive: the generation of its ring (16 bits), the ring (6 bits), the head (10 bits).
+/// By its generation a completion that belongs to an earlier start of the ring is recognised; it is dropped.
+pub(super) fn tag(generation: u16, ring: u16, head: u16) -> u32 {
+    u32::from(generation) << 16 | u32::from(ring % MAX_QUEUES) << 10 | u32::from(head % MAX_QUEUE_SIZE)
 }
 
-/// The ring's life, the ring and the request that a name at the drive is of.
-pub(super) fn of_tag(tag: u32) -> (u16, u16, u16) {
-    ((tag >> 16) as u16, (tag >> 10) as u16 % MOST, tag as u16 % LONGEST)
+/// Returns the generation, the ring and the head of a tag.
+pub(super) fn from_tag(tag: u32) -> (u16, u16, u16) {
+    ((tag >> 16) as u16, (tag >> 10) as u16 % MAX_QUEUES, tag as u16 % MAX_QUEUE_SIZE)
 }
 
-/// The pages that a segment lies in; none where it is in no address space.
+/// Returns the pages that a segment touches; none if it ends beyond the address space.
 pub(super) fn pages(segment: &Segment) -> Option<PageRange<Iova>> {
     let first = segment.iova.0 / PAGE * PAGE;
     let end = segment.iova.0.checked_add(segment.len.into())?.checked_next_multiple_of(PAGE)?;

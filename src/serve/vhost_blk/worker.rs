@@ -1,8 +1,9 @@
-//! A worker: one thread with one queue of the drive, for the virtqueues that are its share.
+//! A worker: one thread with one queue of the drive, which serves the virtqueues assigned to it.
 //!
-//! It never waits for anybody: it looks at its rings and its queue, and sleeps when there is nothing. A ring is locked
-//! for one look at a time, so that who holds the lock knows that no worker is in guest memory; that is how memory is
-//! taken from workers before it is let go ([`super::frontend`]). No lock is for the check or the account of a request.
+//! It never waits for another thread but at a ring's lock: it polls its rings and its queue, and sleeps when there is nothing
+//! to do. It takes a ring's lock in each pass, and accesses guest memory only under it. So a thread that has taken every
+//! ring's lock once knows that no worker accesses memory that was replaced before ([`replace_memory`]). Checking and accounting
+//! a request takes no lock.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -17,168 +18,172 @@ use vhost_user_backend::{VringStateMutGuard, VringT};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::counts::Counts;
+use super::counts::WorkerCounters;
 use super::inflight::QueueInflight;
-use super::poll::{Moment, Polling};
-use super::ring::{Desk, Memory, Question, Ring, Vring};
-use super::slot::of_tag;
+use super::poll::{AdaptivePoll, Polling};
+use super::ring::{Memory, PageQuery, Ring, RingContext, Vring};
+use super::slot::from_tag;
 use crate::error::{Error, Result};
 use crate::gate::Admits;
 use crate::serve::Inside;
 use crate::serve::poller::{Interest, Poller};
 
-/// Tokens: orders have come, completions have, and from there on a ring's kick.
-const WAKE: u64 = 0;
-const DRIVE: u64 = 1;
-const KICK: u64 = 2;
+// Tokens of the poller: a command has come; the drive has completed something; from the last one on, kicks by ring.
+const WAKE_TOKEN: u64 = 0;
+const DRIVE_TOKEN: u64 = 1;
+const FIRST_KICK_TOKEN: u64 = 2;
 
-/// What a worker is told.
+/// A command to a worker.
 #[derive(Debug)]
-pub(super) enum Order {
-    /// What a guest kicks a ring by.
+pub(super) enum WorkerCommand {
+    /// Use this eventfd as the kick of the ring; none for no kick.
     Kick { ring: u16, kick: Option<OwnedFd> },
-    /// A ring is set up: it begins.
+    /// Start the ring, which has been set up.
     Start { ring: u16, inflight: Option<QueueInflight> },
-    /// There may be something to do.
-    Look,
-    /// A ring takes no more; once the drive has nothing of it, the next index of its available ring is sent.
+    /// Poll the rings: there may be something to do.
+    Poll,
+    /// Take no more requests from the ring. Once none of its requests is in flight at the drive, send the next index of its
+    /// available ring to `ended`.
     Stop { ring: u16, ended: Sender<u16> },
-    /// A ring's life is over although the drive may have something of it: what that becomes is nobody's. `done` is sent to,
-    /// or dropped, once nothing more is written for it.
+    /// End the ring although requests may be in flight at the drive; their completions are dropped. A message to `done`, or
+    /// its end, says that nothing more is written for the ring.
     Abandon { ring: u16, done: Sender<()> },
-    /// What a held request's pages are.
+    /// The session's answer about the pages of a deferred request.
     Answer { ring: u16, head: u16, ticket: u64, admits: Admits },
-    /// The thread ends.
-    Leave,
+    /// End the thread.
+    Exit,
 }
 
-/// Where a worker takes its orders.
+/// The sending end of a worker's commands.
 #[derive(Debug, Clone)]
 pub(super) struct Mailbox {
-    orders: Sender<Order>,
+    commands: Sender<WorkerCommand>,
     wake: Arc<OwnedFd>,
 }
 
 impl Mailbox {
-    /// Gives an order; one to a worker that is gone is lost.
-    pub(super) fn send(&self, order: Order) {
-        if self.orders.send(order).is_ok() {
-            // It fails only where the counter is full, and then the worker is awake already.
+    /// Sends a command and wakes the worker. A command to a worker that has ended is dropped.
+    pub(super) fn send(&self, command: WorkerCommand) {
+        if self.commands.send(command).is_ok() {
+            // It fails only if the counter is at its limit, and then the worker has been woken already.
             let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
         }
     }
 }
 
-/// A ring of this worker's, and who waits for its end.
-struct Share {
+/// A ring that is assigned to this worker.
+struct AssignedRing {
     index: u16,
     vring: Vring,
     ring: Ring,
-    /// The worker's own descriptor of the guest's kick.
+    /// The worker's own descriptor of the kick eventfd.
     kick: Option<OwnedFd>,
+    /// The receiver of the ring's end, while the ring is stopping.
     ended: Option<Sender<u16>>,
 }
 
-/// A worker's thread.
+/// The state of a worker's thread.
 pub(super) struct Worker {
-    desk: Desk,
+    context: RingContext,
     memory: Memory,
-    shares: Vec<Share>,
-    /// The one that is looked at first.
+    rings: Vec<AssignedRing>,
+    /// The position in `rings` of the ring that is served first.
     first: usize,
-    orders: Receiver<Order>,
+    commands: Receiver<WorkerCommand>,
     mailbox: Mailbox,
     inside: Inside,
     poller: Poller,
-    moment: Moment,
-    counts: Arc<Counts>,
-    done: Vec<Completed>,
+    adaptive_poll: AdaptivePoll,
+    counts: Arc<WorkerCounters>,
+    completions: Vec<Completed>,
 }
 
 impl Worker {
-    /// Starts a thread for these rings, each with its number.
+    /// Starts a worker's thread for these rings, each with its index.
     pub(super) fn spawn(
-        desk: Desk,
+        context: RingContext,
         memory: Memory,
         rings: Vec<(u16, Vring)>,
         inside: Inside,
         polling: Polling,
-        counts: Arc<Counts>,
+        counts: Arc<WorkerCounters>,
     ) -> Result<(Mailbox, JoinHandle<()>)> {
         let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("eventfd"))?;
-        let (sender, orders) = mpsc::channel();
-        let mailbox = Mailbox { orders: sender, wake: Arc::new(wake) };
+        let (sender, commands) = mpsc::channel();
+        let mailbox = Mailbox { commands: sender, wake: Arc::new(wake) };
         let poller = Poller::new().map_err(Error::Poll)?;
-        poller.add(&*mailbox.wake, Interest::Read, WAKE).map_err(Error::Poll)?;
-        poller.add(desk.drive.interrupt(), Interest::Read, DRIVE).map_err(Error::Poll)?;
-        let share = |(index, vring)| {
+        poller.add(&*mailbox.wake, Interest::Read, WAKE_TOKEN).map_err(Error::Poll)?;
+        poller.add(context.drive.interrupt(), Interest::Read, DRIVE_TOKEN).map_err(Error::Poll)?;
+        let assign = |(index, vring)| {
             let ring = Ring::new(index, Arc::clone(&counts));
-            Share { index, vring, ring, kick: None, ended: None }
+            AssignedRing { index, vring, ring, kick: None, ended: None }
         };
         let worker = Self {
-            desk,
+            context,
             memory,
-            shares: rings.into_iter().map(share).collect(),
+            rings: rings.into_iter().map(assign).collect(),
             counts,
             first: 0,
-            orders,
+            commands,
             mailbox: mailbox.clone(),
             inside,
             poller,
-            moment: Moment::new(polling),
-            done: Vec::new(),
+            adaptive_poll: AdaptivePoll::new(polling),
+            completions: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("vhost-blk".into()).spawn(move || worker.run());
         Ok((mailbox, thread.map_err(Error::Thread)?))
     }
 
     fn run(mut self) {
-        let (mut tokens, mut busy, mut slept) = (Vec::new(), Instant::now(), None::<Duration>);
+        let (mut tokens, mut last_progress, mut slept) = (Vec::new(), Instant::now(), None::<Duration>);
         loop {
-            let Ok(ordered) = self.obey() else { return };
-            let did = self.look() | ordered;
+            let Ok(commanded) = self.run_commands() else { return };
+            let progress = self.poll_once() | commanded;
             let now = Instant::now();
-            if did {
+            if progress {
                 if let Some(slept) = slept.take() {
-                    self.moment.woken(slept);
+                    self.adaptive_poll.woke_after(slept);
                 }
-                busy = now;
+                last_progress = now;
                 continue;
             }
-            if self.moment.lasts(now - busy) {
+            if self.adaptive_poll.continues(now - last_progress) {
                 std::hint::spin_loop();
                 continue;
             }
-            // Whoever has something from here on wakes the worker; who had it before is seen by one more look.
-            if self.listen() {
+            // From here on guests kick. A request that was offered before that came without a kick and is served first (virtio
+            // 1.2, 2.7.10).
+            if self.enable_notifications() {
                 continue;
             }
-            if let Err(error) = self.poller.wait(self.patience(now), &mut tokens) {
+            if let Err(error) = self.poller.wait(self.sleep_timeout_ms(now), &mut tokens) {
                 log::error!("epoll: {error}");
                 return;
             }
             slept = Some(now.elapsed());
             for token in &tokens {
-                self.clear(*token);
+                self.clear_eventfd(*token);
             }
         }
     }
 
-    /// How long to sleep at most, in milliseconds.
-    fn patience(&self, now: Instant) -> i32 {
-        let next = self.shares.iter().filter_map(|share| share.ring.next_look(now)).min();
-        let left = next.map(|next| next.saturating_duration_since(now).as_millis() + 1);
-        left.map_or(-1, |left| i32::try_from(left).unwrap_or(i32::MAX))
+    /// Returns the time until the next retry or time-out, in milliseconds; -1 where there is none.
+    fn sleep_timeout_ms(&self, now: Instant) -> i32 {
+        let next = self.rings.iter().filter_map(|assigned| assigned.ring.next_tick(now)).min();
+        let remaining = next.map(|next| next.saturating_duration_since(now).as_millis() + 1);
+        remaining.map_or(-1, |remaining| i32::try_from(remaining).unwrap_or(i32::MAX))
     }
 
-    /// Takes what a descriptor says off it.
-    fn clear(&self, token: u64) {
+    /// Reads an eventfd that has become readable, so that it is not reported again.
+    fn clear_eventfd(&self, token: u64) {
         let mut count = [0; 8];
         let fd = match token {
-            WAKE => Some(self.mailbox.wake.as_fd()),
-            DRIVE => Some(self.desk.drive.interrupt()),
-            // A kick is never read: the guest's VMM has it too, and could make it one at which a reader waits.
+            WAKE_TOKEN => Some(self.mailbox.wake.as_fd()),
+            DRIVE_TOKEN => Some(self.context.drive.interrupt()),
+            // A kick is never read (it is polled edge-triggered): the front-end shares its file description, could clear
+            // O_NONBLOCK, and the read would block.
             _ => None,
         };
         if let Some(fd) = fd {
@@ -186,121 +191,129 @@ impl Worker {
         }
     }
 
-    /// Does what it was told; whether there was anything. Fails once it is to leave.
-    fn obey(&mut self) -> Result<bool, ()> {
-        let mut did = false;
+    /// Executes the commands that have come. Returns true if there were any, and an error once the thread is to end.
+    fn run_commands(&mut self) -> Result<bool, ()> {
+        let mut progress = false;
         loop {
-            let order = match self.orders.try_recv() {
-                Ok(order) => order,
-                Err(TryRecvError::Empty) => return Ok(did),
+            let command = match self.commands.try_recv() {
+                Ok(command) => command,
+                Err(TryRecvError::Empty) => return Ok(progress),
                 Err(TryRecvError::Disconnected) => return Err(()),
             };
-            did = true;
-            match order {
-                Order::Leave => return Err(()),
-                Order::Look => {}
-                Order::Kick { ring, kick } => {
-                    if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
-                        share.watch(kick, &self.poller);
+            progress = true;
+            match command {
+                WorkerCommand::Exit => return Err(()),
+                WorkerCommand::Poll => {}
+                WorkerCommand::Kick { ring, kick } => {
+                    if let Some(assigned) = self.rings.iter_mut().find(|assigned| assigned.index == ring) {
+                        assigned.watch_kick(kick, &self.poller);
                     }
                 }
-                Order::Start { ring, inflight } => self.with(ring, |share, queue, memory, desk| {
-                    // Whoever waited for the end of what it was before is gone, and this one does not end with that.
-                    share.ended = None;
-                    share.ring.start(queue, memory, inflight, desk);
+                WorkerCommand::Start { ring, inflight } => {
+                    self.with_ring(ring, |assigned, queue, memory, context| {
+                        // The thread that waited for an earlier end of the ring has given up: the ring must not end again for it.
+                        assigned.ended = None;
+                        assigned.ring.start(queue, memory, inflight, context);
+                    })
+                }
+                WorkerCommand::Answer { ring, head, ticket, admits } => {
+                    self.with_ring(ring, |assigned, queue, memory, _| {
+                        assigned.ring.query_answered(queue, memory, head, ticket, admits);
+                    })
+                }
+                WorkerCommand::Stop { ring, ended } => self.with_ring(ring, |assigned, _, _, _| {
+                    assigned.ring.stop();
+                    assigned.ended = Some(ended);
                 }),
-                Order::Answer { ring, head, ticket, admits } => self.with(ring, |share, queue, memory, _| {
-                    share.ring.answered(queue, memory, head, ticket, admits);
-                }),
-                Order::Stop { ring, ended } => self.with(ring, |share, _, _, _| {
-                    share.ring.stop();
-                    share.ended = Some(ended);
-                }),
-                Order::Abandon { ring, done } => self.with(ring, |share, _, _, _| {
-                    share.ended = None;
-                    share.ring.abandon();
-                    // Who no longer waits for it does not need to know.
+                WorkerCommand::Abandon { ring, done } => self.with_ring(ring, |assigned, _, _, _| {
+                    assigned.ended = None;
+                    assigned.ring.abandon();
+                    // The front-end's thread may have given up waiting.
                     let _ = done.send(());
                 }),
             }
         }
     }
 
-    /// Does something to a ring behind its lock.
-    fn with(&mut self, ring: u16, act: impl FnOnce(&mut Share, &mut Queue, &GuestMemoryMmap, &Desk)) {
-        if let Some(share) = self.shares.iter_mut().find(|share| share.index == ring) {
-            let vring = share.vring.clone();
+    /// Runs `act` on a ring, under its lock.
+    fn with_ring(
+        &mut self,
+        ring: u16,
+        act: impl FnOnce(&mut AssignedRing, &mut Queue, &GuestMemoryMmap, &RingContext),
+    ) {
+        if let Some(assigned) = self.rings.iter_mut().find(|assigned| assigned.index == ring) {
+            let vring = assigned.vring.clone();
             let (mut locked, memory) = lock(&vring, &self.memory);
-            act(share, locked.get_queue_mut(), &memory, &self.desk);
+            act(assigned, locked.get_queue_mut(), &memory, &self.context);
         }
     }
 
-    /// Looks at the drive's queue and at every ring once; whether there was anything.
-    fn look(&mut self) -> bool {
-        self.desk.drive.complete(&mut self.done);
-        let mut did = !self.done.is_empty();
+    /// Polls the drive's completion queue and every ring once. Returns true if there was anything to do.
+    fn poll_once(&mut self) -> bool {
+        self.context.drive.complete(&mut self.completions);
+        let mut progress = !self.completions.is_empty();
         let (mut served, mut refused) = (None, false);
-        let (before, from_first) = self.shares.split_at_mut(self.first);
+        let (before, from_first) = self.rings.split_at_mut(self.first);
         let before = (0..).zip(before);
-        for (nth, share) in (self.first..).zip(from_first).chain(before) {
-            let (mut locked, memory) = lock(&share.vring, &self.memory);
+        for (position, assigned) in (self.first..).zip(from_first).chain(before) {
+            let (mut locked, memory) = lock(&assigned.vring, &self.memory);
             let (enabled, queue) = (locked.is_enabled(), locked.get_queue_mut());
-            for Completed { tag, result } in &self.done {
-                let (life, ring, head) = of_tag(*tag);
-                if ring == share.index {
-                    share.ring.completed(queue, &memory, (life, head), *result);
+            for Completed { tag, result } in &self.completions {
+                let (generation, ring, head) = from_tag(*tag);
+                if ring == assigned.index {
+                    assigned.ring.completed(queue, &memory, (generation, head), *result);
                 }
             }
-            share.ring.tick(queue, &memory, Instant::now());
-            let flying = share.ring.flying();
-            did |= share.ring.pull(queue, &memory, &mut self.desk, enabled);
-            if share.ring.flying() > flying {
-                served.get_or_insert(nth);
+            assigned.ring.tick(queue, &memory, Instant::now());
+            let outstanding = assigned.ring.outstanding();
+            progress |= assigned.ring.pull(queue, &memory, &mut self.context, enabled);
+            if assigned.ring.outstanding() > outstanding {
+                served.get_or_insert(position);
             }
-            refused |= share.ring.is_waiting();
-            if let Some(ended) = share.ended.take_if(|_| share.ring.flying() == 0) {
-                share.ring.end(queue, &memory);
-                did = true;
+            refused |= assigned.ring.has_pending();
+            if let Some(ended) = assigned.ended.take_if(|_| assigned.ring.outstanding() == 0) {
+                assigned.ring.finish(queue, &memory);
+                progress = true;
                 let _ = ended.send(locked.get_queue().next_avail());
             }
-            if share.ring.take_told()
+            if assigned.ring.take_notify()
                 && locked.needs_notification().unwrap_or(true)
                 && let Err(error) = locked.signal_used_queue()
             {
-                log::debug!("queue {}: the guest cannot be told: {error}", share.index);
+                log::debug!("queue {}: the guest cannot be notified: {error}", assigned.index);
             }
             drop(locked);
-            for question in share.ring.questions.drain(..) {
-                ask(&self.inside, &self.mailbox, share.index, question);
+            for query in assigned.ring.queries.drain(..) {
+                query_access(&self.inside, &self.mailbox, assigned.index, query);
             }
         }
-        // Where there was no room for all, who was served first is last the next time: no ring has the drive for itself.
-        if let Some(nth) = served.filter(|_| refused) {
-            self.first = (nth + 1) % self.shares.len();
+        // Where the drive had no room for all, the ring that was served first is last in the next pass: no ring starves another.
+        if let Some(position) = served.filter(|_| refused) {
+            self.first = (position + 1) % self.rings.len();
         }
-        self.done.clear();
-        self.desk.drive.ring();
-        let now = self.shares.iter().map(|share| share.ring.now());
-        let (in_flight, held) = now.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-        self.counts.now(in_flight, held);
-        did
+        self.completions.clear();
+        self.context.drive.ring();
+        let gauges = self.rings.iter().map(|assigned| assigned.ring.gauges());
+        let (in_flight, deferred) = gauges.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        self.counts.set_gauges(in_flight, deferred);
+        progress
     }
 
-    /// Asks every guest to kick; whether there is something already.
-    fn listen(&mut self) -> bool {
+    /// Enables the notifications of all rings. Returns true if a ring has a request already.
+    fn enable_notifications(&mut self) -> bool {
         let mut more = false;
-        for share in self.shares.iter().filter(|share| share.ring.is_on()) {
-            let mut locked = share.vring.get_mut();
+        for assigned in self.rings.iter().filter(|assigned| assigned.ring.is_running()) {
+            let mut locked = assigned.vring.get_mut();
             more |= locked.is_enabled() && locked.enable_notification().unwrap_or(false);
         }
         more
     }
 }
 
-/// Replaces the memory that workers see; when this returns none of them is in what they saw before.
+/// Replaces the memory that workers see. When this returns, no worker accesses the previous memory.
 ///
-/// It replaces the memory first and then takes every ring's lock once. A worker loads memory behind a ring's lock ([`lock`]):
-/// who had the lock before that has let go of it, and who takes it later finds the new memory.
+/// It replaces the memory first and then takes every ring's lock once. A worker loads memory under a ring's lock ([`lock`]):
+/// one that had the lock before has dropped it by then, and one that takes it later loads the new memory.
 pub(super) fn replace_memory<'a>(
     memory: &Memory,
     vrings: impl Iterator<Item = &'a Vring>,
@@ -310,8 +323,8 @@ pub(super) fn replace_memory<'a>(
     vrings.for_each(|vring| drop(vring.get_mut()));
 }
 
-/// Takes a ring's lock, and returns guest memory as it is behind that lock: the only way for a worker to come by memory.
-/// Memory that was loaded before the lock was had could be written after its removal was answered ([`replace_memory`]).
+/// Takes a ring's lock and loads guest memory under it: the only way by which a worker gets memory. Memory that was loaded
+/// before the lock was taken could be written to after its removal was answered ([`replace_memory`]).
 fn lock<'a>(
     vring: &'a Vring,
     memory: &Memory,
@@ -321,26 +334,26 @@ fn lock<'a>(
     (locked, memory)
 }
 
-impl Share {
-    /// Listens to this kick, and to no other.
-    fn watch(&mut self, kick: Option<OwnedFd>, poller: &Poller) {
+impl AssignedRing {
+    /// Polls this kick instead of the one before.
+    fn watch_kick(&mut self, kick: Option<OwnedFd>, poller: &Poller) {
         if let Some(before) = std::mem::replace(&mut self.kick, kick) {
-            // It is not gone by being closed here: the guest has it too.
-            let _ = poller.forget(&before);
+            // Removed explicitly: closing it does not, because the front-end has the same file open (epoll(7)).
+            let _ = poller.remove(&before);
         }
         if let Some(kick) = &self.kick
-            && let Err(error) = poller.add(kick, Interest::News, KICK + u64::from(self.index))
+            && let Err(error) = poller.add(kick, Interest::ReadEdge, FIRST_KICK_TOKEN + u64::from(self.index))
         {
-            log::warn!("queue {}: its kick will not do: {error}", self.index);
+            log::warn!("queue {}: its kick cannot be polled: {error}", self.index);
         }
     }
 }
 
-/// Asks the session about a held request's pages; the answer comes as an order.
-fn ask(inside: &Inside, mailbox: &Mailbox, ring: u16, question: Question) {
-    let Question { head, ticket, pages, writes } = question;
+/// Queries the session about the pages of a deferred request. The answer comes as a command.
+fn query_access(inside: &Inside, mailbox: &Mailbox, ring: u16, query: PageQuery) {
+    let PageQuery { head, ticket, pages, writes } = query;
     let mailbox = mailbox.clone();
-    let reply = move |admits| mailbox.send(Order::Answer { ring, head, ticket, admits });
+    let reply = move |admits| mailbox.send(WorkerCommand::Answer { ring, head, ticket, admits });
     inside.ask(pages, writes, Box::new(reply));
 }
 

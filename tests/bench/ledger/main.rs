@@ -1,14 +1,15 @@
-//! The ledger's page states against what else one would take: `rangemap`, `roaring` (a bitmap per bit of the state) and
-//! a flat bitmap of two bits a page. One tebibyte. Measured are:
+//! The ledger's page states compared with other data structures: `rangemap`, `roaring` (a bitmap per bit of the state) and a
+//! flat bitmap of two bits per page, for one tebibyte. It measures:
 //!
 //! 1. *single calls*: a million random flips of 4 KiB pages, then queries for the runs of equal state in a range;
-//! 2. *the mixed trace*: what a ledger sees of a confidential guest that boots and lives ([`trace`] states the mix);
-//! 3. *the worst case* in bytes; 4. *mappings*: what the gate asks of the ledger of mappings.
+//! 2. *the mixed trace*: the calls for a confidential guest that boots and runs ([`trace`] states the mix);
+//! 3. *the worst case* in bytes; 4. *mappings*: the calls that the gate makes on the ledger of mappings.
 //!
-//! `cargo bench --bench ledger [-- singles mixed worst mapped]`. Prints processor time, bytes and ratios; all of them must give the same answers.
+//! `cargo bench --bench ledger [-- singles mixed worst mapped]`. Prints processor time, bytes and ratios; all data structures must
+//! give the same answers.
 
+mod baselines;
 mod mapped;
-mod rivals;
 mod trace;
 
 use std::time::Duration;
@@ -18,17 +19,17 @@ use passgate::gate::{FileId, PageState};
 use passgate_bindings::words::Words;
 use rangemap::RangeMap;
 
-use rivals::{Flat, Ledger, PAGES, Roaring};
+use baselines::{Flat, Ledger, PAGES, Roaring};
 use trace::Call;
 
 const FLIPS: usize = 1_000_000;
 const QUERIES: usize = 20_000;
-/// Operations measured together.
+/// The number of operations measured together.
 const BATCH: usize = 1000;
-/// How often the trace is played to each.
+/// The number of times that each plays the trace.
 const ROUNDS: usize = 5;
 
-/// Chance that can be repeated (SplitMix64).
+/// A reproducible random number generator (SplitMix64).
 struct Rng(u64);
 
 impl Rng {
@@ -44,22 +45,25 @@ impl Rng {
     }
 }
 
-/// Processor time of this thread: what others do on the machine meanwhile does not count.
+/// Returns the processor time of this thread, which other load on the machine does not affect.
 fn now() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// What one ledger came to: nanoseconds per flip, per query of 2 MiB, of 1 GiB, of 1 TiB at rest; bytes; answers.
+/// The result of one ledger for single calls.
 struct Score {
     name: &'static str,
+    /// Median nanoseconds per flip, and per query of 2 MiB, of 1 GiB, and of 1 TiB before the flips.
     ns: [f64; 4],
+    /// Bytes before the flips, and after them.
     bytes: [usize; 2],
+    /// A checksum of all answers.
     answers: (u64, u64),
 }
 
-/// The median nanoseconds of one of `count` operations, and what they answered together.
-fn time(count: usize, batch: usize, mut operation: impl FnMut() -> (u64, u64)) -> (f64, (u64, u64)) {
+/// Returns the median nanoseconds of one of `count` operations, and the sum of their answers.
+fn median_ns(count: usize, batch: usize, mut operation: impl FnMut() -> (u64, u64)) -> (f64, (u64, u64)) {
     let (mut times, mut sum) = (Vec::new(), (0u64, 0u64));
     for _ in 0..count / batch {
         let started = now();
@@ -77,16 +81,16 @@ fn score<L: Ledger>() -> Score {
     let mut ledger = L::new();
     let rest = ledger.bytes();
     let mut rng = Rng(1);
-    let (whole, first) = time(11, 1, || ledger.query(0, PAGES));
-    let (flip, _) = time(FLIPS, BATCH, || {
+    let (whole, first) = median_ns(11, 1, || ledger.query(0, PAGES));
+    let (flip, _) = median_ns(FLIPS, BATCH, || {
         let at = rng.next();
-        // One in three is set to what it is already.
+        // One in three is set to private, which most pages are already.
         let state = if at.is_multiple_of(3) { PageState::Private } else { PageState::Shared };
         ledger.set((at >> 8) % PAGES, 1, state);
         (0, 0)
     });
     let mut queries = |pages: u64, count: usize, batch: usize| {
-        time(count, batch, || ledger.query(rng.below(PAGES / pages) * pages, pages))
+        median_ns(count, batch, || ledger.query(rng.below(PAGES / pages) * pages, pages))
     };
     let (small, second) = queries(512, QUERIES, BATCH);
     let (large, third) = queries(1 << 18, QUERIES / 20, 10);
@@ -94,18 +98,19 @@ fn score<L: Ledger>() -> Score {
     Score { name: L::NAME, ns: [flip, small, large, whole], bytes: [rest, ledger.bytes()], answers }
 }
 
-/// What the trace took one ledger: all of it, and of it the bursts, the runs of 1 GiB, the status.
+/// The processor time of one ledger for the trace.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Took {
+struct TraceTime {
     all: Duration,
+    /// The time for bursts, for the runs of 1 GiB, and for the status.
     parts: [Duration; 3],
 }
 
-/// One ledger's way through the trace: how long it took, what it answered, what it weighs then.
-fn play<L: Ledger>(calls: &[Call]) -> (Took, (u64, u64), usize) {
-    let (mut took, mut answers) = (Took::default(), (0u64, 0u64));
+/// Plays the trace to one ledger. Returns its time, a checksum of its answers, and its bytes at the end.
+fn play_trace<L: Ledger>(calls: &[Call]) -> (TraceTime, (u64, u64), usize) {
+    let (mut took, mut answers) = (TraceTime::default(), (0u64, 0u64));
     let started = now();
-    // The region is added within the time that counts.
+    // The time includes adding the region.
     let mut ledger = L::new();
     for call in calls {
         let mut rare = |part: usize, call: &mut dyn FnMut()| {
@@ -134,20 +139,20 @@ fn play<L: Ledger>(calls: &[Call]) -> (Took, (u64, u64), usize) {
     (took, answers, ledger.bytes())
 }
 
-/// Every second page of the tebibyte another than its neighbours.
+/// Gives every second page of the tebibyte another state than its neighbours.
 fn fill_worst<L: Ledger>(ledger: &mut L) {
     for page in (0..PAGES).step_by(2) {
         ledger.set(page, 1, PageState::Shared);
     }
 }
 
-fn worst<L: Ledger>() -> usize {
+fn worst_case_bytes<L: Ledger>() -> usize {
     let mut ledger = L::new();
     fill_worst(&mut ledger);
     ledger.bytes()
 }
 
-/// Milliseconds that a new process takes until it knows the worst tebibyte that another one left in a memfd.
+/// Returns the milliseconds that a new process takes to open the worst-case tebibyte in a memfd.
 fn reopen() -> Result<f64, Box<dyn std::error::Error>> {
     let file = FileId { device: 1, inode: 1 };
     let store = Store::new(Words::memfd("ledger", 1 << 27)?)?;
@@ -167,7 +172,7 @@ fn main() {
     let parts: [(&str, fn()); 4] =
         [("singles", singles), ("mixed", mixed), ("worst", worst_case), ("mapped", mapped::measure)];
     for (name, part) in parts {
-        if named.is_empty() || named.iter().any(|asked| asked == name) {
+        if named.is_empty() || named.iter().any(|argument| argument == name) {
             part();
         }
     }
@@ -175,7 +180,9 @@ fn main() {
 
 fn worst_case() {
     println!("\nworst case, every second page shared: bytes");
-    for (name, bytes) in [(PageMap::NAME, worst::<PageMap>()), (Roaring::NAME, worst::<Roaring>())] {
+    for (name, bytes) in
+        [(PageMap::NAME, worst_case_bytes::<PageMap>()), (Roaring::NAME, worst_case_bytes::<Roaring>())]
+    {
         println!("{name:12} {bytes:>12} ({:.1} MiB)", bytes as f64 / f64::from(1 << 20));
     }
     match reopen() {
@@ -204,20 +211,20 @@ fn singles() {
 }
 
 fn mixed() {
-    let calls = trace::make();
+    let calls = trace::build();
     let mut took = [const { Vec::new() }; 4];
     let mut bytes = [0; 4];
     for _ in 0..ROUNDS {
         let played = [
-            play::<PageMap>(&calls),
-            play::<RangeMap<u64, PageState>>(&calls),
-            play::<Flat>(&calls),
-            play::<Roaring>(&calls),
+            play_trace::<PageMap>(&calls),
+            play_trace::<RangeMap<u64, PageState>>(&calls),
+            play_trace::<Flat>(&calls),
+            play_trace::<Roaring>(&calls),
         ];
-        for (index, (one, answers, weighs)) in played.into_iter().enumerate() {
+        for (index, (one, answers, size)) in played.into_iter().enumerate() {
             assert_eq!(answers, played[0].1, "ledger {index} answers otherwise");
             took[index].push(one);
-            bytes[index] = weighs;
+            bytes[index] = size;
         }
     }
     println!("\nmixed trace: {} calls, {} flips of 4 KiB; median of {ROUNDS}", calls.len(), trace::FLIPS);
@@ -226,7 +233,7 @@ fn mixed() {
         "", "all", "flip + its runs", "bursts", "1 GiB", "status", "ratio", "bytes after"
     );
     let names = [PageMap::NAME, RangeMap::<u64, PageState>::NAME, Flat::NAME, Roaring::NAME];
-    let medians = took.map(|mut times: Vec<Took>| {
+    let medians = took.map(|mut times: Vec<TraceTime>| {
         times.sort();
         times[ROUNDS / 2]
     });

@@ -1,4 +1,4 @@
-//! What a conversion of one page asks of the ledger of mappings, in a domain of 1 TiB.
+//! The calls that a conversion of one page makes on the ledger of mappings, in a domain of 1 TiB.
 
 use std::hint::black_box;
 
@@ -6,8 +6,8 @@ use passgate::gate::JobId;
 use passgate::gate::ledger::{Mapped, Run, RunState};
 use passgate_bindings::{Iova, PAGE, PageRange};
 
-use super::rivals::PAGES;
-use super::{Rng, time};
+use super::baselines::PAGES;
+use super::{Rng, median_ns};
 
 const ROUNDS: usize = 200_000;
 const BATCH: usize = 200;
@@ -19,7 +19,7 @@ fn page(number: u64) -> PageRange<Iova> {
     }
 }
 
-/// A domain mapped in pieces of 2^`bits` pages, 1 GiB by each call.
+/// Returns a domain mapped in pieces of 2^`bits` pages, 1 GiB by each call.
 fn domain(bits: u32) -> Mapped {
     let mut mapped = Mapped::default();
     for part in 0..PAGES >> 18 {
@@ -41,40 +41,40 @@ pub(crate) fn measure() {
     );
     for (name, bits) in [("4 KiB", 0), ("2 MiB", 9), ("1 GiB", 18)] {
         let (mut mapped, mut rng) = (domain(bits), Rng(5));
-        let out = |mapped: &mut Mapped, at: u64| {
+        let remove_page = |mapped: &mut Mapped, at: u64| {
             if !mapped.is_clear(page(at)) {
                 mapped.take(page(at), RunState::Removing(JobId(2)));
                 mapped.remove(page(at).start());
             }
         };
-        (0..30_000).for_each(|_| out(&mut mapped, rng.below(PAGES)));
-        let mut ask = |question: &dyn Fn(&Mapped, PageRange<Iova>)| {
-            let asked = time(ROUNDS, BATCH, || {
+        (0..30_000).for_each(|_| remove_page(&mut mapped, rng.below(PAGES)));
+        let mut measure_call = |question: &dyn Fn(&Mapped, PageRange<Iova>)| {
+            let measured = median_ns(ROUNDS, BATCH, || {
                 question(&mapped, page(rng.below(PAGES)));
                 (0, 0)
             });
-            asked.0
+            measured.0
         };
         let questions = [
-            ask(&|mapped, range| _ = black_box(mapped.is_clear(range))),
-            ask(&|mapped, range| _ = black_box(mapped.extent(range))),
-            ask(&|mapped, range| _ = black_box(mapped.starts(range))),
-            ask(&|mapped, range| _ = black_box(mapped.whole(range))),
-            ask(&|mapped, range| _ = black_box(mapped.taken(range))),
+            measure_call(&|mapped, range| _ = black_box(mapped.is_clear(range))),
+            measure_call(&|mapped, range| _ = black_box(mapped.extent(range))),
+            measure_call(&|mapped, range| _ = black_box(mapped.starts(range))),
+            measure_call(&|mapped, range| _ = black_box(mapped.whole(range))),
+            measure_call(&|mapped, range| _ = black_box(mapped.taken(range))),
         ];
-        // Pages of their own each time, taken out and put back in turns.
-        let places: Vec<u64> = (0..BATCH as u64 * 50).map(|_| rng.below(PAGES / 8) * 8 + 3).collect();
+        // Other pages in each batch, removed and mapped again in turns.
+        let pages: Vec<u64> = (0..BATCH as u64 * 50).map(|_| rng.below(PAGES / 8) * 8 + 3).collect();
         let (mut takes, mut makes) = (Vec::new(), Vec::new());
-        for batch in places.chunks(BATCH) {
+        for batch in pages.chunks(BATCH) {
             let mut at = batch.iter();
             let mut next = || at.next().copied().unwrap_or(0);
-            takes.push(time(BATCH, BATCH, || {
-                out(&mut mapped, next());
+            takes.push(median_ns(BATCH, BATCH, || {
+                remove_page(&mut mapped, next());
                 (0, 0)
             }));
             let mut at = batch.iter();
             let mut next = || at.next().copied().unwrap_or(0);
-            makes.push(time(BATCH, BATCH, || {
+            makes.push(median_ns(BATCH, BATCH, || {
                 let range = page(next());
                 if mapped.is_clear(range) {
                     mapped.insert(Run::filling(range, PAGE, JobId(3)));

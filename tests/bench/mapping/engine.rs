@@ -20,7 +20,7 @@ pub(crate) struct Engine {
     domain: Arc<dyn Domain>,
     file: Arc<GuestFile>,
     calls: u64,
-    most: u64,
+    max_mappings: u64,
     cookie: u64,
     spent: Duration,
 }
@@ -28,19 +28,20 @@ pub(crate) struct Engine {
 impl Engine {
     pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, hitless: Hitless) -> Self {
         let gate = Gate::new(Policy { hitless, ..Policy::default() });
-        let mut engine = Self { gate, domain, file, calls: 0, most: 0, cookie: 0, spent: Duration::ZERO };
-        let can = engine.domain.capabilities();
+        let mut engine =
+            Self { gate, domain, file, calls: 0, max_mappings: 0, cookie: 0, spent: Duration::ZERO };
+        let caps = engine.domain.capabilities();
         let able = Able {
-            max_mappings: can.max_mappings,
-            max_piece: can.max_mapping_len,
-            cut: can.cut,
-            replace: can.replace,
+            max_mappings: caps.max_mappings,
+            max_piece: caps.max_mapping_len,
+            cut: caps.cut,
+            replace: caps.replace,
         };
-        engine.tell(Event::DomainAdded { domain: DomainId(0), able });
+        engine.handle(Event::DomainAdded { domain: DomainId(0), able });
         engine
     }
 
-    /// Adds so many pages, at 0.
+    /// Adds a region of `pages` pages at address 0.
     pub(crate) fn add(&mut self, pages: u64, initial: PageState) {
         let caller = self.caller();
         let spec = RegionSpec {
@@ -51,35 +52,35 @@ impl Engine {
             page: PAGE,
             initial,
         };
-        self.tell(Event::AddRegion { caller, spec });
+        self.handle(Event::AddRegion { caller, spec });
         assert_eq!(self.gate.snapshot().regions.len(), 1, "the memory was refused");
     }
 
-    /// One step of a trace: begin, verdict, end.
+    /// Performs one step of a trace: begin, verdict, end.
     pub(crate) fn convert(&mut self, step: &Step) {
         let ranges = Ranges::try_from(step.ranges.clone()).unwrap();
         let began = Instant::now();
         let (caller, to, performer) = (self.caller(), step.to, Performer::Client);
-        let granted = self.tell(Event::Begin { caller, ranges, to, performer, deadline_ns: u64::MAX });
+        let granted = self.handle(Event::Begin { caller, ranges, to, performer, deadline_ns: u64::MAX });
         let invalidation = granted.expect("every conversion of the trace is granted");
         let caller = self.caller();
-        self.tell(Event::End { caller, invalidation, outcome: Outcome::Committed });
+        self.handle(Event::End { caller, invalidation, outcome: Outcome::Committed });
         self.spent += began.elapsed();
-        self.most = self.most.max(self.mappings());
+        self.max_mappings = self.max_mappings.max(self.mappings());
     }
 
-    /// Calls on the domain that make or take away mappings, as the kernel counts them: one for each mapping that is made.
+    /// Returns the number of kernel calls that made or removed mappings: one for each mapping made, and one for each unmap.
     pub(crate) fn calls(&self) -> u64 {
         self.calls
     }
 
-    /// The time of all conversions, without that of looking at the gate.
+    /// Returns the time of all conversions, without that of reading the gate's state.
     pub(crate) fn spent(&self) -> Duration {
         self.spent
     }
 
-    pub(crate) fn most(&self) -> u64 {
-        self.most
+    pub(crate) fn max_mappings(&self) -> u64 {
+        self.max_mappings
     }
 
     pub(crate) fn mappings(&self) -> u64 {
@@ -91,7 +92,7 @@ impl Engine {
         Caller { client: ClientId(1), door: Door::Channel, cookie: self.cookie }
     }
 
-    fn tell(&mut self, event: Event) -> Option<InvalidationId> {
+    fn handle(&mut self, event: Event) -> Option<InvalidationId> {
         let (mut effects, mut granted, mut at) = (Effects::new(), None, 0);
         self.gate.handle(event, &mut effects);
         while let Some(effect) = effects.get(at).cloned() {

@@ -1,26 +1,26 @@
-//! The conversions of a confidential guest that boots, made up but the same in every run.
+//! The conversions of a confidential guest that boots: synthetic, and the same in every run.
 //!
-//! All memory is private at first. Then, in parts of the memory's size so that any size will do:
+//! All memory is private at first. Then, in proportion to the memory's size:
 //! 1. a tenth is shared in 2 MiB-aligned bursts (the kernel's early shared ranges), four to a batch;
 //! 2. swiotlb: an eighth (at most 64 MiB) in one range;
 //! 3. virtio rings and DMA buffers: clusters of 1 to 16 pages, four clusters side by side, two hundred times;
-//! 4. single pages, anywhere, both ways, eight hundred times: what was shared goes back first;
+//! 4. single pages, anywhere, both ways, eight hundred times: a shared page that is hit again becomes private;
 //! 5. a driver that probes: batches of sixteen single pages, two pages apart, forty times;
 //! 6. a third of the clusters and half of the 2 MiB bursts go back to private.
 
 use passgate::gate::PageState;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
-const HUGE: u64 = 512;
+const PAGES_PER_2MIB: u64 = 512;
 
-/// One conversion: ranges, ascending and apart, and what they become.
+/// One conversion: its ranges, ascending and disjoint, and the state that they get.
 #[derive(Debug, Clone)]
 pub(crate) struct Step {
     pub(crate) ranges: Vec<PageRange<Gpa>>,
     pub(crate) to: PageState,
 }
 
-/// SplitMix64.
+/// A reproducible random number generator (SplitMix64).
 struct Rng(u64);
 
 impl Rng {
@@ -36,21 +36,24 @@ fn range(page: u64, pages: u64) -> PageRange<Gpa> {
     PageRange::new(page * PAGE, pages * PAGE).unwrap()
 }
 
-/// The trace of a guest of so many pages, at least 4096.
+/// Returns the trace of a guest with `pages` pages, at least 4096.
 pub(crate) fn boot(pages: u64) -> Vec<Step> {
     let (mut rng, mut steps) = (Rng(1), Vec::new());
     let mut step = |ranges: Vec<PageRange<Gpa>>, to| steps.push(Step { ranges, to });
     let (shared, private) = (PageState::Shared, PageState::Private);
-    let blocks = pages / HUGE;
+    let blocks = pages / PAGES_PER_2MIB;
     let bursts: Vec<u64> = (0..blocks).filter(|_| rng.below(10) == 0).collect();
-    for four in bursts.chunks(4) {
-        step(four.iter().map(|block| range(block * HUGE, HUGE)).collect(), shared);
+    for blocks_of_batch in bursts.chunks(4) {
+        step(
+            blocks_of_batch.iter().map(|block| range(block * PAGES_PER_2MIB, PAGES_PER_2MIB)).collect(),
+            shared,
+        );
     }
     let swiotlb = (pages / 8).min(16_384);
-    step(vec![range(pages / 2 / HUGE * HUGE, swiotlb)], shared);
+    step(vec![range(pages / 2 / PAGES_PER_2MIB * PAGES_PER_2MIB, swiotlb)], shared);
     let clusters: Vec<(u64, u64)> = (0..200).map(|_| (rng.below(pages - 256), 1 + rng.below(16))).collect();
-    for (page, long) in &clusters {
-        step((0..4).map(|n| range(page + n * (long + 1), *long)).collect(), shared);
+    for (page, len) in &clusters {
+        step((0..4).map(|n| range(page + n * (len + 1), *len)).collect(), shared);
     }
     let mut single = std::collections::BTreeSet::new();
     for _ in 0..800 {
@@ -66,11 +69,11 @@ pub(crate) fn boot(pages: u64) -> Vec<Step> {
         let to = if rng.below(2) == 0 { shared } else { private };
         step((0..16).map(|n| range(page + 2 * n, 1)).collect(), to);
     }
-    for (page, long) in clusters.iter().step_by(3) {
-        step((0..4).map(|n| range(page + n * (long + 1), *long)).collect(), private);
+    for (page, len) in clusters.iter().step_by(3) {
+        step((0..4).map(|n| range(page + n * (len + 1), *len)).collect(), private);
     }
     for block in bursts.iter().step_by(2) {
-        step(vec![range(block * HUGE, HUGE)], private);
+        step(vec![range(block * PAGES_PER_2MIB, PAGES_PER_2MIB)], private);
     }
     steps
 }

@@ -1,4 +1,4 @@
-//! The copy of the tree that has the plants, and its test programs.
+//! The copy of the source tree with all plants, and its test programs.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::plants::{self, Plant};
 
-/// What the copy has at the end of `bindings/src/lib.rs`: the switch of every plant. It is looked at once for each place,
-/// because an environment cannot change; that a plant was reached is left as a file.
-const SWITCHES: &str = r#"
-/// Whether this plant is switched on.
+/// The source that is appended to `bindings/src/lib.rs` in the copy: the switch of every plant. Each place reads its switch once,
+/// because the environment does not change; a plant that is reached leaves a marker file.
+const SWITCH_SOURCE: &str = r#"
+/// True while this plant is switched on.
 #[macro_export]
 macro_rules! planted {
     ($id:literal) => {{
@@ -22,7 +22,7 @@ macro_rules! planted {
     }};
 }
 
-/// Whether the environment names this plant.
+/// True if the environment names this plant.
 pub fn is_planted(id: &str) -> bool {
     let named = std::env::var("PASSGATE_PLANT").is_ok_and(|name| name == id);
     if named && let Ok(marker) = std::env::var("PASSGATE_PLANT_REACHED") {
@@ -32,7 +32,7 @@ pub fn is_planted(id: &str) -> bool {
 }
 "#;
 
-/// A test program and where it runs.
+/// A test program, and the folder in which it runs.
 #[derive(Debug)]
 pub(crate) struct Program {
     pub(crate) path: PathBuf,
@@ -44,12 +44,12 @@ pub(crate) struct Program {
 pub(crate) struct Build {
     pub(crate) cache: PathBuf,
     programs: BTreeMap<String, Program>,
-    /// Tests that have passed without a plant.
+    /// The tests that have passed without a plant.
     pub(crate) witnesses: RefCell<BTreeSet<String>>,
 }
 
 impl Build {
-    /// Copies the tree to `target/mutation`, plants everything, and builds the native tests there.
+    /// Copies the tree to `target/mutation`, inserts every plant, and builds the native tests there.
     pub(crate) fn make(root: &Path, plants: &[Plant]) -> Result<Self, String> {
         let cache = root.join("target/mutation");
         let tree = cache.join("tree");
@@ -59,7 +59,7 @@ impl Build {
         Ok(Self { cache, programs, witnesses: RefCell::default() })
     }
 
-    /// The names of all test targets: `package/target`.
+    /// Returns the names of all test targets, as `package/target`.
     pub(crate) fn targets(&self) -> impl Iterator<Item = &str> {
         self.programs.keys().map(String::as_str)
     }
@@ -69,7 +69,7 @@ impl Build {
     }
 }
 
-/// Brings the copy up to date. What has not changed keeps its time, so that it is not built again.
+/// Brings the copy up to date. Files that have not changed keep their modification time, so that they are not built again.
 fn copy(root: &Path, tree: &Path, plants: &[Plant]) -> Result<(), String> {
     let listed = Command::new("git")
         .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
@@ -86,7 +86,7 @@ fn copy(root: &Path, tree: &Path, plants: &[Plant]) -> Result<(), String> {
             bytes = plants::planted(&text, plants).map_err(|problems| problems.join("\n"))?.into_bytes();
         }
         if *name == "bindings/src/lib.rs" {
-            bytes.extend_from_slice(SWITCHES.as_bytes());
+            bytes.extend_from_slice(SWITCH_SOURCE.as_bytes());
         }
         let to = tree.join(name);
         if fs::read(&to).is_ok_and(|there| there == bytes) {
@@ -101,7 +101,7 @@ fn copy(root: &Path, tree: &Path, plants: &[Plant]) -> Result<(), String> {
     remove_others(tree, tree, &names)
 }
 
-/// Removes what is in the copy and not in the tree any more.
+/// Removes files from the copy that are not in the tree any more.
 fn remove_others(tree: &Path, folder: &Path, names: &BTreeSet<&str>) -> Result<(), String> {
     let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -117,7 +117,7 @@ fn remove_others(tree: &Path, folder: &Path, names: &BTreeSet<&str>) -> Result<(
     Ok(())
 }
 
-/// Builds every test of the copy; the programs by `package/target`, where the tests of a library are `package/lib`.
+/// Builds every test of the copy. Returns the programs by `package/target`; the unit tests of a library are `package/lib`.
 fn compile(tree: &Path, target: &Path) -> Result<BTreeMap<String, Program>, String> {
     let mut cargo = Command::new("cargo");
     cargo.args(["test", "--workspace", "--lib", "--bins", "--tests", "--no-run"]);

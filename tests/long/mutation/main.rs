@@ -1,16 +1,16 @@
-//! The mutation score: small faults, planted in a copy of the source tree, and the native tests that must find them.
+//! The mutation score: small faults (*plants*) in a copy of the source tree, and the native tests that must find them.
 //!
-//! Every plant is compiled into one copy of the tree and switched by an environment variable, so that one build serves
-//! them all. The project's own sources never contain a plant.
+//! All plants are compiled into one copy of the tree and switched on by an environment variable, so that one build serves them
+//! all. The project's own sources never contain a plant.
 //!
 //!     tests/long/mutation/run --check                             each plant still applies; compiles nothing
 //!     tests/long/mutation/run --list                              plants and results by area
 //!     tests/long/mutation/run --record [--minutes 30] [ID…]       run the plants that have no result yet, or these
-//!     tests/long/mutation/run [--minutes 30] [ID…]                run some that were found, another part every day
+//!     tests/long/mutation/run [--minutes 30] [ID…]                run some plants that were found before, others every day
 //!
-//! For each plant the tests that are expected to find it run first. Where they do not, the rest of the native suite
-//! runs, unless `--expected` says otherwise. With `--record` the results are kept in `results.txt`, a line for each
-//! plant; a plant whose text has changed since is run again, and `--again` runs all of them.
+//! The tests that are expected to find a plant run first. If they do not find it, the rest of the native suite runs, unless
+//! `--expected` is given. With `--record` the results are written to `results.txt`, one line for each plant; a plant whose text
+//! has changed since is run again, and `--again` runs all of them.
 
 mod build;
 mod plants;
@@ -23,12 +23,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use build::Build;
 use plants::Plant;
-use record::{Fate, Record};
+use record::{PlantResult, Record};
 
-/// Plants by which a day's part begins later than that of the day before.
-const PER_DAY: usize = 10;
+/// The number of plants by which each day's run begins after that of the day before.
+const PLANTS_PER_DAY: usize = 10;
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Debug)]
 struct Options {
     check: bool,
@@ -56,7 +56,11 @@ impl Options {
                     let minutes = arguments.next().and_then(|minutes| minutes.parse::<u64>().ok());
                     options.within = Duration::from_secs(60 * minutes.ok_or("--minutes takes a number")?);
                 }
-                other if other.starts_with('-') => return Err(format!("there is no option {other}")),
+                other if other.starts_with('-') => {
+                    return Err(format!(
+                        "there is no option {other}; tests/long/mutation/main.rs lists them"
+                    ));
+                }
                 id => options.ids.push(id.to_owned()),
             }
         }
@@ -76,7 +80,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does what is asked for; false where a plant does not apply or is found by no test.
+/// Runs as the options request. Returns false if a plant does not apply, or if no test finds one and no reason is stated.
 fn run(root: &Path, options: &Options) -> Result<bool, String> {
     let own = root.join("tests/long/mutation");
     let plants = plants::read(&own.join("plants"))?;
@@ -101,21 +105,21 @@ fn run(root: &Path, options: &Options) -> Result<bool, String> {
         let begun = Instant::now();
         for plant in chosen {
             if begun.elapsed() > options.within {
-                println!("time is up: run it again to go on");
+                println!("time is up: run it again to continue");
                 break;
             }
-            let fate = try_plant(&build, plant, options.expected)?;
-            println!("{}: {}", plant.id, fate.words());
-            record.put(plant, fate, root)?;
+            let result = try_plant(&build, plant, options.expected)?;
+            println!("{}: {}", plant.id, result.words());
+            record.put(plant, result, root)?;
             if options.record {
                 record.write(&plants)?;
             }
         }
     }
     println!("{}", record.figures(&plants));
-    let lost: Vec<_> = plants.iter().filter(|plant| record.is_unexplained(plant)).collect();
-    lost.iter().for_each(|plant| eprintln!("{}: no test finds it: {}", plant.id, plant.what));
-    Ok(lost.is_empty())
+    let unexplained: Vec<_> = plants.iter().filter(|plant| record.is_unexplained(plant)).collect();
+    unexplained.iter().for_each(|plant| eprintln!("{}: no test finds it: {}", plant.id, plant.what));
+    Ok(unexplained.is_empty())
 }
 
 fn choose<'a>(plants: &'a [Plant], options: &Options, record: &Record) -> Result<Vec<&'a Plant>, String> {
@@ -132,16 +136,16 @@ fn choose<'a>(plants: &'a [Plant], options: &Options, record: &Record) -> Result
         let missing = |plant: &&Plant| options.again || !record.has(plant, options.expected);
         return Ok(plants.iter().filter(missing).collect());
     }
-    // What was found must be found still: all of it in turn, from another place every day on.
+    // Plants that were found before must still be found: all of them in turn, from another one on every day.
     let day = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs() / (24 * 3600));
     let mut found: Vec<_> = plants.iter().filter(|plant| record.is_caught(plant)).collect();
-    let first = (day as usize * PER_DAY).checked_rem(found.len()).unwrap_or(0);
+    let first = (day as usize * PLANTS_PER_DAY).checked_rem(found.len()).unwrap_or(0);
     found.rotate_left(first);
     Ok(found)
 }
 
-/// Runs the tests that are expected to find a plant, then the others until one does.
-fn try_plant(build: &Build, plant: &Plant, expected: bool) -> Result<Fate, String> {
+/// Runs the tests that are expected to find a plant, then the others, until one finds it.
+fn try_plant(build: &Build, plant: &Plant, expected: bool) -> Result<PlantResult, String> {
     let begun = Instant::now();
     let expectations = plant.tests.iter().map(|test| (test.target.clone(), test.filter.clone()));
     let rest = build.targets().filter(|_| !expected).map(|target| (target.to_owned(), String::new()));
@@ -152,9 +156,9 @@ fn try_plant(build: &Build, plant: &Plant, expected: bool) -> Result<Fate, Strin
             return Err(format!("{}: there is no test target {target}", plant.id));
         };
         if let Some(by) = trial::catches(build, program, &target, &filter, plant, &marker)? {
-            return Ok(Fate::Caught { by, took: begun.elapsed() });
+            return Ok(PlantResult::Caught { by, took: begun.elapsed() });
         }
     }
     let reached = marker.exists();
-    Ok(if expected { Fate::Missed { reached } } else { Fate::Survived { reached } })
+    Ok(if expected { PlantResult::Missed { reached } } else { PlantResult::Survived { reached } })
 }

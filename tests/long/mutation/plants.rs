@@ -1,30 +1,30 @@
-//! The list of plants: what is read from `plants/`, whether it still applies, and the planted text of a file.
+//! The list of plants: reads it from `plants/`, checks that each plant still applies, and inserts plants into a file's text.
 //!
-//! A plant is written down as
+//! A plant is written as
 //!
 //! ```text
 //! ### gate-short-unmap-is-gone
 //! file src/gate/results.rs
 //! what An unmap that came up short counts as whole once a later one has succeeded.
-//! test passgate/promises a_million_random_events
-//! why  only where no test can find it: the reason
+//! test passgate/promises million_random_events
+//! why  the reason why no test can find it, if none can
 //! @@ original
-//! text that is in the file exactly once
+//! text that occurs in the file exactly once
 //! @@ planted
-//! text that takes its place, with `planted!()` where the fault is switched on
+//! text that replaces it, with `planted!()` where the fault is switched on
 //! ```
 //!
-//! with more than one pair of texts where the fault is in several places.
+//! with more than one pair of texts if the fault is in several places.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-/// Where the fault is switched on, in the text of a plant.
+/// The switch in the text of a plant, which is true while the plant is on.
 const SWITCH: &str = "planted!()";
 
-/// A test target and which of its tests: `passgate/promises`, `passgate-backends/lib`.
+/// A test target, such as `passgate/promises` or `passgate-backends/lib`, and a filter of its tests.
 #[derive(Debug, Clone, Hash)]
 pub(crate) struct Test {
     pub(crate) target: String,
@@ -39,19 +39,19 @@ pub(crate) struct Plant {
     pub(crate) what: String,
     /// The tests that are expected to find it.
     pub(crate) tests: Vec<Test>,
-    /// Why no test finds it, where none can.
+    /// The reason why no test finds it, if none can.
     pub(crate) why: String,
-    /// What is in the file exactly once, and what takes its place.
+    /// Pairs of a text that occurs in the file exactly once, and the text that replaces it.
     texts: Vec<(String, String)>,
 }
 
 impl Plant {
-    /// The area that the plant belongs to: the first word of its id.
+    /// Returns the area of the plant: the first word of its id.
     pub(crate) fn area(&self) -> &str {
         self.id.split('-').next().unwrap_or_default()
     }
 
-    /// Changes whenever the plant's file or text does. What a person reads of it does not count.
+    /// Returns a hash that changes with the plant's id, file or texts, but not with its description or tests.
     pub(crate) fn version(&self) -> String {
         let mut hasher = DefaultHasher::new();
         (&self.id, &self.file, &self.texts).hash(&mut hasher);
@@ -59,7 +59,7 @@ impl Plant {
     }
 }
 
-/// Every plant, in the order of the files' names.
+/// Reads every plant, in the order of the files' names.
 pub(crate) fn read(folder: &Path) -> Result<Vec<Plant>, String> {
     let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
     let mut files = Vec::new();
@@ -76,36 +76,36 @@ pub(crate) fn read(folder: &Path) -> Result<Vec<Plant>, String> {
     Ok(plants)
 }
 
-/// What a line belongs to.
-enum Part {
+/// The section of a plant to which a line belongs.
+enum Section {
     Head,
     Original,
     Planted,
 }
 
 fn parse(text: &str) -> Result<Vec<Plant>, String> {
-    let (mut plants, mut part) = (Vec::<Plant>::new(), Part::Head);
+    let (mut plants, mut section) = (Vec::<Plant>::new(), Section::Head);
     for (nth, line) in (1..).zip(text.lines()) {
         if let Some(id) = line.strip_prefix("### ") {
             plants.push(Plant { id: id.trim().to_owned(), ..Plant::default() });
-            part = Part::Head;
+            section = Section::Head;
             continue;
         }
         let Some(plant) = plants.last_mut() else { continue };
-        match (&part, line) {
+        match (&section, line) {
             (_, "@@ original") => {
                 plant.texts.push(Default::default());
-                part = Part::Original;
+                section = Section::Original;
             }
-            (_, "@@ planted") => part = Part::Planted,
-            (Part::Original, line) => {
+            (_, "@@ planted") => section = Section::Planted,
+            (Section::Original, line) => {
                 plant.texts.last_mut().iter_mut().for_each(|text| push(&mut text.0, line))
             }
-            (Part::Planted, line) => {
+            (Section::Planted, line) => {
                 plant.texts.last_mut().iter_mut().for_each(|text| push(&mut text.1, line))
             }
-            (Part::Head, "") => {}
-            (Part::Head, line) => {
+            (Section::Head, "") => {}
+            (Section::Head, line) => {
                 let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
                 let rest = rest.trim().to_owned();
                 match word {
@@ -138,7 +138,7 @@ fn push(text: &mut String, line: &str) {
     text.push_str(line);
 }
 
-/// What is wrong with the plants: a line for each that does not apply.
+/// Returns the problems of the plants: a line for each that does not apply.
 pub(crate) fn check(root: &Path, plants: &[Plant]) -> Vec<String> {
     let (mut problems, mut ids) = (Vec::new(), BTreeSet::new());
     for plant in plants {
@@ -160,7 +160,7 @@ pub(crate) fn check(root: &Path, plants: &[Plant]) -> Vec<String> {
     problems
 }
 
-/// The plants of each file.
+/// Returns the plants of each file.
 pub(crate) fn by_file(plants: &[Plant]) -> BTreeMap<&str, Vec<&Plant>> {
     let mut files: BTreeMap<&str, Vec<&Plant>> = BTreeMap::new();
     for plant in plants {
@@ -169,23 +169,27 @@ pub(crate) fn by_file(plants: &[Plant]) -> BTreeMap<&str, Vec<&Plant>> {
     files
 }
 
-/// The text of a file with all of its plants; or what does not apply.
+/// Returns the text of a file with all of its plants.
+///
+/// # Errors
+///
+/// A line for each plant that does not apply.
 pub(crate) fn planted(text: &str, plants: &[&Plant]) -> Result<String, Vec<String>> {
-    let (mut places, mut problems) = (Vec::new(), Vec::new());
+    let (mut replacements, mut problems) = (Vec::new(), Vec::new());
     for (plant, (original, new)) in
         plants.iter().flat_map(|plant| plant.texts.iter().map(move |texts| (plant, texts)))
     {
         let mut found = text.match_indices(original.as_str());
         match (found.next(), found.next()) {
             (Some((at, _)), None) if !original.is_empty() => {
-                places.push((at, at + original.len(), *plant, new));
+                replacements.push((at, at + original.len(), *plant, new));
             }
             (None, _) => problems.push(format!("{}: its text is not in {} any more", plant.id, plant.file)),
             _ => problems.push(format!("{}: its text is in {} more than once", plant.id, plant.file)),
         }
     }
-    places.sort_unstable_by_key(|(from, ..)| *from);
-    for pair in places.windows(2) {
+    replacements.sort_unstable_by_key(|(from, ..)| *from);
+    for pair in replacements.windows(2) {
         if pair[0].1 > pair[1].0 {
             problems.push(format!("{} and {} are in each other's way", pair[0].2.id, pair[1].2.id));
         }
@@ -194,7 +198,7 @@ pub(crate) fn planted(text: &str, plants: &[&Plant]) -> Result<String, Vec<Strin
         return Err(problems);
     }
     let (mut whole, mut at) = (String::new(), 0);
-    for (from, to, plant, new) in places {
+    for (from, to, plant, new) in replacements {
         let owner = if plant.file.starts_with("bindings/") { "crate" } else { "passgate_bindings" };
         let switch = format!("::{owner}::planted!({:?})", plant.id).replace("::crate", "crate");
         whole.push_str(&text[at..from]);

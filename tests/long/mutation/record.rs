@@ -1,4 +1,4 @@
-//! What became of each plant, as it is kept in the tree: one line for each, and the figures above them.
+//! The results of the plants in `results.txt`: one line for each plant, and the figures above them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use crate::plants::Plant;
 
-/// What became of a plant.
+/// The result of one plant.
 #[derive(Debug)]
-pub(crate) enum Fate {
+pub(crate) enum PlantResult {
     /// This test finds it.
     Caught { by: String, took: Duration },
-    /// No native test finds it. `reached`: one of them has run it.
+    /// No native test finds it; `reached` if a test has executed it.
     Survived { reached: bool },
-    /// The expected tests do not find it; the others have not run.
+    /// The expected tests do not find it, and the others have not run; `reached` if a test has executed it.
     Missed { reached: bool },
 }
 
-impl Fate {
+impl PlantResult {
     pub(crate) fn words(&self) -> String {
         let reached = |reached: &bool| if *reached { "reached" } else { "not reached" };
         match self {
@@ -31,11 +31,11 @@ impl Fate {
     }
 }
 
-/// The results.
+/// The results of all plants.
 #[derive(Debug)]
 pub(crate) struct Record {
     path: PathBuf,
-    /// By plant: its version, and the rest of its line, which begins with the fate's word.
+    /// The version of each plant by id, and the rest of its line, which begins with `caught`, `survived` or `missed`.
     lines: BTreeMap<String, (String, String)>,
 }
 
@@ -56,13 +56,13 @@ impl Record {
         Ok(Self { path: path.to_owned(), lines })
     }
 
-    /// The result of a plant as it is now.
+    /// Returns the result of a plant in its present version.
     fn of(&self, plant: &Plant) -> Option<&str> {
         let (version, rest) = self.lines.get(&plant.id)?;
         (*version == plant.version()).then_some(rest)
     }
 
-    /// Whether a plant need not be run: where only the expected tests run, their word is enough.
+    /// True if a plant need not be run. If only the expected tests run, a result of theirs is enough.
     pub(crate) fn has(&self, plant: &Plant, expected: bool) -> bool {
         self.of(plant).is_some_and(|rest| expected || !rest.starts_with("missed"))
     }
@@ -71,25 +71,25 @@ impl Record {
         self.of(plant).is_some_and(|rest| rest.starts_with("caught"))
     }
 
-    /// Whether it is known that no test finds the plant, and nobody has said why.
+    /// True if no test finds the plant and no reason is stated.
     pub(crate) fn is_unexplained(&self, plant: &Plant) -> bool {
         plant.why.is_empty() && self.of(plant).is_some_and(|rest| rest.starts_with("survived"))
     }
 
-    pub(crate) fn put(&mut self, plant: &Plant, fate: Fate, root: &Path) -> Result<(), String> {
-        let said = |program: &str, arguments: &[&str]| {
+    pub(crate) fn put(&mut self, plant: &Plant, result: PlantResult, root: &Path) -> Result<(), String> {
+        let output_of = |program: &str, arguments: &[&str]| {
             let output = Command::new(program).args(arguments).current_dir(root).output();
             let output = output.map_err(|error| format!("{program}: {error}"))?;
             Ok::<_, String>(String::from_utf8_lossy(&output.stdout).trim().to_owned())
         };
         let (commit, date) =
-            (said("git", &["rev-parse", "--short", "HEAD"])?, said("date", &["-u", "+%Y-%m-%d"])?);
-        let rest = format!("{} | {date} | {commit}", fate.words());
+            (output_of("git", &["rev-parse", "--short", "HEAD"])?, output_of("date", &["-u", "+%Y-%m-%d"])?);
+        let rest = format!("{} | {date} | {commit}", result.words());
         self.lines.insert(plant.id.clone(), (plant.version(), rest));
         Ok(())
     }
 
-    /// Writes down the results of the plants that there are.
+    /// Writes the results of the present plants.
     pub(crate) fn write(&self, plants: &[Plant]) -> Result<(), String> {
         let mut text =
             String::from("# Written by tests/long/mutation/run: what became of each plant. Lines: plant,\n");
@@ -106,7 +106,7 @@ impl Record {
         fs::write(&self.path, text).map_err(|error| format!("{}: {error}", self.path.display()))
     }
 
-    /// How many plants there are by area, how many have run, and what became of them.
+    /// Returns a table of the plants by area: how many there are, have run, were caught, and are explained.
     pub(crate) fn figures(&self, plants: &[Plant]) -> String {
         let mut areas: BTreeMap<&str, [usize; 4]> = BTreeMap::new();
         for plant in plants {
@@ -126,9 +126,12 @@ impl Record {
             let _ = writeln!(text, "{area:<9} {all:>6} {run:>4} {caught:>7} {explained:>10}");
         }
         let [all, run, caught, explained] = sum;
-        let share = 100.0 * caught as f64 / (run.max(1)) as f64;
-        let _ =
-            write!(text, "{:<9} {all:>6} {run:>4} {caught:>7} {explained:>10}   {share:.1} % caught", "all");
+        let percent = 100.0 * caught as f64 / (run.max(1)) as f64;
+        let _ = write!(
+            text,
+            "{:<9} {all:>6} {run:>4} {caught:>7} {explained:>10}   {percent:.1} % caught",
+            "all"
+        );
         text
     }
 }

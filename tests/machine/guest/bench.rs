@@ -1,4 +1,4 @@
-//! Measures the disk: so many requests in flight for so long, by io_uring on a file without a cache.
+//! Measures the disk with a constant number of requests in flight, by io_uring and O_DIRECT.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
@@ -10,68 +10,71 @@ use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
 use super::buffer::Buffer;
-use super::pattern::{Numbers, stream};
-use super::{DISK, Wrong};
+use super::pattern::{Random, stream};
+use super::{DISK, Failure};
 
-/// Bytes of the disk that are read and written.
-const SPAN: u64 = 512 << 20;
+/// The size of the part of the disk that is read and written, in bytes.
+const SPAN_BYTES: u64 = 512 << 20;
 
-/// One request after another in each of `depth` places, for `ms` milliseconds.
-pub fn run(asked: &Value) -> Result<Value, Wrong> {
-    let number = |name: &str, default: u64| asked[name].as_u64().unwrap_or(default);
-    let (depth, len, ms) = (number("depth", 1).clamp(1, 1024), number("len", 4096), number("ms", 1000));
-    let (write, sequential) = (asked["write"] == true, asked["sequential"] == true);
+/// Runs requests of `len` bytes for `ms` milliseconds, one after another in each of `depth` slots. Returns their number, rate
+/// and latency percentiles.
+pub fn run(command: &Value) -> Result<Value, Failure> {
+    let parameter = |name: &str, default: u64| command[name].as_u64().unwrap_or(default);
+    let (depth, len, ms) =
+        (parameter("depth", 1).clamp(1, 1024), parameter("len", 4096), parameter("ms", 1000));
+    let (write, sequential) = (command["write"] == true, command["sequential"] == true);
     let disk =
         OpenOptions::new().read(true).write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(DISK);
     let disk = disk.map_err(|e| format!("{DISK}: {e}"))?;
     let mut ring = IoUring::new(depth as u32).map_err(|e| format!("io_uring: {e}"))?;
-    // Never given back: an error below may leave the kernel with some of them, and the guest lives shortly.
+    // Leaked on purpose: after an error below the kernel may still write to some of them. The guest is short-lived.
     let buffers: Vec<_> = (0..depth).map(|_| Buffer::new(len as usize, 4096)).collect();
     let buffers = buffers.leak();
     buffers.iter_mut().zip(1..).for_each(|(buffer, seed)| stream(buffer.get(), seed));
-    let (mut numbers, mut next) = (Numbers::new(depth ^ len), 0);
-    let (mut begun, mut took): (Vec<Option<Instant>>, Vec<Duration>) =
+    let (mut random, mut next_block) = (Random::new(depth ^ len), 0);
+    let (mut start_times, mut durations): (Vec<Option<Instant>>, Vec<Duration>) =
         (vec![None; depth as usize], Vec::new());
     let (start, limit) = (Instant::now(), Duration::from_millis(ms));
-    let mut flying = 0;
+    let mut in_flight = 0;
     loop {
-        for (place, began) in begun.iter_mut().enumerate().filter(|(_, began)| began.is_none()) {
+        for (slot, started) in start_times.iter_mut().enumerate().filter(|(_, started)| started.is_none()) {
             if start.elapsed() >= limit {
                 break;
             }
-            let offset = if sequential { next } else { numbers.below(SPAN / len) } * len;
-            next = (next + 1) % (SPAN / len);
-            let (fd, at) = (types::Fd(disk.as_raw_fd()), buffers[place].get());
+            let offset = if sequential { next_block } else { random.below(SPAN_BYTES / len) } * len;
+            next_block = (next_block + 1) % (SPAN_BYTES / len);
+            let (fd, at) = (types::Fd(disk.as_raw_fd()), buffers[slot].get());
             let entry = if write {
                 opcode::Write::new(fd, at.as_ptr(), len as u32).offset(offset).build()
             } else {
                 opcode::Read::new(fd, at.as_mut_ptr(), len as u32).offset(offset).build()
             };
-            // SAFETY: the buffer of this place is `len` bytes and is never freed, and nothing else touches it until the
-            // completion of the same place has been taken; the kernel holds the file from the submission on.
-            unsafe { ring.submission().push(&entry.user_data(place as u64)) }
+            // SAFETY: the buffer of this slot has `len` bytes and is never freed, and nothing else accesses it before the
+            // completion of the same slot was taken; the kernel references the file from the submission on.
+            unsafe { ring.submission().push(&entry.user_data(slot as u64)) }
                 .map_err(|e| format!("io_uring: {e}"))?;
-            *began = Some(Instant::now());
-            flying += 1;
+            *started = Some(Instant::now());
+            in_flight += 1;
         }
-        if flying == 0 {
+        if in_flight == 0 {
             break;
         }
         ring.submit_and_wait(1).map_err(|e| format!("io_uring: {e}"))?;
-        for done in ring.completion() {
-            if done.result() != len as i32 {
-                return Err(format!("a request of {len} bytes ended with {}", done.result()));
+        for completion in ring.completion() {
+            if completion.result() != len as i32 {
+                return Err(format!("a request of {len} bytes ended with {}", completion.result()));
             }
-            if let Some(began) = begun.get_mut(done.user_data() as usize).and_then(Option::take) {
-                took.push(began.elapsed());
-                flying -= 1;
+            if let Some(started) = start_times.get_mut(completion.user_data() as usize).and_then(Option::take)
+            {
+                durations.push(started.elapsed());
+                in_flight -= 1;
             }
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    took.sort_unstable();
-    let at = |part: usize| took.get(took.len() * part / 100).map_or(0.0, |d| d.as_secs_f64() * 1e6);
+    durations.sort_unstable();
+    let at = |part: usize| durations.get(durations.len() * part / 100).map_or(0.0, |d| d.as_secs_f64() * 1e6);
     Ok(json!({
-        "requests": took.len(), "seconds": seconds, "iops": took.len() as f64 / seconds, "median_us": at(50), "p99_us": at(99),
+        "requests": durations.len(), "seconds": seconds, "iops": durations.len() as f64 / seconds, "median_us": at(50), "p99_us": at(99),
     }))
 }

@@ -1,30 +1,31 @@
-//! Memory for direct I/O: a slice that begins where a device may begin.
+//! Memory for direct I/O: a slice with the alignment that O_DIRECT requires.
 
-use super::pattern::Numbers;
+use super::pattern::Random;
 
-/// A buffer whose slice is aligned to `to` bytes, a power of two.
+/// A buffer whose slice is aligned.
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
-    from: usize,
+    start: usize,
     len: usize,
 }
 
 impl Buffer {
-    pub fn new(len: usize, to: usize) -> Self {
-        let bytes = vec![0; len + 2 * to.max(4096)];
-        let from = bytes.as_ptr().align_offset(to);
-        Self { bytes, from, len }
+    /// Returns a buffer of `len` bytes, aligned to `alignment` bytes, a power of two.
+    pub fn new(len: usize, alignment: usize) -> Self {
+        let bytes = vec![0; len + 2 * alignment.max(4096)];
+        let start = bytes.as_ptr().align_offset(alignment);
+        Self { bytes, start, len }
     }
 
-    /// One that begins at any sector within a page: guests' buffers are not all page-aligned.
-    pub fn anywhere(len: usize, numbers: &mut Numbers) -> Self {
+    /// Returns a buffer that begins at a random sector of a page: guests' buffers are not all page-aligned.
+    pub fn at_random_sector(len: usize, random: &mut Random) -> Self {
         let mut buffer = Self::new(len, 4096);
-        buffer.from += 512 * numbers.below(8) as usize;
+        buffer.start += 512 * random.below(8) as usize;
         buffer
     }
 
     pub fn get(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.from..self.from + self.len]
+        &mut self.bytes[self.start..self.start + self.len]
     }
 }

@@ -1,18 +1,19 @@
-//! What the guest writes and both sides check: blocks that say what they are, and sums over them.
+//! The data that the guest writes and that both sides verify: self-describing blocks, and checksums over them.
 //!
-//! A block carries its number, its version and a stream made of both, so that an old block, a torn one and one in the
-//! wrong place are each told from the right one. Version 0 is a block of zeros.
+//! A block contains its number, its version and a pseudo-random stream derived from both, so that an old, a torn and a misplaced
+//! block are each distinguished from the right one. Version 0 is a block of zeros.
 
-/// Bytes of one block.
+/// The size of a block in bytes.
 pub const BLOCK: usize = 4096;
 
+/// The first word of every block but those of version 0: "passgate" in ASCII.
 const MAGIC: u64 = 0x7061_7373_6761_7465;
 
-/// A small generator of numbers, the same everywhere for the same seed.
+/// A pseudo-random number generator (xorshift64): equal sequences for equal seeds.
 #[derive(Debug, Clone)]
-pub struct Numbers(u64);
+pub struct Random(u64);
 
-impl Numbers {
+impl Random {
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
@@ -24,22 +25,22 @@ impl Numbers {
         self.0
     }
 
-    /// One below `limit`, which is not 0.
+    /// Returns a number below `limit`, which must not be 0.
     pub fn below(&mut self, limit: u64) -> u64 {
         (self.next() >> 11) % limit
     }
 }
 
-/// Fills `bytes` from the stream of `seed`.
+/// Fills `bytes` with the pseudo-random stream of `seed`.
 pub fn stream(bytes: &mut [u8], seed: u64) {
-    let mut numbers = Numbers::new(seed);
+    let mut random = Random::new(seed);
     for word in bytes.chunks_mut(8) {
-        let next = numbers.next().to_le_bytes();
+        let next = random.next().to_le_bytes();
         word.copy_from_slice(&next[..word.len()]);
     }
 }
 
-/// Fills a block.
+/// Fills a block with the contents of this number and version.
 pub fn fill(block: &mut [u8], seed: u64, number: u64, version: u64) {
     if version == 0 {
         return block.fill(0);
@@ -51,17 +52,17 @@ pub fn fill(block: &mut [u8], seed: u64, number: u64, version: u64) {
     stream(body, seed ^ (number << 32) ^ version);
 }
 
-/// Whether this is that version of the block, and if not, what it is.
+/// Compares a block with the contents of this number and version; the error describes the first difference and the block's head.
 pub fn check(block: &[u8], seed: u64, number: u64, version: u64) -> Result<(), String> {
-    let mut wanted = [0; BLOCK];
-    fill(&mut wanted, seed, number, version);
-    if block == wanted {
+    let mut expected = [0; BLOCK];
+    fill(&mut expected, seed, number, version);
+    if block == expected {
         return Ok(());
     }
     let word = |nth: usize| {
         block.get(nth * 8..nth * 8 + 8).map_or(0, |b| b.iter().rfold(0, |n, &b| n << 8 | u64::from(b)))
     };
-    let first = block.iter().zip(&wanted).position(|(is, should)| is != should);
+    let first = block.iter().zip(&expected).position(|(actual, expected)| actual != expected);
     Err(format!(
         "block {number} should be version {version}: from byte {first:?} on it is not; its head says magic {:#x}, block {}, version {}, seed {:#x}",
         word(0),
@@ -71,7 +72,7 @@ pub fn check(block: &[u8], seed: u64, number: u64, version: u64) -> Result<(), S
     ))
 }
 
-/// The sum of `bytes`, going on from `sum` (FNV-1a over words).
+/// Returns the checksum of `bytes`, continued from `sum` (FNV-1a over 64-bit words).
 pub fn sum(mut sum: u64, bytes: &[u8]) -> u64 {
     for word in bytes.chunks(8) {
         let word = word.iter().rfold(0, |n, &b| n << 8 | u64::from(b));

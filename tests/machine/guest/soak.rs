@@ -1,8 +1,8 @@
-//! Writes and verifies until told to stop: several threads over raw blocks, several over files.
+//! Writes and verifies until it is to stop: several threads use raw blocks, several use files.
 //!
-//! Says once a second how far it is, also while it verifies, and at the end what is on the disk, by sums that the other side
-//! checks. It never stops before each kind of thread has done something. A call that takes longer than [`HANGS`] is a
-//! failure, said at once.
+//! Reports its progress once a second, also while it verifies, and at the end the contents of the disk, as checksums that the
+//! host verifies. It does not stop before each kind of thread has done something. A call that takes longer than
+//! [`HANG_LIMIT`] is reported as a failure at once.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -20,42 +20,43 @@ use serde_json::{Value, json};
 use super::channel::Channel;
 use super::files::Folder;
 use super::raw::Blocks;
-use super::{DISK, Wrong};
+use super::{DISK, Failure};
 
-/// How long a call may take before it counts as hanging.
-const HANGS: Duration = Duration::from_secs(60);
-/// MiB of the file system, from the start of the disk on.
-const FILE_SYSTEM: u64 = 128;
-/// The first block behind it.
-const RAW: u64 = FILE_SYSTEM << 8;
-/// Where it is mounted.
-const MOUNTED: &str = "/disk";
+/// The time after which a call counts as hanging.
+const HANG_LIMIT: Duration = Duration::from_secs(60);
+/// The size of the file system, which begins at the start of the disk, in MiB.
+const FILE_SYSTEM_MIB: u64 = 128;
+/// The number of the first block behind the file system.
+const FIRST_RAW_BLOCK: u64 = FILE_SYSTEM_MIB << 8;
+/// The directory at which the file system is mounted.
+const MOUNT_POINT: &str = "/disk";
 
-/// What the threads share: when to stop, what they have done, and since when each waits.
+/// The shared state of the threads: the request to stop, the numbers of operations, and the calls in progress.
 #[derive(Debug)]
-pub struct Watch {
+pub struct Progress {
     pub stop: AtomicBool,
     pub raw: AtomicU64,
     pub files: AtomicU64,
-    /// Blocks and files read again at the end.
+    /// The number of blocks and files verified at the end.
     pub verified: AtomicU64,
-    begun: Instant,
-    /// Every call under way, by the milliseconds at which it began.
+    started: Instant,
+    /// The start time of every call in progress, in milliseconds since `started`.
     calls: Mutex<Vec<u64>>,
+    /// The duration of the slowest call so far, in milliseconds.
     slowest: AtomicU64,
-    /// When it was last said how far it is, in milliseconds.
+    /// The time of the last report, in milliseconds since `started`.
     reported: AtomicU64,
     channel: Channel,
 }
 
-impl Watch {
+impl Progress {
     fn new(channel: &Channel) -> Self {
         Self {
             stop: AtomicBool::new(false),
             raw: AtomicU64::new(0),
             files: AtomicU64::new(0),
             verified: AtomicU64::new(0),
-            begun: Instant::now(),
+            started: Instant::now(),
             calls: Mutex::new(Vec::new()),
             slowest: AtomicU64::new(0),
             reported: AtomicU64::new(0),
@@ -64,33 +65,34 @@ impl Watch {
     }
 
     fn now(&self) -> u64 {
-        self.begun.elapsed().as_millis() as u64
+        self.started.elapsed().as_millis() as u64
     }
 
     fn calls(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
         self.calls.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Makes a call that is watched.
+    /// Makes a call, and records its start and duration.
     pub fn timed<T>(&self, call: impl FnOnce() -> T) -> T {
         let since = self.now();
         self.calls().push(since);
-        let answer = call();
+        let result = call();
         let mut calls = self.calls();
-        if let Some(mine) = calls.iter().position(|&began| began == since) {
-            calls.swap_remove(mine);
+        if let Some(index) = calls.iter().position(|&call_start| call_start == since) {
+            calls.swap_remove(index);
         }
         self.slowest.fetch_max(self.now() - since, Ordering::Relaxed);
-        answer
+        result
     }
 
+    /// Returns the duration of the oldest call in progress, in milliseconds, if it counts as hanging.
     fn hanging(&self) -> Option<u64> {
         let oldest = self.calls().iter().copied().min()?;
-        let waits = self.now() - oldest;
-        (waits > HANGS.as_millis() as u64).then_some(waits)
+        let waiting_ms = self.now() - oldest;
+        (waiting_ms > HANG_LIMIT.as_millis() as u64).then_some(waiting_ms)
     }
 
-    fn says(&self) -> Value {
+    fn to_json(&self) -> Value {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         json!({
             "raw": read(&self.raw), "files": read(&self.files), "verified": read(&self.verified),
@@ -103,7 +105,7 @@ impl Watch {
         self.raw.load(Ordering::Relaxed) > 0 && self.files.load(Ordering::Relaxed) > 0
     }
 
-    /// Says how far it is, once a second at most. It needs no timer for that: one of an emulated processor may be late.
+    /// Reports the progress, once a second at most. It needs no timer: one of an emulated processor may be late.
     pub fn report_at_times(&self) {
         let (now, last) = (self.now(), self.reported.load(Ordering::Relaxed));
         if now >= last + 1000 {
@@ -112,67 +114,70 @@ impl Watch {
         }
     }
 
-    /// Says how far it is. A call that hangs ends the guest: its thread cannot be ended.
+    /// Reports the progress. A hanging call is reported as a failure, and the guest powers off: its thread cannot be ended.
     fn report(&self) {
         let channel = &self.channel;
-        channel.say(&json!({ "progress": self.says() }));
+        channel.send(&json!({ "progress": self.to_json() }));
         if let Some(ms) = self.hanging() {
-            channel.say(&json!({ "failed": format!("a call has taken {ms} ms and goes on") }));
+            channel.send(&json!({ "failed": format!("a call has taken {ms} ms and has not returned") }));
             std::thread::sleep(Duration::from_secs(5));
             let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
         }
     }
 }
 
-/// Soaks for `seconds`, or until told `stop`, but until each kind of thread has done something; with `threads` of each
+/// Soaks for `seconds`, or until the command `stop`, but until each kind of thread has done something; with `threads` of each
 /// kind, over `blocks` raw blocks.
-pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<Value, Wrong> {
-    let number = |name: &str, default: u64| asked[name].as_u64().unwrap_or(default);
+pub fn run(command: &Value, channel: &Channel, commands: &Receiver<String>) -> Result<Value, Failure> {
+    let number = |name: &str, default: u64| command[name].as_u64().unwrap_or(default);
     let (seconds, threads) = (number("seconds", 10), number("threads", 2).max(1));
     let (blocks, seed) = (number("blocks", 2048), number("seed", 1));
-    let watch = Watch::new(channel);
-    channel.say(&json!({ "progress": watch.says() }));
+    let progress = Progress::new(channel);
+    channel.send(&json!({ "progress": progress.to_json() }));
     make_file_system()?;
     let flags = OFlags::DIRECT.bits() as i32;
     let disk = OpenOptions::new().read(true).write(true).custom_flags(flags).open(DISK);
     let disk = disk.map_err(|e| format!("{DISK}: {e}"))?;
-    let share = blocks / threads;
-    let mut raw: Vec<_> =
-        (0..threads).map(|nth| Blocks::new(&disk, seed, RAW + nth * share, share, &watch)).collect();
+    let blocks_per_thread = blocks / threads;
+    let mut raw: Vec<_> = (0..threads)
+        .map(|nth| {
+            Blocks::new(&disk, seed, FIRST_RAW_BLOCK + nth * blocks_per_thread, blocks_per_thread, &progress)
+        })
+        .collect();
     let mut folders = (0..threads)
-        .map(|nth| Folder::new(PathBuf::from(format!("{MOUNTED}/{nth}")), seed + nth, &watch))
+        .map(|nth| Folder::new(PathBuf::from(format!("{MOUNT_POINT}/{nth}")), seed + nth, &progress))
         .collect::<Result<Vec<_>, _>>()?;
 
-    let wrong = Mutex::new(None);
-    // Whatever goes wrong first stops the rest.
-    let fails = |what: Wrong| {
-        watch.stop.store(true, Ordering::Relaxed);
-        wrong.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(what);
+    let first_failure = Mutex::new(None);
+    // The first failure stops all threads.
+    let fail = |failure: Failure| {
+        progress.stop.store(true, Ordering::Relaxed);
+        first_failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(failure);
     };
     std::thread::scope(|scope| {
-        let mut working: Vec<_> =
-            raw.iter_mut().map(|b| scope.spawn(|| b.work().map(drop).unwrap_or_else(fails))).collect();
-        working.extend(folders.iter_mut().map(|f| scope.spawn(|| f.work().unwrap_or_else(fails))));
-        let mut ends = false;
-        while !working.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-            ends |= watch.begun.elapsed() > Duration::from_secs(seconds);
-            if ends && watch.has_done_each() {
-                watch.stop.store(true, Ordering::Relaxed);
+        let mut workers: Vec<_> =
+            raw.iter_mut().map(|b| scope.spawn(|| b.work().map(drop).unwrap_or_else(fail))).collect();
+        workers.extend(folders.iter_mut().map(|f| scope.spawn(|| f.work().unwrap_or_else(fail))));
+        let mut stop_requested = false;
+        while !workers.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+            stop_requested |= progress.started.elapsed() > Duration::from_secs(seconds);
+            if stop_requested && progress.has_done_each() {
+                progress.stop.store(true, Ordering::Relaxed);
             }
-            match told.recv_timeout(Duration::from_secs(1)) {
+            match commands.recv_timeout(Duration::from_secs(1)) {
                 Ok(line) if line.contains("memory") => {
-                    channel.say(
+                    channel.send(
                         &super::memory().map_or_else(|w| json!({ "failed": w }), |k| json!({ "memory": k })),
                     );
                 }
-                Ok(_) | Err(RecvTimeoutError::Disconnected) => ends = true,
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => stop_requested = true,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            watch.report();
+            progress.report();
         }
     });
-    if let Some(what) = wrong.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-        return Err(what);
+    if let Some(failure) = first_failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        return Err(failure);
     }
 
     let total = verify(&mut raw, &folders)?;
@@ -183,41 +188,41 @@ pub fn run(asked: &Value, channel: &Channel, told: &Receiver<String>) -> Result<
             folder.files.iter().map(move |(file, (seed, len))| json!([format!("{name}/{file}"), seed, len]))
         })
         .collect();
-    unmount(MOUNTED, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
+    unmount(MOUNT_POINT, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
     disk.sync_all().map_err(|e| format!("flush: {e}"))?;
-    for some in listed.chunks(16) {
-        channel.say(&json!({ "files": some }));
+    for chunk in listed.chunks(16) {
+        channel.send(&json!({ "files": chunk }));
     }
     Ok(
-        json!({ "did": watch.says(), "first": RAW, "blocks": share * threads, "sum": format!("{total:016x}"), "files": listed.len() }),
+        json!({ "did": progress.to_json(), "first": FIRST_RAW_BLOCK, "blocks": blocks_per_thread * threads, "sum": format!("{total:016x}"), "files": listed.len() }),
     )
 }
 
-/// Reads everything once more, the file system by way of a fresh mount. Returns the sum of all blocks.
-fn verify(raw: &mut [Blocks<'_>], folders: &[Folder<'_>]) -> Result<u64, Wrong> {
+/// Verifies everything once more, the file system after a new mount. Returns the checksum of all blocks.
+fn verify(raw: &mut [Blocks<'_>], folders: &[Folder<'_>]) -> Result<u64, Failure> {
     let mut total = 0;
     for blocks in raw {
         total = blocks.verify(total)?;
     }
-    unmount(MOUNTED, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
+    unmount(MOUNT_POINT, UnmountFlags::empty()).map_err(|e| format!("unmount: {e}"))?;
     attach()?;
     folders.iter().try_for_each(Folder::verify)?;
     Ok(total)
 }
 
 /// Makes a file system with a journal at the start of the disk, and mounts it.
-fn make_file_system() -> Result<(), Wrong> {
-    let size = format!("{FILE_SYSTEM}M");
+fn make_file_system() -> Result<(), Failure> {
+    let size = format!("{FILE_SYSTEM_MIB}M");
     let made = Command::new("/bin/mke2fs").args(["-q", "-F", "-t", "ext4", DISK, &size]).output();
     let made = made.map_err(|e| format!("mke2fs: {e}"))?;
     if !made.status.success() {
         return Err(format!("mke2fs: {}: {}", made.status, String::from_utf8_lossy(&made.stderr)));
     }
-    fs::create_dir_all(MOUNTED).map_err(|e| format!("{MOUNTED}: {e}"))?;
+    fs::create_dir_all(MOUNT_POINT).map_err(|e| format!("{MOUNT_POINT}: {e}"))?;
     attach()
 }
 
-fn attach() -> Result<(), Wrong> {
+fn attach() -> Result<(), Failure> {
     let _: File = File::open(DISK).map_err(|e| format!("{DISK}: {e}"))?;
-    mount(DISK, MOUNTED, "ext4", MountFlags::empty(), None).map_err(|e| format!("mount: {e}"))
+    mount(DISK, MOUNT_POINT, "ext4", MountFlags::empty(), None).map_err(|e| format!("mount: {e}"))
 }

@@ -1,4 +1,4 @@
-//! The rules about fences, with a device that notes what is asked of it.
+//! The fences of [`Driven`], with a device that records the calls to it.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -6,19 +6,23 @@ use super::*;
 
 type Log = Arc<Mutex<Vec<&'static str>>>;
 
-/// A device that notes what is asked of it, and an engine for it whose transfers go as they are told.
+/// A device that records the calls to it.
 #[derive(Debug)]
-struct Noted(Log);
+struct RecordingDevice(Log);
 
+/// An engine that records the calls to it.
 #[derive(Debug)]
-struct Told {
+struct ScriptedEngine {
     log: Log,
+    /// Sends the length of each transfer that begins.
     begun: Sender<usize>,
-    goes: Receiver<bool>,
+    /// Receives the result of each transfer: true for success.
+    results: Receiver<bool>,
+    /// True if [`Engine::start`] succeeds.
     starts: bool,
 }
 
-impl Device for Noted {
+impl Device for RecordingDevice {
     fn name(&self) -> &str {
         "noted"
     }
@@ -43,78 +47,80 @@ impl Device for Noted {
     }
 }
 
-impl Told {
-    fn note(&self, what: &'static str) -> Result<()> {
-        self.log.lock().unwrap().push(what);
+impl ScriptedEngine {
+    fn record(&self, call: &'static str) -> Result<()> {
+        self.log.lock().unwrap().push(call);
         Ok(())
     }
-    fn go(&self, iova: Iova, len: usize) -> Result<()> {
+    fn transfer(&self, iova: Iova, len: usize) -> Result<()> {
         self.begun.send(len).unwrap();
-        if self.goes.recv().unwrap() {
+        if self.results.recv().unwrap() {
             return Ok(());
         }
-        self.note("failed")?;
+        self.record("failed")?;
         Err(Error::Fault { device: String::new(), iova })
     }
 }
 
-impl Engine for Told {
+impl Engine for ScriptedEngine {
     const CHUNK: usize = 100;
     fn reset(&mut self) -> Result<()> {
-        self.note("reset")
+        self.record("reset")
     }
     fn start(&mut self) -> Result<()> {
-        self.note("start")?;
+        self.record("start")?;
         if self.starts { Ok(()) } else { Err(Error::Fault { device: String::new(), iova: Iova(0) }) }
     }
     fn stop(&mut self) -> Result<()> {
-        self.note("stop")
+        self.record("stop")
     }
     fn read(&mut self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
         bytes.fill(7);
-        self.go(iova, bytes.len())
+        self.transfer(iova, bytes.len())
     }
     fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()> {
-        self.go(iova, bytes.len())
+        self.transfer(iova, bytes.len())
     }
 }
 
-/// A device, what was asked of it since last time, the lengths of its transfers, and how the next ones go.
+/// A driven device, the log of the calls to it, the lengths of its transfers, and the results of the next ones.
 struct Scene {
-    device: Driven<Told>,
+    device: Driven<ScriptedEngine>,
     log: Log,
     begun: Receiver<usize>,
-    goes: Sender<bool>,
+    results: Sender<bool>,
 }
 
 impl Scene {
     fn new() -> Self {
-        let (log, (begin, begun), (goes, go)) = (Log::default(), channel(), channel());
-        let engine = Told { log: Arc::clone(&log), begun: begin, goes: go, starts: true };
-        let device = Driven::new(Arc::new(Noted(Arc::clone(&log))), engine).unwrap();
-        let scene = Self { device, log, begun, goes };
-        assert_eq!(scene.since(), ["reset", "start"], "whoever had it before");
+        let (log, (begin, begun), (results, script)) = (Log::default(), channel(), channel());
+        let engine = ScriptedEngine { log: Arc::clone(&log), begun: begin, results: script, starts: true };
+        let device = Driven::new(Arc::new(RecordingDevice(Arc::clone(&log))), engine).unwrap();
+        let scene = Self { device, log, begun, results };
+        assert_eq!(scene.take_log(), ["reset", "start"], "whatever state it was in");
         scene
     }
-    fn since(&self) -> Vec<&'static str> {
+    /// Returns the calls since the last call of this.
+    fn take_log(&self) -> Vec<&'static str> {
         std::mem::take(&mut self.log.lock().unwrap())
     }
     /// Returns once a transfer waits for the device.
-    fn waits_for_one(&self) {
+    fn await_waiting_transfer(&self) {
         let begun = Instant::now();
         while self.device.0.pause.waiting() == 0 {
-            assert!(begun.elapsed() < pause::PATIENCE, "nothing waits");
+            assert!(begun.elapsed() < pause::DRAIN_WAIT_TIMEOUT, "no transfer waits");
             thread::yield_now();
         }
     }
-    fn moves(&self) -> bool {
-        self.goes.send(true).unwrap();
+    /// Requests a transfer. Returns true if it was made, false if a fence refused it.
+    fn transfers(&self) -> bool {
+        self.results.send(true).unwrap();
         let moved = self.device.dma_write(Iova(0), &[1]);
         match &moved {
             Ok(()) => drop(self.begun.recv().unwrap()),
             Err(error) => {
                 assert_eq!(error.errno(), Some(Errno::SHUTDOWN));
-                self.device.0.engine.lock().unwrap().goes.recv().unwrap();
+                self.device.0.engine.lock().unwrap().results.recv().unwrap();
             }
         }
         moved.is_ok()
@@ -124,119 +130,119 @@ impl Scene {
 #[test]
 fn long_transfers_are_made_in_chunks() {
     let scene = Scene::new();
-    (0..3).for_each(|_| scene.goes.send(true).unwrap());
+    (0..3).for_each(|_| scene.results.send(true).unwrap());
     assert_eq!(scene.device.dma_read(Iova(0), 250).unwrap(), [7; 250]);
     assert_eq!(scene.begun.try_iter().collect::<Vec<_>>(), [100, 100, 50]);
     assert_eq!(scene.device.dma_read(Iova(0), 0).unwrap(), []);
 }
 
 #[test]
-fn a_device_is_brought_up_anew_after_a_transfer_that_failed() {
+fn device_is_restarted_after_a_failed_transfer() {
     let scene = Scene::new();
-    scene.goes.send(false).unwrap();
+    scene.results.send(false).unwrap();
     assert_eq!(scene.device.dma_read(Iova(0), 1).unwrap_err().errno(), Some(Errno::FAULT));
-    assert_eq!(scene.since(), ["failed", "reset", "start"]);
+    assert_eq!(scene.take_log(), ["failed", "reset", "start"]);
     assert_eq!(scene.begun.recv(), Ok(1));
-    assert!(scene.moves());
+    assert!(scene.transfers());
 }
 
 #[test]
-fn a_device_that_does_not_come_up_waits_for_its_attach() {
+fn device_that_fails_to_restart_is_stopped_until_attach() {
     let scene = Scene::new();
     scene.device.0.engine.lock().unwrap().starts = false;
-    scene.goes.send(false).unwrap();
+    scene.results.send(false).unwrap();
     assert_eq!(scene.device.dma_read(Iova(0), 1).unwrap_err().errno(), Some(Errno::FAULT));
-    assert!(!scene.moves());
+    assert!(!scene.transfers());
     assert!(scene.device.attach().is_err());
     scene.device.0.engine.lock().unwrap().starts = true;
-    assert!(!scene.moves(), "the attach failed");
+    assert!(!scene.transfers(), "the attach failed");
     scene.device.attach().unwrap();
     scene.begun.try_iter().for_each(drop);
-    assert!(scene.moves());
+    assert!(scene.transfers());
 }
 
 #[test]
-fn from_a_fence_to_the_attach_nothing_moves() {
+fn no_transfer_between_fence_and_attach() {
     let scene = Scene::new();
     for (step, works) in [
         (FenceStep::Detach, true),
-        (FenceStep::Reset, false), // who knows how far it came
+        (FenceStep::Reset, false), // a fence that failed may have been effective
     ] {
         assert_eq!(scene.device.fence(step).is_ok(), works);
-        assert_eq!(scene.since(), ["fence"]);
-        assert!(!scene.moves());
+        assert_eq!(scene.take_log(), ["fence"]);
+        assert!(!scene.transfers());
         scene.device.attach().unwrap();
-        assert_eq!(scene.since(), ["reset", "attach", "start"], "old transfers go before it can do any");
-        assert!(scene.moves());
+        assert_eq!(scene.take_log(), ["reset", "attach", "start"], "reset before it can do DMA");
+        assert!(scene.transfers());
     }
 }
 
 #[test]
-fn what_is_asked_of_a_drained_device_waits_for_the_attach_and_is_made() {
+fn transfer_to_a_drained_device_waits_for_the_attach() {
     let scene = Scene::new();
     for _ in 0..3 {
         scene.device.fence(FenceStep::Drain).unwrap();
-        assert_eq!(scene.since(), ["stop"]);
-        scene.goes.send(true).unwrap();
+        assert_eq!(scene.take_log(), ["stop"]);
+        scene.results.send(true).unwrap();
         thread::scope(|scope| {
             let asked = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
-            scene.waits_for_one();
-            assert!(scene.begun.try_recv().is_err(), "nothing moves");
+            scene.await_waiting_transfer();
+            assert!(scene.begun.try_recv().is_err(), "no transfer begins");
             scene.device.attach().unwrap();
             asked.join().unwrap().unwrap();
         });
         assert_eq!(scene.begun.recv(), Ok(1));
-        assert_eq!(scene.since(), ["reset", "attach", "start"], "not failed, not brought up anew");
+        assert_eq!(scene.take_log(), ["reset", "attach", "start"], "not failed, not restarted");
     }
 }
 
 #[test]
-fn a_stronger_fence_refuses_what_waits_for_a_drained_device() {
+fn stronger_fence_fails_waiting_transfers() {
     let scene = Scene::new();
     scene.device.fence(FenceStep::Drain).unwrap();
     thread::scope(|scope| {
         let asked = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
-        scene.waits_for_one();
+        scene.await_waiting_transfer();
         let begun = Instant::now();
         scene.device.fence(FenceStep::Detach).unwrap();
         assert_eq!(asked.join().unwrap().unwrap_err().errno(), Some(Errno::SHUTDOWN));
-        assert!(begun.elapsed() < pause::PATIENCE / 2, "at once");
+        assert!(begun.elapsed() < pause::DRAIN_WAIT_TIMEOUT / 2, "at once");
     });
-    // A drain after it does not turn that back into waiting.
+    // A later drain does not make transfers wait again.
     scene.device.fence(FenceStep::Drain).unwrap();
     let begun = Instant::now();
-    assert!(!scene.moves());
-    assert!(begun.elapsed() < pause::PATIENCE / 2, "at once");
+    assert!(!scene.transfers());
+    assert!(begun.elapsed() < pause::DRAIN_WAIT_TIMEOUT / 2, "at once");
 }
 
 #[test]
-fn a_drained_device_that_nobody_attaches_refuses_in_its_time() {
+fn transfer_to_a_drained_device_times_out_without_attach() {
     let scene = Scene::new();
     scene.device.fence(FenceStep::Drain).unwrap();
     let begun = Instant::now();
-    assert!(!scene.moves());
-    assert!(begun.elapsed() >= pause::PATIENCE);
+    assert!(!scene.transfers());
+    assert!(begun.elapsed() >= pause::DRAIN_WAIT_TIMEOUT);
 }
 
 #[test]
-fn a_fence_that_the_device_lacks_stops_nothing() {
+fn unsupported_fence_stops_nothing() {
     let scene = Scene::new();
     assert_eq!(scene.device.fence(FenceStep::Stop).unwrap_err().errno(), Some(Errno::OPNOTSUPP));
-    assert!(scene.moves());
+    assert!(scene.transfers());
 }
 
 #[test]
-fn a_strong_fence_does_not_wait_for_a_transfer_and_a_drain_does() {
+fn strong_fence_does_not_wait_for_a_transfer_but_drain_does() {
     let scene = Scene::new();
     thread::scope(|scope| {
         let hangs = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
         scene.begun.recv().unwrap();
-        let (fenced, asked) = (scene.device.fence(FenceStep::Detach), scene.since());
+        let (fenced, asked) = (scene.device.fence(FenceStep::Detach), scene.take_log());
         let drained = scope.spawn(|| scene.device.fence(FenceStep::Drain));
-        scene.goes.send(false).unwrap(); // before any assertion: a thread that waits would never end
+        scene.results.send(false).unwrap(); // before any assertion: the threads would never end otherwise
         assert!(hangs.join().unwrap().is_err() && drained.join().unwrap().is_ok());
         assert!(fenced.is_ok());
         assert_eq!(asked, ["fence"]);
-        assert_eq!(scene.since(), ["failed", "stop"], "and under a fence nothing is brought up");
+        assert_eq!(scene.take_log(), ["failed", "stop"], "no restart after a fence");
     });
 }

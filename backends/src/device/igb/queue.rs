@@ -1,57 +1,59 @@
-//! A ring of 16-byte descriptors in the driver's own memory, as receive and transmit queues have them.
+//! A descriptor ring of a receive or transmit queue in driver memory. A descriptor is 16 bytes long.
 
 use passgate_bindings::{Failed, Iova, PAGE};
 
 use crate::device::own::OwnMemory;
 
-/// Descriptors in a ring: a multiple of 8, and more than any frame takes.
-const SLOTS: u32 = 64;
+/// The number of descriptors in a ring: a multiple of 8, and more than any frame needs.
+const RING_SIZE: u32 = 64;
 
-/// A ring and where it is up to. The driver waits for each frame, so a ring is empty whenever one begins.
+/// A ring and its tail. The driver waits for each frame, so the ring is empty before the next one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Queue {
-    /// Where the queue's registers are.
+    /// The offset of the queue's registers in BAR 0.
     pub(super) registers: u64,
-    /// Where the ring is in the driver's memory.
+    /// The offset of the ring in driver memory.
     pub(super) offset: u64,
     tail: u32,
 }
 
 impl Queue {
-    /// Bytes of a ring.
-    pub(super) const BYTES: u32 = SLOTS * 16;
+    /// The length of a ring in bytes.
+    pub(super) const BYTES: u32 = RING_SIZE * 16;
 
-    /// An empty ring.
+    /// Makes an empty ring.
     pub(super) fn new(registers: u64, offset: u64) -> Self {
         Self { registers, offset, tail: 0 }
     }
 
-    /// Appends a descriptor for a buffer at `at`, and says which one it is. The device sees it when the tail is told.
-    pub(super) fn put(&mut self, memory: &OwnMemory, at: Iova, second: u64) -> Result<u32, Failed> {
-        let slot = self.tail;
-        memory.file().store(self.place(slot), at.0)?;
-        memory.file().store(self.place(slot) + 8, second)?;
-        self.tail = (slot + 1) % SLOTS;
-        Ok(slot)
+    /// Appends a descriptor with the buffer address `at` and this second word. Returns its index. The device may use it
+    /// once the tail register is written.
+    pub(super) fn append(&mut self, memory: &OwnMemory, at: Iova, second: u64) -> Result<u32, Failed> {
+        let index = self.tail;
+        memory.file().store(self.descriptor(index), at.0)?;
+        memory.file().store(self.descriptor(index) + 8, second)?;
+        self.tail = (index + 1) % RING_SIZE;
+        Ok(index)
     }
 
-    /// The second word of descriptor `slot`: the device writes there what became of it.
-    pub(super) fn word(&self, memory: &OwnMemory, slot: u32) -> Result<u64, Failed> {
-        memory.file().load(self.place(slot) + 8)
+    /// Returns the second word of a descriptor, to which the device writes the status.
+    pub(super) fn word(&self, memory: &OwnMemory, index: u32) -> Result<u64, Failed> {
+        memory.file().load(self.descriptor(index) + 8)
     }
 
-    /// The descriptor after the last.
+    /// Returns the index after the last descriptor.
     pub(super) fn tail(self) -> u32 {
         self.tail
     }
 
-    fn place(&self, slot: u32) -> u64 {
-        self.offset + u64::from(slot) * 16
+    /// Returns the offset of a descriptor in driver memory.
+    fn descriptor(&self, index: u32) -> u64 {
+        self.offset + u64::from(index) * 16
     }
 }
 
-/// The parts of `len` bytes from `at` that lie in one page each: contiguous for the device is not contiguous in
-/// the machine, and QEMU sends no frame with a piece that is not.
+/// Returns the parts of `len` bytes from `at` on that lie in one page each: pages at contiguous IOVAs are not
+/// contiguous in physical memory, and QEMU does not send a frame with a buffer that is not.
 pub(super) fn pieces(at: Iova, len: u64) -> impl Iterator<Item = (Iova, u64)> {
     let mut done = 0;
     std::iter::from_fn(move || {

@@ -1,5 +1,4 @@
-//! A controller: its registers, its admin queues, its coming up and going down (NVM Express base specification 2.0, 3.5
-//! and 3.6).
+//! A controller: its admin queues, its initialization and its shutdown (NVMe Base 2.0, 3.5.1 and 3.6.1).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,93 +6,96 @@ use std::time::{Duration, Instant};
 use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
-use super::cids::{Names, SerialCids};
-use super::command::{Command, Completion, granted};
+use super::cids::{CidMatch, SerialCids};
+use super::command::{Command, Completion, queues_granted};
 use super::geometry::{
-    Abilities, Geometry, Unfit, abilities, check_command_set, geometry, limit, tells_descriptors,
-    tells_limits,
+    ControllerCaps, Geometry, NamespaceError, apply_limits, check_command_set, controller_caps, geometry,
+    has_descriptors, has_limits,
 };
-use super::pair::Pair;
+use super::queue_pair::QueuePair;
 use super::registers::{
-    ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRIES, CC_SHUT_DOWN, CSTS, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN,
-    CSTS_SHUTDOWN_DONE, DOORBELLS, GONE, Registers,
+    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_EN, CC_ENTRY_SIZES, CC_SHN_NORMAL, CSTS, CSTS_CFS, CSTS_RDY,
+    CSTS_SHST, CSTS_SHST_COMPLETE, DOORBELLS, Registers,
 };
 use crate::device::driven::await_that;
 use crate::device::own::OwnMemory;
 use crate::iommu::Domain;
 use crate::{Error, Result};
 
-/// Entries of the admin queues.
-const SLOTS: u16 = 16;
-/// Where what the controller says of itself is written.
-const IN: u64 = Pair::size(SLOTS);
-/// Pages of its own memory.
-const PAGES: usize = (IN / PAGE) as usize + 1;
+/// The number of entries of each admin queue.
+const ADMIN_ENTRIES: u16 = 16;
+/// The offset of the buffer for Identify data, in the controller's memory.
+const IDENTIFY_OFFSET: u64 = QueuePair::size(ADMIN_ENTRIES);
+/// The size of the controller's memory, in pages.
+const MEMORY_PAGES: usize = (IDENTIFY_OFFSET / PAGE) as usize + 1;
 
-/// In the upper half of CAP: of the command sets (CAP.CSS) the one that is for blocks.
-const CAP_NVM: u32 = 1 << 5;
+/// CAP.CSS bit 37, in the upper half of CAP: the NVM command set is supported.
+const CAP_CSS_NVM: u32 = 1 << 5;
 
-/// There are several command sets, and each namespace has one of them.
-const CAP_SEVERAL: u32 = 1 << 11;
+/// CAP.CSS bit 43, in the upper half of CAP: several command sets may be supported, and each namespace has one of
+/// them.
+const CAP_CSS_MULTIPLE: u32 = 1 << 11;
 
-/// An admin command that takes longer never completes.
-pub(super) const DEADLINE: Duration = Duration::from_secs(2);
-/// The step that fails where a completion names no outstanding command.
-pub(super) const NONSENSE: &str = "taking a completion that names no outstanding command";
-/// How long to look before sleeping between looks.
-const SPIN: Duration = Duration::from_micros(50);
+/// The time that an admin command has to complete.
+pub(super) const ADMIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// The call named by the error for a completion whose CID is not outstanding.
+pub(super) const UNKNOWN_CID: &str = "taking a completion that names no outstanding command";
+/// The time of busy polling for a completion, before sleeping between two polls.
+const SPIN_TIME: Duration = Duration::from_micros(50);
 
-/// A controller.
+/// A controller and its admin queues.
 #[derive(Debug)]
 pub(super) struct Controller {
     pub(super) registers: Arc<dyn Registers>,
     memory: OwnMemory,
-    admin: Pair,
+    admin: QueuePair,
     cids: SerialCids,
-    /// Bytes from one doorbell to the next.
-    stride: u64,
-    /// Entries of a queue at most.
-    pub(super) longest: u16,
-    /// Bytes of its smallest page.
-    smallest: u64,
-    /// True where it has several command sets (CAP.CSS).
+    /// The distance between two doorbells, in bytes (CAP.DSTRD).
+    doorbell_stride: u64,
+    /// The largest number of entries of a queue (CAP.MQES).
+    pub(super) max_entries: u16,
+    /// The smallest memory page size, in bytes (CAP.MPSMIN): the unit of MDTS and WZSL.
+    min_page: u64,
+    /// True if each namespace has one of several command sets (CAP.CSS).
     several_command_sets: bool,
-    /// What it says it is: 4096 bytes, empty until it has come up.
+    /// The Identify Controller data, 4096 bytes; empty before the first initialization.
     pub(super) identity: Vec<u8>,
-    pub(super) abilities: Abilities,
+    pub(super) caps: ControllerCaps,
 }
 
 impl Controller {
-    /// A controller as it was found.
+    /// Reads the capabilities of a controller, in whatever state it is. Fails with `ENODEV` if the device does not
+    /// answer, and as unsupported if it has no 4 KiB pages or no NVM command set.
     pub(super) fn open(registers: Arc<dyn Registers>, domain: &Arc<dyn Domain>) -> Result<Self> {
-        let memory = OwnMemory::map(domain, PAGES)?;
+        let memory = OwnMemory::map(domain, MEMORY_PAGES)?;
         let (low, high) = (registers.get(CAP)?, registers.get(CAP + 4)?);
-        if (low, high) == (GONE, GONE) {
+        if (low, high) == (ALL_ONES, ALL_ONES) {
             return Err(registers.failed(Failed::new("reading an NVMe controller's CAP", Errno::NODEV)));
         }
-        let smallest = PAGE << (high >> 16 & 0xf); // CAP.MPSMIN
-        if smallest != PAGE {
+        let min_page = PAGE << (high >> 16 & 0xf); // CAP.MPSMIN
+        if min_page != PAGE {
             let what = "pages of 4 KiB";
             return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
         }
-        if high & CAP_NVM == 0 {
+        if high & CAP_CSS_NVM == 0 {
             let what = "the NVM command set";
             return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
         }
-        let admin = Pair::empty(0, SLOTS, 0, &memory).map_err(|failed| registers.failed(failed))?;
+        let admin =
+            QueuePair::zeroed(0, ADMIN_ENTRIES, 0, &memory).map_err(|failed| registers.failed(failed))?;
         Ok(Self {
-            // CAP.DSTRD
-            stride: 4 << (high & 0xf),
-            // CAP.MQES counts from 0.
-            longest: (low as u16).saturating_add(1),
-            smallest,
-            several_command_sets: high & CAP_SEVERAL != 0,
+            // 2^(2 + CAP.DSTRD) bytes
+            doorbell_stride: 4 << (high & 0xf),
+            // CAP.MQES is zero-based.
+            max_entries: (low as u16).saturating_add(1),
+            min_page,
+            several_command_sets: high & CAP_CSS_MULTIPLE != 0,
             registers,
             memory,
             admin,
             cids: SerialCids::default(),
             identity: Vec::new(),
-            abilities: Abilities::default(),
+            caps: ControllerCaps::default(),
         })
     }
 
@@ -101,97 +103,117 @@ impl Controller {
         self.registers.failed(Failed::new(call, errno))
     }
 
-    /// Takes every queue from the controller, by registers alone.
+    /// Disables the controller, which deletes all its queues (NVMe Base 2.0, 3.7.2). It needs registers only, no DMA.
     pub(super) fn reset(&mut self) -> Result<()> {
         self.registers.set(CC, 0)?;
-        self.ready(false, "resetting an NVMe controller")
+        self.await_ready(false, "resetting an NVMe controller")
     }
 
-    /// Brings a controller up that has been reset, and learns what it is.
-    pub(super) fn come_up(&mut self) -> Result<()> {
+    /// Initializes a controller that has been reset, and identifies it (NVMe Base 2.0, 3.5.1).
+    pub(super) fn initialize(&mut self) -> Result<()> {
         let failed = |failed| self.registers.failed(failed);
-        self.admin = Pair::empty(0, SLOTS, 0, &self.memory).map_err(failed)?;
-        self.cids.forget();
-        let (commands, completions) = self.admin.places(&self.memory);
-        let last = u32::from(SLOTS - 1);
+        // Cleared while the controller is disabled: the Phase Tags start from 0, and it writes nothing meanwhile.
+        self.admin = QueuePair::zeroed(0, ADMIN_ENTRIES, 0, &self.memory).map_err(failed)?;
+        self.cids.clear();
+        let (commands, completions) = self.admin.addresses(&self.memory);
+        let last = u32::from(ADMIN_ENTRIES - 1);
         self.registers.set(AQA, last | last << 16)?;
         self.set_address(ASQ, commands)?;
         self.set_address(ACQ, completions)?;
-        self.registers.set(CC, CC_ENTRIES | CC_ENABLE)?;
-        self.ready(true, "starting an NVMe controller")?;
-        let identify = Command::identify(0, self.memory.iova(IN));
+        self.registers.set(CC, CC_ENTRY_SIZES | CC_EN)?;
+        self.await_ready(true, "starting an NVMe controller")?;
+        let identify = Command::identify(0, self.memory.iova(IDENTIFY_OFFSET));
         self.admin("identifying an NVMe controller", identify)?;
-        self.identity = self.said()?;
-        self.abilities = abilities(&self.identity, self.smallest);
+        self.identity = self.identify_data()?;
+        self.caps = controller_caps(&self.identity, self.min_page);
         Ok(())
     }
 
-    /// What it says of a namespace.
+    /// Identifies a namespace. Fails with the reason and the remedy if it cannot be used as a block device.
     pub(super) fn geometry(&mut self, namespace: u32) -> Result<Geometry> {
         let name = self.registers.device().name().to_owned();
-        let unfit = |unfit: Unfit| Error::Host {
-            what: format!("{name}, namespace {namespace}: {unfit}"),
+        let namespace_error = |namespace_error: NamespaceError| Error::Host {
+            what: format!("{name}, namespace {namespace}: {namespace_error}"),
             mend: "choose another with --namespace (nvme list-ns shows them)",
         };
-        let space = self.ask(Command::identify(namespace, self.memory.iova(IN)))?.unwrap_or_default();
-        let mut found = geometry(&self.identity, &space, namespace).map_err(unfit)?;
-        // It need not know the next questions: without an answer it has one command set, and no limits.
-        let descriptors = match self.several_command_sets || tells_descriptors(&self.identity) {
-            true => self.ask(Command::identify_descriptors(namespace, self.memory.iova(IN)))?,
+        let namespace_data = self
+            .identify(Command::identify(namespace, self.memory.iova(IDENTIFY_OFFSET)))?
+            .unwrap_or_default();
+        let mut found = geometry(&self.identity, &namespace_data, namespace).map_err(namespace_error)?;
+        // Both questions are optional in the specification. A controller that rejects them has one command set, and
+        // no limits besides MDTS.
+        let descriptors = match self.several_command_sets || has_descriptors(&self.identity) {
+            true => {
+                self.identify(Command::identify_descriptors(namespace, self.memory.iova(IDENTIFY_OFFSET)))?
+            }
             false => None,
         };
-        check_command_set(descriptors.as_deref(), self.several_command_sets).map_err(unfit)?;
-        if tells_limits(&self.identity)
-            && let Some(limits) = self.ask(Command::identify_command_set(self.memory.iova(IN)))?
+        check_command_set(descriptors.as_deref(), self.several_command_sets).map_err(namespace_error)?;
+        if has_limits(&self.identity)
+            && let Some(limits) =
+                self.identify(Command::identify_command_set(self.memory.iova(IDENTIFY_OFFSET)))?
         {
-            limit(&mut found, &limits, self.smallest);
+            apply_limits(&mut found, &limits, self.min_page);
         }
         Ok(found)
     }
 
-    /// Asks for so many I/O queues each way; how many there are.
-    pub(super) fn queues(&mut self, count: u16) -> Result<u16> {
-        let completion = self.admin("asking an NVMe controller for queues", Command::queues(count))?;
-        Ok(granted(completion.result).min(count))
+    /// Requests `count` I/O queues of each kind, and returns how many of them were allocated. Only valid before the
+    /// first I/O queue is created.
+    pub(super) fn set_queue_count(&mut self, count: u16) -> Result<u16> {
+        let completion =
+            self.admin("asking an NVMe controller for queues", Command::set_queue_count(count))?;
+        Ok(queues_granted(completion.result).min(count))
     }
 
-    /// Creates a pair, with interrupts by `vector`.
-    pub(super) fn create(&mut self, pair: &Pair, memory: &OwnMemory, vector: u16) -> Result<()> {
-        let (commands, completions) = pair.places(memory);
-        let create = Command::create_cq(pair.id, pair.slots, completions, vector);
+    /// Creates an I/O queue pair, with interrupts by `vector`.
+    pub(super) fn create_queue_pair(
+        &mut self,
+        queue_pair: &QueuePair,
+        memory: &OwnMemory,
+        vector: u16,
+    ) -> Result<()> {
+        let (commands, completions) = queue_pair.addresses(memory);
+        // The completion queue first: the submission queue names it.
+        let create = Command::create_cq(queue_pair.qid, queue_pair.entries, completions, vector);
         self.admin("creating a completion queue", create)?;
-        self.admin("creating a submission queue", Command::create_sq(pair.id, pair.slots, commands))?;
+        self.admin(
+            "creating a submission queue",
+            Command::create_sq(queue_pair.qid, queue_pair.entries, commands),
+        )?;
         Ok(())
     }
 
-    /// Deletes a pair, which completes once what was in it has.
-    pub(super) fn delete(&mut self, id: u16) -> Result<()> {
-        self.admin("draining a submission queue", Command::delete_sq(id))?;
-        self.admin("deleting a completion queue", Command::delete_cq(id))?;
+    /// Deletes an I/O queue pair, after the commands that the controller has taken from it have completed.
+    pub(super) fn delete_queue_pair(&mut self, qid: u16) -> Result<()> {
+        // In the reverse order: a completion queue with submission queues cannot be deleted.
+        self.admin("draining a submission queue", Command::delete_sq(qid))?;
+        self.admin("deleting a completion queue", Command::delete_cq(qid))?;
         Ok(())
     }
 
-    /// Shuts it down: its cache is on the medium then (3.6.1).
+    /// Shuts the controller down normally: its write cache is on the medium then (NVMe Base 2.0, 3.6.1).
     pub(super) fn shut_down(&mut self) -> Result<()> {
-        self.registers.set(CC, CC_ENTRIES | CC_ENABLE | CC_SHUT_DOWN)?;
-        let down = || Ok(self.registers.get(CSTS)? & CSTS_SHUTDOWN == CSTS_SHUTDOWN_DONE);
-        if await_that(DEADLINE, down)? {
+        self.registers.set(CC, CC_ENTRY_SIZES | CC_EN | CC_SHN_NORMAL)?;
+        let down = || Ok(self.registers.get(CSTS)? & CSTS_SHST == CSTS_SHST_COMPLETE);
+        if await_that(ADMIN_TIMEOUT, down)? {
             return Ok(());
         }
         Err(self.failed("shutting an NVMe controller down", Errno::TIMEDOUT))
     }
 
-    /// Whether it has failed for good or is not there any more.
+    /// True if the device no longer answers: CSTS reads as all ones, or cannot be read.
     pub(super) fn is_gone(&self) -> bool {
-        !matches!(self.registers.get(CSTS), Ok(status) if status != GONE)
+        !matches!(self.registers.get(CSTS), Ok(status) if status != ALL_ONES)
     }
 
-    /// Whether it cannot go on without a reset although it had come up: it says so, or somebody else has reset it.
-    pub(super) fn is_stuck(&self) -> bool {
-        matches!(self.registers.get(CSTS), Ok(status) if status & (CSTS_FATAL | CSTS_READY) != CSTS_READY)
+    /// True if an initialized controller does nothing without a reset: it reports a fatal error (CSTS.CFS), or is not
+    /// ready because it was reset from outside.
+    pub(super) fn needs_reset(&self) -> bool {
+        matches!(self.registers.get(CSTS), Ok(status) if status & (CSTS_CFS | CSTS_RDY) != CSTS_RDY)
     }
 
-    /// Runs an admin command that must succeed.
+    /// Runs an admin command that must succeed; any other status is an error of `call`.
     pub(super) fn admin(&mut self, call: &'static str, command: Command) -> Result<Completion> {
         match self.run(command)? {
             Some(completion) if completion.status == 0 => Ok(completion),
@@ -203,70 +225,76 @@ impl Controller {
         }
     }
 
-    /// Runs an admin command to its end; none where it does not come to one: not in time, or not before a reset. Fails
-    /// where the controller completes what is not outstanding: it is to be reset.
+    /// Runs an admin command. Returns its completion, or None if it did not complete within [`ADMIN_TIMEOUT`] or the
+    /// controller needs a reset first. Fails with `EPROTO` after a completion whose CID is not outstanding; the
+    /// controller must be reset then.
     pub(super) fn run(&mut self, command: Command) -> Result<Option<Completion>> {
         let cid = self.cids.next();
-        let put = self.admin.put(&self.memory, command, cid);
-        let tail = put.map_err(|failed| self.registers.failed(failed))?;
+        let pushed = self.admin.push(&self.memory, command, cid);
+        let tail = pushed.map_err(|failed| self.registers.failed(failed))?;
         self.registers.set(self.doorbell(0, Doorbell::Submission), tail.into())?;
         let begun = Instant::now();
         loop {
-            let taken = self.admin.take(&self.memory).map_err(|failed| self.registers.failed(failed))?;
+            let taken = self.admin.pop(&self.memory).map_err(|failed| self.registers.failed(failed))?;
             if let Some((completion, head)) = taken {
                 self.registers.set(self.doorbell(0, Doorbell::Completion), head.into())?;
-                match self.cids.judge(completion.id) {
-                    Names::Current => return Ok(Some(completion)),
-                    Names::Abandoned => {}
-                    Names::Nothing => {
+                match self.cids.classify(completion.cid) {
+                    CidMatch::Current => return Ok(Some(completion)),
+                    CidMatch::Abandoned => {}
+                    CidMatch::Unknown => {
                         self.cids.abandon();
-                        return Err(self.failed(NONSENSE, Errno::PROTO));
+                        return Err(self.failed(UNKNOWN_CID, Errno::PROTO));
                     }
                 }
             }
             match begun.elapsed() {
-                young if young < SPIN => std::hint::spin_loop(),
-                over if over > DEADLINE || self.is_gone() || self.is_stuck() => {
+                elapsed if elapsed < SPIN_TIME => std::hint::spin_loop(),
+                elapsed if elapsed > ADMIN_TIMEOUT || self.is_gone() || self.needs_reset() => {
                     self.cids.abandon();
                     return Ok(None);
                 }
-                young => std::thread::sleep(young.min(Duration::from_millis(1))),
+                elapsed => std::thread::sleep(elapsed.min(Duration::from_millis(1))),
             }
         }
     }
 
-    /// Where a doorbell of a pair is (3.1.3).
+    /// Returns the register offset of a doorbell (NVMe over PCIe Transport 1.0, SQyTDBL and CQyHDBL).
     pub(super) fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {
-        DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.stride
+        DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.doorbell_stride
     }
 
-    /// Runs an Identify and returns the 4096 bytes that it has written; none where the controller does not take it.
-    fn ask(&mut self, identify: Command) -> Result<Option<Vec<u8>>> {
-        match self.run(identify)? {
-            Some(completion) if completion.status == 0 => self.said().map(Some),
+    /// Runs an Identify command. Returns the 4096 bytes that it has written, or None if the controller rejects it.
+    fn identify(&mut self, command: Command) -> Result<Option<Vec<u8>>> {
+        match self.run(command)? {
+            Some(completion) if completion.status == 0 => self.identify_data().map(Some),
             Some(_) => Ok(None),
             None => Err(self.failed("identifying a namespace", Errno::TIMEDOUT)),
         }
     }
 
-    /// The 4096 bytes that an Identify has written.
-    fn said(&self) -> Result<Vec<u8>> {
+    /// Returns the 4096 bytes that the last Identify command has written.
+    fn identify_data(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0; PAGE as usize];
-        self.memory.file().read(IN, &mut bytes).map_err(|failed| self.registers.failed(failed))?;
+        self.memory
+            .file()
+            .read(IDENTIFY_OFFSET, &mut bytes)
+            .map_err(|failed| self.registers.failed(failed))?;
         Ok(bytes)
     }
 
-    /// Waits until the controller is ready, or not.
-    fn ready(&self, ready: bool, call: &'static str) -> Result<()> {
-        // CAP.TO, in units of 500 ms.
+    /// Waits until CSTS.RDY is `ready`, for as long as the controller states. Fails with `EIO` if it is gone or
+    /// reports a fatal error, with `ETIMEDOUT` if it takes longer.
+    fn await_ready(&self, ready: bool, call: &'static str) -> Result<()> {
+        // CAP.TO, in units of 500 ms; 0 is taken as 1.
         let within = Duration::from_millis(500) * (self.registers.get(CAP)? >> 24).max(1);
         let mut fatal = false;
-        let came = await_that(within, || {
+        let done = await_that(within, || {
             let status = self.registers.get(CSTS)?;
-            fatal = status == GONE || ready && status & CSTS_FATAL != 0;
-            Ok(fatal || (status & CSTS_READY != 0) == ready)
+            // After CC.EN is cleared, CFS may stay set until the reset has completed.
+            fatal = status == ALL_ONES || ready && status & CSTS_CFS != 0;
+            Ok(fatal || (status & CSTS_RDY != 0) == ready)
         })?;
-        match (came, fatal) {
+        match (done, fatal) {
             (true, false) => Ok(()),
             (_, true) => Err(self.failed(call, Errno::IO)),
             (false, false) => Err(self.failed(call, Errno::TIMEDOUT)),
@@ -279,12 +307,12 @@ impl Controller {
     }
 }
 
-/// Which of a pair's doorbells.
+/// One of the two doorbells of a queue pair.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Doorbell {
-    /// A submission queue's tail.
+    /// The tail of the submission queue.
     Submission = 0,
-    /// A completion queue's head.
+    /// The head of the completion queue.
     Completion = 1,
 }
 
@@ -294,20 +322,20 @@ mod tests {
     use super::*;
     use crate::iommu::sim::{Memory, Sim};
 
-    /// What the late one says would be taken for what the next one has come to.
+    /// The late completion would be taken for that of the next command.
     #[test]
-    fn late_completion_of_a_command_that_was_given_up_ends_no_later_command() {
+    fn late_completion_of_an_abandoned_admin_command_completes_no_later_command() {
         const INVALID_NAMESPACE: u16 = 0x0b;
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let sim = Simulated::new(&domain, Options::default()).unwrap();
         let mut controller =
             Controller::open(sim.registers(), &(Arc::new(domain) as Arc<dyn Domain>)).unwrap();
         controller.reset().unwrap();
-        controller.come_up().unwrap();
+        controller.initialize().unwrap();
         sim.fault(When::admin(opcode::SET_FEATURES), Does::HoldData);
-        assert_eq!(controller.run(Command::queues(1)).unwrap(), None);
+        assert_eq!(controller.run(Command::set_queue_count(1)).unwrap(), None);
         assert_eq!(sim.release(), 1);
-        let to = controller.memory.iova(IN);
+        let to = controller.memory.iova(IDENTIFY_OFFSET);
         for (namespace, status) in [(2, INVALID_NAMESPACE), (1, 0), (2, INVALID_NAMESPACE)] {
             let completion = controller.run(Command::identify(namespace, to)).unwrap().unwrap();
             assert_eq!(completion.status, status, "namespace {namespace}");

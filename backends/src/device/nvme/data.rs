@@ -1,82 +1,83 @@
-//! How a request's memory becomes the data pointers of commands (NVM Express base specification 2.0, 4.1.1 and 4.1.2).
+//! Conversion of a request's memory to the data pointers of commands (NVMe Base 2.0, 4.1.1 and 4.1.2).
 //!
-//! Physical region pages (PRP): every piece but the first begins at a page's start, every piece but the last ends at a
-//! page's end. Scatter-gather lists (SGL) have no such rule, where the controller takes them. A request that fits neither
-//! is cut into several commands where its pieces meet; where that is inside a block it cannot be done.
+//! By PRP entries, every segment but the first must begin at a page boundary, and every segment but the last must end
+//! at one. SGL descriptors have no such rule, but not every controller supports them. A request that fits neither is
+//! split into several commands where its segments meet; where that is inside a block, the request is rejected.
 
 use passgate_bindings::{Iova, PAGE};
 
-use super::command::{Data, block};
+use super::command::{DataPointer, sgl_data};
 use crate::window::{REACH, Segment};
 
-/// Words of one command's list: so many page entries, or half as many descriptors.
-pub(super) const WORDS: usize = 256;
+/// The size of one command's list in 64-bit words: as many PRP entries, or half as many SGL descriptors. It is half a
+/// page and aligned to its size, so a list never crosses a page boundary and no chained PRP list is needed.
+pub(super) const LIST_WORDS: usize = 256;
 
-/// What a controller's commands may be.
+/// The limits for one command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rules {
-    /// Bytes of a block.
+pub(super) struct TransferLimits {
+    /// The size of a block, in bytes.
     pub(super) block: u64,
-    /// Bytes of one command at most: a multiple of the block.
-    pub(super) most: u64,
-    /// As [`super::geometry::Abilities::sgl`].
+    /// The largest transfer of one command, in bytes: a multiple of the block.
+    pub(super) max_bytes: u64,
+    /// SGL support, as [`super::geometry::ControllerCaps::sgl`].
     pub(super) sgl: u8,
 }
 
-/// Somewhere in a request's memory: a segment, and how many bytes into it.
+/// A position in a request's memory: the index of a segment, and an offset in it in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Place {
-    first: usize,
-    into: u64,
+pub(super) struct Position {
+    index: usize,
+    offset: u64,
 }
 
-/// One command's share of a request.
+/// The part of a request that one command transfers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
-    /// Where it begins.
-    at: Place,
+    /// The start of the part in the request's memory.
+    at: Position,
     pub(super) bytes: u64,
     sgl: bool,
 }
 
-/// No command can be made of this memory.
+/// No command can express this memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Inexpressible;
+pub(super) struct UnsupportedLayout;
 
-/// Cuts the memory of a request from `from` on into the shares of commands, at most `most`: a guest may ask for more at
-/// once than there is memory to plan it in. Says where it goes on, if there is more.
+/// Splits the memory of a request, from `from` on, into the parts of at most `max_parts` commands, because a guest
+/// may request more at once than there is memory to plan. Returns the position of the next part, if there are more.
 pub(super) fn plan(
-    rules: Rules,
+    limits: TransferLimits,
     segments: &[Segment],
-    from: Place,
-    most: usize,
+    from: Position,
+    max_parts: usize,
     parts: &mut Vec<Part>,
-) -> Result<Option<Place>, Inexpressible> {
+) -> Result<Option<Position>, UnsupportedLayout> {
     parts.clear();
-    let sound = |segment: &Segment| {
+    let valid = |segment: &Segment| {
         let end = segment.iova.0.checked_add(segment.len.into());
         segment.len > 0 && end.is_some_and(|end| end <= REACH)
     };
-    if !segments.iter().all(sound) {
-        return Err(Inexpressible);
+    if !segments.iter().all(valid) {
+        return Err(UnsupportedLayout);
     }
-    let Place { mut first, mut into } = from;
-    while first < segments.len() {
-        if parts.len() >= most {
-            return Ok(Some(Place { first, into }));
+    let Position { mut index, mut offset } = from;
+    while index < segments.len() {
+        if parts.len() >= max_parts {
+            return Ok(Some(Position { index, offset }));
         }
-        let part = share(rules, segments, first, into).ok_or(Inexpressible)?;
+        let part = next_part(limits, segments, index, offset).ok_or(UnsupportedLayout)?;
         parts.push(part);
-        let mut left = part.bytes;
-        while let Some(segment) = segments.get(first) {
-            let here = u64::from(segment.len) - into;
-            if left < here {
-                into += left;
+        let mut remaining = part.bytes;
+        while let Some(segment) = segments.get(index) {
+            let available = u64::from(segment.len) - offset;
+            if remaining < available {
+                offset += remaining;
                 break;
             }
-            left -= here;
-            (first, into) = (first + 1, 0);
-            if left == 0 {
+            remaining -= available;
+            (index, offset) = (index + 1, 0);
+            if remaining == 0 {
                 break;
             }
         }
@@ -84,60 +85,62 @@ pub(super) fn plan(
     Ok(None)
 }
 
-/// The longest share that begins there: by pages where that is long enough, else by descriptors.
-fn share(rules: Rules, segments: &[Segment], first: usize, into: u64) -> Option<Part> {
-    let whole = |bytes: u64| bytes / rules.block * rules.block;
-    let pages = whole(by_pages(rules, segments, first, into));
-    let rest: u64 = segments.iter().skip(first).map(|segment| u64::from(segment.len)).sum::<u64>() - into;
-    if pages == rest.min(rules.most) {
-        return (pages > 0).then_some(Part { at: Place { first, into }, bytes: pages, sgl: false });
+/// Returns the longest part that begins there: by PRP entries if they express all of it, else by whichever of PRP
+/// entries and SGL descriptors expresses more.
+fn next_part(limits: TransferLimits, segments: &[Segment], index: usize, offset: u64) -> Option<Part> {
+    let round_down = |bytes: u64| bytes / limits.block * limits.block;
+    let pages = round_down(prp_reach(limits, segments, index, offset));
+    let rest: u64 = segments.iter().skip(index).map(|segment| u64::from(segment.len)).sum::<u64>() - offset;
+    if pages == rest.min(limits.max_bytes) {
+        return (pages > 0).then_some(Part { at: Position { index, offset }, bytes: pages, sgl: false });
     }
-    let lists = whole(by_lists(rules, segments, first, into));
+    let lists = round_down(sgl_reach(limits, segments, index, offset));
     let (bytes, sgl) = if lists > pages { (lists, true) } else { (pages, false) };
-    (bytes > 0).then_some(Part { at: Place { first, into }, bytes, sgl })
+    (bytes > 0).then_some(Part { at: Position { index, offset }, bytes, sgl })
 }
 
-/// Bytes that page entries can cover from there.
-fn by_pages(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 {
-    let (mut bytes, mut entries, mut skip, mut last) = (0, 0, into, None::<u64>);
-    for segment in segments.iter().skip(first) {
+/// Returns the number of bytes from there that PRP entries of one command express.
+fn prp_reach(limits: TransferLimits, segments: &[Segment], index: usize, offset: u64) -> u64 {
+    let (mut bytes, mut entries, mut skip, mut last) = (0, 0, offset, None::<u64>);
+    for segment in segments.iter().skip(index) {
         let (start, end) = (segment.iova.0 + skip, segment.iova.0 + u64::from(segment.len));
         skip = 0;
-        let goes_on = match last {
+        let fits = match last {
             None => start.is_multiple_of(4),
             Some(last) => start == last || start.is_multiple_of(PAGE) && last.is_multiple_of(PAGE),
         };
-        if !goes_on {
+        if !fits {
             return bytes;
         }
         let page = first_page(start, last);
         let pages = end.div_ceil(PAGE) - page;
         last = Some(end);
-        // The first entry is in the command itself.
-        let room = (WORDS as u64 + 1).saturating_sub(entries);
+        // One entry more than the list has: the first is in the command itself.
+        let room = (LIST_WORDS as u64 + 1).saturating_sub(entries);
         if pages > room {
             let reach = (page + room) * PAGE;
-            return (bytes + reach.saturating_sub(start)).min(rules.most);
+            return (bytes + reach.saturating_sub(start)).min(limits.max_bytes);
         }
         entries += pages;
         bytes += end - start;
-        if bytes >= rules.most {
-            return rules.most;
+        if bytes >= limits.max_bytes {
+            return limits.max_bytes;
         }
     }
     bytes
 }
 
-/// The first page of a piece from `start` on that has no entry yet, behind a piece that ends at `last`.
+/// Returns the first page of a segment that has no PRP entry yet. A segment that begins where the one before it ends
+/// (`last`), inside a page, shares that page's entry.
 fn first_page(start: u64, last: Option<u64>) -> u64 {
     if last == Some(start) { start.div_ceil(PAGE) } else { start / PAGE }
 }
 
-/// Bytes that descriptors can cover from there.
-fn by_lists(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 {
-    let (mut bytes, mut skip) = (0, into);
-    for segment in segments.iter().skip(first).take(WORDS / 2) {
-        let fits = match rules.sgl {
+/// Returns the number of bytes from there that SGL descriptors of one command express.
+fn sgl_reach(limits: TransferLimits, segments: &[Segment], index: usize, offset: u64) -> u64 {
+    let (mut bytes, mut skip) = (0, offset);
+    for segment in segments.iter().skip(index).take(LIST_WORDS / 2) {
+        let fits = match limits.sgl {
             1 => true,
             2 => (segment.iova.0 + skip).is_multiple_of(4) && segment.len.is_multiple_of(4),
             _ => false,
@@ -147,34 +150,34 @@ fn by_lists(rules: Rules, segments: &[Segment], first: usize, into: u64) -> u64 
         }
         bytes += u64::from(segment.len) - skip;
         skip = 0;
-        if bytes >= rules.most {
-            return rules.most;
+        if bytes >= limits.max_bytes {
+            return limits.max_bytes;
         }
     }
     bytes
 }
 
-/// The data pointer of a part; what does not fit into the command is stored by `list`, at its index among the words at
-/// `at`.
-pub(super) fn pointer<E>(
+/// Returns the data pointer of a part. Entries and descriptors that the command itself has no room for are written by
+/// `store_word`, each at its index in the list at address `at`.
+pub(super) fn data_pointer<E>(
     part: Part,
     segments: &[Segment],
     at: Iova,
-    mut list: impl FnMut(usize, u64) -> Result<(), E>,
-) -> Result<Data, E> {
-    let (mut left, mut skip, mut words, mut pages) = (part.bytes, part.at.into, 0, 0);
+    mut store_word: impl FnMut(usize, u64) -> Result<(), E>,
+) -> Result<DataPointer, E> {
+    let (mut remaining, mut skip, mut words, mut pages) = (part.bytes, part.at.offset, 0, 0);
     let (mut first, mut second, mut last) = ((0, 0), 0, None);
-    for segment in segments.iter().skip(part.at.first) {
+    for segment in segments.iter().skip(part.at.index) {
         let start = segment.iova.0 + skip;
-        let len = (u64::from(segment.len) - skip).min(left);
+        let len = (u64::from(segment.len) - skip).min(remaining);
         skip = 0;
-        left -= len;
+        remaining -= len;
         if part.sgl {
             if words == 0 {
                 first = (start, len);
             }
-            for word in block(Iova(start), len) {
-                list(words, word)?;
+            for word in sgl_data(Iova(start), len) {
+                store_word(words, word)?;
                 words += 1;
             }
         } else {
@@ -186,23 +189,24 @@ pub(super) fn pointer<E>(
                     1 => second = page,
                     _ => {}
                 }
+                // Stored from the second page on: whether a list is needed is known only at the end.
                 if pages > 0 {
-                    list(pages - 1, page)?;
+                    store_word(pages - 1, page)?;
                 }
                 pages += 1;
                 page = (page / PAGE + 1) * PAGE;
             }
         }
-        if left == 0 {
+        if remaining == 0 {
             break;
         }
     }
     let (start, len) = first;
     Ok(match (part.sgl, words, pages) {
-        (true, 2, _) => Data::Block(Iova(start), len),
-        (true, words, _) => Data::List(at, words as u64 / 2),
-        (false, _, 0..=2) => Data::Pair(Iova(start), second),
-        (false, ..) => Data::Pair(Iova(start), at.0),
+        (true, 2, _) => DataPointer::SglData(Iova(start), len),
+        (true, words, _) => DataPointer::SglList(at, words as u64 / 2),
+        (false, _, 0..=2) => DataPointer::Prp(Iova(start), second),
+        (false, ..) => DataPointer::Prp(Iova(start), at.0),
     })
 }
 
@@ -210,35 +214,35 @@ pub(super) fn pointer<E>(
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { block: 512, most: 1 << 20, sgl: 0 };
+    const LIMITS: TransferLimits = TransferLimits { block: 512, max_bytes: 1 << 20, sgl: 0 };
 
     fn segments(of: &[(u64, u32)]) -> Vec<Segment> {
         of.iter().map(|(at, len)| Segment { iova: Iova(*at), len: *len }).collect()
     }
 
-    /// The bytes of memory that a data pointer reaches, in order, as a controller would read it.
-    fn reached(data: Data, bytes: u64, words: &[u64], at: Iova) -> Vec<(u64, u64)> {
+    /// Returns the memory that a data pointer describes, in order, as a controller reads it.
+    fn reached(data: DataPointer, bytes: u64, words: &[u64], at: Iova) -> Vec<(u64, u64)> {
         let mut found: Vec<(u64, u64)> = Vec::new();
-        let mut left = bytes;
-        let mut push = |start: u64, len: u64| match found.last_mut() {
+        let mut remaining = bytes;
+        let mut append = |start: u64, len: u64| match found.last_mut() {
             Some((last, had)) if *last + *had == start => *had += len,
             _ => found.push((start, len)),
         };
         match data {
-            Data::Block(start, len) => push(start.0, len),
-            Data::List(list, count) => {
+            DataPointer::SglData(start, len) => append(start.0, len),
+            DataPointer::SglList(list, count) => {
                 assert_eq!(list, at);
-                words.chunks(2).take(count as usize).for_each(|pair| push(pair[0], pair[1] & 0xffff_ffff));
+                words.chunks(2).take(count as usize).for_each(|pair| append(pair[0], pair[1] & 0xffff_ffff));
             }
-            Data::Pair(first, second) => {
+            DataPointer::Prp(first, second) => {
                 let mut take = |page: u64| {
-                    let len = (PAGE - page % PAGE).min(left);
-                    left -= len;
-                    push(page, len);
-                    left
+                    let len = (PAGE - page % PAGE).min(remaining);
+                    remaining -= len;
+                    append(page, len);
+                    remaining
                 };
                 if take(first.0) > 0 {
-                    if left_pages(bytes, first.0) <= 2 {
+                    if pages_spanned(bytes, first.0) <= 2 {
                         take(second);
                     } else {
                         assert_eq!(second, at.0);
@@ -255,11 +259,11 @@ mod tests {
         found
     }
 
-    fn left_pages(bytes: u64, start: u64) -> u64 {
+    fn pages_spanned(bytes: u64, start: u64) -> u64 {
         (start % PAGE + bytes).div_ceil(PAGE)
     }
 
-    fn joined(segments: &[Segment]) -> Vec<(u64, u64)> {
+    fn coalesced(segments: &[Segment]) -> Vec<(u64, u64)> {
         let mut all: Vec<(u64, u64)> = Vec::new();
         for segment in segments {
             match all.last_mut() {
@@ -270,25 +274,25 @@ mod tests {
         all
     }
 
-    fn check(rules: Rules, segments: &[Segment]) -> Result<usize, Inexpressible> {
+    fn check(limits: TransferLimits, segments: &[Segment]) -> Result<usize, UnsupportedLayout> {
         let (mut parts, at) = (Vec::new(), Iova(0xffff_0000));
-        // However it is cut into turns, the shares are the same.
-        let (mut some, mut turns, mut from) = (Vec::new(), Vec::new(), Some(Place::default()));
+        // Planned in turns of three parts, the parts are the same.
+        let (mut some, mut turns, mut from) = (Vec::new(), Vec::new(), Some(Position::default()));
         while let Some(at) = from {
-            from = plan(rules, segments, at, 3, &mut some)?;
+            from = plan(limits, segments, at, 3, &mut some)?;
             assert!(some.len() <= 3);
             turns.append(&mut some);
         }
-        assert_eq!(plan(rules, segments, Place::default(), usize::MAX, &mut parts), Ok(None));
+        assert_eq!(plan(limits, segments, Position::default(), usize::MAX, &mut parts), Ok(None));
         assert_eq!(parts, turns);
         let mut all: Vec<(u64, u64)> = Vec::new();
         for part in &parts {
-            let mut words = vec![0; WORDS];
-            let data = pointer(*part, segments, at, |nth, word| {
+            let mut words = vec![0; LIST_WORDS];
+            let data = data_pointer(*part, segments, at, |nth, word| {
                 *words.get_mut(nth).expect("the list has room") = word;
                 Ok::<_, ()>(())
             });
-            assert!(part.bytes <= rules.most && part.bytes.is_multiple_of(rules.block));
+            assert!(part.bytes <= limits.max_bytes && part.bytes.is_multiple_of(limits.block));
             for (start, len) in reached(data.unwrap(), part.bytes, &words, at) {
                 match all.last_mut() {
                     Some((last, had)) if *last + *had == start => *had += len,
@@ -296,81 +300,87 @@ mod tests {
                 }
             }
         }
-        assert_eq!(all, joined(segments));
+        assert_eq!(all, coalesced(segments));
         Ok(parts.len())
     }
 
     #[test]
-    fn pages_are_enough_where_pieces_end_with_them() {
-        assert_eq!(check(RULES, &segments(&[(0x1000, 4096)])), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x1200, 4096)])), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x1e00, 512), (0x8000, 4096), (0x4000, 512)])), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x10_0000, 1 << 20)])), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x10_0200, 1 << 20)])), Ok(1));
+    fn segments_that_meet_at_page_boundaries_are_one_prp_command() {
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 4096)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x1200, 4096)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x1e00, 512), (0x8000, 4096), (0x4000, 512)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x10_0000, 1 << 20)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x10_0200, 1 << 20)])), Ok(1));
     }
 
     #[test]
-    fn pieces_that_fit_no_page_list_are_commands_of_their_own_or_a_list() {
+    fn segments_unfit_for_prp_are_split_or_use_an_sgl() {
         let odd = segments(&[(0x1200, 512), (0x3400, 1024), (0x8000, 4096)]);
-        assert_eq!(check(RULES, &odd), Ok(3));
-        assert_eq!(check(Rules { sgl: 1, ..RULES }, &odd), Ok(1));
+        assert_eq!(check(LIMITS, &odd), Ok(3));
+        assert_eq!(check(TransferLimits { sgl: 1, ..LIMITS }, &odd), Ok(1));
         let inside = segments(&[(0x1200, 256), (0x3400, 256)]);
-        assert_eq!(check(RULES, &inside), Err(Inexpressible));
-        assert_eq!(check(Rules { sgl: 1, ..RULES }, &inside), Ok(1));
-        assert_eq!(check(Rules { sgl: 2, ..RULES }, &segments(&[(0x1202, 512)])), Err(Inexpressible));
+        assert_eq!(check(LIMITS, &inside), Err(UnsupportedLayout));
+        assert_eq!(check(TransferLimits { sgl: 1, ..LIMITS }, &inside), Ok(1));
+        assert_eq!(
+            check(TransferLimits { sgl: 2, ..LIMITS }, &segments(&[(0x1202, 512)])),
+            Err(UnsupportedLayout)
+        );
     }
 
     #[test]
-    fn pieces_that_touch_are_one_wherever_they_do() {
-        assert_eq!(check(RULES, &segments(&[(0x1200, 256), (0x1300, 256)])), Ok(1));
+    fn adjacent_segments_are_one_piece_at_any_alignment() {
+        assert_eq!(check(LIMITS, &segments(&[(0x1200, 256), (0x1300, 256)])), Ok(1));
         assert_eq!(
-            check(RULES, &segments(&[(0x1200, 512), (0x1400, 512), (0x1600, 0xa00), (0x9000, 512)])),
+            check(LIMITS, &segments(&[(0x1200, 512), (0x1400, 512), (0x1600, 0xa00), (0x9000, 512)])),
             Ok(1)
         );
-        assert_eq!(check(RULES, &segments(&[(0x1000, 0x800), (0x1800, 0x1800), (0x5000, 4096)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 0x800), (0x1800, 0x1800), (0x5000, 4096)])), Ok(1));
         let many: Vec<_> = (0..2048).map(|nth| (0x10_0200 + nth * 512, 512)).collect();
-        assert_eq!(check(RULES, &segments(&many)), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x1200, 512), (0x1401, 512)])), Err(Inexpressible));
+        assert_eq!(check(LIMITS, &segments(&many)), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x1200, 512), (0x1401, 512)])), Err(UnsupportedLayout));
     }
 
     #[test]
-    fn nothing_is_made_of_pieces_without_bytes() {
-        assert_eq!(check(RULES, &segments(&[(0x1000, 0), (0x1000, 512)])), Err(Inexpressible));
-        assert_eq!(check(RULES, &segments(&[(0x1000, 512), (0x1000, 0)])), Err(Inexpressible));
-        assert_eq!(check(RULES, &segments(&[(u64::MAX - 100, 512)])), Err(Inexpressible));
+    fn empty_or_overflowing_segments_are_rejected() {
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 0), (0x1000, 512)])), Err(UnsupportedLayout));
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 512), (0x1000, 0)])), Err(UnsupportedLayout));
+        assert_eq!(check(LIMITS, &segments(&[(u64::MAX - 100, 512)])), Err(UnsupportedLayout));
     }
 
     #[test]
-    fn one_page_may_be_there_twice() {
-        assert_eq!(check(RULES, &segments(&[(0x1000, 4096), (0x1000, 4096), (0x1000, 4096)])), Ok(1));
-        assert_eq!(check(RULES, &segments(&[(0x1000, 4096), (0x1000, 512)])), Ok(1));
+    fn page_may_occur_twice_in_a_request() {
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 4096), (0x1000, 4096), (0x1000, 4096)])), Ok(1));
+        assert_eq!(check(LIMITS, &segments(&[(0x1000, 4096), (0x1000, 512)])), Ok(1));
     }
 
     #[test]
-    fn no_command_is_longer_than_the_controller_takes() {
-        let rules = Rules { most: 16384, ..RULES };
-        assert_eq!(check(rules, &segments(&[(0x10_0200, 65536)])), Ok(4));
+    fn no_command_exceeds_the_transfer_limit() {
+        let limits = TransferLimits { max_bytes: 16384, ..LIMITS };
+        assert_eq!(check(limits, &segments(&[(0x10_0200, 65536)])), Ok(4));
         assert_eq!(
-            check(Rules { sgl: 1, ..rules }, &segments(&[(0x11_0200, 20000 / 512 * 512), (0x900, 512)])),
+            check(
+                TransferLimits { sgl: 1, ..limits },
+                &segments(&[(0x11_0200, 20000 / 512 * 512), (0x900, 512)])
+            ),
             Ok(2)
         );
-        assert_eq!(check(RULES, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
+        assert_eq!(check(LIMITS, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
     }
 
     #[test]
-    fn no_command_has_more_pages_than_its_list_has_room_for() {
-        let rules = Rules { most: 4 << 20, ..RULES };
-        assert_eq!(check(rules, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
-        assert_eq!(check(rules, &segments(&[(0x10_0000, 257 * 4096)])), Ok(1));
-        assert_eq!(check(rules, &segments(&[(0x10_0000, 258 * 4096)])), Ok(2));
+    fn no_command_exceeds_its_prp_list() {
+        let limits = TransferLimits { max_bytes: 4 << 20, ..LIMITS };
+        assert_eq!(check(limits, &segments(&[(0x10_0200, 3 << 20)])), Ok(3));
+        assert_eq!(check(limits, &segments(&[(0x10_0000, 257 * 4096)])), Ok(1));
+        assert_eq!(check(limits, &segments(&[(0x10_0000, 258 * 4096)])), Ok(2));
     }
 
     #[test]
-    fn a_request_of_any_length_is_planned_in_little_memory() {
+    fn request_of_any_length_is_planned_in_bounded_memory() {
         let all: Vec<_> = (0..126).map(|_| (0, u32::MAX / 4096 * 4096)).collect();
         let mut parts = Vec::new();
-        let goes_on = plan(RULES, &segments(&all), Place::default(), 7, &mut parts);
-        assert_eq!((goes_on, parts.len()), (Ok(Some(Place { first: 0, into: 7 << 20 })), 7));
+        let next = plan(LIMITS, &segments(&all), Position::default(), 7, &mut parts);
+        assert_eq!((next, parts.len()), (Ok(Some(Position { index: 0, offset: 7 << 20 })), 7));
         assert!(parts.capacity() < 100);
     }
 }

@@ -1,11 +1,11 @@
-//! A drive as a block device: its controller's life, its queues' seats, and what stops it.
+//! A drive as a block device: the generations of its controller, the slots of its queues, and its fences.
 //!
-//! The controller lives from one bringing up to the next stop. A queue's owner falls in with that by itself, at its next
-//! call: it *parks* while the controller is halted and begins anew in its next life ([`super::Queue`]). So nothing here
-//! touches a queue's memory before its owner has parked, and no fence waits for an owner: what is in flight is in the
-//! window.
+//! A *generation* of the controller lasts from one initialization to the next. It ends when the controller is halted,
+//! to be fenced or reset. The owner of a queue follows by itself at its next call: it *parks* while the controller is
+//! halted, and starts the queue anew in the next generation ([`super::Queue`]). So nothing here accesses a queue's
+//! memory before its owner has parked, and no fence waits for an owner: the admission window knows what is in flight.
 //!
-//! A thread of the drive's own, the *keeper*, deals with commands that do not end (`keeper.rs`).
+//! A thread of the drive, the *watchdog*, handles commands that do not complete ([`super::watchdog`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
@@ -20,41 +20,42 @@ use rustix::io::Errno;
 
 use super::cids::{Cids, MAX_OUTSTANDING};
 use super::controller::{Controller, Doorbell};
-use super::data::Rules;
+use super::data::TransferLimits;
 use super::geometry::Geometry;
-use super::keeper::{Health, Trouble, keep};
-use super::pair::Pair;
-use super::queue::{LIST, Queue, now};
+use super::queue::{LIST_BYTES, Queue, now_ms};
+use super::queue_pair::QueuePair;
 use super::registers::{DOORBELLS, Registers};
+use super::watchdog::{Health, WatchdogEvent, run_watchdog};
 use crate::device::own::{self, OwnMemory};
 use crate::device::{Device, FenceStep, Guard, Nature, StopClass};
 use crate::iommu::Domain;
 use crate::window::Window;
 use crate::{Error, Result};
 
-/// Pages of a driver's own memory that all queues may take.
-const PAGES: u64 = 480;
-/// Entries of a queue at most.
-const LONGEST: u16 = MAX_OUTSTANDING + 1; // a full queue has one empty entry
-/// Ranges of memory that are told apart in one request.
-const RANGES: usize = 128;
-/// Bytes of one command at most, whatever the controller takes: what a list of pages reaches.
-const MOST: u64 = 1 << 20;
-/// How long a drain waits for what is in flight: stronger fences come after it, and somebody waits for them.
-const DRAIN: Duration = Duration::from_millis(300);
-/// How long owners have to park.
-const PARKING: Duration = Duration::from_secs(2);
-/// How often bringing it up is tried.
-const TRIES: u32 = 3;
+/// The pages of the driver's own memory that all queues together may use.
+const MAX_MEMORY_PAGES: u64 = 480;
+/// The largest number of entries of a queue.
+const MAX_ENTRIES: u16 = MAX_OUTSTANDING + 1; // a full queue has one empty entry
+/// The largest number of memory ranges by which the window describes one request.
+const MAX_WINDOW_RANGES: usize = 128;
+/// The largest transfer of one command in bytes, whatever the controller supports: what one PRP list describes.
+const MAX_COMMAND_BYTES: u64 = 1 << 20;
+/// The time that a drain waits for requests in flight. It is short because the conversion that waits for it may need
+/// stronger fences next.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(300);
+/// The time that owners have to park.
+const PARK_TIMEOUT: Duration = Duration::from_secs(2);
+/// The number of attempts to initialize the controller.
+const MAX_INIT_ATTEMPTS: u32 = 3;
 
-/// What a drive is opened for.
+/// The options of [`Drive::open`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DriveOptions {
-    /// The namespace, from 1 on.
+    /// The namespace identifier, from 1 on.
     pub namespace: u32,
-    /// Queues that are wanted; there may be fewer ([`Drive::queues`]).
+    /// The number of queues wanted, 1 to 64; fewer may be available ([`Drive::queues`]).
     pub queues: u16,
-    /// How long a command may take until it is given up.
+    /// The time that a command has to complete before it is aborted.
     pub deadline: Duration,
 }
 
@@ -64,113 +65,128 @@ impl Default for DriveOptions {
     }
 }
 
-/// A drive.
+/// An NVMe drive as a block device.
 #[derive(Debug)]
 pub struct Drive {
     inner: Arc<Inner>,
-    keeper: Option<JoinHandle<()>>,
+    watchdog: Option<JoinHandle<()>>,
 }
 
-/// A life of the controller: its number, and whether it is up, halted, lost, or loose: lost, but not stopped.
+/// A generation of the controller: its number, and in the lowest two bits its state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Life(u64);
+pub(super) struct Generation(u64);
 
-impl Life {
+impl Generation {
+    /// Initialized; its queues may be used.
     const UP: u64 = 0;
+    /// To be fenced or reset; its queues are not used.
     pub(super) const HALTED: u64 = 1;
+    /// Given up, with all DMA stopped.
     pub(super) const LOST: u64 = 2;
-    pub(super) const LOOSE: u64 = 3;
-    const STATE: u64 = 3;
-    /// Before the first.
+    /// Given up, and not stopped for certain: it may still do DMA.
+    pub(super) const UNSTOPPED: u64 = 3;
+    const STATE_MASK: u64 = 3;
+    /// The generation before the first.
     pub(super) const NONE: Self = Self(Self::HALTED);
 
     pub(super) fn is_up(self) -> bool {
-        self.0 & Self::STATE == Self::UP
+        self.0 & Self::STATE_MASK == Self::UP
     }
 
+    /// True if the controller was given up, stopped or not.
     pub(super) fn is_lost(self) -> bool {
-        self.0 & Self::STATE >= Self::LOST
+        self.0 & Self::STATE_MASK >= Self::LOST
     }
 
-    pub(super) fn is_loose(self) -> bool {
-        self.0 & Self::STATE == Self::LOOSE
+    pub(super) fn is_unstopped(self) -> bool {
+        self.0 & Self::STATE_MASK == Self::UNSTOPPED
     }
 
+    /// Returns the same generation in another state.
     pub(super) fn with(self, state: u64) -> Self {
-        Self(self.0 & !Self::STATE | state)
+        Self(self.0 & !Self::STATE_MASK | state)
     }
 
     fn next(self) -> Self {
-        Self((self.0 & !Self::STATE) + 4)
+        Self((self.0 & !Self::STATE_MASK) + 4)
     }
 }
 
-/// A queue's place.
+/// The state of one queue that outlives its owners.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct QueueSlot {
+    /// True while the queue has an owner, or has requests in flight without one.
     taken: AtomicBool,
-    /// Whether its owner keeps off the queue until the next life.
+    /// True while the owner does not use the queue, until the next generation.
     pub(super) parked: AtomicBool,
-    /// Requests that take too long.
+    /// The number of requests that have taken longer than the deadline.
     pub(super) overdue: AtomicU32,
+    /// The eventfd of the queue's interrupt vector.
     pub(super) interrupt: OwnedFd,
-    /// The queue as its last owner left it.
-    left: Mutex<Option<LeftQueue>>,
+    /// The queue as its last owner returned it.
+    idle: Mutex<Option<IdleQueue>>,
 }
 
-/// A queue with nothing in flight, between two owners.
+/// A queue without an owner, with nothing in flight.
 #[derive(Debug)]
-pub(super) struct LeftQueue {
-    /// The life of the controller in which the pair was created.
-    pub(super) life: Life,
-    pub(super) pair: Pair,
+pub(super) struct IdleQueue {
+    /// The generation in which the queue pair was created.
+    pub(super) generation: Generation,
+    pub(super) queue_pair: QueuePair,
     pub(super) cids: Cids,
 }
 
-/// Whether the drive may do DMA, as the fences have it.
+/// The state of the drive with respect to fences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
+    /// Not fenced.
     Up,
-    /// Nothing is in flight and nothing begins; the controller is as it was.
+    /// Draining or drained: no request is admitted; the controller is untouched.
     Drained,
-    /// It was stopped by something stronger: it must be brought up anew.
+    /// Stopped by a stronger fence: an attach initializes the controller anew.
     Fenced,
 }
 
-/// What the drive, its queues and its keeper share. The controller's memory goes before its registers do, and these
-/// hold the device.
+/// The state that the drive, its queues and its watchdog share.
+///
+/// Lock order: `controller`, then `mode`. Fields are dropped in the order in which they stand: the controller and the
+/// memory before the registers, which keep the device open.
 #[derive(Debug)]
 pub(super) struct Inner {
-    control: Mutex<Controller>,
+    controller: Mutex<Controller>,
     pub(super) memory: OwnMemory,
     pub(super) registers: Arc<dyn Registers>,
     pub(super) name: String,
     pub(super) window: Arc<Window>,
     pub(super) geometry: Geometry,
-    pub(super) rules: Rules,
-    /// Entries of each queue.
-    pub(super) slots: u16,
+    pub(super) limits: TransferLimits,
+    /// The number of entries of each queue.
+    pub(super) entries: u16,
+    /// The deadline of a command, in milliseconds.
     pub(super) deadline_ms: u64,
-    stride: u64,
-    pub(super) seats: Vec<Seat>,
-    /// The vector of the first queue.
+    doorbell_stride: u64,
+    pub(super) queue_slots: Vec<QueueSlot>,
+    /// The interrupt vector of the first queue.
     first_vector: u16,
-    life: AtomicU64,
+    generation: AtomicU64,
     mode: Mutex<Mode>,
-    /// When a fence had stopped the drive, in milliseconds; 0 where none has.
-    stopped: AtomicU64,
-    troubles: Mutex<Sender<Trouble>>,
-    /// How often the controller was reset because of what it did, or did not do.
+    /// The time at which a fence had stopped the drive, in milliseconds of [`now_ms`]; 0 while none has.
+    stopped_at_ms: AtomicU64,
+    watchdog_events: Mutex<Sender<WatchdogEvent>>,
+    /// The number of controller resets because of a timeout, a protocol error or a fatal error; fences are not
+    /// counted.
     pub(super) recoveries: AtomicU32,
-    /// Abort commands that it was given.
+    /// The number of Abort commands so far.
     pub(super) aborts: AtomicU64,
-    /// The drive is being closed: the keeper waits for nobody.
-    pub(super) leaving: AtomicBool,
+    /// Set once the drive is being closed: the watchdog waits for no owner any more.
+    pub(super) closing: AtomicBool,
 }
 
 impl Drive {
-    /// Brings a drive up, whatever its registers are those of: [`super::serve`] does it for a device behind VFIO.
-    /// `domain` is the one that the device is in; its queues are mapped there.
+    /// Initializes a drive by its registers ([`super::serve`] does so for a VFIO device). `domain` is the one that
+    /// the device is attached to; the queues are mapped there.
+    ///
+    /// Fails if the namespace cannot be used, the device has no MSI-X, or there is no memory for the queues.
     pub fn open(
         registers: Arc<dyn Registers>,
         domain: &Arc<dyn Domain>,
@@ -178,197 +194,206 @@ impl Drive {
     ) -> Result<Arc<Self>> {
         let mut controller = Controller::open(Arc::clone(&registers), domain)?;
         controller.reset()?;
-        controller.come_up()?;
+        controller.initialize()?;
         let geometry = controller.geometry(options.namespace)?;
         let vectors = u16::try_from(registers.vectors()?).unwrap_or(u16::MAX);
         if vectors == 0 {
             let what = "interrupts by MSI-X";
             return Err(Error::Unsupported { device: registers.device().name().to_owned(), what });
         }
-        // One vector more than queues leaves the first to the admin queues; else a queue shares it.
-        let granted = controller.queues(options.queues.clamp(1, 64))?;
+        // The admin queue always has vector 0. With a vector to spare the I/O queues begin at 1; else the first
+        // shares it.
+        let granted = controller.set_queue_count(options.queues.clamp(1, 64))?;
         let queues = granted.min(vectors);
         let first_vector = u16::from(vectors > queues);
-        let slots = entries(queues, controller.longest);
-        let Some(slots) = slots else {
+        let entries = queue_entries(queues, controller.max_entries);
+        let Some(entries) = entries else {
             return Err(Error::Host {
-                what: format!(
-                    "{}: {queues} queues are more than there is memory for",
-                    registers.device().name()
-                ),
+                what: format!("{}: no memory for {queues} queues", registers.device().name()),
                 mend: "ask for fewer with --num-queues",
             });
         };
-        let memory = OwnMemory::map(domain, (size(slots) * u64::from(queues) / PAGE) as usize)?;
-        let seats = (0..queues).map(|_| Seat::new(&*registers)).collect::<Result<Vec<_>>>()?;
+        let memory = OwnMemory::map(domain, (queue_bytes(entries) * u64::from(queues) / PAGE) as usize)?;
+        let queue_slots = (0..queues).map(|_| QueueSlot::new(&*registers)).collect::<Result<Vec<_>>>()?;
+        // One command transfers whole blocks, and no more than 65536 of them: its block count has 16 bits.
         let block = u64::from(geometry.block);
-        let most = controller.abilities.most.unwrap_or(MOST).min(MOST).min(block << 16) / block * block;
-        let (troubles, told) = mpsc::channel();
+        let max_bytes =
+            controller.caps.max_transfer.unwrap_or(MAX_COMMAND_BYTES).min(MAX_COMMAND_BYTES).min(block << 16)
+                / block
+                * block;
+        let (watchdog_events, events) = mpsc::channel();
         let inner = Arc::new(Inner {
             name: registers.device().name().to_owned(),
-            window: Window::new(usize::from(queues) * usize::from(slots), RANGES),
-            rules: Rules { block, most: most.max(block), sgl: controller.abilities.sgl },
+            window: Window::new(usize::from(queues) * usize::from(entries), MAX_WINDOW_RANGES),
+            limits: TransferLimits { block, max_bytes: max_bytes.max(block), sgl: controller.caps.sgl },
             geometry,
-            slots,
+            entries,
             deadline_ms: options.deadline.as_millis() as u64,
-            stride: controller.doorbell(0, Doorbell::Completion) - DOORBELLS,
-            seats,
+            doorbell_stride: controller.doorbell(0, Doorbell::Completion) - DOORBELLS,
+            queue_slots,
             first_vector,
-            life: AtomicU64::new(Life::NONE.0),
+            generation: AtomicU64::new(Generation::NONE.0),
             mode: Mutex::new(Mode::Up),
-            stopped: AtomicU64::new(0),
-            troubles: Mutex::new(troubles),
+            stopped_at_ms: AtomicU64::new(0),
+            watchdog_events: Mutex::new(watchdog_events),
             recoveries: AtomicU32::new(0),
             aborts: AtomicU64::new(0),
-            leaving: AtomicBool::new(false),
-            control: Mutex::new(controller),
+            closing: AtomicBool::new(false),
+            controller: Mutex::new(controller),
             memory,
             registers,
         });
-        inner.create(&mut inner.control())?;
-        inner.set_life(inner.life().next());
-        let keeping = Arc::clone(&inner);
-        let keeper =
-            std::thread::Builder::new().name("nvme-keeper".into()).spawn(move || keep(&keeping, &told));
-        let keeper = keeper.map_err(|error| {
+        inner.create_queue_pairs(&mut inner.controller())?;
+        inner.set_generation(inner.generation().next());
+        let shared = Arc::clone(&inner);
+        let watchdog = std::thread::Builder::new()
+            .name("nvme-watchdog".into())
+            .spawn(move || run_watchdog(&shared, &events));
+        let watchdog = watchdog.map_err(|error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
             inner.registers.failed(Failed::new("starting a thread", errno))
         })?;
-        Ok(Arc::new(Self { inner, keeper: Some(keeper) }))
+        Ok(Arc::new(Self { inner, watchdog: Some(watchdog) }))
     }
 
-    /// What it is.
+    /// Returns the properties of the drive and its namespace.
     pub fn geometry(&self) -> &Geometry {
         &self.inner.geometry
     }
 
-    /// What its DMA may touch: nothing, until pages are opened there.
+    /// Returns the admission window for guest requests: the pages that the drive's DMA may access, none at first.
     pub fn window(&self) -> &Arc<Window> {
         &self.inner.window
     }
 
-    /// Readable once somebody wants the device back, and stays so: he waits until the drive and its queues are dropped.
-    /// None where nobody can say so.
+    /// Returns an eventfd that becomes and stays readable once the kernel wants the device back; the kernel waits
+    /// until the drive and its queues are dropped. None if removal is not reported.
     pub fn removal(&self) -> Option<BorrowedFd<'_>> {
         self.inner.registers.removal()
     }
 
-    /// What it had to be helped with so far; waits for nobody.
+    /// Returns the number of interventions so far. Does not block.
     pub fn health(&self) -> Health {
         self.inner.health()
     }
 
-    /// Its queues.
+    /// Returns the number of queues.
     pub fn queues(&self) -> u16 {
-        self.inner.seats.len() as u16 // made of a u16
+        self.inner.queue_slots.len() as u16 // made of a u16
     }
 
-    /// Takes a queue, for one thread; `EBUSY` where somebody has it, or left it with something in flight, `ENOENT` where
-    /// there is none.
-    pub fn take_queue(&self, nth: u16) -> Result<Queue> {
+    /// Takes queue `index` for one thread. Fails with `EBUSY` if it has an owner, or was dropped with requests in
+    /// flight, and with `ENOENT` if there is no such queue.
+    pub fn take_queue(&self, index: u16) -> Result<Queue> {
         let failed = |errno| self.inner.registers.failed(Failed::new("taking a queue", errno));
-        let seat = self.inner.seats.get(usize::from(nth)).ok_or_else(|| failed(Errno::NOENT))?;
-        if seat.taken.swap(true, Ordering::AcqRel) {
+        let queue_slot =
+            self.inner.queue_slots.get(usize::from(index)).ok_or_else(|| failed(Errno::NOENT))?;
+        if queue_slot.taken.swap(true, Ordering::AcqRel) {
             return Err(failed(Errno::BUSY));
         }
-        Ok(Queue::new(Arc::clone(&self.inner), nth, seat.left().take()))
+        Ok(Queue::new(Arc::clone(&self.inner), index, queue_slot.idle().take()))
     }
 }
 
 impl Drop for Drive {
     fn drop(&mut self) {
-        self.inner.leaving.store(true, Ordering::Release);
-        self.inner.trouble(Trouble::Leave);
-        if self.keeper.take().is_some_and(|keeper| keeper.join().is_err()) {
-            log::error!("the keeper of a drive panicked; this is a bug of passgate");
+        self.inner.closing.store(true, Ordering::Release);
+        self.inner.notify_watchdog(WatchdogEvent::Stop);
+        if self.watchdog.take().is_some_and(|watchdog| watchdog.join().is_err()) {
+            log::error!("the watchdog thread of an NVMe drive panicked; this is a bug of passgate");
         }
     }
 }
 
-/// Bytes of one queue: its pair, and a list for each command.
-fn size(slots: u16) -> u64 {
-    (Pair::size(slots) + LIST * u64::from(slots)).next_multiple_of(PAGE)
+/// Returns the memory of one queue in bytes: the queue pair, and a list for each command.
+fn queue_bytes(entries: u16) -> u64 {
+    (QueuePair::size(entries) + LIST_BYTES * u64::from(entries)).next_multiple_of(PAGE)
 }
 
-/// Entries of each of so many queues, where there is memory for that.
-fn entries(queues: u16, longest: u16) -> Option<u16> {
-    [LONGEST, 64, 32, 16, 8]
+/// Returns the number of entries for each of `queues` queues; None if there is no memory for them.
+fn queue_entries(queues: u16, max_entries: u16) -> Option<u16> {
+    [MAX_ENTRIES, 64, 32, 16, 8]
         .into_iter()
-        .map(|slots| slots.min(longest))
-        .find(|slots| *slots >= 2 && size(*slots) * u64::from(queues) <= PAGES * PAGE)
+        .map(|entries| entries.min(max_entries))
+        .find(|entries| *entries >= 2 && queue_bytes(*entries) * u64::from(queues) <= MAX_MEMORY_PAGES * PAGE)
 }
 
-impl Seat {
+impl QueueSlot {
     fn new(registers: &dyn Registers) -> Result<Self> {
         let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             taken: AtomicBool::new(false),
             parked: AtomicBool::new(true),
             overdue: AtomicU32::new(0),
-            left: Mutex::default(),
+            idle: Mutex::default(),
             interrupt: interrupt.map_err(|errno| registers.failed(Failed::new("eventfd", errno)))?,
         })
     }
 
-    fn left(&self) -> MutexGuard<'_, Option<LeftQueue>> {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle(&self) -> MutexGuard<'_, Option<IdleQueue>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its owner has left it so, with nothing in flight.
-    pub(super) fn give_back(&self, left: LeftQueue) {
-        *self.left() = Some(left);
+    /// Stores the queue of an owner that is dropped, with nothing in flight.
+    pub(super) fn return_queue(&self, idle: IdleQueue) {
+        *self.idle() = Some(idle);
+        // Last, so that the next owner finds the queue.
         self.taken.store(false, Ordering::Release);
     }
 
-    /// Has its owner look.
+    /// Wakes the owner, by the eventfd that it waits for.
     pub(super) fn wake(&self) {
         let _ = rustix::io::write(&self.interrupt, &1u64.to_ne_bytes());
     }
 }
 
 impl Inner {
-    pub(super) fn life(&self) -> Life {
-        Life(self.life.load(Ordering::SeqCst))
+    /// Returns the current generation.
+    pub(super) fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::SeqCst))
     }
 
-    pub(super) fn set_life(&self, life: Life) {
-        self.life.store(life.0, Ordering::SeqCst);
+    /// Publishes a generation and wakes all owners, who follow it.
+    pub(super) fn set_generation(&self, generation: Generation) {
+        self.generation.store(generation.0, Ordering::SeqCst);
+        // Before the owners' parked flags are read, as the owner stores its flag before it reads the generation: one
+        // of the two sides sees the other's store ([`super::queue`]).
         fence(Ordering::SeqCst);
-        self.seats.iter().for_each(Seat::wake);
+        self.queue_slots.iter().for_each(QueueSlot::wake);
     }
 
-    pub(super) fn seat(&self, nth: u16) -> &Seat {
-        &self.seats[usize::from(nth)]
+    pub(super) fn queue_slot(&self, index: u16) -> &QueueSlot {
+        &self.queue_slots[usize::from(index)]
     }
 
-    /// Where a queue's memory begins.
-    pub(super) fn offset(&self, nth: u16) -> u64 {
-        size(self.slots) * u64::from(nth)
+    /// Returns the offset of a queue's memory.
+    pub(super) fn queue_offset(&self, index: u16) -> u64 {
+        queue_bytes(self.entries) * u64::from(index)
     }
 
-    /// The offset of the list of the command whose identifier has this index.
-    pub(super) fn list(&self, nth: u16, index: u16) -> u64 {
-        self.offset(nth) + Pair::size(self.slots) + LIST * u64::from(index)
+    /// Returns the offset of the list of the command whose CID has this index.
+    pub(super) fn list_offset(&self, queue: u16, cid_index: u16) -> u64 {
+        self.queue_offset(queue) + QueuePair::size(self.entries) + LIST_BYTES * u64::from(cid_index)
     }
 
     pub(super) fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {
-        DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.stride
+        DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.doorbell_stride
     }
 
-    pub(super) fn trouble(&self, trouble: Trouble) {
-        let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
-        // Nobody hears it once the drive is closed.
-        let _ = troubles.send(trouble);
+    pub(super) fn notify_watchdog(&self, event: WatchdogEvent) {
+        let watchdog_events = self.watchdog_events.lock().unwrap_or_else(PoisonError::into_inner);
+        // The watchdog has ended once the drive is closed.
+        let _ = watchdog_events.send(event);
     }
 
-    /// Whether a fence has stopped the drive, for certain, so long ago.
+    /// True if a fence has stopped the drive, for certain, for longer than `time`.
     pub(super) fn is_stopped_for(&self, time: Duration) -> bool {
-        let since = self.stopped.load(Ordering::Acquire);
-        since != 0 && now().saturating_sub(since) > time.as_millis() as u64
+        let since = self.stopped_at_ms.load(Ordering::Acquire);
+        since != 0 && now_ms().saturating_sub(since) > time.as_millis() as u64
     }
 
-    pub(super) fn control(&self) -> MutexGuard<'_, Controller> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn controller(&self) -> MutexGuard<'_, Controller> {
+        self.controller.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn mode(&self) -> MutexGuard<'_, Mode> {
@@ -379,66 +404,74 @@ impl Inner {
         self.registers.failed(Failed::new(call, errno))
     }
 
-    /// Creates the queues of a controller that has come up. Their owners are parked.
-    fn create(&self, controller: &mut Controller) -> Result<()> {
+    /// Creates the queues of a controller that has been initialized. Their owners are parked.
+    fn create_queue_pairs(&self, controller: &mut Controller) -> Result<()> {
+        // Vectors before the first I/O queue's signal nothing: the admin queue is polled.
         let eventfds = std::iter::repeat_n(None, self.first_vector.into());
-        let eventfds: Vec<_> =
-            eventfds.chain(self.seats.iter().map(|seat| Some(seat.interrupt.as_fd()))).collect();
-        self.registers.interrupts(&eventfds)?;
-        let queues = self.seats.len() as u16; // made of a u16
-        if controller.queues(queues)? < queues {
+        let eventfds: Vec<_> = eventfds
+            .chain(self.queue_slots.iter().map(|queue_slot| Some(queue_slot.interrupt.as_fd())))
+            .collect();
+        self.registers.set_interrupts(&eventfds)?;
+        let queues = self.queue_slots.len() as u16; // made of a u16
+        if controller.set_queue_count(queues)? < queues {
             return Err(self.failed("asking an NVMe controller for its queues again", Errno::NODEV));
         }
-        for nth in 0..queues {
-            let pair = Pair::empty(nth + 1, self.slots, self.offset(nth), &self.memory);
-            let pair = pair.map_err(|failed| self.registers.failed(failed))?;
-            controller.create(&pair, &self.memory, self.first_vector + nth)?;
+        for index in 0..queues {
+            let queue_pair =
+                QueuePair::zeroed(index + 1, self.entries, self.queue_offset(index), &self.memory);
+            let queue_pair = queue_pair.map_err(|failed| self.registers.failed(failed))?;
+            controller.create_queue_pair(&queue_pair, &self.memory, self.first_vector + index)?;
         }
         Ok(())
     }
 
-    /// Halts the queues: when it returns no owner touches one before the next life.
+    /// Halts the queues: after a success no owner uses one before the next generation. Fails with `ETIMEDOUT` if an
+    /// owner does not park in time.
     pub(super) fn halt(&self) -> Result<()> {
-        let life = self.life();
-        if life.is_up() {
-            self.set_life(life.with(Life::HALTED));
+        let generation = self.generation();
+        if generation.is_up() {
+            self.set_generation(generation.with(Generation::HALTED));
         }
-        let until = Instant::now() + PARKING;
-        let busy = |seat: &&Seat| seat.taken.load(Ordering::SeqCst) && !seat.parked.load(Ordering::SeqCst);
-        while let Some(seat) = self.seats.iter().find(busy) {
+        let until = Instant::now() + PARK_TIMEOUT;
+        let busy = |queue_slot: &&QueueSlot| {
+            queue_slot.taken.load(Ordering::SeqCst) && !queue_slot.parked.load(Ordering::SeqCst)
+        };
+        while let Some(queue_slot) = self.queue_slots.iter().find(busy) {
             if Instant::now() > until {
                 return Err(self.failed("waiting for the owner of a queue", Errno::TIMEDOUT));
             }
-            seat.wake();
+            queue_slot.wake();
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())
     }
 
-    /// Stops the device by `step`. What was in flight counts no more once that is done.
+    /// Stops the device by `step`. After a success, requests that were in flight no longer count as such in the
+    /// window.
     fn stop(&self, step: FenceStep) -> Result<()> {
         {
             let mut mode = self.mode();
             *mode = Mode::Fenced;
+            // No request enters the window after this; those in it count until the fence has succeeded.
             self.window.pause();
-            let life = self.life();
-            if life.is_up() {
-                self.set_life(life.with(Life::HALTED));
+            let generation = self.generation();
+            if generation.is_up() {
+                self.set_generation(generation.with(Generation::HALTED));
             }
         }
         self.registers.device().fence(step)?;
         self.window.void();
-        self.stopped.store(now().max(1), Ordering::Release);
+        self.stopped_at_ms.store(now_ms().max(1), Ordering::Release);
         Ok(())
     }
 
-    /// Makes a drive whose device is not in its domain a fenced one, and returns true for it: a replace that failed has left
-    /// it detached (`iommu/iommufd/seats.rs`), which its driver was not told.
-    pub(super) fn stop_detached(&self) -> bool {
+    /// Fences a drive whose device is out of its domain, and returns true for it. A failed replace leaves a device
+    /// detached without notice to its driver (`iommu/iommufd/seats.rs`).
+    pub(super) fn fence_detached(&self) -> bool {
         let detached = !self.registers.is_attached() && *self.mode() != Mode::Fenced;
         if detached {
             log::warn!(
-                "{}: it was left detached from its domain: it is stopped until it is attached",
+                "{}: the device was left detached from its domain: stopped until it is attached",
                 self.name
             );
             if let Err(error) = self.stop(FenceStep::Detach) {
@@ -448,13 +481,20 @@ impl Inner {
         detached
     }
 
-    /// Takes the queues from the controller and brings it up anew, with what `between` does while it is down.
-    pub(super) fn revive(&self, controller: &mut Controller, between: impl Fn() -> Result<()>) -> Result<()> {
+    /// Resets the controller and initializes it anew. `while_disabled` is called in between, while the controller is
+    /// disabled.
+    pub(super) fn reinitialize(
+        &self,
+        controller: &mut Controller,
+        while_disabled: impl Fn() -> Result<()>,
+    ) -> Result<()> {
         self.halt()?;
         let mut result = Ok(());
-        for _ in 0..TRIES {
-            result = controller.reset().and_then(|()| between());
-            result = result.and_then(|()| controller.come_up()).and_then(|()| self.create(controller));
+        for _ in 0..MAX_INIT_ATTEMPTS {
+            result = controller.reset().and_then(|()| while_disabled());
+            result = result
+                .and_then(|()| controller.initialize())
+                .and_then(|()| self.create_queue_pairs(controller));
             if result.is_ok() || controller.is_gone() {
                 break;
             }
@@ -462,11 +502,12 @@ impl Inner {
         result
     }
 
-    /// The controller goes on in a new life, unless a fence has come meanwhile.
-    pub(super) fn go_on(&self, mut up: impl FnMut(&mut Mode) -> bool) {
+    /// Starts the next generation of an initialized controller if `allowed`, which decides under the lock of the
+    /// mode: a fence may have come meanwhile.
+    pub(super) fn start_generation(&self, mut allowed: impl FnMut(&mut Mode) -> bool) {
         let mut mode = self.mode();
-        if up(&mut mode) {
-            self.set_life(self.life().next());
+        if allowed(&mut mode) {
+            self.set_generation(self.generation().next());
         }
     }
 }
@@ -488,8 +529,9 @@ impl Device for Drive {
         self.inner.registers.device().nature()
     }
 
-    /// A drain is a pause: the queues stay, what is asked for meanwhile is [`super::Submitted::Closed`]. Anything
-    /// stronger goes to the device at once, and what was in flight counts no more once it is done.
+    /// Fences the drive. A drain is a pause: the queues stay, and requests are refused as
+    /// [`super::Submitted::Closed`] meanwhile. Anything stronger goes to the device at once, without waiting for an
+    /// owner or the watchdog; once it has succeeded, requests that were in flight no longer count as such.
     fn fence(&self, step: FenceStep) -> Result<()> {
         let (inner, device) = (&self.inner, self.inner.registers.device());
         if step == FenceStep::Drain {
@@ -500,39 +542,41 @@ impl Device for Drive {
                 }
                 inner.window.pause();
             }
-            if inner.window.await_idle(DRAIN) {
+            if inner.window.await_idle(DRAIN_TIMEOUT) {
                 return Ok(());
             }
             return Err(inner.failed("drain", Errno::TIMEDOUT));
         }
         if !device.stop_class().has(step) {
-            return device.fence(step); // which says so
+            return device.fence(step); // fails as unsupported
         }
         inner.stop(step)
     }
 
+    /// Ends a drain, or initializes a fenced drive anew. Waits for owners to park, and for the watchdog's current
+    /// step.
     fn attach(&self) -> Result<()> {
         let inner = &self.inner;
-        let mut controller = inner.control();
-        inner.stop_detached();
+        let mut controller = inner.controller();
+        inner.fence_detached();
         {
             let mut mode = inner.mode();
-            if *mode != Mode::Fenced && inner.life().is_up() {
+            if *mode != Mode::Fenced && inner.generation().is_up() {
                 *mode = Mode::Up;
                 inner.window.lift();
                 return Ok(());
             }
         }
-        let stopped = inner.stopped.swap(0, Ordering::AcqRel);
-        if let Err(error) = inner.revive(&mut controller, || inner.registers.device().attach()) {
+        let stopped_at_ms = inner.stopped_at_ms.swap(0, Ordering::AcqRel);
+        if let Err(error) = inner.reinitialize(&mut controller, || inner.registers.device().attach()) {
             if controller.is_gone() {
                 inner.lose(&controller, &error);
             }
-            // Its owners go on counting from when it was stopped.
-            inner.stopped.store(stopped, Ordering::Release);
+            // Owners count the time of the stop from its beginning.
+            inner.stopped_at_ms.store(stopped_at_ms, Ordering::Release);
             return Err(error);
         }
-        inner.go_on(|mode| {
+        inner.start_generation(|mode| {
             *mode = Mode::Up;
             inner.window.lift();
             true
@@ -550,13 +594,13 @@ impl Device for Drive {
 }
 
 impl Drop for Inner {
-    /// In order where it can be: what is in the queues ends, the cache goes to the medium. Then the controller lets go of
-    /// the memory that it shares with this process.
+    /// Closes in order if possible: the commands in the queues end, and the cache goes to the medium. The reset at
+    /// the end is for the memory that is shared with the controller, and is freed next.
     fn drop(&mut self) {
-        let (life, queues) = (self.life(), self.seats.len() as u16);
-        let controller = self.control.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if life.is_up() && !controller.is_gone() {
-            let deleted = (1..=queues).try_for_each(|queue| controller.delete(queue));
+        let (generation, queues) = (self.generation(), self.queue_slots.len() as u16);
+        let controller = self.controller.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if generation.is_up() && !controller.is_gone() {
+            let deleted = (1..=queues).try_for_each(|queue| controller.delete_queue_pair(queue));
             if let Err(error) = deleted.and_then(|()| controller.shut_down()) {
                 log::warn!("closing: {error}");
             }

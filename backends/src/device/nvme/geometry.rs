@@ -1,77 +1,78 @@
-//! What a drive says of itself: Identify Controller and Identify Namespace (NVM Express base specification 2.0,
-//! 5.17.2.1; NVM command set specification 1.0, 4.1.5.1 and 4.1.5.2).
+//! The Identify data structures: what a controller and its namespaces are capable of (NVMe Base 2.0, 5.17.2; NVM
+//! Command Set 1.0, 4.1.5).
 
 use super::CHUNK;
 
-/// A drive and one of its namespaces.
+/// The properties of a drive and one of its namespaces.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Geometry {
-    /// Bytes of a block.
+    /// The size of a block, in bytes.
     pub block: u32,
-    /// Blocks of the namespace.
+    /// The size of the namespace, in blocks.
     pub blocks: u64,
-    /// Whether what was written may be lost until it is flushed.
+    /// True if the drive has a volatile write cache: completed writes may be lost until a flush.
     pub volatile_cache: bool,
-    /// Blocks that one command zeroes at most; 0 where the drive has no such command.
+    /// The largest number of blocks of one Write Zeroes command; 0 if the drive does not have the command.
     pub write_zeroes: u32,
-    /// Blocks that one command discards at most; 0 where the drive has no such command.
+    /// The largest number of blocks of one discard (Dataset Management with one range); 0 if the drive does not have
+    /// the command.
     pub discard: u32,
-    /// Whether the namespace is write-protected.
+    /// True if the namespace is write-protected.
     pub read_only: bool,
-    /// Serial number.
+    /// The serial number.
     pub serial: String,
-    /// Model number.
+    /// The model number.
     pub model: String,
-    /// The namespace's number.
+    /// The namespace identifier.
     pub namespace: u32,
 }
 
-/// What of a controller's identity its driver needs.
+/// The properties of a controller that its driver needs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Abilities {
-    /// Bytes of one command at most, by MDTS; none where there is no limit.
-    pub(super) most: Option<u64>,
-    /// Whether lists of segments are taken: 1 at any byte, 2 at multiples of 4.
+pub(super) struct ControllerCaps {
+    /// The largest transfer of one command, in bytes (MDTS); None if there is no limit.
+    pub(super) max_transfer: Option<u64>,
+    /// SGL support (SGLS, bits 1:0): 0 none, 1 at any alignment, 2 at multiples of 4 bytes.
     pub(super) sgl: u8,
-    /// Whether doorbells may be written to memory.
+    /// True if the controller has the Doorbell Buffer Config command.
     pub(super) shadow_doorbells: bool,
 }
 
-/// Why a namespace will not do.
+/// The reason why a namespace cannot be used as a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Unfit {
-    /// It is not there.
-    #[error("there is no such namespace, or nothing is in it")]
+pub(super) enum NamespaceError {
+    /// The namespace does not exist or is inactive.
+    #[error("no such namespace, or it is inactive")]
     Absent,
-    /// Metadata.
-    #[error("its blocks have metadata: format it without")]
+    /// The blocks have metadata.
+    #[error("its blocks carry metadata: format it without metadata")]
     Metadata,
-    /// Block size.
-    #[error("its blocks are of an unknown size")]
-    Block,
-    /// Blocks in zones, which are written from their beginning to their end only.
-    #[error("its blocks are written in zones (Zoned Namespace command set), which no ordinary disk is")]
+    /// The block size is outside 512 bytes to 64 KiB.
+    #[error("its block size is not supported: 512 bytes to 64 KiB are")]
+    BlockSize,
+    /// The blocks are in zones, each of which is written sequentially only.
+    #[error("its blocks are written in zones (Zoned Namespace command set), unlike those of a disk")]
     Zoned,
-    /// Keys and values instead of blocks.
-    #[error("it has keys and values and no blocks (Key Value command set)")]
+    /// The namespace stores values by keys, not blocks.
+    #[error("it stores keys and values, not blocks (Key Value command set)")]
     KeyValue,
-    /// Another command set.
-    #[error("its command set ({0:#x}) is not the NVM command set, and unknown here")]
+    /// The namespace has another command set, with this Command Set Identifier.
+    #[error("its command set ({0:#x}) is not supported: only the NVM command set is")]
     CommandSet(u8),
-    /// The controller has several command sets, and does not say which is the namespace's.
-    #[error("its controller has several command sets and does not say which one is for this namespace")]
-    Untold,
+    /// The controller has several command sets, and does not report the one of the namespace.
+    #[error("its controller has several command sets and does not report the one of this namespace")]
+    UnknownCommandSet,
 }
 
-fn word(bytes: &[u8], at: usize) -> u16 {
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
     bytes.get(at..at + 2).and_then(|two| two.try_into().ok()).map_or(0, u16::from_le_bytes)
 }
 
-fn long(bytes: &[u8], at: usize) -> u64 {
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).and_then(|eight| eight.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
-fn byte(bytes: &[u8], at: usize) -> u8 {
+fn u8_at(bytes: &[u8], at: usize) -> u8 {
     bytes.get(at).copied().unwrap_or(0)
 }
 
@@ -80,107 +81,114 @@ fn text(bytes: &[u8]) -> String {
     bytes.iter().map(printable).collect::<String>().trim().to_owned()
 }
 
-/// 2^`exponent` pages of `page` bytes.
-fn times(page: u64, exponent: u8) -> u64 {
+/// Returns the size of 2^`exponent` pages of `page` bytes; saturates.
+fn page_multiple(page: u64, exponent: u8) -> u64 {
     1u64.checked_shl(exponent.into()).and_then(|pages| pages.checked_mul(page)).unwrap_or(u64::MAX)
 }
 
-/// True where a controller has the list of namespace identification descriptors (1.3 and later).
-pub(super) fn tells_descriptors(controller: &[u8]) -> bool {
-    long(controller, 80) as u32 >= 0x0001_0300
+/// True if the controller has the list of namespace identification descriptors (version 1.3 and later).
+pub(super) fn has_descriptors(controller: &[u8]) -> bool {
+    u64_at(controller, 80) as u32 >= 0x0001_0300
 }
 
-/// Checks that a namespace's command set is the NVM command set, by its identification descriptors (NVM Express base
-/// specification 2.0, 5.17.2.3): type, length, two reserved bytes, and so many bytes of value. Only a controller with
-/// several command sets (`several`) must have the descriptor of the command set.
-pub(super) fn check_command_set(descriptors: Option<&[u8]>, several: bool) -> Result<(), Unfit> {
+/// Checks that a namespace has the NVM command set, by its identification descriptors (NVMe Base 2.0, 5.17.2.3). Each
+/// has a type, a length, two reserved bytes, and a value of this length. The descriptor of the command set is
+/// mandatory only for controllers with several command sets (`several`).
+pub(super) fn check_command_set(descriptors: Option<&[u8]>, several: bool) -> Result<(), NamespaceError> {
     const COMMAND_SET: u8 = 4;
     let mut rest = descriptors.unwrap_or_default();
     while let [kind, len, _, _, behind @ ..] = rest {
         match (*kind, behind) {
             (0, _) => break, // the end of the list
             (COMMAND_SET, [0, ..]) => return Ok(()),
-            (COMMAND_SET, [1, ..]) => return Err(Unfit::KeyValue),
-            (COMMAND_SET, [2, ..]) => return Err(Unfit::Zoned),
-            (COMMAND_SET, [other, ..]) => return Err(Unfit::CommandSet(*other)),
-            (COMMAND_SET, []) => return Err(Unfit::Untold),
+            (COMMAND_SET, [1, ..]) => return Err(NamespaceError::KeyValue),
+            (COMMAND_SET, [2, ..]) => return Err(NamespaceError::Zoned),
+            (COMMAND_SET, [other, ..]) => return Err(NamespaceError::CommandSet(*other)),
+            (COMMAND_SET, []) => return Err(NamespaceError::UnknownCommandSet),
             _ => rest = behind.get(usize::from(*len)..).unwrap_or_default(),
         }
     }
-    if several { Err(Unfit::Untold) } else { Ok(()) }
+    if several { Err(NamespaceError::UnknownCommandSet) } else { Ok(()) }
 }
 
-/// Whether a controller can say what bounds commands that move no data: versions before 1.2 take that question for
-/// another.
-pub(super) fn tells_limits(controller: &[u8]) -> bool {
-    long(controller, 80) as u32 >= 0x0001_0200
+/// True if the controller may report limits for commands that transfer no data. Controllers before version 1.2 would
+/// take the question for another one.
+pub(super) fn has_limits(controller: &[u8]) -> bool {
+    u64_at(controller, 80) as u32 >= 0x0001_0200
 }
 
-/// Bounds what moves no data, and so is not bound by MDTS, from what a controller says of the NVM command set: WZSL, DMRSL
-/// and DMSL. 0 is no bound. `smallest` as for [`abilities`].
-pub(super) fn limit(geometry: &mut Geometry, set: &[u8], smallest: u64) {
-    let bound = |most: &mut u32, limit: u64| {
+/// Applies the limits for commands that transfer no data, which MDTS does not limit: WZSL, DMRSL and DMSL of the data
+/// structure `set`; 0 is no limit. `min_page` is as for [`controller_caps`].
+pub(super) fn apply_limits(geometry: &mut Geometry, set: &[u8], min_page: u64) {
+    let bound = |max: &mut u32, limit: u64| {
         if limit > 0 {
-            *most = (*most).min(u32::try_from(limit).unwrap_or(u32::MAX));
+            *max = (*max).min(u32::try_from(limit).unwrap_or(u32::MAX));
         }
     };
-    if let zeroes @ 1.. = byte(set, 1) {
-        // Where that is not one block there is no such command.
-        let blocks = times(smallest, zeroes) / u64::from(geometry.block.max(1));
+    if let wzsl @ 1.. = u8_at(set, 1) {
+        // Less than one block makes the limit 0: the command is not used.
+        let blocks = page_multiple(min_page, wzsl) / u64::from(geometry.block.max(1));
         geometry.write_zeroes = geometry.write_zeroes.min(u32::try_from(blocks).unwrap_or(u32::MAX));
     }
-    bound(&mut geometry.discard, long(set, 4) & 0xffff_ffff);
-    bound(&mut geometry.discard, long(set, 8));
+    bound(&mut geometry.discard, u64_at(set, 4) & 0xffff_ffff);
+    bound(&mut geometry.discard, u64_at(set, 8));
 }
 
-/// From a controller's identity; `smallest` is its smallest page in bytes (CAP.MPSMIN).
-pub(super) fn abilities(controller: &[u8], smallest: u64) -> Abilities {
-    let (mdts, sgls) = (byte(controller, 77), byte(controller, 536));
-    Abilities {
-        most: (mdts > 0).then(|| times(smallest, mdts)),
+/// Parses the Identify Controller data. `min_page` is the smallest memory page size in bytes (CAP.MPSMIN).
+pub(super) fn controller_caps(controller: &[u8], min_page: u64) -> ControllerCaps {
+    let (mdts, sgls) = (u8_at(controller, 77), u8_at(controller, 536));
+    ControllerCaps {
+        max_transfer: (mdts > 0).then(|| page_multiple(min_page, mdts)),
         sgl: sgls & 3,
-        shadow_doorbells: word(controller, 256) & 1 << 8 != 0,
+        shadow_doorbells: u16_at(controller, 256) & 1 << 8 != 0,
     }
 }
 
-/// From the identities of a controller and of namespace `number`.
-pub(super) fn geometry(controller: &[u8], space: &[u8], number: u32) -> Result<Geometry, Unfit> {
-    let blocks = long(space, 0);
+/// Parses the Identify Controller data and the Identify Namespace data of namespace `number`.
+pub(super) fn geometry(
+    controller: &[u8],
+    namespace_data: &[u8],
+    number: u32,
+) -> Result<Geometry, NamespaceError> {
+    let blocks = u64_at(namespace_data, 0);
     if blocks == 0 {
-        return Err(Unfit::Absent);
+        return Err(NamespaceError::Absent);
     }
-    let format = usize::from(byte(space, 26) & 0xf | byte(space, 26) >> 1 & 0x30);
-    let format = 128 + format * 4;
-    if word(space, format) != 0 {
-        return Err(Unfit::Metadata);
+    // FLBAS: the index of the LBA format is in bits 3:0, its upper part in bits 6:5. The formats are 4 bytes each,
+    // from byte 128.
+    let lbaf = usize::from(u8_at(namespace_data, 26) & 0xf | u8_at(namespace_data, 26) >> 1 & 0x30);
+    let lbaf = 128 + lbaf * 4;
+    if u16_at(namespace_data, lbaf) != 0 {
+        return Err(NamespaceError::Metadata);
     }
-    let shift = byte(space, format + 2);
-    let block = (9..=16).contains(&shift).then(|| 1u32 << shift).ok_or(Unfit::Block)?;
-    let optional = word(controller, 520);
-    let most = |bit: u16, most: u32| if optional & bit != 0 { most } else { 0 };
+    let shift = u8_at(namespace_data, lbaf + 2);
+    let block = (9..=16).contains(&shift).then(|| 1u32 << shift).ok_or(NamespaceError::BlockSize)?;
+    let oncs = u16_at(controller, 520);
+    let max = |bit: u16, max: u32| if oncs & bit != 0 { max } else { 0 };
     Ok(Geometry {
         block,
         blocks,
-        volatile_cache: byte(controller, 525) & 1 != 0,
-        // Dataset Management, one range; Write Zeroes counts blocks in 16 bits.
-        discard: most(1 << 2, u32::MAX),
-        write_zeroes: most(1 << 3, 1 << 16),
-        read_only: byte(space, 99) & 1 != 0,
+        volatile_cache: u8_at(controller, 525) & 1 != 0,
+        // A discard has one range, of a 32-bit length; the 16-bit length of Write Zeroes is zero-based.
+        discard: max(1 << 2, u32::MAX),
+        write_zeroes: max(1 << 3, 1 << 16),
+        read_only: u8_at(namespace_data, 99) & 1 != 0,
         serial: text(controller.get(4..24).unwrap_or_default()),
         model: text(controller.get(24..64).unwrap_or_default()),
         namespace: number,
     })
 }
 
-/// The blocks that may be overwritten.
+/// The blocks that the exerciser may overwrite.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Scratch {
     pub(super) first: u64,
-    /// Bytes of a block.
+    /// The size of a block, in bytes.
     pub(super) block: u64,
 }
 
-/// The last blocks of a namespace; none where it has too few, or longer ones than a transfer of the exerciser's.
+/// Returns the last blocks of a namespace, for one transfer of the exerciser; None if the namespace is too small, or
+/// its blocks are larger than a transfer.
 pub(super) fn scratch(geometry: &Geometry) -> Option<Scratch> {
     let (chunk, block) = (CHUNK as u64, u64::from(geometry.block));
     let first = geometry.blocks.checked_sub(chunk / block).filter(|_| block <= chunk)?;
@@ -191,18 +199,19 @@ pub(super) fn scratch(geometry: &Geometry) -> Option<Scratch> {
 mod tests {
     use super::*;
 
-    fn space(blocks: u64, shift: u8) -> Vec<u8> {
-        let mut space = vec![0; 4096];
-        space[..8].copy_from_slice(&blocks.to_le_bytes());
-        space[26] = 1;
-        space[128 + 4 + 2] = shift;
-        space
+    fn namespace_data(blocks: u64, shift: u8) -> Vec<u8> {
+        let mut namespace_data = vec![0; 4096];
+        namespace_data[..8].copy_from_slice(&blocks.to_le_bytes());
+        namespace_data[26] = 1;
+        namespace_data[128 + 4 + 2] = shift;
+        namespace_data
     }
 
     #[test]
-    fn the_scratch_blocks_are_the_last() {
+    fn scratch_blocks_are_the_last_of_the_namespace() {
         let scratch = |blocks, shift| {
-            scratch(&geometry(&[0; 4096], &space(blocks, shift), 1).unwrap()).map(|s| (s.first, s.block))
+            scratch(&geometry(&[0; 4096], &namespace_data(blocks, shift), 1).unwrap())
+                .map(|s| (s.first, s.block))
         };
         assert_eq!(scratch(1000, 9), Some((992, 512)));
         assert_eq!(scratch(1000, 12), Some((999, 4096)));
@@ -211,45 +220,48 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_will_not_do_is_refused() {
-        let mut metadata = space(1000, 9);
+    fn unusable_namespace_is_refused() {
+        let mut metadata = namespace_data(1000, 9);
         metadata[128 + 4] = 8;
-        for (space, why) in [
-            (space(0, 9), Unfit::Absent),
-            (metadata, Unfit::Metadata),
-            (space(10, 8), Unfit::Block),
-            (space(10, 17), Unfit::Block),
-            (vec![], Unfit::Absent),
+        for (namespace_data, why) in [
+            (namespace_data(0, 9), NamespaceError::Absent),
+            (metadata, NamespaceError::Metadata),
+            (namespace_data(10, 8), NamespaceError::BlockSize),
+            (namespace_data(10, 17), NamespaceError::BlockSize),
+            (vec![], NamespaceError::Absent),
         ] {
-            assert_eq!(geometry(&[0; 4096], &space, 1), Err(why));
+            assert_eq!(geometry(&[0; 4096], &namespace_data, 1), Err(why));
         }
     }
 
     #[test]
-    fn only_a_namespace_of_the_nvm_command_set_is_a_disk() {
+    fn namespace_of_another_command_set_is_not_a_disk() {
         let uuid = [&[3, 16, 0, 0][..], &[4; 16]].concat();
         let of = |set: u8| [&uuid[..], &[4, 1, 0, 0, set], &[0; 64]].concat();
         for several in [false, true] {
             for (set, fit) in [
                 (0, Ok(())),
-                (1, Err(Unfit::KeyValue)),
-                (2, Err(Unfit::Zoned)),
-                (7, Err(Unfit::CommandSet(7))),
+                (1, Err(NamespaceError::KeyValue)),
+                (2, Err(NamespaceError::Zoned)),
+                (7, Err(NamespaceError::CommandSet(7))),
             ] {
                 assert_eq!(check_command_set(Some(&of(set)), several), fit);
             }
-            // A list without it, one that is cut short, none at all.
-            let untold = if several { Err(Unfit::Untold) } else { Ok(()) };
+            // A list without the descriptor, a truncated list, an empty list.
+            let undetermined = if several { Err(NamespaceError::UnknownCommandSet) } else { Ok(()) };
             for list in [&[uuid.clone(), vec![0; 64]].concat()[..], &[3, 16, 0, 0, 4], &[]] {
-                assert_eq!(check_command_set(Some(list), several), untold);
+                assert_eq!(check_command_set(Some(list), several), undetermined);
             }
-            assert_eq!(check_command_set(None, several), untold);
-            assert_eq!(check_command_set(Some(&[4, 1, 0, 0]), several), Err(Unfit::Untold));
+            assert_eq!(check_command_set(None, several), undetermined);
+            assert_eq!(
+                check_command_set(Some(&[4, 1, 0, 0]), several),
+                Err(NamespaceError::UnknownCommandSet)
+            );
         }
     }
 
     #[test]
-    fn a_drive_is_what_it_says() {
+    fn identify_data_is_parsed() {
         let mut controller = vec![0; 4096];
         controller[4..24].copy_from_slice(b"  S3RIAL            ");
         controller[24..30].copy_from_slice(b"model\0");
@@ -258,31 +270,31 @@ mod tests {
         controller[525] = 1;
         controller[536] = 2;
         controller[257] = 1;
-        let found = geometry(&controller, &space(64, 12), 3).unwrap();
+        let found = geometry(&controller, &namespace_data(64, 12), 3).unwrap();
         assert_eq!((found.serial.as_str(), found.model.as_str()), ("S3RIAL", "model"));
         assert_eq!((found.block, found.blocks, found.namespace), (4096, 64, 3));
         assert!(found.volatile_cache && !found.read_only);
         assert_eq!((found.write_zeroes, found.discard), (65536, u32::MAX));
-        let abilities = abilities(&controller, 4096);
-        assert_eq!(abilities, Abilities { most: Some(32768), sgl: 2, shadow_doorbells: true });
+        let caps = controller_caps(&controller, 4096);
+        assert_eq!(caps, ControllerCaps { max_transfer: Some(32768), sgl: 2, shadow_doorbells: true });
         let mut limited = found.clone();
-        limit(&mut limited, &[0; 4096], 4096);
+        apply_limits(&mut limited, &[0; 4096], 4096);
         assert_eq!(limited, found, "0 is no bound");
         let mut set = vec![0; 4096];
         (set[1], set[4], set[8]) = (3, 200, 100);
-        limit(&mut limited, &set, 4096);
+        apply_limits(&mut limited, &set, 4096);
         assert_eq!((limited.write_zeroes, limited.discard), (8, 100));
         (set[1], set[4], set[8]) = (60, 50, 100);
-        limit(&mut limited, &set, 4096);
+        apply_limits(&mut limited, &set, 4096);
         assert_eq!((limited.write_zeroes, limited.discard), (8, 50));
-        assert!(!tells_limits(&controller));
+        assert!(!has_limits(&controller));
         controller[80..84].copy_from_slice(&0x0001_0200u32.to_le_bytes());
-        assert!(tells_limits(&controller) && !tells_descriptors(&controller));
+        assert!(has_limits(&controller) && !has_descriptors(&controller));
         controller[80..84].copy_from_slice(&0x0001_0300u32.to_le_bytes());
-        assert!(tells_descriptors(&controller));
+        assert!(has_descriptors(&controller));
         controller[77] = 60;
-        assert_eq!(super::abilities(&controller, 4096).most, Some(u64::MAX));
+        assert_eq!(super::controller_caps(&controller, 4096).max_transfer, Some(u64::MAX));
         controller[77] = 200;
-        assert_eq!(super::abilities(&controller, 4096).most, Some(u64::MAX));
+        assert_eq!(super::controller_caps(&controller, 4096).max_transfer, Some(u64::MAX));
     }
 }

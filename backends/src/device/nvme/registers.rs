@@ -1,4 +1,4 @@
-//! A controller's registers and interrupts, wherever it is: behind VFIO, or the simulator.
+//! Access to a controller's registers and interrupts: by VFIO, or of the simulated controller.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -12,10 +12,10 @@ use super::super::Device;
 use super::super::vfio::VfioDevice;
 use crate::{Error, Result};
 
-/// `VFIO_PCI_MSIX_IRQ_INDEX`.
-const MSIX: u32 = 2;
+/// `VFIO_PCI_MSIX_IRQ_INDEX` (include/uapi/linux/vfio.h).
+const MSIX_IRQ_INDEX: u32 = 2;
 
-/// Registers (NVM Express base specification 2.0, 3.1.3).
+// Register offsets in BAR 0 (NVMe Base 2.0, 3.1.3). The doorbells begin at 1000h; CAP.DSTRD gives their distance.
 pub(super) const CAP: u64 = 0x00;
 pub(super) const CC: u64 = 0x14;
 pub(super) const CSTS: u64 = 0x1c;
@@ -24,67 +24,70 @@ pub(super) const ASQ: u64 = 0x28;
 pub(super) const ACQ: u64 = 0x30;
 pub(super) const DOORBELLS: u64 = 0x1000;
 
-pub(super) const CC_ENABLE: u32 = 1;
-pub(super) const CC_SHUT_DOWN: u32 = 1 << 14;
-/// Entries of 2^6 bytes in submission queues, of 2^4 in completion queues; pages of 4096 bytes.
-pub(super) const CC_ENTRIES: u32 = 6 << 16 | 4 << 20;
-pub(super) const CSTS_READY: u32 = 1;
-pub(super) const CSTS_FATAL: u32 = 1 << 1;
-pub(super) const CSTS_SHUTDOWN: u32 = 3 << 2;
-pub(super) const CSTS_SHUTDOWN_DONE: u32 = 2 << 2;
-/// What every register of a device reads as that is not there any more.
-pub(super) const GONE: u32 = u32::MAX;
+// CC (NVMe Base 2.0, 3.1.3.5) and CSTS (3.1.3.6).
+pub(super) const CC_EN: u32 = 1;
+pub(super) const CC_SHN_NORMAL: u32 = 1 << 14;
+/// CC.IOSQES and CC.IOCQES: entries of 2^6 bytes in submission queues, of 2^4 in completion queues. CC.MPS is 0 (4
+/// KiB pages) and CC.CSS is 0 (the NVM command set).
+pub(super) const CC_ENTRY_SIZES: u32 = 6 << 16 | 4 << 20;
+pub(super) const CSTS_RDY: u32 = 1;
+pub(super) const CSTS_CFS: u32 = 1 << 1;
+pub(super) const CSTS_SHST: u32 = 3 << 2;
+pub(super) const CSTS_SHST_COMPLETE: u32 = 2 << 2;
+/// The value of every register of a device that no longer answers: reads from it complete with all bits set.
+pub(super) const ALL_ONES: u32 = u32::MAX;
 
-/// Access to a controller.
+/// Access to the registers and the interrupt vectors of one controller.
 pub trait Registers: Send + Sync + fmt::Debug {
-    /// The device that it is a part of.
+    /// Returns the PCI device that the controller belongs to.
     fn device(&self) -> &Arc<dyn Device>;
 
-    /// False where its domain has left the device detached, because it did not move to another page table. While a fence
-    /// has detached it, it may say either.
+    /// False if the domain has left the device detached, because it could not be moved to another page table. While
+    /// the device is detached by a fence, either value may be returned.
     fn is_attached(&self) -> bool;
 
-    /// Reads the 32-bit register at `at`.
+    /// Reads the 32-bit register at byte offset `at`.
     fn get(&self, at: u64) -> Result<u32>;
 
-    /// Writes the 32-bit register at `at`.
+    /// Writes the 32-bit register at byte offset `at`.
     fn set(&self, at: u64, value: u32) -> Result<()>;
 
-    /// Writes a doorbell: what [`Registers::set`] does, without a system call where that can be.
+    /// Writes a doorbell: as [`Registers::set`], but without a system call where the doorbell is mapped.
     fn ring(&self, at: u64, value: u32) -> Result<()> {
         self.set(at, value)
     }
 
-    /// Interrupt vectors that it has.
+    /// Returns the number of MSI-X vectors.
     fn vectors(&self) -> Result<u32>;
 
-    /// Has each vector write its eventfd from now on; one without is silent.
-    fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()>;
+    /// Connects vector n to `eventfds[n]`; a vector without an eventfd signals nothing.
+    fn set_interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()>;
 
-    /// Readable once somebody wants the device back, who waits until it is closed; none where nobody can say so.
+    /// Returns an eventfd that is readable once the kernel wants the device back (it is being unbound or removed, and
+    /// waits until the device is closed). None if removal is not reported.
     fn removal(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// The error that a failed call is.
+    /// Returns the error for a failed call on this device.
     fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.device().name().to_owned(), source, mend: "" }
     }
 }
 
-/// Registers behind VFIO. The doorbells are mapped into this process where the device lets them be; the mapping, like
-/// the device's file, is gone when the process is.
+/// Registers of a VFIO device. The doorbells are mapped into this process if the device permits it, and are written
+/// by pwrite otherwise. The mapping ends with the process, as the device file does.
 #[derive(Debug)]
-pub(super) struct Bar {
+pub(super) struct VfioRegisters {
     doorbells: Option<Mapped>,
     region: Region,
     vfio: Arc<VfioDevice>,
     device: Arc<dyn Device>,
 }
 
-impl Bar {
-    /// BAR 0 of `vfio`.
-    pub(super) fn of(vfio: VfioDevice) -> Result<Self> {
+impl VfioRegisters {
+    /// Opens BAR 0 of `vfio`.
+    pub(super) fn new(vfio: VfioDevice) -> Result<Self> {
         let vfio = Arc::new(vfio);
         let region = vfio.region(0)?;
         let doorbells = match vfio.file().map(region, DOORBELLS, passgate_bindings::PAGE as usize) {
@@ -99,7 +102,7 @@ impl Bar {
     }
 }
 
-impl Registers for Bar {
+impl Registers for VfioRegisters {
     fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
@@ -125,14 +128,18 @@ impl Registers for Bar {
     }
 
     fn vectors(&self) -> Result<u32> {
-        self.vfio.file().irq_info(MSIX).map(|info| info.count).map_err(|failed| self.vfio.failed(failed))
+        self.vfio
+            .file()
+            .irq_info(MSIX_IRQ_INDEX)
+            .map(|info| info.count)
+            .map_err(|failed| self.vfio.failed(failed))
     }
 
     fn removal(&self) -> Option<BorrowedFd<'_>> {
         self.vfio.wanted()
     }
 
-    fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
-        self.vfio.file().set_irqs(MSIX, 0, eventfds).map_err(|failed| self.vfio.failed(failed))
+    fn set_interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+        self.vfio.file().set_irqs(MSIX_IRQ_INDEX, 0, eventfds).map_err(|failed| self.vfio.failed(failed))
     }
 }

@@ -1,84 +1,86 @@
-//! What a drive is asked for, and what becomes of that.
+//! Requests to a drive, and their results.
 
-/// What a drive is asked to do. Blocks are counted from the namespace's first.
+/// The operation of a request. Blocks are numbered from the first of the namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
-    /// Blocks to memory.
+    /// Reads blocks to memory.
     Read {
         /// The first block.
         first: u64,
-        /// How many.
+        /// The number of blocks.
         blocks: u32,
     },
-    /// Memory to blocks.
+    /// Writes memory to blocks.
     Write {
         /// The first block.
         first: u64,
-        /// How many.
+        /// The number of blocks.
         blocks: u32,
-        /// Whether it completes only once they are on the medium.
+        /// Force Unit Access: completes once the blocks are on the medium.
         fua: bool,
     },
-    /// What was completed before is on the medium.
+    /// Puts all blocks whose writes have completed on the medium.
     Flush,
-    /// Blocks read as zeroes from then on.
+    /// Makes blocks read as zeroes.
     WriteZeroes {
         /// The first block.
         first: u64,
-        /// How many.
+        /// The number of blocks.
         blocks: u32,
-        /// Whether the drive may give them up.
+        /// Permits the drive to deallocate the blocks.
         unmap: bool,
-        /// Whether it completes only once that is on the medium.
+        /// Force Unit Access: completes once the zeroes are on the medium.
         fua: bool,
     },
-    /// Nobody needs what is in these blocks.
+    /// Discards blocks whose content is no longer needed.
     Discard {
         /// The first block.
         first: u64,
-        /// How many.
+        /// The number of blocks.
         blocks: u32,
     },
 }
 
-/// What became of a request that was submitted.
+/// The result of submitting a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Submitted {
-    /// It is on its way; [`super::Queue::complete`] brings it back.
+    /// The request is in flight; [`super::Queue::complete`] returns it.
     Started,
-    /// There is no room: complete something first.
+    /// The queue is full: complete a request first.
     Full,
-    /// A page of it is not open, or the drive is paused. Nothing was done: hold it and try again.
+    /// The window does not admit the request: a page of its memory is not open, or the drive is paused. Nothing was
+    /// done; submit it again later.
     Closed,
-    /// The drive is gone, or was given up.
+    /// The drive was removed or given up.
     Lost,
-    /// No command can be made of it: its memory is not as long as its blocks, or in pieces that this controller does not
-    /// take; or its blocks are not there.
+    /// The request is malformed: its memory has another length than its blocks, or segments that this controller
+    /// cannot express; or its blocks are outside the namespace.
     Wrong,
 }
 
-/// Why a request has failed.
+/// The reason why a request has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The drive says so: status code and type (base specification 2.0, 3.3.3.2.1).
+    /// The drive reports this Status Code Type and Status Code (NVMe Base 2.0, 3.3.3.2.1).
     Status(u16),
-    /// It could not reach the memory: a page was taken away by force.
+    /// The drive could not access the memory: a page was unmapped without the window (Data Transfer Error).
     Memory,
-    /// It was under way when the drive was stopped, and its pages are not open now. It may be tried again.
+    /// The request was in flight when the drive was stopped, and its pages are not open now. It may be submitted
+    /// again.
     Withheld,
-    /// It did not come to an end, however often it was tried.
+    /// The request did not complete in any of its attempts.
     TimedOut,
-    /// A part of it was done; behind that its memory is in pieces that this controller does not take.
+    /// A part of the request was done; the rest of its memory has segments that this controller cannot express.
     Wrong,
-    /// The drive is gone, or was given up.
+    /// The drive was removed or given up.
     Lost,
 }
 
-/// A request that is over.
+/// A request that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Completed {
-    /// As it was submitted.
+    /// The tag with which it was submitted.
     pub tag: u32,
-    /// How it went.
+    /// Its result.
     pub result: Result<(), Fault>,
 }

@@ -1,4 +1,5 @@
-//! A VFIO device whose file an earlier process left: it is in its domain already, and does what it was doing.
+//! Taking over a VFIO device whose file an earlier process handed over: it is in its domain already, and its DMA
+//! continues.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -7,16 +8,16 @@ use std::sync::Arc;
 use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::vfio::{Cdev, DeviceFile, PciAddress};
 
-use super::{Candidate, Seat, VfioDevice, candidate};
+use super::{Candidate, Handle, VfioDevice, candidate};
 use crate::device::{FenceStep, StopClass, edu};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Error, Result};
 
-const MEND: &str = "start without what the service manager keeps: stop the service for good, then start it";
+const REMEDY: &str = "start without what the service manager has: stop the service for good, then start it";
 
 impl VfioDevice {
-    /// Takes over a cdev that is bound to the domain's iommufd and attached there, or was and is fenced.
+    /// Takes over a cdev that is bound to the domain's iommufd, and attached to the domain or fenced.
     pub(crate) fn resume_cdev(
         name: &str,
         fd: OwnedFd,
@@ -27,8 +28,8 @@ impl VfioDevice {
         let candidate = candidate(Path::new(SYSFS), name)?;
         is_cdev_of(&candidate, &fd)?;
         let stop = if candidate.stays(together).is_some() { StopClass::empty() } else { StopClass::DETACH };
-        let seat = Seat::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
-        Self::opened(candidate.pci, seat, stop, ats_unused).map_err(not_bound)
+        let handle = Handle::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
+        Self::opened(candidate.pci, handle, stop, ats_unused).map_err(not_bound)
     }
 
     /// Takes over an open device of a group in the domain's container.
@@ -39,52 +40,55 @@ impl VfioDevice {
         ats_unused: bool,
     ) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
-        let group = domain.group_left(candidate.group.id).ok_or_else(|| Error::Host {
-            what: format!("{name}: its IOMMU group {} was not kept", candidate.group.id),
-            mend: MEND,
+        let group = domain.group_by_id(candidate.group.id).ok_or_else(|| Error::Host {
+            what: format!("{name}: its IOMMU group {} was not handed over", candidate.group.id),
+            mend: REMEDY,
         })?;
-        let seat = Seat::Group { file: DeviceFile::from_fd(fd), _group: group, domain: Arc::clone(domain) };
-        let device = Self::opened(candidate.pci, seat, StopClass::empty(), ats_unused).map_err(not_bound)?;
-        // The file of a device has no name: what it says of itself must be what sysfs says.
+        let handle =
+            Handle::Group { file: DeviceFile::from_fd(fd), _group: group, domain: Arc::clone(domain) };
+        let device =
+            Self::opened(candidate.pci, handle, StopClass::empty(), ats_unused).map_err(not_bound)?;
+        // The device's file does not identify the device, so at least its ids are compared with those in sysfs.
         if device.pci.ids() == Some(device.ids()?) {
             return Ok(device);
         }
-        Err(Error::Host { what: format!("{name}: the file that was kept is of another device"), mend: MEND })
+        Err(Error::Host { what: format!("{name}: the stored file is of another device"), mend: REMEDY })
     }
 
-    /// Stops a device whose driver is to begin anew, and leaves all others alone: no request after this meets the
-    /// queues of the driver before.
-    pub(crate) fn quieten(&self) -> Result<()> {
+    /// Stops a device whose driver is to start again: after this it makes no access to the queues of its previous
+    /// driver.
+    pub(crate) fn quiesce(&self) -> Result<()> {
         self.set_master(false)?;
         if self.stop.has(FenceStep::Reset) {
-            self.seat.file().reset().map_err(|failed| self.failed(failed))?;
+            self.handle.file().reset().map_err(|failed| self.failed(failed))?;
+            // In case the reset has changed the Command register.
             self.set_master(false)?;
         } else if self.ids()? == edu::IDS {
-            // It has no reset: what it was at ends, and reaches nothing.
-            edu::rest(self)?;
+            // edu has no reset: its transfer must end here, which accesses no memory while bus mastering is off.
+            edu::await_idle(self)?;
         }
         Ok(())
     }
 
-    /// Lets a device that was stopped so issue requests again.
-    pub(crate) fn wake(&self) -> Result<()> {
+    /// Lets a device that was stopped by [`VfioDevice::quiesce`] issue requests again.
+    pub(crate) fn enable_requests(&self) -> Result<()> {
         self.set_master(true)
     }
 }
 
-/// An unbound cdev answers every call with `EINVAL`.
+/// Adds the remedy to the error of a device that is not bound: an unbound cdev returns `EINVAL` for every call.
 fn not_bound(error: Error) -> Error {
     match error {
         Error::Device { device, source, .. } => Error::Device {
             device,
             source,
-            mend: "; the file that was kept is not of a device in use: stop the service for good, then start it",
+            mend: "; the stored file is not of a bound device: stop the service for good, then start it",
         },
         other => other,
     }
 }
 
-/// Whether the file is the character device that sysfs names.
+/// Checks that the file is the device's cdev, by the device number in sysfs.
 pub(super) fn is_cdev_of(candidate: &Candidate, fd: &OwnedFd) -> Result<()> {
     let number =
         rustix::fs::fstat(fd).map(|stat| (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)));

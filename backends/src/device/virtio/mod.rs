@@ -1,8 +1,8 @@
-//! Virtio devices (virtio 1.3, OASIS) on PCI, to try a domain with: a NIC and a GPU that clouds and DPUs offer.
+//! Drivers for virtio devices on PCI (virtio 1.3, OASIS), for tests of a domain: a NIC and a GPU.
 //!
-//! Everything goes by registers in VFIO regions and by queues in the driver's own memory; descriptors name any
-//! address in the domain, guest memory among them. Why that is our own and not the crate `virtio-drivers`:
-//! docs/decisions/0007. Tried on QEMU's devices; on a real DPU nobody has yet.
+//! The drivers access registers through VFIO regions, and have their virtqueues in driver memory; descriptors refer to
+//! any address in the domain, including guest memory. docs/decisions/0007 states why the crate `virtio-drivers` is not
+//! used. Tested with QEMU's devices, not yet with a real DPU.
 
 pub mod gpu;
 pub mod net;

@@ -1,13 +1,13 @@
-//! virtio-net (1af4:1041), to try a domain with: frames that come back. The NIC must hear what it sends, from a
-//! reflecting peer (a switch port in loopback; in the rig a datagram socket connected to itself).
+//! virtio-net (1af4:1041), for tests of a domain: frames that are looped back. The NIC must receive what it sends, from
+//! a reflecting peer (a switch port in loopback; in the test rig a datagram socket connected to itself).
 //!
-//! Every transfer is one frame: a header of the driver's own, then guest memory in a buffer of its own in the same
-//! chain, so that `bytes` land exactly at `iova`. For a read the frame's rest is sent from `iova` and received by the
-//! driver; for a write it is sent by the driver and received at `iova`. A frame that was late for an earlier
-//! transfer is told by its serial number and waited past; its bytes may stand at `iova` until the right ones come.
+//! Every transfer is one frame: a header in driver memory, then guest memory in a buffer of its own in the same chain,
+//! so that `bytes` are written exactly at `iova`. For a read the payload is sent from `iova` and received in driver
+//! memory; for a write it is sent from driver memory and received at `iova`. A late frame of an earlier transfer is
+//! recognised by its serial number and ignored; its bytes may be at `iova` until the right frame arrives.
 //!
-//! The device cannot tell that a write faulted: look at the memory. A read that faulted brings no frame, or zeroes
-//! ([`crate::device::edu::POISON`]) as in QEMU.
+//! The device does not report that a write faulted: a test must check the memory. A read that faulted yields no frame,
+//! or zeroes ([`crate::device::edu::POISON`]) on QEMU.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,42 +31,44 @@ const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 const QUEUE_SIZE: u16 = 16;
 
-/// Bytes of guest memory in one frame, which may have 1514 in all.
-const CHUNK: usize = 1024;
+/// The maximum number of bytes of guest memory in one frame, which may have 1514 bytes in all.
+const MAX_PAYLOAD_BYTES: usize = 1024;
 
-/// `struct virtio_net_hdr` (5.1.6), then a frame to everybody, from an address of nobody's, of a type for experiments
-/// (IEEE 802 local experimental 1), then its serial number, up to a length that no Ethernet pads.
+/// The parts of the header: `struct virtio_net_hdr` (5.1.6); the Ethernet header (broadcast destination, locally
+/// administered source, EtherType "local experimental 1" of IEEE 802); the serial number. The header is long enough
+/// that no frame is padded to Ethernet's minimum length.
 const NET_HEADER: u64 = 12;
 const ETHERNET: [u8; 14] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0, 0, 0, 0, 2, 0x88, 0xb5];
 const SERIAL: u64 = NET_HEADER + 14;
 const HEADER: u32 = 12 + 64;
 
-/// Where things are in the driver's own memory.
+/// Offsets in driver memory.
 const RX: u64 = 0;
 const TX: u64 = 1024;
 const HEADER_OUT: u64 = 2048;
 const HEADER_IN: u64 = 2048 + 256;
 const OUT: u64 = PAGE;
 const IN: u64 = PAGE + 1024;
-/// A receive buffer is to have room for 1526 bytes (5.1.6.3.1); what no frame of ours reaches is here.
+/// A receive buffer must have at least 1526 bytes (5.1.6.3.1); this is its part after the payload, which is never
+/// filled.
 const REST: u64 = PAGE + 2048;
 const REST_LEN: u32 = 1526;
 const PAGES: usize = 2;
 
-/// A frame that takes longer never comes back.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// The time after which a frame counts as lost.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The NIC, as a device.
 pub type VirtioNet = Driven<Nic>;
 
-/// The first pair of queues.
+/// The driver, with the first pair of queues.
 #[derive(Debug)]
 pub struct Nic {
     transport: Transport,
     memory: OwnMemory,
     rx: Queue,
     tx: Queue,
-    /// Of the last frame sent; never sent twice, whatever happens to the device.
+    /// The serial number of the last frame sent. No number is used twice, also after a reset of the device.
     serial: u64,
     device: Arc<VfioDevice>,
 }
@@ -75,7 +77,7 @@ pub struct Nic {
 pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>) -> Result<VirtioNet> {
     let device = Arc::new(device);
     let transport = Transport::find(&device)?;
-    transport.reset()?; // what somebody else left in its queues must not meet memory of ours
+    transport.reset()?; // before driver memory is mapped: the queues of a previous driver may still be enabled
     let memory = OwnMemory::map(domain, PAGES)?;
     let failed = |failed| device.failed(failed);
     memory.file().write(HEADER_OUT + NET_HEADER, &ETHERNET).map_err(failed)?;
@@ -91,32 +93,32 @@ pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>) -> Result<VirtioNet> {
 }
 
 impl Nic {
-    /// Sends a frame with `len` bytes from `source` and receives them at `target`; false where it does not come back.
-    fn pass(&mut self, source: Iova, target: Iova, len: usize) -> Result<bool> {
-        let Ok(len) = u32::try_from(len) else { return Ok(false) }; // at most CHUNK
+    /// Sends a frame with `len` bytes from `source` and receives them at `target`. Returns false if the frame is lost.
+    fn loop_back(&mut self, source: Iova, target: Iova, len: usize) -> Result<bool> {
+        let Ok(len) = u32::try_from(len) else { return Ok(false) }; // at most MAX_PAYLOAD_BYTES
         self.serial += 1;
         let memory = &self.memory;
         let failed = |failed| self.device.failed(failed);
-        // Unaligned in the frame, so not in one access: the device looks only after it was notified.
+        // Not aligned, so not written by one access. That is safe: the device reads it only after the notification.
         memory.file().write(HEADER_OUT + SERIAL, &self.serial.to_le_bytes()).map_err(failed)?;
         let room = [(memory.iova(HEADER_IN), HEADER), (target, len), (memory.iova(REST), REST_LEN)];
-        let receives = self.rx.put(memory, &[], &room).map_err(failed)?;
+        let receives = self.rx.submit(memory, &[], &room).map_err(failed)?;
         self.transport.notify(RECEIVE, &self.rx)?;
         let frame = [(memory.iova(HEADER_OUT), HEADER), (source, len)];
-        self.tx.put(memory, &frame, &[]).map_err(failed)?;
+        self.tx.submit(memory, &frame, &[]).map_err(failed)?;
         self.transport.notify(TRANSMIT, &self.tx)?;
 
         let (mut sent, mut seen) = (false, false);
-        await_that(DEADLINE, || {
-            sent |= self.tx.take(memory).map_err(failed)?.is_some();
-            if let Some(received) = self.rx.take(memory).map_err(failed)? {
+        await_that(FRAME_TIMEOUT, || {
+            sent |= self.tx.pop_used(memory).map_err(failed)?.is_some();
+            if let Some(received) = self.rx.pop_used(memory).map_err(failed)? {
                 seen = is_frame(memory, received, (receives, len, self.serial)).map_err(failed)?;
                 if !seen {
-                    self.rx.offer(memory, receives).map_err(failed)?;
+                    self.rx.make_available(memory, receives).map_err(failed)?;
                     self.transport.notify(RECEIVE, &self.rx)?;
                 }
             }
-            Ok(sent && seen || self.transport.broken()?)
+            Ok(sent && seen || self.transport.needs_reset()?)
         })?;
         Ok(sent && seen)
     }
@@ -126,8 +128,8 @@ impl Nic {
     }
 }
 
-/// Whether what was received, into which chain and how many bytes, is the frame with this serial number that carries
-/// `len` bytes; not one that was late, or somebody else's.
+/// Returns true if the received frame (its chain and its number of bytes) is the one with this serial number and `len`
+/// bytes of payload, and not a late one or one of another sender.
 fn is_frame(
     memory: &OwnMemory,
     received: (u32, u32),
@@ -142,7 +144,7 @@ fn is_frame(
 }
 
 impl Engine for Nic {
-    const CHUNK: usize = CHUNK;
+    const CHUNK: usize = MAX_PAYLOAD_BYTES;
 
     fn reset(&mut self) -> Result<()> {
         self.transport.reset()
@@ -155,16 +157,16 @@ impl Engine for Nic {
         self.transport.negotiate()?;
         self.transport.set_up(RECEIVE, &mut self.rx, &self.memory)?;
         self.transport.set_up(TRANSMIT, &mut self.tx, &self.memory)?;
-        self.transport.go()
+        self.transport.set_driver_ok()
     }
 
-    /// Buffers that wait for frames end with a reset only; nothing else is under way between transfers.
+    /// Receive buffers are taken back only by a reset; nothing else is in flight between transfers.
     fn stop(&mut self) -> Result<()> {
         self.transport.reset()
     }
 
     fn read(&mut self, iova: Iova, bytes: &mut [u8]) -> Result<()> {
-        if !self.pass(iova, self.memory.iova(IN), bytes.len())? {
+        if !self.loop_back(iova, self.memory.iova(IN), bytes.len())? {
             return Err(self.fault(iova));
         }
         self.memory.file().read(IN, bytes).map_err(|failed| self.device.failed(failed))
@@ -172,7 +174,7 @@ impl Engine for Nic {
 
     fn write(&mut self, iova: Iova, bytes: &[u8]) -> Result<()> {
         self.memory.file().write(OUT, bytes).map_err(|failed| self.device.failed(failed))?;
-        if self.pass(self.memory.iova(OUT), iova, bytes.len())? { Ok(()) } else { Err(self.fault(iova)) }
+        if self.loop_back(self.memory.iova(OUT), iova, bytes.len())? { Ok(()) } else { Err(self.fault(iova)) }
     }
 }
 
@@ -182,7 +184,7 @@ mod tests {
     use crate::iommu::sim::{Memory, Sim};
 
     #[test]
-    fn only_the_frame_that_was_sent_last_is_taken() {
+    fn only_the_last_frame_sent_is_accepted() {
         let domain: Arc<dyn Domain> = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
         let memory = OwnMemory::map(&domain, PAGES).unwrap();
         let put = |at, bytes: &[u8]| memory.file().write(HEADER_IN + at, bytes).unwrap();
@@ -190,12 +192,12 @@ mod tests {
         put(NET_HEADER, &ETHERNET);
         put(SERIAL, &0x0123_4567_89ab_u64.to_le_bytes());
         assert!(is((3, HEADER + 100)));
-        assert!(!is((2, HEADER + 100)), "no chain of ours");
-        assert!(!is((3, HEADER + 99)), "cut off");
+        assert!(!is((2, HEADER + 100)), "another chain");
+        assert!(!is((3, HEADER + 99)), "truncated");
         put(SERIAL, &[0xaa]);
         assert!(!is((3, HEADER + 100)), "late");
         put(SERIAL, &0x0123_4567_89ab_u64.to_le_bytes());
         put(SERIAL - 1, &[0]);
-        assert!(!is((3, HEADER + 100)), "somebody else's");
+        assert!(!is((3, HEADER + 100)), "of another sender");
     }
 }

@@ -1,4 +1,4 @@
-//! A virtio device's registers on PCI (virtio 1.3, section 4.1): found through capabilities in configuration space,
+//! The registers of a virtio device on PCI (virtio 1.3, section 4.1): located by capabilities in configuration space,
 //! accessed through VFIO regions.
 
 use std::sync::Arc;
@@ -17,13 +17,13 @@ use crate::{Error, Result};
 
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 const CONFIG: u32 = 7;
-/// The first capability's place in configuration space, and the id of a vendor's own.
+/// The offset of the Capabilities Pointer in configuration space, and the id of a vendor-specific capability.
 const CAPABILITIES: u64 = 0x34;
 const VENDOR: u8 = 0x09;
-/// Capabilities are 4-byte aligned in 192 bytes: a list that is longer goes round.
-const MOST_CAPABILITIES: usize = 48;
+/// The maximum number of capabilities: they are 4-byte aligned in 192 bytes, so a longer list is a cycle.
+const MAX_CAPABILITIES: usize = 48;
 
-/// `cfg_type` of `struct virtio_pci_cap` (4.1.4).
+/// `cfg_type` of `struct virtio_pci_cap` (4.1.4): common configuration, notification structure.
 const COMMON: u8 = 1;
 const NOTIFY: u8 = 2;
 
@@ -49,39 +49,39 @@ const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 64;
 
-/// Features (6): virtio 1, and the device goes through the IOMMU.
+/// Feature bits (6): VIRTIO_F_VERSION_1, and VIRTIO_F_ACCESS_PLATFORM (the device's DMA is translated by the IOMMU).
 const VERSION_1: u64 = 1 << 32;
 const ACCESS_PLATFORM: u64 = 1 << 33;
 
-/// A device answers its reset and its registers at once, or not at all.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// The time within which a device completes a reset.
+const RESET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A part of a BAR.
 #[derive(Debug, Clone, Copy)]
-struct Window {
+struct BarRange {
     region: Region,
     offset: u64,
     len: u64,
 }
 
-/// A virtio device's registers.
+/// The registers of a virtio device.
 #[derive(Debug)]
 pub(super) struct Transport {
-    common: Window,
-    notify: Window,
+    common: BarRange,
+    notify: BarRange,
     notify_multiplier: u32,
     device: Arc<VfioDevice>,
 }
 
 impl Transport {
-    /// The registers of `device`.
+    /// Locates the registers of `device`.
     pub(super) fn find(device: &Arc<VfioDevice>) -> Result<Self> {
         let config = device.region(CONFIG)?;
         let (mut common, mut notify) = (None, None);
         let mut byte = [0];
         let read = |at, bytes: &mut [u8]| device.read(config, at, bytes);
         read(CAPABILITIES, &mut byte)?;
-        for _ in 0..MOST_CAPABILITIES {
+        for _ in 0..MAX_CAPABILITIES {
             let at = u64::from(byte[0] & !3);
             if at == 0 {
                 break;
@@ -108,21 +108,21 @@ impl Transport {
         let (Some(common), Some((notify, notify_multiplier))) = (common, notify) else {
             return Err(Error::Unsupported { device: device.name().to_owned(), what: "virtio 1 over PCI" });
         };
-        let (common, notify) = (window(device, common)?, window(device, notify)?);
+        let (common, notify) = (bar_range(device, common)?, bar_range(device, notify)?);
         if common.len < COMMON_LEN {
             return Err(Error::Unsupported { device: device.name().to_owned(), what: "virtio 1 over PCI" });
         }
         Ok(Self { common, notify, notify_multiplier, device: Arc::clone(device) })
     }
 
-    /// Takes everything from the device: when this returns it has no queue and does no DMA (2.4).
+    /// Resets the device: when this returns it has no queue and does no DMA (2.4).
     pub(super) fn reset(&self) -> Result<()> {
         self.set_status(0)?;
-        let reset = await_that(DEADLINE, || Ok(self.status()? == 0))?;
+        let reset = await_that(RESET_TIMEOUT, || Ok(self.status()? == 0))?;
         if reset { Ok(()) } else { Err(self.failed("resetting a virtio device", Errno::TIMEDOUT)) }
     }
 
-    /// Agrees on features with a device that has been reset (3.1.1): those without which nothing goes, and no other.
+    /// Negotiates features with a device that has been reset (3.1.1): only the two that are required.
     pub(super) fn negotiate(&self) -> Result<()> {
         self.set_status(ACKNOWLEDGE)?;
         self.set_status(ACKNOWLEDGE | DRIVER)?;
@@ -133,43 +133,43 @@ impl Transport {
         }
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK)?;
         if self.status()? & FEATURES_OK == 0 {
-            return Err(self.failed("agreeing on features with a virtio device", Errno::PROTO));
+            return Err(self.failed("negotiating features with a virtio device", Errno::PROTO));
         }
         Ok(())
     }
 
-    /// Hands `queue`, empty, to the device as its queue `index`.
+    /// Configures `queue`, which is empty, as the device's queue `index` and enables it (4.1.5.1.3).
     pub(super) fn set_up(&self, index: u16, queue: &mut Queue, memory: &OwnMemory) -> Result<()> {
         self.set(QUEUE_SELECT, &index.to_le_bytes())?;
         if self.word(QUEUE_SIZE)? < queue.size() {
             return Err(self.failed("setting up a virtio queue", Errno::NOBUFS));
         }
         self.set(QUEUE_SIZE, &queue.size().to_le_bytes())?;
-        let place = queue.place();
+        let layout = queue.layout();
         for (register, at) in
-            [(QUEUE_DESC, place.descriptors), (QUEUE_DRIVER, place.available), (QUEUE_DEVICE, place.used)]
+            [(QUEUE_DESC, layout.descriptors), (QUEUE_DRIVER, layout.available), (QUEUE_DEVICE, layout.used)]
         {
             let iova = memory.iova(at).0;
             self.set(register, &(iova as u32).to_le_bytes())?; // the low half
             self.set(register + 4, &((iova >> 32) as u32).to_le_bytes())?;
         }
-        let bell = u64::from(self.word(QUEUE_NOTIFY_OFF)?) * u64::from(self.notify_multiplier);
-        queue.hang_bell(bell);
+        let offset = u64::from(self.word(QUEUE_NOTIFY_OFF)?) * u64::from(self.notify_multiplier);
+        queue.set_notify_offset(offset);
         self.set(QUEUE_ENABLE, &1_u16.to_le_bytes())
     }
 
-    /// From here on the device serves its queues.
-    pub(super) fn go(&self) -> Result<()> {
+    /// Sets DRIVER_OK: the device serves its queues from here on.
+    pub(super) fn set_driver_ok(&self) -> Result<()> {
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
-    /// Tells the device that there is something in `queue`, which is its queue `index`.
+    /// Notifies the device of available buffers in `queue`, which is its queue `index`.
     pub(super) fn notify(&self, index: u16, queue: &Queue) -> Result<()> {
-        self.write(self.notify, queue.bell(), &index.to_le_bytes())
+        self.write(self.notify, queue.notify_offset(), &index.to_le_bytes())
     }
 
-    /// Whether the device has met an error that only a reset mends (2.1).
-    pub(super) fn broken(&self) -> Result<bool> {
+    /// Returns true if the device has set DEVICE_NEEDS_RESET (2.1).
+    pub(super) fn needs_reset(&self) -> Result<bool> {
         Ok(self.status()? & NEEDS_RESET != 0)
     }
 
@@ -212,27 +212,27 @@ impl Transport {
         self.write(self.common, at, bytes)
     }
 
-    fn write(&self, window: Window, at: u64, bytes: &[u8]) -> Result<()> {
-        if at + bytes.len() as u64 > window.len {
+    fn write(&self, range: BarRange, at: u64, bytes: &[u8]) -> Result<()> {
+        if at + bytes.len() as u64 > range.len {
             return Err(self.failed("a virtio register", Errno::RANGE));
         }
-        let written = self.device.file().write(window.region, window.offset + at, bytes);
+        let written = self.device.file().write(range.region, range.offset + at, bytes);
         written.map_err(|failed| self.device.failed(failed.without_partial()))
     }
 }
 
-/// The part of a BAR that a capability names: BAR, offset, length.
-fn window(device: &VfioDevice, (bar, offset, len): (u8, u32, u32)) -> Result<Window> {
+/// Returns the part of a BAR that a capability describes (BAR, offset, length).
+fn bar_range(device: &VfioDevice, (bar, offset, len): (u8, u32, u32)) -> Result<BarRange> {
     let (offset, len) = (u64::from(offset), u64::from(len));
     let region = device.region(u32::from(bar))?;
     if bar > 5 || offset + len > region.size {
         return Err(Error::Unsupported { device: device.name().to_owned(), what: "virtio 1 over PCI" });
     }
-    Ok(Window { region, offset, len })
+    Ok(BarRange { region, offset, len })
 }
 
-/// What to take of the features `offered`. A device that does not go through the IOMMU is refused: what passgate
-/// unmaps it would still reach.
+/// Returns the features to accept of those `offered`. A device whose DMA is not translated by the IOMMU is refused: it
+/// would still reach memory that was unmapped.
 fn accept(device: &str, offered: u64) -> Result<u64> {
     match (offered & VERSION_1 != 0, offered & ACCESS_PLATFORM != 0) {
         (false, _) => Err(Error::Unsupported { device: device.to_owned(), what: "virtio 1" }),
@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_that_goes_past_the_iommu_is_refused() {
+    fn device_that_bypasses_the_iommu_is_refused() {
         assert_eq!(accept("d", u64::MAX).unwrap(), VERSION_1 | ACCESS_PLATFORM);
         let error = accept("d", VERSION_1 | 0xffff).unwrap_err().to_string();
         assert!(

@@ -1,16 +1,16 @@
-//! What one IOAS maps: the domain's own book, because the kernel can be asked for no list of it.
+//! The record of the mappings in one IOAS. The domain keeps it because the kernel does not list them.
 
 use std::collections::BTreeMap;
 
 use passgate_bindings::{Iova, PageRange};
 
-/// One mapping.
+/// One mapping (an `iopt_area` of the kernel).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Area {
     pub(super) iova: PageRange<Iova>,
     pub(super) writable: bool,
-    /// A call over it failed: it may be gone, though never in part.
-    pub(super) doubt: bool,
+    /// Set once a call over it has failed: it is either mapped as a whole or not at all.
+    pub(super) uncertain: bool,
 }
 
 /// The mappings of one IOAS, none overlapping another.
@@ -19,15 +19,15 @@ pub(super) struct Areas(BTreeMap<Iova, Area>);
 
 impl Areas {
     pub(super) fn insert(&mut self, iova: PageRange<Iova>, writable: bool) {
-        self.0.insert(iova.start(), Area { iova, writable, doubt: false });
+        self.0.insert(iova.start(), Area { iova, writable, uncertain: false });
     }
 
     pub(super) fn remove(&mut self, area: &Area) {
         self.0.remove(&area.iova.start());
     }
 
-    /// Nothing of `iova` is in the book any more.
-    pub(super) fn strike(&mut self, iova: PageRange<Iova>) {
+    /// Removes `iova` from the record. The parts of mappings outside it stay.
+    pub(super) fn remove_range(&mut self, iova: PageRange<Iova>) {
         for area in self.overlapping(iova) {
             self.remove(&area);
             for rest in area.iova.without(iova).into_iter().flatten() {
@@ -36,23 +36,23 @@ impl Areas {
         }
     }
 
-    /// All of `iova` is in doubt.
-    pub(super) fn doubt(&mut self, iova: PageRange<Iova>) {
+    /// Marks every mapping that shares a page with `iova` as uncertain.
+    pub(super) fn mark_uncertain(&mut self, iova: PageRange<Iova>) {
         for area in self.overlapping(iova) {
-            self.0.insert(area.iova.start(), Area { doubt: true, ..area });
+            self.0.insert(area.iova.start(), Area { uncertain: true, ..area });
         }
     }
 
-    /// The mappings that share a page with `iova`, in order.
+    /// Returns the mappings that share a page with `iova`, ascending.
     pub(super) fn overlapping(&self, iova: PageRange<Iova>) -> Vec<Area> {
         let before = self.0.range(..iova.start()).next_back().map(|(_, area)| area);
         let inside = self.0.range(iova.start()..iova.end()).map(|(_, area)| area);
         before.into_iter().filter(|area| area.iova.overlaps(iova)).chain(inside).copied().collect()
     }
 
-    /// Whether exactly this is mapped, for certain.
-    pub(super) fn has(&self, area: &Area) -> bool {
-        self.0.get(&area.iova.start()).is_some_and(|here| here == area && !here.doubt)
+    /// Returns true if exactly this mapping is recorded and certain.
+    pub(super) fn has_certain(&self, area: &Area) -> bool {
+        self.0.get(&area.iova.start()).is_some_and(|here| here == area && !here.uncertain)
     }
 
     pub(super) fn all(&self) -> Vec<Area> {
@@ -60,33 +60,33 @@ impl Areas {
     }
 }
 
-/// What of `iova` is left around `gone`, which is sorted and apart.
+/// Returns the parts of `iova` outside the ranges `gone`, which are ascending and do not overlap.
 pub(super) fn remainders(
     iova: PageRange<Iova>,
     gone: impl IntoIterator<Item = PageRange<Iova>>,
 ) -> Vec<PageRange<Iova>> {
-    let mut left = Vec::new();
+    let mut rest = Vec::new();
     let mut at = iova.start();
     for gap in gone {
-        left.extend(PageRange::between(at, gap.start().min(iova.end())));
+        rest.extend(PageRange::between(at, gap.start().min(iova.end())));
         at = at.max(gap.end());
     }
-    left.extend(PageRange::between(at, iova.end()));
-    left
+    rest.extend(PageRange::between(at, iova.end()));
+    rest
 }
 
-/// The parts of `iova` that any of the books has, in order and apart.
-pub(super) fn parts_in(books: &[&Areas], iova: PageRange<Iova>) -> Vec<PageRange<Iova>> {
-    let over = books.iter().flat_map(|book| book.overlapping(iova));
+/// Returns the parts of `iova` that are in any of the records, ascending and without overlap.
+pub(super) fn parts_in(records: &[&Areas], iova: PageRange<Iova>) -> Vec<PageRange<Iova>> {
+    let over = records.iter().flat_map(|record| record.overlapping(iova));
     let mut parts: Vec<_> = over.filter_map(|area| area.iova.intersection(iova)).collect();
     parts.sort_unstable();
     let mut counted = iova.start();
-    let mut apart = Vec::new();
+    let mut disjoint = Vec::new();
     for part in parts {
-        apart.extend(PageRange::between(part.start().max(counted), part.end()));
+        disjoint.extend(PageRange::between(part.start().max(counted), part.end()));
         counted = counted.max(part.end());
     }
-    apart
+    disjoint
 }
 
 #[cfg(test)]
@@ -99,17 +99,17 @@ mod tests {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()
     }
 
-    fn book(areas: &[(u64, u64)]) -> Areas {
-        let mut book = Areas::default();
-        areas.iter().for_each(|(page, pages)| book.insert(range(*page, *pages), true));
-        book
+    fn record(areas: &[(u64, u64)]) -> Areas {
+        let mut record = Areas::default();
+        areas.iter().for_each(|(page, pages)| record.insert(range(*page, *pages), true));
+        record
     }
 
     #[test]
-    fn what_both_books_have_counts_once() {
-        let (one, other) = (book(&[(0, 4), (8, 2)]), book(&[(1, 1), (3, 3), (9, 4)]));
-        let pages = |books: &[&Areas], page, pages| -> u64 {
-            parts_in(books, range(page, pages)).into_iter().map(PageRange::pages).sum()
+    fn pages_in_several_records_count_once() {
+        let (one, other) = (record(&[(0, 4), (8, 2)]), record(&[(1, 1), (3, 3), (9, 4)]));
+        let pages = |records: &[&Areas], page, pages| -> u64 {
+            parts_in(records, range(page, pages)).into_iter().map(PageRange::pages).sum()
         };
         assert_eq!(pages(&[&one, &other], 0, 100), 11);
         assert_eq!(pages(&[&one, &other], 2, 8), 6);
@@ -119,32 +119,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_struck_out_leaves_what_sticks_out() {
-        let mut book = book(&[(0, 4), (6, 4)]);
-        book.strike(range(1, 6));
-        let left = |book: &Areas| book.all().iter().map(|area| area.iova).collect::<Vec<_>>();
-        assert_eq!(left(&book), [range(0, 1), range(7, 3)]);
-        book.strike(range(8, 1));
-        assert_eq!(left(&book), [range(0, 1), range(7, 1), range(9, 1)]);
+    fn remove_range_preserves_the_parts_outside() {
+        let mut record = record(&[(0, 4), (6, 4)]);
+        record.remove_range(range(1, 6));
+        let rest = |record: &Areas| record.all().iter().map(|area| area.iova).collect::<Vec<_>>();
+        assert_eq!(rest(&record), [range(0, 1), range(7, 3)]);
+        record.remove_range(range(8, 1));
+        assert_eq!(rest(&record), [range(0, 1), range(7, 1), range(9, 1)]);
     }
 
     #[test]
-    fn what_is_left_lies_around_every_gap() {
-        let left =
+    fn remainders_lie_around_every_gap() {
+        let rest =
             |gaps: &[(u64, u64)]| remainders(range(4, 8), gaps.iter().map(|(at, len)| range(*at, *len)));
-        assert_eq!(left(&[]), [range(4, 8)]);
-        assert_eq!(left(&[(0, 5), (6, 1), (8, 2)]), [range(5, 1), range(7, 1), range(10, 2)]);
-        assert_eq!(left(&[(11, 3)]), [range(4, 7)]);
-        assert_eq!(left(&[(2, 20)]), []);
+        assert_eq!(rest(&[]), [range(4, 8)]);
+        assert_eq!(rest(&[(0, 5), (6, 1), (8, 2)]), [range(5, 1), range(7, 1), range(10, 2)]);
+        assert_eq!(rest(&[(11, 3)]), [range(4, 7)]);
+        assert_eq!(rest(&[(2, 20)]), []);
     }
 
     #[test]
-    fn what_is_in_doubt_is_not_had() {
-        let mut book = book(&[(0, 4), (4, 4)]);
-        let [first, second] = book.overlapping(range(3, 2))[..] else { panic!("two") };
-        book.doubt(range(5, 1));
-        assert_eq!((book.has(&first), book.has(&second), book.all().len()), (true, false, 2));
-        book.remove(&first);
-        assert_eq!(book.overlapping(range(0, 4)), []);
+    fn uncertain_mapping_is_not_certain() {
+        let mut record = record(&[(0, 4), (4, 4)]);
+        let [first, second] = record.overlapping(range(3, 2))[..] else { panic!("two") };
+        record.mark_uncertain(range(5, 1));
+        assert_eq!(
+            (record.has_certain(&first), record.has_certain(&second), record.all().len()),
+            (true, false, 2)
+        );
+        record.remove(&first);
+        assert_eq!(record.overlapping(range(0, 4)), []);
     }
 }

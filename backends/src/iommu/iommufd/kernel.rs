@@ -1,4 +1,4 @@
-//! What a domain with two IOASes asks of the kernel, so that its tests can have one that fails at any call.
+//! The kernel calls of a standby domain, as traits, so that its tests can inject a failure at any call.
 
 use passgate_bindings::iommufd::{DeviceId, HwptId, IoasId, Iommufd};
 use passgate_bindings::vfio::Cdev;

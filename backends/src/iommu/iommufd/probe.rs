@@ -1,4 +1,5 @@
-//! What the kernel does for an IOAS, found by doing it where no device is attached, which pins nothing.
+//! Probes of the kernel's capabilities on an IOAS. Each one makes the call while no device is attached, so that nothing
+//! is pinned.
 
 use std::sync::Arc;
 
@@ -8,23 +9,23 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
 use rustix::io::Errno;
 
-/// Whether the kernel maps by file (Linux 6.14).
+/// Returns true if the kernel maps by file (`IOMMU_IOAS_MAP_FILE`, Linux 6.14).
 pub(super) fn maps_files(iommufd: &Iommufd, ioas: IoasId) -> bool {
     let Ok(page) = PageRange::new(0, PAGE) else { return false };
     let Ok(file) = GuestFile::memfd("passgate-probe", PAGE) else { return false };
     iommufd.map_file(ioas, page, &file, Offset(0), false).is_ok() && iommufd.unmap(ioas, page) == Ok(PAGE)
 }
 
-/// Whether the VFIO-compatible unmap works on this IOAS and answers 0 where nothing is mapped. An iommufd whose
-/// compatibility IOAS is somebody else's is left alone.
-pub(super) fn tells(iommufd: &Iommufd, ioas: IoasId) -> bool {
+/// Returns true if the VFIO-compatible unmap works on this IOAS and returns 0 bytes where nothing is mapped. An iommufd
+/// that has a compatibility IOAS already is not changed.
+pub(super) fn compat_unmap(iommufd: &Iommufd, ioas: IoasId) -> bool {
     let unset = iommufd.compat_ioas().is_err_and(|failed| failed.errno == Errno::NODEV);
     let Ok(page) = PageRange::new(0, PAGE) else { return false };
     unset && iommufd.set_compat_ioas(ioas).is_ok() && iommufd.cut(page) == Ok(0)
 }
 
-/// Whether that unmap also cuts mappings: by cutting the second of two pages off. The IOAS has small IOMMU pages
-/// and [`tells`].
+/// Returns true if that unmap also cuts mappings; tried by cutting off the second of two pages. The IOAS must have
+/// small IOMMU pages and [`compat_unmap`].
 pub(super) fn cuts(iommufd: &Iommufd, ioas: IoasId) -> bool {
     let range = |page, pages| PageRange::new(page * PAGE, pages * PAGE);
     let (Ok(both), Ok(second)) = (range(0, 2), range(1, 1)) else { return false };
@@ -33,7 +34,7 @@ pub(super) fn cuts(iommufd: &Iommufd, ioas: IoasId) -> bool {
         return false;
     }
     let cut = iommufd.cut(second) == Ok(PAGE);
-    // Whatever came of that, nothing is left of the probe.
+    // Removes what the probe has mapped, whether or not the cut worked.
     let rest = iommufd.cut(both);
     cut && rest == Ok(PAGE)
 }

@@ -1,4 +1,4 @@
-//! An IOAS that an earlier process made, with its mappings live: taken over, not made anew.
+//! Taking over an IOAS that an earlier process made, with its mappings live.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,49 +7,53 @@ use std::sync::Arc;
 use passgate_bindings::iommufd::{IoasId, Iommufd};
 use rustix::io::Errno;
 
-use super::{IommufdDomain, Kept};
+use super::{IoasSetup, IommufdDomain};
 use crate::resume::{Ids, Left};
 use crate::{Error, Result};
 
-const MEND: &str = "start without what the service manager keeps: stop the service for good, then start it";
+const REMEDY: &str = "start without what the service manager has: stop the service for good, then start it";
 
 impl IommufdDomain {
-    /// Takes over the domain that an earlier process had in this iommufd, by its id there, which the kernel cannot
-    /// list. Nothing is mapped, unmapped, attached or probed: what was probed then is in `ids`.
+    /// Takes over the IOAS that an earlier process made in this iommufd. Nothing is mapped, unmapped, attached or
+    /// probed: the object id, which the kernel does not list, and the results of the probes are in `ids`.
     pub fn resume(iommufd: OwnedFd, ids: Ids) -> Result<Arc<Self>> {
-        let Ids::Iommufd { ioas, by_file, tells, cuts } = ids else {
-            return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), mend: MEND });
+        let Ids::Iommufd { ioas, by_file, compat_unmap, cuts } = ids else {
+            return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), mend: REMEDY });
         };
         let (iommufd, ioas) = (Iommufd::from_fd(iommufd), IoasId(ioas));
-        // An answer says that it is an iommufd, and that this is an IOAS of it.
+        // Succeeds only if the file is an iommufd and the IOAS exists in it.
         iommufd.iova_ranges(ioas).map_err(|failed| Error::Host {
             what: match failed.errno {
                 Errno::NOTTY => "what was kept as the iommufd is none".to_owned(),
-                Errno::NOENT => format!("the iommufd that was kept has no IOAS {}", ioas.0),
-                _ => format!("IOAS {} of the iommufd that was kept: {failed}", ioas.0),
+                Errno::NOENT => format!("the stored iommufd has no IOAS {}", ioas.0),
+                _ => format!("IOAS {} of the stored iommufd: {failed}", ioas.0),
             },
-            mend: MEND,
+            mend: REMEDY,
         })?;
-        if tells {
+        if compat_unmap {
             iommufd
                 .set_compat_ioas(ioas)
-                .map_err(|failed| Error::Host { what: failed.to_string(), mend: MEND })?;
+                .map_err(|failed| Error::Host { what: failed.to_string(), mend: REMEDY })?;
         }
-        // The pages stay pinned either way; only whose limit they count against is at stake.
+        // This only moves the accounting (RLIMIT_MEMLOCK) to this process. The pages stay pinned if it fails.
         if let Err(failed) = iommufd.change_process() {
             log::warn!(
                 "{failed}: pinned memory stays accounted to the process that is gone (guest_memfd is mapped by \
                  address, which the kernel cannot move; or it is older than Linux 6.14)"
             );
         }
-        Ok(Arc::new(Self { kept: Kept::One { ioas, tells, cuts }, by_file, iommufd }))
+        let setup = IoasSetup::Single { ioas, compat_unmap, cuts };
+        Ok(Arc::new(Self { setup, by_file, iommufd }))
     }
 
-    /// What [`IommufdDomain::resume`] needs; nothing where there are two page tables, for which of them devices are in
-    /// changes all the time.
-    pub(super) fn last(&self) -> io::Result<(Left, Ids)> {
-        let Kept::One { ioas, tells, cuts } = &self.kept else { return Ok((Left::default(), Ids::Nothing)) };
-        let ids = Ids::Iommufd { ioas: ioas.0, by_file: self.by_file, tells: *tells, cuts: *cuts };
+    /// Returns what [`IommufdDomain::resume`] needs; [`Ids::Nothing`] for a domain with two page tables, because no
+    /// record states reliably which of them devices are attached to.
+    pub(super) fn hand_over(&self) -> io::Result<(Left, Ids)> {
+        let IoasSetup::Single { ioas, compat_unmap, cuts } = &self.setup else {
+            return Ok((Left::default(), Ids::Nothing));
+        };
+        let (by_file, compat_unmap, cuts) = (self.by_file, *compat_unmap, *cuts);
+        let ids = Ids::Iommufd { ioas: ioas.0, by_file, compat_unmap, cuts };
         let domain = Some(self.iommufd.as_fd().try_clone_to_owned()?);
         Ok((Left { domain, ..Left::default() }, ids))
     }
@@ -63,9 +67,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_iommufd_or_of_another_domain_is_refused_in_one_line() {
+    fn resume_with_another_file_or_other_ids_is_refused_in_one_line() {
         let file = || GuestFile::memfd("not-iommu", PAGE).unwrap().as_fd().try_clone_to_owned().unwrap();
-        let ids = Ids::Iommufd { ioas: 1, by_file: true, tells: true, cuts: true };
+        let ids = Ids::Iommufd { ioas: 1, by_file: true, compat_unmap: true, cuts: true };
         for (ids, says) in
             [(ids, "kept as the iommufd is none"), (Ids::Type1 { entries: 1 }, "not of an iommufd")]
         {

@@ -1,11 +1,11 @@
-//! Two IOASes that map the same: the devices are in one, the other is made ready while nobody looks.
+//! Two IOASes with the same mappings: the devices are attached to the active one, while the idle one can be changed.
 //!
-//! Every map and unmap goes to both. To *replace* is to take ranges out of the idle one (unmap each mapping that
-//! holds something of them, copy back what is left of it), to move the devices there, and then to do the same to
-//! the one that is idle now. Pages are pinned once, for both; they are let go of when both have let them go.
+//! Every map and unmap is made in both. A *replace* removes ranges from the idle IOAS (it unmaps each mapping that
+//! overlaps one of them, and copies the rest of it back), moves the devices there, and then removes the ranges from the
+//! IOAS that is idle now. Pages are pinned once for both, and unpinned when neither maps them.
 //!
-//! A map holds no lock that an unmap needs. A replace is alone: it waits for the maps and unmaps under way, and
-//! those that come wait for it, as does an attach. A detach waits for a switch at most.
+//! Locking: maps and unmaps run in parallel. A replace is exclusive: it waits for the maps and unmaps in progress, and
+//! later ones wait for it, as does an attach. A detach waits at most for a switch of the devices.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
@@ -16,58 +16,58 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::areas::{Areas, parts_in};
+use super::attachments::Attachments;
 use super::kernel::{Kernel, Movable};
-use super::seats::Seats;
-use super::side::Side;
+use super::tracked_ioas::TrackedIoas;
 use crate::iommu::{Unmap, pieces};
 use crate::{Error, Result};
 
-/// The two, and the devices.
+/// The two IOASes, and the devices.
 #[derive(Debug)]
 pub(super) struct Standby<D = Cdev> {
-    sides: [Side; 2],
-    /// Which of them the devices are in.
+    tracked: [TrackedIoas; 2],
+    /// The index of the IOAS that the devices are attached to.
     active: RwLock<usize>,
-    /// What calls that failed were to take away, whether or not they did: who asks for it again is told of all of
-    /// its bytes then, because nobody was told of them before.
-    owed: Mutex<Areas>,
-    seats: Seats<D>,
+    /// The ranges that failed calls were to remove, whether or not they did. Their bytes have been reported by no call,
+    /// so the next call over them that succeeds counts all of them.
+    unreported: Mutex<Areas>,
+    devices: Attachments<D>,
 }
 
 impl<D: Movable> Standby<D> {
     pub(super) fn new(ioases: [IoasId; 2]) -> Self {
         Self {
-            sides: ioases.map(Side::new),
+            tracked: ioases.map(TrackedIoas::new),
             active: RwLock::new(0),
-            owed: Mutex::default(),
-            seats: Seats::new(),
+            unreported: Mutex::default(),
+            devices: Attachments::new(),
         }
     }
 
-    /// Both, that of the devices first.
+    /// Returns the ids of both, the active one first.
     pub(super) fn ioases(&self) -> [IoasId; 2] {
         let active = *self.active();
-        [self.sides[active].ioas, self.sides[1 - active].ioas]
+        [self.tracked[active].ioas, self.tracked[1 - active].ioas]
     }
 
     pub(super) fn add(&self, cdev: &Arc<D>, id: DeviceId) {
-        self.seats.add(cdev, id);
+        self.devices.add(cdev, id);
     }
 
     pub(super) fn attach(&self, kernel: &impl Kernel, cdev: &Arc<D>) -> Result<(), Failed> {
         let active = self.active();
-        self.seats.attach(kernel, cdev, [self.sides[0].ioas, self.sides[1].ioas], *active)
+        self.devices.attach(kernel, cdev, [self.tracked[0].ioas, self.tracked[1].ioas], *active)
     }
 
     pub(super) fn detach(&self, cdev: &Arc<D>) -> Result<(), Failed> {
-        self.seats.detach(cdev)
+        self.devices.detach(cdev)
     }
 
     pub(super) fn is_attached(&self, cdev: &Arc<D>) -> bool {
-        self.seats.is_attached(cdev)
+        self.devices.is_attached(cdev)
     }
 
-    /// Maps by `one` in the IOAS that it is given, and copies that into the other.
+    /// Maps in the active IOAS by calls of `one`, and copies the mappings into the idle one.
     pub(super) fn map(
         &self,
         kernel: &impl Kernel,
@@ -77,17 +77,17 @@ impl<D: Movable> Standby<D> {
         one: impl Fn(IoasId, PageRange<Iova>, Offset) -> Result<(), Failed>,
     ) -> Result<()> {
         let active = self.active();
-        let (used, idle) = (&self.sides[*active], &self.sides[1 - *active]);
+        let (used, idle) = (&self.tracked[*active], &self.tracked[1 - *active]);
         let in_used = |piece, from| {
             one(used.ioas, piece, from)?;
             used.areas().insert(piece, writable);
             Ok(())
         };
-        pieces::map(iova, piece, offset, in_used, |made| back(kernel, used, made))?;
-        // It is nobody's debt any more: it is mapped anew.
-        self.owed().strike(iova);
+        pieces::map(iova, piece, offset, in_used, |made| undo(kernel, used, made))?;
+        // The range is mapped again, so that its next unmap counts these bytes by the records.
+        self.unreported().remove_range(iova);
         let in_idle = |piece, _| idle.copy(kernel, used, piece, writable);
-        pieces::map(iova, piece, offset, in_idle, |made| back(kernel, idle, made)).map_err(|error| {
+        pieces::map(iova, piece, offset, in_idle, |made| undo(kernel, idle, made)).map_err(|error| {
             match (error, used.unmap(kernel, iova)) {
                 (Error::Map { source, .. } | Error::HalfMapped { source, .. }, Err(errno)) => {
                     Error::HalfMapped { iova, source: Failed::new(source.call, errno) }
@@ -97,14 +97,15 @@ impl<D: Movable> Standby<D> {
         })
     }
 
-    /// Gone is what is gone from both. A failure says nothing of what it removed before: it may be left in one.
+    /// Unmaps in both IOASes. After a failure the byte count is 0, because the range may still be mapped in one of
+    /// them.
     pub(super) fn unmap(&self, kernel: &impl Kernel, iova: PageRange<Iova>) -> Unmap {
         let active = self.active();
-        let sides = [&self.sides[*active], &self.sides[1 - *active]];
-        if sides.iter().any(|side| side.would_cut(iova)) {
+        let tracked = [&self.tracked[*active], &self.tracked[1 - *active]];
+        if tracked.iter().any(|ioas| ioas.would_cut(iova)) {
             return Unmap::Failed { errno: Errno::NOENT, bytes: 0 };
         }
-        self.told(&[iova], || sides.iter().try_for_each(|side| side.unmap(kernel, iova)))
+        self.count_removed(&[iova], || tracked.iter().try_for_each(|ioas| ioas.unmap(kernel, iova)))
     }
 
     pub(super) fn replace(&self, kernel: &impl Kernel, gone: &[PageRange<Iova>]) -> Unmap {
@@ -112,48 +113,52 @@ impl<D: Movable> Standby<D> {
             return Unmap::Failed { errno: Errno::INVAL, bytes: 0 };
         }
         let mut active = self.active.write().unwrap_or_else(PoisonError::into_inner);
-        self.told(gone, || self.swap(kernel, gone, &mut active))
+        self.count_removed(gone, || self.swap(kernel, gone, &mut active))
     }
 
-    /// Takes `ranges` away by `take`, and says how many bytes were there, in either table or owed.
-    fn told(&self, ranges: &[PageRange<Iova>], take: impl FnOnce() -> Result<(), Errno>) -> Unmap {
+    /// Removes `ranges` by `remove`, and returns the number of bytes that were mapped there in either IOAS or
+    /// unreported.
+    fn count_removed(&self, ranges: &[PageRange<Iova>], remove: impl FnOnce() -> Result<(), Errno>) -> Unmap {
+        // Before the removal: afterwards the records no longer have the ranges.
         let parts: Vec<_> = ranges.iter().flat_map(|range| self.parts_in(*range)).collect();
-        let went = take();
-        let mut owed = self.owed();
-        ranges.iter().for_each(|range| owed.strike(*range));
-        match went {
+        let removed = remove();
+        let mut unreported = self.unreported();
+        ranges.iter().for_each(|range| unreported.remove_range(*range));
+        match removed {
             Ok(()) => Unmap::Gone { bytes: parts.into_iter().map(PageRange::len).sum() },
             Err(errno) => {
-                parts.into_iter().for_each(|part| owed.insert(part, false));
+                parts.into_iter().for_each(|part| unreported.insert(part, false));
                 Unmap::Failed { errno, bytes: 0 }
             }
         }
     }
 
-    /// Whichever step fails, the next replace begins by making the two alike again.
+    /// Removes the ranges from the idle IOAS, moves the devices there, and removes the ranges from the other. After a
+    /// failure of any step the next replace begins by making both IOASes the same again.
     fn swap(&self, kernel: &impl Kernel, gone: &[PageRange<Iova>], active: &mut usize) -> Result<(), Errno> {
-        let (used, idle) = (&self.sides[*active], &self.sides[1 - *active]);
-        idle.like(kernel, used)?;
+        let (used, idle) = (&self.tracked[*active], &self.tracked[1 - *active]);
+        idle.mirror(kernel, used)?;
         idle.take_out(kernel, gone, used)?;
-        self.seats.switch(1 - *active).map_err(|failed| {
+        self.devices.switch(1 - *active).map_err(|failed| {
             log::warn!("a device did not move to the other page table: {failed}");
             failed.errno
         })?;
+        // Before the second removal, which may fail: the devices have moved by now.
         *active = 1 - *active;
         used.take_out(kernel, gone, idle)
     }
 
-    /// Destroys the devices' tables; the IOASes can go after that. No device is attached any more.
+    /// Destroys the HWPTs of the devices, after which the IOASes can be destroyed. No device may be attached any more.
     pub(super) fn close(&self, kernel: &impl Kernel) {
-        self.seats.close(kernel);
+        self.devices.close(kernel);
     }
 
     fn parts_in(&self, iova: PageRange<Iova>) -> Vec<PageRange<Iova>> {
-        parts_in(&[&self.sides[0].areas(), &self.sides[1].areas(), &self.owed()], iova)
+        parts_in(&[&self.tracked[0].areas(), &self.tracked[1].areas(), &self.unreported()], iova)
     }
 
-    fn owed(&self) -> MutexGuard<'_, Areas> {
-        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn unreported(&self) -> MutexGuard<'_, Areas> {
+        self.unreported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn active(&self) -> RwLockReadGuard<'_, usize> {
@@ -161,9 +166,9 @@ impl<D: Movable> Standby<D> {
     }
 }
 
-/// Takes `made` back in one IOAS.
-fn back(kernel: &impl Kernel, side: &Side, made: PageRange<Iova>) -> Unmap {
-    match side.unmap(kernel, made) {
+/// Removes `made`, the part of a failed map that was made, from one IOAS.
+fn undo(kernel: &impl Kernel, ioas: &TrackedIoas, made: PageRange<Iova>) -> Unmap {
+    match ioas.unmap(kernel, made) {
         Ok(()) => Unmap::Gone { bytes: made.len() },
         Err(errno) => Unmap::Failed { errno, bytes: 0 },
     }

@@ -1,10 +1,10 @@
-//! What each call on a simulated domain does to its page table, and what its fault makes of that.
+//! The effect of each call on a simulated domain, with and without an injected fault.
 
 use passgate_bindings::{Failed, Iova, PAGE, PageRange};
 use rustix::io::Errno;
 
 use super::fault::Fault;
-use super::port::{Ends, Port};
+use super::port::{Port, StaleUntil};
 use super::table::Mapping;
 use super::{Shared, State};
 use crate::iommu::{Ticket, Unmap, pieces};
@@ -41,7 +41,7 @@ impl Shared {
         Ok(())
     }
 
-    /// As [`Shared::unmap`], of ranges that must be sorted and apart.
+    /// Removes ranges, which must be ascending and must not overlap, as [`Shared::unmap`] does.
     pub(super) fn replace(&self, gone: &[PageRange<Iova>], fault: Option<Fault>) -> Unmap {
         let refuse = |errno| Unmap::Failed { errno, bytes: 0 };
         if !self.capabilities.replace {
@@ -57,8 +57,8 @@ impl Shared {
         self.unmap(gone, true, fault)
     }
 
-    /// Takes `ranges` out of the table. A cut that leaves more mappings than the domain may hold is not refused:
-    /// no kernel that cuts has such a limit.
+    /// Removes `ranges` from the table; they may cut mappings if `cuts` is set. A cut that exceeds `max_mappings` is
+    /// not refused: no kernel that cuts has such a limit.
     pub(super) fn unmap(&self, ranges: &[PageRange<Iova>], cuts: bool, fault: Option<Fault>) -> Unmap {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -84,14 +84,14 @@ impl Shared {
                 Unmap::Failed { errno, bytes: if self.capabilities.counts_partial { bytes } else { 0 } }
             }
             Some(late @ (Fault::Late | Fault::ShortLate | Fault::Stuck))
-                if bytes > 0 && state.ports.iter().any(Port::reaches) =>
+                if bytes > 0 && state.ports.iter().any(Port::is_active) =>
             {
-                let ends = if late == Fault::Stuck { Ends::WhenUnstuck } else { Ends::WithFlush };
-                Unmap::InFlight { bytes, ticket: state.goes_on(&gone, ends) }
+                let until = if late == Fault::Stuck { StaleUntil::Unstuck } else { StaleUntil::Flush };
+                Unmap::InFlight { bytes, ticket: state.leave_in_flight(&gone, until) }
             }
             Some(Fault::Cached) => {
                 for port in state.ports.iter_mut().filter(|port| port.attached && port.ats) {
-                    port.keep(&gone, None, Ends::WithCache);
+                    port.add_stale(&gone, None, StaleUntil::CacheCleared);
                 }
                 Unmap::Gone { bytes }
             }
@@ -101,13 +101,13 @@ impl Shared {
 }
 
 impl State {
-    /// Every device at work goes on using `gone`.
-    fn goes_on(&mut self, gone: &[Mapping], ends: Ends) -> Ticket {
+    /// Leaves operations of every active device in flight over `gone`, under a new ticket.
+    fn leave_in_flight(&mut self, gone: &[Mapping], until: StaleUntil) -> Ticket {
         self.tickets += 1;
         let ticket = Ticket(self.tickets);
         self.running.push(ticket);
-        for port in self.ports.iter_mut().filter(|port| port.reaches()) {
-            port.keep(gone, Some(ticket), ends);
+        for port in self.ports.iter_mut().filter(|port| port.is_active()) {
+            port.add_stale(gone, Some(ticket), until);
         }
         ticket
     }

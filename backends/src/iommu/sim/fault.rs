@@ -1,4 +1,5 @@
-//! What goes wrong, and at which call. A plan is data: the same plan and the same calls give the same run.
+//! Fault injection: the faults, and the calls that they are planned for. A plan is data: the same plan and the same
+//! sequence of calls give the same results.
 
 use std::collections::BTreeMap;
 
@@ -20,42 +21,42 @@ pub enum Call {
 }
 
 impl Call {
-    /// All of them.
+    /// All calls.
     pub const ALL: [Call; 5] = [Self::Map, Self::Unmap, Self::Fence, Self::Attach, Self::Replace];
 }
 
-/// What goes wrong with one call.
+/// A fault of one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The call fails and changes nothing (an attach that fails leaves the device out).
+    /// The call fails and changes nothing, except that an attach leaves the device detached.
     Errno(Errno),
-    /// A call of several steps that fails at the last of them: a fence has stopped the device all the same, an attach
-    /// leaves it in its domain and doing DMA, a replace changes no mapping and leaves every device detached.
+    /// A call of several steps fails at the last of them: a fence has stopped the device nevertheless, an attach leaves
+    /// it attached and doing DMA, a replace changes no mapping and leaves every device detached.
     HalfDone(Errno),
-    /// A map that fails half-way, and whose roll-back fails too: half of the pieces stay.
+    /// A map fails half-way, and so does its roll-back: half of the pieces stay mapped.
     HalfMapped(Errno),
-    /// An unmap, or a replace, that fails half-way. The bytes are not written back, as `IOMMU_IOAS_UNMAP` behaves, unless
-    /// the domain [counts them](super::Capabilities::counts_partial).
+    /// An unmap, or a replace, fails half-way. It reports no bytes, like `IOMMU_IOAS_UNMAP`, unless the domain
+    /// [counts them](super::Capabilities::counts_partial).
     HalfUnmapped(Errno),
-    /// An unmap, or a replace, that succeeds, but removes (and reports) only half of the mappings
-    /// (or of the parts of mappings).
+    /// An unmap, or a replace, succeeds, but removes and reports only half of the mappings (or of the parts of
+    /// mappings).
     Short,
-    /// An unmap, or a replace, after which attached devices go on using the old translation until [`super::Sim::flush`].
+    /// After an unmap, or a replace, active devices use the old translation until [`super::Sim::flush`].
     Late,
-    /// Both: half of the mappings go, and those late.
+    /// [`Fault::Short`] and [`Fault::Late`] together: half of the mappings are removed, and their flush is late.
     ShortLate,
-    /// As [`Fault::Late`], but only a detach or a reset of the device ends it (or [`super::Sim::unstick`]).
+    /// As [`Fault::Late`], but only a detach or a reset of the device (or [`super::Sim::unstick`]) ends it.
     Stuck,
-    /// An unmap, or a replace, that succeeds, although the invalidation of the devices' own caches timed out and nobody is told
-    /// (as the kernel handles ATS): devices with ATS go on using the old translation until a detach or a reset.
+    /// An unmap, or a replace, succeeds although the invalidation of the devices' translation caches has timed out,
+    /// which the kernel does not report: devices with ATS use the old translation until a detach or a reset.
     Cached,
-    /// The call does not return before [`super::Sim::release`]; then it does what it should have done.
+    /// The call does not return before [`super::Sim::release`]; then it has its normal effect.
     Hang,
 }
 
 impl Fault {
-    /// Whether `call` can fail like this.
-    pub fn befalls(self, call: Call) -> bool {
+    /// Returns true if `call` can have this fault.
+    pub fn applies_to(self, call: Call) -> bool {
         match self {
             Self::Errno(_) | Self::Hang => true,
             Self::HalfDone(_) => matches!(call, Call::Fence | Call::Attach | Call::Replace),
@@ -70,7 +71,7 @@ impl Fault {
     }
 }
 
-/// Which calls go wrong, and how. Calls are counted from 1, from the making of the domain on.
+/// The planned faults by call. Calls are counted from 1, from the making of the domain on.
 #[derive(Debug, Clone, Default)]
 pub struct FaultPlan {
     of_kind: BTreeMap<(Call, u64), Fault>,
@@ -78,18 +79,18 @@ pub struct FaultPlan {
 }
 
 impl FaultPlan {
-    /// Nothing goes wrong.
+    /// Makes a plan without faults.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The `nth` call of this kind goes wrong.
+    /// Plans `fault` for the `nth` call of this kind.
     pub fn at(mut self, call: Call, nth: u64, fault: Fault) -> Self {
         self.of_kind.insert((call, nth), fault);
         self
     }
 
-    /// The `nth` call of any kind goes wrong, where a call of its kind can fail like this.
+    /// Plans `fault` for the `nth` call of any kind. It has no effect if that call cannot have this fault.
     pub fn at_any(mut self, nth: u64, fault: Fault) -> Self {
         self.of_all.insert(nth, fault);
         self
@@ -97,26 +98,26 @@ impl FaultPlan {
 
     fn take(&mut self, call: Call, of_kind: u64, of_all: u64) -> Option<Fault> {
         let planned = self.of_kind.remove(&(call, of_kind)).or_else(|| self.of_all.remove(&of_all));
-        planned.filter(|fault| fault.befalls(call))
+        planned.filter(|fault| fault.applies_to(call))
     }
 }
 
-/// Counts calls and deals out the faults planned for them.
+/// Counts calls and returns the faults that are planned for them.
 #[derive(Debug, Default)]
-pub(super) struct Dealer {
+pub(super) struct Injector {
     pub(super) plan: FaultPlan,
     counts: [u64; Call::ALL.len()],
 }
 
-impl Dealer {
-    /// Takes down one call; what goes wrong with it.
-    pub(super) fn deal(&mut self, call: Call) -> Option<Fault> {
+impl Injector {
+    /// Counts one call and returns its planned fault.
+    pub(super) fn count_call(&mut self, call: Call) -> Option<Fault> {
         self.counts[call as usize] += 1;
         self.plan.take(call, self.counts[call as usize], self.total())
     }
 
-    /// The next call of this kind goes wrong.
-    pub(super) fn next(&mut self, call: Call, fault: Fault) {
+    /// Plans `fault` for the next call of this kind.
+    pub(super) fn plan_next(&mut self, call: Call, fault: Fault) {
         self.plan.of_kind.insert((call, self.counts[call as usize] + 1), fault);
     }
 

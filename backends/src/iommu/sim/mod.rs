@@ -1,9 +1,9 @@
-//! A simulated IOVA domain: exact, deterministic, and exactly as faulty as its [`FaultPlan`] says.
+//! A simulated IOVA domain: deterministic, with exactly the faults of its [`FaultPlan`].
 //!
-//! It keeps a page table of mappings, and for every attached device the old translations that an unmap
-//! has not flushed yet. Nothing in it knows time, chance or the gate: tests step it ([`Sim::flush`],
-//! [`Sim::release`]) and then ask what a device can still reach ([`Sim::reachable`], [`Sim::dma`]). It takes the
-//! devices' side: a drained or reset device that is still attached is expected to do DMA again.
+//! It consists of a page table, and for every device the stale translations that no unmap has flushed yet. It has no
+//! clock and no randomness and does not know the gate: tests advance it ([`Sim::flush`], [`Sim::release`]) and then
+//! check what a device can still reach ([`Sim::reachable`], [`Sim::dma`]). It assumes the worst of devices: a drained
+//! or reset device that is still attached does DMA again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,8 +25,8 @@ mod table;
 
 pub use crate::device::sim::SimDevice;
 pub use fault::{Call, Fault, FaultPlan};
-pub use memory::{Memory, Stamp};
-pub(crate) use port::Ends;
+pub use memory::{Generation, Memory};
+pub(crate) use port::StaleUntil;
 use port::{Port, Stale};
 pub use table::Mapping;
 use table::Table;
@@ -41,23 +41,23 @@ pub struct FileKey {
 }
 
 impl FileKey {
-    /// Asks the kernel.
+    /// Returns the identity of an open file, by `fstat`.
     pub fn of(file: &GuestFile) -> Result<Self, Failed> {
         let stat = rustix::fs::fstat(file).map_err(|errno| Failed::new("fstat", errno))?;
         Ok(Self { device: stat.st_dev, inode: stat.st_ino })
     }
 }
 
-/// What one DMA meets.
+/// The memory that a DMA to one address accesses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    /// A page of this file
+pub struct DmaTarget {
+    /// The file.
     pub file: FileKey,
-    /// at this offset,
+    /// The offset in the file.
     pub offset: Offset,
-    /// in the frame that backed it then.
-    pub since: Stamp,
-    /// Whether a write would land.
+    /// The generation in which the page was pinned: the DMA accesses the frame that backed the page then.
+    pub since: Generation,
+    /// True if a write is permitted.
     pub writable: bool,
 }
 
@@ -65,12 +65,16 @@ pub struct Seen {
 struct State {
     table: Table,
     ports: Vec<Port>,
-    faults: fault::Dealer,
+    faults: fault::Injector,
+    /// The number of tickets issued.
     tickets: u64,
-    /// Tickets given out whose operations still run.
+    /// The tickets whose operations are in flight.
     running: Vec<Ticket>,
+    /// The tickets whose operations have ended and that were not polled yet.
     ended: Vec<Ticket>,
+    /// The number of calls that hang.
     hanging: usize,
+    /// The number of calls of [`Sim::release`].
     releases: u64,
 }
 
@@ -83,14 +87,14 @@ pub(crate) struct Shared {
     wake: OwnedFd,
 }
 
-/// A simulated IOVA domain. Cloning shares it.
+/// A simulated IOVA domain. A clone refers to the same domain.
 #[derive(Debug, Clone)]
 pub struct Sim {
     shared: Arc<Shared>,
 }
 
 impl Sim {
-    /// What a domain can do unless a test says otherwise.
+    /// The capabilities of a domain, for tests that need no others.
     pub const CAPABILITIES: Capabilities = Capabilities {
         max_mappings: 65_535,
         max_mapping_len: 1 << 30,
@@ -101,7 +105,7 @@ impl Sim {
         counts_partial: false,
     };
 
-    /// An empty domain over `memory`.
+    /// Makes an empty domain over `memory`.
     pub fn new(capabilities: Capabilities, memory: Memory) -> Result<Self> {
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| {
@@ -114,85 +118,88 @@ impl Sim {
         Ok(Self { shared: Arc::new(Shared { capabilities, memory, state, released: Condvar::new(), wake }) })
     }
 
-    /// A device, attached.
+    /// Makes a device, attached to this domain.
     pub fn device(&self, name: &str, stop_class: StopClass, nature: Nature) -> SimDevice {
         let mut state = self.shared.lock();
-        state.ports.push(Port { attached: true, silent: false, ats: nature.ats, stale: Vec::new() });
+        state.ports.push(Port { attached: true, quiesced: false, ats: nature.ats, stale: Vec::new() });
         SimDevice::new(name, stop_class, nature, Arc::clone(&self.shared), state.ports.len() - 1)
     }
 
-    /// What goes wrong from now on; calls made before count.
+    /// Replaces the fault plan. Calls are counted from the making of the domain on, so calls made before count.
     pub fn plan(&self, plan: FaultPlan) {
         self.shared.lock().faults.plan = plan;
     }
 
-    /// The next call of this kind goes wrong.
+    /// Injects `fault` into the next call of this kind.
     pub fn fail_next(&self, call: Call, fault: Fault) {
-        self.shared.lock().faults.next(call, fault);
+        self.shared.lock().faults.plan_next(call, fault);
     }
 
-    /// Calls of this kind by now.
+    /// Returns the number of calls of this kind made so far.
     pub fn calls(&self, call: Call) -> u64 {
         self.shared.lock().faults.count(call)
     }
 
-    /// Calls of all kinds by now.
+    /// Returns the number of calls of all kinds made so far.
     pub fn all_calls(&self) -> u64 {
         self.shared.lock().faults.total()
     }
 
-    /// Late flushes come through; what is stuck stays. Returns how many old translations ended.
+    /// Completes late flushes ([`Fault::Late`]); stuck operations stay in flight. Returns the number of stale
+    /// translations that ended.
     pub fn flush(&self) -> usize {
-        self.shared.drop_stale(|_, stale| stale.ends == Ends::WithFlush)
+        self.shared.drop_stale(|_, stale| stale.until == StaleUntil::Flush)
     }
 
-    /// Everything in flight ends, also what was stuck (the peer drained, somebody pulled the cable).
+    /// Ends everything in flight, including stuck operations ([`Fault::Stuck`]), as when a network peer reads at last
+    /// or a link goes down. Returns the number of stale translations that ended.
     pub fn unstick(&self) -> usize {
-        self.shared.drop_stale(|_, stale| stale.ends <= Ends::WhenUnstuck)
+        self.shared.drop_stale(|_, stale| stale.until <= StaleUntil::Unstuck)
     }
 
-    /// Every call that hangs goes on.
+    /// Lets every call that hangs ([`Fault::Hang`]) continue.
     pub fn release(&self) {
         self.shared.lock().releases += 1;
         self.shared.released.notify_all();
     }
 
-    /// Calls that hang now.
+    /// Returns the number of calls that hang now.
     pub fn hanging(&self) -> usize {
         self.shared.lock().hanging
     }
 
-    /// The mappings in the page table, in order.
+    /// Returns the mappings in the page table, ascending.
     pub fn mappings(&self) -> Vec<Mapping> {
         self.shared.lock().table.iter().cloned().collect()
     }
 
-    /// How many there are.
+    /// Returns the number of mappings in the page table.
     pub fn mapping_count(&self) -> u64 {
         self.shared.lock().table.len()
     }
 
-    /// Tickets whose operations still run.
+    /// Returns the tickets whose operations are in flight.
     pub fn running(&self) -> Vec<Ticket> {
         self.shared.lock().running.clone()
     }
 
-    /// Shows `look` every translation that some device can still use, live or not flushed; `false` marks the
-    /// latter. `look` must not call this domain.
-    pub fn reachable(&self, mut look: impl FnMut(&Mapping, bool)) {
+    /// Calls `visit` for every translation that some device can still use, with true for a live and false for a stale
+    /// one. `visit` must not call this domain.
+    pub fn reachable(&self, mut visit: impl FnMut(&Mapping, bool)) {
         let state = self.shared.lock();
-        if state.ports.iter().any(Port::reaches) {
-            state.table.iter().for_each(|mapping| look(mapping, true));
+        if state.ports.iter().any(Port::is_active) {
+            state.table.iter().for_each(|mapping| visit(mapping, true));
         }
-        for stale in state.ports.iter().flat_map(Port::used) {
-            look(&stale.mapping, false);
+        for stale in state.ports.iter().flat_map(Port::usable_stale) {
+            visit(&stale.mapping, false);
         }
     }
 
-    /// What a DMA of any device of this domain meets at `iova`; none where every one faults.
-    pub fn dma(&self, iova: Iova) -> Option<Seen> {
+    /// Returns the memory that a DMA of any device of this domain accesses at `iova`; none if it faults for all of
+    /// them.
+    pub fn dma(&self, iova: Iova) -> Option<DmaTarget> {
         let ports = self.shared.lock().ports.len();
-        (0..ports).find_map(|port| self.shared.translate(port, iova)).map(|(seen, _)| seen)
+        (0..ports).find_map(|port| self.shared.translate(port, iova)).map(|(target, _)| target)
     }
 }
 
@@ -201,10 +208,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts the call, waits where it hangs; what goes wrong with it otherwise.
+    /// Counts the call and returns the fault to inject into it. A call that hangs waits here for [`Sim::release`]
+    /// first.
     pub(crate) fn enter(&self, call: Call) -> Option<Fault> {
         let mut state = self.lock();
-        let fault = state.faults.deal(call);
+        let fault = state.faults.count_call(call);
         if fault != Some(Fault::Hang) {
             return fault;
         }
@@ -217,28 +225,29 @@ impl Shared {
         None
     }
 
-    /// An old translation wins over a live one, as a hit in the device's IOTLB does.
-    pub(crate) fn translate(&self, port: usize, iova: Iova) -> Option<(Seen, Arc<GuestFile>)> {
-        self.with_page(port, iova, |seen, file| (seen, Arc::clone(file)))
+    /// Translates `iova` for one device. A stale translation is preferred to a live one, as a hit in the IOTLB is.
+    pub(crate) fn translate(&self, port: usize, iova: Iova) -> Option<(DmaTarget, Arc<GuestFile>)> {
+        self.with_page(port, iova, |target, file| (target, Arc::clone(file)))
     }
 
-    /// As [`Shared::translate`], with the domain as it is until `with` returns, which must not call it.
+    /// Translates as [`Shared::translate`] and calls `with` while the domain is locked; `with` must not call the
+    /// domain.
     pub(crate) fn with_page<R>(
         &self,
         port: usize,
         iova: Iova,
-        with: impl FnOnce(Seen, &Arc<GuestFile>) -> R,
+        with: impl FnOnce(DmaTarget, &Arc<GuestFile>) -> R,
     ) -> Option<R> {
         let state = self.lock();
         let port = state.ports.get(port)?;
-        let live = state.table.find(iova).filter(|_| port.reaches());
-        let stale = port.used().map(|stale| &stale.mapping).find(|m| m.iova.contains(iova));
+        let live = state.table.find(iova).filter(|_| port.is_active());
+        let stale = port.usable_stale().map(|stale| &stale.mapping).find(|m| m.iova.contains(iova));
         let mapping = stale.or(live)?;
         Some(with(mapping.at(iova)?, &mapping.memory))
     }
 
     pub(crate) fn runs(&self, port: usize) -> bool {
-        self.lock().ports.get(port).is_some_and(Port::reaches)
+        self.lock().ports.get(port).is_some_and(Port::is_active)
     }
 
     pub(crate) fn is_attached(&self, port: usize) -> bool {
@@ -251,20 +260,25 @@ impl Shared {
         }
     }
 
-    pub(crate) fn silence(&self, port: usize, silent: bool) {
+    pub(crate) fn set_quiesced(&self, port: usize, quiesced: bool) {
         if let Some(port) = self.lock().ports.get_mut(port) {
-            port.silent = silent;
+            port.quiesced = quiesced;
         }
     }
 
-    /// What of one device ends so, or more easily, ends; whether nothing of it is in flight any more.
-    pub(crate) fn end_flight(&self, port: usize, ends: Ends) -> bool {
-        self.drop_stale(|p, stale| p == port && stale.ends <= ends);
+    /// Ends the stale translations of one device that end at `event` or at a weaker one. Returns true if no operation
+    /// of the device is in flight any more.
+    pub(crate) fn end_stale(&self, port: usize, event: StaleUntil) -> bool {
+        self.drop_stale(|p, stale| p == port && stale.until <= event);
         let state = self.lock();
-        state.ports.get(port).is_none_or(|port| port.stale.iter().all(|stale| stale.ends == Ends::WithCache))
+        state
+            .ports
+            .get(port)
+            .is_none_or(|port| port.stale.iter().all(|stale| stale.until == StaleUntil::CacheCleared))
     }
 
-    /// Drops the old translations that `which` picks by port; a ticket ends with the last of its own.
+    /// Drops the stale translations that `which` selects by port. A ticket ends with the last of its translations.
+    /// Returns the number of dropped translations.
     fn drop_stale(&self, which: impl Fn(usize, &Stale) -> bool) -> usize {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -281,7 +295,7 @@ impl Shared {
         state.running = running;
         if !ended.is_empty() {
             state.ended.extend(ended);
-            // An eventfd that is full is readable, which is all that is asked of it.
+            // A write to a full eventfd fails, but then it is readable already.
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         }
         dropped
@@ -324,7 +338,7 @@ impl Domain for Sim {
 
     fn poll(&self, ended: &mut Vec<Ticket>) {
         let mut count = [0; 8];
-        // EAGAIN: nothing new; the list below is empty then.
+        // EAGAIN means that no ticket has ended; the list is empty then.
         let _ = rustix::io::read(&self.shared.wake, &mut count);
         ended.append(&mut self.shared.lock().ended);
     }

@@ -1,52 +1,53 @@
-//! One device, as a simulated domain sees it: what it reaches, and which old translations it goes on using.
+//! The state of one device in a simulated domain: whether it does DMA, and its stale translations.
 
 use super::table::Mapping;
 use crate::iommu::Ticket;
 
-/// What it takes to end the use of an old translation.
+/// The event that ends the use of a stale translation, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Ends {
-    /// An operation in flight, over with the next flush.
-    WithFlush,
+pub(crate) enum StaleUntil {
+    /// An operation in flight that ends with the next flush.
+    Flush,
     /// An operation in flight that only a detach or a reset ends.
-    WhenUnstuck,
-    /// A copy in the device's own cache, gone with a detach or a reset; used while the device issues requests.
-    WithCache,
+    Unstuck,
+    /// An entry in the device's own translation cache (ATS), which a detach or a reset clears. It is used while the
+    /// device issues requests.
+    CacheCleared,
 }
 
-/// An old translation that one device has not flushed yet.
+/// A translation that was unmapped and that one device still uses.
 #[derive(Debug, Clone)]
 pub(super) struct Stale {
     pub(super) mapping: Mapping,
-    /// None for a copy of which nobody is told.
+    /// The ticket of the unmap; none for an entry in the device's cache, which is not reported.
     pub(super) ticket: Option<Ticket>,
-    pub(super) ends: Ends,
+    pub(super) until: StaleUntil,
 }
 
-/// One device, as the domain sees it.
+/// One device.
 #[derive(Debug, Default)]
 pub(super) struct Port {
     pub(super) attached: bool,
-    /// Whether it issues no requests: stopped, or bus mastering off.
-    pub(super) silent: bool,
-    /// Whether it caches translations of its own.
+    /// True while it issues no requests: stopped, or bus mastering off.
+    pub(super) quiesced: bool,
+    /// True if it caches translations (ATS).
     pub(super) ats: bool,
     pub(super) stale: Vec<Stale>,
 }
 
 impl Port {
-    /// Whether it reaches what is mapped.
-    pub(super) fn reaches(&self) -> bool {
-        self.attached && !self.silent
+    /// Returns true if it does DMA to mapped memory.
+    pub(super) fn is_active(&self) -> bool {
+        self.attached && !self.quiesced
     }
 
-    /// It goes on using these, though they are gone.
-    pub(super) fn keep(&mut self, gone: &[Mapping], ticket: Option<Ticket>, ends: Ends) {
-        self.stale.extend(gone.iter().map(|mapping| Stale { mapping: mapping.clone(), ticket, ends }));
+    /// Adds stale translations for the unmapped ranges `gone`.
+    pub(super) fn add_stale(&mut self, gone: &[Mapping], ticket: Option<Ticket>, until: StaleUntil) {
+        self.stale.extend(gone.iter().map(|mapping| Stale { mapping: mapping.clone(), ticket, until }));
     }
 
-    /// The old translations that it uses.
-    pub(super) fn used(&self) -> impl Iterator<Item = &Stale> {
-        self.stale.iter().filter(|stale| stale.ends != Ends::WithCache || self.reaches())
+    /// Returns the stale translations that it can use now.
+    pub(super) fn usable_stale(&self) -> impl Iterator<Item = &Stale> {
+        self.stale.iter().filter(|stale| stale.until != StaleUntil::CacheCleared || self.is_active())
     }
 }

@@ -1,4 +1,4 @@
-//! The page table of a simulated IOMMU: whole mappings, made and removed as the kernel does it.
+//! The page table of a simulated IOMMU: whole mappings, made and removed as the kernel does.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,41 +8,41 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
-use super::memory::Stamp;
-use super::{FileKey, Seen};
+use super::memory::Generation;
+use super::{DmaTarget, FileKey};
 use crate::iommu::pieces;
 
 /// One mapping.
 #[derive(Debug, Clone)]
 pub struct Mapping {
-    /// Where devices see it.
+    /// Its range in the I/O address space.
     pub iova: PageRange<Iova>,
-    /// The file that it pins pages of.
+    /// The file whose pages it pins.
     pub file: FileKey,
-    /// From where on.
+    /// The offset of its first page in the file.
     pub offset: Offset,
-    /// When it pinned them.
-    pub since: Stamp,
-    /// Whether devices may write.
+    /// The generation in which it pinned the pages.
+    pub since: Generation,
+    /// True if devices may write.
     pub writable: bool,
     pub(super) memory: Arc<GuestFile>,
 }
 
 impl Mapping {
-    /// The pages of the file that it shows.
+    /// Returns the pages of the file that it maps.
     pub fn pages(&self) -> PageRange<Offset> {
         self.iova.rebase(self.iova.start(), self.offset)
     }
 
-    /// Its part at `iova`, which lies inside: the same frames.
+    /// Returns its part at `iova`, which lies inside, with the same frames.
     fn part(&self, iova: PageRange<Iova>) -> Self {
         let offset = Offset(iova.start().0 - self.iova.start().0 + self.offset.0);
         Self { iova, offset, ..self.clone() }
     }
 
-    /// What a device sees at `iova`, where this mapping has it.
-    pub fn at(&self, iova: Iova) -> Option<Seen> {
-        self.iova.contains(iova).then(|| Seen {
+    /// Returns the memory that a device accesses at `iova`; none if this mapping does not include it.
+    pub fn at(&self, iova: Iova) -> Option<DmaTarget> {
+        self.iova.contains(iova).then(|| DmaTarget {
             file: self.file,
             offset: Offset(iova.0 - self.iova.start().0 + self.offset.0),
             since: self.since,
@@ -70,7 +70,7 @@ impl Table {
         self.mappings.range(..=iova).next_back().map(|(_, m)| m).filter(|m| m.iova.contains(iova))
     }
 
-    /// The mappings that share a page with `iova`.
+    /// Returns the mappings that share a page with `iova`, ascending.
     pub(super) fn overlapping(&self, iova: PageRange<Iova>) -> impl Iterator<Item = &Mapping> {
         let before = self.mappings.range(..iova.start()).next_back().map(|(_, m)| m);
         before
@@ -79,15 +79,16 @@ impl Table {
             .chain(self.mappings.range(iova.start()..iova.end()).map(|(_, m)| m))
     }
 
-    /// Makes the first `count` mappings of the grid of `piece` bytes over `whole`; the caller has checked that
-    /// nothing is there.
+    /// Makes the first `count` mappings of the grid of `piece` bytes over `whole`. The caller has checked that nothing
+    /// is mapped there.
     pub(super) fn insert(&mut self, whole: &Mapping, piece: u64, count: usize) {
         for iova in pieces::grid(whole.iova, piece).take(count) {
             self.put(whole.part(iova));
         }
     }
 
-    /// What of the mappings lies in `iova`; where the table does not cut, `ENOENT` if one of them sticks out.
+    /// Returns the parts of mappings that lie in `iova`; `ENOENT` if one of them extends beyond it and `cuts` is not
+    /// set.
     pub(super) fn inside(&self, iova: PageRange<Iova>, cuts: bool) -> Result<Vec<PageRange<Iova>>, Errno> {
         let parts = self.overlapping(iova).map(|mapping| match mapping.iova.intersection(iova) {
             Some(part) if cuts || part == mapping.iova => Ok(part),
@@ -96,7 +97,7 @@ impl Table {
         parts.collect()
     }
 
-    /// Takes out `part`, all of a mapping or a part of one; what is left of it pins the frames that it did.
+    /// Removes `part`, which is a mapping or a part of one. The rest of the mapping stays, with the same frames.
     pub(super) fn remove(&mut self, part: PageRange<Iova>) -> Option<Mapping> {
         let start = self.find(part.start())?.iova.start();
         let whole = self.mappings.remove(&start)?;

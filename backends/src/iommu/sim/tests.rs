@@ -12,17 +12,17 @@ struct Rig {
 }
 
 fn rig() -> Rig {
-    rig_that(Sim::CAPABILITIES)
+    rig_with(Sim::CAPABILITIES)
 }
 
-/// A domain that cuts and replaces.
-fn able() -> Rig {
-    rig_that(Capabilities { cut: true, replace: true, ..Sim::CAPABILITIES })
+/// Makes a domain that supports cut and replace.
+fn cutting_rig() -> Rig {
+    rig_with(Capabilities { cut: true, replace: true, ..Sim::CAPABILITIES })
 }
 
-fn rig_that(can: Capabilities) -> Rig {
+fn rig_with(capabilities: Capabilities) -> Rig {
     let memory = Memory::new();
-    let sim = Sim::new(Capabilities { max_mappings: 16, ..can }, memory.clone()).unwrap();
+    let sim = Sim::new(Capabilities { max_mappings: 16, ..capabilities }, memory.clone()).unwrap();
     let device = sim.device("sim:0", StopClass::all(), Nature { ats: true, tdi: false });
     let file = Arc::new(GuestFile::memfd("sim", 64 * PAGE).unwrap());
     Rig { memory, sim, device, file }
@@ -37,12 +37,12 @@ impl Rig {
         self.device.dma(Iova(page * PAGE)).map(|seen| seen.offset.0 / PAGE)
     }
 
-    /// Where the mappings begin, and how many pages they have.
+    /// Returns the first page and the number of pages of each mapping.
     fn table(&self) -> Vec<(u64, u64)> {
         self.sim.mappings().iter().map(|m| (m.iova.start().0 / PAGE, m.iova.pages())).collect()
     }
 
-    /// The pages of 0 to 16 that the device reaches.
+    /// Returns the pages below 16 that the device reaches.
     fn reach(&self) -> Vec<u64> {
         (0..16).filter(|page| self.sees(*page).is_some()).collect()
     }
@@ -68,7 +68,7 @@ fn maps_in_pieces_and_unmaps_whole_ones_only() {
     rig.map(0, 10, 4, 20).unwrap();
     assert_eq!(rig.sim.mapping_count(), 3);
     assert_eq!((rig.sees(0), rig.sees(9), rig.sees(10)), (Some(20), Some(29), None));
-    // Cutting a mapping in two fails and changes nothing; a superset with holes is fine.
+    // An unmap that would cut a mapping fails and changes nothing; one of a superset with unmapped gaps succeeds.
     assert_eq!(rig.sim.unmap(iova(0, 5)), Unmap::Failed { errno: Errno::NOENT, bytes: 0 });
     assert_eq!(rig.sim.mapping_count(), 3);
     assert_eq!(rig.sim.unmap(iova(4, 40)), Unmap::Gone { bytes: 6 * PAGE });
@@ -86,16 +86,16 @@ fn mappings_lie_on_the_grid_of_their_piece() {
 }
 
 #[test]
-fn a_cut_leaves_what_sticks_out_with_the_frames_that_it_pinned() {
-    let rig = able();
+fn cut_preserves_the_rest_with_its_frames() {
+    let rig = cutting_rig();
     rig.map(0, 8, 8, 20).unwrap();
     let file = FileKey::of(&rig.file).unwrap();
     rig.memory.replace(file, PageRange::new(21 * PAGE, PAGE).unwrap(), 9);
     assert_eq!(rig.sim.unmap(iova(2, 3)), Unmap::Gone { bytes: 3 * PAGE });
     assert_eq!(rig.table(), [(0, 2), (5, 3)]);
     assert_eq!((rig.sees(1), rig.sees(2), rig.sees(4), rig.sees(5)), (Some(21), None, None, Some(25)));
-    let born: Vec<_> = rig.sim.mappings().iter().map(|mapping| mapping.since).collect();
-    assert!(born.iter().all(|since| *since < rig.memory.now()), "neither part pinned anything anew");
+    let pinned: Vec<_> = rig.sim.mappings().iter().map(|mapping| mapping.since).collect();
+    assert!(pinned.iter().all(|since| *since < rig.memory.now()), "neither part was pinned again");
     // Across both parts, from the middle of one into the middle of the other.
     assert_eq!(rig.sim.unmap(iova(1, 5)), Unmap::Gone { bytes: 2 * PAGE });
     assert_eq!(rig.table(), [(0, 1), (6, 2)]);
@@ -104,8 +104,8 @@ fn a_cut_leaves_what_sticks_out_with_the_frames_that_it_pinned() {
 }
 
 #[test]
-fn a_replace_takes_exactly_its_ranges_out() {
-    let rig = able();
+fn replace_removes_exactly_its_ranges() {
+    let rig = cutting_rig();
     rig.map(0, 8, 8, 20).unwrap();
     rig.map(8, 4, 2, 40).unwrap();
     let gone = [iova(1, 1), iova(3, 2), iova(7, 2), iova(12, 2)];
@@ -121,7 +121,7 @@ fn a_replace_takes_exactly_its_ranges_out() {
 }
 
 #[test]
-fn a_domain_that_does_not_replace_says_so_and_changes_nothing() {
+fn unsupported_replace_returns_enosys_and_changes_nothing() {
     let rig = rig();
     rig.map(0, 4, 4, 0).unwrap();
     assert_eq!(rig.sim.replace(&[iova(0, 4)]), Unmap::Failed { errno: Errno::NOSYS, bytes: 0 });
@@ -129,14 +129,14 @@ fn a_domain_that_does_not_replace_says_so_and_changes_nothing() {
 }
 
 #[test]
-fn whatever_befalls_an_unmap_befalls_a_cut_and_a_replace() {
+fn unmap_faults_apply_to_cut_and_replace() {
     for call in [Call::Unmap, Call::Replace] {
         let take = |rig: &Rig| match call {
             Call::Unmap => rig.sim.unmap(iova(1, 6)),
             _ => rig.sim.replace(&[iova(1, 2), iova(5, 2)]),
         };
         let after = |fault| {
-            let rig = able();
+            let rig = cutting_rig();
             rig.map(0, 4, 4, 20).unwrap();
             rig.map(4, 4, 4, 30).unwrap();
             rig.sim.fail_next(call, fault);
@@ -154,7 +154,7 @@ fn whatever_befalls_an_unmap_befalls_a_cut_and_a_replace() {
         for late in [Fault::Late, Fault::Stuck] {
             let (rig, went) = after(late);
             assert!(matches!(went, Unmap::InFlight { bytes, .. } if bytes == both * PAGE), "{went:?}");
-            assert_eq!((rig.reach().len(), rig.table()[0]), (8, (0, 1)), "the old translation is used");
+            assert_eq!((rig.reach().len(), rig.table()[0]), (8, (0, 1)), "the stale translation is used");
             rig.sim.unstick();
             assert_eq!((rig.ended(), rig.reach().len() as u64), (1, 8 - both));
         }
@@ -166,7 +166,7 @@ fn whatever_befalls_an_unmap_befalls_a_cut_and_a_replace() {
 }
 
 #[test]
-fn refuses_what_the_kernel_refuses() {
+fn map_refuses_overlap_bounds_limit_and_zero_piece() {
     let rig = rig();
     rig.map(0, 4, 4, 0).unwrap();
     assert_eq!(errno(rig.map(3, 2, 1, 0)), Some(Errno::EXIST));
@@ -177,7 +177,7 @@ fn refuses_what_the_kernel_refuses() {
 }
 
 #[test]
-fn each_fault_befalls_the_call_it_was_planned_for() {
+fn each_fault_hits_its_planned_call() {
     let rig = rig();
     let plan = FaultPlan::new()
         .at(Call::Map, 2, Fault::HalfMapped(Errno::IO))
@@ -199,7 +199,7 @@ fn each_fault_befalls_the_call_it_was_planned_for() {
 }
 
 #[test]
-fn a_late_flush_leaves_the_old_frame_in_reach_until_it_comes() {
+fn late_flush_leaves_the_old_frame_reachable() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
     rig.sim.fail_next(Call::Unmap, Fault::Late);
@@ -214,7 +214,7 @@ fn a_late_flush_leaves_the_old_frame_in_reach_until_it_comes() {
 }
 
 #[test]
-fn what_is_stuck_ends_by_detach_or_reset_of_every_device() {
+fn stuck_operations_end_by_detach_or_reset_of_every_device() {
     let rig = rig();
     let other = rig.sim.device("sim:1", StopClass::all(), Nature::default());
     rig.map(0, 1, 1, 5).unwrap();
@@ -231,7 +231,7 @@ fn what_is_stuck_ends_by_detach_or_reset_of_every_device() {
 }
 
 #[test]
-fn a_silent_device_sees_nothing_until_it_is_attached_but_for_what_is_stuck() {
+fn quiesced_device_does_only_stuck_dma_until_attach() {
     for step in [FenceStep::Stop, FenceStep::Master] {
         let rig = rig();
         rig.map(0, 3, 1, 5).unwrap();
@@ -239,7 +239,7 @@ fn a_silent_device_sees_nothing_until_it_is_attached_but_for_what_is_stuck() {
         assert!(matches!(rig.sim.unmap(iova(0, 1)), Unmap::InFlight { .. }));
         rig.device.fence(step).unwrap();
         assert_eq!((rig.ended(), rig.sees(0), rig.sees(1)), (1, None, None));
-        // It has nothing in flight that could be late.
+        // A quiesced device has nothing in flight that a late flush could leave.
         rig.sim.fail_next(Call::Unmap, Fault::Late);
         assert_eq!(rig.sim.unmap(iova(1, 1)), Unmap::Gone { bytes: PAGE });
         rig.device.attach().unwrap();
@@ -252,7 +252,7 @@ fn a_silent_device_sees_nothing_until_it_is_attached_but_for_what_is_stuck() {
 }
 
 #[test]
-fn a_reset_device_does_dma_again() {
+fn reset_device_does_dma_again() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
     rig.device.fence(FenceStep::Stop).unwrap();
@@ -264,7 +264,7 @@ fn a_reset_device_does_dma_again() {
 }
 
 #[test]
-fn a_cached_translation_outlives_everything_but_detach_and_reset() {
+fn cached_translation_ends_only_by_detach_or_reset() {
     for last in [FenceStep::Detach, FenceStep::Reset] {
         let rig = rig();
         let plain = rig.sim.device("sim:1", StopClass::all(), Nature::default());
@@ -285,7 +285,7 @@ fn a_cached_translation_outlives_everything_but_detach_and_reset() {
 }
 
 #[test]
-fn a_detached_device_sees_nothing_until_it_is_attached() {
+fn detached_device_reaches_nothing_until_attach() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
     rig.device.fence(FenceStep::Detach).unwrap();
@@ -298,7 +298,7 @@ fn a_detached_device_sees_nothing_until_it_is_attached() {
 }
 
 #[test]
-fn a_call_that_hangs_goes_on_when_it_is_released() {
+fn hanging_call_continues_after_release() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
     rig.sim.fail_next(Call::Unmap, Fault::Hang);

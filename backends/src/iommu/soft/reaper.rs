@@ -1,8 +1,9 @@
-//! What the kernel reports, and who waits for it.
+//! The completions of the ring, and their delivery.
 //!
-//! The completion queue is shared by the domain and all its devices; whoever takes a completion off it delivers
-//! it, under one lock. A tag is either of the unmap that is going on right now (`fresh`) or of an earlier one that
-//! found operations in flight (`outstanding`): then the last tag of its ticket ends the ticket and rings the bell.
+//! The completion queue is shared by the domain and all its devices; any thread may reap it, and delivers every
+//! completion under one lock. A released tag belongs either to the unmap in progress (`fresh`), or to an earlier one
+//! that found operations in flight (`outstanding`); in that case the last tag of a ticket ends the ticket and wakes the
+//! domain's owner.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -17,38 +18,38 @@ use rustix::io::Errno;
 
 use crate::Ticket;
 
-/// One operation of a device and what became of it.
+/// One operation of a device and its result.
 #[derive(Debug)]
-pub(crate) struct Flight {
+pub(crate) struct Operation {
     id: OpId,
-    /// Whether it is used again and again (a device's own line) or ends once.
-    standing: bool,
+    /// True if it is submitted again and again (by a device's copy engine), false if it ends once.
+    reusable: bool,
     state: AtomicU64,
 }
 
-/// Set in [`Flight::state`] once a result is known; the low 32 bits are the bytes, or the errno.
+/// Set in [`Operation::state`] once a result is known; the low 32 bits are the number of bytes, or the errno.
 const RESULT: u64 = 1 << 63;
-/// Set where the result is an errno.
+/// Set in [`Operation::state`] if the result is an errno.
 const FAILED: u64 = 1 << 62;
-/// Set once nothing more will come.
+/// Set in [`Operation::state`] once no further completion will come.
 const ENDED: u64 = 1 << 61;
 
-impl Flight {
-    pub(crate) fn new(id: OpId, standing: bool) -> Arc<Self> {
-        Arc::new(Self { id, standing, state: AtomicU64::new(0) })
+impl Operation {
+    pub(crate) fn new(id: OpId, reusable: bool) -> Arc<Self> {
+        Arc::new(Self { id, reusable, state: AtomicU64::new(0) })
     }
 
-    /// Its name in the completions.
+    /// Returns its id in the completions (`user_data`).
     pub(crate) fn id(&self) -> OpId {
         self.id
     }
 
-    /// Makes a standing flight ready for the next operation.
+    /// Prepares a reusable operation for its next submission.
     pub(crate) fn rearm(&self) {
         self.state.store(0, Ordering::Release);
     }
 
-    /// Bytes done, or why not; none while the kernel may still touch the pages.
+    /// Returns the number of bytes transferred, or the errno; none while the kernel may still access the pages.
     pub(crate) fn outcome(&self) -> Option<Result<u32, Errno>> {
         let state = self.state.load(Ordering::Acquire);
         if state & ENDED == 0 {
@@ -58,7 +59,8 @@ impl Flight {
         Some(if state & FAILED == 0 { Ok(low) } else { Err(Errno::from_raw_os_error(low as i32)) })
     }
 
-    /// The first completion brings the result, the last the end; mostly they are one.
+    /// Records a completion. The first one has the result, the last one (without `more`) ends the operation; a
+    /// zero-copy send has two, other operations have one.
     fn complete(&self, result: Result<u32, Errno>, more: bool) {
         let mut state = self.state.load(Ordering::Acquire);
         if state & RESULT == 0 {
@@ -75,20 +77,21 @@ impl Flight {
     }
 }
 
-/// Pages that an unmap took out of the table while operations still ran over them.
+/// A slot that an unmap emptied while operations were in flight over its pages.
 #[derive(Debug)]
 struct Outstanding {
     ticket: Ticket,
-    /// Kept until the kernel has let go.
+    /// Keeps the file open until the kernel has unpinned the pages.
     _file: Arc<GuestFile>,
 }
 
-/// What a ticket still waits for.
+/// The state of a ticket.
 #[derive(Debug)]
 struct Pending {
+    /// The number of tags that have not been released yet.
     tags: u32,
-    /// Whether anybody was told of it; nobody is where a failed map takes its slots back.
-    told: bool,
+    /// True if the caller of an unmap got the ticket; false after a failed unmap and a rolled-back map.
+    reported: bool,
 }
 
 /// The completion side of a soft domain.
@@ -96,12 +99,13 @@ struct Pending {
 pub(crate) struct Reaper {
     queue: Completions,
     ring: Arc<Ring>,
-    bell: Bell,
-    /// Whether anything is outstanding, for who does not hold this.
-    waiting: Arc<AtomicBool>,
-    /// Devices that are at work, and take what comes off the queue as they go.
+    wake_source: WakeSource,
+    /// True while `outstanding` is not empty; can be read without the lock.
+    tickets_outstanding: Arc<AtomicBool>,
+    /// The number of busy devices, which reap the queue as part of their operations.
     busy: u32,
-    flights: HashMap<OpId, Arc<Flight>>,
+    operations: HashMap<OpId, Arc<Operation>>,
+    /// The tags released since the last call of [`Reaper::settle`] that are not in `outstanding`.
     fresh: Vec<Tag>,
     outstanding: HashMap<Tag, Outstanding>,
     tickets: HashMap<Ticket, Pending>,
@@ -110,14 +114,14 @@ pub(crate) struct Reaper {
 }
 
 impl Reaper {
-    pub(crate) fn new(ring: Arc<Ring>, queue: Completions, bell: Bell) -> Self {
+    pub(crate) fn new(ring: Arc<Ring>, queue: Completions, wake_source: WakeSource) -> Self {
         Self {
             queue,
             ring,
-            bell,
-            waiting: Arc::default(),
+            wake_source,
+            tickets_outstanding: Arc::default(),
             busy: 0,
-            flights: HashMap::new(),
+            operations: HashMap::new(),
             fresh: Vec::new(),
             outstanding: HashMap::new(),
             tickets: HashMap::new(),
@@ -126,26 +130,26 @@ impl Reaper {
         }
     }
 
-    /// From now on completions of `flight` are delivered to it.
-    pub(crate) fn expect(&mut self, flight: &Arc<Flight>) {
-        self.flights.insert(flight.id, Arc::clone(flight));
+    /// Registers `operation`: its completions are delivered to it from now on.
+    pub(crate) fn register(&mut self, operation: &Arc<Operation>) {
+        self.operations.insert(operation.id, Arc::clone(operation));
     }
 
-    /// Completions of `flight` are delivered to nobody any more.
-    pub(crate) fn forget(&mut self, flight: &Flight) {
-        self.flights.remove(&flight.id);
+    /// Removes `operation`: further completions of it are ignored.
+    pub(crate) fn unregister(&mut self, operation: &Operation) {
+        self.operations.remove(&operation.id);
     }
 
-    /// Takes every completion off the queue and delivers it.
+    /// Removes every completion from the queue and delivers it.
     pub(crate) fn reap(&mut self) {
-        let Self { queue, flights, fresh, outstanding, tickets, ended, .. } = self;
+        let Self { queue, operations, fresh, outstanding, tickets, ended, .. } = self;
         let (waiting, known) = (outstanding.len(), ended.len());
         queue.reap(|completion| match completion {
             Completion::Op { id, result, more } => {
-                let Some(flight) = flights.get(&id) else { return };
-                flight.complete(result, more);
-                if !more && !flight.standing {
-                    flights.remove(&id);
+                let Some(operation) = operations.get(&id) else { return };
+                operation.complete(result, more);
+                if !more && !operation.reusable {
+                    operations.remove(&id);
                 }
             }
             Completion::Released(tag) => {
@@ -158,7 +162,7 @@ impl Reaper {
                 let Some(pending) = tickets.get_mut(&ticket) else { return };
                 pending.tags -= 1;
                 if pending.tags == 0 {
-                    if pending.told {
+                    if pending.reported {
                         ended.push(ticket);
                     }
                     tickets.remove(&ticket);
@@ -166,44 +170,46 @@ impl Reaper {
             }
         });
         if ended.len() > known {
-            self.bell.ring();
+            self.wake_source.signal();
         }
         if waiting > 0 && outstanding.is_empty() {
-            self.waiting.store(false, Ordering::Release);
-            self.bell.follow(&self.ring, false);
+            self.tickets_outstanding.store(false, Ordering::Release);
+            self.wake_source.set_registered(&self.ring, false);
         }
     }
 
-    /// Set while anything is outstanding.
-    pub(crate) fn waiting(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.waiting)
+    /// Returns the flag that is true while a ticket is outstanding.
+    pub(crate) fn tickets_outstanding(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.tickets_outstanding)
     }
 
-    /// A device begins a run of operations whose completions are no news to the owner of the domain.
-    pub(crate) fn begin(&mut self) {
+    /// A device begins a series of operations, whose completions are not to wake the owner of the domain.
+    pub(crate) fn device_busy(&mut self) {
         self.busy += 1;
         if self.busy == 1 && !self.outstanding.is_empty() {
-            self.bell.watch(&self.ring, false);
+            self.wake_source.set_armed(&self.ring, false);
         }
     }
 
-    /// It has ended, and whatever came meanwhile is delivered.
-    pub(crate) fn end(&mut self) {
+    /// The series has ended; all completions that have come meanwhile are delivered.
+    pub(crate) fn device_idle(&mut self) {
+        // Before arming: what came meanwhile would wake the owner otherwise.
         self.reap();
         self.busy -= 1;
         if self.busy == 0 && !self.outstanding.is_empty() {
-            self.bell.watch(&self.ring, true);
+            self.wake_source.set_armed(&self.ring, true);
         }
     }
 
-    /// Settles `count` slots that have just been emptied: the tags that have not come yet wait under a new
-    /// ticket, which [`Self::take_ended`] brings if it is `told`. None where all have come. The caller lets no
-    /// two of these overlap, so every fresh tag is of this one.
+    /// Records `count` slots that have just been emptied. The tags that have not been released yet become outstanding
+    /// under a new ticket, which [`Self::take_ended`] returns later if it is `reported`; none if all have been
+    /// released. The caller serialises these calls, each with the emptying of its slots, so that every fresh tag is one
+    /// of `emptied`.
     pub(crate) fn settle<'a>(
         &mut self,
         count: usize,
         emptied: impl Iterator<Item = (Tag, &'a Arc<GuestFile>)>,
-        told: bool,
+        reported: bool,
     ) -> Option<Ticket> {
         self.reap();
         if self.fresh.len() == count {
@@ -214,10 +220,11 @@ impl Reaper {
         let ticket = Ticket(self.last_ticket);
         let mut tags = 0;
         if self.outstanding.is_empty() {
-            self.waiting.store(true, Ordering::Release);
-            self.bell.follow(&self.ring, true);
-            self.bell.watch(&self.ring, self.busy == 0);
+            self.tickets_outstanding.store(true, Ordering::Release);
+            self.wake_source.set_registered(&self.ring, true);
+            self.wake_source.set_armed(&self.ring, self.busy == 0);
         }
+        // Tags are released in any order.
         self.fresh.sort_unstable();
         for (tag, file) in emptied {
             if self.fresh.binary_search(&tag).is_err() {
@@ -226,11 +233,11 @@ impl Reaper {
             }
         }
         self.fresh.clear();
-        self.tickets.insert(ticket, Pending { tags, told });
+        self.tickets.insert(ticket, Pending { tags, reported });
         Some(ticket)
     }
 
-    /// True while operations under a ticket run.
+    /// Returns true while operations under a ticket are in flight.
     pub(crate) fn is_running(&mut self, ticket: Ticket) -> bool {
         self.reap();
         self.tickets.contains_key(&ticket)
@@ -240,63 +247,65 @@ impl Reaper {
     pub(crate) fn take_ended(&mut self, ended: &mut Vec<Ticket>) {
         if !self.ended.is_empty() {
             ended.append(&mut self.ended);
-            self.bell.hush();
+            self.wake_source.clear();
         }
     }
 }
 
-/// What the owner of a domain waits for: one pollable fd over a counter that is written when a ticket ends, and,
-/// while tickets are outstanding and no device is at work, the ring itself. A device hard at work takes the tags
-/// off the queue as it goes, and rings nobody out of bed for its own completions.
+/// The descriptor that the owner of a domain polls: an epoll instance with an eventfd that is signalled when a ticket
+/// ends, and, while tickets are outstanding and no device is busy, with the ring itself. A busy device reaps tags as
+/// part of its operations, so its own completions need not wake the owner.
 #[derive(Debug)]
-pub(crate) struct Bell {
-    counter: OwnedFd,
-    both: Arc<OwnedFd>,
+pub(crate) struct WakeSource {
+    eventfd: OwnedFd,
+    epoll: Arc<OwnedFd>,
 }
 
-impl Bell {
+impl WakeSource {
     pub(crate) fn new() -> Result<Self, Failed> {
         let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Failed::new("eventfd", errno))?;
         let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Failed::new("epoll_create1", e))?;
         epoll::add(&both, &counter, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
             .map_err(|errno| Failed::new("epoll_ctl", errno))?;
-        Ok(Self { counter, both: Arc::new(both) })
+        Ok(Self { eventfd: counter, epoll: Arc::new(both) })
     }
 
-    /// The fd to wait on.
+    /// Returns the descriptor to poll.
     pub(crate) fn fd(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.both)
+        Arc::clone(&self.epoll)
     }
 
-    fn ring(&self) {
-        // It fails only where the counter is full, and then it is readable already.
-        let _ = rustix::io::write(&self.counter, &1u64.to_ne_bytes());
+    fn signal(&self) {
+        // A write to a full eventfd fails, but then it is readable already.
+        let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 
-    fn hush(&self) {
-        let _ = rustix::io::read(&self.counter, &mut [0; 8]);
+    fn clear(&self) {
+        let _ = rustix::io::read(&self.eventfd, &mut [0; 8]);
     }
 
-    /// Whether the ring is looked at, at all. While it is not, a completion costs the kernel nothing more.
-    fn follow(&self, ring: &Ring, on: bool) {
+    /// Adds the ring to the epoll instance, without events, or removes it. While it is not in it, a completion causes
+    /// no wake-up work in the kernel.
+    fn set_registered(&self, ring: &Ring, on: bool) {
         let none = epoll::EventFlags::empty();
         Self::check(if on {
-            epoll::add(&self.both, ring, epoll::EventData::new_u64(1), none)
+            epoll::add(&self.epoll, ring, epoll::EventData::new_u64(1), none)
         } else {
-            epoll::delete(&self.both, ring)
+            epoll::delete(&self.epoll, ring)
         });
     }
 
-    /// Whether a completion in a ring that is followed rings, also one that is there already.
-    fn watch(&self, ring: &Ring, on: bool) {
+    /// Sets whether a completion in a registered ring, including one that is there already, makes the descriptor
+    /// readable.
+    fn set_armed(&self, ring: &Ring, on: bool) {
         let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-        Self::check(epoll::modify(&self.both, ring, epoll::EventData::new_u64(1), flags));
+        Self::check(epoll::modify(&self.epoll, ring, epoll::EventData::new_u64(1), flags));
     }
 
     fn check(changed: rustix::io::Result<()>) {
         if let Err(errno) = changed {
-            log::error!("soft: cannot watch the ring ({errno}): tickets are found only when somebody polls");
+            log::error!("soft: cannot watch the ring ({errno}): ended tickets are found only by a poll");
         }
     }
 }

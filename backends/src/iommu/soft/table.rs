@@ -1,8 +1,8 @@
-//! The domain's own book of its slots: which are mapped, and which may be used again.
+//! The slot table of a soft domain: which slots are mapped, and which may be reused.
 //!
-//! A slot stays with its IOVA after an unmap (`Stale`), so that the device's old translation leads to an empty
-//! slot and not to somebody else's pages. It is taken from there only when no free one is left, in turn, and only
-//! together with the translation.
+//! A slot stays assigned to its IOVA after an unmap (`Stale`), so that the devices' old translation leads to an empty
+//! slot and not to other pages. It is reused only if no free slot remains, round-robin, and only together with the
+//! removal of its translation.
 
 use std::sync::Arc;
 
@@ -13,36 +13,38 @@ use passgate_bindings::{Iova, PageRange};
 use super::view::View;
 use crate::iommu::Ticket;
 
-/// What a slot is for.
+/// The state of a slot.
 #[derive(Debug)]
-pub(crate) enum Slotted {
-    /// Empty, and no device knows it.
+pub(crate) enum SlotState {
+    /// Empty, without a translation.
     Free,
-    /// Empty, and the devices still know it as this IOVA.
+    /// Empty, with a translation that begins at this IOVA.
     Stale(Iova),
     /// About to be filled.
     Claimed,
-    /// Filled, and known to the devices or about to be.
+    /// Filled, with a translation or about to get one.
     Live {
-        /// Where the devices see it.
+        /// The first IOVA of its translation.
         start: Iova,
-        /// Comes when the kernel has let go of this filling.
+        /// The tag that the kernel releases once nothing uses this buffer any more.
         tag: Tag,
-        /// What it is filled with.
+        /// The file with its pages.
         file: Arc<GuestFile>,
     },
 }
 
-/// The book.
+/// The slots of a domain.
 #[derive(Debug)]
 pub(crate) struct Table {
-    slots: Vec<Slotted>,
+    slots: Vec<SlotState>,
     free: Vec<Slot>,
+    /// The number of filled slots.
     live: usize,
-    turn: usize,
-    /// Addresses over which operations that nobody has a ticket of may still run.
+    /// The slot at which the next search for a stale slot begins.
+    next_reused: usize,
+    /// Ranges over which operations may be in flight whose ticket was not reported.
     pub(crate) unfinished: Vec<(PageRange<Iova>, Ticket)>,
-    /// Room that unmaps use again and again.
+    /// A buffer that unmaps reuse, with the slots to empty and their lengths in bytes.
     pub(crate) scratch: Vec<(Slot, u64)>,
 }
 
@@ -50,67 +52,69 @@ impl Table {
     pub(crate) fn new(slots: u32) -> Self {
         let count = u16::try_from(slots).unwrap_or(u16::MAX);
         Self {
-            slots: (0..count).map(|_| Slotted::Free).collect(),
+            slots: (0..count).map(|_| SlotState::Free).collect(),
             free: (0..count).rev().map(Slot).collect(),
             live: 0,
-            turn: 0,
+            next_reused: 0,
             unfinished: Vec::new(),
             scratch: Vec::new(),
         }
     }
 
-    /// True while such operations over `iova` run; `runs` is true while those of a ticket do.
+    /// Returns true while unreported operations over `iova` are in flight; `runs` returns true while those of a ticket
+    /// are.
     pub(crate) fn is_unfinished(&mut self, iova: PageRange<Iova>, runs: impl Fn(Ticket) -> bool) -> bool {
         self.unfinished.retain(|(_, ticket)| runs(*ticket));
         self.unfinished.iter().any(|(at, _)| at.overlaps(iova))
     }
 
-    /// Slots that are filled.
+    /// Returns the number of filled slots.
     pub(crate) fn live(&self) -> usize {
         self.live
     }
 
-    /// Slots that are not.
+    /// Returns the number of slots that are not filled.
     pub(crate) fn room(&self) -> usize {
         self.slots.len() - self.live
     }
 
     pub(crate) fn is_live(&self, slot: Slot) -> bool {
-        matches!(self.slots[slot.0 as usize], Slotted::Live { .. })
+        matches!(self.slots[slot.0 as usize], SlotState::Live { .. })
     }
 
     pub(crate) fn is_stale(&self, slot: Slot) -> bool {
-        matches!(self.slots[slot.0 as usize], Slotted::Stale(_))
+        matches!(self.slots[slot.0 as usize], SlotState::Stale(_))
     }
 
-    /// The tag and the file of a live slot.
+    /// Returns the tag and the file of a live slot.
     pub(crate) fn filling(&self, slot: Slot) -> Option<(Tag, &Arc<GuestFile>)> {
         match &self.slots[slot.0 as usize] {
-            Slotted::Live { tag, file, .. } => Some((*tag, file)),
+            SlotState::Live { tag, file, .. } => Some((*tag, file)),
             _ => None,
         }
     }
 
-    /// All live slots.
+    /// Returns all live slots.
     pub(crate) fn all_live(&self) -> Vec<Slot> {
         (0..self.slots.len() as u16).map(Slot).filter(|slot| self.is_live(*slot)).collect()
     }
 
-    /// Reserves the slot that stands behind a stale translation, to fill it again.
+    /// Reserves the slot of a stale translation, to fill it again.
     pub(crate) fn claim(&mut self, slot: Slot) {
-        self.slots[slot.0 as usize] = Slotted::Claimed;
+        self.slots[slot.0 as usize] = SlotState::Claimed;
     }
 
-    /// Reserves a slot for a translation that nobody knows yet; the translation that has to go for it goes.
+    /// Reserves a slot for a new translation: a free one, or else a stale one, whose translation is removed from
+    /// `view`. None if there is neither.
     pub(crate) fn take(&mut self, view: &mut View) -> Option<Slot> {
         if let Some(slot) = self.free.pop() {
             self.claim(slot);
             return Some(slot);
         }
         for _ in 0..self.slots.len() {
-            let slot = Slot(self.turn as u16);
-            self.turn = (self.turn + 1) % self.slots.len();
-            if let Slotted::Stale(start) = self.slots[slot.0 as usize] {
+            let slot = Slot(self.next_reused as u16);
+            self.next_reused = (self.next_reused + 1) % self.slots.len();
+            if let SlotState::Stale(start) = self.slots[slot.0 as usize] {
                 view.remove(start);
                 self.claim(slot);
                 return Some(slot);
@@ -119,32 +123,32 @@ impl Table {
         None
     }
 
-    /// The slot is filled.
+    /// Records a slot as filled.
     pub(crate) fn fill(&mut self, slot: Slot, start: Iova, tag: Tag, file: &Arc<GuestFile>) {
-        self.slots[slot.0 as usize] = Slotted::Live { start, tag, file: Arc::clone(file) };
+        self.slots[slot.0 as usize] = SlotState::Live { start, tag, file: Arc::clone(file) };
         self.live += 1;
     }
 
-    /// The slot is empty, and the devices still know it as what it was.
-    pub(crate) fn empty(&mut self, slot: Slot) {
+    /// Records a live slot as emptied. Its translation stays in the view.
+    pub(crate) fn mark_stale(&mut self, slot: Slot) {
         let state = &mut self.slots[slot.0 as usize];
-        if let Slotted::Live { start, .. } = state {
-            *state = Slotted::Stale(*start);
+        if let SlotState::Live { start, .. } = state {
+            *state = SlotState::Stale(*start);
             self.live -= 1;
         }
     }
 
-    /// The slot is not filled after all: back to what the devices know it as, if they do.
+    /// Undoes a claim: the slot is stale again if it has a translation that begins at `known`, else free.
     pub(crate) fn unclaim(&mut self, slot: Slot, known: Option<Iova>) {
         match known {
-            Some(start) => self.slots[slot.0 as usize] = Slotted::Stale(start),
-            None => self.release(slot),
+            Some(start) => self.slots[slot.0 as usize] = SlotState::Stale(start),
+            None => self.make_free(slot),
         }
     }
 
-    /// The devices know the slot no more.
-    pub(crate) fn release(&mut self, slot: Slot) {
-        self.slots[slot.0 as usize] = Slotted::Free;
+    /// Records a slot as empty and without a translation.
+    pub(crate) fn make_free(&mut self, slot: Slot) {
+        self.slots[slot.0 as usize] = SlotState::Free;
         self.free.push(slot);
     }
 }

@@ -1,26 +1,26 @@
-//! What the devices of a soft domain believe: which slot stands behind an IOVA.
+//! The devices' view of a soft domain: the slot behind each IOVA.
 //!
-//! This is their IOTLB, and it is deliberately stale: an unmap empties the slot and leaves the translation alone,
-//! so that the next DMA is really issued and the kernel, nobody else, answers `EFAULT`. Only a map changes it, and
-//! only where the same IOVA is to be something else, or where its slot is needed elsewhere. Devices hold it
-//! borrowed from the look-up until the kernel has taken the operation, so who may write to it knows that no
-//! operation with an old translation is still to come.
+//! It corresponds to an IOTLB, and it is deliberately stale: an unmap empties the slot and does not change the
+//! translation, so that the next DMA is really issued and it is the kernel that returns `EFAULT`. Only a map changes
+//! the view, and only if it maps other pages at the same IOVA or needs the slot elsewhere. A device has the read lock
+//! from the look-up until the kernel has taken the operation, so while a map has the write lock no operation with an
+//! old translation is yet to be submitted.
 
 use std::collections::BTreeMap;
 
 use passgate_bindings::uring::Slot;
 use passgate_bindings::{Iova, PageRange};
 
-/// One mapping, as the devices know it.
+/// One translation of the devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Translation {
-    /// Where the device sees it.
+    /// The range of IOVAs.
     pub iova: PageRange<Iova>,
     /// The user-space address of its first byte.
     pub address: u64,
-    /// Whether the device may write. The kernel's buffers have no direction: this is kept here alone.
+    /// True if the device may write. Registered buffers have no direction, so this is enforced here only.
     pub writable: bool,
-    /// Whose pages.
+    /// The slot with its pages.
     pub slot: Slot,
 }
 
@@ -31,12 +31,12 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// The translation that holds `iova`.
+    /// Returns the translation that includes `iova`.
     pub(crate) fn find(&self, iova: Iova) -> Option<&Translation> {
         self.by_start.range(..=iova).next_back().map(|(_, t)| t).filter(|t| t.iova.contains(iova))
     }
 
-    /// Every translation that shares a page with `iova`, in order.
+    /// Returns every translation that shares a page with `iova`, ascending.
     pub(crate) fn overlapping(&self, iova: PageRange<Iova>) -> impl Iterator<Item = &Translation> {
         let first = self.find(iova.start()).map_or(iova.start(), |t| t.iova.start());
         self.by_start.range(first..iova.end()).map(|(_, t)| t)

@@ -1,7 +1,7 @@
 mod plain;
 
 use super::*;
-use crate::gate::event::JobId;
+use crate::gate::ids::JobId;
 
 fn range(page: u64, pages: u64) -> PageRange<Iova> {
     PageRange::new(page * PAGE, pages * PAGE).unwrap()
@@ -21,7 +21,7 @@ fn live(mapped: &Mapped) -> Vec<PageRange<Iova>> {
 }
 
 #[test]
-fn borders_lie_on_the_grid_and_stay_where_they_are() {
+fn mapping_borders_lie_on_the_grid_and_stay() {
     let mut mapped = mapped(&[(3, 30, 8)]);
     assert_eq!((mapped.objects(), mapped.bytes()), (5, 30 * PAGE));
     assert_eq!(mapped.whole(range(9, 1)), range(8, 8));
@@ -38,7 +38,7 @@ fn borders_lie_on_the_grid_and_stay_where_they_are() {
 }
 
 #[test]
-fn a_cut_leaves_two_and_a_gap_comes_along() {
+fn cut_leaves_two_mappings_and_includes_the_gap() {
     let mut mapped = mapped(&[(0, 16, 16), (20, 4, 16)]);
     let run = mapped.take(range(5, 2), RunState::Removing(JobId(2)));
     assert_eq!((run.bytes, run.objects), (2 * PAGE, 1));
@@ -78,7 +78,7 @@ impl Both {
         }
     }
 
-    /// What of `range` is in no run, taken.
+    /// Takes every part of `range` that is in no run.
     fn take(&mut self, range: PageRange<Iova>, state: RunState) {
         let runs: Vec<_> = self.plain.runs(range).map(|run| run.range).collect();
         for part in gaps(range, runs.into_iter()) {
@@ -115,7 +115,7 @@ impl Both {
 }
 
 #[test]
-fn answers_what_the_plain_one_answers() {
+fn mapped_table_agrees_with_a_plain_one() {
     let mut seed = 11u64;
     let mut random = |n: u64| {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -156,7 +156,7 @@ fn answers_what_the_plain_one_answers() {
 }
 
 #[test]
-fn a_terabyte_of_equal_mappings_is_next_to_nothing() {
+fn terabyte_of_equal_mappings_takes_almost_no_memory() {
     for bits in [0, 9, 14, 18, 27] {
         let store = Store::new(passgate_bindings::words::Words::anonymous(1 << 20).unwrap()).unwrap();
         let mut mapped = Mapped::in_store(&store, DomainId(1)).unwrap();
@@ -175,7 +175,7 @@ fn a_terabyte_of_equal_mappings_is_next_to_nothing() {
 }
 
 #[test]
-fn what_was_under_way_when_its_process_ended_is_in_doubt() {
+fn run_in_progress_at_process_end_reopens_as_suspect() {
     let store = Store::new(passgate_bindings::words::Words::anonymous(1 << 20).unwrap()).unwrap();
     let mut mapped = Mapped::in_store(&store, DomainId(1)).unwrap();
     mapped.insert(Run::filling(range(0, 1024), 512 * PAGE, JobId(1)));
@@ -197,7 +197,7 @@ fn what_was_under_way_when_its_process_ended_is_in_doubt() {
 
 /// Killed between the pages of a run and the page behind it, which begins a mapping from then on.
 #[test]
-fn what_a_run_has_cut_off_is_found_at_opening() {
+fn mapping_cut_off_by_a_run_is_found_at_opening() {
     let store = Store::new(passgate_bindings::words::Words::anonymous(1 << 20).unwrap()).unwrap();
     let mut mapped = Mapped::in_store(&store, DomainId(1)).unwrap();
     mapped.insert(Run::filling(range(0, 512), 512 * PAGE, JobId(1)));
@@ -209,7 +209,7 @@ fn what_a_run_has_cut_off_is_found_at_opening() {
 }
 
 #[test]
-fn in_a_full_store_what_cannot_be_told_apart_is_in_doubt() {
+fn full_store_puts_indistinct_mappings_in_doubt() {
     let small = passgate_bindings::words::Words::anonymous((32 << 10) + 3 * 2048).unwrap();
     let store = Store::new(small).unwrap();
     let mut mapped = Mapped::in_store(&store, DomainId(1)).unwrap();

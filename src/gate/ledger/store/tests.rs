@@ -1,4 +1,4 @@
-//! What a store's memory may hold, and what it may lose: nothing.
+//! A store's memory may contain anything and be cut off at any time: nothing is lost, nothing leads outside.
 
 mod corrupt;
 pub(in crate::gate::ledger) mod cut;
@@ -17,13 +17,13 @@ fn memfd(bytes: u64) -> Store {
     Store::new(Words::memfd("ledger", bytes).unwrap()).unwrap()
 }
 
-/// What another process would find.
+/// The store as another process would find it.
 fn again(store: &Store) -> Result<Store, OpenError> {
     Store::open(Words::from_fd(store.words().fd().unwrap().try_clone_to_owned().unwrap()).unwrap())
 }
 
 #[test]
-fn tables_are_zero_side_by_side_and_found_again() {
+fn tables_are_zeroed_and_found_again() {
     let store = memfd(1 << 20);
     let room = store.room();
     let one = store.reserve(key(1), 100).unwrap();
@@ -48,7 +48,7 @@ fn tables_are_zero_side_by_side_and_found_again() {
 }
 
 #[test]
-fn a_store_has_a_header_and_a_last_root() {
+fn store_has_a_header_and_a_last_root() {
     let small = Words::anonymous((32 << 10) - 8).unwrap();
     assert_eq!(Store::new(small).unwrap_err(), Full { bytes: (32 << 10) - 8 });
     let store = memfd(32 << 10);

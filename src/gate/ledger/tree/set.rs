@@ -1,5 +1,4 @@
-//! Setting pages of a tree: what is new is filled before anything leads to it, what is no longer wanted is unlinked
-//! before it is given back.
+//! Setting pages of a tree: a new node is filled before it is linked, and an old one unlinked before it is freed.
 
 use std::ops::Range;
 
@@ -10,30 +9,30 @@ use crate::gate::ledger::fill::{Fill, UNIFORM};
 use crate::gate::ledger::leaf::{self, Leaf};
 use crate::gate::ledger::store::Store;
 
-/// An entry, and what it stands for.
+/// An entry and its position.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub(super) entry: u32,
     pub(super) height: u32,
-    /// Its first page.
+    /// The first page below it.
     pub(super) first: u64,
-    /// The node that it is in.
+    /// The unit of the node that it is in.
     pub(super) parent: u32,
 }
 
-/// What pages are set to.
+/// The setting of pages to a fill.
 pub(super) struct Setting<'a> {
     pub(super) store: &'a Store,
-    /// The tree's pages by value.
+    /// The numbers of the tree's pages by value.
     pub(super) totals: &'a mut [u64; 4],
     pub(super) to: Fill,
-    /// What they and their neighbours become where there is no room to tell them apart.
+    /// The value of the pages and their neighbours where there is no room to distinguish them.
     pub(super) coarse: Option<u8>,
-    /// Whether that happened.
+    /// Set once there was no room.
     pub(super) short: Option<Full>,
 }
 
-/// A page was `old` and is `new`.
+/// Counts a page that was `old` and is `new`.
 #[inline]
 pub(super) fn move_page(totals: &mut [u64; 4], old: u8, new: u8) {
     let [old, new] = [old, new].map(|value| usize::from(value & 3));
@@ -42,7 +41,7 @@ pub(super) fn move_page(totals: &mut [u64; 4], old: u8, new: u8) {
 }
 
 impl Setting<'_> {
-    /// Sets `pages`, which lie below `at`; what its entry is to be then.
+    /// Sets `pages`, which lie below `at`. Returns the new entry.
     pub(super) fn set(&mut self, at: Place, pages: Range<u64>) -> Result<u32, Full> {
         let same = self.to.below(at.first, bits(at.height));
         if at.entry == same.entry() {
@@ -71,7 +70,7 @@ impl Setting<'_> {
         let before = *self.totals;
         let folded = self.set_below(Place { entry: unit, ..at }, pages);
         if made.is_some() && folded.is_err() {
-            // Nothing led to the new node yet: nothing of it has happened.
+            // The new node was not linked yet: nothing has changed.
             self.store.free(unit, at.height, 0);
             *self.totals = before;
         }
@@ -82,7 +81,7 @@ impl Setting<'_> {
         Ok(fill.map_or(unit, Fill::entry))
     }
 
-    /// Sets `pages` below the node `at`; whether an entry of it says now what all pages below it are.
+    /// Sets `pages` below the node `at`. Returns true if an entry of it is a fill now.
     fn set_below(&mut self, at: Place, pages: Range<u64>) -> Result<bool, Full> {
         let (span, mut folded) = (span(at.height - 1), false);
         for index in (pages.start - at.first) / span..=(pages.end - 1 - at.first) / span {
@@ -102,7 +101,7 @@ impl Setting<'_> {
         Ok(folded)
     }
 
-    /// Sets `pages` of a leaf whose first page is `first`; what all of it is now, where one fill says it.
+    /// Sets `pages` of a leaf whose first page is `first`. Returns the fill that equals the leaf now; none where no fill does.
     fn set_leaf(&mut self, unit: u32, first: u64, pages: Range<u64>) -> Option<Fill> {
         let leaf = Leaf(self.store.words_at(unit, LEAF_WORDS).try_into().ok()?);
         let within = pages.start - first..pages.end - first;
@@ -113,7 +112,7 @@ impl Setting<'_> {
         leaf.fill()
     }
 
-    /// All pages below `at` become `fill`; its entry then.
+    /// Sets all pages below `at` to `fill`. Returns the new entry.
     fn fold(&mut self, at: Place, fill: Fill) -> u32 {
         let mut old = [0; 4];
         self.tally(at, &mut old);
@@ -121,7 +120,7 @@ impl Setting<'_> {
         fill.entry()
     }
 
-    /// `pages` were as many of each value as `old` says, and are filled now.
+    /// Counts `pages`, of which there were `old` of each value, and which are filled now.
     fn count(&mut self, old: [u64; 4], fill: Fill, pages: Range<u64>) {
         for (value, (total, old)) in (0..).zip(self.totals.iter_mut().zip(old)) {
             *total = total.wrapping_sub(old).wrapping_add(fill.count(pages.clone(), value));

@@ -19,7 +19,7 @@ fn chance(seed: u64) -> impl FnMut(u64) -> u64 {
 
 /// Everything that a tree can be asked, against a plain vector, over borders of words, leaves and nodes.
 #[test]
-fn agrees_with_a_vector() {
+fn tree_agrees_with_a_vector() {
     let pages = GIANT + 3 * leaf::PAGES;
     let mut plain = vec![0u8; pages as usize];
     let store = store(1 << 24);
@@ -92,7 +92,7 @@ fn check(spans: &[(Range<u64>, u8)], plain: &[u8], base: u64) {
 }
 
 #[test]
-fn folds_back_to_nothing_and_gives_everything_back() {
+fn tree_folds_back_to_nothing_and_frees_all_memory() {
     let store = store(1 << 26);
     let room = store.room();
     let mut tree = Tree::new(&store, KEY).unwrap();
@@ -117,7 +117,7 @@ fn folds_back_to_nothing_and_gives_everything_back() {
 
 /// Whatever the order in which leaves came and went before.
 #[test]
-fn never_takes_more_than_its_worst() {
+fn tree_never_takes_more_than_its_worst_case() {
     let pages = 1 << 21;
     let store = store(1 << 26);
     let room = store.room();
@@ -147,7 +147,7 @@ fn never_takes_more_than_its_worst() {
 }
 
 #[test]
-fn a_full_store_is_an_error_or_coarser_never_wrong() {
+fn full_store_is_an_error_or_coarser_never_wrong() {
     let store = store((32 << 10) + 8 * 2048);
     let mut tree = Tree::new(&store, KEY).unwrap();
     tree.set(0..GIANT, 3).unwrap();

@@ -1,4 +1,4 @@
-//! Finding pages in a tree.
+//! The walk over the pages of a tree.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
@@ -9,37 +9,37 @@ use crate::gate::ledger::fill::Fill;
 use crate::gate::ledger::leaf::Leaf;
 use crate::gate::ledger::store::Store;
 
-/// Pages below one entry at `height`, as a power of two: 0 is a leaf's.
+/// Returns the number of pages below one entry at `height`, as a power of two; height 0 is a leaf's.
 pub(in crate::gate::ledger) const fn bits(height: u32) -> u32 {
     9 * (height + 1)
 }
 
-/// Pages below one entry at `height`.
+/// Returns the number of pages below one entry at `height`.
 pub(in crate::gate::ledger) const fn span(height: u32) -> u64 {
     1 << bits(height)
 }
 
-/// The pages around one that were found together.
+/// Neighbouring pages that were found together.
 pub(in crate::gate::ledger) struct Found<'a> {
-    /// Which.
+    /// The pages.
     pub(in crate::gate::ledger) pages: Range<u64>,
-    /// What they are.
+    /// Their values.
     pub(in crate::gate::ledger) values: Values<'a>,
 }
 
-/// What pages found together are.
+/// The values of pages that were found together.
 pub(in crate::gate::ledger) enum Values<'a> {
-    /// One fill says it.
+    /// A fill.
     All(Fill),
-    /// Told apart.
+    /// A leaf with the value of each page.
     Each(Leaf<'a>),
 }
 
-/// A look from page to page: what lies in the same node as the last one is found without coming from the root.
+/// A walk from page to page: a page in the same node as the last one is found without a descent from the root.
 pub(in crate::gate::ledger) struct Walk<'a> {
     store: &'a Store,
     root: usize,
-    /// The last node above leaves, and its first page.
+    /// The last node above leaves, with its first page.
     node: Option<(&'a [AtomicU64; BLOCK_WORDS], u64)>,
 }
 
@@ -48,7 +48,7 @@ impl<'a> Walk<'a> {
         Self { store, root, node: None }
     }
 
-    /// What is known of `page` and those around it. A unit that leads nowhere is none of ours: its pages are 0.
+    /// Returns `page` and the pages that are found with it. Pages below a unit outside the memory are 0.
     #[inline]
     pub(in crate::gate::ledger) fn find(&mut self, page: u64) -> Found<'a> {
         match self.node {
@@ -57,7 +57,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// As [`Walk::find`], and on over those behind that are the same.
+    /// As [`Walk::find`], with the pages behind that have the same entry.
     #[inline]
     pub(in crate::gate::ledger) fn find_on(&mut self, page: u64) -> Found<'a> {
         let mut found = self.find(page);
@@ -71,7 +71,7 @@ impl<'a> Walk<'a> {
         found
     }
 
-    /// As [`Walk::find`], and back over those before that are the same.
+    /// As [`Walk::find`], with the pages before that have the same entry.
     pub(in crate::gate::ledger) fn find_back(&mut self, page: u64) -> Found<'a> {
         let mut found = self.find(page);
         if let Some((node, entry)) = self.same(&found) {
@@ -84,7 +84,7 @@ impl<'a> Walk<'a> {
         found
     }
 
-    /// The node that `found` is an entry of, and the entry, where others beside it may say the same.
+    /// Returns the node and the entry of `found`, where entries beside it may be the same.
     fn same(&self, found: &Found<'a>) -> Option<(&'a [AtomicU64; BLOCK_WORDS], u32)> {
         match found.values {
             Values::All(fill) if found.pages.end - found.pages.start == span(0) => {

@@ -1,13 +1,13 @@
-//! What the simulated controller does for its commands (NVM Express base specification 2.0, 5; NVM command set
-//! specification 1.0, 3). Written from the specification, not from the driver's encoding.
+//! Execution of commands by the simulated controller (NVMe Base 2.0, 5; NVM Command Set 1.0, 3.2). Written from the
+//! specifications and independent of the driver's encoding, so that an error in one is found by the other.
 
 use std::ops::Range;
 
 use passgate_bindings::{Iova, PAGE};
 
 use super::Core;
-use super::life::Machine;
-use super::queues::{Completions, Submission};
+use super::queues::{CompletionQueue, SubmissionQueue};
+use super::state::State;
 use crate::device::Device;
 
 /// Opcodes.
@@ -34,11 +34,11 @@ pub mod opcode {
     pub const READ: u8 = 0x02;
     /// Write Zeroes.
     pub const WRITE_ZEROES: u8 = 0x08;
-    /// Dataset Management; [`super::super::When::over`] does not know its blocks.
+    /// Dataset Management. [`super::super::When::over`] does not select it, since its blocks are in memory.
     pub const DATASET_MANAGEMENT: u8 = 0x09;
 }
 
-/// Status codes, with their type in the bits above the code (3.3.3.2.1).
+/// Status codes, with the Status Code Type above bit 7 (NVMe Base 2.0, 3.3.3.2.1).
 pub(super) mod status {
     pub(in super::super) const INVALID_OPCODE: u16 = 0x01;
     pub(in super::super) const INVALID_FIELD: u16 = 0x02;
@@ -62,14 +62,14 @@ pub(super) mod status {
     pub(in super::super) const INVALID_DELETION: u16 = 0x10c;
 }
 
-/// A command as it was read from a queue.
+/// A submission queue entry, as fetched.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Told {
+pub(super) struct SimCommand {
     pub(super) queue: u16,
     pub(super) words: [u64; 8],
 }
 
-/// How a command went.
+/// The result of a command.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Outcome {
     pub(super) status: u16,
@@ -83,12 +83,12 @@ impl Outcome {
     }
 }
 
-impl Told {
+impl SimCommand {
     pub(super) fn opcode(&self) -> u8 {
         self.words[0] as u8
     }
 
-    pub(super) fn id(&self) -> u16 {
+    pub(super) fn cid(&self) -> u16 {
         (self.words[0] >> 16) as u16
     }
 
@@ -100,17 +100,17 @@ impl Told {
         self.words[0] >> 14 & 3 != 0
     }
 
-    /// The data pointer.
+    /// Returns the data pointer.
     pub(super) fn pointer(&self) -> (u64, u64) {
         (self.words[3], self.words[4])
     }
 
-    /// A dword, from 10 to 15.
+    /// Returns a command dword, 10 to 15.
     fn dword(&self, nth: usize) -> u32 {
         (self.words[nth / 2] >> (nth % 2 * 32)) as u32
     }
 
-    /// The blocks that it is about, where it says so itself.
+    /// Returns the blocks of the command, if they are in the entry itself.
     pub(super) fn blocks(&self) -> Range<u64> {
         let has = matches!(self.opcode(), opcode::READ | opcode::WRITE | opcode::WRITE_ZEROES);
         if self.queue == 0 || !has {
@@ -122,61 +122,62 @@ impl Told {
 }
 
 impl Core {
-    /// Does a command.
-    pub(super) fn execute(&self, machine: &mut Machine, told: &Told) -> Outcome {
-        let result = if told.queue == 0 { self.admin(machine, told) } else { self.io(told).map(|()| 0) };
+    /// Executes a command.
+    pub(super) fn execute(&self, state: &mut State, command: &SimCommand) -> Outcome {
+        let result =
+            if command.queue == 0 { self.admin(state, command) } else { self.io(command).map(|()| 0) };
         match result {
             Ok(result) => Outcome { status: 0, result },
             Err(status) => Outcome::failed(status),
         }
     }
 
-    fn io(&self, told: &Told) -> Result<(), u16> {
+    fn io(&self, command: &SimCommand) -> Result<(), u16> {
         let options = &self.options;
-        let broadcast = told.opcode() == opcode::FLUSH && told.namespace() == u32::MAX;
-        if told.namespace() != 1 && !broadcast {
+        let broadcast = command.opcode() == opcode::FLUSH && command.namespace() == u32::MAX;
+        if command.namespace() != 1 && !broadcast {
             return Err(status::INVALID_NAMESPACE);
         }
-        let (blocks, block) = (told.blocks(), u64::from(options.block));
+        let (blocks, block) = (command.blocks(), u64::from(options.block));
         let (count, bytes) = (blocks.end - blocks.start, (blocks.end - blocks.start) * block);
         if blocks.end > options.blocks {
             return Err(status::OUT_OF_RANGE);
         }
         let writes =
-            matches!(told.opcode(), opcode::WRITE | opcode::WRITE_ZEROES | opcode::DATASET_MANAGEMENT);
+            matches!(command.opcode(), opcode::WRITE | opcode::WRITE_ZEROES | opcode::DATASET_MANAGEMENT);
         if writes && options.read_only {
             return Err(status::WRITE_PROTECTED);
         }
-        let most = if options.mdts > 0 { PAGE << options.mdts } else { u64::MAX };
-        match told.opcode() {
+        let max = if options.mdts > 0 { PAGE << options.mdts } else { u64::MAX };
+        match command.opcode() {
             opcode::FLUSH => self.medium.flush(),
-            opcode::READ | opcode::WRITE if bytes > most => return Err(status::INVALID_FIELD),
+            opcode::READ | opcode::WRITE if bytes > max => return Err(status::INVALID_FIELD),
             opcode::READ => {
                 let found = self.medium.read(blocks.start, count);
-                self.give(told, &found)?;
+                self.write_data(command, &found)?;
             }
             opcode::WRITE => {
-                let through = told.dword(12) & 1 << 30 != 0;
-                let got = self.get(told, bytes)?;
-                self.medium.put(blocks.start, &got, through);
+                let fua = command.dword(12) & 1 << 30 != 0;
+                let got = self.read_data(command, bytes)?;
+                self.medium.write_blocks(blocks.start, &got, fua);
             }
-            opcode::WRITE_ZEROES if options.zeroes > 0 && bytes > PAGE << options.zeroes => {
+            opcode::WRITE_ZEROES if options.wzsl > 0 && bytes > PAGE << options.wzsl => {
                 return Err(status::INVALID_FIELD);
             }
             opcode::WRITE_ZEROES if options.write_zeroes => {
-                let give_up = told.dword(12) & 1 << 25 != 0;
-                let through = told.dword(12) & 1 << 30 != 0;
-                self.medium.clear(blocks.start, count, give_up, through);
+                let deallocate = command.dword(12) & 1 << 25 != 0;
+                let fua = command.dword(12) & 1 << 30 != 0;
+                self.medium.zero(blocks.start, count, deallocate, fua);
             }
-            opcode::DATASET_MANAGEMENT if options.discard => self.manage(told)?,
+            opcode::DATASET_MANAGEMENT if options.discard => self.dataset_management(command)?,
             _ => return Err(status::INVALID_OPCODE),
         }
         Ok(())
     }
 
-    /// Dataset Management: ranges of 16 bytes, each with its length at 4 and its first block at 8.
-    fn manage(&self, told: &Told) -> Result<(), u16> {
-        let ranges = self.get(told, (u64::from(told.dword(10) & 0xff) + 1) * 16)?;
+    /// Dataset Management: ranges of 16 bytes, each with the length at byte 4 and the first block at byte 8.
+    fn dataset_management(&self, command: &SimCommand) -> Result<(), u16> {
+        let ranges = self.read_data(command, (u64::from(command.dword(10) & 0xff) + 1) * 16)?;
         let word = |at: usize| {
             let bytes = ranges.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
             bytes.map_or(0, u64::from_le_bytes)
@@ -186,121 +187,122 @@ impl Core {
         if !ranges.iter().all(fits) {
             return Err(status::OUT_OF_RANGE);
         }
-        let most = u64::from(self.options.range);
-        if most > 0 && ranges.iter().any(|(_, count)| *count > most) {
+        let max = u64::from(self.options.dmrsl);
+        if max > 0 && ranges.iter().any(|(_, count)| *count > max) {
             return Err(status::INVALID_FIELD);
         }
-        if told.dword(11) & 1 << 2 != 0 {
-            ranges.into_iter().for_each(|(first, count)| self.medium.clear(first, count, true, false));
+        if command.dword(11) & 1 << 2 != 0 {
+            ranges.into_iter().for_each(|(first, count)| self.medium.zero(first, count, true, false));
         }
         Ok(())
     }
 
-    fn admin(&self, machine: &mut Machine, told: &Told) -> Result<u32, u16> {
-        let (ten, eleven) = (told.dword(10), told.dword(11));
-        let (id, size) = (ten as u16, (ten >> 16) + 1);
-        let is_new = |there: bool| if there || id == 0 { Err(status::INVALID_QUEUE) } else { Ok(()) };
-        match told.opcode() {
+    fn admin(&self, state: &mut State, command: &SimCommand) -> Result<u32, u16> {
+        let (cdw10, cdw11) = (command.dword(10), command.dword(11));
+        let (qid, size) = (cdw10 as u16, (cdw10 >> 16) + 1);
+        let is_new = |there: bool| if there || qid == 0 { Err(status::INVALID_QUEUE) } else { Ok(()) };
+        match command.opcode() {
             opcode::IDENTIFY => {
-                let said = match ten & 0xff {
-                    0 if told.namespace() == 1 => self.namespace(),
+                let data = match cdw10 & 0xff {
+                    0 if command.namespace() == 1 => self.identify_namespace(),
                     0 => return Err(status::INVALID_NAMESPACE),
-                    1 => self.controller(),
-                    3 if self.options.descriptors && told.namespace() == 1 => self.descriptors(),
-                    6 if self.options.zeroes > 0 || self.options.range > 0 => self.command_set(),
+                    1 => self.identify_controller(),
+                    3 if self.options.descriptors && command.namespace() == 1 => self.identify_descriptors(),
+                    6 if self.options.wzsl > 0 || self.options.dmrsl > 0 => self.identify_command_set(),
                     _ => return Err(status::INVALID_FIELD),
                 };
-                self.give(told, &said)?;
+                self.write_data(command, &data)?;
             }
-            opcode::SET_FEATURES if ten & 0xff == 7 => {
-                if machine.submissions.len() + machine.completions.len() > 2 {
+            opcode::SET_FEATURES if cdw10 & 0xff == 7 => {
+                if state.submissions.len() + state.completions.len() > 2 {
                     return Err(status::SEQUENCE);
                 }
-                let wanted = (eleven & 0xffff).min(eleven >> 16) + 1;
-                machine.granted = (wanted.min(u32::from(u16::MAX)) as u16).min(self.options.queues).max(1);
-                let most = u32::from(machine.granted) - 1;
-                return Ok(most | most << 16);
+                let wanted = (cdw11 & 0xffff).min(cdw11 >> 16) + 1;
+                state.granted = (wanted.min(u32::from(u16::MAX)) as u16).min(self.options.queues).max(1);
+                let max = u32::from(state.granted) - 1;
+                return Ok(max | max << 16);
             }
             opcode::SET_FEATURES => return Err(status::INVALID_FIELD),
-            opcode::CREATE_CQ | opcode::CREATE_SQ if id > machine.granted => {
-                machine.complain(format!("queue {id} is created where {} are granted", machine.granted));
+            opcode::CREATE_CQ | opcode::CREATE_SQ if qid > state.granted => {
+                state.record_violation(format!("queue {qid} is created where {} are granted", state.granted));
                 return Err(status::INVALID_QUEUE);
             }
             opcode::CREATE_CQ | opcode::CREATE_SQ if size < 2 || size > u32::from(self.options.entries) => {
                 return Err(status::INVALID_SIZE);
             }
             opcode::CREATE_CQ | opcode::CREATE_SQ
-                if eleven & 1 == 0 || !told.pointer().0.is_multiple_of(PAGE) =>
+                if cdw11 & 1 == 0 || !command.pointer().0.is_multiple_of(PAGE) =>
             {
                 return Err(status::INVALID_FIELD);
             }
             opcode::CREATE_CQ => {
-                is_new(machine.completions.contains_key(&id))?;
-                let vector = (eleven & 2 != 0).then_some((eleven >> 16) as u16);
+                is_new(state.completions.contains_key(&qid))?;
+                let vector = (cdw11 & 2 != 0).then_some((cdw11 >> 16) as u16);
                 if vector.is_some_and(|vector| u32::from(vector) >= self.options.vectors) {
                     return Err(status::INVALID_VECTOR);
                 }
-                machine.completions.insert(id, Completions::new(told.pointer().0, size, vector));
+                state.completions.insert(qid, CompletionQueue::new(command.pointer().0, size, vector));
             }
             opcode::CREATE_SQ => {
-                is_new(machine.submissions.contains_key(&id))?;
-                let to = (eleven >> 16) as u16;
-                if to == 0 || !machine.completions.contains_key(&to) {
+                is_new(state.submissions.contains_key(&qid))?;
+                let cqid = (cdw11 >> 16) as u16;
+                if cqid == 0 || !state.completions.contains_key(&cqid) {
                     return Err(status::NO_COMPLETION_QUEUE);
                 }
-                machine.submissions.insert(id, Submission::new(told.pointer().0, size, to));
+                state.submissions.insert(qid, SubmissionQueue::new(command.pointer().0, size, cqid));
             }
-            opcode::DELETE_SQ if id == 0 || !machine.submissions.contains_key(&id) => {
+            opcode::DELETE_SQ if qid == 0 || !state.submissions.contains_key(&qid) => {
                 return Err(status::INVALID_QUEUE);
             }
             opcode::DELETE_SQ => {
-                end(machine, |of| of.queue == id, status::QUEUE_DELETED);
-                machine.submissions.remove(&id);
+                complete_pending(state, |of| of.queue == qid, status::QUEUE_DELETED);
+                state.submissions.remove(&qid);
             }
-            opcode::DELETE_CQ if id == 0 || !machine.completions.contains_key(&id) => {
+            opcode::DELETE_CQ if qid == 0 || !state.completions.contains_key(&qid) => {
                 return Err(status::INVALID_QUEUE);
             }
             opcode::DELETE_CQ => {
-                if machine.submissions.values().any(|submission| submission.to == id) {
+                if state.submissions.values().any(|submission| submission.cqid == qid) {
                     return Err(status::INVALID_DELETION);
                 }
-                machine.completions.remove(&id);
+                state.completions.remove(&qid);
             }
             opcode::ABORT => {
-                let which = (ten >> 16) as u16;
-                let is_it = |of: &Told| of.queue == id && of.id() == which;
-                let ended = !machine.rules.deaf_to_aborts && end(machine, is_it, status::ABORT_REQUESTED) > 0;
-                return Ok(u32::from(!ended));
+                let cid = (cdw10 >> 16) as u16;
+                let is_it = |of: &SimCommand| of.queue == qid && of.cid() == cid;
+                let ended = !state.faults.ignore_aborts
+                    && complete_pending(state, is_it, status::ABORT_REQUESTED) > 0;
+                return Ok(u32::from(!ended)); // bit 0: the command was not aborted
             }
             _ => return Err(status::INVALID_OPCODE),
         }
         Ok(0)
     }
 
-    /// Moves bytes to the memory of a command.
-    fn give(&self, told: &Told, mut bytes: &[u8]) -> Result<(), u16> {
-        for (at, len) in self.spans(told, bytes.len() as u64)? {
+    /// Writes bytes to the memory of a command.
+    fn write_data(&self, command: &SimCommand, mut bytes: &[u8]) -> Result<(), u16> {
+        for (at, len) in self.spans(command, bytes.len() as u64)? {
             let (now, rest) = bytes.split_at(len as usize);
-            self.port.dma_write(Iova(at), now).map_err(|_| self.faulted())?;
+            self.port.dma_write(Iova(at), now).map_err(|_| self.count_fault())?;
             bytes = rest;
         }
         Ok(())
     }
 
-    /// Fetches bytes from the memory of a command.
-    fn get(&self, told: &Told, bytes: u64) -> Result<Vec<u8>, u16> {
+    /// Reads bytes from the memory of a command.
+    fn read_data(&self, command: &SimCommand, bytes: u64) -> Result<Vec<u8>, u16> {
         let mut got = Vec::with_capacity(bytes as usize);
-        for (at, len) in self.spans(told, bytes)? {
-            got.extend(self.port.dma_read(Iova(at), len as usize).map_err(|_| self.faulted())?);
+        for (at, len) in self.spans(command, bytes)? {
+            got.extend(self.port.dma_read(Iova(at), len as usize).map_err(|_| self.count_fault())?);
         }
         Ok(got)
     }
 
-    /// Identify Controller (5.17.2.1).
-    fn controller(&self) -> Vec<u8> {
+    /// Returns the Identify Controller data (NVMe Base 2.0, 5.17.2.1).
+    fn identify_controller(&self) -> Vec<u8> {
         let options = &self.options;
-        let mut said = vec![0; PAGE as usize];
-        let mut put = |at: usize, bytes: &[u8]| said[at..at + bytes.len()].copy_from_slice(bytes);
+        let mut data = vec![0; PAGE as usize];
+        let mut put = |at: usize, bytes: &[u8]| data[at..at + bytes.len()].copy_from_slice(bytes);
         let padded = |text: &str, len: usize| format!("{text:<len$.len$}").into_bytes();
         put(4, &padded(&options.serial, 20));
         put(24, &padded(&options.model, 40));
@@ -313,43 +315,43 @@ impl Core {
         put(520, &optional.to_le_bytes());
         put(525, &[u8::from(options.volatile_cache)]);
         put(536, &u32::from(options.sgl & 3).to_le_bytes());
-        said
+        data
     }
 
-    /// Namespace Identification Descriptor list (5.17.2.3): a UUID, and the command set.
-    fn descriptors(&self) -> Vec<u8> {
-        let mut said = vec![0; PAGE as usize];
-        (said[0], said[1]) = (3, 16);
-        said[4..20].fill(0x77);
-        (said[20], said[21], said[24]) = (4, 1, self.options.command_set);
-        said
+    /// Returns the Namespace Identification Descriptor list (NVMe Base 2.0, 5.17.2.3): a UUID and the command set.
+    fn identify_descriptors(&self) -> Vec<u8> {
+        let mut data = vec![0; PAGE as usize];
+        (data[0], data[1]) = (3, 16);
+        data[4..20].fill(0x77);
+        (data[20], data[21], data[24]) = (4, 1, self.options.command_set);
+        data
     }
 
-    /// I/O Command Set specific Identify Controller (NVM command set specification 1.0, 4.1.5.2).
-    fn command_set(&self) -> Vec<u8> {
-        let mut said = vec![0; PAGE as usize];
-        said[1] = self.options.zeroes;
-        said[4..8].copy_from_slice(&self.options.range.to_le_bytes());
-        said
+    /// Returns the I/O Command Set specific Identify Controller data (NVM Command Set 1.0, 4.1.5).
+    fn identify_command_set(&self) -> Vec<u8> {
+        let mut data = vec![0; PAGE as usize];
+        data[1] = self.options.wzsl;
+        data[4..8].copy_from_slice(&self.options.dmrsl.to_le_bytes());
+        data
     }
 
-    /// Identify Namespace (NVM command set specification 1.0, 4.1.5.1).
-    fn namespace(&self) -> Vec<u8> {
-        let mut said = vec![0; PAGE as usize];
+    /// Returns the Identify Namespace data (NVM Command Set 1.0, 4.1.5).
+    fn identify_namespace(&self) -> Vec<u8> {
+        let mut data = vec![0; PAGE as usize];
         for at in [0, 8, 16] {
-            said[at..at + 8].copy_from_slice(&self.options.blocks.to_le_bytes());
+            data[at..at + 8].copy_from_slice(&self.options.blocks.to_le_bytes());
         }
-        said[99] = u8::from(self.options.read_only);
-        said[130] = self.options.block.trailing_zeros() as u8;
-        said
+        data[99] = u8::from(self.options.read_only);
+        data[130] = self.options.block.trailing_zeros() as u8;
+        data
     }
 }
 
-/// Ends what is held of these commands; how many there were.
-fn end(machine: &mut Machine, which: impl Fn(&Told) -> bool, status: u16) -> usize {
-    let ended: Vec<_> = machine.pending.extract_if(.., |pending| which(&pending.told)).collect();
+/// Completes the stalled commands that `which` selects, with `status`. Returns their number.
+fn complete_pending(state: &mut State, which: impl Fn(&SimCommand) -> bool, status: u16) -> usize {
+    let ended: Vec<_> = state.pending.extract_if(.., |pending| which(&pending.command)).collect();
     for pending in &ended {
-        machine.complete(pending.told.queue, pending.told.id(), Outcome::failed(status));
+        state.complete(pending.command.queue, pending.command.cid(), Outcome::failed(status));
     }
     ended.len()
 }

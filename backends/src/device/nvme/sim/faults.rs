@@ -1,10 +1,10 @@
-//! What goes wrong with a simulated controller, and with which commands.
+//! The faults that can be injected into a simulated controller, and the selection of commands for them.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
-/// Picks commands.
+/// A selection of commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct When {
     admin: bool,
@@ -16,47 +16,47 @@ pub struct When {
 }
 
 impl When {
-    /// The next command of an I/O queue.
+    /// Selects the next command of an I/O queue.
     pub fn any() -> Self {
         Self { admin: false, opcode: None, queue: None, blocks: None, skip: 0, times: 1 }
     }
 
-    /// The next command of an I/O queue with this opcode ([`super::opcode`]).
+    /// Selects the next command of an I/O queue with this opcode ([`super::opcode`]).
     pub fn io(opcode: u8) -> Self {
         Self { opcode: Some(opcode), ..Self::any() }
     }
 
-    /// The next admin command with this opcode.
+    /// Selects the next admin command with this opcode.
     pub fn admin(opcode: u8) -> Self {
         Self { admin: true, ..Self::io(opcode) }
     }
 
-    /// Only of this submission queue.
+    /// Restricts the selection to this submission queue.
     pub fn on(self, queue: u16) -> Self {
         Self { queue: Some(queue), ..self }
     }
 
-    /// Only those that touch one of these blocks.
+    /// Restricts the selection to commands with one of these blocks.
     pub fn over(self, blocks: Range<u64>) -> Self {
         Self { blocks: Some(blocks), ..self }
     }
 
-    /// Not the next but the `nth` that fits, from 1 on.
+    /// Skips commands: the first that is selected is the `nth`, from 1 on.
     pub fn nth(self, nth: u64) -> Self {
         Self { skip: nth.saturating_sub(1), ..self }
     }
 
-    /// So many of them in a row.
+    /// Selects this number of commands in a row.
     pub fn times(self, times: u64) -> Self {
         Self { times, ..self }
     }
 
-    /// All of them.
+    /// Selects all commands.
     pub fn always(self) -> Self {
         self.times(u64::MAX)
     }
 
-    fn fits(&self, queue: u16, opcode: u8, blocks: &Range<u64>) -> bool {
+    fn selects(&self, queue: u16, opcode: u8, blocks: &Range<u64>) -> bool {
         let touches = |of: &Range<u64>| of.start < blocks.end && blocks.start < of.end;
         self.times > 0
             && self.admin == (queue == 0)
@@ -66,69 +66,69 @@ impl When {
     }
 }
 
-/// What becomes of a command.
+/// The effect of a fault on a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Does {
-    /// It was taken, but none of its data moves until [`super::Simulated::release`], an abort or a reset.
+    /// The command stalls before its data moves, until [`super::Simulated::release`], an abort or a reset.
     HoldData,
-    /// Its data has moved, but it does not complete until then.
+    /// The command stalls after its data has moved, until the same.
     HoldCompletion,
-    /// As [`Does::HoldData`], for so long.
+    /// As [`Does::HoldData`], for this time.
     DelayData(Duration),
-    /// As [`Does::HoldCompletion`], for so long.
+    /// As [`Does::HoldCompletion`], for this time.
     DelayCompletion(Duration),
-    /// It completes with this status code and type, and nothing else is done.
+    /// The command completes with this Status Code Type and Status Code, and is not executed.
     Status(u16),
-    /// It completes twice.
-    Twice,
-    /// It completes, and once more when it is released.
-    Again,
-    /// It is done, but another identifier is completed instead of its own.
-    Foreign(u16),
-    /// The controller reports a fatal error instead (CSTS.CFS).
+    /// The command is executed, and completes twice at once.
+    CompleteTwice,
+    /// The command is executed and completes; the same completion is posted again on [`super::Simulated::release`].
+    CompleteAgainLate,
+    /// The command is executed, but the completion has this CID.
+    CompleteWrongCid(u16),
+    /// The controller reports a fatal error (CSTS.CFS); the command is not executed.
     Fatal,
-    /// The controller is pulled out.
-    Vanish,
+    /// The controller is removed.
+    Unplug,
 }
 
-/// How a change of CC.EN goes.
+/// The outcome of a change of CC.EN: when CSTS.RDY follows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
-    /// At once.
-    Prompt,
-    /// After so long.
+pub enum ReadyChange {
+    /// Immediately.
+    Immediate,
+    /// After this time.
     After(Duration),
-    /// Not at all, until it is tried again.
+    /// Not before CC.EN is changed again.
     Never,
-    /// Not at all, with CSTS.CFS.
+    /// Not at all; CSTS.CFS is set.
     Fatal,
 }
 
 /// The faults that are set.
 #[derive(Debug, Default)]
-pub(super) struct Rules {
+pub(super) struct FaultRules {
     rules: Vec<(When, Does)>,
-    pub(super) enables: VecDeque<Turn>,
-    pub(super) disables: VecDeque<Turn>,
-    pub(super) deaf_to_aborts: bool,
-    pub(super) mute: bool,
+    pub(super) enables: VecDeque<ReadyChange>,
+    pub(super) disables: VecDeque<ReadyChange>,
+    pub(super) ignore_aborts: bool,
+    pub(super) suppress_interrupts: bool,
 }
 
-impl Rules {
-    pub(super) fn add(&mut self, when: When, does: Does) {
-        self.rules.push((when, does));
+impl FaultRules {
+    pub(super) fn add(&mut self, when: When, action: Does) {
+        self.rules.push((when, action));
     }
 
-    /// What becomes of a command that was just taken.
-    pub(super) fn meets(&mut self, queue: u16, opcode: u8, blocks: &Range<u64>) -> Option<Does> {
+    /// Returns the fault for a command that was just fetched, and counts it.
+    pub(super) fn next_fault(&mut self, queue: u16, opcode: u8, blocks: &Range<u64>) -> Option<Does> {
         self.rules.retain(|(when, _)| when.times > 0);
-        for (when, does) in self.rules.iter_mut().filter(|(when, _)| when.fits(queue, opcode, blocks)) {
+        for (when, action) in self.rules.iter_mut().filter(|(when, _)| when.selects(queue, opcode, blocks)) {
             if when.skip > 0 {
                 when.skip -= 1;
                 continue;
             }
             when.times = when.times.saturating_sub(u64::from(when.times != u64::MAX));
-            return Some(*does);
+            return Some(*action);
         }
         None
     }

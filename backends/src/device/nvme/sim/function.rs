@@ -1,4 +1,4 @@
-//! The simulated controller as a device: what fences do to it.
+//! The simulated controller as a device: the effect of fences on it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::Core;
 use crate::Result;
 use crate::device::{Device, FenceStep, Guard, Nature, StopClass};
 
-/// A PCI function with a controller in it.
+/// The PCI function of a simulated controller.
 #[derive(Debug)]
 pub(super) struct Function {
     core: Arc<Core>,
@@ -33,7 +33,7 @@ impl Device for Function {
         self.core.options.nature
     }
 
-    /// What the domain makes of it; a reset clears the controller's registers too.
+    /// Fences the port to the domain; a reset also resets the registers.
     fn fence(&self, step: FenceStep) -> Result<()> {
         self.core.port.fence(step)?;
         if step == FenceStep::Reset {

@@ -1,9 +1,9 @@
-//! The blocks of a simulated drive, and its cache.
+//! The blocks of a simulated drive, and its write cache.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Blocks in memory. Those that were never written are zeroes.
+/// Blocks in memory, initially zero.
 #[derive(Debug)]
 pub struct Medium {
     block: u32,
@@ -14,12 +14,12 @@ pub struct Medium {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// What is read.
-    now: BTreeMap<u64, Vec<u8>>,
-    /// What is on the medium where that differs: none for zeroes.
-    before: BTreeMap<u64, Option<Vec<u8>>>,
-    /// Blocks that were given up and not written since.
-    given_up: BTreeSet<u64>,
+    /// The content that commands read. Blocks that are not in it are zero.
+    current: BTreeMap<u64, Vec<u8>>,
+    /// The content of the medium, for blocks that the cache has newer data of; None for zeroes.
+    durable: BTreeMap<u64, Option<Vec<u8>>>,
+    /// Blocks that were deallocated and not written since.
+    deallocated: BTreeSet<u64>,
 }
 
 impl Medium {
@@ -27,75 +27,75 @@ impl Medium {
         Self { block, blocks, volatile, inner: Mutex::default() }
     }
 
-    /// Bytes of a block.
+    /// Returns the size of a block, in bytes.
     pub fn block(&self) -> u32 {
         self.block
     }
 
-    /// How many there are.
+    /// Returns the number of blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
     }
 
-    /// What a command would read.
+    /// Returns the content that a command would read.
     pub fn read(&self, first: u64, blocks: u64) -> Vec<u8> {
         let inner = self.lock();
         let zeroes = vec![0; self.block as usize];
-        let block = |at| inner.now.get(&at).unwrap_or(&zeroes).iter().copied();
+        let block = |at| inner.current.get(&at).unwrap_or(&zeroes).iter().copied();
         (first..first + blocks).flat_map(block).collect()
     }
 
-    /// What is there once the power has failed.
+    /// Returns the content that remains after a power failure.
     pub fn durable(&self, first: u64, blocks: u64) -> Vec<u8> {
         let inner = self.lock();
         let zeroes = vec![0; self.block as usize];
         let block = |at| {
-            let before = inner.before.get(&at).map(Option::as_ref);
-            before.unwrap_or_else(|| inner.now.get(&at)).unwrap_or(&zeroes).iter().copied()
+            let durable = inner.durable.get(&at).map(Option::as_ref);
+            durable.unwrap_or_else(|| inner.current.get(&at)).unwrap_or(&zeroes).iter().copied()
         };
         (first..first + blocks).flat_map(block).collect()
     }
 
-    /// Puts whole blocks on the medium, past the cache, as no command does.
+    /// Puts whole blocks on the medium, bypassing the cache even without FUA.
     pub fn write(&self, first: u64, bytes: &[u8]) {
-        self.put(first, bytes, true);
+        self.write_blocks(first, bytes, true);
     }
 
-    /// Whether this block was given up and not written since.
+    /// True if this block was deallocated and not written since.
     pub fn is_given_up(&self, block: u64) -> bool {
-        self.lock().given_up.contains(&block)
+        self.lock().deallocated.contains(&block)
     }
 
-    /// Writes whole blocks; `through` for past the cache.
-    pub(super) fn put(&self, first: u64, bytes: &[u8], through: bool) {
+    /// Writes whole blocks; `fua` bypasses the cache.
+    pub(super) fn write_blocks(&self, first: u64, bytes: &[u8], fua: bool) {
         let mut inner = self.lock();
         for (at, block) in (first..).zip(bytes.chunks(self.block as usize)) {
-            inner.set(at, Some(block.to_vec()), self.volatile && !through);
-            inner.given_up.remove(&at);
+            inner.set(at, Some(block.to_vec()), self.volatile && !fua);
+            inner.deallocated.remove(&at);
         }
     }
 
-    /// Blocks read as zeroes from now on; `through` for past the cache.
-    pub(super) fn clear(&self, first: u64, blocks: u64, give_up: bool, through: bool) {
+    /// Makes blocks read as zeroes; `fua` bypasses the cache.
+    pub(super) fn zero(&self, first: u64, blocks: u64, deallocate: bool, fua: bool) {
         let mut inner = self.lock();
         for at in first..first + blocks {
-            inner.set(at, None, self.volatile && !through);
-            if give_up {
-                inner.given_up.insert(at);
+            inner.set(at, None, self.volatile && !fua);
+            if deallocate {
+                inner.deallocated.insert(at);
             }
         }
     }
 
-    /// What is in the cache goes to the medium.
+    /// Writes the cache to the medium.
     pub(super) fn flush(&self) {
-        self.lock().before.clear();
+        self.lock().durable.clear();
     }
 
-    /// What is in the cache is lost.
-    pub(super) fn lose(&self) {
+    /// Discards the content of the cache.
+    pub(super) fn discard_cache(&self) {
         let mut inner = self.lock();
-        for (at, before) in std::mem::take(&mut inner.before) {
-            inner.set(at, before, false);
+        for (at, durable) in std::mem::take(&mut inner.durable) {
+            inner.set(at, durable, false);
         }
     }
 
@@ -106,14 +106,14 @@ impl Medium {
 
 impl Inner {
     fn set(&mut self, at: u64, block: Option<Vec<u8>>, cached: bool) {
-        let had = match block {
-            Some(block) => self.now.insert(at, block),
-            None => self.now.remove(&at),
+        let previous = match block {
+            Some(block) => self.current.insert(at, block),
+            None => self.current.remove(&at),
         };
         if cached {
-            self.before.entry(at).or_insert(had);
+            self.durable.entry(at).or_insert(previous);
         } else {
-            self.before.remove(&at);
+            self.durable.remove(&at);
         }
     }
 }

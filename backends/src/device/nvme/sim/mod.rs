@@ -1,15 +1,16 @@
-//! A simulated NVMe controller, register by register: for injecting faults where no drive would have them.
+//! A simulated NVMe controller at register level, for the injection of faults that real drives do not have on demand.
 //!
-//! It is no drive and keeps nobody's data; it stands in front of a simulated IOMMU ([`Sim`]) so that the driver above it
-//! meets everything that a controller may do to it: commands that never end, completions that belong to nobody, memory
-//! that is not there, a controller that fails, does not come up, or is pulled out. It runs on a thread of its own, woken by
-//! doorbells, and interrupts by writing eventfds, so the driver's real threads are exercised.
+//! It is not a drive to store data on. It does DMA through a simulated IOMMU ([`Sim`]), so that the driver meets
+//! everything that a controller may do: commands that never complete, completions with wrong CIDs, unmapped memory, a
+//! controller that fails, cannot be initialized, or is removed. It runs on its own thread, woken by doorbells, and
+//! signals interrupts by writing eventfds, so that the driver's real threads are exercised.
 //!
-//! All its DMA goes through the domain, a page at a time: what is not mapped is a fault, of data (Data Transfer Error) or of
-//! a queue (CSTS.CFS), and what a fence has stopped does not move. When an unmap or a fence of the domain has returned, no
-//! byte of a copy is under way that it forbids.
+//! All its DMA goes through the domain, a page at a time. Unmapped memory is a fault, of data (Data Transfer Error)
+//! or of a queue (CSTS.CFS); after a fence nothing moves. Once an unmap or a fence of the domain has returned, no
+//! copy that it forbids is in progress.
 //!
-//! What it is told that the specification does not allow it writes down ([`Simulated::complaints`]): tests end by looking.
+//! Whatever the driver does against the specification is recorded ([`Simulated::complaints`]): tests check this at
+//! their end.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,74 +30,74 @@ use crate::{Error, Result};
 mod commands;
 mod faults;
 mod function;
-mod life;
 mod medium;
 mod pointers;
 mod queues;
 mod registers;
+mod state;
 
 pub use commands::opcode;
-pub use faults::{Does, Turn, When};
+pub use faults::{Does, ReadyChange, When};
 pub use medium::Medium;
 
-use faults::Rules;
+use faults::FaultRules;
 use function::Function;
-use life::Machine;
-use registers::Wires;
+use registers::SimRegisters;
+use state::State;
 
-/// What a simulated controller is like.
+/// The properties of a simulated controller.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Its device's name, for messages.
+    /// The name of its device, for messages.
     pub name: String,
-    /// Bytes of a block: 512 or 4096.
+    /// The size of a block in bytes: 512 or 4096.
     pub block: u32,
-    /// Blocks of namespace 1, the only one.
+    /// The number of blocks of namespace 1, the only one.
     pub blocks: u64,
-    /// MDTS: a command moves at most 2^`mdts` pages; 0 for no limit.
+    /// MDTS: a command transfers at most 2^`mdts` pages; 0 for no limit.
     pub mdts: u8,
-    /// Scatter-gather lists: 0 not at all, 1 at any byte, 2 at multiples of 4.
+    /// SGL support (SGLS, bits 1:0): 0 none, 1 at any alignment, 2 at multiples of 4 bytes.
     pub sgl: u8,
-    /// Whether what is not flushed is lost with the power ([`Simulated::power_cut`]).
+    /// True if it has a volatile write cache, whose content is lost without power ([`Simulated::power_cut`]).
     pub volatile_cache: bool,
-    /// Whether it has Write Zeroes.
+    /// True if it has Write Zeroes.
     pub write_zeroes: bool,
-    /// Whether it has Dataset Management.
+    /// True if it has Dataset Management.
     pub discard: bool,
-    /// WZSL: one Write Zeroes clears at most 2^`zeroes` pages; 0 for no limit.
-    pub zeroes: u8,
-    /// DMRSL: one range of Dataset Management has at most so many blocks; 0 for no limit.
-    pub range: u32,
-    /// CSI: the namespace's command set; 0 for the NVM command set.
+    /// WZSL: a Write Zeroes command has at most 2^`wzsl` pages; 0 for no limit.
+    pub wzsl: u8,
+    /// DMRSL: a range of Dataset Management has at most this number of blocks; 0 for no limit.
+    pub dmrsl: u32,
+    /// CSI: the Command Set Identifier of the namespace; 0 for the NVM command set.
     pub command_set: u8,
-    /// True where the controller has several command sets (CAP.CSS).
+    /// True if the controller has several command sets (CAP.CSS, bit 43).
     pub several_command_sets: bool,
-    /// True where the controller has the list of namespace identification descriptors.
+    /// True if the controller has the list of namespace identification descriptors.
     pub descriptors: bool,
-    /// Whether the namespace is write-protected.
+    /// True if the namespace is write-protected.
     pub read_only: bool,
-    /// I/O queues each way that it grants at most.
+    /// The largest number of I/O queues of each kind.
     pub queues: u16,
-    /// Interrupt vectors.
+    /// The number of interrupt vectors.
     pub vectors: u32,
-    /// Entries of a queue at most (CAP.MQES counts from 0).
+    /// The largest number of entries of a queue (CAP.MQES, which is zero-based).
     pub entries: u16,
-    /// CAP.DSTRD: doorbells are 4·2^`stride` bytes apart.
+    /// CAP.DSTRD: the distance of doorbells is 2^(2 + `stride`) bytes.
     pub stride: u8,
-    /// CAP.TO: how long it may take to become ready, in units of 500 ms.
-    pub patience: u8,
-    /// Serial number.
+    /// CAP.TO: the longest time to become ready or not ready, in units of 500 ms.
+    pub ready_timeout: u8,
+    /// The serial number.
     pub serial: String,
-    /// Model number.
+    /// The model number.
     pub model: String,
-    /// How it can be stopped.
+    /// The fences that its device has.
     pub stop_class: StopClass,
-    /// What of it bears on fences.
+    /// The properties of its device that fences depend on.
     pub nature: Nature,
 }
 
 impl Default for Options {
-    /// A drive as they are today: 64 MiB in blocks of 512 bytes, 128 KiB a command, everything optional there.
+    /// A typical drive: 64 MiB in blocks of 512 bytes, 128 KiB per command, all optional commands.
     fn default() -> Self {
         Self {
             name: "sim-nvme".to_owned(),
@@ -107,8 +108,8 @@ impl Default for Options {
             volatile_cache: true,
             write_zeroes: true,
             discard: true,
-            zeroes: 0,
-            range: 0,
+            wzsl: 0,
+            dmrsl: 0,
             command_set: 0,
             several_command_sets: false,
             descriptors: true,
@@ -117,7 +118,7 @@ impl Default for Options {
             vectors: 9,
             entries: 1024,
             stride: 0,
-            patience: 2,
+            ready_timeout: 2,
             serial: "SIMULATED".to_owned(),
             model: "passgate simulated controller".to_owned(),
             stop_class: StopClass::MASTER.union(StopClass::DETACH).union(StopClass::RESET),
@@ -126,48 +127,48 @@ impl Default for Options {
     }
 }
 
-/// A command that the controller has taken from an I/O queue.
+/// A command that the controller has fetched from an I/O queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Taken {
-    /// The submission queue.
+pub struct FetchedCommand {
+    /// The identifier of the submission queue.
     pub queue: u16,
-    /// Its opcode ([`opcode`]).
+    /// The opcode ([`opcode`]).
     pub opcode: u8,
-    /// Its first block, where it has blocks.
+    /// The first block; 0 for a command without blocks.
     pub first: u64,
-    /// How many.
+    /// The number of blocks.
     pub blocks: u64,
 }
 
-/// A simulated controller. It is pulled out when dropped.
+/// A simulated controller. Dropping it removes it.
 #[derive(Debug)]
 pub struct Simulated {
     core: Arc<Core>,
-    registers: Arc<Wires>,
+    registers: Arc<SimRegisters>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the controller's thread, its registers and its device share.
+/// The state that the controller's thread, its registers and its device share.
 #[derive(Debug)]
 struct Core {
     options: Options,
     port: SimDevice,
     medium: Arc<Medium>,
-    machine: Mutex<Machine>,
+    state: Mutex<State>,
     changed: Condvar,
-    /// DMA that met a fault.
+    /// The number of DMA accesses that faulted.
     dma_faults: AtomicU64,
 }
 
 impl Simulated {
-    /// A controller in `domain`, attached, powered on, not enabled.
+    /// Returns a controller whose device is attached to `domain`; powered on, not enabled.
     pub fn new(domain: &Sim, options: Options) -> Result<Self> {
         let port = domain.device(&options.name, options.stop_class, options.nature);
         let medium = Arc::new(Medium::new(options.block, options.blocks, options.volatile_cache));
         let core = Arc::new(Core {
             port,
             medium,
-            machine: Mutex::new(Machine::new(Rules::default())),
+            state: Mutex::new(State::new(FaultRules::default())),
             changed: Condvar::new(),
             dma_faults: AtomicU64::new(0),
             options,
@@ -181,128 +182,129 @@ impl Simulated {
         let device = Arc::new(Function::new(Arc::clone(&core))) as Arc<dyn Device>;
         let removal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let removal = removal.map_err(|errno| core.failed(Failed::new("eventfd", errno)))?;
-        let registers = Arc::new(Wires::new(Arc::clone(&core), device, removal));
+        let registers = Arc::new(SimRegisters::new(Arc::clone(&core), device, removal));
         Ok(Self { core, registers, thread: Some(thread) })
     }
 
-    /// Its registers, for a driver; they know its device.
+    /// Returns its registers, for a driver.
     pub fn registers(&self) -> Arc<dyn Registers> {
         Arc::clone(&self.registers) as Arc<dyn Registers>
     }
 
-    /// What its blocks are.
+    /// Returns its blocks.
     pub fn medium(&self) -> &Medium {
         &self.core.medium
     }
 
-    /// From now on, what `when` picks meets this fault. Of several rules that fit, the first that was set counts.
-    pub fn fault(&self, when: When, does: Does) {
-        self.core.lock().rules.add(when, does);
+    /// Injects a fault into the commands that `when` selects, from now on. If several faults apply, the one set first
+    /// does.
+    pub fn fault(&self, when: When, action: Does) {
+        self.core.lock().faults.add(when, action);
     }
 
-    /// No more faults; what is held stays so until [`Simulated::release`].
+    /// Removes all faults. Stalled commands stay so until [`Simulated::release`].
     pub fn behave(&self) {
-        let mut machine = self.core.lock();
-        machine.rules = Rules::default();
+        let mut state = self.core.lock();
+        state.faults = FaultRules::default();
     }
 
-    /// How the next enabling (CC.EN set) goes; told several times, the next several.
-    pub fn next_enable(&self, turn: Turn) {
-        self.core.lock().rules.enables.push_back(turn);
+    /// Sets the outcome of the next enabling (CC.EN set); several calls set those of the next ones in turn.
+    pub fn next_enable(&self, change: ReadyChange) {
+        self.core.lock().faults.enables.push_back(change);
     }
 
-    /// How the next disabling (CC.EN cleared) goes.
-    pub fn next_disable(&self, turn: Turn) {
-        self.core.lock().rules.disables.push_back(turn);
+    /// Sets the outcome of the next disabling (CC.EN cleared), likewise.
+    pub fn next_disable(&self, change: ReadyChange) {
+        self.core.lock().faults.disables.push_back(change);
     }
 
-    /// Whether Abort commands end what they name, or say that they did not. They do, at first.
+    /// With false, Abort commands report that they aborted nothing, and do so. Initially true.
     pub fn obey_aborts(&self, obey: bool) {
-        self.core.lock().rules.deaf_to_aborts = !obey;
+        self.core.lock().faults.ignore_aborts = !obey;
     }
 
-    /// Whether interrupts are raised. They are, at first.
+    /// With false, no interrupts are signalled. Initially true.
     pub fn raise_interrupts(&self, raise: bool) {
-        self.core.lock().rules.mute = !raise;
+        self.core.lock().faults.suppress_interrupts = !raise;
     }
 
-    /// Commands that are held go on. Returns how many.
+    /// Resumes all stalled and delayed commands. Returns their number.
     pub fn release(&self) -> usize {
-        let released = self.core.lock().release();
+        let released = self.core.lock().resume_all();
         self.core.changed.notify_all();
         released
     }
 
-    /// The command that has been held longest goes on. Returns whether there is one.
+    /// Resumes the command that has been stalled for longest. False if there is none.
     pub fn release_next(&self) -> bool {
-        let released = self.core.lock().release_next();
+        let released = self.core.lock().resume_next();
         self.core.changed.notify_all();
         released
     }
 
-    /// Commands that are held or delayed now.
+    /// Returns the number of commands that are stalled or delayed.
     pub fn held(&self) -> usize {
-        self.core.lock().held()
+        self.core.lock().pending_count()
     }
 
-    /// Waits until so many commands are held or delayed; whether that came in time.
+    /// Waits until `count` commands are stalled or delayed. False if that takes longer than `within`.
     pub fn await_held(&self, count: usize, within: Duration) -> bool {
-        self.core.await_that(within, |machine| machine.held() >= count)
+        self.core.await_that(within, |state| state.pending_count() >= count)
     }
 
-    /// Waits until so many I/O commands were taken since the beginning; whether that came in time.
+    /// Waits until `count` I/O commands have been fetched in all. False if that takes longer than `within`.
     pub fn await_taken(&self, count: u64, within: Duration) -> bool {
-        self.core.await_that(within, |machine| machine.taken >= count)
+        self.core.await_that(within, |state| state.fetched >= count)
     }
 
-    /// I/O commands taken since the beginning.
+    /// Returns the number of I/O commands fetched so far.
     pub fn taken(&self) -> u64 {
-        self.core.lock().taken
+        self.core.lock().fetched
     }
 
-    /// The last I/O commands that were taken, oldest first, a few thousand at most.
-    pub fn history(&self) -> Vec<Taken> {
+    /// Returns the I/O commands fetched last, oldest first, a few thousand at most.
+    pub fn history(&self) -> Vec<FetchedCommand> {
         self.core.lock().history.iter().copied().collect()
     }
 
-    /// How often it was enabled.
+    /// Returns the number of times that it became ready after being enabled.
     pub fn enabled(&self) -> u64 {
         self.core.lock().enabled
     }
 
-    /// DMA that met a fault, since the beginning.
+    /// Returns the number of DMA accesses that faulted.
     pub fn dma_faults(&self) -> u64 {
         self.core.dma_faults.load(Ordering::Relaxed)
     }
 
-    /// What it was told that the specification does not allow, in words.
+    /// Returns the violations of the specification by the driver, described.
     pub fn complaints(&self) -> Vec<String> {
-        self.core.lock().complaints.clone()
+        self.core.lock().violations.clone()
     }
 
-    /// It reports a fatal error (CSTS.CFS) and does nothing more until it is reset.
+    /// Makes it report a fatal error (CSTS.CFS) and stop, until it is reset.
     pub fn fail(&self) {
         self.core.lock().fatal = true;
         self.core.changed.notify_all();
     }
 
-    /// Somebody wants the device back, as the kernel does where a device is unbound: it says so, and goes on.
-    pub fn ask_back(&self) {
+    /// Requests the device back, as the kernel does when a device is unbound. The controller continues to work.
+    pub fn request_removal(&self) {
         let _ = rustix::io::write(&self.registers.removal, &1u64.to_ne_bytes());
     }
 
-    /// It is pulled out: its registers read as all ones and it does no DMA, ever again.
+    /// Removes it: its registers read as all ones, and it does no DMA any more.
     pub fn vanish(&self) {
-        self.core.lock().vanish();
+        self.core.lock().unplug();
         self.core.changed.notify_all();
     }
 
-    /// Its power fails for a moment: what was not flushed is lost, and it is as if it had just been plugged in.
+    /// Interrupts its power: the content of the write cache is lost, and its registers are as after power-on.
     pub fn power_cut(&self) {
-        let mut machine = self.core.lock();
-        self.core.medium.lose();
-        machine.reset_function();
-        drop(machine);
+        let mut state = self.core.lock();
+        self.core.medium.discard_cache();
+        state.reset_function();
+        drop(state);
         self.core.changed.notify_all();
     }
 }
@@ -310,9 +312,9 @@ impl Simulated {
 impl Drop for Simulated {
     fn drop(&mut self) {
         {
-            let mut machine = self.core.lock();
-            machine.vanish();
-            machine.leaving = true;
+            let mut state = self.core.lock();
+            state.unplug();
+            state.stopping = true;
         }
         self.core.changed.notify_all();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
@@ -322,19 +324,19 @@ impl Drop for Simulated {
 }
 
 impl Core {
-    fn lock(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn await_that(&self, within: Duration, that: impl Fn(&Machine) -> bool) -> bool {
+    fn await_that(&self, within: Duration, predicate: impl Fn(&State) -> bool) -> bool {
         let until = Instant::now() + within;
-        let mut machine = self.lock();
-        while !that(&machine) {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        let mut state = self.lock();
+        while !predicate(&state) {
+            let remaining = until.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
                 return false;
             }
-            machine = self.changed.wait_timeout(machine, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.changed.wait_timeout(state, remaining).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }

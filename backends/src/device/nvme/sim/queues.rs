@@ -4,57 +4,57 @@ use std::collections::VecDeque;
 
 /// A submission queue.
 #[derive(Debug)]
-pub(super) struct Submission {
-    /// Where it is, by IOVA.
-    pub(super) at: u64,
-    pub(super) slots: u32,
+pub(super) struct SubmissionQueue {
+    /// Its IOVA.
+    pub(super) base: u64,
+    pub(super) entries: u32,
     pub(super) head: u32,
     pub(super) tail: u32,
-    /// Where its completions go.
-    pub(super) to: u16,
+    /// The completion queue for its commands.
+    pub(super) cqid: u16,
 }
 
 /// A completion queue.
 #[derive(Debug)]
-pub(super) struct Completions {
-    /// Where it is, by IOVA.
-    pub(super) at: u64,
-    pub(super) slots: u32,
+pub(super) struct CompletionQueue {
+    /// Its IOVA.
+    pub(super) base: u64,
+    pub(super) entries: u32,
     pub(super) head: u32,
     pub(super) tail: u32,
     pub(super) phase: bool,
-    /// The vector that is raised, where one is.
+    /// The interrupt vector, if interrupts are enabled for the queue.
     pub(super) vector: Option<u16>,
-    /// What waits for room.
-    pub(super) backlog: VecDeque<Entry>,
+    /// Completions that wait for room.
+    pub(super) backlog: VecDeque<CompletionEntry>,
 }
 
 /// A completion that was not posted yet.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Entry {
+pub(super) struct CompletionEntry {
     pub(super) queue: u16,
-    pub(super) id: u16,
+    pub(super) cid: u16,
     pub(super) status: u16,
     pub(super) result: u32,
 }
 
-impl Submission {
-    pub(super) fn new(at: u64, slots: u32, to: u16) -> Self {
-        Self { at, slots, head: 0, tail: 0, to }
+impl SubmissionQueue {
+    pub(super) fn new(base: u64, entries: u32, cqid: u16) -> Self {
+        Self { base, entries, head: 0, tail: 0, cqid }
     }
 }
 
-impl Completions {
-    pub(super) fn new(at: u64, slots: u32, vector: Option<u16>) -> Self {
-        Self { at, slots, head: 0, tail: 0, phase: true, vector, backlog: VecDeque::new() }
+impl CompletionQueue {
+    pub(super) fn new(base: u64, entries: u32, vector: Option<u16>) -> Self {
+        Self { base, entries, head: 0, tail: 0, phase: true, vector, backlog: VecDeque::new() }
     }
 
     pub(super) fn has_room(&self) -> bool {
-        (self.tail + 1) % self.slots != self.head
+        (self.tail + 1) % self.entries != self.head
     }
 
-    /// Entries that were posted and not taken.
+    /// Returns the number of entries that were posted and not taken by the driver.
     pub(super) fn posted(&self) -> u32 {
-        (self.tail + self.slots - self.head) % self.slots
+        (self.tail + self.entries - self.head) % self.entries
     }
 }

@@ -1,4 +1,4 @@
-//! The simulated controller's registers and interrupt vectors (NVM Express base specification 2.0, 3.1.3).
+//! The registers and interrupt vectors of the simulated controller (NVMe Base 2.0, 3.1.3).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -8,91 +8,89 @@ use passgate_bindings::Failed;
 use rustix::io::Errno;
 
 use super::super::registers::{
-    ACQ, AQA, ASQ, CAP, CC, CC_ENABLE, CSTS, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, DOORBELLS, GONE,
+    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_EN, CSTS, CSTS_CFS, CSTS_RDY, CSTS_SHST_COMPLETE, DOORBELLS,
     Registers,
 };
 use super::Core;
-use super::faults::Turn;
-use super::life::Machine;
+use super::faults::ReadyChange;
+use super::state::State;
 use crate::Result;
 use crate::device::Device;
 
-/// Version.
+// Further register offsets: the version, and the interrupt masks, which are not used with MSI-X.
 const VS: u64 = 0x08;
-/// Interrupt masks, which nobody needs who has MSI-X.
 const INTMS: u64 = 0x0c;
 const INTMC: u64 = 0x10;
-/// CC.SHN.
-const SHUT_DOWN: u32 = 3 << 14;
-/// CC.IOSQES and CC.IOCQES, for entries of 64 and 16 bytes.
-const ENTRIES: u32 = 0xff << 16;
-const RIGHT_ENTRIES: u32 = 6 << 16 | 4 << 20;
+/// CC.SHN, both bits.
+const CC_SHN: u32 = 3 << 14;
+/// CC.IOSQES and CC.IOCQES, and their value for entries of 64 and 16 bytes.
+const ENTRY_SIZES: u32 = 0xff << 16;
+const EXPECTED_ENTRY_SIZES: u32 = 6 << 16 | 4 << 20;
 
-/// What a driver sees of a controller.
+/// The registers of a simulated controller, as its driver accesses them.
 #[derive(Debug)]
-pub(super) struct Wires {
+pub(super) struct SimRegisters {
     core: Arc<Core>,
     device: Arc<dyn Device>,
-    /// Readable once it is wanted back.
+    /// An eventfd that is readable once the device is requested back.
     pub(super) removal: OwnedFd,
 }
 
-impl Wires {
+impl SimRegisters {
     pub(super) fn new(core: Arc<Core>, device: Arc<dyn Device>, removal: OwnedFd) -> Self {
         Self { core, device, removal }
     }
 
-    /// CAP: queues contiguous, the NVM command set, pages of 4 KiB to 64 KiB.
+    /// Returns CAP: contiguous queues, the NVM command set, pages of 4 KiB to 64 KiB.
     fn capabilities(&self) -> u64 {
         let options = &self.core.options;
         u64::from(options.entries.max(2) - 1)
             | 1 << 16
-            | u64::from(options.patience) << 24
+            | u64::from(options.ready_timeout) << 24
             | u64::from(options.stride & 0xf) << 32
             | 1 << 37
             | u64::from(options.several_command_sets) << 43
             | 4 << 52
     }
 
-    fn configure(&self, machine: &mut Machine, value: u32) {
-        let was = std::mem::replace(&mut machine.cc, value);
-        match (was & CC_ENABLE != 0, value & CC_ENABLE != 0) {
+    /// Handles a write of CC.
+    fn configure(&self, state: &mut State, value: u32) {
+        let previous = std::mem::replace(&mut state.cc, value);
+        match (previous & CC_EN != 0, value & CC_EN != 0) {
             (false, true) => {
-                if value & ENTRIES != RIGHT_ENTRIES {
-                    machine.complain("it was enabled with entries of a size that it has not".to_owned());
+                if value & ENTRY_SIZES != EXPECTED_ENTRY_SIZES {
+                    state.record_violation("CC.EN was set with wrong entry sizes".to_owned());
                 }
-                if machine.ready {
-                    machine.complain("it was enabled before it was not ready any more".to_owned());
+                if state.ready {
+                    state.record_violation("CC.EN was set while CSTS.RDY was still set".to_owned());
                 }
-                let turn = machine.rules.enables.pop_front().unwrap_or(Turn::Prompt);
-                machine.turn(true, turn, Instant::now());
+                let change = state.faults.enables.pop_front().unwrap_or(ReadyChange::Immediate);
+                state.change_ready(true, change, Instant::now());
             }
-            // It is tried again where it had not come to anything.
-            (true, false) | (false, false) if machine.ready => {
-                let turn = machine.rules.disables.pop_front().unwrap_or(Turn::Prompt);
-                machine.turn(false, turn, Instant::now());
+            // CC.EN may be cleared again after a clearing that had no effect.
+            (true, false) | (false, false) if state.ready => {
+                let change = state.faults.disables.pop_front().unwrap_or(ReadyChange::Immediate);
+                state.change_ready(false, change, Instant::now());
             }
-            (true, false) => machine.turn(false, Turn::Prompt, Instant::now()),
+            (true, false) => state.change_ready(false, ReadyChange::Immediate, Instant::now()),
             _ => {}
         }
-        if value & SHUT_DOWN != 0 && was & SHUT_DOWN == 0 {
+        if value & CC_SHN != 0 && previous & CC_SHN == 0 {
             self.core.medium.flush();
-            machine.is_shut_down = true;
+            state.is_shut_down = true;
         }
-        if value & SHUT_DOWN == 0 {
-            machine.is_shut_down = false;
+        if value & CC_SHN == 0 {
+            state.is_shut_down = false;
         }
     }
 
-    fn status(machine: &Machine) -> u32 {
+    fn status(state: &State) -> u32 {
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
-        bit(machine.ready, CSTS_READY)
-            | bit(machine.fatal, CSTS_FATAL)
-            | bit(machine.is_shut_down, CSTS_SHUTDOWN_DONE)
+        bit(state.ready, CSTS_RDY) | bit(state.fatal, CSTS_CFS) | bit(state.is_shut_down, CSTS_SHST_COMPLETE)
     }
 }
 
-impl Registers for Wires {
+impl Registers for SimRegisters {
     fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
@@ -102,41 +100,41 @@ impl Registers for Wires {
     }
 
     fn get(&self, at: u64) -> Result<u32> {
-        let mut machine = self.core.lock();
-        if machine.gone {
-            return Ok(GONE);
+        let mut state = self.core.lock();
+        if state.gone {
+            return Ok(ALL_ONES);
         }
         Ok(match at {
             CAP => self.capabilities() as u32,
             4 => (self.capabilities() >> 32) as u32,
             VS => 0x0002_0000,
             INTMS | INTMC => 0,
-            CC => machine.cc,
-            CSTS => Self::status(&machine),
-            AQA => machine.aqa,
-            ASQ | ACQ => machine.base(at) as u32,
-            0x2c | 0x34 => (machine.base(at - 4) >> 32) as u32,
+            CC => state.cc,
+            CSTS => Self::status(&state),
+            AQA => state.aqa,
+            ASQ | ACQ => state.base(at) as u32,
+            0x2c | 0x34 => (state.base(at - 4) >> 32) as u32,
             _ => {
-                machine.complain(format!("register {at:#x} was read"));
+                state.record_violation(format!("register {at:#x} was read"));
                 0
             }
         })
     }
 
     fn set(&self, at: u64, value: u32) -> Result<()> {
-        let mut machine = self.core.lock();
-        if machine.gone {
+        let mut state = self.core.lock();
+        if state.gone {
             return Ok(());
         }
         match at {
-            CC => self.configure(&mut machine, value),
-            AQA => machine.aqa = value,
+            CC => self.configure(&mut state, value),
+            AQA => state.aqa = value,
             ASQ | ACQ => {
-                let base = machine.base_mut(at);
+                let base = state.base_mut(at);
                 *base = *base & !0xffff_ffff | u64::from(value);
             }
             0x2c | 0x34 => {
-                let base = machine.base_mut(at - 4);
+                let base = state.base_mut(at - 4);
                 *base = *base & 0xffff_ffff | u64::from(value) << 32;
             }
             INTMS | INTMC => {}
@@ -144,14 +142,14 @@ impl Registers for Wires {
                 let step = 4u64 << (self.core.options.stride & 0xf);
                 let nth = (at - DOORBELLS) / step;
                 if !(at - DOORBELLS).is_multiple_of(step) {
-                    machine.complain(format!("{at:#x} is between doorbells"));
+                    state.record_violation(format!("{at:#x} is between doorbells"));
                 } else if let Ok(queue) = u16::try_from(nth / 2) {
-                    machine.doorbell(queue, nth % 2 == 1, value);
+                    state.doorbell(queue, nth % 2 == 1, value);
                 }
             }
-            _ => machine.complain(format!("{value:#x} was written to register {at:#x}")),
+            _ => state.record_violation(format!("{value:#x} was written to register {at:#x}")),
         }
-        drop(machine);
+        drop(state);
         self.core.changed.notify_all();
         Ok(())
     }
@@ -164,7 +162,7 @@ impl Registers for Wires {
         Ok(self.core.options.vectors)
     }
 
-    fn interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
+    fn set_interrupts(&self, eventfds: &[Option<BorrowedFd<'_>>]) -> Result<()> {
         const CALL: &str = "giving a simulated controller its interrupts";
         if eventfds.len() as u64 > u64::from(self.core.options.vectors) {
             return Err(self.core.failed(Failed::new(CALL, Errno::INVAL)));

@@ -1,6 +1,6 @@
-//! The simulator by the real driver: what it does when nothing is wrong.
+//! The simulator with the real driver, and its checks of what a driver must not do.
 
-#![allow(clippy::unwrap_used)] // what is not as it should be fails the test
+#![allow(clippy::unwrap_used)] // a failure here is a failed test
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::window::{Segment, Windowed};
 const BASE: u64 = 0x10_0000;
 
 #[test]
-fn a_driver_brings_it_up_and_moves_blocks() {
+fn driver_initializes_the_simulator_and_moves_blocks() {
     let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
     let sim = Simulated::new(&domain, Options::default()).unwrap();
     let shared = Arc::new(domain) as Arc<dyn Domain>;
@@ -43,7 +43,7 @@ fn a_driver_brings_it_up_and_moves_blocks() {
     assert_eq!(sim.complaints(), Vec::<String>::new());
 }
 
-/// A controller that is enabled, with admin queues of four entries at `BASE` and `BASE` + a page.
+/// Returns a controller that is enabled, with admin queues of four entries at `BASE` and one page behind it.
 fn enabled() -> (Simulated, Arc<GuestFile>) {
     let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
     let sim = Simulated::new(&domain, Options::default()).unwrap();
@@ -59,21 +59,21 @@ fn enabled() -> (Simulated, Arc<GuestFile>) {
 }
 
 #[test]
-fn what_the_specification_does_not_allow_is_written_down() {
+fn violations_of_the_specification_are_recorded() {
     let (sim, file) = enabled();
     let registers = sim.registers();
     assert_eq!(sim.complaints(), Vec::<String>::new());
     for (at, value) in [
-        (0x1010, 1), // the tail of queue 2, which is not there
-        (0x1000, 4), // beyond the queue
-        (0x1004, 1), // no completion was posted
-        (0x1c, 0),   // nobody writes CSTS
+        (0x1010, 1), // the tail of queue 2, which does not exist
+        (0x1000, 4), // a tail beyond the queue
+        (0x1004, 1), // a head beyond what was posted
+        (0x1c, 0),   // CSTS is read-only
     ] {
         let before = sim.complaints().len();
         registers.set(at, value).unwrap();
         assert_eq!(sim.complaints().len(), before + 1, "{value} to {at:#x}");
     }
-    // An opcode that is none is a status, posted in the first entry with the first phase.
+    // An unknown opcode completes with a status, in the first entry and with the first Phase Tag.
     file.store(0, 0x7f | 9 << 16).unwrap();
     registers.ring(0x1000, 1).unwrap();
     let until = Instant::now() + Duration::from_secs(10);
@@ -87,19 +87,19 @@ fn what_the_specification_does_not_allow_is_written_down() {
 }
 
 #[test]
-fn a_queue_that_is_not_mapped_is_fatal_and_a_reset_ends_that() {
+fn unmapped_queue_is_fatal_until_a_reset() {
     let (sim, _file) = enabled();
     let registers = sim.registers();
     registers.device().fence(crate::FenceStep::Detach).unwrap();
     registers.set(0x1000, 1).unwrap();
-    assert!(sim.core.await_that(Duration::from_secs(10), |machine| machine.fatal));
+    assert!(sim.core.await_that(Duration::from_secs(10), |state| state.fatal));
     assert_eq!((registers.get(0x1c).unwrap(), sim.dma_faults()), (3, 1));
     registers.set(0x14, 0).unwrap();
     assert_eq!(registers.get(0x1c).unwrap(), 0);
 }
 
 #[test]
-fn what_is_pulled_out_reads_as_all_ones() {
+fn removed_controller_reads_as_all_ones() {
     let (sim, _file) = enabled();
     let registers = sim.registers();
     sim.vanish();

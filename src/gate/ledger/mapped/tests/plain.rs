@@ -7,7 +7,7 @@ use passgate_bindings::{Iova, PAGE, PageRange};
 
 use crate::gate::ledger::run::{Run, RunState, objects};
 
-/// What is mapped in one domain: every mapping by itself, in the order of their addresses.
+/// The mappings of one domain: every mapping by itself, in the order of their addresses.
 #[derive(Debug, Default)]
 pub(super) struct Plain {
     /// Every kernel mapping that is live: start to end.
@@ -39,7 +39,7 @@ impl Plain {
         self.runs.len() - self.unsettled
     }
 
-    /// Whether nothing of `range` is live or in a run.
+    /// True if no page of `range` is live or in a run.
     pub(super) fn is_clear(&self, range: PageRange<Iova>) -> bool {
         self.runs(range).next().is_none() && self.live_over(range).next().is_none()
     }
@@ -66,7 +66,7 @@ impl Plain {
         })
     }
 
-    /// What of `range` is live or in a run, in order, cut to it or whole.
+    /// Returns the live ranges in `range`, cut to it, and the runs, whole; in order.
     pub(super) fn taken(&self, range: PageRange<Iova>) -> Vec<PageRange<Iova>> {
         let mut taken: Vec<_> = self.live(range).chain(self.runs(range).map(|run| run.range)).collect();
         taken.sort_unstable();

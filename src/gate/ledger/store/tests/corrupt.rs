@@ -90,7 +90,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_damaged_store_is_an_error_or_answers(damages in prop::collection::vec(damage(), 1..6)) {
+    fn damaged_store_is_an_error_or_answers(damages in prop::collection::vec(damage(), 1..6)) {
         let store = filled();
         damages.iter().for_each(|damage| damage.apply(store.words()));
         if let Ok(store) = again(&store) {
@@ -100,7 +100,7 @@ proptest! {
 
     /// Whoever holds the descriptor may write while we run, too.
     #[test]
-    fn nothing_that_is_written_later_is_followed_out_of_it(damages in prop::collection::vec(damage(), 1..6)) {
+    fn corruption_after_opening_leads_nowhere_outside_the_store(damages in prop::collection::vec(damage(), 1..6)) {
         let store = filled();
         let store = again(&store).unwrap();
         damages.iter().for_each(|damage| damage.apply(store.words()));
@@ -108,9 +108,9 @@ proptest! {
     }
 }
 
-/// What each check is for; without one of them the walk would run in a circle or out of the memory.
+/// The purpose of each check; without one of them the walk would run in a circle or out of the memory.
 #[test]
-fn each_kind_of_damage_is_named() {
+fn open_error_names_each_kind_of_damage() {
     let after = |at: usize, value: u64| {
         let store = filled();
         store.words()[at].store(value, Relaxed);

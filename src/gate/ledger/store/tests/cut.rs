@@ -9,7 +9,7 @@ use super::*;
 const OPERATIONS: u64 = 80;
 
 thread_local! {
-    /// How many words may yet be published before this thread is cut off.
+    /// The number of words that may yet be published before this thread is cut off.
     static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
@@ -42,7 +42,7 @@ fn cut(store: &Store, number: u64, left: u64) -> Option<Store> {
 }
 
 #[test]
-fn cut_off_after_any_store_every_page_is_as_before_or_as_after() {
+fn process_end_after_any_store_leaves_each_page_old_or_new() {
     let store = memfd(1 << 18);
     let mut trees = [None, None];
     let mut after = [vec![0u8; SPAN as usize], vec![0u8; SPAN as usize]];

@@ -8,11 +8,11 @@ use super::*;
 
 /// Pages told apart in each of the trees: over borders of leaves and of the first node.
 pub(super) const SPAN: u64 = span(1) + 3 * 512;
-/// Where the trees' pages start. The second has to grow for them.
+/// The first pages of the trees. The second has to grow for them.
 pub(super) const BASES: [u64; 2] = [0, 1 << 30];
 const KILLS: u64 = 250;
 
-/// What operation `number` does: to a tree, its pages, a value; no pages: the tree is forgotten.
+/// Returns operation `number`: a tree, its pages, a value; without pages the tree is removed.
 pub(super) fn operation(number: u64) -> (usize, Option<Range<u64>>, u8) {
     let mut state = number;
     let mut random = |n: u64| {
@@ -37,7 +37,7 @@ pub(super) fn operation(number: u64) -> (usize, Option<Range<u64>>, u8) {
 
 /// The other process: does one operation after the other until it is killed. The counter is raised before each.
 #[test]
-#[ignore = "started by `kill_9_loses_nothing`, with a store as its standard input"]
+#[ignore = "started by `sigkill_loses_no_page_state`, with a store as its standard input"]
 fn child() {
     let fd = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let store = Store::open(Words::from_fd(fd).unwrap()).unwrap();
@@ -74,7 +74,7 @@ pub(super) fn apply(model: &mut [Vec<u8>; 2], number: u64) {
 }
 
 #[test]
-fn kill_9_loses_nothing() {
+fn sigkill_loses_no_page_state() {
     let store = memfd(4 << 20);
     let room = store.room();
     let table = store.reserve(key(9), 1).unwrap();

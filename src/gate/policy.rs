@@ -1,0 +1,124 @@
+//! Policy: the settings that decide what counts as proof, how far fences go and what is refused, and every limit of the gate.
+
+use serde::{Deserialize, Serialize};
+
+use super::fence::{Step, Steps};
+
+/// Settings of one gate. They never change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// The fences that are used when DMA does not stop.
+    pub on_stuck_dma: OnStuckDma,
+    /// The platform, which decides what counts as proof.
+    pub platform: Platform,
+    /// True if a fence may end a TDI ([`super::Nature::tdi`]).
+    pub end_tdi: bool,
+    /// Which gaps in the DMA of neighbouring pages are allowed.
+    pub hitless: Hitless,
+    /// The maximum number of regions, over all clients.
+    pub max_regions: u32,
+    /// The maximum number of open invalidations of one client.
+    pub max_open: u32,
+    /// The maximum of guest memory in bytes, over all clients.
+    pub max_memory: u64,
+    /// The time in nanoseconds that a region has to close before its stuck parts are quarantined.
+    pub close_deadline_ns: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            on_stuck_dma: OnStuckDma::Refuse,
+            platform: Platform::default(),
+            end_tdi: false,
+            hitless: Hitless::default(),
+            max_regions: 512,
+            max_open: 65_536,
+            max_memory: 1 << 44,
+            close_deadline_ns: 2_000_000_000,
+        }
+    }
+}
+
+/// The harm that a stale write does here, and so what counts as proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Platform {
+    /// It faults, noisy but harmless (AMD SEV-SNP, Arm): an unmap of its full length is proof.
+    #[default]
+    Contained,
+    /// It may take the host down (Intel TDX: a machine check): a device with ATS must have been detached, and may be,
+    /// whatever [`OnStuckDma`] says.
+    Strict,
+}
+
+/// The fences that are used without an operator when DMA does not stop (`--on-stuck-dma`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnStuckDma {
+    /// Drain the device; then refuse.
+    #[default]
+    Refuse,
+    /// Also stop the devices: migration STOP, bus mastering off, detach.
+    Fence,
+    /// Also reset the devices.
+    Reset,
+}
+
+impl OnStuckDma {
+    /// Returns the steps that this policy allows.
+    pub fn allows(self) -> Steps {
+        match self {
+            Self::Refuse => Steps::of(&[Step::Drain]),
+            Self::Fence => Steps::ALL_BUT_RESET,
+            Self::Reset => Steps::ALL_BUT_RESET.or(Steps::of(&[Step::Reset])),
+        }
+    }
+}
+
+/// Which gaps in the DMA of neighbouring pages are allowed when a page leaves a large mapping (`--hitless`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hitless {
+    /// None: memory that cannot be cut is mapped page by page, and refused when it is added where that cannot be done.
+    Require,
+    /// No DMA is lost, but devices may be paused: drained or stopped while a mapping is split, then resumed.
+    #[default]
+    Prefer,
+    /// DMA beside a page that leaves may fault during the gap.
+    Off,
+}
+
+/// The maximum number of ranges excluded from mapping at once, by open invalidations of all clients and in quarantine: with
+/// them the ledger of a tebibyte stays within 144 MiB at worst.
+pub(super) const MAX_EXCLUDED_RANGES: u64 = 65_536;
+
+/// The maximum number of kernel mappings that one map effect makes, so that no begin waits long for one in progress.
+pub(crate) const MAX_CALL_MAPPINGS: u64 = 1024;
+/// The maximum number of bytes that one map effect maps (unless a single mapping is longer), for the same reason.
+pub(crate) const MAX_CALL_BYTES: u64 = 64 << 20;
+
+/// The largest mappings, in bytes, where a page can be cut out of them: a conversion that meets one being made does not
+/// wait long.
+pub(super) const CUT_MAPPING_BYTES: u64 = 64 << 20;
+/// The size in bytes of mappings that are split where gaps do not matter, unless there is no room for so many: the gap is
+/// as long as one takes to map.
+pub(super) const SPLIT_MAPPING_BYTES: u64 = 2 << 20;
+
+/// The number of mappings losing pages at once from which on a second page table is worth its cost.
+pub(super) const MIN_REPLACED_MAPPINGS: usize = 8;
+
+/// Ticks ([`super::Event::Quiet`]) without a change after which a fragmented mapping is merged: more than one, for the first
+/// is cut short.
+pub(super) const QUIET_TICKS: u32 = 2;
+/// Splits of one mapping, without a quiet time between them, from which on it is mapped page by page.
+pub(super) const SPLITS_UNTIL_PAGED: u32 = 4;
+/// The maximum number of mappings that are merged in one tick.
+pub(super) const MAX_MERGES_PER_TICK: usize = 16;
+/// The maximum number of fragmented mappings that are tracked in one domain; further ones are not merged.
+pub(super) const MAX_FRAGMENTED: usize = 65_536;
+/// The largest mapping, in bytes, that is mapped page by page because it keeps being split.
+pub(super) const MAX_PAGED_BYTES: u64 = 2 << 20;
+
+/// A deadline has one part for each step of the ladder, and one of slack in which the answer travels.
+pub(super) const DEADLINE_PARTS: u64 = Step::LADDER.len() as u64 + 1;

@@ -1,0 +1,257 @@
+//! Regions: how memory is added, and how it is removed.
+//!
+//! A region is removed as a conversion is granted: unmapped, proved, and only then forgotten. Where its owner is gone
+//! without a word, its devices are stopped first. A region whose removal is not proved is never forgotten.
+
+use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::{Gpa, Iova, PageRange};
+
+use super::Gate;
+use super::effect::{Answer, Effect, Effects, Notice};
+use super::event::{Caller, RegionSpec};
+use super::ids::{ClientId, FileId, InvalidationId, RegionId};
+use super::invalidations::{CloseCause, Invalidation, New, Phase, Purpose};
+use super::ledger::{HeldBy, PageState};
+use super::memory::Region;
+use super::verdict::{Cause, Reason, Refusal};
+
+impl Gate {
+    pub(super) fn add_region(&mut self, caller: Caller, spec: RegionSpec, effects: &mut Effects) {
+        let pieces = match self.check_region(caller.client, &spec) {
+            Ok(pieces) => pieces,
+            Err(refusal) => {
+                effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) });
+                return;
+            }
+        };
+        let quarantine = &self.quarantine;
+        let id = self.memory.add_region(caller, spec, |since, reason| quarantine.lasts(since, reason));
+        self.mappings.add_region(id, &pieces);
+        let iova = spec.gpa.rebase(Gpa(0), Iova(0));
+        self.invalidations.forget_targets(iova);
+        self.promise_room(id, iova);
+        self.devices.retry_lost();
+        for domain in self.mappings.ids() {
+            self.map_wanted(domain, id, iova, effects);
+        }
+        self.answer_added(id, effects);
+    }
+
+    /// Reserves room for a region that is being added, and for what of it must wait for the end of an invalidation.
+    fn promise_room(&mut self, id: RegionId, iova: PageRange<Iova>) {
+        self.mappings.promise(id, iova);
+        let Some(region) = self.memory.region(id) else { return };
+        let file = region.spec().backing.file;
+        let later = |inv: &Invalidation| {
+            let parts = inv.pages.iter().filter(|part| part.file == file);
+            self.mappings.needed_for(id, parts.filter_map(|part| region.iova_of(part.range)))
+        };
+        let later: Vec<_> = self.invalidations.iter().map(|(id, inv)| (id, later(inv))).collect();
+        for (id, count) in later {
+            self.reserve(id, count);
+        }
+    }
+
+    /// Checks a region that is to be added. Returns the bytes per kernel mapping in each domain.
+    fn check_region(&self, client: ClientId, spec: &RegionSpec) -> Result<Vec<u64>, Refusal> {
+        if self.clients.is_leaving(client) {
+            return Err(Refusal::Closing);
+        }
+        self.memory.check_new(spec, &self.policy)?;
+        let piece = |domain: &super::mappings::Domain| {
+            domain.choose_piece(spec, self.gaps_allowed(domain.id()), self.policy.hitless)
+        };
+        self.mappings.iter().map(piece).collect()
+    }
+
+    /// True where a region had better be added once others are closed: they lie in its way, use up a budget, or are of another
+    /// client's and tell the states of its pages.
+    pub fn waits_for_close(&self, client: ClientId, spec: &RegionSpec) -> bool {
+        match self.check_region(client, spec) {
+            Err(Refusal::Overlaps { .. }) => {
+                let mut over = self.memory.regions().filter(|(_, other)| other.gpa().overlaps(spec.gpa));
+                over.all(|(id, _)| self.invalidations.closes(id))
+            }
+            Err(Refusal::Budget { .. }) => self.memory.regions().any(|(id, _)| self.invalidations.closes(id)),
+            Err(_) => false,
+            Ok(_) => {
+                let pages = spec.gpa.rebase(spec.gpa.start(), spec.backing.offset);
+                let shows = |id: RegionId| {
+                    let other = self.memory.region(id).filter(|other| other.owner() != client);
+                    other.is_some_and(|other| other.file_pages().range.overlaps(pages))
+                };
+                let mut regions = self.memory.regions_of(spec.backing.file).iter();
+                regions.any(|id| shows(*id) && self.invalidations.closes(*id))
+            }
+        }
+    }
+
+    /// True where a region that is not being closed lies in `gpa`.
+    pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
+        self.memory.regions().any(|(_, region)| !region.is_closing() && region.gpa().overlaps(gpa))
+    }
+
+    /// Answers the client that adds a region, once no map of it is in progress.
+    pub(super) fn answer_added(&mut self, id: RegionId, effects: &mut Effects) {
+        let Some((caller, result)) = self.memory.added(id) else { return };
+        self.mappings.end_promise(id);
+        match result {
+            Err(refusal) => self.close(id, CloseCause::AddFailed(caller, refusal), effects),
+            Ok(mapped) => {
+                let answer = Answer::RegionAdded { region: id, mapped };
+                effects.push(Effect::Answer { caller, answer });
+            }
+        }
+    }
+
+    pub(super) fn remove_region(&mut self, caller: Caller, id: RegionId, effects: &mut Effects) {
+        match self.check_removal(caller.client, id) {
+            Err(refusal) => effects.push(Effect::Answer { caller, answer: Answer::Refused(refusal) }),
+            Ok(()) => self.close(id, CloseCause::Removed(caller), effects),
+        }
+    }
+
+    fn check_removal(&self, client: ClientId, id: RegionId) -> Result<(), Refusal> {
+        let own = |region: &&Region| region.owner() == client && !region.is_being_added();
+        let region = self.memory.region(id).filter(own).ok_or(Refusal::NotOwner { region: id })?;
+        if self.invalidations.closes(id) {
+            return Err(Refusal::NotOwner { region: id });
+        }
+        let pages = region.file_pages();
+        let open = self.memory.excluded(pages.file).and_then(|excluded| {
+            excluded.overlapping(pages.range).find_map(|(range, by)| match by {
+                HeldBy::Open(invalidation) => Some((range, invalidation)),
+                HeldBy::Quarantine(..) => None,
+            })
+        });
+        match open {
+            None => Ok(()),
+            Some((range, invalidation)) => {
+                let iova = region.iova_of(range).unwrap_or(region.iova());
+                Err(Refusal::Busy { invalidation, gpa: Gpa(iova.start().raw()) })
+            }
+        }
+    }
+
+    /// Begins to take a region out of every domain.
+    pub(super) fn close(&mut self, id: RegionId, cause: CloseCause, effects: &mut Effects) {
+        self.close_region(id, cause, false, effects);
+    }
+
+    /// As [`Gate::close`], with its devices stopped first.
+    pub(super) fn close_stopped(&mut self, id: RegionId, effects: &mut Effects) {
+        self.close_region(id, CloseCause::OwnerGone, true, effects);
+    }
+
+    fn close_region(&mut self, id: RegionId, cause: CloseCause, stop: bool, effects: &mut Effects) {
+        self.memory.start_closing(id);
+        let Some(region) = self.memory.region(id) else { return };
+        let caller = match cause {
+            CloseCause::Removed(caller) | CloseCause::AddFailed(caller, _) => caller,
+            CloseCause::OwnerGone => Caller::internal(region.owner()),
+        };
+        let (ranges, targets) = (region.gpa().into(), vec![region.iova()]);
+        let (purpose, deadline_ns) = (Purpose::Close(id, cause), self.policy.close_deadline_ns);
+        let (to, pages) = (PageState::Hole, Vec::new());
+        let id = self.invalidations.start(New { caller, ranges, to, purpose, pages, targets, deadline_ns });
+        if stop {
+            self.stop_all(id, effects);
+            if let Some(progress) = self.invalidations.progress_mut(id) {
+                progress.stopping = true;
+            }
+        }
+        self.start_clearing(id, effects);
+    }
+
+    /// Forgets a region of which nothing is mapped any more.
+    pub(super) fn forget_region(&mut self, id: RegionId, effects: &mut Effects) {
+        let Some(region) = self.memory.remove_region(id) else { return };
+        self.mappings.remove_region(id);
+        self.forget_unused(region.spec().backing.file, effects);
+        effects.push(Effect::Notice(Notice::RegionClosed { region: id }));
+        let client = region.owner();
+        if self.clients.is_leaving(client) && !self.memory.regions().any(|(_, r)| r.owner() == client) {
+            self.clients.has_left(client);
+            effects.push(Effect::Notice(Notice::SessionClosed { client }));
+        }
+    }
+
+    /// Forgets a file that nothing needs any more.
+    pub(super) fn forget_unused(&mut self, file: FileId, effects: &mut Effects) {
+        if self.memory.forget_unused(file) {
+            effects.push(Effect::ForgetFile { file });
+        }
+    }
+
+    /// A connection is gone. Conversions that wait for proof are abandoned: nothing was granted. Of one that was granted nobody
+    /// knows whether it took place: its pages are quarantined. Its regions are closed, their devices stopped first.
+    pub(super) fn client_gone(&mut self, client: ClientId, effects: &mut Effects) {
+        self.quarantine.disown(client);
+        let owned = self.memory.regions().filter(|(_, region)| region.owner() == client);
+        let owned: Vec<_> = owned.map(|(id, _)| id).collect();
+        for id in &owned {
+            if self.memory.start_closing(*id).is_some() {
+                self.mappings.end_promise(*id);
+            }
+        }
+        for id in self.invalidations.begun_by(client) {
+            self.client_of_conversion_gone(id, effects);
+        }
+        if owned.is_empty() {
+            self.clients.has_left(client);
+        } else {
+            self.clients.leaves(client);
+        }
+        for id in owned {
+            // Also what its owner tried to remove before, in vain.
+            if !self.invalidations.closes(id) {
+                self.close_stopped(id, effects);
+            }
+        }
+    }
+
+    fn client_of_conversion_gone(&mut self, id: InvalidationId, effects: &mut Effects) {
+        match self.invalidations.get(id).map(|inv| &inv.phase) {
+            Some(Phase::Clearing(_)) => self.abandon(id, effects),
+            Some(Phase::Granted) => self.end_unknown(id, Reason::of(Cause::ClientGone, 0), None, effects),
+            // passgate itself converts, and will know how it went.
+            Some(Phase::Converting) | None => {}
+        }
+    }
+
+    /// Forgets regions being closed over `iova` that are clear, and goes on with those of clients that are gone which are not.
+    pub(super) fn settle_closing(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
+        let closing = |region: &Region| region.is_closing() && region.iova().overlaps(iova);
+        let closing = self.memory.regions().filter(|(_, region)| closing(region));
+        for id in closing.map(|(id, _)| id).collect::<Vec<_>>() {
+            let Some(region) = self.memory.region(id).filter(|_| !self.invalidations.closes(id)) else {
+                continue;
+            };
+            let (iova, owner) = (region.iova(), region.owner());
+            if self.mappings.is_clear(iova) {
+                self.forget_region(id, effects);
+            } else if self.clients.is_leaving(owner)
+                && self.mappings.iter().any(|domain| domain.mapped().extent(iova).is_some())
+            {
+                // What was mapped again after its closing had been given up: it goes on.
+                self.close(id, CloseCause::OwnerGone, effects);
+            }
+        }
+    }
+
+    /// The region of a client that is gone could not be closed, because of these pages: it is worth another try.
+    pub(super) fn close_again(&mut self, file: FileId, range: PageRange<Offset>, effects: &mut Effects) {
+        let given_up = |id: RegionId, region: &Region| {
+            region.is_closing()
+                && region.spec().backing.file == file
+                && region.iova_of(range).is_some()
+                && self.clients.is_leaving(region.owner())
+                && !self.invalidations.closes(id)
+        };
+        let given_up: Vec<_> =
+            self.memory.regions().filter(|(id, region)| given_up(*id, region)).map(|(id, _)| id).collect();
+        for id in given_up {
+            self.close(id, CloseCause::OwnerGone, effects);
+        }
+    }
+}
