@@ -52,13 +52,18 @@ impl Gate {
     pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
         let last_call = self.calls.last();
         let Some(inv) = self.invalidations.get_mut(id) else { return };
-        let is_conversion = inv.is_conversion();
+        let (is_conversion, is_close) = (inv.is_conversion(), inv.is_close());
         let progress = match &mut inv.phase {
             Phase::Clearing(progress) => progress,
             Phase::Converting => return self.conversion_takes_long(id, over, effects),
             Phase::Granted => return,
         };
         // Nothing of a conversion is unmapped before its devices are detached; there is nothing to climb for.
+        if progress.take_moved() && is_close {
+            // Nothing is stuck: the kernel has much to unmap.
+            self.arm(id, Step::Unmap, effects);
+            return;
+        }
         let waits = progress.stopping && is_conversion;
         progress.stopping = waits;
         progress.part_over(last_call);

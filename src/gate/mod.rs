@@ -56,7 +56,7 @@ pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHA
 pub use ledger::HeldBy;
 pub use ledger::PageState;
 pub use policy::{Hitless, OnStuckDma, Platform, Policy};
-pub(crate) use policy::{MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
+pub(crate) use policy::{CLOSE_PIECE_BYTES, MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use resume::{Past, Written};

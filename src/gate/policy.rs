@@ -21,7 +21,8 @@ pub struct Policy {
     pub max_open: u32,
     /// The maximum of guest memory in bytes, over all clients.
     pub max_memory: u64,
-    /// The time in nanoseconds that a region has to close before its stuck parts are quarantined.
+    /// The time in nanoseconds without progress after which a region that is being closed is given up, and its stuck parts
+    /// are quarantined. Every part of it that is unmapped begins the time anew.
     pub close_deadline_ns: u64,
 }
 
@@ -97,6 +98,12 @@ pub(super) const MAX_EXCLUDED_RANGES: u64 = 65_536;
 pub(crate) const MAX_CALL_MAPPINGS: u64 = 1024;
 /// The maximum number of bytes that one map effect maps (unless a single mapping is longer), for the same reason.
 pub(crate) const MAX_CALL_BYTES: u64 = 64 << 20;
+
+/// The number of bytes of a region being closed that one unmap removes (unless a single mapping is longer). The kernel unmaps
+/// small pages one by one, which takes minutes for a terabyte: pieces let other calls in between, and show progress.
+pub(crate) const CLOSE_PIECE_BYTES: u64 = 16 << 20;
+/// The number of bytes of a region being closed that are unmapped at a time: a piece for each thread that makes calls.
+pub(super) const CLOSE_SWEEP_BYTES: u64 = 8 * CLOSE_PIECE_BYTES;
 
 /// The largest mappings, in bytes, where a page can be cut out of them: a conversion that meets one being made does not
 /// wait long.

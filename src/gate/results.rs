@@ -11,6 +11,7 @@ use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{MapResult, UnmapResult};
 use super::fence::Step;
 use super::ids::{DomainId, InvalidationId, JobId, RegionId};
+use super::invalidations::Invalidation;
 use super::ledger::Run;
 use super::ledger::holds::gaps;
 use super::mappings::EPROTO;
@@ -258,6 +259,12 @@ impl Gate {
     /// A mapping over `iova` is gone, or failed to go: invalidations that wait there sweep again, neighbours that had to go with
     /// it are mapped again, and quarantines that it justified are lifted.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
+        if self.invalidations.get(invalidation).is_some_and(Invalidation::is_close)
+            && self.mappings.runs_over(&[iova]).is_empty()
+            && let Some(progress) = self.invalidations.progress_mut(invalidation)
+        {
+            progress.moved();
+        }
         // The common case: nothing came along with the range, and nothing else is in doubt.
         let enclosed = self.invalidations.get(invalidation).is_some_and(|inv| inv.encloses(iova));
         let plain = enclosed && self.is_alone(invalidation);

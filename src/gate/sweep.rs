@@ -7,11 +7,12 @@ use super::Gate;
 use super::calls::Call;
 use super::effect::{Effect, Effects};
 use super::ids::{DomainId, InvalidationId};
+use super::invalidations::Invalidation;
 use super::ledger::holds::gaps;
 use super::ledger::{Run, RunState};
 use super::mappings::Domain;
 use super::memory::Memory;
-use super::policy::MIN_REPLACED_MAPPINGS;
+use super::policy::{CLOSE_PIECE_BYTES, CLOSE_SWEEP_BYTES, MIN_REPLACED_MAPPINGS};
 
 /// The runs that stand in the way of an invalidation.
 #[derive(Default)]
@@ -71,6 +72,10 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
+        if self.invalidations.get(id).is_some_and(Invalidation::is_close) {
+            self.unmap_pieces(id, domain, plan.spans, effects);
+            return;
+        }
         if caps.replace && !caps.cut && plan.partial >= MIN_REPLACED_MAPPINGS {
             self.replace(id, domain, plan.spans, effects);
             return;
@@ -81,6 +86,30 @@ impl Gate {
             if let Some(extent) = mapped.extent(span) {
                 let span = if caps.cut { extent } else { mapped.whole(extent) };
                 self.unmap(id, domain, span, effects);
+            }
+        }
+    }
+
+    /// Asks for unmaps of the first [`CLOSE_SWEEP_BYTES`] of `spans`, in pieces. Their results bring the next sweep.
+    fn unmap_pieces(
+        &mut self,
+        id: InvalidationId,
+        domain: DomainId,
+        spans: Vec<PageRange<Iova>>,
+        effects: &mut Effects,
+    ) {
+        let mut bytes = 0;
+        for span in spans {
+            let mut rest = Some(span);
+            while bytes < CLOSE_SWEEP_BYTES
+                && let Some(mapped) = self.mappings.get(domain).map(Domain::mapped)
+                && let Some(extent) = rest.and_then(|rest| mapped.extent(rest))
+            {
+                let piece = mapped.extent(first_piece(extent)).unwrap_or(extent);
+                let piece = mapped.whole(piece);
+                bytes += piece.len();
+                rest = PageRange::between(piece.end(), span.end());
+                self.unmap(id, domain, piece, effects);
             }
         }
     }
@@ -167,6 +196,12 @@ impl UnmapPlan {
             }
         }
     }
+}
+
+/// Returns the part of `span` up to the next multiple of [`CLOSE_PIECE_BYTES`].
+fn first_piece(span: PageRange<Iova>) -> PageRange<Iova> {
+    let end = (span.start().raw() / CLOSE_PIECE_BYTES + 1) * CLOSE_PIECE_BYTES;
+    PageRange::between(span.start(), span.end().min(Iova(end))).unwrap_or(span)
 }
 
 /// True if one call may unmap both: they are of one region, with nothing mapped between them.

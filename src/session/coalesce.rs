@@ -16,7 +16,7 @@ use passgate_bindings::{Iova, PageRange};
 use super::Session;
 use super::call::{self, Call, Returned};
 use crate::gate::{
-    DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult, UnmapResult,
+    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult, UnmapResult,
 };
 
 /// The maximum number of unmaps in one call.
@@ -55,6 +55,7 @@ impl Session {
                     && let (at, Some(bytes)) = (*at, bytes)
                     && at == id
                     && let Some(both) = adjacent_union(iova, *next)
+                    && both.len() <= CLOSE_PIECE_BYTES
                     && !domain.may_wait(both)
                     && shares.len() < MAX_COALESCED_UNMAPS
                 {

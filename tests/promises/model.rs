@@ -152,7 +152,9 @@ impl Model {
         {
             region.map_failed |= region.stage == Stage::Adding;
         }
+        let removals = self.removals();
         self.shadow_ledger.event(event);
+        self.renew_removals(&removals);
         if let Event::Converted { invalidation, .. } = event {
             self.converting.remove(invalidation);
         }
@@ -292,6 +294,32 @@ impl Model {
     fn add_request(&mut self, caller: Caller, kind: RequestKind, within: u64) {
         let due = self.now.saturating_add(within);
         self.requests.insert(caller.cookie, Request { caller, kind, due });
+    }
+
+    /// Returns the cookies of removals that wait, and the bytes that may still be mapped of their regions.
+    fn removals(&self) -> Vec<(u64, u64)> {
+        let removals = self.requests.iter().filter_map(|(cookie, request)| {
+            let RequestKind::Remove { region } = request.kind else { return None };
+            let region = self.oracle.regions.iter().find(|known| known.id == region)?;
+            Some((*cookie, self.shadow_ledger.bytes_mapped(region.iova())))
+        });
+        removals.collect()
+    }
+
+    /// Progress begins the deadline of a removal anew, at the end of the part that was running.
+    fn renew_removals(&mut self, before: &[(u64, u64)]) {
+        if before.is_empty() {
+            return;
+        }
+        let (now, after): (_, BTreeMap<_, _>) = (self.now, self.removals().into_iter().collect());
+        let whole = self.policy.close_deadline_ns.max(MIN_DEADLINE_NS);
+        for (cookie, bytes) in before {
+            if after.get(cookie).is_some_and(|left| left < bytes)
+                && let Some(request) = self.requests.get_mut(cookie)
+            {
+                request.due = now.saturating_add(whole + whole / Step::LADDER.len() as u64);
+            }
+        }
     }
 
     /// The pages have the state that the outcome of their conversion gives them.

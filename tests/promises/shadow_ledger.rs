@@ -424,6 +424,11 @@ impl ShadowLedger {
         }
     }
 
+    /// Returns the bytes that may be mapped in `iova`, over all domains.
+    pub fn bytes_mapped(&self, iova: PageRange<Iova>) -> u64 {
+        self.domains.values().map(|domain| bytes(&domain.may_be_mapped, &span(iova))).sum()
+    }
+
     /// True while `job` has no result.
     pub fn is_pending(&self, job: JobId) -> bool {
         self.jobs.contains_key(&job)

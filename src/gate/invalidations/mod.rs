@@ -74,6 +74,8 @@ pub(super) struct Progress {
     late: u32,
     /// The latest call before that.
     late_until: JobId,
+    /// Set by a result that something is gone, until a part of the deadline is over.
+    moved: bool,
     /// Set by a late result until the sweep that it would bring has been left out.
     skip_sweep: bool,
 }
@@ -90,6 +92,7 @@ impl Progress {
             pending: 0,
             late: 0,
             late_until: JobId(0),
+            moved: false,
             skip_sweep: false,
         }
     }
@@ -112,6 +115,16 @@ impl Progress {
     /// Returns the number of unmaps that have not returned.
     pub(super) fn calls(&self) -> usize {
         (self.pending + self.late) as usize
+    }
+
+    /// Something that stood in its way is gone.
+    pub(super) fn moved(&mut self) {
+        self.moved = true;
+    }
+
+    /// Returns true if anything is gone since this was asked last.
+    pub(super) fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.moved)
     }
 
     /// A part of the deadline is over: what has not returned by `job` is late.
@@ -157,6 +170,11 @@ impl Invalidation {
     /// True if a client or passgate converts its pages (and no region is closed, or merged).
     pub(super) fn is_conversion(&self) -> bool {
         matches!(self.purpose, Purpose::Convert(_))
+    }
+
+    /// True if it closes a region.
+    pub(super) fn is_close(&self) -> bool {
+        matches!(self.purpose, Purpose::Close(..))
     }
 
     pub(super) fn progress(&self) -> Option<&Progress> {

@@ -77,3 +77,40 @@ fn region_that_could_not_be_removed_is_closed_once_a_conversion_has_taken_its_la
     assert_eq!(regions, [all]);
     assert!(world.said.contains(&Effect::Notice(Notice::RegionClosed { region: alias })));
 }
+
+#[test]
+fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
+    const PIECES: u64 = 20;
+    let piece = CLOSE_PIECE_BYTES / PAGE;
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    let region = world.add(0, PIECES * piece, 0, 512);
+    world.settle();
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    let mut unmapped = Vec::new();
+    while let Some(unmap) = world.take(is_unmap) {
+        let Effect::Unmap { iova, .. } = unmap else { unreachable!() };
+        assert!(world.calls.len() < 8, "more calls at a time than there are threads for");
+        unmapped.push(pages(iova));
+        // The last part of the deadline ends, just after something was unmapped.
+        world.succeeds(&unmap);
+        world.said.clear();
+        world.tell(Event::Expired { invalidation: id, rung: Step::Reset });
+        if unmapped.len() < PIECES as usize {
+            assert!(matches!(world.said[..], [Effect::Arm { rung: Step::Unmap, .. }]), "{:?}", world.said);
+        }
+    }
+    assert_eq!(unmapped, (0..PIECES).map(|nth| (nth * piece, piece)).collect::<Vec<_>>());
+    assert!(world.live(0).is_empty() && world.gate.snapshot().regions.is_empty());
+}
+
+#[test]
+fn close_without_progress_is_given_up_after_its_deadline() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    let region = world.add(0, 8, 0, 1);
+    world.settle();
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    Step::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    assert!(matches!(world.verdict(id), Some(Verdict::Unknown { .. })), "{:?}", world.said);
+}
