@@ -15,6 +15,15 @@ use super::ledger::{HeldBy, PageState};
 use super::memory::Region;
 use super::verdict::{Cause, Reason, Refusal};
 
+/// The reason for which a region is better added once others are closed ([`Gate::close_to_wait_for`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloseWait {
+    /// A region of those being closed lies in its way: it is closed, or given up, before long.
+    Region,
+    /// They use up a budget, which others may use up again.
+    Room,
+}
+
 impl Gate {
     pub(super) fn add_region(&mut self, caller: Caller, spec: RegionSpec, effects: &mut Effects) {
         let pieces = match self.check_region(caller.client, &spec) {
@@ -64,16 +73,19 @@ impl Gate {
         self.mappings.iter().map(piece).collect()
     }
 
-    /// True where a region had better be added once others are closed: they lie in its way, use up a budget, or are of another
-    /// client's and tell the states of its pages.
-    pub fn waits_for_close(&self, client: ClientId, spec: &RegionSpec) -> bool {
+    /// Returns the close after which a region had better be added: of regions that lie in its way or are of another client and
+    /// tell the states of its pages, or of any that use up a budget.
+    pub fn close_to_wait_for(&self, client: ClientId, spec: &RegionSpec) -> Option<CloseWait> {
+        let is_closing = |id: RegionId| self.invalidations.closes(id);
         match self.check_region(client, spec) {
             Err(Refusal::Overlaps { .. }) => {
                 let mut over = self.memory.regions().filter(|(_, other)| other.gpa().overlaps(spec.gpa));
-                over.all(|(id, _)| self.invalidations.closes(id))
+                over.all(|(id, _)| is_closing(id)).then_some(CloseWait::Region)
             }
-            Err(Refusal::Budget { .. }) => self.memory.regions().any(|(id, _)| self.invalidations.closes(id)),
-            Err(_) => false,
+            Err(Refusal::Budget { .. }) => {
+                self.memory.regions().any(|(id, _)| is_closing(id)).then_some(CloseWait::Room)
+            }
+            Err(_) => None,
             Ok(_) => {
                 let pages = spec.gpa.rebase(spec.gpa.start(), spec.backing.offset);
                 let shows = |id: RegionId| {
@@ -81,7 +93,7 @@ impl Gate {
                     other.is_some_and(|other| other.file_pages().range.overlaps(pages))
                 };
                 let mut regions = self.memory.regions_of(spec.backing.file).iter();
-                regions.any(|id| shows(*id) && self.invalidations.closes(*id))
+                regions.any(|id| shows(*id) && is_closing(*id)).then_some(CloseWait::Region)
             }
         }
     }

@@ -33,8 +33,9 @@ use passgate_bindings::{Gpa, Iova, PageRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::gate::{
-    Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
-    Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
+    Admits, Answer, Caller, CloseWait, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate,
+    InvalidationId, JobId, Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot,
+    Step, Verdict,
 };
 use crate::observe::metrics::{self, Meter};
 use crate::observe::records::Records;
@@ -57,9 +58,8 @@ use timers::Timers;
 /// The time between two [`Event::Quiet`], while there are fragmented mappings.
 const QUIET_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The time that a new region waits for the regions in its way to be closed: longer than the gate's deadline for a close
-/// ([`Policy::close_deadline_ns`]).
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The time that a new region waits for room that other regions leave when they are closed.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The next step that a session asks of its owner.
 #[derive(Debug)]
@@ -82,8 +82,9 @@ pub enum Next {
 struct DeferredRegion {
     caller: Caller,
     spec: RegionSpec,
-    /// The time at which it is added in any case; the gate refuses it if a region is still in its way.
-    deadline: Instant,
+    /// The time until which it waits for room; none once that has passed. Regions in its way are waited for until they are
+    /// closed or given up.
+    room_deadline: Option<Instant>,
 }
 
 /// The risks that the operator has accepted.
@@ -390,9 +391,9 @@ impl Session {
 
     /// Adds a region, or defers it while a region in its way is being closed.
     fn add_region(&mut self, caller: Caller, spec: RegionSpec) {
-        if self.gate.waits_for_close(caller.client, &spec) {
-            let deadline = self.clock.now() + CLOSE_TIMEOUT;
-            self.deferred_regions.push(DeferredRegion { caller, spec, deadline });
+        if self.gate.close_to_wait_for(caller.client, &spec).is_some() {
+            let room_deadline = Some(self.clock.now() + ROOM_TIMEOUT);
+            self.deferred_regions.push(DeferredRegion { caller, spec, room_deadline });
         } else {
             self.handle(Event::AddRegion { caller, spec });
         }
@@ -404,15 +405,21 @@ impl Session {
         if before == 0 {
             return false;
         }
-        let now = self.clock.now();
         // One by one: each that is added may be in the way of the next.
-        while let Some(at) = self.deferred_regions.iter().position(|deferred| {
-            deferred.deadline <= now || !self.gate.waits_for_close(deferred.caller.client, &deferred.spec)
-        }) {
+        while let Some(at) = self.deferred_regions.iter().position(|deferred| self.is_due(deferred)) {
             let DeferredRegion { caller, spec, .. } = self.deferred_regions.remove(at);
             self.handle(Event::AddRegion { caller, spec });
         }
         self.deferred_regions.len() < before
+    }
+
+    /// True once nothing is left that a deferred region waits for.
+    fn is_due(&self, deferred: &DeferredRegion) -> bool {
+        match self.gate.close_to_wait_for(deferred.caller.client, &deferred.spec) {
+            None => true,
+            Some(CloseWait::Room) => deferred.room_deadline.is_none(),
+            Some(CloseWait::Region) => false,
+        }
     }
 
     fn domain_of(&self, id: DomainId) -> Option<Arc<dyn Domain>> {
@@ -463,7 +470,7 @@ impl Session {
 
     /// Returns the time at which [`Session::expire`] must be called next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let deferred = self.deferred_regions.iter().map(|deferred| deferred.deadline);
+        let deferred = self.deferred_regions.iter().filter_map(|deferred| deferred.room_deadline);
         let others = [self.timers.next(), self.delayed_answers.next_deadline(), self.quiet_at];
         others.into_iter().flatten().chain(deferred).min()
     }
@@ -474,6 +481,9 @@ impl Session {
             self.handle(Event::Expired { invalidation, rung });
         }
         self.delayed_answers.expire(now, &mut self.effects);
+        for deferred in &mut self.deferred_regions {
+            deferred.room_deadline = deferred.room_deadline.filter(|deadline| *deadline > now);
+        }
         if self.quiet_at.is_some_and(|when| when <= now) {
             self.quiet_at = None;
             self.handle(Event::Quiet);

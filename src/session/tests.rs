@@ -132,6 +132,15 @@ impl World {
         self.session.expire(self.clock.now());
     }
 
+    /// Lets one deadline after another pass until there is an answer.
+    fn expire_deadlines(&mut self) {
+        while self.answers.is_empty() {
+            let next = self.session.next_deadline().expect("a deadline is set");
+            self.advance(next.saturating_duration_since(self.clock.now()));
+            self.settle();
+        }
+    }
+
     fn file_id(&self) -> FileId {
         let stat = rustix::fs::fstat(self.file.as_fd()).unwrap();
         FileId { device: stat.st_dev, inode: stat.st_ino }
@@ -440,7 +449,7 @@ fn region_waits_for_aliases_of_the_last_owner_to_be_closed() {
         world.settle();
         assert!(world.answers.is_empty(), "{:?}", world.answers);
         if hangs {
-            world.advance(CLOSE_TIMEOUT);
+            world.expire_deadlines();
         } else {
             world.session.returned(unmap.run());
         }
@@ -462,12 +471,8 @@ fn region_is_refused_in_time_if_the_one_in_its_way_cannot_be_closed() {
     // The deferred region of a client that is gone is forgotten.
     world.session.handle(Event::ClientGone { client: ClientId(3) });
     let start = world.clock.now();
-    while world.answers.is_empty() {
-        let next = world.session.next_deadline().expect("a deadline is set");
-        world.advance(next - world.clock.now());
-        world.settle();
-    }
-    assert!(world.clock.now() - start <= CLOSE_TIMEOUT);
+    world.expire_deadlines();
+    assert!(world.clock.now() - start <= Duration::from_nanos(Policy::default().close_deadline_ns));
     let answers = world.take_answers();
     assert!(matches!(answers[..], [(_, Answer::Refused(Refusal::Overlaps { .. }))]), "{answers:?}");
     assert!(world.session.deferred_regions.is_empty());
