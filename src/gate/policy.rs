@@ -101,7 +101,7 @@ pub(crate) const MAX_CALL_BYTES: u64 = 64 << 20;
 
 /// The number of bytes of a region being closed that one unmap removes (unless a single mapping is longer). The kernel unmaps
 /// small pages one by one, which takes minutes for a terabyte: pieces let other calls in between, and show progress.
-pub(crate) const CLOSE_PIECE_BYTES: u64 = 16 << 20;
+pub(crate) const CLOSE_PIECE_BYTES: u64 = 4 << 20;
 /// The number of bytes of a region being closed that are unmapped at a time: a piece for each thread that makes calls.
 pub(super) const CLOSE_SWEEP_BYTES: u64 = 8 * CLOSE_PIECE_BYTES;
 
