@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Client};
-use passgate::serve::{Hold, Options, Server};
+use passgate::serve::{Options, Server, Takeover};
 use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
@@ -77,7 +77,7 @@ fn device_request_is_reported_and_device_stopped_and_closed() {
                 Ok(Assignment { domain, devices, drives: Vec::new() })
             };
             let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
-            Hold::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
+            Takeover::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
         });
         let options = Options::at(dir.path().join("socket"));
         let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();

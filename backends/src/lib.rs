@@ -9,6 +9,7 @@
 pub mod assign;
 pub mod device;
 pub mod error;
+pub mod handover;
 pub mod iommu;
 pub mod resume;
 pub mod window;

@@ -17,15 +17,13 @@ use super::event_loop::{Core, Message};
 use super::inside::AccessQuery;
 use super::poller::{Interest, Poller};
 use super::scrape::{MAX_METRICS_CLIENTS, Scrape};
-use super::vhost_blk::DiskCounters;
-use super::{Hold, Options};
+use super::{Options, Takeover};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
-use crate::observe::disk::Disk;
-use crate::observe::records::Records;
-use crate::observe::status;
+use crate::observe::disk::{Disk, ReadDisk};
 use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
+use crate::session::records::Records;
 use crate::session::{Pool, Returned, Session, SystemClock, Trust};
 
 // Tokens of the poller.
@@ -66,7 +64,7 @@ pub(super) struct Vm {
     /// The number of calls that have not returned and whose threads have lost the VM.
     pub(super) late_calls: usize,
     /// The counters of the disk that this process serves, for as long as it does.
-    disk: Weak<DiskCounters>,
+    disk: Option<Weak<dyn ReadDisk>>,
     /// Set while no connection is accepted for want of descriptors or memory: the end of that time.
     pub(super) accept_paused_until: Option<Instant>,
     pub(super) spare_fd: SpareFd,
@@ -105,10 +103,10 @@ impl Vm {
         core: Arc<Core>,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        takeover: Option<Hold>,
+        takeover: Option<Takeover>,
     ) -> Result<Self> {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
-        let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.left.is_some());
+        let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.earlier.is_some());
         let (hands_over, adopt_within) =
             (takeover.is_some(), takeover.as_ref().map(|takeover| takeover.adopt_within));
         let workers = Arc::clone(&core);
@@ -154,7 +152,7 @@ impl Vm {
             backlog: Backlog::new()?,
             scrape: scrape.map(Scrape::new),
             late_calls: 0,
-            disk: Weak::new(),
+            disk: None,
             accept_paused_until: None,
             spare_fd: SpareFd::new(),
             alarm: None,
@@ -275,7 +273,7 @@ impl Vm {
                 Message::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
                 Message::AccessQuery(ask) => self.answer_query(ask),
                 Message::Connect(socket) => self.add_internal_connection(socket),
-                Message::Disk(disk) => self.disk = disk,
+                Message::Disk(disk) => self.disk = Some(disk),
             }
         }
         self.alarm = None;
@@ -447,7 +445,7 @@ impl Vm {
             sequence: self.backlog.last(),
             refused: self.backlog.refused(&self.session),
             disk: self.disk().map(|disk| disk.status()),
-            ..status::status(&self.session, policy)
+            ..self.session.status(policy)
         }
     }
 
@@ -459,6 +457,6 @@ impl Vm {
 
     /// Returns the counters of the disk, while one is served.
     fn disk(&self) -> Option<Disk> {
-        self.disk.upgrade().map(|disk| disk.read())
+        self.disk.as_ref()?.upgrade().map(|disk| disk.read())
     }
 }

@@ -27,7 +27,7 @@ impl Session {
         let tickets: BTreeMap<_, _> = tickets.iter().collect();
         let early_tickets: BTreeSet<_> = early_tickets.iter().collect();
         let effects = effects.get(*executed..).unwrap_or_default();
-        let persistent = self.persistent.as_ref().map(super::Lasting::canonical).unwrap_or_default();
+        let persistent = self.persistent.as_ref().map(super::PersistentState::canonical).unwrap_or_default();
         let separate_unmaps: Vec<_> = queued_steps
             .iter()
             .filter_map(|next| match next {

@@ -15,12 +15,12 @@ pub mod guardian;
 mod initial_events;
 pub mod persist;
 mod pool;
+pub mod quarantine_file;
 mod receipts;
+pub mod records;
 mod resume;
+mod status;
 mod timers;
-
-// The old name of the module, for as long as other areas use it.
-pub use persist as lasting;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::RangeInclusive;
@@ -36,8 +36,8 @@ use crate::gate::{
     Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
     Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
 };
+use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
-use crate::observe::records::Records;
 use crate::protocol::verbs::{AddMemory, Totals};
 
 pub use call::{Call, Examined, Returned};
@@ -48,10 +48,12 @@ use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
 use initial_events::{can_step, initial_events};
-use persist::Lasting;
+use persist::PersistentState;
 pub use pool::{Pool, Task};
 use receipts::Receipts;
-pub use resume::Hold;
+use records::Records;
+pub use resume::Persistence;
+pub use status::adopted;
 use timers::Timers;
 
 /// The time between two [`Event::Quiet`], while there are fragmented mappings.
@@ -128,7 +130,7 @@ pub struct Session {
     meter: Meter,
     clock: Arc<dyn Clock>,
     records: Option<Records>,
-    persistent: Option<Lasting>,
+    persistent: Option<PersistentState>,
     fd_store: Option<FdStore>,
 }
 
@@ -143,11 +145,13 @@ impl Session {
         trust: Trust<'_>,
         clock: Arc<dyn Clock>,
         mut records: Option<Records>,
-        hold: Option<Hold>,
+        hold: Option<Persistence>,
     ) -> Self {
         let mut first_events = initial_events(&*domain, &devices, trust.tolerant);
         let (persistent, fd_store, left, quarantine) = match hold {
-            Some(Hold { store, lasting, left, quarantine }) => (Some(lasting), Some(store), left, quarantine),
+            Some(Persistence { store, persistent, earlier: left, quarantine }) => {
+                (Some(persistent), Some(store), left, quarantine)
+            }
             None => (None, None, None, None),
         };
         // The ledger of an earlier daemon has this quarantine, too, and more: `resume_from` adds what it may lack.
@@ -223,7 +227,7 @@ impl Session {
         if let Some(records) = &mut self.records {
             records.record_event(&event);
         }
-        let touched = self.persistent.is_some().then(|| Lasting::touched(&event));
+        let touched = self.persistent.is_some().then(|| PersistentState::touched(&event));
         self.gate.handle(event, &mut self.effects);
         // The records for the next process, and those on disk, are written before any of the effects is executed.
         if let (Some(persistent), Some(touched)) = (&mut self.persistent, touched) {
@@ -580,6 +584,12 @@ impl Session {
     /// Returns true if the device has the fence of this rung, or the rung is no fence.
     pub fn can(&self, id: DeviceId, step: Step) -> bool {
         self.devices.get(usize::from(id.0)).is_some_and(|device| can_step(&**device, step))
+    }
+}
+
+impl Names for Session {
+    fn device(&self, id: DeviceId) -> &str {
+        self.device_name(id)
     }
 }
 

@@ -2,24 +2,24 @@
 
 use std::sync::{Arc, Weak};
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::memory::GuestFile;
 
 use super::Session;
 use super::fdstore::{FdStore, Kept, Name};
-use super::persist::{Lasting, Left};
+use super::persist::{EarlierState, PersistentState};
 use crate::gate::ledger::holds::gaps;
 use crate::gate::{Cause, ClientId, DomainId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
 
 /// The means by which a session outlives its process.
 #[derive(Debug)]
-pub struct Hold {
+pub struct Persistence {
     /// The store of its descriptors.
     pub store: FdStore,
     /// The ledger and the records beside it.
-    pub lasting: Lasting,
+    pub persistent: PersistentState,
     /// The state that an earlier process left in the ledger, and the descriptors that were stored for it.
-    pub left: Option<(Left, Kept)>,
+    pub earlier: Option<(EarlierState, Kept)>,
     /// If no state of an earlier process is taken over: the ranges that stay in quarantine all the same, as events for a gate
     /// without regions, and the files that they are in.
     pub quarantine: Option<(Vec<Event>, Kept)>,
@@ -27,8 +27,8 @@ pub struct Hold {
 
 impl Session {
     /// Resumes from the state that another process left. The session's gate must have its domain and devices, and no memory.
-    pub(super) fn resume_from(&mut self, left: Left, mut kept: Kept) {
-        let Left { mut past, region_infos, .. } = left;
+    pub(super) fn resume_from(&mut self, left: EarlierState, mut kept: Kept) {
+        let EarlierState { mut past, region_infos, .. } = left;
         for region in &mut past.regions {
             let info = region_infos.iter().find(|(id, _)| *id == region.region).map(|(_, info)| *info);
             if let Err(error) = self.files.restore_region(region, info, &mut kept) {
@@ -36,7 +36,7 @@ impl Session {
                 region.closing = true;
             }
         }
-        let ledger = self.persistent.as_ref().and_then(Lasting::id);
+        let ledger = self.persistent.as_ref().and_then(PersistentState::id);
         let on_disk =
             self.records.as_mut().map(|records| records.take_quarantine_beyond(ledger)).unwrap_or_default();
         add_quarantine_on_disk(&mut past, on_disk);
@@ -72,14 +72,14 @@ impl Session {
 
     /// Completes the records for the next process, with the ids of the domain's kernel objects. The files of domain and devices
     /// must be stored before.
-    pub fn complete(&self, ids: Ids) {
+    pub fn complete(&self, ids: DomainIds) {
         if let Some(persistent) = &self.persistent {
             let natures = self.gate.natures();
             let named = self.devices.iter().zip(natures);
             let names: Vec<_> =
                 named.map(|(device, (_, nature))| (device.name().to_owned(), !nature.ats)).collect();
             // Nothing of a software domain outlives its process: the next daemon assigns new devices.
-            persistent.complete(ids, if ids == Ids::Nothing { &[] } else { &names });
+            persistent.complete(ids, if ids == DomainIds::Nothing { &[] } else { &names });
         }
     }
 
@@ -165,23 +165,27 @@ mod tests {
     use super::*;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::gate::{QuarantineStatus, Step};
-    use crate::observe::records::{Records, StateOptions};
     use crate::protocol::verbs::AddMemory;
     use crate::session::initial_events::initial_events;
     use crate::session::persist::{LoadError, holds_in};
+    use crate::session::records::{Records, StateOptions};
     use crate::session::{Next, SystemClock, Trust};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 
-    fn session(domain: Arc<dyn Domain>, persistent: Lasting) -> Session {
+    fn session(domain: Arc<dyn Domain>, persistent: PersistentState) -> Session {
         session_of(domain, vec![], persistent)
     }
 
-    fn session_of(domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>, persistent: Lasting) -> Session {
+    fn session_of(
+        domain: Arc<dyn Domain>,
+        devices: Vec<Arc<dyn Device>>,
+        persistent: PersistentState,
+    ) -> Session {
         let clock = Arc::new(SystemClock);
         let (policy, trust) = (Policy::default(), Trust::default());
         let mut session = Session::new(policy, domain, devices, trust, clock, None, None);
-        // As `Session::new` does with a `Hold`, but without a service manager.
+        // As `Session::new` does with a `Persistence`, but without a service manager.
         session.gate = Gate::new(Policy::default());
         session.gate.keep_in(persistent.store().clone());
         session.persistent = Some(persistent);
@@ -247,13 +251,13 @@ mod tests {
                 Arc::new(sim.device(name, StopClass::DETACH, nature)) as Arc<dyn Device>
             };
             let devices = vec![device(caches, true), device(plain, false)];
-            let persistent = Lasting::new().unwrap();
+            let persistent = PersistentState::new().unwrap();
             let ledger = persistent.fd().unwrap().try_clone_to_owned().unwrap();
             let mut session = session_of(Arc::new(sim), devices, persistent);
-            session.complete(Ids::Type1 { entries: 1 });
+            session.complete(DomainIds::Type1 { entries: 1 });
             read.into_iter().for_each(|event| session.handle(event));
             drop(session);
-            let (_, left) = Lasting::open(ledger).unwrap();
+            let (_, left) = PersistentState::open(ledger).unwrap();
             assert_eq!(
                 (left.devices, left.ats_unused),
                 (vec![caches.into(), plain.into()], unused.iter().map(|name| (*name).to_owned()).collect())
@@ -290,22 +294,22 @@ mod tests {
     fn quarantine_on_disk_is_added_only_if_the_ledger_may_not_have_it() {
         for named in [true, false] {
             let dir = tempfile::tempdir().unwrap();
-            let persistent = Lasting::new().unwrap();
-            persistent.complete(Ids::Type1 { entries: 65_535 }, &[]);
+            let persistent = PersistentState::new().unwrap();
+            persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
             let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
             let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
             let quarantined = QuarantineStatus { file, range, invalidation: InvalidationId(4), reason };
             // The ledger does not have it any more: the daemon ended before it could write that to the disk.
             let mut first = records(dir.path(), false).unwrap();
-            let ledger = if named { persistent.id() } else { Lasting::new().unwrap().id() };
+            let ledger = if named { persistent.id() } else { PersistentState::new().unwrap().id() };
             first.rewrite_quarantine(&[quarantined], ledger);
             drop(first);
             let fd = persistent.fd().unwrap().try_clone_to_owned().unwrap();
             drop(persistent);
-            let (lasting, left) = Lasting::open(fd).unwrap();
+            let (persistent, left) = PersistentState::open(fd).unwrap();
             let (store, _removed) = FdStore::detached();
             let left = Some((left, Kept::of(BTreeMap::new())));
-            let hold = Hold { store, lasting, left, quarantine: None };
+            let hold = Persistence { store, persistent, earlier: left, quarantine: None };
             let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
             let opened = Some(records(dir.path(), true).unwrap());
             let (policy, clock) = (Policy::default(), Arc::new(SystemClock));
@@ -324,10 +328,10 @@ mod tests {
 
     #[test]
     fn ledger_that_was_never_complete_is_not_read_as_empty() {
-        let persistent = Lasting::new().unwrap();
+        let persistent = PersistentState::new().unwrap();
         let fd = || persistent.fd().unwrap().try_clone_to_owned().unwrap();
         assert!(matches!(holds_in(fd()), Err(LoadError::Incomplete)));
-        persistent.complete(Ids::Nothing, &[]);
+        persistent.complete(DomainIds::Nothing, &[]);
         assert!(holds_in(fd()).unwrap().is_empty());
     }
 
@@ -339,7 +343,8 @@ mod tests {
         let event = Event::Quarantine { file, range, invalidation: InvalidationId(4), reason };
         let (store, _removed) = FdStore::detached();
         let quarantine = Some((vec![event.clone()], Kept::of(BTreeMap::new())));
-        let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine };
+        let hold =
+            Persistence { store, persistent: PersistentState::new().unwrap(), earlier: None, quarantine };
         let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
         let clock = Arc::new(SystemClock);
         let opened = Some(records(dir.path(), false).unwrap());
@@ -412,9 +417,9 @@ mod tests {
     fn restart_announces_exactly_the_live_ranges_to_the_domain() {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let file = GuestFile::memfd("resume", 8 * PAGE).unwrap();
-        let (fd, persistent) = (file.as_fd().try_clone_to_owned().unwrap(), Lasting::new().unwrap());
+        let (fd, persistent) = (file.as_fd().try_clone_to_owned().unwrap(), PersistentState::new().unwrap());
         let ledger: OwnedFd = persistent.fd().unwrap().try_clone_to_owned().unwrap();
-        persistent.complete(Ids::Type1 { entries: 65_535 }, &[]);
+        persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
         let mut first = session(Arc::new(sim.clone()), persistent);
         first.add_memory(CALLER, AddMemory::shared(0, 8 * PAGE), vec![fd.try_clone().unwrap()]);
         settle(&mut first);
@@ -430,7 +435,7 @@ mod tests {
         let holds = holds_in(ledger.try_clone().unwrap()).unwrap();
         let [(file, excluded, HeldBy::Open(_))] = holds[..] else { panic!("{holds:?}") };
         assert_eq!((excluded.start().0 / PAGE, excluded.pages()), (5, 1));
-        let (persistent, left) = Lasting::open(ledger).unwrap();
+        let (persistent, left) = PersistentState::open(ledger).unwrap();
         let mut second = session(domain, persistent);
         let found = identity::identify(&fd).unwrap();
         assert_eq!(file, FileId { device: found.device, inode: found.inode });

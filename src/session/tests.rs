@@ -15,9 +15,9 @@ use rustix::io::Errno;
 use super::fdstore::{FdStore, Name};
 use super::*;
 use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
-use crate::observe::quarantine_file::tests::WRITTEN_BYTES;
-use crate::observe::records::StateOptions;
 use crate::protocol::verbs::State;
+use crate::session::quarantine_file::tests::WRITTEN_BYTES;
+use crate::session::records::StateOptions;
 
 const PAGES: u64 = 8;
 const DEADLINE: Duration = Duration::from_millis(10);
@@ -62,7 +62,7 @@ impl World {
         Self::with(counts_partial, PAGES, None, None)
     }
 
-    fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Hold>) -> Self {
+    fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Persistence>) -> Self {
         let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
         let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(ManualClock(Mutex::new(Instant::now())));
@@ -76,7 +76,12 @@ impl World {
     /// A session that outlives its process, and the names that it removes from the descriptor store.
     fn with_fd_store() -> (Self, Receiver<Name>) {
         let (store, removed) = FdStore::detached();
-        let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine: None };
+        let hold = Persistence {
+            store,
+            persistent: PersistentState::new().unwrap(),
+            earlier: None,
+            quarantine: None,
+        };
         (Self::with(false, PAGES, None, Some(hold)), removed)
     }
 

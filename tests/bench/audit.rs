@@ -17,8 +17,8 @@ use passgate::gate::{
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
 };
 use passgate::observe::audit::{Log, LogOptions};
-use passgate::observe::records::StateOptions;
 use passgate::serve::{Handle, Options, Server};
+use passgate::session::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Address, Offset};

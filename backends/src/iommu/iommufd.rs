@@ -19,7 +19,7 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 mod areas;
@@ -222,7 +222,7 @@ impl Domain for IommufdDomain {
         self.iommufd.iova_ranges(ioas).map(|found| found.ranges).unwrap_or_default()
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.hand_over()
     }
 

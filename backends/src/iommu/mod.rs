@@ -15,7 +15,7 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use crate::Result;
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 
 pub mod iommufd;
 mod pieces;
@@ -110,8 +110,8 @@ pub trait Domain: Send + Sync + fmt::Debug {
 
     /// Duplicates the files with which another process can take the domain over ([`crate::resume`]), and returns its
     /// ids.
-    fn leave(&self) -> io::Result<(Left, Ids)> {
-        Ok((Left::default(), Ids::Nothing))
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
+        Ok((Handover::default(), DomainIds::Nothing))
     }
 
     /// Announces that `iova` was mapped by an earlier process and still is. Called once for each such range, before any

@@ -21,7 +21,7 @@ use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
 use super::{Capabilities, Domain, Unmap, pieces};
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 /// The module parameter with the maximum number of mappings in a container.
@@ -153,7 +153,7 @@ impl Domain for Type1Domain {
         self.container.info().map(|info| info.iova_ranges).unwrap_or_default()
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.hand_over()
     }
 }

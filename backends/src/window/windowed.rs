@@ -17,7 +17,7 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Window;
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 use crate::{Capabilities, Domain, Result, Ticket, Unmap};
 
 /// The time for which an unmap waits for requests in flight: longer than nearly every request takes, and a small part
@@ -97,7 +97,7 @@ impl Domain for Windowed {
         }
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.inner.leave()
     }
 

@@ -227,9 +227,9 @@ impl Domain for Recorder {
         self.record("usable");
         vec![Iova(7)..=Iova(8)]
     }
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.record("leave");
-        Ok((Left::default(), Ids::Type1 { entries: 7 }))
+        Ok((Handover::default(), DomainIds::Type1 { entries: 7 }))
     }
     fn resumed(&self, _: PageRange<Iova>) {
         self.record("resumed");
@@ -267,7 +267,7 @@ fn windowed_forwards_every_call_and_result() {
     domain.map(pages(0, 1), PAGE, &file, Offset(0), true).unwrap();
     assert_eq!(domain.unmap(pages(0, 1)), Unmap::InFlight { bytes: 7, ticket: Ticket(7) });
     assert_eq!(domain.usable(), [Iova(7)..=Iova(8)]);
-    assert_eq!(domain.leave().unwrap().1, Ids::Type1 { entries: 7 });
+    assert_eq!(domain.leave().unwrap().1, DomainIds::Type1 { entries: 7 });
     domain.resumed(pages(0, 1));
     assert!(domain.may_wait(pages(0, 1)));
     assert_eq!(domain.replace(&[pages(0, 1)]), Unmap::Gone { bytes: 7 });

@@ -12,7 +12,7 @@ use passgate_bindings::units::LIMIT;
 use super::files;
 use super::line::{Head, Line, Mark};
 use crate::gate::Event;
-use crate::observe::regular_file;
+use crate::regular_file;
 
 /// The maximum size of a line in bytes. The writer's lines have some hundred bytes, except for the death of a client with the maximum
 /// of regions and invalidations.

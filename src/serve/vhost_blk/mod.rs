@@ -43,13 +43,12 @@ use super::Inside;
 use super::socket_file::{Remedies, SocketFile, listen, socket_error};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use counts::{ConnectedFrontEnd, WorkerCounters};
+use counts::{ConnectedFrontEnd, DiskCounters, WorkerCounters};
 use frontend::{BlockDevice, Frontend};
 use memory::Table;
 use ring::{MAX_QUEUE_SIZE, MAX_QUEUES, RingContext, Vring};
 use worker::{Mailbox, Worker, WorkerCommand};
 
-pub(super) use counts::DiskCounters;
 pub use poll::Polling;
 
 const SOCKET_REMEDIES: Remedies = Remedies {

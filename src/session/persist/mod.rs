@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::units::Offset;
 use passgate_bindings::words::Words;
 use passgate_bindings::{Failed, PageRange};
@@ -28,7 +28,7 @@ use crate::gate::{
     RegionId, Written,
 };
 
-pub use load::{Holds, Left, LoadError, holds_in};
+pub use load::{EarlierState, Holds, LoadError, holds_in};
 pub(super) use record::StoredRegionInfo;
 use slots::{Slot, Slots};
 
@@ -67,7 +67,7 @@ const INVALIDATION: usize = 2;
 const STOPPED: usize = 3;
 /// Not 0 once the store was full and a record could not be written.
 const OVERFLOWED: usize = 4;
-/// The random number of the ledger ([`Lasting::id`]).
+/// The random number of the ledger ([`PersistentState::id`]).
 const LEDGER_ID: usize = 5;
 
 /// The maximum number of devices whose names and stops are recorded; no VM has as many.
@@ -75,7 +75,7 @@ const MAX_DEVICES: usize = 64;
 
 /// The state of a session that outlives its process.
 #[derive(Debug)]
-pub struct Lasting {
+pub struct PersistentState {
     store: Store,
     meta: Table,
     region_slots: Slots,
@@ -118,7 +118,7 @@ enum Settled {
     Any,
 }
 
-impl Lasting {
+impl PersistentState {
     /// Returns empty records in a new memfd.
     pub fn new() -> Result<Self, LoadError> {
         let store = Store::new(Words::memfd("passgate-ledger", STORE_BYTES)?)?;
@@ -179,7 +179,7 @@ impl Lasting {
 
     /// Records the ids of the domain and its devices; of each device the name, and if its ATS is known to be off. Their files must
     /// be stored before: from now on a later process resumes from this ledger.
-    pub fn complete(&self, ids: Ids, devices: &[(String, bool)]) {
+    pub fn complete(&self, ids: DomainIds, devices: &[(String, bool)]) {
         for (nth, (name, ats_unused)) in devices.iter().enumerate() {
             self.write(FIRST_DEVICE + nth, record::encode_device(nth, name, *ats_unused));
         }

@@ -1,7 +1,7 @@
 //! The encoding of regions, exclusions, devices and ids as records of eight words. Decoding checks every value: another process,
 //! perhaps of another version, wrote it.
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::{Gpa, PAGE, PageRange};
@@ -142,18 +142,18 @@ pub(super) fn decode_region_info(record: &Record) -> Option<(RegionId, StoredReg
 
 /// Encodes the ids of the domain. The words are: 1, kind, value, number of devices, four times 0. Without this record a ledger is
 /// incomplete, and no later process resumes from it.
-pub(super) fn encode_ids(ids: Ids, devices: usize) -> Record {
+pub(super) fn encode_ids(ids: DomainIds, devices: usize) -> Record {
     let [kind, value] = ids.words();
     [1, kind, value, devices as u64, 0, 0, 0, 0]
 }
 
 /// Decodes the ids of the domain, and the number of its devices.
-pub(super) fn decode_ids(record: &Record) -> Option<(Ids, usize)> {
+pub(super) fn decode_ids(record: &Record) -> Option<(DomainIds, usize)> {
     let [first, kind, value, devices, ..] = *record;
     if first != 1 || devices > u64::from(u16::MAX) {
         return None;
     }
-    Some((Ids::from_words([kind, value])?, devices as usize))
+    Some((DomainIds::from_words([kind, value])?, devices as usize))
 }
 
 /// The word of a device's record that is [`ATS_UNUSED`] if ATS is known to be off while the device is attached. It is 0 in a
@@ -240,8 +240,8 @@ mod tests {
         ] {
             assert_eq!(decode_region_info(&encode_region_info(RegionId(4), one)), Some((RegionId(4), one)));
         }
-        let ids = Ids::Type1 { entries: 9 };
-        assert_eq!(decode_ids(&encode_ids(ids, 3)), Some((Ids::Type1 { entries: 9 }, 3)));
+        let ids = DomainIds::Type1 { entries: 9 };
+        assert_eq!(decode_ids(&encode_ids(ids, 3)), Some((DomainIds::Type1 { entries: 9 }, 3)));
         for unused in [false, true] {
             let record = encode_device(3, "0000:04:1f.7", unused);
             assert_eq!(decode_device(&record), Some((3, "0000:04:1f.7".to_owned(), unused)));

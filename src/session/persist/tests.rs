@@ -27,7 +27,7 @@ fn pages<A: passgate_bindings::units::Address>(page: u64, pages: u64) -> PageRan
 /// A gate and its records.
 struct World {
     gate: Gate,
-    persistent: Lasting,
+    persistent: PersistentState,
     /// The result of an unmap of this many bytes.
     unmap: fn(u64) -> UnmapResult,
     /// True if no fence returns.
@@ -38,8 +38,8 @@ struct World {
 impl World {
     /// Sixteen pages, mapped one by one, and a device that can be drained.
     fn new() -> Self {
-        let persistent = Lasting::new().unwrap();
-        persistent.complete(Ids::Type1 { entries: 65_535 }, &[]);
+        let persistent = PersistentState::new().unwrap();
+        persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
         let policy = Policy { on_stuck_dma: OnStuckDma::Fence, ..Policy::default() };
         let mut gate = Gate::new(policy);
         gate.keep_in(persistent.store().clone());
@@ -60,7 +60,7 @@ impl World {
     fn handle(&mut self, event: Event) {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
-            let (touched, mut effects) = (Lasting::touched(&event), Effects::new());
+            let (touched, mut effects) = (PersistentState::touched(&event), Effects::new());
             self.gate.handle(event, &mut effects);
             self.persistent.record_changes(touched, &self.gate, &effects);
             for effect in effects {
@@ -90,10 +90,10 @@ impl World {
     }
 
     /// Ends the process. Returns the records that the next one finds.
-    fn end(self) -> (Lasting, Left) {
+    fn end(self) -> (PersistentState, EarlierState) {
         let fd: OwnedFd = self.persistent.fd().unwrap().try_clone_to_owned().unwrap();
         drop((self.gate, self.persistent));
-        Lasting::open(fd).unwrap()
+        PersistentState::open(fd).unwrap()
     }
 }
 
@@ -112,7 +112,7 @@ fn no_exclusion_of_an_ended_batch_is_recorded() {
     let mut world = World::new();
     let ranges = Ranges::try_from(vec![pages(2, 1), pages(5, 2), pages(9, 1)]).unwrap();
     let invalidation = world.begin(ranges);
-    let open = Lasting::open(world.persistent.fd().unwrap().try_clone_to_owned().unwrap()).unwrap().1;
+    let open = PersistentState::open(world.persistent.fd().unwrap().try_clone_to_owned().unwrap()).unwrap().1;
     assert_eq!(open.past.holds.len(), 3);
     world.handle(Event::End { caller: CALLER, invalidation, outcome: Outcome::Committed });
     assert_eq!(world.end().1.past.holds, []);
@@ -159,7 +159,7 @@ fn overflowed_ledger_is_not_resumed_from() {
     let world = World::new();
     let fd = world.persistent.fd().unwrap().try_clone_to_owned().unwrap();
     world.persistent.mark_overflowed();
-    assert!(matches!(Lasting::open(fd), Err(LoadError::Overflowed)));
+    assert!(matches!(PersistentState::open(fd), Err(LoadError::Overflowed)));
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn restart_leaves_one_record_for_each_exclusion() {
         persistent.record_all(&gate, &effects);
         let fd: OwnedFd = persistent.fd().unwrap().try_clone_to_owned().unwrap();
         drop((gate, persistent));
-        (persistent, left) = Lasting::open(fd).unwrap();
+        (persistent, left) = PersistentState::open(fd).unwrap();
     }
 }
 

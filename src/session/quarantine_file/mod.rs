@@ -24,9 +24,9 @@ use passgate_bindings::segment::Segment;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::regular_file;
 use crate::error::{Error, Result};
 use crate::gate::{Effect, Event, QuarantineStatus};
+use crate::regular_file;
 use format::{Change, END, Head, Line, Range, VERSION};
 
 /// The name of the file in the state directory.
@@ -46,7 +46,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The quarantine file of one session.
 #[derive(Debug)]
-pub struct Keep {
+pub struct QuarantineFile {
     dir: PathBuf,
     path: PathBuf,
     boot: String,
@@ -81,7 +81,7 @@ impl Changes {
     }
 }
 
-impl Keep {
+impl QuarantineFile {
     /// Returns the quarantine file in `dir`, which this process has locked, for this boot of the kernel. Nothing is read or
     /// written yet.
     pub fn new(dir: &Path, boot: String) -> Self {
@@ -96,7 +96,7 @@ impl Keep {
         self.load_with_ledger(used).map(|(events, _)| events)
     }
 
-    /// As [`Keep::load`]. Returns the number of the ledger that has all of it, too, if one has.
+    /// As [`QuarantineFile::load`]. Returns the number of the ledger that has all of it, too, if one has.
     pub fn load_with_ledger(&self, used: bool) -> Result<(Vec<Event>, Option<u64>)> {
         let head = self.read(used)?;
         let ledger = head.as_ref().and_then(|head| head.ledger);
@@ -170,7 +170,7 @@ impl Keep {
         Ok(())
     }
 
-    /// Begins on a directory whose quarantine cannot be read: it stays there until [`Keep::save`] has written all that is in
+    /// Begins on a directory whose quarantine cannot be read: it stays there until [`QuarantineFile::save`] has written all that is in
     /// quarantine in its place. The directory is marked as used on this boot, so that no daemon starts without the ledger
     /// before that.
     pub fn begin_unread(&mut self) {
@@ -295,7 +295,7 @@ impl Keep {
     }
 }
 
-impl Drop for Keep {
+impl Drop for QuarantineFile {
     fn drop(&mut self) {
         if let Some(file) = &mut self.file {
             file.append(END);
@@ -331,9 +331,9 @@ pub(crate) mod tests {
     }
 
     /// A directory in which a daemon has put page 3 into quarantine on this boot.
-    fn used() -> (tempfile::TempDir, Keep) {
+    fn used() -> (tempfile::TempDir, QuarantineFile) {
         let dir = tempfile::tempdir().unwrap();
-        let mut file = Keep::new(dir.path(), BOOT.to_owned());
+        let mut file = QuarantineFile::new(dir.path(), BOOT.to_owned());
         assert_eq!(file.load(false).unwrap(), []);
         file.begin(&[]).unwrap();
         file.change(quarantined(3), || panic!("there is room for it"));
@@ -353,14 +353,14 @@ pub(crate) mod tests {
 
     /// The quarantine that another daemon finds in a directory in use.
     fn found(dir: &Path) -> Result<Vec<Event>> {
-        Keep::new(dir, BOOT.to_owned()).load(false)
+        QuarantineFile::new(dir, BOOT.to_owned()).load(false)
     }
 
     #[test]
     fn quarantine_is_read_back_on_its_boot_and_void_on_another() {
         let (dir, file) = used();
         assert_eq!(file.load(false).unwrap().len(), 1);
-        let mut other = Keep::new(dir.path(), "another".to_owned());
+        let mut other = QuarantineFile::new(dir.path(), "another".to_owned());
         assert_eq!(other.load(false).unwrap(), []);
         other.begin(&[]).unwrap();
         assert!(!file.mark().exists() && other.mark().exists());
@@ -516,7 +516,7 @@ pub(crate) mod tests {
         std::fs::write(dir.path().join(FILE), &old.replace("\"version\":1,", "")[..90]).unwrap();
         assert!(found(dir.path()).is_err());
         std::fs::write(dir.path().join(FILE), "").unwrap();
-        let file = Keep::new(dir.path(), BOOT.to_owned());
+        let file = QuarantineFile::new(dir.path(), BOOT.to_owned());
         assert!(file.load(true).is_err(), "the log says that the directory was used on this boot");
         assert_eq!(file.load(false).unwrap(), [], "a crash of the machine leaves an empty file");
     }
