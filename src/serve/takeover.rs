@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -38,6 +39,9 @@ pub struct Takeover {
     guardian: Option<OwnedFd>,
     /// The names of the stored descriptors, without those of memory and of the control socket.
     stored_names: Vec<Name>,
+    /// References to the devices whose descriptors are stored. They are never dropped: dropping a device stops it, and these run on
+    /// for the next daemon, however this process ends.
+    running: ManuallyDrop<Vec<Arc<dyn Device>>>,
 }
 
 /// The reason why an earlier daemon's state cannot be taken over.
@@ -95,10 +99,12 @@ impl Takeover {
                         earlier: Some((earlier, stored)),
                         quarantine: None,
                     };
-                    return Ok((
-                        assignment,
-                        Self { session, adopt_within, must_store, socket, guardian, stored_names: vec![] },
-                    ));
+                    // Else they are not in the store yet ([`Takeover::store_descriptors`]).
+                    let running = if must_store { Vec::new() } else { assignment.devices.clone() };
+                    let (stored_names, running) = (Vec::new(), ManuallyDrop::new(running));
+                    let takeover =
+                        Self { session, adopt_within, must_store, socket, guardian, stored_names, running };
+                    return Ok((assignment, takeover));
                 }
                 Err(error) => log::error!(
                     "{error}: the stored descriptors are closed, which stops their devices, and clients must add their \
@@ -123,10 +129,10 @@ impl Takeover {
             PersistentState::new().map_err(|error| store_error(&Name::Ledger, error.to_string()))?;
         let quarantine = (!quarantine.is_empty()).then_some((quarantine, stored));
         let session = session::Persistence { store, persistent, earlier: None, quarantine };
-        Ok((
-            assignment,
-            Self { session, adopt_within, must_store: true, socket, guardian: None, stored_names: vec![] },
-        ))
+        let (stored_names, running) = (Vec::new(), ManuallyDrop::new(Vec::new()));
+        let (must_store, guardian) = (true, None);
+        let takeover = Self { session, adopt_within, must_store, socket, guardian, stored_names, running };
+        Ok((assignment, takeover))
     }
 
     /// Stores the descriptors of ledger, domain and devices for the next daemon. Returns the ids of the domain.
@@ -160,8 +166,7 @@ impl Takeover {
         for (name, fd) in &copies.devices {
             put(Name::Device(name.clone()), fd)?;
         }
-        // Leaked on purpose: dropping a device stops it, and these run on for the next daemon.
-        std::mem::forget(devices.to_vec());
+        self.running = ManuallyDrop::new(devices.to_vec());
         Ok(ids)
     }
 
@@ -288,11 +293,7 @@ fn take_over(
         return Ok(Err(TakeoverError::Missing(domain)));
     }
     Ok(match resume::resume(fds, earlier.ids, accept) {
-        Ok(assignment) => {
-            // Leaked on purpose, as in `store_descriptors`.
-            std::mem::forget(assignment.devices.clone());
-            Ok((assignment, persistent, earlier))
-        }
+        Ok(assignment) => Ok((assignment, persistent, earlier)),
         Err(error) => Err(TakeoverError::Backend(error)),
     })
 }

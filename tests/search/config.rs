@@ -82,7 +82,6 @@ pub const MACHINE: Machine = Machine {
     capabilities: Capabilities {
         max_mappings: 65_535,
         max_mapping_len: 1 << 30,
-        by_file: true,
         tickets: false,
         cut: false,
         replace: false,

@@ -167,7 +167,6 @@ impl Domain for IommufdDomain {
         Capabilities {
             max_mappings: u64::MAX,
             max_mapping_len: LIMIT,
-            by_file: self.by_file,
             tickets: false,
             cut: matches!(self.setup, IoasSetup::Single { cuts: true, .. }),
             replace: matches!(self.setup, IoasSetup::Pair(_)),

@@ -30,8 +30,6 @@ pub struct Capabilities {
     pub max_mappings: u64,
     /// The maximum length of one mapping in bytes (1 GiB for a registered buffer of io_uring).
     pub max_mapping_len: u64,
-    /// True if mappings can be made by file and offset.
-    pub by_file: bool,
     /// True if an unmap may leave operations in flight ([`Unmap::InFlight`]).
     pub tickets: bool,
     /// True if an unmap may begin and end inside mappings, whose rest stays mapped without a gap.

@@ -253,7 +253,6 @@ impl Domain for SoftDomain {
         Capabilities {
             max_mappings: self.memlock.map_or(slots, |limit| slots.min(limit / PAGE)),
             max_mapping_len: uring::MAX_SLOT_LEN,
-            by_file: false,
             tickets: true,
             // A registered buffer can only be unregistered as a whole.
             cut: false,

@@ -122,7 +122,6 @@ impl Domain for Type1Domain {
         Capabilities {
             max_mappings: self.entries,
             max_mapping_len: LIMIT,
-            by_file: false,
             tickets: false,
             cut: false,
             replace: false,

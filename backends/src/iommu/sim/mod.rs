@@ -98,7 +98,6 @@ impl Sim {
     pub const CAPABILITIES: Capabilities = Capabilities {
         max_mappings: 65_535,
         max_mapping_len: 1 << 30,
-        by_file: true,
         tickets: true,
         cut: false,
         replace: false,
