@@ -13,7 +13,7 @@ use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
-use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, StopClass};
+use passgate_backends::{Accept, Assignment, Device, Domain, Step, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
@@ -29,17 +29,17 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 struct RequestedDevice {
     inner: Arc<SoftDevice>,
     request: Arc<OwnedFd>,
-    fences: Arc<Mutex<Vec<FenceStep>>>,
+    fences: Arc<Mutex<Vec<Step>>>,
 }
 
 impl Device for RequestedDevice {
     fn name(&self) -> &str {
         self.inner.name()
     }
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.inner.stop_class()
     }
-    fn fence(&self, step: FenceStep) -> passgate_backends::Result<()> {
+    fn fence(&self, step: Step) -> passgate_backends::Result<()> {
         self.fences.lock().unwrap().push(step);
         self.inner.fence(step)
     }

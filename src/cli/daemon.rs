@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
-use passgate_backends::{Device, FenceStep, Tables};
+use passgate_backends::{Device, Step, Tables};
 use passgate_bindings::vfio::PciAddress;
 
 use crate::error::{Error, Result};
@@ -301,7 +301,7 @@ const TDX_PARAMETER_PATH: &str = "/sys/module/kvm_intel/parameters/tdx";
 
 /// Returns an error if the device caches translations and cannot be detached: on a strict platform no unmap would be proof.
 fn check_detachable(device: &dyn Device) -> Result<()> {
-    if !device.nature().ats || device.stop_class().has(FenceStep::Detach) {
+    if !device.traits().ats || device.stop_class().has(Step::Detach) {
         return Ok(());
     }
     Err(Error::Uncertain { device: device.name().to_owned() })

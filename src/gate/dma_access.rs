@@ -101,9 +101,9 @@ mod tests {
     impl World {
         /// Sixteen pages at 16, of which nothing is mapped yet.
         fn new(writable: bool) -> Self {
-            let able = Able { max_mappings: 10_000, max_piece: 1 << 30, cut: false, replace: false };
+            let caps = DomainCaps::new(10_000, 1 << 30);
             let mut world = Self { gate: Gate::new(Policy::default()), effects: Vec::new() };
-            world.tell(Event::DomainAdded { domain: DomainId(0), able });
+            world.tell(Event::DomainAdded { domain: DomainId(0), caps });
             world.add(16, 0, writable);
             world
         }

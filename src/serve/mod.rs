@@ -64,7 +64,7 @@ pub struct Options {
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
-    /// The names of devices to which a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
+    /// The names of devices to which a DMA fault does no harm ([`crate::gate::DeviceTraits::tolerant`]).
     pub tolerant: Vec<String>,
     /// True if memory is accepted whose file can be shrunk ([`crate::session::Trust::unsealed`]).
     pub unsealed: bool,

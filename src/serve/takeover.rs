@@ -20,7 +20,7 @@ use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
 use crate::error::{Error, Result};
-use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Step};
+use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Rung};
 use crate::session;
 use crate::session::fdstore::{FdStore, Kept, Name};
 use crate::session::persist::{LoadError, PersistentState, holds_in};
@@ -208,7 +208,7 @@ impl Takeover {
 /// all pages of all stored memory.
 fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
     // An invalidation that was open has lost its client between begin and end.
-    let client_gone = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+    let client_gone = Reason { cause: Cause::ClientGone, device: None, rung: Rung::Unmap, errno: 0 };
     let excluded = match ledger.map(holds_in) {
         Some(Ok(holds)) => holds,
         Some(Err(error)) => return quarantine_all(stored, &error.to_string()),
@@ -228,7 +228,7 @@ fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
 /// times 65 536, so that they are neither those of the quarantine in the state directory nor those of another start.
 fn quarantine_all(stored: &Kept, why: &str) -> Vec<Event> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+    let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
     let mut events = Vec::new();
     for name in stored.names() {
         let Name::Memory(file) = name else { continue };

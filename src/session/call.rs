@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate_backends::{Device, Domain, Error, FenceStep, Ticket, Unmap};
+use passgate_backends::{Device, Domain, Error, Step, Ticket, Unmap};
 use passgate_bindings::guest_memfd::{self, Conversion};
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::GuestFile;
@@ -18,8 +18,8 @@ use super::Session;
 use super::coalesce::{self, CoalescedRequest};
 use super::fdstore::{Claim, FdStore, Name};
 use crate::gate::{
-    Caller, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Nature, Outcome,
-    PageState, Step, UnmapResult,
+    Caller, DeviceId, DeviceTraits, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult,
+    Outcome, PageState, UnmapResult,
 };
 use crate::protocol::verbs::AddMemory;
 
@@ -88,9 +88,9 @@ pub enum Call {
         /// The number of the device.
         id: DeviceId,
         /// The traits of the device as the gate knows them.
-        assumed: Nature,
+        assumed: DeviceTraits,
         /// The fence.
-        step: FenceStep,
+        step: Step,
     },
     /// Attaches a fenced device to its domain again ([`Effect::Attach`]).
     Attach {
@@ -101,7 +101,7 @@ pub enum Call {
         /// The number of the device.
         id: DeviceId,
         /// The traits of the device as the gate knows them.
-        assumed: Nature,
+        assumed: DeviceTraits,
     },
     /// Converts pages ([`Effect::Convert`]).
     Convert {
@@ -173,33 +173,19 @@ pub enum Returned {
     },
 }
 
-/// Returns the fence of a rung; none for [`Step::Unmap`].
-pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
-    match step {
-        Step::Unmap => None,
-        Step::Drain => Some(FenceStep::Drain),
-        Step::Stop => Some(FenceStep::Stop),
-        Step::Master => Some(FenceStep::Master),
-        Step::Detach => Some(FenceStep::Detach),
-        Step::Reset => Some(FenceStep::Reset),
-    }
-}
-
 impl Call {
     /// Returns the call that an effect asks for. If the session does not have the domain, device or file, `Err` is the call's
     /// result: it fails with nothing changed. An effect that asks for no call is an error without a result.
     pub(super) fn of(effect: Effect, session: &Session) -> Result<Self, Option<Event>> {
         let device = |id: DeviceId| session.devices.get(usize::from(id.0)).cloned();
-        let assumed = |id: DeviceId| session.gate.nature(id);
+        let assumed = |id: DeviceId| session.gate.traits(id);
         match effect {
             Effect::Replace { job, domain, gone, bytes: _ } => match session.domain_of(domain) {
                 Some(domain) => Ok(Self::Replace { job, domain, gone }),
                 None => Err(Some(failed_unmap(job))),
             },
-            Effect::Fence { job, device: id, step } => match (device(id), assumed(id), fence_step(step)) {
-                (Some(device), Some(assumed), Some(step)) => {
-                    Ok(Self::Fence { job, device, id, assumed, step })
-                }
+            Effect::Fence { job, device: id, step } => match (device(id), assumed(id)) {
+                (Some(device), Some(assumed)) => Ok(Self::Fence { job, device, id, assumed, step }),
                 _ => Err(Some(Event::Fenced { job, errno: ENODEV, took_ns: 0 })),
             },
             Effect::Attach { job, device: id } => match (device(id), assumed(id)) {
@@ -295,11 +281,10 @@ impl Call {
             Self::Fence { job, device, id, assumed, step } => {
                 // A TDI may have been bound since the traits were last read. Bus-master-off and reset end it, which takes a
                 // policy that allows it and a notice, so the gate must know of the TDI before either is done.
-                let ends_tdi = matches!(step, FenceStep::Master | FenceStep::Reset);
-                let change =
-                    if ends_tdi && !assumed.tdi { trait_change(&*device, id, assumed) } else { None };
+                let may_end_tdi = step.ends_tdi() && !assumed.tdi;
+                let change = if may_end_tdi { trait_change(&*device, id, assumed) } else { None };
                 let errno = match change {
-                    Some(Event::DeviceNature { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
+                    Some(Event::DeviceTraits { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
                     _ => logged_errno(device.fence(step)),
                 };
                 after_change(change, Event::Fenced { job, errno, took_ns: took_ns() })
@@ -333,9 +318,9 @@ impl Call {
 }
 
 /// Returns the device's ATS and TDI state as an event, if it differs from what the gate assumes.
-fn trait_change(device: &dyn Device, id: DeviceId, assumed: Nature) -> Option<Event> {
-    let passgate_backends::Nature { ats, tdi } = device.nature();
-    ((ats, tdi) != (assumed.ats, assumed.tdi)).then_some(Event::DeviceNature { device: id, ats, tdi })
+fn trait_change(device: &dyn Device, id: DeviceId, assumed: DeviceTraits) -> Option<Event> {
+    let DeviceTraits { ats, tdi, .. } = device.traits();
+    ((ats, tdi) != (assumed.ats, assumed.tdi)).then_some(Event::DeviceTraits { device: id, ats, tdi })
 }
 
 /// Returns an event, after the change of traits that must come first, if there is one.
@@ -440,19 +425,19 @@ mod tests {
 
     /// A device whose traits differ from those that the gate assumes.
     #[derive(Debug)]
-    struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
+    struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, DeviceTraits);
 
     impl Device for ChangedDevice {
         fn name(&self) -> &str {
             self.0.name()
         }
-        fn stop_class(&self) -> passgate_backends::StopClass {
+        fn stop_class(&self) -> passgate_backends::Steps {
             self.0.stop_class()
         }
-        fn nature(&self) -> passgate_backends::Nature {
+        fn traits(&self) -> DeviceTraits {
             self.1
         }
-        fn fence(&self, step: FenceStep) -> Result<(), Error> {
+        fn fence(&self, step: Step) -> Result<(), Error> {
             self.0.fence(step)
         }
         fn attach(&self) -> Result<(), Error> {
@@ -465,9 +450,9 @@ mod tests {
 
     fn changed_device(ats: bool, tdi: bool) -> (Sim, Arc<dyn Device>) {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let nature = passgate_backends::Nature { ats, tdi };
-        let device = sim.device("sim:0", passgate_backends::StopClass::all(), nature);
-        (sim, Arc::new(ChangedDevice(device, nature)))
+        let traits = DeviceTraits { ats, tdi, tolerant: false };
+        let device = sim.device("sim:0", passgate_backends::Steps::all(), traits);
+        (sim, Arc::new(ChangedDevice(device, traits)))
     }
 
     fn events(returned: Returned) -> Vec<Event> {
@@ -481,19 +466,19 @@ mod tests {
     #[test]
     fn fence_that_would_end_a_tdi_unknown_to_the_gate_is_not_done() {
         let fence = |device: &Arc<dyn Device>, tdi, step| {
-            let assumed = Nature { tdi, ..Nature::default() };
+            let assumed = DeviceTraits { tdi, ..DeviceTraits::default() };
             let device = Arc::clone(device);
             events(Call::Fence { job: JobId(1), device, id: DeviceId(3), assumed, step }.run())
         };
-        for step in [FenceStep::Master, FenceStep::Reset] {
+        for step in [Step::Master, Step::Reset] {
             let (sim, device) = changed_device(false, true);
             let [change, Event::Fenced { errno, .. }] = &fence(&device, false, step)[..] else {
                 panic!("the change of traits comes first")
             };
-            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats: false, tdi: true });
+            assert_eq!(*change, Event::DeviceTraits { device: DeviceId(3), ats: false, tdi: true });
             assert_eq!((*errno, sim.calls(sim::Call::Fence)), (Errno::BUSY.raw_os_error(), 0));
             assert!(matches!(fence(&device, true, step)[..], [Event::Fenced { errno: 0, .. }]));
-            assert!(matches!(fence(&device, false, FenceStep::Detach)[..], [Event::Fenced { errno: 0, .. }]));
+            assert!(matches!(fence(&device, false, Step::Detach)[..], [Event::Fenced { errno: 0, .. }]));
             assert_eq!(sim.calls(sim::Call::Fence), 2);
         }
     }
@@ -501,7 +486,7 @@ mod tests {
     #[test]
     fn traits_after_an_attach_are_reported_before_the_attach() {
         let attach = |device: &Arc<dyn Device>, ats| {
-            let assumed = Nature { ats, ..Nature::default() };
+            let assumed = DeviceTraits { ats, ..DeviceTraits::default() };
             let device = Arc::clone(device);
             events(Call::Attach { job: JobId(1), device, id: DeviceId(3), assumed }.run())
         };
@@ -516,7 +501,7 @@ mod tests {
             let [change, Event::Attached { errno, .. }] = &attach(&device, !ats)[..] else {
                 panic!("the change of traits comes first")
             };
-            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats, tdi: false });
+            assert_eq!(*change, Event::DeviceTraits { device: DeviceId(3), ats, tdi: false });
             assert_eq!(*errno != 0, fails);
             fail();
             assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing has changed");

@@ -5,7 +5,7 @@
 //! believed only if it accounts for exactly the bytes of all its requests. Otherwise each request is tried again by a call of its
 //! own, so that one that fails does not fail the others. The bytes that a coalesced unmap had removed before it failed are
 //! credited to its requests from the lowest address on; so unmaps are coalesced only in domains that report them
-//! ([`Capabilities::counts_partial`](passgate_backends::Capabilities::counts_partial)). Unmaps are not coalesced either if one of
+//! ([`DomainCaps::counts_partial`](passgate_backends::DomainCaps::counts_partial)). Unmaps are not coalesced either if one of
 //! them would wait for operations in flight, which would delay the others, or if it is not known how much of a range is mapped.
 
 use std::sync::Arc;
@@ -198,11 +198,11 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
+    use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Rung};
     use crate::protocol::verbs::AddMemory;
     use crate::session::{Next, SystemClock, Trust};
     use passgate_backends::iommu::sim::{Memory, Sim};
-    use passgate_backends::{Capabilities, Entered, Segment, Ticket, Window, Windowed};
+    use passgate_backends::{DomainCaps, Entered, Segment, Ticket, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::units::Offset;
     use passgate_bindings::{PAGE, identity};
@@ -211,7 +211,7 @@ mod tests {
 
     const ID: DomainId = DomainId(0);
 
-    const COUNTING: Capabilities = Capabilities { counts_partial: true, tickets: false, ..Sim::CAPABILITIES };
+    const COUNTING: DomainCaps = DomainCaps { counts_partial: true, tickets: false, ..Sim::CAPABILITIES };
 
     fn request(job: u64, page: u64, pages: u64) -> CoalescedRequest {
         let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn unmaps_are_coalesced_across_alarms_but_not_across_answers() {
         let mut session = session();
-        let arm = |id| Effect::Arm { invalidation: InvalidationId(id), rung: Step::Unmap, after_ns: 1 << 40 };
+        let arm = |id| Effect::Arm { invalidation: InvalidationId(id), rung: Rung::Unmap, after_ns: 1 << 40 };
         let caller = Caller { client: ClientId(1), door: Door::Channel, cookie: 7 };
         let ended = Effect::Answer { caller, answer: Answer::Ended { invalidation: InvalidationId(1) } };
         session.effects =
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn unmaps_are_coalesced_only_if_the_result_can_be_split() {
-        let apart = |capabilities: Capabilities, unmaps: [Effect; 2], why: &str| {
+        let apart = |capabilities: DomainCaps, unmaps: [Effect; 2], why: &str| {
             let mut session = session_over(&Sim::new(capabilities, Memory::new()).unwrap());
             session.effects = unmaps.to_vec();
             assert_eq!(next(&mut session), (vec![1], 1), "{why}");
@@ -434,11 +434,11 @@ mod tests {
             other => other,
         };
         apart(
-            Capabilities { counts_partial: false, ..COUNTING },
+            DomainCaps { counts_partial: false, ..COUNTING },
             both.clone(),
             "a failure does not report what it removed",
         );
-        apart(Capabilities { tickets: true, ..COUNTING }, both.clone(), "one ticket would be for both");
+        apart(DomainCaps { tickets: true, ..COUNTING }, both.clone(), "one ticket would be for both");
         let [first, second] = both;
         apart(COUNTING, [uncounted(&first), second.clone()], "how much of the first is mapped is unknown");
         apart(COUNTING, [first.clone(), uncounted(&second)], "how much of the second is mapped is unknown");

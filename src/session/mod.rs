@@ -34,7 +34,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::gate::{
     Admits, Answer, Caller, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
-    Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot, Step, Verdict,
+    Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Rung, Said, Snapshot, Verdict,
 };
 use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
@@ -47,7 +47,7 @@ use delayed_answers::DelayedAnswers;
 use fdstore::{FdStore, Name};
 pub use files::BorderError;
 use files::Files;
-use initial_events::{can_step, initial_events};
+use initial_events::initial_events;
 use persist::PersistentState;
 pub use pool::{Pool, Task};
 use receipts::Receipts;
@@ -299,7 +299,7 @@ impl Session {
         }
     }
 
-    fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
+    fn arm(&mut self, invalidation: InvalidationId, rung: Rung, after_ns: u64) {
         self.timers.arm(invalidation, rung, Duration::from_nanos(after_ns), self.clock.now());
     }
 
@@ -582,8 +582,9 @@ impl Session {
     }
 
     /// Returns true if the device has the fence of this rung, or the rung is no fence.
-    pub fn can(&self, id: DeviceId, step: Step) -> bool {
-        self.devices.get(usize::from(id.0)).is_some_and(|device| can_step(&**device, step))
+    pub fn can(&self, id: DeviceId, rung: Rung) -> bool {
+        let has = |device: &Arc<dyn Device>| rung.fence().is_none_or(|step| device.stop_class().has(step));
+        self.devices.get(usize::from(id.0)).is_some_and(has)
     }
 }
 

@@ -74,10 +74,10 @@ impl Session {
     /// must be stored before.
     pub fn complete(&self, ids: DomainIds) {
         if let Some(persistent) = &self.persistent {
-            let natures = self.gate.natures();
-            let named = self.devices.iter().zip(natures);
+            let all_traits = self.gate.all_traits();
+            let named = self.devices.iter().zip(all_traits);
             let names: Vec<_> =
-                named.map(|(device, (_, nature))| (device.name().to_owned(), !nature.ats)).collect();
+                named.map(|(device, (_, traits))| (device.name().to_owned(), !traits.ats)).collect();
             // Nothing of a software domain outlives its process: the next daemon assigns new devices.
             persistent.complete(ids, if ids == DomainIds::Nothing { &[] } else { &names });
         }
@@ -158,13 +158,13 @@ mod tests {
     use std::sync::Arc;
 
     use passgate_backends::iommu::sim::{Memory, Sim};
-    use passgate_backends::{Device, Domain, Entered, Nature, Segment, StopClass, Window, Windowed};
+    use passgate_backends::{Device, DeviceTraits, Domain, Entered, Segment, Steps, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
 
     use super::*;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
-    use crate::gate::{QuarantineStatus, Step};
+    use crate::gate::{QuarantineStatus, Rung};
     use crate::protocol::verbs::AddMemory;
     use crate::session::initial_events::initial_events;
     use crate::session::persist::{LoadError, holds_in};
@@ -239,16 +239,16 @@ mod tests {
     #[test]
     fn ats_state_outlives_the_process() {
         let [caches, plain] = ["0000:00:01.0", "0000:00:02.0"];
-        let nature = |device, ats| Event::DeviceNature { device: DeviceId(device), ats, tdi: false };
+        let traits = |device, ats| Event::DeviceTraits { device: DeviceId(device), ats, tdi: false };
         for (read, unused) in [
             (vec![], vec![plain]),
-            (vec![nature(1, true)], vec![]),
-            (vec![nature(0, false), nature(1, true), nature(1, false)], vec![caches, plain]),
+            (vec![traits(1, true)], vec![]),
+            (vec![traits(0, false), traits(1, true), traits(1, false)], vec![caches, plain]),
         ] {
             let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
             let device = |name, ats| {
-                let nature = Nature { ats, tdi: false };
-                Arc::new(sim.device(name, StopClass::DETACH, nature)) as Arc<dyn Device>
+                let traits = DeviceTraits { ats, ..DeviceTraits::default() };
+                Arc::new(sim.device(name, Steps::DETACH, traits)) as Arc<dyn Device>
             };
             let devices = vec![device(caches, true), device(plain, false)];
             let persistent = PersistentState::new().unwrap();
@@ -269,7 +269,7 @@ mod tests {
     fn quarantine_only_on_disk_is_added_until_an_operator_releases_it() {
         let file = FileId { device: 1, inode: 2 };
         let range = |page: u64, pages: u64| PageRange::new(page * PAGE, pages * PAGE).unwrap();
-        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
         let in_ledger = (file, range(2, 2), HeldBy::Quarantine(InvalidationId(4), reason));
         let mut past = Past { holds: vec![in_ledger], last_invalidation: 5, ..Past::default() };
         let on_disk = |page, pages, invalidation| Event::Quarantine {
@@ -296,7 +296,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let persistent = PersistentState::new().unwrap();
             persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
-            let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+            let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
             let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
             let quarantined = QuarantineStatus { file, range, invalidation: InvalidationId(4), reason };
             // The ledger does not have it any more: the daemon ended before it could write that to the disk.
@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn quarantine_of_a_ledger_that_is_not_taken_over_is_written_to_disk() {
         let dir = tempfile::tempdir().unwrap();
-        let reason = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+        let reason = Reason { cause: Cause::ClientGone, device: None, rung: Rung::Unmap, errno: 0 };
         let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
         let event = Event::Quarantine { file, range, invalidation: InvalidationId(4), reason };
         let (store, _removed) = FdStore::detached();
@@ -364,7 +364,7 @@ mod tests {
 
     #[test]
     fn unreadable_quarantine_stays_until_the_ledgers_is_written_in_its_place() {
-        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
         let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
         let held = QuarantineStatus { file, range, invalidation: InvalidationId(4), reason };
         for set_aside in [false, true] {

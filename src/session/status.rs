@@ -2,7 +2,7 @@
 
 use super::Session;
 use crate::gate::{
-    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step, Unended,
+    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Rung, Unended,
 };
 use crate::observe::metrics;
 use crate::protocol::verbs::{self, Device, Quarantined, Region, Status};
@@ -46,12 +46,12 @@ impl Session {
     }
 
     fn device_status(&self, status: &DeviceStatus) -> Device {
-        let can = |step: &Step| self.can(status.device, *step);
+        let rungs = Rung::LADDER.into_iter().filter(|rung| self.can(status.device, *rung));
         Device {
             device: self.device_name(status.device).into(),
-            stop: Step::LADDER.iter().filter(|step| can(step)).map(|step| step.word().into()).collect(),
-            ats: status.nature.ats,
-            tdi: status.nature.tdi,
+            stop: rungs.map(|rung| rung.word().into()).collect(),
+            ats: status.traits.ats,
+            tdi: status.traits.tdi,
             fenced: status.fenced.map(|step| step.word().into()),
             lost: status.lost,
         }

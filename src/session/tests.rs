@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
-use passgate_backends::{Capabilities, StopClass};
+use passgate_backends::{DomainCaps, Steps};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 use rustix::io::Errno;
 
 use super::fdstore::{FdStore, Name};
 use super::*;
-use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
+use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId, Rung};
 use crate::protocol::verbs::State;
 use crate::session::quarantine_file::tests::WRITTEN_BYTES;
 use crate::session::records::StateOptions;
@@ -63,7 +63,7 @@ impl World {
     }
 
     fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Persistence>) -> Self {
-        let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
+        let capabilities = DomainCaps { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
         let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(ManualClock(Mutex::new(Instant::now())));
         let domain = Arc::new(sim.clone());
@@ -592,7 +592,7 @@ fn bytes_written(count: u64, by_one_begin: bool) -> [u64; 2] {
     let hanging: Vec<_> = std::iter::from_fn(|| world.call()).collect();
     assert_eq!(hanging.len() as u64, count, "{:?}", world.answers);
     let before = WRITTEN_BYTES.get();
-    for _ in 0..Step::LADDER.len() {
+    for _ in 0..Rung::LADDER.len() {
         world.advance(DEADLINE / 7 + Duration::from_nanos(1));
         assert!(world.call().is_none());
     }
@@ -621,7 +621,7 @@ fn quarantine_file_is_written_in_proportion_to_what_changes() {
 fn operations_that_end_before_their_unmap_returns_are_reported_after_it() {
     for ends_first in [false, true] {
         let mut world = World::with_region(false);
-        let _device = world.sim.device("sim:0", StopClass::all(), passgate_backends::Nature::default());
+        let _device = world.sim.device("sim:0", Steps::all(), passgate_backends::DeviceTraits::default());
         world.begin(pages(4, 1), PageState::Private, Performer::Client);
         world.sim.fail_next(sim::Call::Unmap, Fault::Late);
         let returned = world.call().unwrap().run();

@@ -18,7 +18,7 @@ use passgate_bindings::vfio::Cdev;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
-use super::{Capabilities, Domain, Unmap, pieces};
+use super::{Domain, DomainCaps, Unmap, pieces};
 use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
@@ -162,9 +162,9 @@ impl Domain for IommufdDomain {
         "iommufd"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         // iommufd limits pinned memory, not the number of mappings.
-        Capabilities {
+        DomainCaps {
             max_mappings: u64::MAX,
             max_mapping_len: LIMIT,
             tickets: false,

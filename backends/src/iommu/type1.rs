@@ -20,7 +20,7 @@ use passgate_bindings::vfio::{Container, Group, PciAddress};
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
-use super::{Capabilities, Domain, Unmap, pieces};
+use super::{Domain, DomainCaps, Unmap, pieces};
 use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
@@ -118,8 +118,8 @@ impl Domain for Type1Domain {
         "type1"
     }
 
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
+    fn capabilities(&self) -> DomainCaps {
+        DomainCaps {
             max_mappings: self.entries,
             max_mapping_len: LIMIT,
             tickets: false,

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::Window;
 use crate::handover::{DomainIds, Handover};
-use crate::{Capabilities, Domain, Result, Ticket, Unmap};
+use crate::{Domain, DomainCaps, Result, Ticket, Unmap};
 
 /// The time for which an unmap waits for requests in flight: longer than nearly every request takes, and a small part
 /// of an invalidation's deadline, because stronger fences are left after that.
@@ -69,7 +69,7 @@ impl Domain for Windowed {
         self.inner.name()
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.inner.capabilities()
     }
 

@@ -25,11 +25,11 @@ fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
 /// meanwhile. Returns how often the results make the gate look at the whole batch.
 fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
     let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-    let able = Able { max_mappings: 65_536, max_piece: PAGE, cut: false, replace: false };
+    let caps = DomainCaps::new(65_536, PAGE);
     let (domain, device) = (DomainId(0), DeviceId(0));
-    gate.handle(Event::DomainAdded { domain, able }, &mut effects);
-    let (steps, nature) = (Steps::of(&[Step::Drain]), Nature::default());
-    gate.handle(Event::DeviceAdded { device, domain, steps, nature }, &mut effects);
+    gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
+    let (steps, traits) = (Steps::of(&[Step::Drain]), DeviceTraits::default());
+    gate.handle(Event::DeviceAdded { device, domain, steps, traits }, &mut effects);
     let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
     let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
     let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
@@ -53,7 +53,7 @@ fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
         .collect();
     assert_eq!(jobs.len() as u64, count);
     let invalidation = InvalidationId(gate.last().1);
-    gate.handle(Event::Expired { invalidation, rung: Step::Unmap }, &mut effects);
+    gate.handle(Event::Expired { invalidation, rung: Rung::Unmap }, &mut effects);
     let fenced = |effect: &Effect| match effect {
         Effect::Fence { job, .. } => Some(*job),
         _ => None,
@@ -78,8 +78,8 @@ fn late_results_of_a_batch_bring_one_sweep() {
 /// they wait for what has returned.
 fn asked(count: u64) -> u64 {
     let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-    let able = Able { max_mappings: 65_536, max_piece: PAGE, cut: false, replace: false };
-    gate.handle(Event::DomainAdded { domain: DomainId(0), able }, &mut effects);
+    let caps = DomainCaps::new(65_536, PAGE);
+    gate.handle(Event::DomainAdded { domain: DomainId(0), caps }, &mut effects);
     let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
     let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
     let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };

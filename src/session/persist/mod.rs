@@ -198,7 +198,7 @@ impl PersistentState {
             | Event::Converted { .. }
             | Event::Insists { .. }
             | Event::Quiet => Touched::default(),
-            Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceNature { .. } => {
+            Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceTraits { .. } => {
                 Touched { devices: true, ..Touched::default() }
             }
             // Quarantine of an earlier daemon: no notice reports it, and the next daemon must find it here.
@@ -256,7 +256,7 @@ impl PersistentState {
         if devices {
             let stopped = gate.stopped().filter(|device| usize::from(device.0) < MAX_DEVICES);
             self.set_counter(STOPPED, stopped.fold(0, |bits, device| bits | 1 << device.0));
-            gate.natures().for_each(|(device, nature)| self.record_ats(device, !nature.ats));
+            gate.all_traits().for_each(|(device, traits)| self.record_ats(device, !traits.ats));
         }
         let mut old_exclusions = Vec::new();
         for (file, range) in pages {

@@ -8,7 +8,7 @@ use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::slots::Record;
 use crate::gate::{
-    Backing, Cause, DeviceId, FileId, HeldBy, InvalidationId, PageState, Reason, RegionId, RegionSpec, Step,
+    Backing, Cause, DeviceId, FileId, HeldBy, InvalidationId, PageState, Reason, RegionId, RegionSpec, Rung,
     Written,
 };
 
@@ -74,7 +74,7 @@ pub(super) fn encode_exclusion(file: FileId, range: PageRange<Offset>, by: HeldB
         HeldBy::Open(id) => (OPEN, id, 0),
         HeldBy::Quarantine(id, Reason { cause, device, rung, errno }) => {
             let device = device.map_or(0, |device| 1 << 24 | u64::from(device.0) << 32);
-            (QUARANTINE | (cause as u64) << 8 | (rung as u64) << 16 | device, id, errno)
+            (QUARANTINE | (cause as u64) << 8 | u64::from(rung.number()) << 16 | device, id, errno)
         }
     };
     let errno = u64::from(errno.cast_unsigned());
@@ -94,7 +94,7 @@ pub(super) fn decode_exclusion(record: &Record) -> Option<(FileId, PageRange<Off
             let reason = Reason {
                 cause: *Cause::ALL.get(cause as usize)?,
                 device,
-                rung: *Step::LADDER.get((first >> 16 & 0xff) as usize)?,
+                rung: *Rung::LADDER.get((first >> 16 & 0xff) as usize)?,
                 errno: u32::try_from(errno).ok()?.cast_signed(),
             };
             HeldBy::Quarantine(id, reason)
@@ -227,7 +227,7 @@ mod tests {
         let mut exclusions = vec![HeldBy::Open(InvalidationId(9))];
         for cause in Cause::ALL {
             for (device, errno) in [(None, -1), (Some(DeviceId(0)), 0), (Some(DeviceId(u16::MAX)), 14)] {
-                let reason = Reason { cause, device, rung: Step::Reset, errno };
+                let reason = Reason { cause, device, rung: Rung::Fence(Step::Reset), errno };
                 exclusions.push(HeldBy::Quarantine(InvalidationId(u64::MAX), reason));
             }
         }
@@ -260,7 +260,7 @@ mod tests {
             assert_eq!(decode_region(&bad), None, "{at} {value}");
         }
         let file = FileId { device: 1, inode: 2 };
-        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
         let by = HeldBy::Quarantine(InvalidationId(3), reason);
         let record = encode_exclusion(file, PageRange::new(0, PAGE).unwrap(), by);
         for (at, value) in

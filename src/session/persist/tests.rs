@@ -7,8 +7,9 @@ use passgate_bindings::PAGE;
 
 use super::*;
 use crate::gate::{
-    Able, Answer, Backing, Caller, Cause, ClientId, DeviceId, Door, Effects, Nature, OnStuckDma, Outcome,
-    PageState, Performer, Policy, Ranges, Reason, RegionSpec, Step, Steps, UnmapResult, Verdict,
+    Answer, Backing, Caller, Cause, ClientId, DeviceId, DeviceTraits, DomainCaps, Door, Effects, OnStuckDma,
+    Outcome, PageState, Performer, Policy, Ranges, Reason, RegionSpec, Rung, Step, Steps, UnmapResult,
+    Verdict,
 };
 
 thread_local! {
@@ -45,10 +46,10 @@ impl World {
         gate.keep_in(persistent.store().clone());
         let gone = |bytes| UnmapResult::Gone { bytes };
         let mut world = Self { gate, persistent, unmap: gone, hangs: false, answers: Vec::new() };
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-        let (steps, nature) = (Steps::of(&[Step::Drain]), Nature::default());
-        world.handle(Event::DomainAdded { domain: DOMAIN, able });
-        world.handle(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, nature });
+        let caps = DomainCaps::new(1000, 1 << 30);
+        let (steps, traits) = (Steps::of(&[Step::Drain]), DeviceTraits::default());
+        world.handle(Event::DomainAdded { domain: DOMAIN, caps });
+        world.handle(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, traits });
         let backing = Backing { file: FILE, offset: Offset(0) };
         let (gpa, initial) = (pages(0, 16), PageState::Shared);
         let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
@@ -164,7 +165,7 @@ fn overflowed_ledger_is_not_resumed_from() {
 
 #[test]
 fn open_conversion_is_read_before_a_quarantine_of_the_same_range() {
-    let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+    let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
     let (open, lifted) = (HeldBy::Open(InvalidationId(1)), HeldBy::Quarantine(InvalidationId(1), reason));
     for order in [[open, lifted], [lifted, open]] {
         let mut world = World::new();
@@ -212,8 +213,8 @@ fn restart_leaves_one_record_for_each_exclusion() {
         let mut gate = Gate::new(Policy::default());
         gate.keep_in(persistent.store().clone());
         let (mut effects, domain) = (Effects::new(), DOMAIN);
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-        gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+        let caps = DomainCaps::new(1000, 1 << 30);
+        gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
         gate.resume(left.past, &mut effects);
         persistent.record_all(&gate, &effects);
         let fd: OwnedFd = persistent.fd().unwrap().try_clone_to_owned().unwrap();
@@ -231,8 +232,8 @@ fn records_of_unended_conversions_are_compared_only_if_one_may_be_settled() {
     let mut gate = Gate::new(Policy::default());
     gate.keep_in(persistent.store().clone());
     let (mut effects, domain) = (Effects::new(), DOMAIN);
-    let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-    gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+    let caps = DomainCaps::new(1000, 1 << 30);
+    gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
     gate.resume(left.past, &mut effects);
     persistent.record_all(&gate, &effects);
     let mut world = World { gate, persistent, unmap, hangs: false, answers: Vec::new() };

@@ -312,7 +312,7 @@ pub(crate) mod tests {
     use rustix::fs::{FileType, Mode};
 
     use super::*;
-    use crate::gate::{Cause, FileId, InvalidationId, Notice, Reason, Step};
+    use crate::gate::{Cause, FileId, InvalidationId, Notice, Reason, Rung};
 
     thread_local! {
         /// The number of bytes that this thread has written to the file.
@@ -326,7 +326,7 @@ pub(crate) mod tests {
             file: FileId { device: 1, inode: 2 },
             range: PageRange::new(page * PAGE, PAGE).unwrap(),
             invalidation: InvalidationId(page),
-            reason: Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 5 },
+            reason: Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 5 },
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, Hitless,
+    Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, Hitless,
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, Ranges, RegionSpec, UnmapResult,
     Verdict,
 };
@@ -31,13 +31,7 @@ impl Engine {
         let mut engine =
             Self { gate, domain, file, calls: 0, max_mappings: 0, cookie: 0, spent: Duration::ZERO };
         let caps = engine.domain.capabilities();
-        let able = Able {
-            max_mappings: caps.max_mappings,
-            max_piece: caps.max_mapping_len,
-            cut: caps.cut,
-            replace: caps.replace,
-        };
-        engine.handle(Event::DomainAdded { domain: DomainId(0), able });
+        engine.handle(Event::DomainAdded { domain: DomainId(0), caps });
         engine
     }
 
