@@ -58,6 +58,7 @@ impl Clients {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::Offset;
+    use passgate_bindings::words;
     use passgate_bindings::{PAGE, PageRange};
 
     use super::super::*;
@@ -73,7 +74,7 @@ mod tests {
     impl World {
         /// A client with a page of memory, and a device of which every fence but a reset does nothing.
         fn new(policy: OnStuckDma, insists: bool) -> Self {
-            let gate = Gate::new(Policy { on_stuck_dma: policy, ..Policy::default() });
+            let gate = Gate::new(Policy { on_stuck_dma: policy, ..Policy::default() }, words::private);
             let mut world = Self { gate, effects: Vec::new(), fences: Vec::new() };
             let (domain, device) = (DomainId(0), DeviceId(0));
             let caps = DomainCaps::new(1000, 1 << 30);

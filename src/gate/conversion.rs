@@ -237,6 +237,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::Offset;
+    use passgate_bindings::words;
     use passgate_bindings::{PAGE, PageRange};
 
     use super::super::*;
@@ -245,7 +246,7 @@ mod tests {
 
     /// The verdict on a page in two domains: in the first its unmap fails, in the second it does not return.
     fn verdict(first: DomainId, second: DomainId) -> Verdict {
-        let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
+        let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
         let caps = DomainCaps::new(1000, 1 << 30);
         for domain in [DomainId(0), DomainId(1)] {
             gate.handle(Event::DomainAdded { domain, caps }, &mut effects);

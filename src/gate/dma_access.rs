@@ -81,6 +81,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::{Address, Offset};
+    use passgate_bindings::words;
     use passgate_bindings::{Gpa, PAGE, PageRange};
 
     use super::super::*;
@@ -102,7 +103,7 @@ mod tests {
         /// Sixteen pages at 16, of which nothing is mapped yet.
         fn new(writable: bool) -> Self {
             let caps = DomainCaps::new(10_000, 1 << 30);
-            let mut world = Self { gate: Gate::new(Policy::default()), effects: Vec::new() };
+            let mut world = Self { gate: Gate::new(Policy::default(), words::private), effects: Vec::new() };
             world.tell(Event::DomainAdded { domain: DomainId(0), caps });
             world.add(16, 0, writable);
             world

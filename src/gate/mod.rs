@@ -1,5 +1,5 @@
 //! The gate of one VM: it decides what is mapped for devices, and when a range may be converted. Pure: no system call, no
-//! clock, no thread, no log. An event in, effects out.
+//! clock, no thread, no log. An event in, effects out. The memory that its ledger lies in is given to it ([`ledger::Arena`]).
 //!
 //! Principles that every file here keeps:
 //! - *Done is read off the ledger.* An invalidation is granted when no mapping in any state overlaps it, in any
@@ -66,6 +66,7 @@ use calls::Calls;
 use clients::Clients;
 use devices::Devices;
 use invalidations::Invalidations;
+use ledger::Arena;
 use mappings::Mappings;
 use memory::Memory;
 use quarantine::Quarantine;
@@ -86,11 +87,12 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Returns a gate without domains, devices or memory.
-    pub fn new(policy: Policy) -> Self {
+    /// Returns a gate without domains, devices or memory. Its ledger will lie in memory of `arena`, unless it is kept in a store
+    /// ([`Gate::keep_in`]).
+    pub fn new(policy: Policy, arena: Arena) -> Self {
         Self {
             policy,
-            memory: Memory::default(),
+            memory: Memory::new(arena),
             mappings: Mappings::default(),
             calls: Calls::default(),
             invalidations: Invalidations::default(),

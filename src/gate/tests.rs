@@ -7,6 +7,7 @@ mod regions;
 mod room;
 
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::*;
@@ -72,7 +73,7 @@ struct World {
 
 impl World {
     fn new(policy: Policy, domains: &[DomainCaps]) -> Self {
-        let mut world = Self { gate: Gate::new(policy), calls: Vec::new(), said: Vec::new() };
+        let mut world = Self { gate: Gate::new(policy, words::private), calls: Vec::new(), said: Vec::new() };
         for (index, able) in (0..).zip(domains) {
             world.tell(Event::DomainAdded { domain: DomainId(index), caps: *able });
         }

@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain, Ticket};
+use passgate_bindings::words;
 use passgate_bindings::{Gpa, Iova, PageRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -168,7 +169,7 @@ impl Session {
             first_events.extend(events);
         }
         let mut session = Self {
-            gate: Gate::new(policy),
+            gate: Gate::new(policy, words::private),
             effects: Effects::new(),
             meter: Meter::new(domain.name()),
             executed: 0,

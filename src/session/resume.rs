@@ -160,6 +160,7 @@ mod tests {
     use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_backends::{Device, DeviceTraits, Domain, Entered, Segment, Steps, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
+    use passgate_bindings::words;
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
 
     use super::*;
@@ -186,7 +187,7 @@ mod tests {
         let (policy, trust) = (Policy::default(), Trust::default());
         let mut session = Session::new(policy, domain, devices, trust, clock, None, None);
         // As `Session::new` does with a `Persistence`, but without a service manager.
-        session.gate = Gate::new(Policy::default());
+        session.gate = Gate::new(Policy::default(), words::private);
         session.gate.keep_in(persistent.store().clone());
         session.persistent = Some(persistent);
         let events = initial_events(&*session.domains[0], &session.devices, &[]);

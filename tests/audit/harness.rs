@@ -11,6 +11,7 @@ use passgate::gate::{
 };
 use passgate::observe::audit::{Log, LogOptions};
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 /// The length of the file, in pages.
@@ -74,7 +75,7 @@ impl Harness {
 
     pub fn with(dir: &Path, options: LogOptions, fault_interval: u64) -> Self {
         let mut harness = Self {
-            gate: Gate::new(options.policy),
+            gate: Gate::new(options.policy, words::private),
             effects: Effects::new(),
             log: Log::open(dir, options).unwrap(),
             results: VecDeque::new(),

@@ -9,6 +9,7 @@ use passgate::observe::replay::replay;
 use passgate::session::quarantine_file::{FILE, QuarantineFile};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_bindings::words;
 use serde_json::Value;
 
 use crate::daemon::{Daemon, serve_fails};
@@ -121,7 +122,7 @@ fn operator_release_ends_quarantine_for_next_daemon() {
     let events = keep.load(true).unwrap();
     assert_eq!(events.len(), 1);
     assert!(QuarantineFile::new(&state, "another boot".into()).load(false).unwrap().is_empty());
-    let (mut gate, mut effects) = (passgate::gate::Gate::new(Policy::default()), Vec::new());
+    let (mut gate, mut effects) = (passgate::gate::Gate::new(Policy::default(), words::private), Vec::new());
     events.into_iter().for_each(|event| gate.handle(event, &mut effects));
     let caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
     let (invalidation, to) = (InvalidationId(invalidation), passgate::gate::PageState::Shared);

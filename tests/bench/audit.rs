@@ -22,6 +22,7 @@ use passgate::session::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -88,7 +89,12 @@ struct GateOnly {
 
 impl GateOnly {
     fn new(log: Option<Log>) -> Result<Self> {
-        let mut bench = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
+        let mut bench = Self {
+            gate: Gate::new(Policy::default(), words::private),
+            effects: Effects::new(),
+            log,
+            cookie: 0,
+        };
         let caps = DomainCaps::new(65_535, 1 << 30);
         bench.handle(Event::DomainAdded { domain: DomainId(0), caps });
         let spec = RegionSpec {

@@ -11,6 +11,7 @@ use passgate::gate::{
     Steps, UnmapResult, Verdict,
 };
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 /// The number of pages of the region: 4 GiB.
@@ -34,7 +35,8 @@ struct Bench {
 
 impl Bench {
     fn new(cut: bool) -> Self {
-        let gate = Gate::new(Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() });
+        let gate =
+            Gate::new(Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() }, words::private);
         let mut bench = Self { cut, gate, effects: Effects::new(), cookie: 0, receipts: 0, random: 1 };
         let domain = DomainId(0);
         let caps = DomainCaps { cut, ..DomainCaps::new(2 * PAGES, 1 << 30) };

@@ -7,6 +7,7 @@ use passgate::gate::{
     Answer, Caller, ClientId, DomainCaps, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
     MapResult, Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
 };
+use passgate_bindings::words;
 
 /// A planted fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +96,7 @@ impl Mutant {
         };
         let (unmaps, bus_master_fences, bus_master_off, shared, requested_states, files, withheld) =
             Default::default();
-        let gate = Gate::new(policy);
+        let gate = Gate::new(policy, words::private);
         let digest = DefaultHasher::new();
         Self {
             gate,

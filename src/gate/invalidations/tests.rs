@@ -2,6 +2,7 @@ use std::cell::Cell;
 
 use passgate_bindings::PAGE;
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 
 use passgate_bindings::PageRange;
 use passgate_bindings::units::Address;
@@ -24,7 +25,7 @@ fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
 /// A batch of every second page whose first rung is over before a call returns, with a device that was drained
 /// meanwhile. Returns how often the results make the gate look at the whole batch.
 fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
-    let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
+    let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
     let caps = DomainCaps::new(65_536, PAGE);
     let (domain, device) = (DomainId(0), DeviceId(0));
     gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
@@ -77,7 +78,7 @@ fn late_results_of_a_batch_bring_one_sweep() {
 /// Begins on every second page, whose unmaps return one by one. Returns how many invalidations are asked whether
 /// they wait for what has returned.
 fn asked(count: u64) -> u64 {
-    let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
+    let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
     let caps = DomainCaps::new(65_536, PAGE);
     gate.handle(Event::DomainAdded { domain: DomainId(0), caps }, &mut effects);
     let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use passgate_bindings::words::Words;
+use passgate_bindings::words::{self, Words};
 
 use super::super::*;
 use super::*;
@@ -120,7 +120,7 @@ impl World {
         let store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
         let mut world = Self {
             host,
-            gate: Gate::new(Policy::default()),
+            gate: Gate::new(Policy::default(), words::private),
             store,
             effects: Vec::new(),
             kernel: Kernel::default(),
@@ -136,7 +136,7 @@ impl World {
 
     fn start(&mut self) {
         let Host { platform, hitless, cut, ats } = self.host;
-        self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() });
+        self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() }, words::private);
         self.gate.keep_in(self.store.clone());
         let caps = DomainCaps { cut, ..DomainCaps::new(1000, 1 << 30) };
         self.tell(Event::DomainAdded { domain: DOMAIN, caps });
@@ -641,7 +641,7 @@ fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
         };
         past.regions[0].closing = false;
         // The process that had the mappings is gone, and they with it; the pages are as they were.
-        world.gate = Gate::new(Policy::default());
+        world.gate = Gate::new(Policy::default(), words::private);
         crate::gate::ledger::Mapped::in_store(&world.store, DOMAIN).unwrap().discard();
         world.kernel.pages.clear();
         world.start();

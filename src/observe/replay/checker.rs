@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use passgate_bindings::units::Address;
+use passgate_bindings::words;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::mapped::{Mapped, Pages, bytes, show};
@@ -98,7 +99,7 @@ impl Checker {
     pub(super) fn new(whole: bool) -> Self {
         Self {
             whole,
-            mapped: Mapped::default(),
+            mapped: Mapped::new(words::private),
             regions: Vec::new(),
             last_region: 0,
             open: BTreeMap::new(),

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 
 use passgate_bindings::PAGE;
+use passgate_bindings::words;
 
 use super::*;
 use crate::gate::{
@@ -42,7 +43,7 @@ impl World {
         let persistent = PersistentState::new().unwrap();
         persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
         let policy = Policy { on_stuck_dma: OnStuckDma::Fence, ..Policy::default() };
-        let mut gate = Gate::new(policy);
+        let mut gate = Gate::new(policy, words::private);
         gate.keep_in(persistent.store().clone());
         let gone = |bytes| UnmapResult::Gone { bytes };
         let mut world = Self { gate, persistent, unmap: gone, hangs: false, answers: Vec::new() };
@@ -210,7 +211,7 @@ fn restart_leaves_one_record_for_each_exclusion() {
     let (mut persistent, mut left) = world.end();
     for _ in 0..3 {
         assert_eq!(left.past.holds.len(), 2);
-        let mut gate = Gate::new(Policy::default());
+        let mut gate = Gate::new(Policy::default(), words::private);
         gate.keep_in(persistent.store().clone());
         let (mut effects, domain) = (Effects::new(), DOMAIN);
         let caps = DomainCaps::new(1000, 1 << 30);
@@ -229,7 +230,7 @@ fn records_of_unended_conversions_are_compared_only_if_one_may_be_settled() {
     let unended = world.begin(pages(2, 1).into());
     let unmap = world.unmap;
     let (mut persistent, left) = world.end();
-    let mut gate = Gate::new(Policy::default());
+    let mut gate = Gate::new(Policy::default(), words::private);
     gate.keep_in(persistent.store().clone());
     let (mut effects, domain) = (Effects::new(), DOMAIN);
     let caps = DomainCaps::new(1000, 1 << 30);

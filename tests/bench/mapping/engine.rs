@@ -11,6 +11,7 @@ use passgate::gate::{
 use passgate_backends::{Domain, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 use super::trace::Step;
@@ -27,7 +28,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, hitless: Hitless) -> Self {
-        let gate = Gate::new(Policy { hitless, ..Policy::default() });
+        let gate = Gate::new(Policy { hitless, ..Policy::default() }, words::private);
         let mut engine =
             Self { gate, domain, file, calls: 0, max_mappings: 0, cookie: 0, spent: Duration::ZERO };
         let caps = engine.domain.capabilities();
