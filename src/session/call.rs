@@ -177,10 +177,11 @@ impl Call {
     /// Returns the call that an effect asks for. If the session does not have the domain, device or file, `Err` is the call's
     /// result: it fails with nothing changed. An effect that asks for no call is an error without a result.
     pub(super) fn of(effect: Effect, session: &Session) -> Result<Self, Option<Event>> {
-        let device = |id: DeviceId| session.devices.get(usize::from(id.0)).cloned();
+        let device = |id: DeviceId| session.hardware.device(id).cloned();
         let assumed = |id: DeviceId| session.gate.traits(id);
         match effect {
-            Effect::Replace { job, domain, gone, bytes: _ } => match session.domain_of(domain) {
+            Effect::Replace { job, domain, gone, bytes: _ } => match session.hardware.domain(domain).cloned()
+            {
                 Some(domain) => Ok(Self::Replace { job, domain, gone }),
                 None => Err(Some(failed_unmap(job))),
             },

@@ -16,7 +16,7 @@ use passgate_bindings::{Iova, PageRange};
 use super::Session;
 use super::call::{self, Call, Returned};
 use crate::gate::{
-    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult,
+    CLOSE_PIECE_BYTES, DomainId, Effect, Event, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult,
     UnmapResult,
 };
 
@@ -45,14 +45,16 @@ impl Session {
         match first {
             Effect::Unmap { job, domain, mut iova, bytes } => {
                 let id = domain;
-                let Some(domain) = self.domain_of(id) else { return Err(vec![call::failed_unmap(job)]) };
+                let Some(domain) = self.hardware.domain(id).cloned() else {
+                    return Err(vec![call::failed_unmap(job)]);
+                };
                 let capabilities = domain.capabilities();
                 // One ticket would stand for the operations of all requests.
                 let coalesces = capabilities.counts_partial && !capabilities.tickets;
                 let mut shares = Vec::new();
                 while coalesces
                     && let Some(Effect::Unmap { job: other, domain: at, iova: next, bytes: Some(more) }) =
-                        self.effects.get(self.executed)
+                        self.effects.next()
                     && let (at, Some(bytes)) = (*at, bytes)
                     && at == id
                     && let Some(both) = adjacent_union(iova, *next)
@@ -79,7 +81,7 @@ impl Session {
                     file: next_file,
                     offset: next_offset,
                     writable: next_writable,
-                }) = self.effects.get(self.executed)
+                }) = self.effects.next()
                     && (*next_domain, *next_piece, *next_file, *next_writable)
                         == (domain, piece, file, writable)
                     && next_offset.0 == offset.0 + iova.len()
@@ -97,7 +99,9 @@ impl Session {
                     iova = both;
                     self.take_coalesced();
                 }
-                let (Some(file), Some(domain)) = (self.files.get(file), self.domain_of(domain)) else {
+                let (Some(file), Some(domain)) =
+                    (self.files.get(file), self.hardware.domain(domain).cloned())
+                else {
                     let result = MapResult::Refused { errno: EBADF };
                     let others = shares.iter().skip(1).map(|share: &CoalescedRequest| share.job);
                     let all = std::iter::once(job).chain(others);
@@ -111,36 +115,22 @@ impl Session {
 
     /// Takes the next effect out: it is part of a coalesced call.
     fn take_coalesced(&mut self) {
-        if let Some(effect) = self.effects.get_mut(self.executed) {
-            self.executed += 1;
-            *effect = EXECUTED;
-        }
+        self.effects.take();
         self.execute_without_call();
     }
 
     /// Executes the alarms and receipts that come next, which may stand between requests that can be coalesced. It stops at
     /// any other effect: the order of calls, answers and notices must not change.
     fn execute_without_call(&mut self) {
-        while let Some(effect) = self.effects.get_mut(self.executed) {
-            match effect {
-                Effect::Arm { invalidation, rung, after_ns } => {
-                    let (invalidation, rung, after_ns) = (*invalidation, *rung, *after_ns);
-                    self.arm(invalidation, rung, after_ns);
-                }
-                Effect::Receipt(_) => {
-                    if let Effect::Receipt(receipt) = std::mem::replace(effect, EXECUTED) {
-                        self.record_receipt(*receipt);
-                    }
-                }
+        while let Some(Effect::Arm { .. } | Effect::Receipt(_)) = self.effects.next() {
+            match self.effects.take() {
+                Some(Effect::Arm { invalidation, rung, after_ns }) => self.arm(invalidation, rung, after_ns),
+                Some(Effect::Receipt(receipt)) => self.record_receipt(*receipt),
                 _ => return,
             }
-            self.executed += 1;
         }
     }
 }
-
-/// The placeholder for an effect that was taken out: the cheapest one. It is never executed.
-pub(super) const EXECUTED: Effect = Effect::ForgetFile { file: FileId { device: 0, inode: 0 } };
 
 /// Returns the union of two ranges if they are adjacent.
 fn adjacent_union(one: PageRange<Iova>, other: PageRange<Iova>) -> Option<PageRange<Iova>> {
@@ -200,6 +190,7 @@ mod tests {
     use super::*;
     use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Rung};
     use crate::protocol::verbs::AddMemory;
+    use crate::session::tickets::Tickets;
     use crate::session::{Next, SystemClock, Trust};
     use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_backends::{DomainCaps, Entered, Segment, Ticket, Window, Windowed};
@@ -326,7 +317,8 @@ mod tests {
         let caller = Caller { client: ClientId(1), door: Door::Channel, cookie: 7 };
         let ended = Effect::Answer { caller, answer: Answer::Ended { invalidation: InvalidationId(1) } };
         session.effects =
-            vec![arm(1), unmap(1, 4), arm(2), unmap(2, 5), unmap(3, 3), unmap(4, 9), ended, unmap(5, 10)];
+            vec![arm(1), unmap(1, 4), arm(2), unmap(2, 5), unmap(3, 3), unmap(4, 9), ended, unmap(5, 10)]
+                .into();
         assert_eq!(next(&mut session), (vec![1, 2, 3], 3));
         assert_eq!(session.timers.len(), 2, "the alarm between the unmaps is set");
         assert_eq!(next(&mut session), (vec![4], 1));
@@ -368,7 +360,7 @@ mod tests {
 
     /// The calls by which these maps are made: the number of maps of each.
     fn coalesced(session: &mut Session, maps: &[Effect]) -> Vec<usize> {
-        session.effects = maps.to_vec();
+        session.effects = maps.to_vec().into();
         let mut calls = Vec::new();
         while let Next::Call(Call::Map { shares, .. }) = session.next_step() {
             calls.push(shares.len().max(1));
@@ -424,7 +416,7 @@ mod tests {
     fn unmaps_are_coalesced_only_if_the_result_can_be_split() {
         let apart = |capabilities: DomainCaps, unmaps: [Effect; 2], why: &str| {
             let mut session = session_over(&Sim::new(capabilities, Memory::new()).unwrap());
-            session.effects = unmaps.to_vec();
+            session.effects = unmaps.to_vec().into();
             assert_eq!(next(&mut session), (vec![1], 1), "{why}");
             assert_eq!(next(&mut session), (vec![2], 1), "{why}");
         };
@@ -459,8 +451,7 @@ mod tests {
         );
         add(&mut session, &AddMemory { piece: PAGE, ..AddMemory::shared(0, 64 * PAGE) });
         assert_eq!(window.enter(0, &[Segment { iova: Iova(5 * PAGE), len: 1 }]), Entered::In);
-        session.effects = (3..8).map(|page| unmap(page, page)).collect();
-        session.executed = 0;
+        session.effects = (3..8).map(|page| unmap(page, page)).collect::<Vec<_>>().into();
         assert_eq!(next(&mut session), (vec![3, 4], 2));
         assert_eq!(next(&mut session), (vec![5], 1));
         assert_eq!(next(&mut session), (vec![6, 7], 2));
@@ -480,15 +471,15 @@ mod tests {
     #[test]
     fn ticket_that_ends_before_its_call_returns_is_not_lost() {
         let mut session = session();
-        session.early_tickets.insert((DomainId(0), Ticket(3)));
+        assert_eq!(session.tickets.ended(DomainId(0), Ticket(3)), None);
         let returned = |ticket| {
             let result = UnmapResult::InFlight { bytes: PAGE };
             let event = Event::Unmapped { job: JobId(1), result, took_ns: 1 };
             Returned::Fact { event, ticket: Some((DomainId(0), Ticket(ticket), JobId(1))) }
         };
         session.returned(returned(3));
-        assert!(session.early_tickets.is_empty() && session.tickets.is_empty());
+        assert_eq!(session.tickets, Tickets::default());
         session.returned(returned(4));
-        assert_eq!(session.tickets.values().collect::<Vec<_>>(), [&JobId(1)]);
+        assert_eq!(session.tickets.ended(DomainId(0), Ticket(4)), Some(JobId(1)));
     }
 }

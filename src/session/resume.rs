@@ -9,7 +9,7 @@ use super::Session;
 use super::fdstore::{FdStore, Kept, Name};
 use super::persist::{EarlierState, PersistentState};
 use crate::gate::ledger::holds::gaps;
-use crate::gate::{Cause, ClientId, DomainId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
+use crate::gate::{Cause, ClientId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
 
 /// The means by which a session outlives its process.
 #[derive(Debug)]
@@ -36,51 +36,35 @@ impl Session {
                 region.closing = true;
             }
         }
-        let ledger = self.persistent.as_ref().and_then(PersistentState::id);
-        let on_disk =
-            self.records.as_mut().map(|records| records.take_quarantine_beyond(ledger)).unwrap_or_default();
-        add_quarantine_on_disk(&mut past, on_disk);
+        add_quarantine_on_disk(&mut past, self.storage.take_quarantine_beyond_ledger());
         for (file, ..) in &past.holds {
             self.files.restore_file(*file, &mut kept);
         }
-        self.gate.resume(past, &mut self.effects);
+        self.gate.resume(past, self.effects.list());
         // Before any effect is executed, so that the domain knows the mappings before the first call over them. What is in
         // doubt is being unmapped, and is not among the live ranges.
-        for (index, domain) in self.domains.iter().enumerate() {
-            for range in self.gate.live(DomainId(index as u16)) {
+        for (id, domain) in self.hardware.domains() {
+            for range in self.gate.live(id) {
                 domain.resumed(range);
             }
         }
-        if let Some(persistent) = &mut self.persistent {
-            persistent.record_all(&self.gate, &self.effects);
-        }
-        self.write_quarantine();
+        self.storage.resumed(&self.gate, self.effects.pending());
         // The descriptors that no region or quarantine has taken are not needed any more.
         for name in kept.names() {
-            if let (Name::Memory(_) | Name::Private(_), Some(store)) = (&name, &self.fd_store) {
-                store.remove(name);
+            if let Name::Memory(_) | Name::Private(_) = &name {
+                self.storage.remove(&name);
             }
-        }
-    }
-
-    /// Writes all that is in quarantine to the disk, with the number of the ledger that has it, too.
-    pub(super) fn write_quarantine(&mut self) {
-        if let (Some(records), Some(persistent)) = (&mut self.records, &self.persistent) {
-            records.rewrite_quarantine(&self.gate.quarantined_ranges().collect::<Vec<_>>(), persistent.id());
         }
     }
 
     /// Completes the records for the next process, with the ids of the domain's kernel objects. The files of domain and devices
     /// must be stored before.
     pub fn complete(&self, ids: DomainIds) {
-        if let Some(persistent) = &self.persistent {
-            let all_traits = self.gate.all_traits();
-            let named = self.devices.iter().zip(all_traits);
-            let names: Vec<_> =
-                named.map(|(device, (_, traits))| (device.name().to_owned(), !traits.ats)).collect();
-            // Nothing of a software domain outlives its process: the next daemon assigns new devices.
-            persistent.complete(ids, if ids == DomainIds::Nothing { &[] } else { &names });
-        }
+        let named = self.hardware.devices().iter().zip(self.gate.all_traits());
+        let names: Vec<_> =
+            named.map(|(device, (_, traits))| (device.name().to_owned(), !traits.ats)).collect();
+        // Nothing of a software domain outlives its process: the next daemon assigns new devices.
+        self.storage.complete(ids, if ids == DomainIds::Nothing { &[] } else { &names });
     }
 
     /// Removes a file from the descriptor store, unless it is needed.
@@ -90,8 +74,8 @@ impl Session {
             Name::Private(file) => self.files.has_private(*file),
             _ => true,
         };
-        if let Some(store) = self.fd_store.as_ref().filter(|_| !needed) {
-            store.remove(name.clone());
+        if !needed {
+            self.storage.remove(name);
         }
     }
 
@@ -167,7 +151,6 @@ mod tests {
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
     use crate::gate::{QuarantineStatus, Rung};
     use crate::protocol::verbs::AddMemory;
-    use crate::session::initial_events::initial_events;
     use crate::session::persist::{LoadError, holds_in};
     use crate::session::records::{Records, StateOptions};
     use crate::session::{Next, SystemClock, Trust};
@@ -189,9 +172,8 @@ mod tests {
         // As `Session::new` does with a `Persistence`, but without a service manager.
         session.gate = Gate::new(Policy::default(), words::private);
         session.gate.keep_in(persistent.store().clone());
-        session.persistent = Some(persistent);
-        let events = initial_events(&*session.domains[0], &session.devices, &[]);
-        events.into_iter().for_each(|event| session.handle(event));
+        session.storage.set_persistent(persistent);
+        session.hardware.initial_events(&[]).into_iter().for_each(|event| session.handle(event));
         session
     }
 

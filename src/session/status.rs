@@ -41,7 +41,7 @@ impl Session {
                 .map(|status| self.quarantined(status))
                 .collect(),
             refused: Vec::new(),
-            totals: self.totals(),
+            totals: self.statistics.totals(),
         }
     }
 

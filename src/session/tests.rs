@@ -12,9 +12,11 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 use rustix::io::Errno;
 
+use super::deferred::CLOSE_TIMEOUT;
 use super::fdstore::{FdStore, Name};
+use super::persist::PersistentState;
 use super::*;
-use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId, Rung};
+use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict};
 use crate::protocol::verbs::State;
 use crate::session::quarantine_file::tests::WRITTEN_BYTES;
 use crate::session::records::StateOptions;
@@ -549,7 +551,7 @@ fn split_mapping_is_merged_each_time_it_has_been_quiet() {
 fn files_of_refused_memory_are_removed_from_the_store_unless_a_region_needs_them() {
     let mut world = World::with_region(false);
     let (store, removed) = FdStore::detached();
-    world.session.fd_store = Some(store);
+    world.session.storage.set_fd_store(store);
     let other = GuestFile::memfd("refused", PAGES * PAGE).unwrap();
     let found = passgate_bindings::identity::identify(&other).unwrap();
     let id = FileId { device: found.device, inode: found.inode };

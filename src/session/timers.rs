@@ -1,4 +1,4 @@
-//! The alarms of invalidations: one each, indexed by invalidation and by time.
+//! The alarms of invalidations: one each, indexed by invalidation and by time; and the time after which mappings were quiet.
 //!
 //! The alarm of each rung counts from the begin, not from the alarm before it, so that one that is handled late, because the
 //! loop was busy, does not delay the later ones.
@@ -17,6 +17,8 @@ pub(super) struct Timers {
     by_time: BTreeSet<(Instant, InvalidationId)>,
     /// The time at which each invalidation began that is not answered yet.
     begun: BTreeMap<InvalidationId, Instant>,
+    /// The time of the next [`crate::gate::Event::Quiet`]; none while no mapping is fragmented.
+    quiet: Option<Instant>,
 }
 
 impl Timers {
@@ -59,9 +61,24 @@ impl Timers {
         Some((id, rung))
     }
 
-    /// Returns the time of the earliest alarm.
+    /// Returns the time of the earliest alarm, or of the next quiet time.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.by_time.first().map(|(when, _)| *when)
+        self.by_time.first().map(|(when, _)| *when).into_iter().chain(self.quiet).min()
+    }
+
+    /// Returns true while a quiet time is awaited.
+    pub(super) fn awaits_quiet(&self) -> bool {
+        self.quiet.is_some()
+    }
+
+    /// Sets the quiet time.
+    pub(super) fn await_quiet(&mut self, when: Instant) {
+        self.quiet = Some(when);
+    }
+
+    /// Returns true if the quiet time is due at `now`, and forgets it.
+    pub(super) fn take_quiet(&mut self, now: Instant) -> bool {
+        self.quiet.take_if(|when| *when <= now).is_some()
     }
 
     /// Returns the number of alarms.
@@ -76,6 +93,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::gate::Step;
 
     #[test]
     fn alarms_of_rungs_count_from_the_begin() {

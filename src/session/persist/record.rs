@@ -195,6 +195,7 @@ pub(super) fn decode_device(record: &Record) -> Option<(usize, String, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::Step;
 
     fn written() -> Written {
         let backing = Backing { file: FileId { device: 7, inode: u64::MAX }, offset: Offset(3 * PAGE) };
