@@ -4,10 +4,12 @@
 //! the owner ([`Next::Call`]); the session never makes one. So the owner can always answer clients in time. The session has
 //! no thread and reads the time from a [`Clock`] only, so that a test controls the order of everything that happens.
 
+mod admission;
 mod call;
 mod canonical;
 mod clock;
 mod coalesce;
+mod convert;
 mod deferred;
 mod delayed_answers;
 mod effect_queue;
@@ -28,21 +30,20 @@ mod tickets;
 mod timers;
 
 use std::collections::VecDeque;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate_backends::{Device, Domain};
-use passgate_bindings::words;
-use passgate_bindings::{Gpa, Iova, PageRange};
+use passgate_bindings::{Gpa, Iova, PageRange, words};
 
 use crate::gate::{
-    Admits, Answer, Caller, DeviceId, Effect, Event, FileId, Gate, InvalidationId, Notice, Outcome, Policy,
-    QuarantineStatus, Receipt, RegionSpec, Rung, Said, Snapshot,
+    Admits, Answer, Caller, DeviceId, Effect, Event, Gate, InvalidationId, Notice, Outcome, Policy,
+    QuarantineStatus, Receipt, Rung, Said, Snapshot,
 };
 use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
-use crate::protocol::verbs::{AddMemory, Totals};
+use crate::protocol::verbs::Totals;
 
 pub use call::{Call, Examined, Returned};
 pub use clock::{Clock, SystemClock};
@@ -215,14 +216,6 @@ impl Session {
         dropped.into_iter().for_each(|file| self.forget_rejected(file));
     }
 
-    /// Closes the file and the private side of a region that was not added, unless they are needed.
-    fn forget_rejected(&mut self, (file, private): (FileId, Option<FileId>)) {
-        self.forget(file);
-        if let Some(private) = private {
-            self.remove_stored(&Name::Private(private));
-        }
-    }
-
     /// Takes the result of a call.
     pub fn returned(&mut self, returned: Returned) {
         match returned {
@@ -237,33 +230,12 @@ impl Session {
             }
             Returned::Facts(events) => events.into_iter().for_each(|event| self.handle(event)),
             Returned::Separate(calls) => self.queued_steps.extend(calls.into_iter().map(Next::Call)),
-            Returned::Examined { caller, memory, files } => {
-                let (reserved, usable) = (self.hardware.reserved(), self.hardware.usable_iova());
-                let stored: Vec<_> = if self.storage.fd_store().is_some() {
-                    files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect()
-                } else {
-                    Vec::new()
-                };
-                match self.files.admit(caller, &memory, files, &reserved, usable) {
-                    Ok(spec) => self.add_region(caller, spec),
-                    Err(error) => {
-                        stored.into_iter().for_each(|name| self.remove_stored(&name));
-                        self.queued_steps.push_back(Next::Refused(caller, error));
-                    }
-                }
-            }
+            Returned::Examined { caller, memory, files } => self.admit(caller, &memory, files),
         }
     }
 
     fn arm(&mut self, invalidation: InvalidationId, rung: Rung, after_ns: u64) {
         self.timers.arm(invalidation, rung, Duration::from_nanos(after_ns), self.clock.now());
-    }
-
-    /// Takes a client's memory: it is examined by a call, then checked, then passed to the gate.
-    pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
-        let store = self.storage.fd_store().cloned();
-        let in_use = self.files.all();
-        self.queued_steps.push_back(Next::Call(Call::Examine { caller, memory, fds, in_use, store }));
     }
 
     /// Returns the outcome of a conversion from its owner's report. For one that is not open the length is not known, and does not
@@ -328,47 +300,6 @@ impl Session {
             }
         }
         None
-    }
-
-    /// Closes examined files of a request that is not pursued any more, and removes them from the descriptor store unless they
-    /// are needed.
-    pub fn unwanted(&mut self, files: Vec<Examined>) {
-        let names: Vec<_> = files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect();
-        // With their claims, which would prevent the removal.
-        drop(files);
-        if self.storage.fd_store().is_some() {
-            names.iter().for_each(|name| self.remove_stored(name));
-        }
-    }
-
-    /// Returns true if a region that is not being closed overlaps `gpa`.
-    pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
-        self.gate.is_taken(gpa)
-    }
-
-    /// Adds a region, or defers it while a region in its way is being closed.
-    fn add_region(&mut self, caller: Caller, spec: RegionSpec) {
-        if self.gate.waits_for_close(caller.client, &spec) {
-            self.deferred_regions.defer(caller, spec, self.clock.now());
-        } else {
-            self.handle(Event::AddRegion { caller, spec });
-        }
-    }
-
-    /// Adds the deferred regions that need not wait any more, or whose deadline has passed. Returns true if there were any.
-    fn add_deferred(&mut self) -> bool {
-        if self.deferred_regions.is_empty() {
-            return false;
-        }
-        let (now, mut added) = (self.clock.now(), false);
-        // One by one: each that is added may be in the way of the next.
-        while let Some((caller, spec)) =
-            self.deferred_regions.take(now, |client, spec| self.gate.waits_for_close(client, spec))
-        {
-            self.handle(Event::AddRegion { caller, spec });
-            added = true;
-        }
-        added
     }
 
     /// Updates files, timers and counters by an answer that is about to be sent.

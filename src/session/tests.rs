@@ -16,8 +16,10 @@ use super::deferred::CLOSE_TIMEOUT;
 use super::fdstore::{FdStore, Name};
 use super::persist::PersistentState;
 use super::*;
-use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict};
-use crate::protocol::verbs::State;
+use crate::gate::{
+    Cause, ClientId, Door, FileId, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict,
+};
+use crate::protocol::verbs::{AddMemory, State};
 use crate::session::quarantine_file::tests::WRITTEN_BYTES;
 use crate::session::records::StateOptions;
 
