@@ -9,6 +9,7 @@ mod backlog;
 mod channel;
 mod connection;
 mod control;
+mod ending;
 mod event_loop;
 pub mod files_limit;
 mod handoff;
