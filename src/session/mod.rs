@@ -63,6 +63,9 @@ use storage::Storage;
 use tickets::Tickets;
 use timers::Timers;
 
+/// The time between two [`Event::Quiet`], while there are fragmented mappings.
+const QUIET_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The next step that a session asks of its owner.
 #[derive(Debug)]
 pub enum Next {

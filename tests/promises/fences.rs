@@ -370,7 +370,7 @@ fn tdi_bound_after_start_is_not_ended() {
 
 #[test]
 fn devices_left_detached_by_a_failed_replace_are_attached_again() {
-    let caps = DomainCaps { replace: true, ..caps(256, 8 * PAGE) };
+    let caps = DomainCaps { replace: true, ..DomainCaps::new(256, 8 * PAGE) };
     let domains = vec![(caps, vec![(Steps::DETACH, PLAIN)])];
     let setup = Setup {
         policy: policy_up_to(OnStuckDma::Refuse),

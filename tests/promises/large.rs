@@ -66,7 +66,7 @@ fn reaches(world: &World, page: u64) -> bool {
 
 #[test]
 fn page_is_cut_out_without_touching_the_rest_of_the_mapping() {
-    let cuts = DomainCaps { cut: true, ..caps(1 << 20, 1 << 30) };
+    let cuts = DomainCaps { cut: true, ..DomainCaps::new(1 << 20, 1 << 30) };
     for hitless in [Hitless::Require, Hitless::Prefer, Hitless::Off] {
         let mut world = world_of(hitless, cuts, Steps::DETACH);
         play(&mut world, &[ADD, Action::Settle]);
@@ -163,7 +163,7 @@ fn failed_or_late_pause_refuses_no_conversion() {
 
 #[test]
 fn batch_leaves_a_mapping_by_one_replace_where_a_second_table_exists() {
-    let replaces = DomainCaps { replace: true, ..caps(1 << 20, 1 << 30) };
+    let replaces = DomainCaps { replace: true, ..DomainCaps::new(1 << 20, 1 << 30) };
     let mut world = world_of(Hitless::Off, replaces, Steps::all());
     play(&mut world, &[ADD, Action::Settle]);
     convert(&mut world, 10, PageState::Private, 15);
@@ -176,7 +176,7 @@ fn batch_leaves_a_mapping_by_one_replace_where_a_second_table_exists() {
 
 #[test]
 fn failed_replace_is_settled_by_an_unmap_of_the_whole_mapping() {
-    let replaces = DomainCaps { replace: true, ..caps(1 << 20, 1 << 30) };
+    let replaces = DomainCaps { replace: true, ..DomainCaps::new(1 << 20, 1 << 30) };
     let mut world = world_of(Hitless::Off, replaces, Steps::all());
     world.model.clean = false;
     play(&mut world, &[ADD, Action::Settle]);
@@ -194,7 +194,8 @@ fn quiet_fragments_are_merged_into_one_mapping() {
         (Hitless::Prefer, true, 5),
         (Hitless::Require, true, 5),
     ] {
-        let mut world = world_of(hitless, DomainCaps { cut, ..caps(1 << 20, 1 << 30) }, Steps::DRAIN);
+        let mut world =
+            world_of(hitless, DomainCaps { cut, ..DomainCaps::new(1 << 20, 1 << 30) }, Steps::DRAIN);
         play(&mut world, &[ADD, Action::Settle]);
         for page in [100, 300] {
             convert(&mut world, page, PageState::Private, 0);
@@ -279,7 +280,8 @@ fn repeatedly_split_mapping_is_mapped_page_by_page_until_quiet() {
 #[test]
 fn conversion_beyond_the_mapping_budget_is_refused_before_anything_changes() {
     // One mapping at the start; each page that leaves it adds one.
-    let mut world = world_of(Hitless::Off, DomainCaps { cut: true, ..caps(5, 1 << 30) }, Steps::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(5, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     for page in [10, 20] {
         convert(&mut world, page, PageState::Private, 0);
@@ -298,7 +300,8 @@ fn conversion_beyond_the_mapping_budget_is_refused_before_anything_changes() {
 #[test]
 fn conversion_during_a_map_reserves_the_mappings_of_its_cut() {
     for (room, verdicts) in [(2, [0, 0, 0]), (4, [1, 0, 0])] {
-        let mut world = world_of(Hitless::Off, DomainCaps { cut: true, ..caps(room, 1 << 30) }, Steps::DRAIN);
+        let mut world =
+            world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(room, 1 << 30) }, Steps::DRAIN);
         // The region's only mapping is being made.
         play(&mut world, &[ADD, begin(10, PageState::Private, 0), Action::Settle]);
         assert_eq!(world.verdicts, verdicts, "room for {room}");
@@ -310,7 +313,8 @@ fn conversion_during_a_map_reserves_the_mappings_of_its_cut() {
 
 #[test]
 fn cut_needs_mappings_for_both_ends_while_its_middle_is_mapped() {
-    let mut world = world_of(Hitless::Off, DomainCaps { cut: true, ..caps(5, 1 << 30) }, Steps::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(5, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     for to in [PageState::Private, PageState::Shared] {
         [10, 12].into_iter().for_each(|page| convert(&mut world, page, to, 0));
@@ -332,7 +336,8 @@ fn cut_needs_mappings_for_both_ends_while_its_middle_is_mapped() {
 
 #[test]
 fn batch_is_one_invalidation_and_neighbours_are_unmapped_by_one_call() {
-    let mut world = world_of(Hitless::Off, DomainCaps { cut: true, ..caps(1 << 20, 1 << 30) }, Steps::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(1 << 20, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     // Every other page: one call for each, but one verdict and one end.
     convert(&mut world, 0, PageState::Private, 15);
@@ -345,7 +350,8 @@ fn batch_is_one_invalidation_and_neighbours_are_unmapped_by_one_call() {
 
 #[test]
 fn number_of_excluded_ranges_is_limited() {
-    let mut world = world_of(Hitless::Off, DomainCaps { cut: true, ..caps(1 << 40, 1 << 30) }, Steps::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(1 << 40, 1 << 30) }, Steps::DRAIN);
     world.model.clean = false;
     let handle = |world: &mut World, event| {
         let mut effects = Vec::new();

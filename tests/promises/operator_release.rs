@@ -2,7 +2,7 @@
 
 use passgate::gate::{Hitless, OnStuckDma, Outcome, PageState, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{DeviceTraits, Steps};
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::{Iova, PAGE};
 use rustix::io::Errno;
 

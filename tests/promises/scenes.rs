@@ -2,7 +2,7 @@
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{DeviceTraits, Steps};
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::PAGE;
 use rustix::io::Errno;
 

@@ -78,7 +78,7 @@ pub struct World {
     /// The number of calls until one that does not return, and true if that one is executed first.
     pub hang_at: Option<(u64, bool)>,
     clock: u64,
-    timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Step)>>,
+    timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Rung)>>,
     clients: [ClientId; CLIENTS],
     last_client: u32,
     cookies: u64,

@@ -125,7 +125,7 @@ impl Run {
 }
 
 /// Reads the head of a file; none if nothing was written to the file.
-pub(in crate::observe) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
+pub(crate) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
     let mut file = BufReader::new(regular_file::open(path, true).map_err(io)?);
     let mut line = Vec::new();

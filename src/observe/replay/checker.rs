@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use passgate_bindings::units::Address;
-use passgate_bindings::words;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::mapped::{Mapped, Pages, bytes, show};
@@ -99,7 +98,7 @@ impl Checker {
     pub(super) fn new(whole: bool) -> Self {
         Self {
             whole,
-            mapped: Mapped::new(words::private),
+            mapped: Mapped::default(),
             regions: Vec::new(),
             last_region: 0,
             open: BTreeMap::new(),

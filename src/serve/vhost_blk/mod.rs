@@ -167,7 +167,8 @@ impl Door {
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
         let counters = Arc::new(DiskCounters::new(Arc::clone(drive), counts));
-        inside.report_disk(Arc::downgrade(&counters));
+        let reported = Arc::downgrade(&counters);
+        inside.report_disk(reported);
         let serving = Serving { stopped, drive: Arc::clone(drive), inherited_files: options.kept, counters };
         let run = move || {
             serve_all(&serving, source, &device, &inside);
