@@ -14,7 +14,7 @@ use daemon::{Daemon, Notices, TIMEOUT, children, serve_fails, wait_until};
 use passgate::client::{AddMemory, Client};
 use passgate::session::guardian::Watch;
 use passgate_backends::device::Guard;
-use passgate_backends::{Device, FenceStep, StopClass};
+use passgate_backends::{Device, Step, Steps};
 use passgate_bindings::PAGE;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, Signal, getpid, kill_process};
@@ -199,10 +199,10 @@ impl Device for GuardedPipe {
     fn name(&self) -> &str {
         "held"
     }
-    fn stop_class(&self) -> StopClass {
-        StopClass::empty()
+    fn stop_class(&self) -> Steps {
+        Steps::empty()
     }
-    fn fence(&self, _: FenceStep) -> passgate_backends::Result<()> {
+    fn fence(&self, _: Step) -> passgate_backends::Result<()> {
         Err(self.no_dma())
     }
     fn attach(&self) -> passgate_backends::Result<()> {

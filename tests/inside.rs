@@ -13,7 +13,7 @@ use passgate::client::{AddMemory, Client, Outcome, PageState, State};
 use passgate::gate::{Admits, OnStuckDma, Policy};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::iommu::sim::{Call, Fault, Memory, Sim};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
 use common::{exclusive, granted, memory};
@@ -42,7 +42,7 @@ fn access_to_page(inside: &Inside, page: u64) -> Admits {
 
 /// Starts a server without a socket over a simulated domain.
 fn serve(sim: &Sim, policy: Policy) -> (Handle, Inside) {
-    let device = sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
+    let device = sim.device("sim:0", Steps::all(), DeviceTraits { ats: false, tdi: false, tolerant: false });
     let options = Options { policy, ..Options::nowhere() };
     let server = Server::bind(options, Arc::new(sim.clone()), vec![Arc::new(device)]).unwrap();
     let inside = server.inside();
@@ -199,7 +199,8 @@ fn pending_queries_are_answered_at_shutdown() {
 fn unproven_removal_is_an_error() {
     let _exclusive = exclusive();
     let sim = sim();
-    let device = Arc::new(sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false }));
+    let device =
+        Arc::new(sim.device("sim:0", Steps::all(), DeviceTraits { ats: false, tdi: false, tolerant: false }));
     let dir = tempfile::tempdir().unwrap();
     let policy = Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
     let options = Options { policy, ..Options::at(dir.path().join("socket")) };
@@ -221,8 +222,9 @@ fn unproven_removal_is_an_error() {
 fn in_process_removal_forces_unmap() {
     let _exclusive = exclusive();
     let sim = sim();
-    let stop_classes = StopClass::all() - StopClass::DETACH;
-    let device = Arc::new(sim.device("sim:0", stop_classes, Nature { ats: false, tdi: false }));
+    let stop_classes = Steps::all() - Steps::DETACH;
+    let device =
+        Arc::new(sim.device("sim:0", stop_classes, DeviceTraits { ats: false, tdi: false, tolerant: false }));
     let policy = Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
     let options = Options { policy, ..Options::nowhere() };
     let server = Server::bind(options, Arc::new(sim.clone()), vec![device]).unwrap();

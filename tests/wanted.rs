@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use passgate::client::{AddMemory, Client};
-use passgate::serve::{Hold, Options, Server};
+use passgate::serve::{Options, Server, Takeover};
 use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
-use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, StopClass};
+use passgate_backends::{Accept, Assignment, Device, Domain, Step, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
@@ -29,17 +29,17 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 struct RequestedDevice {
     inner: Arc<SoftDevice>,
     request: Arc<OwnedFd>,
-    fences: Arc<Mutex<Vec<FenceStep>>>,
+    fences: Arc<Mutex<Vec<Step>>>,
 }
 
 impl Device for RequestedDevice {
     fn name(&self) -> &str {
         self.inner.name()
     }
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.inner.stop_class()
     }
-    fn fence(&self, step: FenceStep) -> passgate_backends::Result<()> {
+    fn fence(&self, step: Step) -> passgate_backends::Result<()> {
         self.fences.lock().unwrap().push(step);
         self.inner.fence(step)
     }
@@ -77,7 +77,7 @@ fn device_request_is_reported_and_device_stopped_and_closed() {
                 Ok(Assignment { domain, devices, drives: Vec::new() })
             };
             let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
-            Hold::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
+            Takeover::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
         });
         let options = Options::at(dir.path().join("socket"));
         let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();

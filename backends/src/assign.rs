@@ -255,7 +255,7 @@ mod tests {
 
     use super::*;
     use crate::iommu::sim::{Memory, Sim};
-    use crate::{Nature, StopClass};
+    use crate::{DeviceTraits, Steps};
 
     fn names(names: &[&str]) -> Vec<String> {
         names.iter().map(|&name| name.to_owned()).collect()
@@ -310,8 +310,9 @@ mod tests {
     #[test]
     fn unstoppable_device_is_refused_unless_accepted() {
         let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let device = |class| Arc::new(domain.device("sim:0", class, Nature::default())) as Arc<dyn Device>;
-        let none = device(StopClass::empty());
+        let device =
+            |class| Arc::new(domain.device("sim:0", class, DeviceTraits::default())) as Arc<dyn Device>;
+        let none = device(Steps::empty());
         let why = || Ok(shares_its_group("04:00.1".parse().unwrap()));
         let error = stoppable(none.clone(), Accept::default(), why).unwrap_err().to_string();
         assert!(error.starts_with("sim:0 cannot be stopped for certain"), "{error}");
@@ -322,9 +323,7 @@ mod tests {
         assert!(!error.contains('\n'), "{error}");
         let unused = || -> Result<String> { panic!("the reason is not needed") };
         assert!(stoppable(none, Accept { unstoppable: true, ..Accept::default() }, unused).is_ok());
-        for class in
-            [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER, StopClass::DETACH, StopClass::RESET]
-        {
+        for class in [Steps::DRAIN, Steps::STOP, Steps::MASTER, Steps::DETACH, Steps::RESET] {
             assert!(stoppable(device(class), Accept::default(), unused).is_ok(), "{class:?}");
         }
     }

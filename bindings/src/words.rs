@@ -4,6 +4,7 @@
 //! length is sealed, so that no access can run past its end. The *contents* are only as trustworthy as every process that
 //! had the descriptor; the reader must validate them.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -90,6 +91,20 @@ impl Words {
     }
 }
 
+/// Bytes of address space that [`private`] asks for.
+const PRIVATE_BYTES: u64 = 2 << 30;
+/// The least that it returns.
+const MIN_PRIVATE_BYTES: u64 = 64 << 10;
+
+/// Returns private memory of 2 GiB, or of as much as `RLIMIT_AS` leaves, halved until the kernel maps it. Nothing of it is
+/// reserved. Like an allocation it ends the process where there is no memory even for 64 KiB.
+pub fn private() -> Words {
+    let sizes = std::iter::successors(Some(PRIVATE_BYTES), |bytes| Some(bytes / 2));
+    let mut sizes = sizes.take_while(|bytes| *bytes >= MIN_PRIVATE_BYTES);
+    let made = sizes.find_map(|bytes| Words::anonymous(bytes).ok());
+    made.unwrap_or_else(|| handle_alloc_error(Layout::new::<[u64; MIN_PRIVATE_BYTES as usize / 8]>()))
+}
+
 /// The seals that fix the length of the file.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -172,5 +187,6 @@ mod tests {
         assert_eq!(words[1 << 28].load(Relaxed), 0);
         assert_eq!(Words::anonymous(0).unwrap_err().errno, Errno::INVAL);
         assert_eq!(Words::anonymous(12).unwrap_err().errno, Errno::INVAL);
+        assert_eq!(private()[0].load(Relaxed), 0);
     }
 }

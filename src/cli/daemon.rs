@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
-use passgate_backends::{Device, FenceStep, Tables};
+use passgate_backends::{Device, Step, Tables};
 use passgate_bindings::vfio::PciAddress;
 
 use crate::error::{Error, Result};
 use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::acquire::acquire;
-use crate::observe::records::StateOptions;
 use crate::protocol::address::address;
-use crate::serve::{Hold, Options, files_limit, privilege};
+use crate::serve::{Options, Takeover, files_limit, privilege};
 use crate::session::fdstore::{FdStore, Kept};
+use crate::session::records::StateOptions;
 
 /// Options of the gate, its domain and its devices.
 #[derive(Debug, Args)]
@@ -79,7 +79,7 @@ pub(super) struct DaemonArgs {
 pub(super) struct Opened {
     pub(super) assignment: Assignment,
     /// Set with `--restart hold`, if there is a service manager.
-    pub(super) takeover: Option<Hold>,
+    pub(super) takeover: Option<Takeover>,
     manager: Option<FdStore>,
 }
 
@@ -217,7 +217,7 @@ impl DaemonArgs {
         stored: Kept,
         accept: Accept,
         assign: impl Fn() -> Result<Assignment>,
-    ) -> Result<(Assignment, Option<Hold>)> {
+    ) -> Result<(Assignment, Option<Takeover>)> {
         let within = Duration::from_secs(self.restart.adopt_within.into());
         match (self.restart.restart, manager) {
             (RestartMode::Hold, Some(store)) => {
@@ -225,7 +225,7 @@ impl DaemonArgs {
                     name.parse().map_or(name.clone(), |address: PciAddress| address.to_string())
                 };
                 let devices: Vec<_> = devices.iter().map(full_address).collect();
-                let (assignment, takeover) = Hold::open(store, stored, &devices, accept, within, assign)?;
+                let (assignment, takeover) = Takeover::open(store, stored, &devices, accept, within, assign)?;
                 Ok((assignment, Some(takeover)))
             }
             (restart, store) => {
@@ -301,7 +301,7 @@ const TDX_PARAMETER_PATH: &str = "/sys/module/kvm_intel/parameters/tdx";
 
 /// Returns an error if the device caches translations and cannot be detached: on a strict platform no unmap would be proof.
 fn check_detachable(device: &dyn Device) -> Result<()> {
-    if !device.nature().ats || device.stop_class().has(FenceStep::Detach) {
+    if !device.traits().ats || device.stop_class().has(Step::Detach) {
         return Ok(());
     }
     Err(Error::Uncertain { device: device.name().to_owned() })

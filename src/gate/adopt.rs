@@ -181,6 +181,7 @@ pub(super) mod tests {
     use std::cell::Cell;
 
     use passgate_bindings::PAGE;
+    use passgate_bindings::words;
 
     use super::super::*;
     use super::*;
@@ -192,9 +193,9 @@ pub(super) mod tests {
 
     /// A client adopts `count` conversions that were open, in eight regions of a file. Returns the comparisons it takes.
     fn compared(count: u64) -> u64 {
-        let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-        gate.handle(Event::DomainAdded { domain: DomainId(0), able }, &mut effects);
+        let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
+        let caps = DomainCaps::new(1000, 1 << 30);
+        gate.handle(Event::DomainAdded { domain: DomainId(0), caps }, &mut effects);
         let file = FileId { device: 1, inode: 1 };
         let pages = count / 4;
         let region = |nth: u64| {

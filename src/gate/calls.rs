@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use passgate_backends::Step;
 use passgate_bindings::{Iova, PageRange};
 
-use super::fence::Step;
 use super::ids::{DeviceId, DomainId, InvalidationId, JobId, RegionId};
 
 /// A call in progress.

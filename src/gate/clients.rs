@@ -6,7 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use super::fence::Steps;
+use passgate_backends::Steps;
+
 use super::ids::ClientId;
 use super::invalidations::{CloseCause, Invalidation, Purpose};
 use super::policy::OnStuckDma;
@@ -48,7 +49,7 @@ impl Clients {
             return OnStuckDma::Reset.allows();
         }
         match cause {
-            CloseCause::OwnerGone => policy.allows().or(Steps::ALL_BUT_RESET),
+            CloseCause::OwnerGone => policy.allows() | Steps::ALL_BUT_RESET,
             CloseCause::Removed(_) | CloseCause::AddFailed(..) => policy.allows(),
         }
     }
@@ -57,6 +58,7 @@ impl Clients {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::Offset;
+    use passgate_bindings::words;
     use passgate_bindings::{PAGE, PageRange};
 
     use super::super::*;
@@ -72,13 +74,13 @@ mod tests {
     impl World {
         /// A client with a page of memory, and a device of which every fence but a reset does nothing.
         fn new(policy: OnStuckDma, insists: bool) -> Self {
-            let gate = Gate::new(Policy { on_stuck_dma: policy, ..Policy::default() });
+            let gate = Gate::new(Policy { on_stuck_dma: policy, ..Policy::default() }, words::private);
             let mut world = Self { gate, effects: Vec::new(), fences: Vec::new() };
             let (domain, device) = (DomainId(0), DeviceId(0));
-            let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-            let nature = Nature { ats: false, tdi: false, tolerant: false };
-            world.tell(Event::DomainAdded { domain, able });
-            world.tell(Event::DeviceAdded { device, domain, steps: Steps::of(&Step::LADDER), nature });
+            let caps = DomainCaps::new(1000, 1 << 30);
+            let traits = DeviceTraits { ats: false, tdi: false, tolerant: false };
+            world.tell(Event::DomainAdded { domain, caps });
+            world.tell(Event::DeviceAdded { device, domain, steps: Steps::all(), traits });
             if insists {
                 world.tell(Event::Insists { client: CALLER.client });
             }

@@ -237,6 +237,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::Offset;
+    use passgate_bindings::words;
     use passgate_bindings::{PAGE, PageRange};
 
     use super::super::*;
@@ -245,10 +246,10 @@ mod tests {
 
     /// The verdict on a page in two domains: in the first its unmap fails, in the second it does not return.
     fn verdict(first: DomainId, second: DomainId) -> Verdict {
-        let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
+        let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
+        let caps = DomainCaps::new(1000, 1 << 30);
         for domain in [DomainId(0), DomainId(1)] {
-            gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+            gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
         }
         let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
         let (gpa, initial) = (PageRange::new(0, 4 * PAGE).unwrap(), PageState::Shared);
@@ -260,7 +261,7 @@ mod tests {
             Event::Begin { caller: CALLER, ranges, to, performer, deadline_ns: 1 << 40 },
             &mut effects,
         );
-        let mut rungs = Step::LADDER.into_iter();
+        let mut rungs = Rung::LADDER.into_iter();
         loop {
             if effects.is_empty() {
                 let rung = rungs.next().expect("an answer in time");

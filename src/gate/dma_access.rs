@@ -81,6 +81,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use passgate_bindings::units::{Address, Offset};
+    use passgate_bindings::words;
     use passgate_bindings::{Gpa, PAGE, PageRange};
 
     use super::super::*;
@@ -101,9 +102,9 @@ mod tests {
     impl World {
         /// Sixteen pages at 16, of which nothing is mapped yet.
         fn new(writable: bool) -> Self {
-            let able = Able { max_mappings: 10_000, max_piece: 1 << 30, cut: false, replace: false };
-            let mut world = Self { gate: Gate::new(Policy::default()), effects: Vec::new() };
-            world.tell(Event::DomainAdded { domain: DomainId(0), able });
+            let caps = DomainCaps::new(10_000, 1 << 30);
+            let mut world = Self { gate: Gate::new(Policy::default(), words::private), effects: Vec::new() };
+            world.tell(Event::DomainAdded { domain: DomainId(0), caps });
             world.add(16, 0, writable);
             world
         }

@@ -3,14 +3,15 @@
 //! The session executes effects in the order in which they stand. An effect with a job number ends in an event with the
 //! same number, whatever happens, unless the call never returns: then the gate depends on nothing but its timers.
 
+use passgate_backends::Step;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::event::Caller;
-use super::fence::Step;
 use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::receipt::Receipt;
+use super::rung::Rung;
 use super::verdict::{Reason, Refusal, Verdict};
 
 /// Pages of a file that a conversion covers.
@@ -97,7 +98,7 @@ pub enum Effect {
         /// The invalidation.
         invalidation: InvalidationId,
         /// The rung that is to be over by then.
-        rung: Step,
+        rung: Rung,
         /// Nanoseconds from now: one rung's part of the deadline, the same for each. The session counts from the begin
         /// instead, so that delays do not add up.
         after_ns: u64,

@@ -3,15 +3,15 @@
 //! An event states a fact; the gate has no other source of facts. Results carry the kernel's answer as it was and how long the
 //! call took, so that a log of events replays to the same state.
 
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, PageRange};
 use serde::{Deserialize, Serialize};
 
-use super::fence::{Nature, Step, Steps};
-use super::hitless::Able;
 use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
+use super::rung::Rung;
 use super::verdict::Reason;
 
 /// The socket through which a client's request came; its answer goes the same way.
@@ -195,7 +195,8 @@ pub enum Event {
         /// Its number from now on.
         domain: DomainId,
         /// Its capabilities.
-        able: Able,
+        #[serde(rename = "able")]
+        caps: DomainCaps,
     },
     /// A device is attached to a domain and can be stopped by these steps.
     DeviceAdded {
@@ -206,7 +207,8 @@ pub enum Event {
         /// The fences that it has.
         steps: Steps,
         /// The traits that decide which of them prove anything.
-        nature: Nature,
+        #[serde(rename = "nature")]
+        traits: DeviceTraits,
     },
     /// A client adds memory.
     AddRegion {
@@ -290,12 +292,13 @@ pub enum Event {
     },
     /// The ATS and TDI state of a device was read again: before the result of every attach, and whenever it is found to have
     /// changed.
-    DeviceNature {
+    #[serde(rename = "device-nature")]
+    DeviceTraits {
         /// The device.
         device: DeviceId,
-        /// As [`Nature::ats`].
+        /// As [`DeviceTraits::ats`].
         ats: bool,
-        /// As [`Nature::tdi`].
+        /// As [`DeviceTraits::tdi`].
         tdi: bool,
     },
     /// The time that [`super::Effect::Arm`] asked for has passed.
@@ -303,7 +306,7 @@ pub enum Event {
         /// The invalidation.
         invalidation: InvalidationId,
         /// The rung that was to be over by now.
-        rung: Step,
+        rung: Rung,
     },
     /// A tick has passed ([`super::Gate::is_fragmented`]): mappings that were quiet meanwhile are merged.
     Quiet,

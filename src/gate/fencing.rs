@@ -13,23 +13,33 @@
 //! of failing. What was paused is attached again with everything else that was stopped, once the rest of the mapping is
 //! there again.
 
+use passgate_backends::{Step, Steps};
 use passgate_bindings::{Iova, PageRange};
 
 use super::Gate;
 use super::calls::Call;
 use super::devices::Device;
 use super::effect::{Effect, Effects, Notice};
-use super::fence::{Step, Steps};
 use super::ids::{DeviceId, DomainId, InvalidationId, JobId};
 use super::invalidations::{Invalidation, Purpose};
 use super::mappings::Domain;
 use super::policy::{Hitless, Platform};
 use super::receipt::Evidence;
+use super::rung::Rung;
 
 /// The steps by which the devices of a client that is gone are stopped: the first that a device has.
 const STOP_ORDER: [Step; 5] = [Step::Detach, Step::Reset, Step::Stop, Step::Master, Step::Drain];
 
 impl Gate {
+    /// True if gaps are allowed in a domain: by policy, and by what its devices tolerate or can do.
+    pub(super) fn gaps_allowed(&self, domain: DomainId) -> bool {
+        match self.policy.hitless {
+            Hitless::Require => false,
+            Hitless::Prefer => self.devices.of(domain).all(|(_, device)| device.tolerates_gap()),
+            Hitless::Off => true,
+        }
+    }
+
     /// Returns the fences that an invalidation may ask for.
     pub(super) fn allowed_fences(&self, inv: &Invalidation) -> Steps {
         self.clients.allowed_fences(inv, self.policy.on_stuck_dma)
@@ -38,8 +48,8 @@ impl Gate {
     /// True if the device has `step`, and may be asked for it where a policy allows `allowed`.
     fn may_fence(&self, device: &Device, step: Step, allowed: Steps) -> bool {
         // Strict means that a device with ATS is detached, however far policy goes otherwise.
-        let strict = self.policy.platform == Platform::Strict && device.nature().ats && step == Step::Detach;
-        let spared = device.nature().tdi && step.ends_tdi() && !self.policy.end_tdi;
+        let strict = self.policy.platform == Platform::Strict && device.traits().ats && step == Step::Detach;
+        let spared = device.traits().tdi && step.ends_tdi() && !self.policy.end_tdi;
         device.has(step) && (allowed.has(step) || strict) && !spared
     }
 
@@ -79,7 +89,7 @@ impl Gate {
     /// Asks `step` of one device; later, where a call on it is in progress.
     fn fence(&mut self, device: DeviceId, step: Step, invalidation: InvalidationId, effects: &mut Effects) {
         let Some(entry) = self.devices.request(device, step, invalidation) else { return };
-        let (domain, ends_tdi) = (entry.domain(), entry.nature().tdi && step.ends_tdi());
+        let (domain, ends_tdi) = (entry.domain(), entry.traits().tdi && step.ends_tdi());
         let job = self.calls.start(Call::Fence { device, domain, step, invalidation });
         if ends_tdi {
             effects.push(Effect::Notice(Notice::TdiEnded { device, step }));
@@ -100,7 +110,7 @@ impl Gate {
             let (iova, asked, gone, in_flight) = (None, 0, 0, false);
             let device = Some(device);
             inv.receipt.record(Evidence {
-                step,
+                step: Rung::Fence(step),
                 domain,
                 device,
                 iova,
@@ -149,7 +159,7 @@ impl Gate {
         let device = self.devices.get(device)?;
         let needs = |id: InvalidationId, inv: &Invalidation| {
             let climbed = |inv: &Invalidation| {
-                inv.progress().is_some_and(|progress| progress.stopping || progress.rung >= step)
+                inv.progress().is_some_and(|progress| progress.stopping || progress.rung >= Rung::Fence(step))
             };
             id == asker || (self.may_fence(device, step, self.allowed_fences(inv)) && climbed(inv))
         };
@@ -178,7 +188,7 @@ impl Gate {
     }
 
     /// The ATS and TDI state of a device was read again.
-    pub(super) fn device_nature(&mut self, device: DeviceId, ats: bool, tdi: bool, effects: &mut Effects) {
+    pub(super) fn device_traits(&mut self, device: DeviceId, ats: bool, tdi: bool, effects: &mut Effects) {
         let Some(entry) = self.devices.set_nature(device, ats, tdi) else { return };
         let domain = entry.domain();
         if !ats && self.mappings.get(domain).is_some_and(|domain| domain.mapped().unsettled() > 0) {
@@ -235,7 +245,7 @@ impl Gate {
         if self.policy.platform == Platform::Contained {
             return None;
         }
-        let active = |device: &Device| device.nature().ats && !device.is_out();
+        let active = |device: &Device| device.traits().ats && !device.is_out();
         self.devices.of(domain).find(|(_, device)| active(device)).map(|(id, _)| id)
     }
 
@@ -255,7 +265,7 @@ impl Gate {
         // One that can never be detached: no reason to stop the others, the answer is no.
         let hopeless = |device: &Device| {
             concerned.contains(&device.domain())
-                && device.nature().ats
+                && device.traits().ats
                 && !device.is_out()
                 && !device.has(Step::Detach)
         };
@@ -265,7 +275,7 @@ impl Gate {
         let mut stopping = false;
         for domain in concerned {
             if self.ats_active(domain).is_some() {
-                self.fence_domain(domain, Step::Detach, Steps::default(), id, effects);
+                self.fence_domain(domain, Step::Detach, Steps::empty(), id, effects);
                 stopping |= self.devices.is_busy(domain);
             }
         }
@@ -300,7 +310,7 @@ impl Gate {
         }
         let concerned =
             |device: &Device| self.mappings.get(device.domain()).is_some_and(|domain| splits(domain, inv));
-        let runs = |device: &Device| !device.nature().tolerant && !device.is_paused() && concerned(device);
+        let runs = |device: &Device| !device.traits().tolerant && !device.is_paused() && concerned(device);
         // Each is asked once.
         let (asked, fresh): (Vec<_>, Vec<_>) = self
             .devices

@@ -5,14 +5,14 @@
 
 use super::Gate;
 use super::effect::{Effect, Effects};
-use super::fence::Step;
 use super::ids::InvalidationId;
 use super::invalidations::Phase;
 use super::policy::DEADLINE_PARTS;
+use super::rung::Rung;
 
 impl Gate {
     /// Sets the timer for the end of a rung.
-    pub(super) fn arm(&self, invalidation: InvalidationId, rung: Step, effects: &mut Effects) {
+    pub(super) fn arm(&self, invalidation: InvalidationId, rung: Rung, effects: &mut Effects) {
         if let Some(inv) = self.invalidations.get(invalidation) {
             let after_ns = (inv.deadline_ns() / DEADLINE_PARTS).max(1);
             effects.push(Effect::Arm { invalidation, rung, after_ns });
@@ -31,16 +31,16 @@ impl Gate {
         });
         let stuck: Vec<_> = stuck.map(|domain| domain.id()).collect();
         let mut rung = progress.rung;
-        while let Some(next) = rung.above() {
-            rung = next;
-            if !stuck.iter().any(|domain| self.can_fence(*domain, next, allowed)) {
+        while let Some(step) = rung.above() {
+            rung = Rung::Fence(step);
+            if !stuck.iter().any(|domain| self.can_fence(*domain, step, allowed)) {
                 continue;
             }
             for domain in stuck {
-                self.fence_domain(domain, next, allowed, id, effects);
+                self.fence_domain(domain, step, allowed, id, effects);
             }
             if let Some(progress) = self.invalidations.progress_mut(id) {
-                progress.rung = next;
+                progress.rung = rung;
                 progress.retry = true;
             }
             return true;
@@ -49,7 +49,7 @@ impl Gate {
     }
 
     /// A part of the deadline is over, and with it a rung.
-    pub(super) fn expired(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
+    pub(super) fn expired(&mut self, id: InvalidationId, over: Rung, effects: &mut Effects) {
         let last_call = self.calls.last();
         let Some(inv) = self.invalidations.get_mut(id) else { return };
         let (is_conversion, is_close) = (inv.is_conversion(), inv.is_close());
@@ -61,7 +61,7 @@ impl Gate {
         // Nothing of a conversion is unmapped before its devices are detached; there is nothing to climb for.
         if progress.take_moved() && is_close {
             // Nothing is stuck: the kernel has much to unmap.
-            self.arm(id, Step::Unmap, effects);
+            self.arm(id, Rung::Unmap, effects);
             return;
         }
         let waits = progress.stopping && is_conversion;
@@ -72,17 +72,17 @@ impl Gate {
             self.fail(id, effects);
             return;
         };
-        self.arm(id, next, effects);
+        self.arm(id, Rung::Fence(next), effects);
         if behind && !waits {
             self.climb(id, effects);
         }
         self.advance(id, effects);
     }
 
-    fn conversion_takes_long(&mut self, id: InvalidationId, over: Step, effects: &mut Effects) {
+    fn conversion_takes_long(&mut self, id: InvalidationId, over: Rung, effects: &mut Effects) {
         match over.above() {
             None => self.give_up_conversion(id, effects),
-            Some(next) => self.arm(id, next, effects),
+            Some(next) => self.arm(id, Rung::Fence(next), effects),
         }
     }
 }

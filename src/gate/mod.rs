@@ -1,5 +1,5 @@
 //! The gate of one VM: it decides what is mapped for devices, and when a range may be converted. Pure: no system call, no
-//! clock, no thread, no log. An event in, effects out.
+//! clock, no thread, no log. An event in, effects out. The memory that its ledger lies in is given to it ([`ledger::Arena`]).
 //!
 //! Principles that every file here keeps:
 //! - *Done is read off the ledger.* An invalidation is granted when no mapping in any state overlaps it, in any
@@ -21,9 +21,7 @@ mod devices;
 mod dma_access;
 pub mod effect;
 pub mod event;
-pub mod fence;
 mod fencing;
-pub mod hitless;
 pub mod ids;
 mod invalidations;
 mod ladder;
@@ -40,6 +38,7 @@ pub mod receipt;
 mod regions;
 mod results;
 pub mod resume;
+mod rung;
 pub mod status;
 mod sweep;
 pub mod verdict;
@@ -50,17 +49,17 @@ pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
     Backing, Caller, Door, Event, MapResult, Outcome, Performer, RegionSpec, Said, UnmapResult, Word,
 };
-pub use fence::{Nature, Step, Steps};
-pub use hitless::Able;
 pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHANS, RegionId};
 pub use ledger::HeldBy;
 pub use ledger::PageState;
+pub use passgate_backends::{DeviceTraits, DomainCaps, Step, Steps};
 pub(crate) use policy::{CLOSE_PIECE_BYTES, MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 pub use policy::{Hitless, OnStuckDma, Platform, Policy};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use regions::CloseWait;
 pub use resume::{Past, Written};
+pub use rung::Rung;
 pub use status::{DeviceStatus, MappingStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
 
@@ -68,6 +67,7 @@ use calls::Calls;
 use clients::Clients;
 use devices::Devices;
 use invalidations::Invalidations;
+use ledger::Arena;
 use mappings::Mappings;
 use memory::Memory;
 use quarantine::Quarantine;
@@ -88,11 +88,12 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Returns a gate without domains, devices or memory.
-    pub fn new(policy: Policy) -> Self {
+    /// Returns a gate without domains, devices or memory. Its ledger will lie in memory of `arena`, unless it is kept in a store
+    /// ([`Gate::keep_in`]).
+    pub fn new(policy: Policy, arena: Arena) -> Self {
         Self {
             policy,
-            memory: Memory::default(),
+            memory: Memory::new(arena),
             mappings: Mappings::default(),
             calls: Calls::default(),
             invalidations: Invalidations::default(),
@@ -106,9 +107,9 @@ impl Gate {
     /// Takes one event; appends to `effects` what it wants done, in order.
     pub fn handle(&mut self, event: Event, effects: &mut Effects) {
         match event {
-            Event::DomainAdded { domain, able } => self.mappings.add_domain(domain, able, &self.memory),
-            Event::DeviceAdded { device, domain, steps, nature } => {
-                self.devices.add(device, domain, steps, nature);
+            Event::DomainAdded { domain, caps } => self.mappings.add_domain(domain, caps, &self.memory),
+            Event::DeviceAdded { device, domain, steps, traits } => {
+                self.devices.add(device, domain, steps, traits);
             }
             Event::AddRegion { caller, spec } => self.add_region(caller, spec, effects),
             Event::RemoveRegion { caller, region } => self.remove_region(caller, region, effects),
@@ -122,7 +123,7 @@ impl Gate {
             Event::Released { job } => self.flight_ended(job, effects),
             Event::Fenced { job, errno, took_ns } => self.fenced(job, errno, took_ns, effects),
             Event::Attached { job, errno } => self.attached(job, errno, effects),
-            Event::DeviceNature { device, ats, tdi } => self.device_nature(device, ats, tdi, effects),
+            Event::DeviceTraits { device, ats, tdi } => self.device_traits(device, ats, tdi, effects),
             Event::Expired { invalidation, rung } => self.expired(invalidation, rung, effects),
             Event::Quiet => self.merge_quiet(effects),
             Event::ClientGone { client } => self.client_gone(client, effects),

@@ -1,8 +1,9 @@
 //! Policy: the settings that decide what counts as proof, how far fences go and what is refused, and every limit of the gate.
 
+use passgate_backends::Steps;
 use serde::{Deserialize, Serialize};
 
-use super::fence::{Step, Steps};
+use super::rung::Rung;
 
 /// Settings of one gate. They never change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,7 +12,7 @@ pub struct Policy {
     pub on_stuck_dma: OnStuckDma,
     /// The platform, which decides what counts as proof.
     pub platform: Platform,
-    /// True if a fence may end a TDI ([`super::Nature::tdi`]).
+    /// True if a fence may end a TDI ([`super::DeviceTraits::tdi`]).
     pub end_tdi: bool,
     /// Which gaps in the DMA of neighbouring pages are allowed.
     pub hitless: Hitless,
@@ -70,14 +71,22 @@ impl OnStuckDma {
     /// Returns the steps that this policy allows.
     pub fn allows(self) -> Steps {
         match self {
-            Self::Refuse => Steps::of(&[Step::Drain]),
+            Self::Refuse => Steps::DRAIN,
             Self::Fence => Steps::ALL_BUT_RESET,
-            Self::Reset => Steps::ALL_BUT_RESET.or(Steps::of(&[Step::Reset])),
+            Self::Reset => Steps::all(),
         }
     }
 }
 
-/// Which gaps in the DMA of neighbouring pages are allowed when a page leaves a large mapping (`--hitless`).
+/// Which gaps in the DMA of neighbouring pages are allowed when a page leaves a large mapping (`--hitless`). A *gap* is the time
+/// in which a neighbour that should be mapped is not. The ways in which a page leaves, and what each costs its neighbours:
+///
+/// | way | needs | the neighbours' DMA |
+/// |---|---|---|
+/// | *cut* | a domain that cuts (small IOMMU pages) | goes on |
+/// | *page* | nothing: pages are mapped one by one | goes on, at the price of a kernel mapping per page |
+/// | *replace* | a domain with a second page table | has a gap: the devices are paused for it, or tolerate it |
+/// | *split* | nothing: the mapping is unmapped, the rest mapped again | has a gap for each mapping: as with *replace* |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hitless {
@@ -127,5 +136,5 @@ pub(super) const MAX_FRAGMENTED: usize = 65_536;
 /// The largest mapping, in bytes, that is mapped page by page because it keeps being split.
 pub(super) const MAX_PAGED_BYTES: u64 = 2 << 20;
 
-/// A deadline has one part for each step of the ladder, and one of slack in which the answer travels.
-pub(super) const DEADLINE_PARTS: u64 = Step::LADDER.len() as u64 + 1;
+/// A deadline has one part for each rung of the ladder, and one of slack in which the answer travels.
+pub(super) const DEADLINE_PARTS: u64 = Rung::LADDER.len() as u64 + 1;

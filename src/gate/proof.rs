@@ -3,22 +3,23 @@
 //! [`Gate::advance`] sweeps the range ([`super::sweep`]) and does the next thing: unmap what is mapped, wait for what is in
 //! progress, climb the ladder for what failed ([`super::ladder`]). Time only ever pushes.
 
+use passgate_backends::Step;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages, Notice};
 use super::event::Performer;
-use super::fence::Step;
 use super::ids::{DomainId, InvalidationId};
 use super::invalidations::{CloseCause, Phase, Purpose};
 use super::ledger::{Run, RunState};
+use super::rung::Rung;
 use super::verdict::{Cause, Reason, Refusal, Verdict};
 
 impl Gate {
     /// The first sweep. The timer is set before any call can hang, and taken back if the answer came at once.
     pub(super) fn start_clearing(&mut self, id: InvalidationId, effects: &mut Effects) {
         let at = effects.len();
-        self.arm(id, Step::Unmap, effects);
+        self.arm(id, Rung::Unmap, effects);
         self.detach_ats(id, effects);
         self.advance(id, effects);
         if self.invalidations.get(id).is_none_or(|inv| inv.is_granted()) && at < effects.len() {
@@ -145,7 +146,7 @@ impl Gate {
     /// Proof did not come: everything in the way is quarantined, the rest is restored.
     pub(super) fn fail(&mut self, id: InvalidationId, effects: &mut Effects) {
         let Some(inv) = self.invalidations.get_mut(id) else { return };
-        let rung = inv.progress().map_or(Step::Unmap, |progress| progress.rung);
+        let rung = inv.progress().map_or(Rung::Unmap, |progress| progress.rung);
         let (caller, range, purpose) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.purpose());
         let (is_conversion, pages) = (inv.is_conversion(), inv.pages.clone());
         let stuck = self.stuck(id);
@@ -212,7 +213,7 @@ impl Gate {
 
     /// Returns the reason for a failure that a run in this state (none: plainly mapped) stands for, and true if it is known to have
     /// failed.
-    pub(super) fn blame(&self, domain: DomainId, state: Option<RunState>, rung: Step) -> (bool, Reason) {
+    pub(super) fn blame(&self, domain: DomainId, state: Option<RunState>, rung: Rung) -> (bool, Reason) {
         let (known, cause, errno) = match state {
             Some(RunState::Suspect { errno, .. }) => (true, Cause::UnmapFailed, errno),
             Some(RunState::Leaking(_)) => (true, Cause::DmaInFlight, 0),
@@ -222,7 +223,7 @@ impl Gate {
             None | Some(RunState::Removing(_)) => (false, Cause::CallHangs, 0),
         };
         let (device, rung) = match cause {
-            Cause::AtsNotFenced => (self.ats_active(domain), Step::Detach),
+            Cause::AtsNotFenced => (self.ats_active(domain), Rung::Fence(Step::Detach)),
             _ => (None, rung),
         };
         let device = device.or_else(|| self.devices.first_of(domain));

@@ -3,10 +3,10 @@
 use passgate_bindings::{Iova, PageRange};
 
 use super::event::{Caller, Outcome};
-use super::fence::Step;
 use super::ids::{DeviceId, DomainId, InvalidationId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
+use super::rung::Rung;
 use super::verdict::Verdict;
 
 /// The maximum number of steps that one receipt records; further ones are only counted.
@@ -16,7 +16,7 @@ pub const MAX_STEPS: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
     /// The rung.
-    pub step: Step,
+    pub step: Rung,
     /// The domain.
     pub domain: DomainId,
     /// The device, for a fence.

@@ -9,13 +9,13 @@ use super::Gate;
 use super::calls::Call;
 use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{MapResult, UnmapResult};
-use super::fence::Step;
 use super::ids::{DomainId, InvalidationId, JobId, RegionId};
 use super::invalidations::Invalidation;
 use super::ledger::Run;
 use super::ledger::holds::gaps;
 use super::mappings::EPROTO;
 use super::receipt::Evidence;
+use super::rung::Rung;
 use super::verdict::{Cause, Reason};
 
 /// Bytes of `range` that none of `gone` covers.
@@ -54,7 +54,7 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let device = self.devices.first_of(domain);
-        let reason = Reason { cause: Cause::HalfMapped, device, rung: Step::Unmap, errno };
+        let reason = Reason { cause: Cause::HalfMapped, device, rung: Rung::Unmap, errno };
         // A number of its own, by which an operator can release it.
         let id = self.invalidations.number();
         for part in self.memory.pages_at(iova) {
@@ -207,7 +207,7 @@ impl Gate {
             _ => 0,
         };
         let in_flight = matches!(result, UnmapResult::InFlight { .. });
-        let step = Step::Unmap;
+        let step = Rung::Unmap;
         if let Some(inv) = self.invalidations.get_mut(invalidation) {
             let device = None;
             inv.receipt.record(Evidence {
@@ -348,7 +348,7 @@ impl Gate {
         run: Run,
         effects: &mut Effects,
     ) {
-        let (known, reason) = self.blame(domain, Some(run.state), Step::Unmap);
+        let (known, reason) = self.blame(domain, Some(run.state), Rung::Unmap);
         if !known {
             return;
         }

@@ -1,12 +1,12 @@
 //! The state of the gate, for `status`, metrics and the records that outlive the process.
 
+use passgate_backends::{DeviceTraits, Step};
 use passgate_bindings::units::{LIMIT, Offset};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
 use super::Gate;
 use super::effect::FilePages;
 use super::event::RegionSpec;
-use super::fence::{Nature, Step};
 use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId};
 use super::ledger::HeldBy;
 use super::memory::Region;
@@ -76,7 +76,7 @@ pub struct DeviceStatus {
     /// True while its attach has failed: it is not known if its DMA works.
     pub lost: bool,
     /// Its ATS and TDI state, as it was last read.
-    pub nature: Nature,
+    pub traits: DeviceTraits,
 }
 
 /// One quarantined range.
@@ -100,7 +100,7 @@ impl Gate {
             domain: device.domain(),
             fenced: device.fence(),
             lost: device.is_lost(),
-            nature: device.nature(),
+            traits: device.traits(),
         });
         let mappings = self.mappings.iter();
         Snapshot {
@@ -178,13 +178,13 @@ impl Gate {
     }
 
     /// Returns the ATS and TDI state of a device, as it was last read.
-    pub fn nature(&self, device: DeviceId) -> Option<Nature> {
-        self.devices.get(device).map(|device| device.nature())
+    pub fn traits(&self, device: DeviceId) -> Option<DeviceTraits> {
+        self.devices.get(device).map(|device| device.traits())
     }
 
     /// Returns the ATS and TDI state of each device, as it was last read.
-    pub fn natures(&self) -> impl Iterator<Item = (DeviceId, Nature)> + '_ {
-        self.devices.iter().map(|(id, device)| (id, device.nature()))
+    pub fn all_traits(&self) -> impl Iterator<Item = (DeviceId, DeviceTraits)> + '_ {
+        self.devices.iter().map(|(id, device)| (id, device.traits()))
     }
 
     /// Returns the devices that do not plainly run.

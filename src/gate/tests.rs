@@ -7,6 +7,7 @@ mod regions;
 mod room;
 
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::*;
@@ -14,7 +15,7 @@ use super::*;
 const OWNER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 const FILE: FileId = FileId { device: 1, inode: 1 };
 /// A domain with room for everything; a page leaves its mappings by a split.
-const SPLITS: Able = Able { max_mappings: 10_000, max_piece: 1 << 30, cut: false, replace: false };
+const SPLITS: DomainCaps = DomainCaps::new(10_000, 1 << 30);
 /// A deadline of which time passes only by [`Event::Expired`].
 const DEADLINE_NS: u64 = 1 << 40;
 /// Calls after which a gate must have come to rest.
@@ -71,17 +72,17 @@ struct World {
 }
 
 impl World {
-    fn new(policy: Policy, domains: &[Able]) -> Self {
-        let mut world = Self { gate: Gate::new(policy), calls: Vec::new(), said: Vec::new() };
+    fn new(policy: Policy, domains: &[DomainCaps]) -> Self {
+        let mut world = Self { gate: Gate::new(policy, words::private), calls: Vec::new(), said: Vec::new() };
         for (index, able) in (0..).zip(domains) {
-            world.tell(Event::DomainAdded { domain: DomainId(index), able: *able });
+            world.tell(Event::DomainAdded { domain: DomainId(index), caps: *able });
         }
         world
     }
 
-    fn device(&mut self, device: u16, domain: u16, steps: &[Step], nature: Nature) {
+    fn device(&mut self, device: u16, domain: u16, steps: &[Step], traits: DeviceTraits) {
         let (device, domain, steps) = (DeviceId(device), DomainId(domain), Steps::of(steps));
-        self.tell(Event::DeviceAdded { device, domain, steps, nature });
+        self.tell(Event::DeviceAdded { device, domain, steps, traits });
     }
 
     fn tell(&mut self, event: Event) {

@@ -3,8 +3,8 @@
 use passgate_bindings::{Gpa, PageRange};
 use serde::{Deserialize, Serialize};
 
-use super::fence::Step;
 use super::ids::{DeviceId, InvalidationId, RegionId};
+use super::rung::Rung;
 
 /// The answer to a begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +36,7 @@ pub struct Reason {
     /// The device (the first of its domain) that could not be stopped, where one is to blame.
     pub device: Option<DeviceId>,
     /// The last rung that was tried.
-    pub rung: Step,
+    pub rung: Rung,
     /// The kernel's errno; 0 where there was none.
     pub errno: i32,
 }
@@ -44,7 +44,7 @@ pub struct Reason {
 impl Reason {
     /// A reason for which no device is to blame, and no fence was tried.
     pub(super) fn of(cause: Cause, errno: i32) -> Self {
-        Self { cause, device: None, rung: Step::Unmap, errno }
+        Self { cause, device: None, rung: Rung::Unmap, errno }
     }
 }
 

@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::class;
 use super::holder::{Holders, Process};
 use super::sight::Blind;
-use crate::gate::Step;
+use crate::gate::{Rung, Step};
 
 /// A PCI device, as `passgate list --json` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -143,16 +143,16 @@ fn describe_device(sysfs: &Path, holders: &Holders, iommufd: bool, device: &PciD
 
 impl StopSteps {
     fn of(express: Option<bool>, resets: bool, alone: bool) -> Self {
-        let has = |step: Step, detach: bool| match step {
-            Step::Unmap => true,
-            Step::Master => express == Some(true),
-            Step::Detach => detach && alone,
-            Step::Reset => resets,
+        let has = |rung: Rung, detach: bool| match rung {
+            Rung::Unmap => true,
+            Rung::Fence(Step::Master) => express == Some(true),
+            Rung::Fence(Step::Detach) => detach && alone,
+            Rung::Fence(Step::Reset) => resets,
             // Only an open device reports these.
-            Step::Drain | Step::Stop => false,
+            Rung::Fence(Step::Drain | Step::Stop) => false,
         };
         let steps =
-            |detach| Step::LADDER.into_iter().filter(|step| has(*step, detach)).map(Step::word).collect();
+            |detach| Rung::LADDER.into_iter().filter(|rung| has(*rung, detach)).map(Rung::word).collect();
         Self { iommufd: steps(true), type1: steps(false) }
     }
 

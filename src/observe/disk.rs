@@ -84,6 +84,12 @@ pub struct Disk {
     pub front_ends: u64,
 }
 
+/// The server of a disk, as its daemon asks it for the counters.
+pub trait ReadDisk: Send + Sync + fmt::Debug {
+    /// Returns the current values, without blocking.
+    fn read(&self) -> Disk;
+}
+
 impl Disk {
     /// Returns the disk as `Status` reports it.
     pub fn status(&self) -> verbs::Disk {

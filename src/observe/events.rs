@@ -13,12 +13,6 @@ pub trait Names {
     fn device(&self, id: DeviceId) -> &str;
 }
 
-impl Names for crate::session::Session {
-    fn device(&self, id: DeviceId) -> &str {
-        self.device_name(id)
-    }
-}
-
 /// Returns the name of a notice's event, and its details.
 pub fn describe(notice: &Notice, names: &dyn Names) -> (&'static str, Value) {
     match notice {

@@ -16,7 +16,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::gate::{
-    Answer, Cause, Effect, Event, InvalidationId, Notice, PageState, Performer, Receipt, Snapshot, Step,
+    Answer, Cause, Effect, Event, InvalidationId, Notice, PageState, Performer, Receipt, Rung, Snapshot,
     Verdict,
 };
 use crate::observe::disk::Disk;
@@ -125,7 +125,7 @@ impl Meter {
             verdicts: PERFORMERS.map(|by| verdicts.get_or_create_owned(&[("performer", by)])),
             conversions: VERDICTS.map(by_target),
             refusals: Cause::ALL.map(|cause| refusals.get_or_create_owned(&[("cause", cause.word())])),
-            unmaps: steps.get_or_create_owned(&step_labels(Step::Unmap, backend)),
+            unmaps: steps.get_or_create_owned(&step_labels(Rung::Unmap, backend)),
             steps,
             fences,
             wrong_requests,
@@ -173,8 +173,8 @@ impl Meter {
         for evidence in &receipt.steps {
             let took = evidence.took_ns as f64 * 1e-9;
             match evidence.step {
-                Step::Unmap => self.unmaps.observe(took),
-                step => self.steps.get_or_create(&step_labels(step, self.backend)).observe(took),
+                Rung::Unmap => self.unmaps.observe(took),
+                rung => self.steps.get_or_create(&step_labels(rung, self.backend)).observe(took),
             }
         }
     }
@@ -289,8 +289,8 @@ pub fn begun(event: &Event) -> Option<Begun> {
     }
 }
 
-fn step_labels(step: Step, backend: &'static str) -> Labels<2> {
-    [("step", step.word()), ("backend", backend)]
+fn step_labels(rung: Rung, backend: &'static str) -> Labels<2> {
+    [("step", rung.word()), ("backend", backend)]
 }
 
 fn performer_index(performer: Performer) -> usize {

@@ -1,14 +1,7 @@
-//! Observation: notices, receipts, status and metrics as text and JSON; the audit log and its replay; the quarantine on disk.
+//! Observation: notices, receipts and metrics as text and JSON; the audit log and its replay. Nothing here knows a session.
 
 pub mod audit;
 pub mod disk;
 pub mod events;
 pub mod metrics;
-pub mod quarantine_file;
-pub mod records;
-mod regular_file;
 pub mod replay;
-pub mod status;
-
-// The old name of the module, for as long as other areas use it.
-pub use quarantine_file as keep;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use passgate_backends::{Device, Domain, Error as Backend, FenceStep, Unmap};
+use passgate_backends::{Device, Domain, Error as Backend, Step, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
@@ -25,12 +25,12 @@ const FENCE_OBSERVATION_TIME: Duration = Duration::from_millis(250);
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The fences with their names in the table, weakest first.
-pub(super) const FENCES: [(&str, FenceStep); 5] = [
-    ("drain", FenceStep::Drain),
-    ("migration STOP", FenceStep::Stop),
-    ("bus master off", FenceStep::Master),
-    ("detach", FenceStep::Detach),
-    ("reset", FenceStep::Reset),
+pub(super) const FENCES: [(&str, Step); 5] = [
+    ("drain", Step::Drain),
+    ("migration STOP", Step::Stop),
+    ("bus master off", Step::Master),
+    ("detach", Step::Detach),
+    ("reset", Step::Reset),
 ];
 
 /// The device, its domain, and the memory that is mapped for it page by page.
@@ -62,13 +62,12 @@ impl DeviceTest {
 
     /// Returns the steps that stop the device, as its driver announces them, with its ATS and TDI state.
     pub(super) fn stop_class(&self) -> String {
-        let has =
-            |(name, step): &(&'static str, FenceStep)| self.device.stop_class().has(*step).then_some(*name);
+        let has = |(name, step): &(&'static str, Step)| self.device.stop_class().has(*step).then_some(*name);
         let mut steps = vec!["unmap"];
         steps.extend(FENCES.iter().filter_map(has));
-        let nature = self.device.nature();
-        let ats = if nature.ats { "; ATS is on" } else { "" };
-        let tdi = if nature.tdi { "; a TDI that is locked or runs" } else { "" };
+        let traits = self.device.traits();
+        let ats = if traits.ats { "; ATS is on" } else { "" };
+        let tdi = if traits.tdi { "; a TDI that is locked or runs" } else { "" };
         format!("{}{ats}{tdi}", steps.join(", "))
     }
 
@@ -190,7 +189,7 @@ impl DeviceTest {
     }
 
     /// Fences the device under DMA, checks that memory does not change, and attaches the device again.
-    pub(super) fn fence(&self, name: &str, step: FenceStep) -> CheckResult {
+    pub(super) fn fence(&self, name: &str, step: Step) -> CheckResult {
         if !self.device.stop_class().has(step) {
             return Err(CheckError::Skipped("the device does not support it".to_owned()));
         }
@@ -206,13 +205,13 @@ impl DeviceTest {
     }
 
     /// Fences the device. Returns the duration as text.
-    fn timed_fence(&self, step: FenceStep) -> std::result::Result<String, CheckError> {
+    fn timed_fence(&self, step: Step) -> std::result::Result<String, CheckError> {
         let started = Instant::now();
         self.device.fence(step)?;
         Ok(format!("{:.1} ms", started.elapsed().as_secs_f64() * 1e3))
     }
 
-    fn fence_under_dma(&self, name: &str, step: FenceStep, load: &DmaLoad) -> CheckResult {
+    fn fence_under_dma(&self, name: &str, step: Step, load: &DmaLoad) -> CheckResult {
         load.wait(2, OPERATION_TIMEOUT);
         let took = self.timed_fence(step)?;
         let unchanged = (0..PAGES).try_for_each(|page| self.write_canary(page)).and_then(|()| {
@@ -222,7 +221,7 @@ impl DeviceTest {
             (0..PAGES).try_for_each(|page| self.check_canary(page, &format!("behind the fence {name}")))
         });
         // An operation issued to a drained device ends only after its attach.
-        let idle = step == FenceStep::Drain || load.pause(OPERATION_TIMEOUT);
+        let idle = step == Step::Drain || load.pause(OPERATION_TIMEOUT);
         self.device.attach()?;
         let idle = idle && load.pause(OPERATION_TIMEOUT);
         unchanged?;

@@ -7,6 +7,7 @@
 //! sent.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -31,19 +32,47 @@ pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The verbs that a connection of the reserve may call: each is answered at once, and changes nothing of the connection.
 const OPERATOR_VERBS: [&str; 4] = ["Status", "Metrics", "Explain", "Release"];
 
+/// The control socket, and what is known of a shortage of connections or descriptors.
+#[derive(Debug)]
+pub(super) struct Acceptor {
+    listener: Option<UnixListener>,
+    /// Set while no connection is accepted for want of descriptors or memory: the end of that time.
+    paused_until: Option<Instant>,
+    pub(super) spare_fd: SpareFd,
+    /// True from the log line that says that the limit of connections is reached, until one is admitted again.
+    full_logged: bool,
+}
+
+impl Acceptor {
+    pub(super) fn new(listener: Option<UnixListener>) -> Self {
+        Self { listener, paused_until: None, spare_fd: SpareFd::new(), full_logged: false }
+    }
+
+    pub(super) fn listener(&self) -> Option<&UnixListener> {
+        self.listener.as_ref()
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused_until.is_some()
+    }
+
+    /// Returns true if accepting is paused, and need not be at `now`.
+    pub(super) fn is_pause_over(&self, now: Instant) -> bool {
+        self.paused_until.is_some_and(|until| until <= now)
+    }
+}
+
 /// A descriptor that can be closed to accept one more connection, and what has been logged of a shortage.
 #[derive(Debug)]
 pub(super) struct SpareFd {
     fd: Option<OwnedFd>,
-    /// True from the log line that says that the limit of connections is reached, until one is admitted again.
-    full_logged: bool,
     /// True from the log line that says that descriptors have run out, until a connection is accepted again.
     shortage_logged: bool,
 }
 
 impl SpareFd {
-    pub(super) fn new() -> Self {
-        Self { fd: spare_fd(), full_logged: false, shortage_logged: false }
+    fn new() -> Self {
+        Self { fd: spare_fd(), shortage_logged: false }
     }
 
     /// Accepts a connection by closing the spare descriptor, sends it `refusal`, and closes it. Returns false if no connection
@@ -89,10 +118,10 @@ fn spare_fd() -> Option<OwnedFd> {
 impl Vm {
     /// Accepts the next connection. Returns true if there may be more.
     pub(super) fn accept(&mut self) -> bool {
-        let Some(listener) = &self.listener else { return false };
-        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let Acceptor { listener: Some(listener), spare_fd, .. } = &mut self.acceptor else { return false };
+        match accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => {
-                self.spare_fd.accepted();
+                spare_fd.accepted();
                 self.accepted(socket);
                 true
             }
@@ -100,7 +129,7 @@ impl Vm {
                 let reason = "the daemon has as many files open as it may: raise its limit (`LimitNOFILE=`), or close a \
                               connection";
                 let refusal = connection::frame(&refused(reason, Errno::MFILE.raw_os_error()));
-                let result = self.spare_fd.refuse(listener, &refusal);
+                let result = spare_fd.refuse(&*listener, &refusal);
                 self.after_refusal(result)
             }
             Err(errno) => {
@@ -112,7 +141,7 @@ impl Vm {
 
     fn accepted(&mut self, socket: OwnedFd) {
         if self.has_room() {
-            self.spare_fd.full_logged = false;
+            self.acceptor.full_logged = false;
             self.add_connection(socket, ConnectionClass::Ordinary);
         } else if is_operator(&socket) && self.has_operator_room() {
             self.add_connection(socket, ConnectionClass::Operator);
@@ -185,7 +214,7 @@ impl Vm {
 
     fn refuse_full(&mut self, socket: &OwnedFd) {
         let reason = self.limit_message();
-        if !std::mem::replace(&mut self.spare_fd.full_logged, true) {
+        if !std::mem::replace(&mut self.acceptor.full_logged, true) {
             log::warn!("connections are refused: {reason}");
         }
         let refusal = connection::frame(&refused(&reason, Errno::USERS.raw_os_error()));
@@ -207,14 +236,14 @@ impl Vm {
         if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) {
             return;
         }
-        self.spare_fd.log(errno);
-        self.accept_paused_until = Some(Instant::now() + ACCEPT_PAUSE);
+        self.acceptor.spare_fd.log(errno);
+        self.acceptor.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
         self.watch_listeners(Interest::Nothing);
     }
 
     /// Polls the listening sockets again.
     pub(super) fn resume_accepting(&mut self) {
-        if self.accept_paused_until.take().is_some() {
+        if self.acceptor.paused_until.take().is_some() {
             self.watch_listeners(Interest::Read);
         }
     }

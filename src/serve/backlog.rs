@@ -214,7 +214,7 @@ fn frame(sequence: u64, event: &str, details: &Value) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::{Cause, Step};
+    use crate::gate::{Cause, Rung};
 
     fn backlog_of(count: usize, details: &Value) -> Backlog {
         let mut backlog = Backlog::new().unwrap();
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn range_refused_repeatedly_displaces_no_other() {
         let mut backlog = Backlog::new().unwrap();
-        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 5 };
+        let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 5 };
         let mut refuse = |invalidation, page: u64, cause| {
             let range = PageRange::new(page * 4096, 4096).unwrap();
             let reason = Reason { cause, ..reason };

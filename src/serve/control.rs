@@ -16,11 +16,11 @@ use super::event_loop::Message;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Performer, RegionId, Verdict};
-use crate::observe::{events, status};
+use crate::observe::events;
 use crate::protocol::frame::{Frame, FrameError};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
 use crate::protocol::{hex, record};
-use crate::session::{BorderError, Task};
+use crate::session::{BorderError, Task, adopted};
 
 /// The interface that every varlink service implements.
 const VARLINK: &str = "org.varlink.service";
@@ -307,7 +307,7 @@ impl Vm {
         let parameters = match answer {
             Answer::RegionAdded { region, mapped } => json!(MemoryAdded { region: region.0, mapped }),
             Answer::Released { bytes } => json!({ "bytes": bytes }),
-            Answer::Adopted { regions, unended } => json!(status::adopted(&regions, &unended)),
+            Answer::Adopted { regions, unended } => json!(adopted(&regions, &unended)),
             Answer::RegionRemoved { .. } | Answer::Ended { .. } => json!({}),
             Answer::Verdict { invalidation, verdict } => {
                 let removal = self.connections.get(&caller.client).and_then(|client| client.removal);

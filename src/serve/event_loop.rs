@@ -20,10 +20,10 @@ use rustix::time::{
 
 use super::handoff::{Claim, Generation, Handoff};
 use super::inside::AccessQuery;
-use super::vhost_blk::DiskCounters;
 use super::vm::Vm;
 use crate::error::{Error, Result};
 use crate::gate::ClientId;
+use crate::observe::disk::ReadDisk;
 use crate::protocol::verbs::DmaDone;
 use crate::session::{Next, Returned, Task};
 
@@ -60,7 +60,7 @@ pub(super) enum Message {
     /// A thread of this process has made a control connection; this is the daemon's end.
     Connect(OwnedFd),
     /// A thread serves a disk, whose counters `Status` and metrics report from now on.
-    Disk(Weak<DiskCounters>),
+    Disk(Weak<dyn ReadDisk>),
 }
 
 /// The state that the loop, the pool's workers and the supervisor share.

@@ -13,11 +13,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::connection::ConnectionClass;
 use super::event_loop::{Core, Message};
-use super::vhost_blk::DiskCounters;
 use super::vm::Vm;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::gate::{Admits, Event};
+use crate::observe::disk::ReadDisk;
 use crate::session::Session;
 
 /// The number of queries that may wait for their answer.
@@ -59,7 +59,7 @@ impl Inside {
     }
 
     /// Reports the counters of this disk in status and metrics for as long as they exist.
-    pub(super) fn report_disk(&self, disk: Weak<DiskCounters>) {
+    pub(super) fn report_disk(&self, disk: Weak<dyn ReadDisk>) {
         self.core.deliver(Message::Disk(disk));
     }
 }

@@ -9,6 +9,7 @@ mod backlog;
 mod channel;
 mod connection;
 mod control;
+mod ending;
 mod event_loop;
 pub mod files_limit;
 mod handoff;
@@ -35,15 +36,15 @@ use passgate_bindings::memory::GuestFile;
 
 use crate::error::{Error, Result};
 use crate::gate::Policy;
-use crate::observe::records::StateOptions;
 use crate::session::fdstore::{FdStore, Name};
 use crate::session::guardian::Watch;
+use crate::session::records::StateOptions;
 use event_loop::Core;
 use socket_file::{CONTROL_REMEDIES, METRICS_REMEDIES, SocketFile, listen};
 use vm::{Sockets, Vm};
 
 pub use inside::Inside;
-pub use takeover::Hold;
+pub use takeover::Takeover;
 
 /// The configuration of a server.
 #[derive(Debug, Clone)]
@@ -64,7 +65,7 @@ pub struct Options {
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,
-    /// The names of devices to which a DMA fault does no harm ([`crate::gate::Nature::tolerant`]).
+    /// The names of devices to which a DMA fault does no harm ([`crate::gate::DeviceTraits::tolerant`]).
     pub tolerant: Vec<String>,
     /// True if memory is accepted whose file can be shrunk ([`crate::session::Trust::unsealed`]).
     pub unsealed: bool,
@@ -132,7 +133,7 @@ impl Server {
         options: Options,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        mut takeover: Option<Hold>,
+        mut takeover: Option<Takeover>,
     ) -> Result<Self> {
         let (stop, stopped) = UnixStream::pair().map_err(Error::Poll)?;
         // Before the socket is visible: a process that sees it may send a signal at once.
@@ -165,7 +166,7 @@ impl Server {
             None => None,
         };
         let (core, generation) = Core::new()?;
-        let stored = takeover.as_ref().map(Hold::stored);
+        let stored = takeover.as_ref().map(Takeover::stored);
         let sockets = Sockets { listener, metrics, stopped };
         let vm = Vm::new(options, sockets, Arc::clone(&core), domain, devices, takeover)?;
         if let Some(ids) = ids {

@@ -6,27 +6,29 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use passgate_backends::resume::{self, Ids};
+use passgate_backends::handover::{DomainIds, Handover};
+use passgate_backends::resume;
 use passgate_backends::{Accept, Assignment, Device, Domain};
 use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
 use crate::error::{Error, Result};
-use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Step};
+use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Rung};
 use crate::session;
 use crate::session::fdstore::{FdStore, Kept, Name};
-use crate::session::lasting::{Lasting, LoadError, holds_in};
+use crate::session::persist::{LoadError, PersistentState, holds_in};
 
 /// The state that a server takes over, and by which it hands its own over to the next daemon.
 #[derive(Debug)]
-pub struct Hold {
-    pub(super) session: session::Hold,
+pub struct Takeover {
+    pub(super) session: session::Persistence,
     /// The time for which memory of the earlier daemon's clients waits to be adopted.
     pub(super) adopt_within: Duration,
     /// True if the descriptors of domain and devices are not in the service manager's store yet.
@@ -37,6 +39,9 @@ pub struct Hold {
     guardian: Option<OwnedFd>,
     /// The names of the stored descriptors, without those of memory and of the control socket.
     stored_names: Vec<Name>,
+    /// References to the devices whose descriptors are stored. They are never dropped: dropping a device stops it, and these run on
+    /// for the next daemon, however this process ends.
+    running: ManuallyDrop<Vec<Arc<dyn Device>>>,
 }
 
 /// The reason why an earlier daemon's state cannot be taken over.
@@ -59,7 +64,7 @@ impl fmt::Display for TakeoverError {
     }
 }
 
-impl Hold {
+impl Takeover {
     /// Takes over the state that the service manager has handed over if it is complete. Otherwise removes it from the store, and
     /// takes domain and devices by `assign`. `devices` are the devices of the command line, by their full names
     /// (`0000:01:00.0`).
@@ -86,14 +91,20 @@ impl Hold {
         let (names, ledger) = (stored.names(), stored.copy(&Name::Ledger));
         if !stored.is_empty() {
             match take_over(&mut stored, devices, accept, &assign)? {
-                Ok((assignment, lasting, earlier)) => {
-                    let must_store = earlier.ids == Ids::Nothing;
-                    let session =
-                        session::Hold { store, lasting, left: Some((earlier, stored)), quarantine: None };
-                    return Ok((
-                        assignment,
-                        Self { session, adopt_within, must_store, socket, guardian, stored_names: vec![] },
-                    ));
+                Ok((assignment, persistent, earlier)) => {
+                    let must_store = earlier.ids == DomainIds::Nothing;
+                    let session = session::Persistence {
+                        store,
+                        persistent,
+                        earlier: Some((earlier, stored)),
+                        quarantine: None,
+                    };
+                    // Else they are not in the store yet ([`Takeover::store_descriptors`]).
+                    let running = if must_store { Vec::new() } else { assignment.devices.clone() };
+                    let (stored_names, running) = (Vec::new(), ManuallyDrop::new(running));
+                    let takeover =
+                        Self { session, adopt_within, must_store, socket, guardian, stored_names, running };
+                    return Ok((assignment, takeover));
                 }
                 Err(error) => log::error!(
                     "{error}: the stored descriptors are closed, which stops their devices, and clients must add their \
@@ -114,13 +125,14 @@ impl Hold {
         // The manager must have closed the devices before they are assigned again.
         store.settle();
         let assignment = assign()?;
-        let lasting = Lasting::new().map_err(|error| store_error(&Name::Ledger, error.to_string()))?;
+        let persistent =
+            PersistentState::new().map_err(|error| store_error(&Name::Ledger, error.to_string()))?;
         let quarantine = (!quarantine.is_empty()).then_some((quarantine, stored));
-        let session = session::Hold { store, lasting, left: None, quarantine };
-        Ok((
-            assignment,
-            Self { session, adopt_within, must_store: true, socket, guardian: None, stored_names: vec![] },
-        ))
+        let session = session::Persistence { store, persistent, earlier: None, quarantine };
+        let (stored_names, running) = (Vec::new(), ManuallyDrop::new(Vec::new()));
+        let (must_store, guardian) = (true, None);
+        let takeover = Self { session, adopt_within, must_store, socket, guardian, stored_names, running };
+        Ok((assignment, takeover))
     }
 
     /// Stores the descriptors of ledger, domain and devices for the next daemon. Returns the ids of the domain.
@@ -128,10 +140,10 @@ impl Hold {
         &mut self,
         domain: &dyn Domain,
         devices: &[Arc<dyn Device>],
-    ) -> Result<Ids> {
+    ) -> Result<DomainIds> {
         let failed = |source: std::io::Error| store_error(&Name::Iommufd, source.to_string());
         let (copies, ids) = resume::leave(domain, devices).map_err(failed)?;
-        let domain = if matches!(ids, Ids::Type1 { .. }) { Name::Container } else { Name::Iommufd };
+        let domain = if matches!(ids, DomainIds::Type1 { .. }) { Name::Container } else { Name::Iommufd };
         self.stored_names = vec![Name::Ledger, Name::Guardian, domain.clone()];
         self.stored_names.extend(copies.groups.iter().map(|(number, _)| Name::Group(*number)));
         self.stored_names.extend(copies.devices.iter().map(|(name, _)| Name::Device(name.clone())));
@@ -142,7 +154,7 @@ impl Hold {
         let put = |name: Name, fd: &dyn AsFd| {
             store.put(name.clone(), fd.as_fd()).map_err(|error| store_error(&name, error.to_string()))
         };
-        if let (None, Some(ledger)) = (&self.session.left, self.session.lasting.fd()) {
+        if let (None, Some(ledger)) = (&self.session.earlier, self.session.persistent.fd()) {
             put(Name::Ledger, &ledger)?;
         }
         for (number, fd) in &copies.groups {
@@ -154,8 +166,7 @@ impl Hold {
         for (name, fd) in &copies.devices {
             put(Name::Device(name.clone()), fd)?;
         }
-        // Leaked on purpose: dropping a device stops it, and these run on for the next daemon.
-        std::mem::forget(devices.to_vec());
+        self.running = ManuallyDrop::new(devices.to_vec());
         Ok(ids)
     }
 
@@ -167,8 +178,8 @@ impl Hold {
 
     /// Returns the store for the guardian's socket, or none where nothing outlives this process, and the earlier guardian's
     /// socket.
-    pub(super) fn guardian_store(&mut self, ids: Ids) -> (Option<FdStore>, Option<OwnedFd>) {
-        let store = (ids != Ids::Nothing).then(|| self.session.store.clone());
+    pub(super) fn guardian_store(&mut self, ids: DomainIds) -> (Option<FdStore>, Option<OwnedFd>) {
+        let store = (ids != DomainIds::Nothing).then(|| self.session.store.clone());
         (store, self.guardian.take())
     }
 
@@ -197,7 +208,7 @@ impl Hold {
 /// all pages of all stored memory.
 fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
     // An invalidation that was open has lost its client between begin and end.
-    let client_gone = Reason { cause: Cause::ClientGone, device: None, rung: Step::Unmap, errno: 0 };
+    let client_gone = Reason { cause: Cause::ClientGone, device: None, rung: Rung::Unmap, errno: 0 };
     let excluded = match ledger.map(holds_in) {
         Some(Ok(holds)) => holds,
         Some(Err(error)) => return quarantine_all(stored, &error.to_string()),
@@ -217,7 +228,7 @@ fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
 /// times 65 536, so that they are neither those of the quarantine in the state directory nor those of another start.
 fn quarantine_all(stored: &Kept, why: &str) -> Vec<Event> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+    let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
     let mut events = Vec::new();
     for name in stored.names() {
         let Name::Memory(file) = name else { continue };
@@ -243,24 +254,25 @@ fn take_over(
     requested: &[String],
     accept: Accept,
     assign: &impl Fn() -> Result<Assignment>,
-) -> Result<std::result::Result<(Assignment, Lasting, session::lasting::Left), TakeoverError>> {
+) -> Result<std::result::Result<(Assignment, PersistentState, session::persist::EarlierState), TakeoverError>>
+{
     let Some(ledger) = stored.one(&Name::Ledger) else {
         return Ok(Err(TakeoverError::Missing(Name::Ledger)));
     };
-    let (lasting, earlier) = match Lasting::open(ledger) {
+    let (persistent, earlier) = match PersistentState::open(ledger) {
         Ok(opened) => opened,
         Err(error) => return Ok(Err(TakeoverError::Ledger(error))),
     };
-    if earlier.ids == Ids::Nothing {
-        return Ok(Ok((assign()?, lasting, earlier)));
+    if earlier.ids == DomainIds::Nothing {
+        return Ok(Ok((assign()?, persistent, earlier)));
     }
     let (had, now): (BTreeSet<_>, BTreeSet<_>) =
         (earlier.devices.iter().collect(), requested.iter().collect());
     if had != now {
         return Ok(Err(TakeoverError::Devices(earlier.devices)));
     }
-    let mut fds = resume::Left::default();
-    let domain = if matches!(earlier.ids, Ids::Type1 { .. }) { Name::Container } else { Name::Iommufd };
+    let mut fds = Handover::default();
+    let domain = if matches!(earlier.ids, DomainIds::Type1 { .. }) { Name::Container } else { Name::Iommufd };
     fds.domain = stored.one(&domain);
     for name in stored.names() {
         if let Name::Group(number) = name {
@@ -281,11 +293,7 @@ fn take_over(
         return Ok(Err(TakeoverError::Missing(domain)));
     }
     Ok(match resume::resume(fds, earlier.ids, accept) {
-        Ok(assignment) => {
-            // Leaked on purpose, as in `store_descriptors`.
-            std::mem::forget(assignment.devices.clone());
-            Ok((assignment, lasting, earlier))
-        }
+        Ok(assignment) => Ok((assignment, persistent, earlier)),
         Err(error) => Err(TakeoverError::Backend(error)),
     })
 }

@@ -10,22 +10,21 @@ use passgate_backends::{Device, Domain};
 use passgate_bindings::PageRange;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::accept::{ACCEPT_PAUSE, SpareFd};
+use super::accept::{ACCEPT_PAUSE, Acceptor};
 use super::backlog::Backlog;
 use super::connection::{Connection, ConnectionClass};
+use super::ending::Ending;
 use super::event_loop::{Core, Message};
 use super::inside::AccessQuery;
 use super::poller::{Interest, Poller};
 use super::scrape::{MAX_METRICS_CLIENTS, Scrape};
-use super::vhost_blk::DiskCounters;
-use super::{Hold, Options};
+use super::{Options, Takeover};
 use crate::error::{Error, Result};
 use crate::gate::{Answer, Caller, ClientId, Door, Event};
-use crate::observe::disk::Disk;
-use crate::observe::records::Records;
-use crate::observe::status;
+use crate::observe::disk::{Disk, ReadDisk};
 use crate::protocol::batch::MAX_DATAGRAM;
 use crate::protocol::verbs::Status;
+use crate::session::records::Records;
 use crate::session::{Pool, Returned, Session, SystemClock, Trust};
 
 // Tokens of the poller.
@@ -56,7 +55,7 @@ pub(super) struct Vm {
     pub(super) connections: BTreeMap<ClientId, Connection>,
     /// The receive buffer of all notification channels.
     pub(super) datagram: Box<[u8]>,
-    pub(super) listener: Option<UnixListener>,
+    pub(super) acceptor: Acceptor,
     /// The queries of other threads that cannot be answered yet.
     pub(super) access_queries: Vec<AccessQuery>,
     stopped: UnixStream,
@@ -66,20 +65,10 @@ pub(super) struct Vm {
     /// The number of calls that have not returned and whose threads have lost the VM.
     pub(super) late_calls: usize,
     /// The counters of the disk that this process serves, for as long as it does.
-    disk: Weak<DiskCounters>,
-    /// Set while no connection is accepted for want of descriptors or memory: the end of that time.
-    pub(super) accept_paused_until: Option<Instant>,
-    pub(super) spare_fd: SpareFd,
+    disk: Option<Weak<dyn ReadDisk>>,
     /// The time to which the alarm is set; none once it has fired.
     alarm: Option<Instant>,
-    /// Set once the end has begun: the time by which all regions must be closed.
-    shutdown_deadline: Option<Instant>,
-    /// Set while memory of an earlier daemon's clients waits to be adopted: the time at which it is closed.
-    adopt_by: Option<Instant>,
-    /// True while its state is to be handed over to a next daemon: it ends without closing anything.
-    hands_over: bool,
-    /// Set once the host wants a device back, until the end has begun.
-    end_requested: bool,
+    ending: Ending,
 }
 
 /// Closes the inbox: other threads learn that the VM is gone, whatever has ended it.
@@ -105,10 +94,10 @@ impl Vm {
         core: Arc<Core>,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
-        takeover: Option<Hold>,
+        takeover: Option<Takeover>,
     ) -> Result<Self> {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
-        let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.left.is_some());
+        let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.earlier.is_some());
         let (hands_over, adopt_within) =
             (takeover.is_some(), takeover.as_ref().map(|takeover| takeover.adopt_within));
         let workers = Arc::clone(&core);
@@ -147,34 +136,29 @@ impl Vm {
             poller,
             connections: BTreeMap::new(),
             datagram: vec![0; MAX_DATAGRAM].into(),
-            listener,
+            acceptor: Acceptor::new(listener),
             access_queries: Vec::new(),
             stopped,
             last_client: 0,
             backlog: Backlog::new()?,
             scrape: scrape.map(Scrape::new),
             late_calls: 0,
-            disk: Weak::new(),
-            accept_paused_until: None,
-            spare_fd: SpareFd::new(),
+            disk: None,
             alarm: None,
-            shutdown_deadline: None,
-            adopt_by,
-            hands_over,
-            end_requested: false,
+            ending: Ending::new(hands_over, adopt_by),
         })
     }
 
     /// Waits until a descriptor is ready, and replaces `tokens` by those that are. Returns without any to resume accepting, and
     /// every 50 ms during the end to check the shutdown deadline.
     pub(super) fn wait(&mut self, tokens: &mut Vec<u64>) -> Result<()> {
-        if self.accept_paused_until.is_some_and(|until| until <= Instant::now()) {
+        if self.acceptor.is_pause_over(Instant::now()) {
             self.resume_accepting();
         }
-        let timeout = match (self.shutdown_deadline, self.accept_paused_until) {
-            (Some(_), _) => 50,
-            (None, Some(_)) => ACCEPT_PAUSE.as_millis() as i32,
-            (None, None) => -1,
+        let timeout = match (self.ending.has_begun(), self.acceptor.is_paused()) {
+            (true, _) => 50,
+            (false, true) => ACCEPT_PAUSE.as_millis() as i32,
+            (false, false) => -1,
         };
         self.poller.wait(timeout, tokens).map_err(Error::Poll)
     }
@@ -239,7 +223,7 @@ impl Vm {
 
     /// Adds a connected, non-blocking socket and returns its client number; none if the end has begun or epoll fails.
     pub(super) fn add_connection(&mut self, socket: OwnedFd, class: ConnectionClass) -> Option<ClientId> {
-        if self.shutdown_deadline.is_some() {
+        if self.ending.has_begun() {
             return None;
         }
         self.last_client += 1;
@@ -257,7 +241,9 @@ impl Vm {
     /// Polls the listening sockets for this readiness.
     pub(super) fn watch_listeners(&self, interest: Interest) {
         let metrics = self.scrape.as_ref().map(|scrape| (&scrape.listener, METRICS));
-        for (listener, token) in self.listener.iter().map(|listener| (listener, LISTENER)).chain(metrics) {
+        for (listener, token) in
+            self.acceptor.listener().map(|listener| (listener, LISTENER)).into_iter().chain(metrics)
+        {
             if let Err(error) = self.poller.change(listener, interest, token) {
                 log::error!("epoll: {error}");
             }
@@ -275,14 +261,13 @@ impl Vm {
                 Message::Dma { client, cookie, result } => self.dma_done(client, cookie, result),
                 Message::AccessQuery(ask) => self.answer_query(ask),
                 Message::Connect(socket) => self.add_internal_connection(socket),
-                Message::Disk(disk) => self.disk = disk,
+                Message::Disk(disk) => self.disk = Some(disk),
             }
         }
         self.alarm = None;
         let now = Instant::now();
         self.session.expire(now);
-        if self.adopt_by.is_some_and(|by| by <= now) {
-            self.adopt_by = None;
+        if self.ending.take_adoption_over(now) {
             self.give_up_orphans();
         }
         false
@@ -344,7 +329,7 @@ impl Vm {
     /// earlier alarm is set. A deadline that is overdue waits for the alarm that is set: setting it again each time would
     /// postpone it for ever.
     pub(super) fn rearm(&mut self, limit: Option<Duration>) {
-        let deadline = self.session.next_deadline().into_iter().chain(self.adopt_by).min();
+        let deadline = self.session.next_deadline().into_iter().chain(self.ending.adopt_by()).min();
         if deadline.is_none() && limit.is_none() {
             return;
         }
@@ -370,19 +355,20 @@ impl Vm {
             "the host wants {} back (it is being unbound or removed): this daemon closes it and ends",
             names.join(", ")
         );
-        if std::mem::take(&mut self.hands_over) {
+        // Memory of an earlier daemon's clients cannot be adopted any more: it is closed at the next alarm.
+        if self.ending.cancel_handover(Instant::now()) {
             self.core.cancel_handover();
-            // Memory of an earlier daemon's clients cannot be adopted any more: it is closed at the next alarm.
-            self.adopt_by = self.adopt_by.map(|_| Instant::now());
         }
         // The disk's thread ends its requests first, and then stops this server.
-        self.end_requested = !self.options.has_door;
+        if !self.options.has_door {
+            self.ending.request();
+        }
     }
 
     /// Begins the end if a device's request has asked for it. Returns true if it did: the caller settles what follows. Called
     /// between requests, so that clients have been sent the reason.
     pub(super) fn begin_requested_end(&mut self) -> bool {
-        let requested = std::mem::take(&mut self.end_requested);
+        let requested = self.ending.take_request();
         if requested {
             self.begin_shutdown();
         }
@@ -395,13 +381,7 @@ impl Vm {
         if let Some(manager) = &self.options.manager {
             manager.stopping();
         }
-        if self.hands_over {
-            // Connections are not closed: the gate would close their regions, in the ledger too.
-            self.shutdown_deadline = Some(Instant::now());
-            return;
-        }
-        if self.shutdown_deadline.is_none() {
-            self.shutdown_deadline = Some(Instant::now() + self.options.farewell);
+        if self.ending.begin(Instant::now(), self.options.farewell) {
             let clients: Vec<ClientId> = self.connections.keys().copied().collect();
             for client in clients {
                 self.close_connection(client);
@@ -411,8 +391,8 @@ impl Vm {
 
     /// Returns the result of the loop, once it is to end.
     pub(super) fn result(&self) -> Option<Result<()>> {
-        let deadline = self.shutdown_deadline?;
-        if self.hands_over {
+        let deadline = self.ending.deadline()?;
+        if self.ending.hands_over() {
             return Some(Ok(()));
         }
         let regions = self.session.region_count();
@@ -447,7 +427,7 @@ impl Vm {
             sequence: self.backlog.last(),
             refused: self.backlog.refused(&self.session),
             disk: self.disk().map(|disk| disk.status()),
-            ..status::status(&self.session, policy)
+            ..self.session.status(policy)
         }
     }
 
@@ -459,6 +439,6 @@ impl Vm {
 
     /// Returns the counters of the disk, while one is served.
     fn disk(&self) -> Option<Disk> {
-        self.disk.upgrade().map(|disk| disk.read())
+        self.disk.as_ref()?.upgrade().map(|disk| disk.read())
     }
 }

@@ -6,8 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate_backends::{Device, Domain, Error, FenceStep, Ticket, Unmap};
-use passgate_bindings::guest_memfd::{self, Conversion};
+use passgate_backends::{Device, Domain, Error, Step, Ticket, Unmap};
 use passgate_bindings::identity::{self, FileError, Identity};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
@@ -16,10 +15,11 @@ use rustix::io::Errno;
 
 use super::Session;
 use super::coalesce::{self, CoalescedRequest};
+use super::convert;
 use super::fdstore::{Claim, FdStore, Name};
 use crate::gate::{
-    Caller, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult, Nature, Outcome,
-    PageState, Step, UnmapResult,
+    Caller, DeviceId, DeviceTraits, DomainId, Effect, Event, FileId, InvalidationId, JobId, MapResult,
+    Outcome, PageState, UnmapResult,
 };
 use crate::protocol::verbs::AddMemory;
 
@@ -88,9 +88,9 @@ pub enum Call {
         /// The number of the device.
         id: DeviceId,
         /// The traits of the device as the gate knows them.
-        assumed: Nature,
+        assumed: DeviceTraits,
         /// The fence.
-        step: FenceStep,
+        step: Step,
     },
     /// Attaches a fenced device to its domain again ([`Effect::Attach`]).
     Attach {
@@ -101,7 +101,7 @@ pub enum Call {
         /// The number of the device.
         id: DeviceId,
         /// The traits of the device as the gate knows them.
-        assumed: Nature,
+        assumed: DeviceTraits,
     },
     /// Converts pages ([`Effect::Convert`]).
     Convert {
@@ -173,33 +173,20 @@ pub enum Returned {
     },
 }
 
-/// Returns the fence of a rung; none for [`Step::Unmap`].
-pub(super) fn fence_step(step: Step) -> Option<FenceStep> {
-    match step {
-        Step::Unmap => None,
-        Step::Drain => Some(FenceStep::Drain),
-        Step::Stop => Some(FenceStep::Stop),
-        Step::Master => Some(FenceStep::Master),
-        Step::Detach => Some(FenceStep::Detach),
-        Step::Reset => Some(FenceStep::Reset),
-    }
-}
-
 impl Call {
     /// Returns the call that an effect asks for. If the session does not have the domain, device or file, `Err` is the call's
     /// result: it fails with nothing changed. An effect that asks for no call is an error without a result.
     pub(super) fn of(effect: Effect, session: &Session) -> Result<Self, Option<Event>> {
-        let device = |id: DeviceId| session.devices.get(usize::from(id.0)).cloned();
-        let assumed = |id: DeviceId| session.gate.nature(id);
+        let device = |id: DeviceId| session.hardware.device(id).cloned();
+        let assumed = |id: DeviceId| session.gate.traits(id);
         match effect {
-            Effect::Replace { job, domain, gone, bytes: _ } => match session.domain_of(domain) {
+            Effect::Replace { job, domain, gone, bytes: _ } => match session.hardware.domain(domain).cloned()
+            {
                 Some(domain) => Ok(Self::Replace { job, domain, gone }),
                 None => Err(Some(failed_unmap(job))),
             },
-            Effect::Fence { job, device: id, step } => match (device(id), assumed(id), fence_step(step)) {
-                (Some(device), Some(assumed), Some(step)) => {
-                    Ok(Self::Fence { job, device, id, assumed, step })
-                }
+            Effect::Fence { job, device: id, step } => match (device(id), assumed(id)) {
+                (Some(device), Some(assumed)) => Ok(Self::Fence { job, device, id, assumed, step }),
                 _ => Err(Some(Event::Fenced { job, errno: ENODEV, took_ns: 0 })),
             },
             Effect::Attach { job, device: id } => match (device(id), assumed(id)) {
@@ -295,11 +282,10 @@ impl Call {
             Self::Fence { job, device, id, assumed, step } => {
                 // A TDI may have been bound since the traits were last read. Bus-master-off and reset end it, which takes a
                 // policy that allows it and a notice, so the gate must know of the TDI before either is done.
-                let ends_tdi = matches!(step, FenceStep::Master | FenceStep::Reset);
-                let change =
-                    if ends_tdi && !assumed.tdi { trait_change(&*device, id, assumed) } else { None };
+                let may_end_tdi = step.ends_tdi() && !assumed.tdi;
+                let change = if may_end_tdi { trait_change(&*device, id, assumed) } else { None };
                 let errno = match change {
-                    Some(Event::DeviceNature { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
+                    Some(Event::DeviceTraits { tdi: true, .. }) => Errno::BUSY.raw_os_error(),
                     _ => logged_errno(device.fence(step)),
                 };
                 after_change(change, Event::Fenced { job, errno, took_ns: took_ns() })
@@ -326,16 +312,16 @@ impl Call {
                 Returned::Examined { caller, memory, files }
             }
             Self::Convert { invalidation, pages, to } => {
-                one_event(Event::Converted { invalidation, outcome: convert(&pages, to) })
+                one_event(Event::Converted { invalidation, outcome: convert::convert(&pages, to) })
             }
         }
     }
 }
 
 /// Returns the device's ATS and TDI state as an event, if it differs from what the gate assumes.
-fn trait_change(device: &dyn Device, id: DeviceId, assumed: Nature) -> Option<Event> {
-    let passgate_backends::Nature { ats, tdi } = device.nature();
-    ((ats, tdi) != (assumed.ats, assumed.tdi)).then_some(Event::DeviceNature { device: id, ats, tdi })
+fn trait_change(device: &dyn Device, id: DeviceId, assumed: DeviceTraits) -> Option<Event> {
+    let DeviceTraits { ats, tdi, .. } = device.traits();
+    ((ats, tdi) != (assumed.ats, assumed.tdi)).then_some(Event::DeviceTraits { device: id, ats, tdi })
 }
 
 /// Returns an event, after the change of traits that must come first, if there is one.
@@ -393,246 +379,5 @@ fn errno_of(error: &Error) -> i32 {
     error.errno().unwrap_or(Errno::IO).raw_os_error()
 }
 
-/// Converts pages: in place if the file can, else by a punched hole. A page that becomes shared in a file that does not
-/// convert in place is left as it is: it was punched when it became private, and the next access allocates a new one.
-fn convert(pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)], to: PageState) -> Outcome {
-    convert_by(pages, |file, range, in_place| match (to, in_place) {
-        (PageState::Shared, true) => guest_memfd::convert(file, range, Conversion::ToShared),
-        (PageState::Private, true) => guest_memfd::convert(file, range, Conversion::ToPrivate),
-        (PageState::Shared, false) => Ok(()),
-        _ => file.punch(range.start().0, range.len()).map_err(|failed| Failed {
-            call: failed.call,
-            errno: failed.errno,
-            partial: 0,
-        }),
-    })
-}
-
-/// Converts pages by `change`, one part after the other, until one fails.
-fn convert_by(
-    pages: &[(Arc<GuestFile>, PageRange<Offset>, bool)],
-    mut change: impl FnMut(&GuestFile, PageRange<Offset>, bool) -> Result<(), Failed<u64>>,
-) -> Outcome {
-    let mut before = 0;
-    for (file, range, in_place) in pages {
-        match change(file, *range, *in_place) {
-            Ok(()) => before += range.len(),
-            // EAGAIN: the kernel found a page in use (pinned, or with a raised reference count) before it changed any.
-            Err(failed) if failed.errno == Errno::AGAIN && before == 0 => return Outcome::NotCommitted,
-            Err(failed) => {
-                log::warn!("{failed}");
-                // `partial` is the offset in the file at which the kernel stopped; 0 where it reports none.
-                let into = failed.partial.saturating_sub(range.start().0).min(range.len());
-                return Outcome::Unknown { errno: failed.errno.raw_os_error(), offset: before + into };
-            }
-        }
-    }
-    Outcome::Committed
-}
-
 #[cfg(test)]
-mod tests {
-    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
-    use passgate_backends::{Entered, Segment, Window, Windowed};
-    use passgate_bindings::PAGE;
-
-    use super::*;
-
-    /// A device whose traits differ from those that the gate assumes.
-    #[derive(Debug)]
-    struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
-
-    impl Device for ChangedDevice {
-        fn name(&self) -> &str {
-            self.0.name()
-        }
-        fn stop_class(&self) -> passgate_backends::StopClass {
-            self.0.stop_class()
-        }
-        fn nature(&self) -> passgate_backends::Nature {
-            self.1
-        }
-        fn fence(&self, step: FenceStep) -> Result<(), Error> {
-            self.0.fence(step)
-        }
-        fn attach(&self) -> Result<(), Error> {
-            self.0.attach()
-        }
-        fn guard(&self) -> passgate_backends::device::Guard<'_> {
-            self.0.guard()
-        }
-    }
-
-    fn changed_device(ats: bool, tdi: bool) -> (Sim, Arc<dyn Device>) {
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let nature = passgate_backends::Nature { ats, tdi };
-        let device = sim.device("sim:0", passgate_backends::StopClass::all(), nature);
-        (sim, Arc::new(ChangedDevice(device, nature)))
-    }
-
-    fn events(returned: Returned) -> Vec<Event> {
-        match returned {
-            Returned::Fact { event, ticket: None } => vec![event],
-            Returned::Facts(events) => events,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn fence_that_would_end_a_tdi_unknown_to_the_gate_is_not_done() {
-        let fence = |device: &Arc<dyn Device>, tdi, step| {
-            let assumed = Nature { tdi, ..Nature::default() };
-            let device = Arc::clone(device);
-            events(Call::Fence { job: JobId(1), device, id: DeviceId(3), assumed, step }.run())
-        };
-        for step in [FenceStep::Master, FenceStep::Reset] {
-            let (sim, device) = changed_device(false, true);
-            let [change, Event::Fenced { errno, .. }] = &fence(&device, false, step)[..] else {
-                panic!("the change of traits comes first")
-            };
-            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats: false, tdi: true });
-            assert_eq!((*errno, sim.calls(sim::Call::Fence)), (Errno::BUSY.raw_os_error(), 0));
-            assert!(matches!(fence(&device, true, step)[..], [Event::Fenced { errno: 0, .. }]));
-            assert!(matches!(fence(&device, false, FenceStep::Detach)[..], [Event::Fenced { errno: 0, .. }]));
-            assert_eq!(sim.calls(sim::Call::Fence), 2);
-        }
-    }
-
-    #[test]
-    fn traits_after_an_attach_are_reported_before_the_attach() {
-        let attach = |device: &Arc<dyn Device>, ats| {
-            let assumed = Nature { ats, ..Nature::default() };
-            let device = Arc::clone(device);
-            events(Call::Attach { job: JobId(1), device, id: DeviceId(3), assumed }.run())
-        };
-        for (ats, fails) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (sim, device) = changed_device(ats, false);
-            let fail = || {
-                if fails {
-                    sim.fail_next(sim::Call::Attach, sim::Fault::HalfDone(Errno::IO));
-                }
-            };
-            fail();
-            let [change, Event::Attached { errno, .. }] = &attach(&device, !ats)[..] else {
-                panic!("the change of traits comes first")
-            };
-            assert_eq!(*change, Event::DeviceNature { device: DeviceId(3), ats, tdi: false });
-            assert_eq!(*errno != 0, fails);
-            fail();
-            assert!(matches!(attach(&device, ats)[..], [Event::Attached { .. }]), "nothing has changed");
-        }
-    }
-
-    #[test]
-    fn unmap_that_would_wait_for_io_is_not_small() {
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let window = Window::new(1, 1);
-        let domain: Arc<dyn Domain> = Arc::new(Windowed::new(Arc::new(sim), Arc::clone(&window)));
-        let range = |page, pages| PageRange::new(page * PAGE, pages * PAGE).unwrap();
-        let file = Arc::new(GuestFile::memfd("call", 4 * PAGE).unwrap());
-        domain.map(range(0, 4), PAGE, &file, Offset(0), true).unwrap();
-        let unmap = |iova| Call::Unmap {
-            job: JobId(1),
-            id: DomainId(0),
-            domain: Arc::clone(&domain),
-            iova,
-            shares: Vec::new(),
-            already: 0,
-        };
-        assert!(unmap(range(0, 4)).is_small());
-        assert_eq!(window.enter(0, &[Segment { iova: Iova(PAGE), len: 1 }]), Entered::In);
-        assert!(!unmap(range(0, 4)).is_small() && !unmap(range(1, 1)).is_small());
-        assert!(unmap(range(2, 2)).is_small());
-        window.leave(0);
-        assert!(unmap(range(0, 4)).is_small());
-        assert!(!unmap(PageRange::new(0, MAX_SMALL_BYTES + PAGE).unwrap()).is_small());
-    }
-
-    #[test]
-    fn conversion_that_fails_half_way_is_unknown_from_that_offset_on() {
-        let file = Arc::new(GuestFile::memfd("call", 8 * PAGE).unwrap());
-        let part =
-            |page, pages| (Arc::clone(&file), PageRange::new(page * PAGE, pages * PAGE).unwrap(), true);
-        let pages = [part(0, 2), part(4, 1), part(6, 2)];
-        let fails = |nth, errno, partial| {
-            let mut calls = 0;
-            convert_by(&pages, |_, _, _| {
-                calls += 1;
-                match calls - 1 == nth {
-                    true => Err(Failed { call: "convert", errno, partial }),
-                    false => Ok(()),
-                }
-            })
-        };
-        assert_eq!(fails(3, Errno::AGAIN, 0), Outcome::Committed);
-        assert_eq!(fails(0, Errno::AGAIN, 0), Outcome::NotCommitted);
-        let unknown =
-            |errno: Errno, pages| Outcome::Unknown { errno: errno.raw_os_error(), offset: pages * PAGE };
-        assert_eq!(fails(1, Errno::AGAIN, 0), unknown(Errno::AGAIN, 2));
-        assert_eq!(fails(2, Errno::AGAIN, 0), unknown(Errno::AGAIN, 3));
-        // One page of the third part was converted: the kernel reports the offset in the file at which it stopped.
-        assert_eq!(fails(2, Errno::IO, 7 * PAGE), unknown(Errno::IO, 4));
-        assert_eq!(fails(0, Errno::IO, 0), unknown(Errno::IO, 0));
-    }
-
-    /// Returns a map of four pages of `file`, for one job or, by `shares`, for several.
-    fn map(sim: &Sim, file: &Arc<GuestFile>, shares: Vec<CoalescedRequest>) -> Call {
-        Call::Map {
-            job: JobId(1),
-            domain: Arc::new(sim.clone()),
-            iova: PageRange::new(0, 4 * PAGE).unwrap(),
-            piece: PAGE,
-            file: Arc::clone(file),
-            offset: Offset(8 * PAGE),
-            writable: true,
-            shares,
-        }
-    }
-
-    fn request(job: u64, page: u64, pages: u64) -> CoalescedRequest {
-        let iova = PageRange::new(page * PAGE, pages * PAGE).unwrap();
-        CoalescedRequest { job: JobId(job), iova, bytes: iova.len() }
-    }
-
-    #[test]
-    fn map_with_failed_roll_back_is_unknown_and_one_rolled_back_is_refused() {
-        let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
-        let unknown = MapResult::Unknown { errno: Errno::BUSY.raw_os_error() };
-        let refused = |errno: Errno| MapResult::Refused { errno: errno.raw_os_error() };
-        let run = |fault, shares| {
-            let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-            sim.fail_next(sim::Call::Map, fault);
-            map(&sim, &file, shares).run()
-        };
-        let half = Fault::HalfMapped(Errno::BUSY);
-        for (fault, wanted) in [(Fault::Errno(Errno::NOMEM), refused(Errno::NOMEM)), (half, unknown)] {
-            let returned = run(fault, Vec::new());
-            let Returned::Fact { event, ticket: None } = returned else { panic!("{returned:?}") };
-            assert_eq!(event, Event::Mapped { job: JobId(1), result: wanted });
-        }
-        // It is not known which of the coalesced requests has mappings left.
-        let returned = run(half, vec![request(1, 0, 1), request(2, 1, 3)]);
-        let Returned::Facts(events) = returned else { panic!("{returned:?}") };
-        assert_eq!(events, [1, 2].map(|job| Event::Mapped { job: JobId(job), result: unknown }));
-    }
-
-    #[test]
-    fn range_that_cannot_be_mapped_does_not_fail_those_coalesced_with_it() {
-        let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let file = Arc::new(GuestFile::memfd("call", 16 * PAGE).unwrap());
-        sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
-        let shares = vec![request(1, 0, 1), request(2, 1, 2), request(3, 3, 1)];
-        let Returned::Separate(calls) = map(&sim, &file, shares).run() else { panic!("one result for all") };
-        let mut results = Vec::new();
-        for (call, offset) in calls.into_iter().zip([8, 9, 11]) {
-            let Call::Map { job, offset: from, .. } = &call else { panic!("{call:?}") };
-            assert_eq!(*from, Offset(offset * PAGE), "of {job:?}");
-            if *job == JobId(2) {
-                sim.fail_next(sim::Call::Map, Fault::Errno(Errno::NOMEM));
-            }
-            let Returned::Fact { event: Event::Mapped { job, result }, .. } = call.run() else { panic!() };
-            results.push((job.0, result == MapResult::Mapped));
-        }
-        assert_eq!(results, [(1, true), (2, false), (3, true)]);
-    }
-}
+mod tests;

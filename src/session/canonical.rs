@@ -1,7 +1,5 @@
 //! The state of a session as text, by which an exhaustive search (tests/search) distinguishes states.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use super::{Call, Next, Session};
 
 impl Session {
@@ -12,22 +10,18 @@ impl Session {
         let Self {
             gate,
             effects,
-            executed,
-            files: _,
-            delayed_answers,
-            quiet_at,
             queued_steps,
-            deferred_regions,
-            timers,
+            hardware: _,
             tickets,
-            early_tickets,
-            ..
+            files: _,
+            deferred_regions,
+            delayed_answers,
+            timers,
+            statistics: _,
+            storage,
+            clock: _,
         } = self;
-        // Sorted: a hash map's order differs from process to process.
-        let tickets: BTreeMap<_, _> = tickets.iter().collect();
-        let early_tickets: BTreeSet<_> = early_tickets.iter().collect();
-        let effects = effects.get(*executed..).unwrap_or_default();
-        let persistent = self.persistent.as_ref().map(super::Lasting::canonical).unwrap_or_default();
+        let (effects, persistent) = (effects.pending(), storage.canonical());
         let separate_unmaps: Vec<_> = queued_steps
             .iter()
             .filter_map(|next| match next {
@@ -36,8 +30,8 @@ impl Session {
             })
             .collect();
         format!(
-            "{}{effects:?} {} {separate_unmaps:?} {deferred_regions:?} {delayed_answers:?} {quiet_at:?} {timers:?} \
-             {tickets:?} {early_tickets:?}\n{persistent}",
+            "{}{effects:?} {} {separate_unmaps:?} {deferred_regions:?} {delayed_answers:?} {timers:?} {tickets:?}\n\
+             {persistent}",
             gate.canonical(),
             queued_steps.len(),
         )

@@ -4,62 +4,67 @@
 //! the owner ([`Next::Call`]); the session never makes one. So the owner can always answer clients in time. The session has
 //! no thread and reads the time from a [`Clock`] only, so that a test controls the order of everything that happens.
 
+mod admission;
 mod call;
 mod canonical;
 mod clock;
 mod coalesce;
+mod convert;
+mod deferred;
 mod delayed_answers;
+mod effect_queue;
 pub mod fdstore;
 mod files;
 pub mod guardian;
-mod initial_events;
+mod hardware;
 pub mod persist;
 mod pool;
+pub mod quarantine_file;
 mod receipts;
+pub mod records;
 mod resume;
+mod statistics;
+mod status;
+mod storage;
+mod tickets;
 mod timers;
 
-// The old name of the module, for as long as other areas use it.
-pub use persist as lasting;
-
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::ops::RangeInclusive;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use passgate_backends::{Device, Domain, Ticket};
-use passgate_bindings::{Gpa, Iova, PageRange};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use passgate_backends::{Device, Domain};
+use passgate_bindings::{Gpa, Iova, PageRange, words};
 
 use crate::gate::{
-    Admits, Answer, Caller, CloseWait, DeviceId, DomainId, Effect, Effects, Event, FileId, Gate,
-    InvalidationId, JobId, Notice, Outcome, Policy, QuarantineStatus, Receipt, RegionSpec, Said, Snapshot,
-    Step, Verdict,
+    Admits, Answer, Caller, DeviceId, Effect, Event, Gate, InvalidationId, Notice, Outcome, Policy,
+    QuarantineStatus, Receipt, Rung, Said, Snapshot,
 };
+use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
-use crate::observe::records::Records;
-use crate::protocol::verbs::{AddMemory, Totals};
+use crate::protocol::verbs::Totals;
 
 pub use call::{Call, Examined, Returned};
 pub use clock::{Clock, SystemClock};
-use coalesce::EXECUTED;
+use deferred::DeferredRegions;
 use delayed_answers::DelayedAnswers;
-use fdstore::{FdStore, Name};
+use effect_queue::EffectQueue;
+use fdstore::Name;
 pub use files::BorderError;
 use files::Files;
-use initial_events::{can_step, initial_events};
-use persist::Lasting;
+use hardware::Hardware;
 pub use pool::{Pool, Task};
-use receipts::Receipts;
-pub use resume::Hold;
+use records::Records;
+pub use resume::Persistence;
+use statistics::Statistics;
+pub use status::adopted;
+use storage::Storage;
+use tickets::Tickets;
 use timers::Timers;
 
 /// The time between two [`Event::Quiet`], while there are fragmented mappings.
 const QUIET_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The time that a new region waits for room that other regions leave when they are closed.
-const ROOM_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The next step that a session asks of its owner.
 #[derive(Debug)]
@@ -77,16 +82,6 @@ pub enum Next {
     Notice(Notice),
 }
 
-/// A new region that waits for the regions in its way to be closed.
-#[derive(Debug)]
-struct DeferredRegion {
-    caller: Caller,
-    spec: RegionSpec,
-    /// The time until which it waits for room; none once that has passed. Regions in its way are waited for until they are
-    /// closed or given up.
-    room_deadline: Option<Instant>,
-}
-
 /// The risks that the operator has accepted.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Trust<'a> {
@@ -97,63 +92,51 @@ pub struct Trust<'a> {
     pub unsealed: bool,
 }
 
-/// One VM.
+/// One VM. Each part keeps its state to itself; what is here runs the gate's effects on them.
 #[derive(Debug)]
 pub struct Session {
     gate: Gate,
-    effects: Effects,
-    /// The number of `effects` that were executed.
-    executed: usize,
-    domains: Vec<Arc<dyn Domain>>,
-    devices: Vec<Arc<dyn Device>>,
-    /// The IOVAs that the devices can use, ascending and apart; empty if they are not known.
-    usable_iova: Vec<RangeInclusive<Iova>>,
-    files: Files,
-    delayed_answers: DelayedAnswers,
-    /// The time of the next [`Event::Quiet`]; none while no mapping is fragmented.
-    quiet_at: Option<Instant>,
+    effects: EffectQueue,
     /// Steps that no effect asks for: examinations of memory and their refusals, unmaps and maps that are tried one by one, and
     /// devices that the host wants back. They come before the effects.
     queued_steps: VecDeque<Next>,
-    /// New regions that wait for the regions in their way to be closed.
-    deferred_regions: Vec<DeferredRegion>,
+    hardware: Hardware,
+    tickets: Tickets,
+    files: Files,
+    deferred_regions: DeferredRegions,
+    delayed_answers: DelayedAnswers,
     timers: Timers,
-    /// The unmaps with operations in flight, by the ticket of these.
-    tickets: HashMap<(DomainId, Ticket), JobId>,
-    /// The indices of the devices that the host wants back, once that is reported.
-    reported_wanted: HashSet<usize>,
-    /// Tickets that ended before the result of their unmap arrived.
-    early_tickets: HashSet<(DomainId, Ticket)>,
-    receipts: Receipts,
-    totals: Totals,
-    meter: Meter,
+    statistics: Statistics,
+    storage: Storage,
     clock: Arc<dyn Clock>,
-    records: Option<Records>,
-    persistent: Option<Lasting>,
-    fd_store: Option<FdStore>,
 }
 
 impl Session {
     /// Returns a session over one domain and its devices, whose timers run on `clock`. It writes its audit log and its quarantine to
-    /// `records`, and takes over the quarantine that is there. With `hold` it outlives its process, and takes over the state of
-    /// an earlier one.
+    /// `records`, and takes over the quarantine that is there. With `persistence` it outlives its process, and takes over the state
+    /// of an earlier one.
     pub fn new(
         policy: Policy,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
         trust: Trust<'_>,
         clock: Arc<dyn Clock>,
-        mut records: Option<Records>,
-        hold: Option<Hold>,
+        records: Option<Records>,
+        persistence: Option<Persistence>,
     ) -> Self {
-        let mut first_events = initial_events(&*domain, &devices, trust.tolerant);
-        let (persistent, fd_store, left, quarantine) = match hold {
-            Some(Hold { store, lasting, left, quarantine }) => (Some(lasting), Some(store), left, quarantine),
+        let (persistent, fd_store, earlier, quarantine) = match persistence {
+            Some(Persistence { store, persistent, earlier, quarantine }) => {
+                (Some(persistent), Some(store), earlier, quarantine)
+            }
             None => (None, None, None, None),
         };
+        let statistics = Statistics::new(domain.name());
+        let hardware = Hardware::new(domain, devices);
+        let mut storage = Storage::new(records, persistent, fd_store);
+        let mut first_events = hardware.initial_events(trust.tolerant);
         // The ledger of an earlier daemon has this quarantine, too, and more: `resume_from` adds what it may lack.
-        if left.is_none() {
-            first_events.extend(records.as_mut().map(Records::take_quarantine).unwrap_or_default());
+        if earlier.is_none() {
+            first_events.extend(storage.take_quarantine());
         }
         let mut files = Files::new(trust.unsealed);
         if let Some((events, mut kept)) = quarantine {
@@ -164,38 +147,29 @@ impl Session {
             }
             first_events.extend(events);
         }
-        let mut session = Self {
-            gate: Gate::new(policy),
-            effects: Effects::new(),
-            meter: Meter::new(domain.name()),
-            executed: 0,
-            usable_iova: domain.usable(),
-            domains: vec![domain],
-            devices,
-            files,
-            delayed_answers: DelayedAnswers::default(),
-            quiet_at: None,
-            queued_steps: VecDeque::new(),
-            deferred_regions: Vec::new(),
-            timers: Timers::default(),
-            tickets: HashMap::new(),
-            reported_wanted: HashSet::new(),
-            early_tickets: HashSet::new(),
-            receipts: Receipts::default(),
-            totals: Totals::default(),
-            clock,
-            records,
-            persistent,
-            fd_store,
-        };
-        if let Some(persistent) = &session.persistent {
-            session.gate.keep_in(persistent.store().clone());
+        let mut gate = Gate::new(policy, words::private);
+        if let Some(ledger) = storage.ledger() {
+            gate.keep_in(ledger);
         }
+        let mut session = Self {
+            gate,
+            effects: EffectQueue::default(),
+            queued_steps: VecDeque::new(),
+            hardware,
+            tickets: Tickets::default(),
+            files,
+            deferred_regions: DeferredRegions::default(),
+            delayed_answers: DelayedAnswers::default(),
+            timers: Timers::default(),
+            statistics,
+            storage,
+            clock,
+        };
         first_events.into_iter().for_each(|event| session.handle(event));
-        match left {
-            Some((left, kept)) => session.resume_from(left, kept),
+        match earlier {
+            Some((earlier, kept)) => session.resume_from(earlier, kept),
             // The quarantine that was read from an earlier ledger is not on the disk yet, and no effect reports it.
-            None => session.write_quarantine(),
+            None => session.storage.write_quarantine(&session.gate),
         }
         session
     }
@@ -205,7 +179,7 @@ impl Session {
         let mut dropped = Vec::new();
         if let Event::ClientGone { client } = event {
             dropped = self.files.client_gone(client);
-            self.deferred_regions.retain(|deferred| deferred.caller.client != client);
+            self.deferred_regions.client_gone(client);
         }
         let ends = match event {
             Event::End { invalidation, .. } | Event::Converted { invalidation, .. } => Some(invalidation),
@@ -221,16 +195,12 @@ impl Session {
         let map = if let Event::Mapped { job, .. } = event { Some(job) } else { None };
         let begun = metrics::begun(&event);
         let from = self.effects.len();
-        if let Some(records) = &mut self.records {
-            records.record_event(&event);
-        }
-        let touched = self.persistent.is_some().then(|| Lasting::touched(&event));
-        self.gate.handle(event, &mut self.effects);
-        // The records for the next process, and those on disk, are written before any of the effects is executed.
-        if let (Some(persistent), Some(touched)) = (&mut self.persistent, touched) {
-            persistent.record_changes(touched, &self.gate, self.effects.get(from..).unwrap_or_default());
-        }
-        self.meter.begun(begun, &self.effects[from..]);
+        let touched = self.storage.event(&event);
+        self.gate.handle(event, self.effects.list());
+        let new = self.effects.since(from);
+        // Before any of the effects is executed.
+        self.storage.effects(touched, &self.gate, new);
+        self.statistics.handled(begun, new);
         if let Some((id, performer, deadline)) = begin
             && self.gate.is_open(id)
         {
@@ -238,27 +208,15 @@ impl Session {
             self.timers.begin(id, now);
             self.delayed_answers.begun(id, performer, deadline, now);
         }
-        if let Some(records) = &mut self.records {
-            let new = self.effects.get(from..).unwrap_or_default();
-            records.record_effects(new, || self.gate.quarantined_ranges().collect());
-        }
-        if self.quiet_at.is_none() && self.gate.is_fragmented() {
-            self.quiet_at = Some(self.clock.now() + QUIET_INTERVAL);
+        if !self.timers.awaits_quiet() && self.gate.is_fragmented() {
+            self.timers.await_quiet(self.clock.now() + QUIET_INTERVAL);
         }
         if let Some(id) = ends {
-            self.delayed_answers.delay(id, &mut self.effects, from, self.clock.now());
+            self.delayed_answers.delay(id, self.effects.list(), from, self.clock.now());
         } else if let Some(job) = map {
-            self.delayed_answers.mapped(job, &mut self.effects);
+            self.delayed_answers.mapped(job, self.effects.list());
         }
         dropped.into_iter().for_each(|file| self.forget_rejected(file));
-    }
-
-    /// Closes the file and the private side of a region that was not added, unless they are needed.
-    fn forget_rejected(&mut self, (file, private): (FileId, Option<FileId>)) {
-        self.forget(file);
-        if let Some(private) = private {
-            self.remove_stored(&Name::Private(private));
-        }
     }
 
     /// Takes the result of a call.
@@ -266,10 +224,7 @@ impl Session {
         match returned {
             Returned::Fact { event, ticket: None } => self.handle(event),
             Returned::Fact { event, ticket: Some((domain, ticket, job)) } => {
-                let ended = self.early_tickets.remove(&(domain, ticket));
-                if !ended {
-                    self.tickets.insert((domain, ticket), job);
-                }
+                let ended = self.tickets.returned(domain, ticket, job);
                 // The result of the unmap first: the gate knows of no operations before.
                 self.handle(event);
                 if ended {
@@ -278,33 +233,12 @@ impl Session {
             }
             Returned::Facts(events) => events.into_iter().for_each(|event| self.handle(event)),
             Returned::Separate(calls) => self.queued_steps.extend(calls.into_iter().map(Next::Call)),
-            Returned::Examined { caller, memory, files } => {
-                let reserved: Vec<_> = self.devices.iter().filter_map(|device| device.reserved()).collect();
-                let stored: Vec<_> = if self.fd_store.is_some() {
-                    files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect()
-                } else {
-                    Vec::new()
-                };
-                match self.files.admit(caller, &memory, files, &reserved, &self.usable_iova) {
-                    Ok(spec) => self.add_region(caller, spec),
-                    Err(error) => {
-                        stored.into_iter().for_each(|name| self.remove_stored(&name));
-                        self.queued_steps.push_back(Next::Refused(caller, error));
-                    }
-                }
-            }
+            Returned::Examined { caller, memory, files } => self.admit(caller, &memory, files),
         }
     }
 
-    fn arm(&mut self, invalidation: InvalidationId, rung: Step, after_ns: u64) {
+    fn arm(&mut self, invalidation: InvalidationId, rung: Rung, after_ns: u64) {
         self.timers.arm(invalidation, rung, Duration::from_nanos(after_ns), self.clock.now());
-    }
-
-    /// Takes a client's memory: it is examined by a call, then checked, then passed to the gate.
-    pub fn add_memory(&mut self, caller: Caller, memory: AddMemory, fds: Vec<OwnedFd>) {
-        let store = self.fd_store.clone();
-        let in_use = self.files.all();
-        self.queued_steps.push_back(Next::Call(Call::Examine { caller, memory, fds, in_use, store }));
     }
 
     /// Returns the outcome of a conversion from its owner's report. For one that is not open the length is not known, and does not
@@ -333,7 +267,6 @@ impl Session {
                 return next;
             }
             self.effects.clear();
-            self.executed = 0;
             if !self.add_deferred() {
                 return Next::Idle;
             }
@@ -342,9 +275,8 @@ impl Session {
 
     /// Executes effects up to the next one that needs the owner.
     fn next_effect(&mut self) -> Option<Next> {
-        while let Some(effect) = self.effects.get_mut(self.executed) {
-            self.executed += 1;
-            match std::mem::replace(effect, EXECUTED) {
+        while let Some(effect) = self.effects.take() {
+            match effect {
                 Effect::Arm { invalidation, rung, after_ns } => self.arm(invalidation, rung, after_ns),
                 Effect::Answer { caller, answer } => {
                     self.record_answer(caller, &answer);
@@ -373,82 +305,24 @@ impl Session {
         None
     }
 
-    /// Closes examined files of a request that is not pursued any more, and removes them from the descriptor store unless they
-    /// are needed.
-    pub fn unwanted(&mut self, files: Vec<Examined>) {
-        let names: Vec<_> = files.iter().enumerate().filter_map(|(nth, file)| file.store_name(nth)).collect();
-        // With their claims, which would prevent the removal.
-        drop(files);
-        if self.fd_store.is_some() {
-            names.iter().for_each(|name| self.remove_stored(name));
-        }
-    }
-
-    /// Returns true if a region that is not being closed overlaps `gpa`.
-    pub fn is_taken(&self, gpa: PageRange<Gpa>) -> bool {
-        self.gate.is_taken(gpa)
-    }
-
-    /// Adds a region, or defers it while a region in its way is being closed.
-    fn add_region(&mut self, caller: Caller, spec: RegionSpec) {
-        if self.gate.close_to_wait_for(caller.client, &spec).is_some() {
-            let room_deadline = Some(self.clock.now() + ROOM_TIMEOUT);
-            self.deferred_regions.push(DeferredRegion { caller, spec, room_deadline });
-        } else {
-            self.handle(Event::AddRegion { caller, spec });
-        }
-    }
-
-    /// Adds the deferred regions that need not wait any more, or whose deadline has passed. Returns true if there were any.
-    fn add_deferred(&mut self) -> bool {
-        let before = self.deferred_regions.len();
-        if before == 0 {
-            return false;
-        }
-        // One by one: each that is added may be in the way of the next.
-        while let Some(at) = self.deferred_regions.iter().position(|deferred| self.is_due(deferred)) {
-            let DeferredRegion { caller, spec, .. } = self.deferred_regions.remove(at);
-            self.handle(Event::AddRegion { caller, spec });
-        }
-        self.deferred_regions.len() < before
-    }
-
-    /// True once nothing is left that a deferred region waits for.
-    fn is_due(&self, deferred: &DeferredRegion) -> bool {
-        match self.gate.close_to_wait_for(deferred.caller.client, &deferred.spec) {
-            None => true,
-            Some(CloseWait::Room) => deferred.room_deadline.is_none(),
-            Some(CloseWait::Region) => false,
-        }
-    }
-
-    fn domain_of(&self, id: DomainId) -> Option<Arc<dyn Domain>> {
-        self.domains.get(usize::from(id.0)).cloned()
-    }
-
     /// Updates files, timers and counters by an answer that is about to be sent.
     fn record_answer(&mut self, caller: Caller, answer: &Answer) {
         match answer {
             Answer::RegionAdded { region, .. } => {
                 let info = self.files.added(caller, *region);
-                if let (Some(persistent), Some(info)) = (&mut self.persistent, info) {
-                    persistent.add_region_info(*region, info);
+                if let Some(info) = info {
+                    self.storage.add_region_info(*region, info);
                 }
             }
             Answer::Refused(_) => {
-                self.meter.wrong();
+                self.statistics.request_refused();
                 if let Some(file) = self.files.refused(caller) {
                     self.forget_rejected(file);
                 }
             }
             Answer::Verdict { invalidation, verdict } => {
                 self.timers.end(*invalidation);
-                self.meter.answered(*invalidation, *verdict);
-                match verdict {
-                    Verdict::Done => self.totals.done += 1,
-                    Verdict::Refused { .. } => self.totals.refused += 1,
-                    Verdict::Unknown { .. } => self.totals.unknown += 1,
-                }
+                self.statistics.answered(*invalidation, *verdict);
             }
             Answer::RegionRemoved { .. }
             | Answer::Ended { .. }
@@ -461,18 +335,13 @@ impl Session {
     fn record_receipt(&mut self, receipt: Receipt) {
         self.timers.end(receipt.invalidation);
         self.delayed_answers.end(receipt.invalidation);
-        self.meter.receipt(&receipt);
-        if receipt.steps.iter().any(|step| step.in_flight) {
-            self.totals.late_dma_waited += 1;
-        }
-        self.receipts.push(receipt);
+        self.statistics.add_receipt(receipt);
     }
 
     /// Returns the time at which [`Session::expire`] must be called next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let deferred = self.deferred_regions.iter().filter_map(|deferred| deferred.room_deadline);
-        let others = [self.timers.next(), self.delayed_answers.next_deadline(), self.quiet_at];
-        others.into_iter().flatten().chain(deferred).min()
+        let delayed = self.delayed_answers.next_deadline();
+        [self.timers.next(), delayed, self.deferred_regions.next_deadline()].into_iter().flatten().min()
     }
 
     /// Handles every alarm and deadline that is due at `now`. Deferred regions are added by the next [`Session::next_step`].
@@ -480,61 +349,39 @@ impl Session {
         while let Some((invalidation, rung)) = self.timers.take_due(now) {
             self.handle(Event::Expired { invalidation, rung });
         }
-        self.delayed_answers.expire(now, &mut self.effects);
-        for deferred in &mut self.deferred_regions {
-            deferred.room_deadline = deferred.room_deadline.filter(|deadline| *deadline > now);
-        }
-        if self.quiet_at.is_some_and(|when| when <= now) {
-            self.quiet_at = None;
+        self.delayed_answers.expire(now, self.effects.list());
+        self.deferred_regions.expire(now);
+        if self.timers.take_quiet(now) {
             self.handle(Event::Quiet);
         }
     }
 
     /// Returns the descriptors that become readable when [`Session::poll_domains`] must be called.
     pub fn wakes(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.domains.iter().filter_map(|domain| domain.wake())
+        self.hardware.domains().filter_map(|(_, domain)| domain.wake())
     }
 
     /// Takes the tickets whose operations have ended from every domain.
     pub fn poll_domains(&mut self) {
-        let mut ended = Vec::new();
-        for index in 0..self.domains.len() {
-            self.domains[index].poll(&mut ended);
-            let domain = DomainId(index as u16);
-            for ticket in ended.drain(..) {
-                match self.tickets.remove(&(domain, ticket)) {
-                    Some(job) => self.handle(Event::Released { job }),
-                    // The result of the unmap has not arrived yet: another thread made the call.
-                    None => _ = self.early_tickets.insert((domain, ticket)),
-                }
-            }
+        let (mut ended, mut jobs) = (Vec::new(), Vec::new());
+        for (id, domain) in self.hardware.domains() {
+            domain.poll(&mut ended);
+            jobs.extend(ended.drain(..).filter_map(|ticket| self.tickets.ended(id, ticket)));
         }
+        jobs.into_iter().for_each(|job| self.handle(Event::Released { job }));
     }
 
     /// Returns the descriptors that become readable when the host wants a device back (`VFIO_PCI_REQ_IRQ_INDEX`).
     pub fn requests(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.devices.iter().filter_map(|device| device.wanted())
+        self.hardware.requests()
     }
 
     /// Returns the names of the devices that the host wants back, and reports them to every listener. Each is returned once.
     pub fn wanted(&mut self) -> Vec<String> {
-        let is_requested = |device: &Arc<dyn Device>| {
-            // Polled and not read: it must stay readable for whoever else polls it.
-            let ready = |request| {
-                poll(&mut [PollFd::from_borrowed_fd(request, PollFlags::IN)], Some(&Timespec::default()))
-            };
-            device.wanted().is_some_and(|request| ready(request).is_ok_and(|count| count > 0))
-        };
-        let mut names = Vec::new();
-        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| is_requested(device)) {
-            if !self.reported_wanted.insert(index) {
-                continue;
-            }
-            names.push(device.name().to_owned());
-            let device = DeviceId(u16::try_from(index).unwrap_or(u16::MAX));
-            self.queued_steps.push_back(Next::Notice(Notice::DeviceWanted { device }));
-        }
-        names
+        let wanted = self.hardware.newly_wanted();
+        let notices = wanted.iter().map(|device| Next::Notice(Notice::DeviceWanted { device: *device }));
+        self.queued_steps.extend(notices);
+        wanted.into_iter().map(|device| self.device_name(device).to_owned()).collect()
     }
 
     /// Returns the state of the gate.
@@ -554,42 +401,49 @@ impl Session {
 
     /// Returns the totals since the start.
     pub fn totals(&self) -> Totals {
-        Totals { wrong: self.meter.requests_wrong(), ..self.totals }
+        self.statistics.totals()
     }
 
     /// Returns the counters and histograms.
     pub fn meter(&self) -> &Meter {
-        &self.meter
+        self.statistics.meter()
     }
 
     /// Returns the evidence of one invalidation; none if it is not over, or its receipt was dropped.
     pub fn receipt(&self, id: InvalidationId) -> Option<&Receipt> {
-        self.receipts.get(id)
+        self.statistics.receipt(id)
     }
 
     /// Returns the number of lines of the audit log that could not be written.
     pub fn audit_dropped(&self) -> u64 {
-        self.records.as_ref().map_or(0, Records::dropped)
+        self.storage.dropped()
     }
 
     /// Returns the domain that devices are in.
     pub fn domain(&self) -> Option<&Arc<dyn Domain>> {
-        self.domains.first()
+        self.hardware.domains().map(|(_, domain)| domain).next()
     }
 
     /// Returns the devices, in the order of their numbers.
     pub fn devices(&self) -> &[Arc<dyn Device>] {
-        &self.devices
+        self.hardware.devices()
     }
 
     /// Returns the name of a device; `?` for one that the session does not have.
     pub fn device_name(&self, id: DeviceId) -> &str {
-        self.devices.get(usize::from(id.0)).map_or("?", |device| device.name())
+        self.hardware.device(id).map_or("?", |device| device.name())
     }
 
     /// Returns true if the device has the fence of this rung, or the rung is no fence.
-    pub fn can(&self, id: DeviceId, step: Step) -> bool {
-        self.devices.get(usize::from(id.0)).is_some_and(|device| can_step(&**device, step))
+    pub fn can(&self, id: DeviceId, rung: Rung) -> bool {
+        let has = |device: &Arc<dyn Device>| rung.fence().is_none_or(|step| device.stop_class().has(step));
+        self.hardware.device(id).is_some_and(has)
+    }
+}
+
+impl Names for Session {
+    fn device(&self, id: DeviceId) -> &str {
+        self.device_name(id)
     }
 }
 

@@ -184,7 +184,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
-    use passgate_backends::{Device, Domain, FenceStep, Nature, StopClass};
+    use passgate_backends::{Device, DeviceTraits, Domain, Step, Steps};
     use passgate_bindings::PageRange;
 
     use super::*;
@@ -215,11 +215,11 @@ mod tests {
             }));
         }
         let device =
-            |name| -> Arc<dyn Device> { Arc::new(sim.device(name, StopClass::all(), Nature::default())) };
+            |name| -> Arc<dyn Device> { Arc::new(sim.device(name, Steps::all(), DeviceTraits::default())) };
         let (first, second) = (device("sim:0"), device("sim:1"));
         let fence = |job, device| {
-            let (id, assumed) = (DeviceId(0), crate::gate::Nature::default());
-            Task::Call(Call::Fence { job: JobId(job), device, id, assumed, step: FenceStep::Detach })
+            let (id, assumed) = (DeviceId(0), crate::gate::DeviceTraits::default());
+            Task::Call(Call::Fence { job: JobId(job), device, id, assumed, step: Step::Detach })
         };
         // Wait until this fence hangs, so that the next one needs another thread.
         pool.run(fence(100, first));
@@ -242,7 +242,7 @@ mod tests {
             JobId(101),
             "neither unmaps nor another fence delay it"
         );
-        let (id, assumed) = (DeviceId(1), crate::gate::Nature::default());
+        let (id, assumed) = (DeviceId(1), crate::gate::DeviceTraits::default());
         pool.run(Task::Call(Call::Attach { job: JobId(102), device: second, id, assumed }));
         let attached = results.recv_timeout(RESULT_TIMEOUT).unwrap();
         assert!(matches!(

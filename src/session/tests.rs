@@ -7,17 +7,20 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
-use passgate_backends::{Capabilities, StopClass};
+use passgate_backends::{DomainCaps, Steps};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 use rustix::io::Errno;
 
 use super::fdstore::{FdStore, Name};
+use super::persist::PersistentState;
 use super::*;
-use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
-use crate::observe::quarantine_file::tests::WRITTEN_BYTES;
-use crate::observe::records::StateOptions;
-use crate::protocol::verbs::State;
+use crate::gate::{
+    Cause, ClientId, Door, FileId, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict,
+};
+use crate::protocol::verbs::{AddMemory, State};
+use crate::session::quarantine_file::tests::WRITTEN_BYTES;
+use crate::session::records::StateOptions;
 
 const PAGES: u64 = 8;
 const DEADLINE: Duration = Duration::from_millis(10);
@@ -62,8 +65,8 @@ impl World {
         Self::with(counts_partial, PAGES, None, None)
     }
 
-    fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Hold>) -> Self {
-        let capabilities = Capabilities { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
+    fn with(counts_partial: bool, pages: u64, records: Option<Records>, hold: Option<Persistence>) -> Self {
+        let capabilities = DomainCaps { counts_partial, tickets: !counts_partial, ..Sim::CAPABILITIES };
         let sim = Sim::new(capabilities, Memory::new()).unwrap();
         let clock = Arc::new(ManualClock(Mutex::new(Instant::now())));
         let domain = Arc::new(sim.clone());
@@ -76,7 +79,12 @@ impl World {
     /// A session that outlives its process, and the names that it removes from the descriptor store.
     fn with_fd_store() -> (Self, Receiver<Name>) {
         let (store, removed) = FdStore::detached();
-        let hold = Hold { store, lasting: Lasting::new().unwrap(), left: None, quarantine: None };
+        let hold = Persistence {
+            store,
+            persistent: PersistentState::new().unwrap(),
+            earlier: None,
+            quarantine: None,
+        };
         (Self::with(false, PAGES, None, Some(hold)), removed)
     }
 
@@ -549,7 +557,7 @@ fn split_mapping_is_merged_each_time_it_has_been_quiet() {
 fn files_of_refused_memory_are_removed_from_the_store_unless_a_region_needs_them() {
     let mut world = World::with_region(false);
     let (store, removed) = FdStore::detached();
-    world.session.fd_store = Some(store);
+    world.session.storage.set_fd_store(store);
     let other = GuestFile::memfd("refused", PAGES * PAGE).unwrap();
     let found = passgate_bindings::identity::identify(&other).unwrap();
     let id = FileId { device: found.device, inode: found.inode };
@@ -592,7 +600,7 @@ fn bytes_written(count: u64, by_one_begin: bool) -> [u64; 2] {
     let hanging: Vec<_> = std::iter::from_fn(|| world.call()).collect();
     assert_eq!(hanging.len() as u64, count, "{:?}", world.answers);
     let before = WRITTEN_BYTES.get();
-    for _ in 0..Step::LADDER.len() {
+    for _ in 0..Rung::LADDER.len() {
         world.advance(DEADLINE / 7 + Duration::from_nanos(1));
         assert!(world.call().is_none());
     }
@@ -621,7 +629,7 @@ fn quarantine_file_is_written_in_proportion_to_what_changes() {
 fn operations_that_end_before_their_unmap_returns_are_reported_after_it() {
     for ends_first in [false, true] {
         let mut world = World::with_region(false);
-        let _device = world.sim.device("sim:0", StopClass::all(), passgate_backends::Nature::default());
+        let _device = world.sim.device("sim:0", Steps::all(), passgate_backends::DeviceTraits::default());
         world.begin(pages(4, 1), PageState::Private, Performer::Client);
         world.sim.fail_next(sim::Call::Unmap, Fault::Late);
         let returned = world.call().unwrap().run();

@@ -1,4 +1,4 @@
-//! The alarms of invalidations: one each, indexed by invalidation and by time.
+//! The alarms of invalidations: one each, indexed by invalidation and by time; and the time after which mappings were quiet.
 //!
 //! The alarm of each rung counts from the begin, not from the alarm before it, so that one that is handled late, because the
 //! loop was busy, does not delay the later ones.
@@ -6,17 +6,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use crate::gate::{InvalidationId, Step};
+use crate::gate::{InvalidationId, Rung};
 
 /// The alarms that are set.
 #[derive(Debug, Default)]
 pub(super) struct Timers {
     /// The alarm of each invalidation, with the rung that is over by then.
-    alarms: BTreeMap<InvalidationId, (Instant, Step)>,
+    alarms: BTreeMap<InvalidationId, (Instant, Rung)>,
     /// The same alarms, earliest first.
     by_time: BTreeSet<(Instant, InvalidationId)>,
     /// The time at which each invalidation began that is not answered yet.
     begun: BTreeMap<InvalidationId, Instant>,
+    /// The time of the next [`crate::gate::Event::Quiet`]; none while no mapping is fragmented.
+    quiet: Option<Instant>,
 }
 
 impl Timers {
@@ -33,12 +35,12 @@ impl Timers {
 
     /// Sets the alarm of a rung, in place of the one that the invalidation has. Every rung has the same `part` of the deadline.
     /// An invalidation whose begin was not recorded, as one that the gate starts itself, begins `now`.
-    pub(super) fn arm(&mut self, id: InvalidationId, rung: Step, part: Duration, now: Instant) {
+    pub(super) fn arm(&mut self, id: InvalidationId, rung: Rung, part: Duration, now: Instant) {
         let begun = *self.begun.entry(id).or_insert(now);
-        self.set(id, begun + part * (rung as u32 + 1), rung);
+        self.set(id, begun + part * (u32::from(rung.number()) + 1), rung);
     }
 
-    fn set(&mut self, id: InvalidationId, when: Instant, rung: Step) {
+    fn set(&mut self, id: InvalidationId, when: Instant, rung: Rung) {
         self.remove(id);
         self.alarms.insert(id, (when, rung));
         self.by_time.insert((when, id));
@@ -52,16 +54,31 @@ impl Timers {
     }
 
     /// Removes and returns the earliest alarm, if it is due at `now`.
-    pub(super) fn take_due(&mut self, now: Instant) -> Option<(InvalidationId, Step)> {
+    pub(super) fn take_due(&mut self, now: Instant) -> Option<(InvalidationId, Rung)> {
         let id = self.by_time.first().filter(|(when, _)| *when <= now)?.1;
         let (when, rung) = self.alarms.remove(&id)?;
         self.by_time.remove(&(when, id));
         Some((id, rung))
     }
 
-    /// Returns the time of the earliest alarm.
+    /// Returns the time of the earliest alarm, or of the next quiet time.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.by_time.first().map(|(when, _)| *when)
+        self.by_time.first().map(|(when, _)| *when).into_iter().chain(self.quiet).min()
+    }
+
+    /// Returns true while a quiet time is awaited.
+    pub(super) fn awaits_quiet(&self) -> bool {
+        self.quiet.is_some()
+    }
+
+    /// Sets the quiet time.
+    pub(super) fn await_quiet(&mut self, when: Instant) {
+        self.quiet = Some(when);
+    }
+
+    /// Returns true if the quiet time is due at `now`, and forgets it.
+    pub(super) fn take_quiet(&mut self, now: Instant) -> bool {
+        self.quiet.take_if(|when| *when <= now).is_some()
     }
 
     /// Returns the number of alarms.
@@ -76,6 +93,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::gate::Step;
 
     #[test]
     fn alarms_of_rungs_count_from_the_begin() {
@@ -83,13 +101,13 @@ mod tests {
         let (id, part) = (InvalidationId(1), Duration::from_millis(10));
         timers.begin(id, start);
         // However late each of them is set.
-        for (nth, rung) in (1..).zip(Step::LADDER) {
+        for (nth, rung) in (1..).zip(Rung::LADDER) {
             timers.arm(id, rung, part, start + part * 100);
             assert_eq!(timers.next(), Some(start + part * nth));
         }
         timers.end(id);
         assert!(timers.begun.is_empty() && timers.next().is_none());
-        timers.arm(id, Step::Unmap, part, start + part);
+        timers.arm(id, Rung::Unmap, part, start + part);
         assert_eq!(timers.next(), Some(start + part * 2));
     }
 
@@ -98,17 +116,17 @@ mod tests {
         let (start, mut timers) = (Instant::now(), Timers::default());
         let at = |ms| start + Duration::from_millis(ms);
         let id = InvalidationId;
-        timers.set(id(1), at(30), Step::Unmap);
-        timers.set(id(2), at(10), Step::Unmap);
-        timers.set(id(3), at(20), Step::Unmap);
-        timers.set(id(2), at(40), Step::Drain);
+        timers.set(id(1), at(30), Rung::Unmap);
+        timers.set(id(2), at(10), Rung::Unmap);
+        timers.set(id(3), at(20), Rung::Unmap);
+        timers.set(id(2), at(40), Rung::Fence(Step::Drain));
         timers.remove(id(1));
         timers.remove(id(9));
         assert_eq!((timers.next(), timers.len()), (Some(at(20)), 2));
         assert_eq!(timers.take_due(at(19)), None);
-        assert_eq!(timers.take_due(at(20)), Some((id(3), Step::Unmap)));
+        assert_eq!(timers.take_due(at(20)), Some((id(3), Rung::Unmap)));
         assert_eq!(timers.take_due(at(39)), None);
-        assert_eq!(timers.take_due(at(50)), Some((id(2), Step::Drain)));
+        assert_eq!(timers.take_due(at(50)), Some((id(2), Rung::Fence(Step::Drain))));
         assert_eq!((timers.next(), timers.len()), (None, 0));
     }
 }

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
-    Hitless, InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, Ranges,
-    RegionSpec, Step, Steps, UnmapResult, Verdict,
+    Answer, Backing, Caller, ClientId, DeviceId, DomainCaps, DomainId, Door, Effect, Effects, Event, FileId,
+    Gate, Hitless, InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, Ranges,
+    RegionSpec, Rung, Step, Steps, UnmapResult, Verdict,
 };
 use passgate::observe::audit::{Log, LogOptions};
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 /// The length of the file, in pages.
@@ -74,7 +75,7 @@ impl Harness {
 
     pub fn with(dir: &Path, options: LogOptions, fault_interval: u64) -> Self {
         let mut harness = Self {
-            gate: Gate::new(options.policy),
+            gate: Gate::new(options.policy, words::private),
             effects: Effects::new(),
             log: Log::open(dir, options).unwrap(),
             results: VecDeque::new(),
@@ -92,11 +93,11 @@ impl Harness {
         for domain in [DomainId(0), DomainId(1)] {
             // One domain cuts pages out of large mappings, the other replaces its page table or splits.
             let (cut, replace) = (domain.0 == 0, domain.0 == 1);
-            let able = Able { max_mappings: 65_535, max_piece: 1 << 30, cut, replace };
-            harness.handle(Event::DomainAdded { domain, able });
+            let caps = DomainCaps { cut, replace, ..DomainCaps::new(65_535, 1 << 30) };
+            harness.handle(Event::DomainAdded { domain, caps });
             let steps = Steps::of(&[Step::Drain, Step::Detach, Step::Reset]);
-            let (device, nature) = (DeviceId(domain.0), Default::default());
-            harness.handle(Event::DeviceAdded { device, domain, steps, nature });
+            let (device, traits) = (DeviceId(domain.0), Default::default());
+            harness.handle(Event::DeviceAdded { device, domain, steps, traits });
         }
         harness.connect();
         harness
@@ -253,7 +254,7 @@ impl Harness {
         self.handle(Event::Begin { caller, ranges, to, performer, deadline_ns: DEADLINE_NS });
         self.deliver_results();
         let armed_invalidation = self.alarms.first().copied();
-        for rung in Step::LADDER {
+        for rung in Rung::LADDER {
             // Where nothing was mapped the verdict comes at once, and no alarm is armed.
             match self.granted.pop() {
                 Some((id, _)) if performer == Performer::Client => return Some(id),

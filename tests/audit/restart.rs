@@ -5,10 +5,11 @@ use std::path::Path;
 use passgate::client::{AddMemory, Answer, Client, Outcome, PageState};
 use passgate::gate::{Caller, ClientId, Door, Event, InvalidationId, Policy};
 use passgate::observe::audit::Run;
-use passgate::observe::keep::{FILE, Keep};
 use passgate::observe::replay::replay;
+use passgate::session::quarantine_file::{FILE, QuarantineFile};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_bindings::words;
 use serde_json::Value;
 
 use crate::daemon::{Daemon, serve_fails};
@@ -117,11 +118,11 @@ fn operator_release_ends_quarantine_for_next_daemon() {
 
     // By the gate alone: restore the quarantine as the next daemon does, and release it as an operator does.
     let boot = Run::find(std::slice::from_ref(&state)).unwrap().pop().unwrap().head.boot;
-    let mut keep = Keep::new(&state, boot);
+    let mut keep = QuarantineFile::new(&state, boot);
     let events = keep.load(true).unwrap();
     assert_eq!(events.len(), 1);
-    assert!(Keep::new(&state, "another boot".into()).load(false).unwrap().is_empty());
-    let (mut gate, mut effects) = (passgate::gate::Gate::new(Policy::default()), Vec::new());
+    assert!(QuarantineFile::new(&state, "another boot".into()).load(false).unwrap().is_empty());
+    let (mut gate, mut effects) = (passgate::gate::Gate::new(Policy::default(), words::private), Vec::new());
     events.into_iter().for_each(|event| gate.handle(event, &mut effects));
     let caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
     let (invalidation, to) = (InvalidationId(invalidation), passgate::gate::PageState::Shared);

@@ -13,15 +13,16 @@ use passgate::client::{
     PageState as ClientPageState,
 };
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
+    Answer, Backing, Caller, ClientId, DomainCaps, DomainId, Door, Effect, Effects, Event, FileId, Gate,
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
 };
 use passgate::observe::audit::{Log, LogOptions};
-use passgate::observe::records::StateOptions;
 use passgate::serve::{Handle, Options, Server};
+use passgate::session::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Address, Offset};
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -88,9 +89,14 @@ struct GateOnly {
 
 impl GateOnly {
     fn new(log: Option<Log>) -> Result<Self> {
-        let mut bench = Self { gate: Gate::new(Policy::default()), effects: Effects::new(), log, cookie: 0 };
-        let able = Able { max_mappings: 65_535, max_piece: 1 << 30, cut: false, replace: false };
-        bench.handle(Event::DomainAdded { domain: DomainId(0), able });
+        let mut bench = Self {
+            gate: Gate::new(Policy::default(), words::private),
+            effects: Effects::new(),
+            log,
+            cookie: 0,
+        };
+        let caps = DomainCaps::new(65_535, 1 << 30);
+        bench.handle(Event::DomainAdded { domain: DomainId(0), caps });
         let spec = RegionSpec {
             gpa: PageRange::new(0, PAGES * PAGE)?,
             backing: Backing { file: FileId { device: 1, inode: 1_234_567 }, offset: Offset(0) },

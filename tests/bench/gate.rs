@@ -6,11 +6,12 @@
 use std::time::Instant;
 
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId, Gate,
-    InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, RegionSpec, Step, Steps,
-    UnmapResult, Verdict,
+    Answer, Backing, Caller, ClientId, DeviceId, DomainCaps, DomainId, Door, Effect, Effects, Event, FileId,
+    Gate, InvalidationId, MapResult, OnStuckDma, Outcome, PageState, Performer, Policy, RegionSpec, Step,
+    Steps, UnmapResult, Verdict,
 };
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 /// The number of pages of the region: 4 GiB.
@@ -34,13 +35,14 @@ struct Bench {
 
 impl Bench {
     fn new(cut: bool) -> Self {
-        let gate = Gate::new(Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() });
+        let gate =
+            Gate::new(Policy { on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() }, words::private);
         let mut bench = Self { cut, gate, effects: Effects::new(), cookie: 0, receipts: 0, random: 1 };
         let domain = DomainId(0);
-        let able = Able { max_mappings: 2 * PAGES, max_piece: 1 << 30, cut, replace: false };
-        bench.handle(Event::DomainAdded { domain, able });
+        let caps = DomainCaps { cut, ..DomainCaps::new(2 * PAGES, 1 << 30) };
+        bench.handle(Event::DomainAdded { domain, caps });
         let steps = Steps::of(&[Step::Drain, Step::Reset]);
-        bench.handle(Event::DeviceAdded { device: DeviceId(0), domain, steps, nature: Default::default() });
+        bench.handle(Event::DeviceAdded { device: DeviceId(0), domain, steps, traits: Default::default() });
         let spec = RegionSpec {
             gpa: range(0, PAGES),
             backing: Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) },

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
-use passgate_backends::{Capabilities, Domain, Result, Ticket, Unmap};
+use passgate_backends::{Domain, DomainCaps, Result, Ticket, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
@@ -79,7 +79,7 @@ impl Domain for HangingDomain {
         "hanging"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.inner.capabilities()
     }
 

@@ -3,11 +3,11 @@
 //! sequences, `PASSGATE_SEED=n` their seed.
 
 use passgate::gate::{
-    Able, DeviceId, DomainId, Event, Hitless, JobId, MapResult, OnStuckDma, Outcome, PageState, Platform,
-    Policy, Step, UnmapResult,
+    DeviceId, DomainCaps, DomainId, Event, Hitless, JobId, MapResult, OnStuckDma, Outcome, PageState,
+    Platform, Policy, Rung, UnmapResult,
 };
 use passgate_backends::iommu::sim::Fault;
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::units::LIMIT;
 use proptest::prelude::*;
@@ -17,7 +17,7 @@ use crate::action::{Action, CLIENTS, FAULTS, FILE_PAGES};
 use crate::mutant::Plant;
 use crate::oracle::CheckResult;
 use crate::random_events::env_number;
-use crate::world::{Setup, World, able};
+use crate::world::{Setup, World};
 
 fn state() -> impl Strategy<Value = PageState> {
     proptest::sample::select(&PageState::ALL)
@@ -93,18 +93,18 @@ fn raw() -> impl Strategy<Value = Event> {
             took_ns
         }),
         (unknown_job(), any::<i32>()).prop_map(|(job, errno)| Event::Attached { job, errno }),
-        (invalidation(), proptest::sample::select(&Step::LADDER))
+        (invalidation(), proptest::sample::select(&Rung::LADDER))
             .prop_map(|(invalidation, rung)| Event::Expired { invalidation, rung }),
         (1u64 << 40..u64::MAX, outcome()).prop_map(|(id, outcome)| Event::Converted {
             invalidation: passgate::gate::InvalidationId(id),
             outcome
         }),
-        Just(Event::DomainAdded { domain: DomainId(0), able: able(u64::MAX, u64::MAX) }),
+        Just(Event::DomainAdded { domain: DomainId(0), caps: DomainCaps::new(u64::MAX, u64::MAX) }),
         Just(Event::DeviceAdded {
             device: DeviceId(0),
             domain: DomainId(0),
             steps: Default::default(),
-            nature: Default::default()
+            traits: Default::default()
         }),
     ]
 }
@@ -197,11 +197,12 @@ fn setup() -> impl Strategy<Value = Setup> {
                 close_deadline_ns,
             },
         );
-    let device = (0..32u8, any::<bool>(), any::<bool>())
-        .prop_map(|(bits, ats, tdi)| (StopClass::from_bits_truncate(bits), Nature { ats, tdi }));
+    let device = (0..32u8, any::<bool>(), any::<bool>()).prop_map(|(bits, ats, tdi)| {
+        (Steps::from_bits_truncate(bits << 1), DeviceTraits { ats, tdi, tolerant: false })
+    });
     let domain = (1..200u64, 0..20u32, any::<bool>(), any::<bool>(), proptest::collection::vec(device, 0..3))
         .prop_map(|(max_mappings, bits, cut, replace, devices)| {
-            (Able { max_mappings, max_piece: PAGE << bits, cut, replace }, devices)
+            (DomainCaps { cut, replace, ..DomainCaps::new(max_mappings, PAGE << bits) }, devices)
         });
     // In the first pages of the files, which most regions show.
     let seed = (0..2u8, 0..100u16, 1..20u16, 1..4u64);

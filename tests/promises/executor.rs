@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use passgate::gate::{
-    DeviceId, DomainId, Effect, Event, FileId, FilePages, InvalidationId, JobId, MapResult, Outcome, Step,
+    DeviceId, DomainId, Effect, Event, FileId, FilePages, InvalidationId, JobId, MapResult, Outcome,
     UnmapResult,
 };
 use passgate_backends::iommu::sim::{Call, Fault, FileKey, Memory, Sim, SimDevice};
-use passgate_backends::{Device, Domain, Error, FenceStep, Nature, StopClass, Ticket, Unmap};
+use passgate_backends::{Device, DeviceTraits, Domain, Error, Steps, Ticket, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
@@ -59,8 +59,8 @@ impl Executor {
         self.buses.push(Bus { id, sim, devices: Vec::new(), tickets: HashMap::new() });
     }
 
-    pub fn add_device(&mut self, bus: usize, id: DeviceId, stop_class: StopClass, nature: Nature) {
-        let device = self.buses[bus].sim.device(&format!("sim:{}", id.0), stop_class, nature);
+    pub fn add_device(&mut self, bus: usize, id: DeviceId, stop_class: Steps, traits: DeviceTraits) {
+        let device = self.buses[bus].sim.device(&format!("sim:{}", id.0), stop_class, traits);
         self.buses[bus].devices.push((id, device));
     }
 
@@ -173,14 +173,6 @@ impl Executor {
                     broken!(4, "{effect:?} of an unknown device")
                 };
                 inject(sim, Call::Fence, fault);
-                let step = match step {
-                    Step::Drain => FenceStep::Drain,
-                    Step::Stop => FenceStep::Stop,
-                    Step::Master => FenceStep::Master,
-                    Step::Detach => FenceStep::Detach,
-                    Step::Reset => FenceStep::Reset,
-                    Step::Unmap => broken!(4, "{effect:?} is no fence"),
-                };
                 Event::Fenced { job, errno: errno(device.fence(step)), took_ns: 1000 }
             }
             Effect::Attach { job, device } => {

@@ -1,16 +1,16 @@
 //! One scenario, with every fault at every call: for each N and under each policy, the Nth call fails, is short, flushes late,
 //! leaves DMA stuck, or never returns. Every promise must be kept in each run.
 
-use passgate::gate::{Able, Hitless, OnStuckDma, Outcome, PageState, Policy, Step};
+use passgate::gate::{DomainCaps, Hitless, OnStuckDma, Outcome, PageState, Policy, Step};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
 use crate::action::{Action, PIECE_AUTO};
 use crate::mutant::Plant;
 use crate::oracle::CheckResult;
-use crate::world::{Setup, World, able};
+use crate::world::{Setup, World};
 
 const FAULTS: [Fault; 8] = [
     Fault::Errno(Errno::BUSY),
@@ -50,15 +50,14 @@ fn setup(on_stuck_dma: OnStuckDma, method: RemovalMethod) -> Setup {
         RemovalMethod::Cut | RemovalMethod::Split | RemovalMethod::Replace => Hitless::Off,
     };
     let policy = Policy { on_stuck_dma, hitless, close_deadline_ns: 500, ..Policy::default() };
-    let nature = Nature::default();
-    let all = vec![(StopClass::all(), nature), (StopClass::DRAIN, nature)];
-    let one =
-        StopClass::DETACH | if method == RemovalMethod::Pause { StopClass::STOP } else { StopClass::empty() };
+    let traits = DeviceTraits::default();
+    let all = vec![(Steps::all(), traits), (Steps::DRAIN, traits)];
+    let one = Steps::DETACH | if method == RemovalMethod::Pause { Steps::STOP } else { Steps::empty() };
     let (cut, replace) = (method == RemovalMethod::Cut, method == RemovalMethod::Replace);
-    let able = |max_piece| Able { cut, replace, ..able(256, max_piece) };
+    let caps = |max_piece| DomainCaps { cut, replace, ..DomainCaps::new(256, max_piece) };
     Setup {
         policy,
-        domains: vec![(able(8 * PAGE), all), (able(1 << 30), vec![(one, nature)])],
+        domains: vec![(caps(8 * PAGE), all), (caps(1 << 30), vec![(one, traits)])],
         tolerant: false,
         earlier_quarantine: Vec::new(),
         clean: false,

@@ -2,25 +2,25 @@
 //! counts as proof on a strict platform or with a TDI.
 
 use passgate::gate::{
-    Able, DeviceId, Event, Hitless, OnStuckDma, Outcome, PageState, Platform, Policy, Step,
+    DeviceId, DomainCaps, Event, Hitless, OnStuckDma, Outcome, PageState, Platform, Policy, Rung, Step,
 };
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Iova, PAGE};
 use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::mutant::Plant;
-use crate::world::{Setup, World, able};
+use crate::world::{Setup, World};
 
-const ATS: Nature = Nature { ats: true, tdi: false };
-const TDI: Nature = Nature { ats: false, tdi: true };
-const PLAIN: Nature = Nature { ats: false, tdi: false };
+const ATS: DeviceTraits = DeviceTraits { ats: true, tdi: false, tolerant: false };
+const TDI: DeviceTraits = DeviceTraits { ats: false, tdi: true, tolerant: false };
+const PLAIN: DeviceTraits = DeviceTraits { ats: false, tdi: false, tolerant: false };
 /// One part of the deadline of [`begin`], in nanoseconds: there is one for each rung, and one of slack.
 const RUNG_NS: u64 = 100;
 
-fn world(policy: Policy, domains: &[&[(StopClass, Nature)]]) -> World {
-    let domains = domains.iter().map(|devices| (able(256, 1 << 30), devices.to_vec())).collect();
+fn world(policy: Policy, domains: &[&[(Steps, DeviceTraits)]]) -> World {
+    let domains = domains.iter().map(|devices| (DomainCaps::new(256, 1 << 30), devices.to_vec())).collect();
     let setup = Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     world.trace = Some(Default::default());
@@ -58,7 +58,7 @@ fn play(world: &mut World, actions: &[Action]) {
 /// Begins an invalidation and lets the timer of every rung expire, with all calls returned in between.
 fn begin_and_expire_rungs(world: &mut World) {
     play(world, &[begin(2), Action::Settle]);
-    for _ in Step::LADDER {
+    for _ in Rung::LADDER {
         play(world, &[Action::Advance { ns: RUNG_NS }, Action::Settle]);
     }
 }
@@ -91,15 +91,15 @@ fn quarantine_causes(world: &World) -> Vec<&'static str> {
 #[test]
 fn each_fence_ends_dma_that_weaker_fences_did_not() {
     use Step::{Detach, Drain, Master, Reset, Stop};
-    let late = StopClass::all();
+    let late = Steps::all();
     let rungs = [
         (late, Fault::Late, vec![Drain]),
-        (late - StopClass::DRAIN, Fault::Late, vec![Stop]),
-        (late - StopClass::DRAIN - StopClass::STOP, Fault::Late, vec![Master]),
+        (late - Steps::DRAIN, Fault::Late, vec![Stop]),
+        (late - Steps::DRAIN - Steps::STOP, Fault::Late, vec![Master]),
         (late, Fault::Stuck, vec![Drain, Stop, Master, Detach]),
-        (late - StopClass::DETACH, Fault::Stuck, vec![Drain, Stop, Master, Reset]),
-        (StopClass::DETACH | StopClass::RESET, Fault::Late, vec![Detach]),
-        (StopClass::RESET, Fault::Late, vec![Reset]),
+        (late - Steps::DETACH, Fault::Stuck, vec![Drain, Stop, Master, Reset]),
+        (Steps::DETACH | Steps::RESET, Fault::Late, vec![Detach]),
+        (Steps::RESET, Fault::Late, vec![Reset]),
     ];
     for (class, fault, fences) in rungs {
         let mut world = world(policy_up_to(OnStuckDma::Reset), &[&[(class, PLAIN)]]);
@@ -119,24 +119,24 @@ fn each_fence_ends_dma_that_weaker_fences_did_not() {
 
 #[test]
 fn every_rung_has_an_equal_part_of_the_deadline() {
-    let mut world = world(policy_up_to(OnStuckDma::Reset), &[&[(StopClass::all(), PLAIN)]]);
+    let mut world = world(policy_up_to(OnStuckDma::Reset), &[&[(Steps::all(), PLAIN)]]);
     fail_always(&world, 0, Call::Fence);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
     play(&mut world, &[begin(2), Action::Settle]);
-    for rungs in 1..Step::LADDER.len() {
+    for rungs in 1..Rung::LADDER.len() {
         assert_eq!(world.fences.len(), rungs - 1);
         play(&mut world, &[Action::Advance { ns: RUNG_NS - 1 }, Action::Settle]);
         assert_eq!(world.fences.len(), rungs - 1, "no fence before the rung's part is over");
         play(&mut world, &[Action::Advance { ns: 1 }, Action::Settle]);
     }
-    assert_eq!((world.verdicts, &world.fences[..]), ([0, 0, 0], &Step::LADDER[1..]));
+    assert_eq!((world.verdicts, &world.fences[..]), ([0, 0, 0], &Step::ALL[..]));
     play(&mut world, &[Action::Advance { ns: RUNG_NS }]);
     assert_eq!(world.verdicts, [0, 1, 0]);
 }
 
 #[test]
 fn fence_is_shared_by_all_waiting_invalidations() {
-    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(StopClass::all(), PLAIN)]]);
+    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(Steps::all(), PLAIN)]]);
     for page in [1, 3, 5] {
         fail_next(&world, 0, Call::Unmap, Fault::Stuck);
         play(&mut world, &[begin(page), Action::Settle]);
@@ -150,7 +150,7 @@ fn fence_is_shared_by_all_waiting_invalidations() {
 
 #[test]
 fn stronger_fence_follows_the_fence_in_progress() {
-    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(StopClass::all(), PLAIN)]]);
+    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(Steps::all(), PLAIN)]]);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
     play(&mut world, &[begin(1), Action::Settle]);
     // Two more rungs expire while the drain is in progress.
@@ -167,8 +167,8 @@ fn stronger_fence_follows_the_fence_in_progress() {
 
 #[test]
 fn device_is_attached_again_once_its_domain_is_settled() {
-    let device: &[_] = &[(StopClass::all(), PLAIN)];
-    let mut world = world(policy_up_to(OnStuckDma::Fence), &[device, &[(StopClass::empty(), PLAIN)]]);
+    let device: &[_] = &[(Steps::all(), PLAIN)];
+    let mut world = world(policy_up_to(OnStuckDma::Fence), &[device, &[(Steps::empty(), PLAIN)]]);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
     begin_and_expire_rungs(&mut world);
     assert_eq!(world.verdicts, [1, 0, 0]);
@@ -186,7 +186,7 @@ fn device_is_attached_again_once_its_domain_is_settled() {
 
 #[test]
 fn device_stopped_by_a_failed_fence_is_attached_again() {
-    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(StopClass::STOP, PLAIN)]]);
+    let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(Steps::STOP, PLAIN)]]);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
     begin_and_expire_rungs(&mut world);
     assert_eq!((world.verdicts, &world.fences[..]), ([0, 1, 0], &[Step::Stop][..]));
@@ -197,7 +197,7 @@ fn device_stopped_by_a_failed_fence_is_attached_again() {
 
 #[test]
 fn fence_that_one_device_lacks_proves_nothing_for_the_domain() {
-    let devices: &[_] = &[(StopClass::all(), PLAIN), (StopClass::empty(), PLAIN)];
+    let devices: &[_] = &[(Steps::all(), PLAIN), (Steps::empty(), PLAIN)];
     let mut world = world(policy_up_to(OnStuckDma::Reset), &[devices]);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
     begin_and_expire_rungs(&mut world);
@@ -208,7 +208,7 @@ fn fence_that_one_device_lacks_proves_nothing_for_the_domain() {
 #[test]
 fn strict_device_with_ats_is_detached_before_the_unmap_under_any_policy() {
     for (policy, fences) in [(strict_policy(), vec![Step::Detach]), (Policy::default(), vec![])] {
-        let mut world = world(policy, &[&[(StopClass::all(), ATS)], &[(StopClass::all(), PLAIN)]]);
+        let mut world = world(policy, &[&[(Steps::all(), ATS)], &[(Steps::all(), PLAIN)]]);
         fail_next(&world, 0, Call::Unmap, Fault::Errno(Errno::BUSY));
         play(&mut world, &[begin(2)]);
         let unmaps = world.executor.tasks.len() - fences.len();
@@ -221,7 +221,7 @@ fn strict_device_with_ats_is_detached_before_the_unmap_under_any_policy() {
 
 #[test]
 fn strict_conversions_share_one_detach() {
-    let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)]]);
     play(&mut world, &[begin(2), begin(4), Action::Settle]);
     assert_eq!((world.verdicts, &world.fences[..]), ([2, 0, 0], &[Step::Detach][..]));
     // While it is being attached, it does not count as detached.
@@ -232,7 +232,7 @@ fn strict_conversions_share_one_detach() {
 
 #[test]
 fn strict_device_being_attached_is_detached_again_before_the_unmap() {
-    let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)]]);
     let next = Action::RunTask { task: 0, deliver: true, fault: None };
     // Detached, unmapped, granted: the attach is in progress.
     play(&mut world, &[begin(2), next.clone(), next.clone(), begin(4)]);
@@ -245,7 +245,7 @@ fn strict_device_being_attached_is_detached_again_before_the_unmap() {
 
 #[test]
 fn strict_hanging_fence_in_another_domain_delays_no_conversion() {
-    let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)], &[(StopClass::DRAIN, PLAIN)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)], &[(Steps::DRAIN, PLAIN)]]);
     fail_next(&world, 1, Call::Unmap, Fault::Stuck);
     play(&mut world, &[begin(4), Action::Settle, Action::Advance { ns: RUNG_NS }]);
     assert_eq!(world.fences, [Step::Detach, Step::Drain]);
@@ -256,8 +256,8 @@ fn strict_hanging_fence_in_another_domain_delays_no_conversion() {
 
 #[test]
 fn strict_conversion_under_an_undetachable_device_is_refused_unchanged() {
-    let other: (StopClass, Nature) = (StopClass::all(), ATS);
-    let mut world = world(strict_policy(), &[&[(StopClass::RESET | StopClass::DRAIN, ATS), other]]);
+    let other: (Steps, DeviceTraits) = (Steps::all(), ATS);
+    let mut world = world(strict_policy(), &[&[(Steps::RESET | Steps::DRAIN, ATS), other]]);
     play(&mut world, &[begin(2), Action::Settle]);
     assert_eq!((world.verdicts, world.fences.len()), ([0, 1, 0], 0));
     assert!(trace_contains(&world, "cause: AtsNotFenced, device: Some(DeviceId(0)), rung: Detach"));
@@ -267,13 +267,13 @@ fn strict_conversion_under_an_undetachable_device_is_refused_unchanged() {
 #[test]
 fn strict_failed_or_hanging_detach_refuses_conversion() {
     for hangs in [false, true] {
-        let mut world = world(strict_policy(), &[&[(StopClass::all(), ATS)]]);
+        let mut world = world(strict_policy(), &[&[(Steps::all(), ATS)]]);
         if !hangs {
             fail_next(&world, 0, Call::Fence, Fault::Errno(Errno::IO));
         }
         play(&mut world, &[begin(2)]);
         world.executor.tasks[0].hangs = hangs;
-        for _ in Step::LADDER {
+        for _ in Rung::LADDER {
             play(&mut world, &[Action::Settle, Action::Advance { ns: RUNG_NS }]);
         }
         assert_eq!((world.verdicts, &world.fences[..]), ([0, 1, 0], &[Step::Detach][..]), "hangs: {hangs}");
@@ -291,7 +291,7 @@ fn strict_failed_or_hanging_detach_refuses_conversion() {
 
 #[test]
 fn strict_device_whose_attach_failed_late_is_detached_again_before_the_next_unmap() {
-    let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)]]);
     fail_next(&world, 0, Call::Attach, Fault::HalfDone(Errno::IO));
     play(&mut world, &[begin(2), Action::Settle]);
     assert_eq!((world.verdicts, &world.fences[..]), ([1, 0, 0], &[Step::Detach][..]));
@@ -309,7 +309,7 @@ fn strict_device_whose_attach_failed_late_is_detached_again_before_the_next_unma
 #[test]
 fn failed_attach_is_retried_at_the_end_of_a_conversion() {
     for fault in [Fault::Errno(Errno::BUSY), Fault::HalfDone(Errno::IO)] {
-        let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)]]);
+        let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)]]);
         fail_next(&world, 0, Call::Attach, fault);
         play(&mut world, &[begin(2), Action::Settle]);
         assert!(world.gate.snapshot().devices[0].lost, "{fault:?}");
@@ -321,7 +321,7 @@ fn failed_attach_is_retried_at_the_end_of_a_conversion() {
 
 #[test]
 fn fence_proves_nothing_after_a_failed_attach() {
-    for step in [StopClass::STOP, StopClass::MASTER, StopClass::DETACH] {
+    for step in [Steps::STOP, Steps::MASTER, Steps::DETACH] {
         let mut world = world(policy_up_to(OnStuckDma::Fence), &[&[(step, PLAIN)]]);
         fail_next(&world, 0, Call::Attach, Fault::HalfDone(Errno::IO));
         fail_next(&world, 0, Call::Unmap, Fault::Stuck);
@@ -332,7 +332,7 @@ fn fence_proves_nothing_after_a_failed_attach() {
             &mut world,
             &[Action::Flush { domain: 0, stuck: true }, Action::Settle, begin(4), Action::Settle],
         );
-        for _ in Step::LADDER {
+        for _ in Rung::LADDER {
             play(&mut world, &[Action::Advance { ns: RUNG_NS }, Action::Settle]);
         }
         assert!(world.fences.len() > fences, "{step:?}: it must be fenced again: {:?}", world.fences);
@@ -341,28 +341,28 @@ fn fence_proves_nothing_after_a_failed_attach() {
 
 #[test]
 fn strict_detach_follows_the_ats_state_read_from_the_device() {
-    let nature = |ats| Action::Raw(Event::DeviceNature { device: DeviceId(0), ats, tdi: false });
+    let traits = |ats| Action::Raw(Event::DeviceTraits { device: DeviceId(0), ats, tdi: false });
     for (believed, is, fences) in [(PLAIN, true, vec![Step::Detach]), (ATS, false, vec![])] {
-        let mut world = world(strict_policy(), &[&[(StopClass::DETACH, believed)]]);
-        play(&mut world, &[nature(is), begin(2), Action::Settle]);
+        let mut world = world(strict_policy(), &[&[(Steps::DETACH, believed)]]);
+        play(&mut world, &[traits(is), begin(2), Action::Settle]);
         assert_eq!((world.verdicts, &world.fences), ([1, 0, 0], &fences), "{believed:?}");
     }
     // A range that waits for an undetachable device is proved gone once the device is found to have ATS off.
-    let mut world = world(strict_policy(), &[&[(StopClass::RESET, ATS)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::RESET, ATS)]]);
     play(&mut world, &[begin(2), Action::Settle]);
     assert_eq!(world.verdicts, [0, 1, 0]);
     play(&mut world, &[REMOVE, Action::Settle]);
     assert_eq!(world.gate.snapshot().regions.len(), 1);
-    play(&mut world, &[nature(false), Action::Settle]);
+    play(&mut world, &[traits(false), Action::Settle]);
     assert_eq!((quarantine_causes(&world).len(), world.gate.snapshot().regions.len()), (0, 0));
 }
 
 #[test]
 fn tdi_bound_after_start_is_not_ended() {
-    let ends = StopClass::DRAIN | StopClass::MASTER | StopClass::RESET;
+    let ends = Steps::DRAIN | Steps::MASTER | Steps::RESET;
     let mut world = world(policy_up_to(OnStuckDma::Reset), &[&[(ends, PLAIN)]]);
     fail_next(&world, 0, Call::Unmap, Fault::Stuck);
-    let bound = Event::DeviceNature { device: DeviceId(0), ats: false, tdi: true };
+    let bound = Event::DeviceTraits { device: DeviceId(0), ats: false, tdi: true };
     play(&mut world, &[Action::Raw(bound)]);
     begin_and_expire_rungs(&mut world);
     assert_eq!((world.verdicts, &world.fences[..]), ([0, 1, 0], &[Step::Drain][..]));
@@ -370,8 +370,8 @@ fn tdi_bound_after_start_is_not_ended() {
 
 #[test]
 fn devices_left_detached_by_a_failed_replace_are_attached_again() {
-    let able = Able { replace: true, ..able(256, 8 * PAGE) };
-    let domains = vec![(able, vec![(StopClass::DETACH, PLAIN)])];
+    let caps = DomainCaps { replace: true, ..DomainCaps::new(256, 8 * PAGE) };
+    let domains = vec![(caps, vec![(Steps::DETACH, PLAIN)])];
     let setup = Setup {
         policy: policy_up_to(OnStuckDma::Refuse),
         domains,
@@ -397,11 +397,11 @@ fn devices_left_detached_by_a_failed_replace_are_attached_again() {
 
 #[test]
 fn strict_removed_region_stays_quarantined_until_a_detach() {
-    let mut world = world(strict_policy(), &[&[(StopClass::DETACH, ATS)]]);
+    let mut world = world(strict_policy(), &[&[(Steps::DETACH, ATS)]]);
     play(&mut world, &[add(16), Action::Settle]);
     fail_always(&world, 0, Call::Fence);
     play(&mut world, &[REMOVE, Action::Settle]);
-    for _ in Step::LADDER {
+    for _ in Rung::LADDER {
         play(&mut world, &[Action::Advance { ns: 2_000_000_000 / 7 }, Action::Settle]);
     }
     assert_eq!(quarantine_causes(&world), ["ats-not-fenced"]);
@@ -424,9 +424,9 @@ fn strict_removed_region_stays_quarantined_until_a_detach() {
 #[test]
 fn reset_does_not_count_as_a_detach() {
     let policy = Policy { on_stuck_dma: OnStuckDma::Reset, ..strict_policy() };
-    let mut world = world(policy, &[&[(StopClass::RESET, ATS)]]);
+    let mut world = world(policy, &[&[(Steps::RESET, ATS)]]);
     play(&mut world, &[REMOVE, Action::Settle]);
-    for _ in Step::LADDER {
+    for _ in Rung::LADDER {
         play(&mut world, &[Action::Advance { ns: 2_000_000_000 / 7 }, Action::Settle]);
     }
     assert_eq!((quarantine_causes(&world), &world.fences[..]), (vec!["ats-not-fenced"], &[Step::Reset][..]));
@@ -436,7 +436,7 @@ fn reset_does_not_count_as_a_detach() {
 fn strict_device_being_reset_is_detached_as_well() {
     let policy = Policy { on_stuck_dma: OnStuckDma::Reset, ..strict_policy() };
     for under_way in [true, false] {
-        let mut world = world(policy, &[&[(StopClass::DETACH | StopClass::RESET, ATS)]]);
+        let mut world = world(policy, &[&[(Steps::DETACH | Steps::RESET, ATS)]]);
         play(&mut world, &[add(16), Action::Settle]);
         let plan = FaultPlan::new().at(Call::Fence, 1, Fault::Errno(Errno::IO));
         world.executor.buses[0].sim.plan(plan.at(Call::Fence, 2, Fault::Errno(Errno::IO)));
@@ -465,9 +465,9 @@ fn strict_device_being_reset_is_detached_as_well() {
 #[test]
 fn tdi_is_ended_only_if_policy_allows_and_is_announced() {
     use Step::{Detach, Drain, Master, Reset, Stop};
-    let ends = StopClass::DRAIN | StopClass::MASTER | StopClass::RESET;
+    let ends = Steps::DRAIN | Steps::MASTER | Steps::RESET;
     let cases = [
-        (StopClass::all(), false, vec![Drain, Stop, Detach], [1, 0, 0]),
+        (Steps::all(), false, vec![Drain, Stop, Detach], [1, 0, 0]),
         (ends, false, vec![Drain], [0, 1, 0]),
         (ends, true, vec![Drain, Master, Reset], [1, 0, 0]),
     ];
@@ -487,19 +487,19 @@ fn tdi_is_ended_only_if_policy_allows_and_is_announced() {
 #[test]
 fn client_death_stops_devices_by_their_surest_allowed_fence() {
     use Step::{Detach, Drain, Master, Reset, Stop};
-    let [drain, stop, master] = [StopClass::DRAIN, StopClass::STOP, StopClass::MASTER];
-    let reset = StopClass::RESET;
+    let [drain, stop, master] = [Steps::DRAIN, Steps::STOP, Steps::MASTER];
+    let reset = Steps::RESET;
     let cases = [
-        (StopClass::all(), PLAIN, OnStuckDma::Reset, Detach),
+        (Steps::all(), PLAIN, OnStuckDma::Reset, Detach),
         (drain | stop | master | reset, PLAIN, OnStuckDma::Reset, Reset),
         (drain | stop | master | reset, PLAIN, OnStuckDma::Refuse, Stop),
         (drain | master | reset, PLAIN, OnStuckDma::Refuse, Master),
         (drain | master | reset, TDI, OnStuckDma::Reset, Drain),
     ];
-    for (class, nature, policy, step) in cases {
-        let mut world = world(policy_up_to(policy), &[&[(class, nature)]]);
+    for (class, traits, policy, step) in cases {
+        let mut world = world(policy_up_to(policy), &[&[(class, traits)]]);
         play(&mut world, &[Action::ClientGone { client: 0 }]);
-        assert_eq!(world.fences, [step], "{class:?}, {nature:?}");
+        assert_eq!(world.fences, [step], "{class:?}, {traits:?}");
         play(&mut world, &[Action::Settle]);
         assert!(world.gate.snapshot().devices[0].fenced.is_none(), "{class:?}: it is attached again");
     }

@@ -42,7 +42,7 @@ impl Model {
     /// Checks that a gap in the DMA of a domain's devices is allowed now.
     pub fn check_gap_allowed(&self, domain: DomainId, what: &dyn std::fmt::Debug) -> CheckResult {
         let runs = |device: &crate::shadow_ledger::Device| {
-            device.domain == domain && !device.nature.tolerant && !device.drained && device.fenced.is_none()
+            device.domain == domain && !device.traits.tolerant && !device.drained && device.fenced.is_none()
         };
         match self.policy.hitless {
             Hitless::Off => Ok(()),

@@ -1,18 +1,18 @@
 //! Large mappings: pages leave them in each way (cut, split, replace, page by page), and fragments are merged again.
 
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, Door, Effect, Event, FileId, Hitless, OnStuckDma, Outcome,
+    Answer, Backing, Caller, ClientId, DomainCaps, Door, Effect, Event, FileId, Hitless, OnStuckDma, Outcome,
     PageState, Performer, Policy, Ranges, RegionSpec, Step,
 };
 use passgate_backends::iommu::sim::{Call, Fault};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
 use rustix::io::Errno;
 
 use crate::action::{Action, PIECE_AUTO};
 use crate::mutant::Plant;
-use crate::world::{Setup, World, able};
+use crate::world::{Setup, World};
 
 /// Adds 512 pages from the file's start.
 const ADD: Action = Action::Add {
@@ -27,9 +27,9 @@ const ADD: Action = Action::Add {
 };
 const END: Action = Action::End { granted: 0, outcome: Outcome::Committed, by_other: false };
 
-fn world_of(hitless: Hitless, able: Able, class: StopClass) -> World {
+fn world_of(hitless: Hitless, caps: DomainCaps, class: Steps) -> World {
     let policy = Policy { hitless, on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
-    let domains = vec![(able, vec![(class, Nature::default())])];
+    let domains = vec![(caps, vec![(class, DeviceTraits::default())])];
     let setup = Setup { policy, domains, tolerant: false, earlier_quarantine: Vec::new(), clean: true };
     World::new(&setup, Plant::Nothing).unwrap()
 }
@@ -66,9 +66,9 @@ fn reaches(world: &World, page: u64) -> bool {
 
 #[test]
 fn page_is_cut_out_without_touching_the_rest_of_the_mapping() {
-    let cuts = Able { cut: true, ..able(1 << 20, 1 << 30) };
+    let cuts = DomainCaps { cut: true, ..DomainCaps::new(1 << 20, 1 << 30) };
     for hitless in [Hitless::Require, Hitless::Prefer, Hitless::Off] {
-        let mut world = world_of(hitless, cuts, StopClass::DETACH);
+        let mut world = world_of(hitless, cuts, Steps::DETACH);
         play(&mut world, &[ADD, Action::Settle]);
         assert_eq!((mappings(&world), calls(&world)), (1, [1, 0, 0]), "{hitless:?}");
         convert(&mut world, 100, PageState::Private, 0);
@@ -83,18 +83,20 @@ fn page_is_cut_out_without_touching_the_rest_of_the_mapping() {
 #[test]
 fn uncuttable_memory_is_mapped_page_by_page_where_no_gap_is_allowed() {
     for (hitless, class) in [
-        (Hitless::Require, StopClass::all()),
+        (Hitless::Require, Steps::all()),
         // It can be neither drained nor stopped, and tolerates no fault.
-        (Hitless::Prefer, StopClass::DETACH | StopClass::RESET),
+        (Hitless::Prefer, Steps::DETACH | Steps::RESET),
     ] {
-        let mut world = world_of(hitless, able(1 << 20, 1 << 30), class);
+        let mut world = world_of(hitless, DomainCaps::new(1 << 20, 1 << 30), class);
         play(&mut world, &[ADD, Action::Settle]);
         assert_eq!(mappings(&world), 512, "{hitless:?}");
         convert(&mut world, 100, PageState::Private, 0);
         assert_eq!((mappings(&world), world.fences.len()), (511, 0), "{hitless:?}");
         // It is refused at once if larger pieces are requested all the same, or the mapping budget is too small.
-        for (able, piece) in [(able(1 << 20, 1 << 30), 9), (able(500, 1 << 30), PIECE_AUTO)] {
-            let mut world = world_of(hitless, able, class);
+        for (caps, piece) in
+            [(DomainCaps::new(1 << 20, 1 << 30), 9), (DomainCaps::new(500, 1 << 30), PIECE_AUTO)]
+        {
+            let mut world = world_of(hitless, caps, class);
             let Action::Add { client, gpa, pages, file, offset, initial, writable, .. } = ADD else {
                 unreachable!()
             };
@@ -109,7 +111,7 @@ fn uncuttable_memory_is_mapped_page_by_page_where_no_gap_is_allowed() {
 
 #[test]
 fn split_maps_the_rest_of_the_mapping_again_where_gaps_are_allowed() {
-    let mut world = world_of(Hitless::Off, able(1 << 20, 1 << 30), StopClass::all());
+    let mut world = world_of(Hitless::Off, DomainCaps::new(1 << 20, 1 << 30), Steps::all());
     play(&mut world, &[ADD, Action::Settle]);
     assert_eq!(mappings(&world), 1);
     convert(&mut world, 100, PageState::Private, 0);
@@ -119,8 +121,8 @@ fn split_maps_the_rest_of_the_mapping_again_where_gaps_are_allowed() {
 
 #[test]
 fn device_is_paused_until_the_rest_of_a_split_mapping_is_mapped() {
-    let room = able(600, 1 << 30);
-    let mut world = world_of(Hitless::Prefer, room, StopClass::DRAIN);
+    let room = DomainCaps::new(600, 1 << 30);
+    let mut world = world_of(Hitless::Prefer, room, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     // Half of the mapping budget is reserved for the fragments of conversions: so mappings of two pages.
     assert_eq!(mappings(&world), 256);
@@ -143,7 +145,7 @@ fn device_is_paused_until_the_rest_of_a_split_mapping_is_mapped() {
 #[test]
 fn failed_or_late_pause_refuses_no_conversion() {
     for late in [false, true] {
-        let mut world = world_of(Hitless::Prefer, able(600, 1 << 30), StopClass::DRAIN);
+        let mut world = world_of(Hitless::Prefer, DomainCaps::new(600, 1 << 30), Steps::DRAIN);
         world.model.clean = false;
         play(&mut world, &[ADD, Action::Settle]);
         play(&mut world, &[begin(100, PageState::Private, 0)]);
@@ -161,8 +163,8 @@ fn failed_or_late_pause_refuses_no_conversion() {
 
 #[test]
 fn batch_leaves_a_mapping_by_one_replace_where_a_second_table_exists() {
-    let replaces = Able { replace: true, ..able(1 << 20, 1 << 30) };
-    let mut world = world_of(Hitless::Off, replaces, StopClass::all());
+    let replaces = DomainCaps { replace: true, ..DomainCaps::new(1 << 20, 1 << 30) };
+    let mut world = world_of(Hitless::Off, replaces, Steps::all());
     play(&mut world, &[ADD, Action::Settle]);
     convert(&mut world, 10, PageState::Private, 15);
     assert_eq!((mappings(&world), calls(&world)), (17, [1, 0, 1]), "sixteen holes in one mapping");
@@ -174,8 +176,8 @@ fn batch_leaves_a_mapping_by_one_replace_where_a_second_table_exists() {
 
 #[test]
 fn failed_replace_is_settled_by_an_unmap_of_the_whole_mapping() {
-    let replaces = Able { replace: true, ..able(1 << 20, 1 << 30) };
-    let mut world = world_of(Hitless::Off, replaces, StopClass::all());
+    let replaces = DomainCaps { replace: true, ..DomainCaps::new(1 << 20, 1 << 30) };
+    let mut world = world_of(Hitless::Off, replaces, Steps::all());
     world.model.clean = false;
     play(&mut world, &[ADD, Action::Settle]);
     world.executor.buses[0].sim.fail_next(Call::Replace, Fault::Errno(Errno::IO));
@@ -192,7 +194,8 @@ fn quiet_fragments_are_merged_into_one_mapping() {
         (Hitless::Prefer, true, 5),
         (Hitless::Require, true, 5),
     ] {
-        let mut world = world_of(hitless, Able { cut, ..able(1 << 20, 1 << 30) }, StopClass::DRAIN);
+        let mut world =
+            world_of(hitless, DomainCaps { cut, ..DomainCaps::new(1 << 20, 1 << 30) }, Steps::DRAIN);
         play(&mut world, &[ADD, Action::Settle]);
         for page in [100, 300] {
             convert(&mut world, page, PageState::Private, 0);
@@ -214,7 +217,7 @@ fn quiet_fragments_are_merged_into_one_mapping() {
 
 #[test]
 fn device_is_paused_for_a_merge() {
-    let mut world = world_of(Hitless::Prefer, able(600, 1 << 30), StopClass::DRAIN);
+    let mut world = world_of(Hitless::Prefer, DomainCaps::new(600, 1 << 30), Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     convert(&mut world, 100, PageState::Private, 0);
     convert(&mut world, 100, PageState::Shared, 0);
@@ -228,7 +231,7 @@ fn device_is_paused_for_a_merge() {
 
 #[test]
 fn nothing_is_merged_while_anything_is_in_progress() {
-    let mut world = world_of(Hitless::Off, able(1 << 20, 1 << 30), StopClass::DRAIN);
+    let mut world = world_of(Hitless::Off, DomainCaps::new(1 << 20, 1 << 30), Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     convert(&mut world, 100, PageState::Private, 0);
     convert(&mut world, 100, PageState::Shared, 0);
@@ -245,7 +248,7 @@ fn nothing_is_merged_while_anything_is_in_progress() {
 
 #[test]
 fn begin_during_a_merge_waits_for_it_and_is_granted() {
-    let mut world = world_of(Hitless::Off, able(1 << 20, 1 << 30), StopClass::DRAIN);
+    let mut world = world_of(Hitless::Off, DomainCaps::new(1 << 20, 1 << 30), Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     convert(&mut world, 100, PageState::Private, 0);
     convert(&mut world, 100, PageState::Shared, 0);
@@ -258,7 +261,7 @@ fn begin_during_a_merge_waits_for_it_and_is_granted() {
 
 #[test]
 fn repeatedly_split_mapping_is_mapped_page_by_page_until_quiet() {
-    let mut world = world_of(Hitless::Off, able(1 << 20, 1 << 30), StopClass::DRAIN);
+    let mut world = world_of(Hitless::Off, DomainCaps::new(1 << 20, 1 << 30), Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     for page in (100..200).step_by(20) {
         convert(&mut world, page, PageState::Private, 0);
@@ -277,7 +280,8 @@ fn repeatedly_split_mapping_is_mapped_page_by_page_until_quiet() {
 #[test]
 fn conversion_beyond_the_mapping_budget_is_refused_before_anything_changes() {
     // One mapping at the start; each page that leaves it adds one.
-    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(5, 1 << 30) }, StopClass::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(5, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     for page in [10, 20] {
         convert(&mut world, page, PageState::Private, 0);
@@ -296,7 +300,8 @@ fn conversion_beyond_the_mapping_budget_is_refused_before_anything_changes() {
 #[test]
 fn conversion_during_a_map_reserves_the_mappings_of_its_cut() {
     for (room, verdicts) in [(2, [0, 0, 0]), (4, [1, 0, 0])] {
-        let mut world = world_of(Hitless::Off, Able { cut: true, ..able(room, 1 << 30) }, StopClass::DRAIN);
+        let mut world =
+            world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(room, 1 << 30) }, Steps::DRAIN);
         // The region's only mapping is being made.
         play(&mut world, &[ADD, begin(10, PageState::Private, 0), Action::Settle]);
         assert_eq!(world.verdicts, verdicts, "room for {room}");
@@ -308,7 +313,8 @@ fn conversion_during_a_map_reserves_the_mappings_of_its_cut() {
 
 #[test]
 fn cut_needs_mappings_for_both_ends_while_its_middle_is_mapped() {
-    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(5, 1 << 30) }, StopClass::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(5, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     for to in [PageState::Private, PageState::Shared] {
         [10, 12].into_iter().for_each(|page| convert(&mut world, page, to, 0));
@@ -330,7 +336,8 @@ fn cut_needs_mappings_for_both_ends_while_its_middle_is_mapped() {
 
 #[test]
 fn batch_is_one_invalidation_and_neighbours_are_unmapped_by_one_call() {
-    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 20, 1 << 30) }, StopClass::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(1 << 20, 1 << 30) }, Steps::DRAIN);
     play(&mut world, &[ADD, Action::Settle]);
     // Every other page: one call for each, but one verdict and one end.
     convert(&mut world, 0, PageState::Private, 15);
@@ -343,7 +350,8 @@ fn batch_is_one_invalidation_and_neighbours_are_unmapped_by_one_call() {
 
 #[test]
 fn number_of_excluded_ranges_is_limited() {
-    let mut world = world_of(Hitless::Off, Able { cut: true, ..able(1 << 40, 1 << 30) }, StopClass::DRAIN);
+    let mut world =
+        world_of(Hitless::Off, DomainCaps { cut: true, ..DomainCaps::new(1 << 40, 1 << 30) }, Steps::DRAIN);
     world.model.clean = false;
     let handle = |world: &mut World, event| {
         let mut effects = Vec::new();

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use passgate::gate::{
     Caller, Cause, ClientId, Event, FileId, InvalidationId, JobId, MapResult, Outcome, PageState, Policy,
-    Ranges, Reason, RegionId, RegionSpec, Snapshot, Step, Verdict,
+    Ranges, Reason, RegionId, RegionSpec, Rung, Snapshot, Step, Verdict,
 };
 use passgate_bindings::PageRange;
 use passgate_bindings::units::Offset;
@@ -193,7 +193,7 @@ impl Model {
             Event::Expired { invalidation, rung } => {
                 self.rung_expired.insert(invalidation);
                 if let Some(open) = self.oracle.open(invalidation) {
-                    open.out_of_time |= rung == Step::Reset;
+                    open.out_of_time |= rung == Rung::Fence(Step::Reset);
                 }
                 for death in &mut self.deaths {
                     death.fences_overdue |= death.closings.contains(&invalidation);
@@ -317,7 +317,7 @@ impl Model {
             if after.get(cookie).is_some_and(|left| left < bytes)
                 && let Some(request) = self.requests.get_mut(cookie)
             {
-                let part = whole / Step::LADDER.len() as u64;
+                let part = whole / Rung::LADDER.len() as u64;
                 request.due = now.saturating_add(whole).saturating_add(part);
             }
         }
@@ -414,7 +414,7 @@ impl Model {
         let resets = self.must_unmap.contains(&client) || self.policy.on_stuck_dma.allows().has(Step::Reset);
         for (id, device) in &self.shadow_ledger.devices {
             let can = |step: Step| device.steps.has(step);
-            let spared = device.nature.tdi && !self.policy.end_tdi;
+            let spared = device.traits.tdi && !self.policy.end_tdi;
             let any = can(Step::Drain)
                 || can(Step::Stop)
                 || can(Step::Detach)
@@ -488,7 +488,7 @@ impl Model {
         for status in &snapshot.devices {
             let expected = self.shadow_ledger.devices.get(&status.device);
             let differs = |device: &crate::shadow_ledger::Device| {
-                (device.fenced, device.nature) != (status.fenced, status.nature)
+                (device.fenced, device.traits) != (status.fenced, status.traits)
                     || (status.lost && !device.lost)
             };
             if expected.is_none_or(differs) {

@@ -12,10 +12,10 @@ impl Model {
     /// Returns the fences that may be requested now, by policy and for the regions being closed.
     pub fn allowed(&self) -> Steps {
         let policy = self.policy.on_stuck_dma.allows();
-        let leaving = if self.deaths.is_empty() { Steps::default() } else { Steps::ALL_BUT_RESET };
+        let leaving = if self.deaths.is_empty() { Steps::empty() } else { Steps::ALL_BUT_RESET };
         let forced =
-            if self.is_must_unmap_in_progress() { OnStuckDma::Reset.allows() } else { Steps::default() };
-        policy.or(leaving).or(forced)
+            if self.is_must_unmap_in_progress() { OnStuckDma::Reset.allows() } else { Steps::empty() };
+        policy | leaving | forced
     }
 
     /// True while a region is being closed whose owner cannot be refused.
@@ -54,9 +54,9 @@ impl Model {
     fn untried(&self, domain: DomainId, since: u64) -> Option<(DeviceId, Step)> {
         let mut devices = self.shadow_ledger.devices.iter().filter(|(_, device)| device.domain == domain);
         devices.find_map(|(id, device)| {
-            let spared = |step: Step| device.nature.tdi && !self.policy.end_tdi && step.ends_tdi();
-            let can = |step: &Step| *step > Step::Unmap && device.steps.has(*step) && !spared(*step);
-            let step = Step::LADDER.into_iter().filter(can).find(|step| !device.was_tried(*step, since))?;
+            let spared = |step: Step| device.traits.tdi && !self.policy.end_tdi && step.ends_tdi();
+            let can = |step: &Step| device.steps.has(*step) && !spared(*step);
+            let step = Step::ALL.into_iter().filter(can).find(|step| !device.was_tried(*step, since))?;
             Some((*id, step))
         })
     }

@@ -4,9 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use passgate::gate::{
-    Able, Answer, Caller, ClientId, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId, MapResult,
-    Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
+    Answer, Caller, ClientId, DomainCaps, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
+    MapResult, Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
 };
+use passgate_bindings::words;
 
 /// A planted fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +96,7 @@ impl Mutant {
         };
         let (unmaps, bus_master_fences, bus_master_off, shared, requested_states, files, withheld) =
             Default::default();
-        let gate = Gate::new(policy);
+        let gate = Gate::new(policy, words::private);
         let digest = DefaultHasher::new();
         Self {
             gate,
@@ -183,9 +184,9 @@ impl Mutant {
                 Plant::UnknownIsCommitted,
                 Event::End { caller, invalidation, outcome: Outcome::Unknown { .. } },
             ) => Some(Event::End { caller, invalidation, outcome: Outcome::Committed }),
-            (Plant::BudgetTooLarge, Event::DomainAdded { domain, able }) => {
-                let able = Able { max_mappings: able.max_mappings * 4, ..able };
-                Some(Event::DomainAdded { domain, able })
+            (Plant::BudgetTooLarge, Event::DomainAdded { domain, caps }) => {
+                let caps = DomainCaps { max_mappings: caps.max_mappings * 4, ..caps };
+                Some(Event::DomainAdded { domain, caps })
             }
             (Plant::ClientGoneLost, Event::ClientGone { .. }) => None,
             (Plant::MustUnmapLost, Event::Insists { .. }) => None,

@@ -2,13 +2,13 @@
 
 use passgate::gate::{Hitless, OnStuckDma, Outcome, PageState, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::{Iova, PAGE};
 use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::mutant::Plant;
-use crate::world::{Setup, World, able};
+use crate::world::{Setup, World};
 
 /// The page of the file whose state is unknown.
 const UNKNOWN_PAGE: u16 = 2;
@@ -22,8 +22,9 @@ fn world(earlier_quarantine: &[(u8, u16, u16, u64)]) -> World {
         hitless: Hitless::Off,
         ..Policy::default()
     };
-    let device = vec![(StopClass::DRAIN, Nature::default())];
-    let domains = vec![(able(256, 1 << 30), device.clone()), (able(256, 1 << 30), device)];
+    let device = vec![(Steps::DRAIN, DeviceTraits::default())];
+    let domains =
+        vec![(DomainCaps::new(256, 1 << 30), device.clone()), (DomainCaps::new(256, 1 << 30), device)];
     World::new(
         &Setup {
             policy,

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Instant;
 
-use passgate::gate::{Able, Hitless, OnStuckDma, Platform, Policy};
-use passgate_backends::{Nature, StopClass};
+use passgate::gate::{DomainCaps, Hitless, OnStuckDma, Platform, Policy};
+use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::PAGE;
 
 use crate::action::{Action, FaultRates};
@@ -42,13 +42,15 @@ impl Setup {
             .map(|_| {
                 let count = rng.below(3);
                 let devices = (0..count).map(|_| device(rng)).collect();
-                let able = Able {
+                let caps = DomainCaps {
                     max_mappings: if tight { 40 } else { 65_535 },
-                    max_piece: PAGE << rng.pick(&[0, 3, 9, 18]),
+                    max_mapping_len: PAGE << rng.pick(&[0, 3, 9, 18]),
                     cut: rng.odds(1, 3),
                     replace: rng.odds(1, 3),
+                    tickets: false,
+                    counts_partial: false,
                 };
-                (able, devices)
+                (caps, devices)
             })
             .collect();
         let count = if rng.odds(1, 3) { rng.below(4) } else { 0 };
@@ -68,9 +70,9 @@ impl Setup {
     }
 }
 
-fn device(rng: &mut Rng) -> (StopClass, Nature) {
-    let nature = Nature { ats: rng.odds(1, 3), tdi: rng.odds(1, 4) };
-    (StopClass::from_bits_truncate(rng.next() as u8), nature)
+fn device(rng: &mut Rng) -> (Steps, DeviceTraits) {
+    let traits = DeviceTraits { ats: rng.odds(1, 3), tdi: rng.odds(1, 4), tolerant: false };
+    (Steps::from_bits_truncate((rng.next() as u8) << 1), traits)
 }
 
 /// Returns the number in an environment variable; none if it is unset or no number.

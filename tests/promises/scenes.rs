@@ -2,13 +2,13 @@
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
-use passgate_backends::{Nature, StopClass};
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
 use crate::action::Action;
 use crate::mutant::Plant;
-use crate::world::{EVENT_KINDS, Setup, World, able};
+use crate::world::{EVENT_KINDS, Setup, World};
 
 const ADD: Action = Action::Add {
     client: 0,
@@ -57,7 +57,7 @@ const BEGIN_OTHER: Action = Action::Begin {
 
 fn world(on_stuck_dma: OnStuckDma) -> World {
     let policy = Policy { on_stuck_dma, hitless: Hitless::Off, ..Policy::default() };
-    let domains = vec![(able(256, 1 << 30), vec![(StopClass::all(), Nature::default())])];
+    let domains = vec![(DomainCaps::new(256, 1 << 30), vec![(Steps::all(), DeviceTraits::default())])];
     let mut world = World::new(
         &Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false },
         Plant::Nothing,
@@ -159,8 +159,8 @@ fn neighbours_in_a_split_mapping_are_mapped_again_at_once() {
 #[test]
 fn queued_fence_outlives_its_first_requester() {
     let policy = Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() };
-    let device = (StopClass::DETACH, Nature { ats: true, tdi: false });
-    let domains = vec![(able(256, 1 << 30), vec![device])];
+    let device = (Steps::DETACH, DeviceTraits { ats: true, tdi: false, tolerant: false });
+    let domains = vec![(DomainCaps::new(256, 1 << 30), vec![device])];
     let setup = Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     let next = Action::RunTask { task: 0, deliver: true, fault: None };

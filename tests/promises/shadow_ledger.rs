@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use passgate::gate::{
-    DeviceId, DomainId, Effect, Event, Hitless, JobId, MapResult, Nature, Notice, Platform, Policy, Step,
-    Steps, UnmapResult,
+    DeviceId, DeviceTraits, DomainId, Effect, Event, Hitless, JobId, MapResult, Notice, Platform, Policy,
+    Rung, Step, Steps, UnmapResult,
 };
 use passgate_bindings::{Iova, PageRange};
 use rangemap::RangeSet;
@@ -56,7 +56,7 @@ struct Flight {
 pub struct Device {
     pub domain: DomainId,
     pub steps: Steps,
-    pub nature: Nature,
+    pub traits: DeviceTraits,
     /// The strongest fence that it is under.
     pub fenced: Option<Step>,
     /// True while it is detached from its domain.
@@ -72,7 +72,7 @@ pub struct Device {
     /// True if the last attach failed.
     pub lost: bool,
     /// The [`ShadowLedger::event_count`] at the last request for each step, and at its last result.
-    fence_times: [(u64, u64); Step::LADDER.len()],
+    fence_times: [(u64, u64); Rung::LADDER.len()],
 }
 
 #[derive(Debug, Default)]
@@ -183,7 +183,7 @@ impl Domain {
 impl Device {
     /// True if it may still use translations that were removed: ATS is on, and it is not detached, or being attached.
     fn is_ats_active(&self) -> bool {
-        self.nature.ats && (!self.detached || self.attaching)
+        self.traits.ats && (!self.detached || self.attaching)
     }
 
     /// True if `step`, or a step that includes it, has been tried since `since` or is in force, or if a call in progress is in its
@@ -195,7 +195,7 @@ impl Device {
             includes(other) && requested.max(ended) >= since
         };
         let in_force = if step == Step::Detach { self.detached } else { self.fenced >= Some(step) };
-        self.busy > 0 || in_force || Step::LADDER.iter().any(tried)
+        self.busy > 0 || in_force || Step::ALL.iter().any(tried)
     }
 }
 
@@ -239,12 +239,12 @@ impl ShadowLedger {
         if !entry.steps.has(step) {
             broken!(4, "{effect:?} of a device that has no such fence");
         }
-        let strict = self.strict && entry.nature.ats && step == Step::Detach;
+        let strict = self.strict && entry.traits.ats && step == Step::Detach;
         let pause = policy.hitless == Hitless::Prefer && matches!(step, Step::Drain | Step::Stop);
         if !strict && !pause && !allowed.has(step) {
             broken!(4, "{effect:?} exceeds the policy {:?}", policy.on_stuck_dma);
         }
-        let ends_tdi = entry.nature.tdi && matches!(step, Step::Master | Step::Reset);
+        let ends_tdi = entry.traits.tdi && matches!(step, Step::Master | Step::Reset);
         if ends_tdi && !policy.end_tdi {
             broken!(4, "{effect:?} ends a TDI, which policy forbids");
         }
@@ -318,11 +318,11 @@ impl ShadowLedger {
             Event::DomainAdded { domain, .. } => {
                 self.domains.entry(domain).or_default();
             }
-            Event::DeviceAdded { device, domain, steps, nature } => {
+            Event::DeviceAdded { device, domain, steps, traits } => {
                 self.devices.entry(device).or_insert(Device {
                     domain,
                     steps,
-                    nature,
+                    traits,
                     fenced: None,
                     detached: false,
                     drained: false,
@@ -394,9 +394,9 @@ impl ShadowLedger {
                 let domain = entry.domain;
                 self.drop_cached(domain);
             }
-            Event::DeviceNature { device, ats, tdi } => {
+            Event::DeviceTraits { device, ats, tdi } => {
                 let Some(entry) = self.devices.get_mut(&device) else { return };
-                entry.nature = Nature { ats, tdi, ..entry.nature };
+                entry.traits = DeviceTraits { ats, tdi, ..entry.traits };
                 let domain = entry.domain;
                 self.drop_cached(domain);
             }

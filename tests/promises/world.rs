@@ -9,11 +9,11 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use passgate::gate::{
-    Able, Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
-    InvalidationId, Platform, Policy, Reason, Step, Steps, Verdict,
+    Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
+    InvalidationId, Platform, Policy, Reason, Rung, Step, Verdict,
 };
 use passgate_backends::iommu::sim::{Fault, FileKey, Memory, Sim};
-use passgate_backends::{Capabilities, Nature, StopClass};
+use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
@@ -25,14 +25,14 @@ use crate::mutant::{Mutant, Plant};
 use crate::oracle::{CheckResult, File, Open, Phase, broken};
 
 /// A device's stop class, and the traits that decide which fences prove anything.
-pub type DeviceKind = (StopClass, Nature);
+pub type DeviceKind = (Steps, DeviceTraits);
 
 /// The configuration of a world.
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub policy: Policy,
     /// The capabilities of each domain, and its devices.
-    pub domains: Vec<(Able, Vec<DeviceKind>)>,
+    pub domains: Vec<(DomainCaps, Vec<DeviceKind>)>,
     /// True if its devices tolerate DMA faults.
     pub tolerant: bool,
     /// The ranges that an earlier daemon left in quarantine: file, first page, number of pages, invalidation.
@@ -44,15 +44,10 @@ pub struct Setup {
 impl Setup {
     /// True if every device with ATS can be detached, where only that is proof.
     fn is_detachable(&self) -> bool {
-        let caches = self.domains.iter().flat_map(|(_, devices)| devices).filter(|(_, nature)| nature.ats);
+        let caches = self.domains.iter().flat_map(|(_, devices)| devices).filter(|(_, traits)| traits.ats);
         self.policy.platform == Platform::Contained
-            || caches.into_iter().all(|(class, _)| class.contains(StopClass::DETACH))
+            || caches.into_iter().all(|(class, _)| class.has(Step::Detach))
     }
-}
-
-/// Returns the capabilities of a domain with at most `max_mappings` mappings of at most `max_piece` bytes, and nothing else.
-pub const fn able(max_mappings: u64, max_piece: u64) -> Able {
-    Able { max_mappings, max_piece, cut: false, replace: false }
 }
 
 /// The word that devices write.
@@ -83,7 +78,7 @@ pub struct World {
     /// The number of calls until one that does not return, and true if that one is executed first.
     pub hang_at: Option<(u64, bool)>,
     clock: u64,
-    timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Step)>>,
+    timers: BinaryHeap<Reverse<(u64, u64, InvalidationId, Rung)>>,
     clients: [ClientId; CLIENTS],
     last_client: u32,
     cookies: u64,
@@ -112,7 +107,7 @@ pub const EVENT_KINDS: [&str; 20] = [
     "quiet",
     "adopt",
     "insists",
-    "nature",
+    "traits",
 ];
 
 fn event_kind(event: &Event) -> usize {
@@ -136,18 +131,8 @@ fn event_kind(event: &Event) -> usize {
         Event::Quiet => 16,
         Event::Adopt { .. } => 17,
         Event::Insists { .. } => 18,
-        Event::DeviceNature { .. } => 19,
+        Event::DeviceTraits { .. } => 19,
     }
-}
-
-/// Returns a stop class as the gate's set of steps.
-pub fn steps(class: StopClass) -> Steps {
-    let has = |flag, step| if class.contains(flag) { Steps::of(&[step]) } else { Steps::default() };
-    has(StopClass::DRAIN, Step::Drain)
-        .or(has(StopClass::STOP, Step::Stop))
-        .or(has(StopClass::MASTER, Step::Master))
-        .or(has(StopClass::DETACH, Step::Detach))
-        .or(has(StopClass::RESET, Step::Reset))
 }
 
 impl World {
@@ -180,29 +165,20 @@ impl World {
             world.executor.files.insert(id, (key, file));
             world.model.oracle.files.push(File::new(id, key));
         }
-        for (index, (able, devices)) in setup.domains.iter().enumerate() {
+        for (index, (caps, devices)) in setup.domains.iter().enumerate() {
             let domain = DomainId(index as u16);
-            let capabilities = Capabilities {
-                max_mappings: able.max_mappings,
-                max_mapping_len: able.max_piece,
-                cut: able.cut,
-                replace: able.replace,
-                ..Sim::CAPABILITIES
-            };
+            let DomainCaps { tickets, counts_partial, .. } = Sim::CAPABILITIES;
+            let capabilities = DomainCaps { tickets, counts_partial, ..*caps };
             world.executor.add_bus(domain, Sim::new(capabilities, memory.clone()).expect("an eventfd"));
-            world.feed(Event::DomainAdded { domain, able: *able })?;
-            for (n, (class, nature)) in devices.iter().enumerate() {
+            world.feed(Event::DomainAdded { domain, caps: *caps })?;
+            for (n, (class, traits)) in devices.iter().enumerate() {
                 let device = DeviceId((index * 8 + n) as u16);
-                world.executor.add_device(index, device, *class, *nature);
+                world.executor.add_device(index, device, *class, *traits);
                 world.feed(Event::DeviceAdded {
                     device,
                     domain,
-                    steps: steps(*class),
-                    nature: passgate::gate::Nature {
-                        ats: nature.ats,
-                        tdi: nature.tdi,
-                        tolerant: setup.tolerant,
-                    },
+                    steps: *class,
+                    traits: DeviceTraits { tolerant: setup.tolerant, ..*traits },
                 })?;
             }
         }
@@ -218,7 +194,7 @@ impl World {
         let range = PageRange::new(page * PAGE, pages * PAGE).expect("pages of a small file");
         // Any cause, also one that proof would lift in the daemon that had it.
         let cause = Cause::ALL[since as usize % Cause::ALL.len()];
-        let reason = Reason { cause, device: None, rung: Step::Unmap, errno: 0 };
+        let reason = Reason { cause, device: None, rung: Rung::Unmap, errno: 0 };
         let invalidation = InvalidationId(since);
         self.feed(Event::Quarantine { file, range, invalidation, reason })
     }

@@ -3,8 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 
 use passgate::client::{AddMemory, Answer, Outcome, PageState};
-use passgate::observe::keep::FILE;
-use passgate::observe::records::StateOptions;
+use passgate::session::quarantine_file::FILE;
+use passgate::session::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE, PageRange};
 

@@ -1,7 +1,7 @@
 //! A configuration: the machine, the actions of clients, and the bounds of one path.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
-use passgate_backends::{Capabilities, StopClass};
+use passgate_backends::{DomainCaps, Steps};
 
 use crate::action::Ending;
 use crate::kernel::{Machine, Outcome};
@@ -79,17 +79,16 @@ pub struct Config {
 
 /// The model machine, unless a configuration changes it.
 pub const MACHINE: Machine = Machine {
-    capabilities: Capabilities {
+    capabilities: DomainCaps {
         max_mappings: 65_535,
         max_mapping_len: 1 << 30,
-        by_file: true,
         tickets: false,
         cut: false,
         replace: false,
         counts_partial: true,
     },
     devices: 1,
-    stop_class: StopClass::DETACH,
+    stop_class: Steps::DETACH,
     ats: false,
     plant: Plant::Nothing,
 };

@@ -4,7 +4,7 @@
 //! one file of two pages, a conversion or two, a fault, a kill. Time always passes, up to every deadline.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState};
-use passgate_backends::StopClass;
+use passgate_backends::Steps;
 
 use crate::action::Ending;
 use crate::config::{Config, Conversion};
@@ -23,14 +23,14 @@ fn committed(config: Config) -> Config {
 fn pauses(mut config: Config) -> Config {
     config.piece = 2;
     config.policy.hitless = Hitless::Prefer;
-    config.machine.stop_class = StopClass::STOP | StopClass::DETACH;
+    config.machine.stop_class = Steps::STOP | Steps::DETACH;
     config
 }
 
 /// Returns the configuration with a domain whose unmaps may leave operations in flight, and a device that can be drained.
 fn tickets(mut config: Config) -> Config {
     config.machine.capabilities.tickets = true;
-    config.machine.stop_class = StopClass::DRAIN | StopClass::DETACH;
+    config.machine.stop_class = Steps::DRAIN | Steps::DETACH;
     config
 }
 
@@ -44,7 +44,7 @@ fn cuts(mut config: Config) -> Config {
 /// Returns the configuration with a device that has every fence, and a policy that allows them.
 fn resets(mut config: Config) -> Config {
     config.policy.on_stuck_dma = OnStuckDma::Reset;
-    config.machine.stop_class = StopClass::all();
+    config.machine.stop_class = Steps::all();
     config
 }
 

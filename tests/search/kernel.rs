@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use passgate_backends::device::Guard;
 use passgate_backends::{
-    Capabilities, Device, Domain, Error, FenceStep, Nature, Result, StopClass, Ticket, Unmap,
+    Device, DeviceTraits, Domain, DomainCaps, Error, Result, Step, Steps, Ticket, Unmap,
 };
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
@@ -80,9 +80,9 @@ pub struct State {
 /// The hardware of a machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
-    pub capabilities: Capabilities,
+    pub capabilities: DomainCaps,
     pub devices: usize,
-    pub stop_class: StopClass,
+    pub stop_class: Steps,
     /// True if the devices cache translations.
     pub ats: bool,
     /// The fault that is planted in the drivers.
@@ -229,7 +229,7 @@ impl Domain for ModelDomain {
         "model"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.0.machine.capabilities
     }
 
@@ -355,31 +355,35 @@ impl Device for ModelDevice {
         &self.name
     }
 
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.kernel.machine.stop_class
     }
 
-    fn nature(&self) -> Nature {
+    fn traits(&self) -> DeviceTraits {
         let Machine { ats, plant, .. } = self.kernel.machine;
-        Nature { ats: ats && (self.was_attached || plant != Plant::LiveAts), tdi: false }
+        DeviceTraits {
+            ats: ats && (self.was_attached || plant != Plant::LiveAts),
+            tdi: false,
+            tolerant: false,
+        }
     }
 
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         let mut state = self.kernel.state();
         let outcome = state.outcome();
-        if self.kernel.machine.plant == Plant::DetachLies && step == FenceStep::Detach {
+        if self.kernel.machine.plant == Plant::DetachLies && step == Step::Detach {
             return Ok(());
         }
         if outcome != Outcome::Fails {
-            if step != FenceStep::Detach || outcome == Outcome::Done {
+            if step != Step::Detach || outcome == Outcome::Done {
                 state.end_flights();
             }
             let device = &mut state.device_states[self.index];
             match step {
-                FenceStep::Drain => device.drained = true,
-                FenceStep::Stop | FenceStep::Master => device.stopped = true,
-                FenceStep::Detach => (device.attached, device.cached) = (false, 0),
-                FenceStep::Reset => (device.stopped, device.cached) = (false, 0),
+                Step::Drain => device.drained = true,
+                Step::Stop | Step::Master => device.stopped = true,
+                Step::Detach => (device.attached, device.cached) = (false, 0),
+                Step::Reset => (device.stopped, device.cached) = (false, 0),
             }
         }
         if outcome == Outcome::Done { Ok(()) } else { Err(self.failed()) }

@@ -9,8 +9,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use passgate::session::lasting::Lasting;
-use passgate_backends::resume::Ids;
+use passgate::session::persist::PersistentState;
+use passgate_backends::handover::DomainIds;
 
 /// The number of bytes that are reset: more than the header, the directory and the first tables.
 const IMAGE_BYTES: usize = 512 << 10;
@@ -26,10 +26,10 @@ thread_local! {
 }
 
 fn image(devices: usize) -> Image {
-    let lasting = Lasting::new().expect("a memfd");
+    let persistent = PersistentState::new().expect("a memfd");
     let names: Vec<_> = (0..devices).map(|nth| (format!("0000:00:{nth:02x}.0"), false)).collect();
-    lasting.complete(Ids::Type1 { entries: 65_535 }, &names);
-    let file = File::from(lasting.fd().and_then(|fd| fd.try_clone_to_owned().ok()).expect("a descriptor"));
+    persistent.complete(DomainIds::Type1 { entries: 65_535 }, &names);
+    let file = File::from(persistent.fd().and_then(|fd| fd.try_clone_to_owned().ok()).expect("a descriptor"));
     let mut bytes = vec![0; IMAGE_BYTES];
     file.read_exact_at(&mut bytes, 0).expect("a memfd is read");
     // Zeroes at the end need not be reset: no entry refers to what lies there.
@@ -39,7 +39,7 @@ fn image(devices: usize) -> Image {
 }
 
 /// Returns an empty ledger and its memfd. The ledger that this thread got before must have been dropped.
-pub fn fresh(devices: usize) -> (Lasting, OwnedFd) {
+pub fn fresh(devices: usize) -> (PersistentState, OwnedFd) {
     IMAGE.with_borrow_mut(|cached| {
         let image = match cached {
             Some(image) if image.devices == devices => image,
@@ -47,7 +47,7 @@ pub fn fresh(devices: usize) -> (Lasting, OwnedFd) {
         };
         image.file.write_all_at(&image.bytes, 0).expect("a memfd is written");
         let fd = || OwnedFd::from(image.file.try_clone().expect("a descriptor"));
-        let (lasting, _) = Lasting::open(fd()).expect("a new ledger is opened");
-        (lasting, fd())
+        let (persistent, _) = PersistentState::open(fd()).expect("a new ledger is opened");
+        (persistent, fd())
     })
 }

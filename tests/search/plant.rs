@@ -1,7 +1,7 @@
 //! Faults that are planted at the interfaces of the session, to show that the search finds them.
 
 use passgate::gate::HeldBy;
-use passgate::session::lasting::Left;
+use passgate::session::persist::EarlierState;
 
 /// One planted fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub enum Plant {
 
 impl Plant {
     /// Plants the fault in the state that the next daemon reads.
-    pub fn corrupt(self, state: &mut Left) {
+    pub fn corrupt(self, state: &mut EarlierState) {
         match self {
             Self::HoldsLost => state.past.holds.clear(),
             Self::StopsLost => state.past.stopped.clear(),

@@ -11,9 +11,9 @@ use passgate::gate::{
 };
 use passgate::protocol::verbs::AddMemory;
 use passgate::session::fdstore::{FdStore, Kept as KeptFiles, Name};
-use passgate::session::lasting::Lasting;
-use passgate::session::{Call, Hold, Next, Returned, Session, Trust};
-use passgate_backends::resume::Ids;
+use passgate::session::persist::PersistentState;
+use passgate::session::{Call, Next, Persistence, Returned, Session, Trust};
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange, identity};
 
@@ -503,14 +503,19 @@ impl<'a> World<'a> {
         self.oracle.daemon_dies();
         let ledger = self.ledger.as_ref().map(|fd| fd.try_clone().expect("a descriptor"));
         let Some(ledger) = ledger else { broken!("there is no ledger to open") };
-        let (lasting, mut state) = match Lasting::open(ledger) {
+        let (persistent, mut state) = match PersistentState::open(ledger) {
             Ok(opened) => opened,
             Err(error) => broken!("the next daemon cannot open the ledger: {error}"),
         };
         self.config.machine.plant.corrupt(&mut state);
         let memory = BTreeMap::from([(Name::Memory(file_id()), vec![guest_fd()])]);
         let (store, _) = FdStore::detached();
-        let hold = Hold { store, lasting, left: Some((state, KeptFiles::of(memory))), quarantine: None };
+        let hold = Persistence {
+            store,
+            persistent,
+            earlier: Some((state, KeptFiles::of(memory))),
+            quarantine: None,
+        };
         self.session = session(self.config, &self.kernel, &self.clock, Some(hold));
         self.session.complete(IDS);
         let snapshot = self.session.snapshot();
@@ -674,9 +679,14 @@ fn call_text(call: &Call) -> String {
 }
 
 /// The kernel ids of the model's domain, for the daemon that resumes with it.
-pub const IDS: Ids = Ids::Type1 { entries: 65_535 };
+pub const IDS: DomainIds = DomainIds::Type1 { entries: 65_535 };
 
-fn session(config: &Config, kernel: &Arc<Kernel>, clock: &Arc<ManualClock>, hold: Option<Hold>) -> Session {
+fn session(
+    config: &Config,
+    kernel: &Arc<Kernel>,
+    clock: &Arc<ManualClock>,
+    hold: Option<Persistence>,
+) -> Session {
     let clock = Arc::clone(clock);
     Session::new(config.policy, kernel.domain(), kernel.devices(), Trust::default(), clock, None, hold)
 }
@@ -689,9 +699,14 @@ fn first_daemon(
     if config.kills == 0 {
         return (session(config, kernel, clock, None), None);
     }
-    let (lasting, ledger) = ledger::fresh(config.machine.devices);
+    let (persistent, ledger) = ledger::fresh(config.machine.devices);
     let (store, _) = FdStore::detached();
-    let session = session(config, kernel, clock, Some(Hold { store, lasting, left: None, quarantine: None }));
+    let session = session(
+        config,
+        kernel,
+        clock,
+        Some(Persistence { store, persistent, earlier: None, quarantine: None }),
+    );
     session.complete(IDS);
     (session, Some(ledger))
 }

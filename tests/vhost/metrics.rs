@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use passgate::client::{Answer, Client, Outcome, PageState};
 use passgate_backends::nvme::sim::{Does, When, opcode};
-use passgate_backends::{Device, FenceStep};
+use passgate_backends::{Device, Step};
 use passgate_bindings::PageRange;
 
 use crate::guest::{DATA_GPA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
@@ -164,7 +164,7 @@ fn held_requests_are_visible_and_refused_ones_counted() {
 fn retried_request_counts_as_one_hold() {
     let world = World::new();
     let (mut guest, mut client) = (world.guest(), world.control());
-    world.drive.fence(FenceStep::Drain).unwrap();
+    world.drive.fence(Step::Drain).unwrap();
     guest.request(0, 0, IN, 0, &[(DATA_GPA, 4096)]);
     guest.kick(0);
     wait_for_value(&mut client, "requests_held", 1);

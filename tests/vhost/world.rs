@@ -68,7 +68,7 @@ impl World {
     pub fn with(setup: Setup) -> Self {
         crate::init_logging();
         let guard = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
-        let capabilities = passgate_backends::Capabilities { cut: setup.cut, ..Sim::CAPABILITIES };
+        let capabilities = passgate_backends::DomainCaps { cut: setup.cut, ..Sim::CAPABILITIES };
         let iommu = Arc::new(Sim::new(capabilities, Memory::new()).unwrap());
         let sim = sim::Simulated::new(&iommu, setup.drive).unwrap();
         let iommu_domain = Arc::clone(&iommu) as Arc<dyn Domain>;

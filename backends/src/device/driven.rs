@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use super::load::Load;
 use super::pause::{self, Pause};
-use super::{Device, FenceStep, Guard, Nature, STAMP, STAMP_LEN, StopClass, driven_load, own};
+use super::{Device, DeviceTraits, Guard, STAMP, STAMP_LEN, Step, Steps, driven_load, own};
 use crate::{Error, Result};
 
 /// The time for which a drain or an attach waits for the transfer in progress: longer than any transfer's own time-out
@@ -162,25 +162,25 @@ impl<E: Engine> Device for Driven<E> {
         self.0.device.name()
     }
 
-    fn stop_class(&self) -> StopClass {
-        self.0.device.stop_class() | StopClass::DRAIN
+    fn stop_class(&self) -> Steps {
+        self.0.device.stop_class() | Steps::DRAIN
     }
 
     fn wanted(&self) -> Option<BorrowedFd<'_>> {
         self.0.device.wanted()
     }
 
-    fn nature(&self) -> Nature {
-        self.0.device.nature()
+    fn traits(&self) -> DeviceTraits {
+        self.0.device.traits()
     }
 
     /// After any fence, successful or not, no transfer begins until [`Device::attach`]: after a drain a transfer waits
     /// for the attach, after any other fence it fails.
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         if !self.stop_class().has(step) {
             return self.0.device.fence(step); // returns the error
         }
-        if step == FenceStep::Drain {
+        if step == Step::Drain {
             self.0.pause.drain();
             return self.0.engine_within_timeout("drain")?.stop();
         }

@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
     use crate::device::driven::Driven;
-    use crate::device::{Device, FenceStep, StopClass};
+    use crate::device::{Device, Step, Steps};
     use crate::iommu::sim::{Memory, Sim};
 
     /// An engine with a few pages of memory.
@@ -174,7 +174,7 @@ mod tests {
         let sim = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
         let pages = [0, 2 * PAGE].map(|at| (at, vec![0; PAGE as usize])).into();
         Driven::new(
-            Arc::new(sim.device("plain", StopClass::DETACH, crate::Nature::default())),
+            Arc::new(sim.device("plain", Steps::DETACH, crate::DeviceTraits::default())),
             MemoryEngine { pages, corrupts },
         )
         .unwrap()
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn fence_stops_a_load_and_attach_resumes_it() {
-        for step in [FenceStep::Drain, FenceStep::Detach] {
+        for step in [Step::Drain, Step::Detach] {
             let device = device(false);
             let load = device.start(&[Iova(0)]).unwrap();
             for _ in 0..20 {

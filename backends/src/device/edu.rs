@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::own::OwnMemory;
 use super::vfio::VfioDevice;
-use super::{Device, FenceStep, Guard, Nature, StopClass};
+use super::{Device, DeviceTraits, Guard, Step, Steps};
 use crate::iommu::Domain;
 use crate::{Error, Result};
 
@@ -145,7 +145,7 @@ impl Device for Edu {
         self.device.name()
     }
 
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.device.stop_class()
     }
 
@@ -153,11 +153,11 @@ impl Device for Edu {
         self.device.wanted()
     }
 
-    fn nature(&self) -> Nature {
-        self.device.nature()
+    fn traits(&self) -> DeviceTraits {
+        self.device.traits()
     }
 
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         self.device.fence(step)
     }
 

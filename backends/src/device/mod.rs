@@ -10,6 +10,7 @@ use crate::{Error, Result};
 pub mod driven;
 mod driven_load;
 pub mod edu;
+mod fence;
 pub mod igb;
 pub mod load;
 pub mod nvme;
@@ -21,70 +22,12 @@ pub mod soft;
 pub mod vfio;
 pub mod virtio;
 
-/// A fence, as a step of the gate's ladder that acts on a device, weakest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FenceStep {
-    /// End the operations in flight and issue no more, where the device supports it (cancellation of io_uring
-    /// operations, the drain of a driver in this crate). Operations have ended only once their tickets are returned.
-    /// With a driver in this crate, a transfer that is requested after a drain waits, for 5 s at most, until the device
-    /// is attached again; after any stronger fence it fails.
-    Drain,
-    /// Set the migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
-    Stop,
-    /// Clear Bus Master Enable in the Command register, then wait until Transactions Pending in Device Status is clear
-    /// (PCIe 6.0, 7.5.1.1.3 and 7.5.3.5): the device issues no new request, and none is outstanding.
-    Master,
-    /// Move the device to the blocking domain (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
-    Detach,
-    /// Reset the device (`VFIO_DEVICE_RESET`; a software device resets its sockets).
-    Reset,
-}
-
-bitflags::bitflags! {
-    /// The set of fences that a device supports.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub struct StopClass: u8 {
-        /// [`FenceStep::Drain`].
-        const DRAIN = 1;
-        /// [`FenceStep::Stop`].
-        const STOP = 2;
-        /// [`FenceStep::Master`].
-        const MASTER = 4;
-        /// [`FenceStep::Detach`].
-        const DETACH = 8;
-        /// [`FenceStep::Reset`].
-        const RESET = 16;
-    }
-}
-
-impl StopClass {
-    /// Returns true if the device supports this fence.
-    pub fn has(self, step: FenceStep) -> bool {
-        self.contains(match step {
-            FenceStep::Drain => Self::DRAIN,
-            FenceStep::Stop => Self::STOP,
-            FenceStep::Master => Self::MASTER,
-            FenceStep::Detach => Self::DETACH,
-            FenceStep::Reset => Self::RESET,
-        })
-    }
-}
+pub use fence::{DeviceTraits, Step, Steps};
 
 /// The byte that [`Device::touch`] writes if the device can write any bytes.
 const STAMP: u8 = 0xa5;
 /// The number of bytes that it writes.
 const STAMP_LEN: usize = 512;
-
-/// The properties of a device that determine which fences are proof.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Nature {
-    /// It caches translations (PCI ATS is on): the invalidation of that cache after an unmap may time out, which the
-    /// kernel does not report.
-    pub ats: bool,
-    /// It is a TDISP interface in CONFIG_LOCKED or RUN: bus mastering off or a reset ends the TDI (PCIe 6.1,
-    /// 11.2.8: the interface goes to ERROR).
-    pub tdi: bool,
-}
 
 /// A passthrough device, or a software device.
 pub trait Device: Send + Sync + fmt::Debug {
@@ -92,15 +35,15 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn name(&self) -> &str;
 
     /// Returns the fences that it supports, found when it was opened.
-    fn stop_class(&self) -> StopClass;
+    fn stop_class(&self) -> Steps;
 
-    /// Returns its present ATS and TDI state.
-    fn nature(&self) -> Nature {
-        Nature::default()
+    /// Returns its traits, with its present ATS and TDI state.
+    fn traits(&self) -> DeviceTraits {
+        DeviceTraits::default()
     }
 
     /// Executes one fence and returns once it is complete. `Ok` means exactly that the step has its documented effect.
-    fn fence(&self, step: FenceStep) -> Result<()>;
+    fn fence(&self, step: Step) -> Result<()>;
 
     /// Attaches a fenced device to its domain again.
     fn attach(&self) -> Result<()>;

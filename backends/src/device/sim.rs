@@ -11,7 +11,7 @@ use std::sync::Arc;
 use passgate_bindings::{Failed, Iova, PAGE};
 use rustix::io::Errno;
 
-use super::{Device, FenceStep, Guard, Nature, StopClass};
+use super::{Device, DeviceTraits, Guard, Step, Steps};
 use crate::iommu::sim::{Call, DmaTarget, Fault, Shared, StaleUntil};
 use crate::{Error, Result};
 
@@ -19,8 +19,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct SimDevice {
     name: String,
-    stop_class: StopClass,
-    nature: Nature,
+    stop_class: Steps,
+    traits: DeviceTraits,
     domain: Arc<Shared>,
     port: usize,
 }
@@ -28,12 +28,12 @@ pub struct SimDevice {
 impl SimDevice {
     pub(crate) fn new(
         name: &str,
-        stop_class: StopClass,
-        nature: Nature,
+        stop_class: Steps,
+        traits: DeviceTraits,
         domain: Arc<Shared>,
         port: usize,
     ) -> Self {
-        Self { name: name.to_owned(), stop_class, nature, domain, port }
+        Self { name: name.to_owned(), stop_class, traits, domain, port }
     }
 
     /// Returns true while the device is attached and issues requests.
@@ -106,15 +106,15 @@ impl Device for SimDevice {
         &self.name
     }
 
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.stop_class
     }
 
-    fn nature(&self) -> Nature {
-        self.nature
+    fn traits(&self) -> DeviceTraits {
+        self.traits
     }
 
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         let fault = self.domain.enter(Call::Fence);
         if !self.stop_class.has(step) {
             return Err(Error::Unsupported { device: self.name.clone(), what: "this fence" });
@@ -124,20 +124,20 @@ impl Device for SimDevice {
         }
         let failed = if let Some(Fault::HalfDone(errno)) = fault { Some(errno) } else { None };
         match step {
-            FenceStep::Drain => {
+            Step::Drain => {
                 self.domain.end_stale(self.port, StaleUntil::Flush);
             }
-            FenceStep::Stop | FenceStep::Master => {
+            Step::Stop | Step::Master => {
                 self.domain.set_quiesced(self.port, true);
                 if !self.domain.end_stale(self.port, StaleUntil::Flush) {
                     return Err(self.fail("sim fence", Errno::TIMEDOUT));
                 }
             }
-            FenceStep::Detach => {
+            Step::Detach => {
                 self.domain.set_attached(self.port, false);
                 self.domain.end_stale(self.port, StaleUntil::CacheCleared);
             }
-            FenceStep::Reset => {
+            Step::Reset => {
                 self.domain.set_quiesced(self.port, false);
                 self.domain.end_stale(self.port, StaleUntil::CacheCleared);
             }

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::device::pause::{self, Pause};
-use crate::device::{Device, FenceStep, Guard, StopClass};
+use crate::device::{Device, Guard, Step, Steps};
 use crate::iommu::soft::reaper::Operation;
 use crate::iommu::soft::{Dma, IssueError, SoftDomain, lock};
 use crate::{Error, Result};
@@ -258,20 +258,20 @@ impl Device for SoftDevice {
         &self.name
     }
 
-    fn stop_class(&self) -> StopClass {
-        StopClass::DRAIN | StopClass::RESET
+    fn stop_class(&self) -> Steps {
+        Steps::DRAIN | Steps::RESET
     }
 
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         match step {
-            FenceStep::Drain => {
+            Step::Drain => {
                 self.pause.drain();
                 let held = lock(&self.held).clone();
                 // Waits for the transfer in progress.
                 drop(lock(&self.engine));
                 self.cancel(&held)
             }
-            FenceStep::Reset => self.reset(),
+            Step::Reset => self.reset(),
             _ => Err(Error::Unsupported { device: self.name.clone(), what: "this fence" }),
         }
     }

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 
 use self::ats::Ats;
 use super::refusal::{Candidate, candidate};
-use super::{Device, FenceStep, Guard, Nature, StopClass};
+use super::{Device, DeviceTraits, Guard, Step, Steps};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Error, Result};
@@ -40,7 +40,7 @@ const NEEDS_TOKEN: &str = "; other processes have virtual functions of it, and V
 pub struct VfioDevice {
     name: String,
     pci: PciDevice,
-    stop: StopClass,
+    stop: Steps,
     config: Region,
     capabilities: Capabilities,
     ats: Ats,
@@ -109,7 +109,7 @@ impl VfioDevice {
             },
         })?;
         let handle = Handle::Group { file, _group: group, domain: Arc::clone(domain) };
-        Self::new(candidate.pci, handle, StopClass::empty())
+        Self::new(candidate.pci, handle, Steps::empty())
     }
 
     fn attach_cdev(
@@ -143,14 +143,14 @@ impl VfioDevice {
                  as a fence",
                 candidate.group.id
             );
-            StopClass::empty()
+            Steps::empty()
         } else {
-            StopClass::DETACH
+            Steps::DETACH
         };
         Self::new(candidate.pci, Handle::Cdev { cdev, domain: Arc::clone(domain) }, stop)
     }
 
-    fn new(pci: PciDevice, handle: Handle, stop: StopClass) -> Result<Self> {
+    fn new(pci: PciDevice, handle: Handle, stop: Steps) -> Result<Self> {
         let device = Self::opened(pci, handle, stop, false)?;
         // Valid here, because the device has just been attached.
         device.ats.attached(device.ats_on().ok());
@@ -160,7 +160,7 @@ impl VfioDevice {
 
     /// Makes the object for an open device and changes nothing in the device. `ats_unused` is set if an earlier process
     /// has read ATS as off after the last attach.
-    fn opened(pci: PciDevice, handle: Handle, stop: StopClass, ats_unused: bool) -> Result<Self> {
+    fn opened(pci: PciDevice, handle: Handle, stop: Steps, ats_unused: bool) -> Result<Self> {
         let name = pci.address().to_string();
         let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
         let info = handle.file().info().map_err(fail)?;
@@ -172,9 +172,9 @@ impl VfioDevice {
         device.check_present()?;
         device.capabilities = device.find_capabilities()?;
         device.ats = Ats::new(device.capabilities.ats.is_some(), ats_unused);
-        device.stop.set(StopClass::RESET, info.resets());
-        device.stop.set(StopClass::STOP, migrates);
-        device.stop.set(StopClass::MASTER, device.capabilities.express.is_some());
+        device.stop.set(Steps::RESET, info.resets());
+        device.stop.set(Steps::STOP, migrates);
+        device.stop.set(Steps::MASTER, device.capabilities.express.is_some());
         Ok(device)
     }
 
@@ -252,7 +252,7 @@ impl VfioDevice {
 
     /// Lets the device issue requests, by its migration state and Bus Master Enable.
     fn run(&self) -> Result<()> {
-        if self.stop.has(FenceStep::Stop) {
+        if self.stop.has(Step::Stop) {
             self.migration_run()?;
         }
         self.set_master(true)
@@ -266,13 +266,13 @@ impl VfioDevice {
         }
     }
 
-    fn unsupported(&self, step: FenceStep) -> Error {
+    fn unsupported(&self, step: Step) -> Error {
         let what = match step {
-            FenceStep::Drain => "draining its DMA",
-            FenceStep::Stop => "stopping it by its migration state",
-            FenceStep::Master => "waiting until no transaction is pending",
-            FenceStep::Detach => "detaching it from its address space",
-            FenceStep::Reset => "resetting it",
+            Step::Drain => "draining its DMA",
+            Step::Stop => "stopping it by its migration state",
+            Step::Master => "waiting until no transaction is pending",
+            Step::Detach => "detaching it from its address space",
+            Step::Reset => "resetting it",
         };
         Error::Unsupported { device: self.name.clone(), what }
     }
@@ -292,7 +292,7 @@ impl Device for VfioDevice {
         &self.name
     }
 
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.stop
     }
 
@@ -300,20 +300,22 @@ impl Device for VfioDevice {
         self.request.as_ref().map(AsFd::as_fd)
     }
 
-    fn nature(&self) -> Nature {
-        Nature { ats: self.ats.caches(self.ats_on().ok()), tdi: self.pci.is_bound_tdi() }
+    fn traits(&self) -> DeviceTraits {
+        DeviceTraits {
+            ats: self.ats.caches(self.ats_on().ok()),
+            tdi: self.pci.is_bound_tdi(),
+            tolerant: false,
+        }
     }
 
     /// A reset leaves bus mastering off, so the device cannot issue requests until [`Device::attach`].
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         match (step, &self.handle) {
             _ if !self.stop.has(step) => Err(self.unsupported(step)),
-            (FenceStep::Stop, _) => self.migration_stop(),
-            (FenceStep::Master, _) => self.master_off(),
-            (FenceStep::Detach, Handle::Cdev { cdev, domain }) => {
-                domain.detach(cdev).map_err(|f| self.failed(f))
-            }
-            (FenceStep::Reset, handle) => {
+            (Step::Stop, _) => self.migration_stop(),
+            (Step::Master, _) => self.master_off(),
+            (Step::Detach, Handle::Cdev { cdev, domain }) => domain.detach(cdev).map_err(|f| self.failed(f)),
+            (Step::Reset, handle) => {
                 handle.file().reset().map_err(|failed| self.failed(failed))?;
                 self.set_master(false)
             }

@@ -18,8 +18,8 @@ use passgate_bindings::vfio::Cdev;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
-use super::{Capabilities, Domain, Unmap, pieces};
-use crate::resume::{Ids, Left};
+use super::{Domain, DomainCaps, Unmap, pieces};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 mod areas;
@@ -162,12 +162,11 @@ impl Domain for IommufdDomain {
         "iommufd"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         // iommufd limits pinned memory, not the number of mappings.
-        Capabilities {
+        DomainCaps {
             max_mappings: u64::MAX,
             max_mapping_len: LIMIT,
-            by_file: self.by_file,
             tickets: false,
             cut: matches!(self.setup, IoasSetup::Single { cuts: true, .. }),
             replace: matches!(self.setup, IoasSetup::Pair(_)),
@@ -222,7 +221,7 @@ impl Domain for IommufdDomain {
         self.iommufd.iova_ranges(ioas).map(|found| found.ranges).unwrap_or_default()
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.hand_over()
     }
 

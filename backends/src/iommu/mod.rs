@@ -13,9 +13,10 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 
 pub mod iommufd;
 mod pieces;
@@ -23,23 +24,32 @@ pub mod sim;
 pub mod soft;
 pub mod type1;
 
-/// The capabilities of a domain, probed when it was opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Capabilities {
+/// The capabilities of a domain, probed when it was opened. The serialised names are those of the audit log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainCaps {
     /// The maximum number of mappings in this domain.
     pub max_mappings: u64,
     /// The maximum length of one mapping in bytes (1 GiB for a registered buffer of io_uring).
+    #[serde(rename = "max_piece")]
     pub max_mapping_len: u64,
-    /// True if mappings can be made by file and offset.
-    pub by_file: bool,
     /// True if an unmap may leave operations in flight ([`Unmap::InFlight`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tickets: bool,
     /// True if an unmap may begin and end inside mappings, whose rest stays mapped without a gap.
     pub cut: bool,
     /// True if [`Domain::replace`] is supported.
     pub replace: bool,
     /// True if an unmap that fails half-way reports the number of bytes that it removed ([`Unmap::Failed`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub counts_partial: bool,
+}
+
+impl DomainCaps {
+    /// Returns the capabilities of a domain that has these limits and can do nothing besides.
+    pub const fn new(max_mappings: u64, max_mapping_len: u64) -> Self {
+        let (tickets, cut, replace, counts_partial) = (false, false, false, false);
+        Self { max_mappings, max_mapping_len, tickets, cut, replace, counts_partial }
+    }
 }
 
 /// Identifies the operations that were in flight over pages when an unmap removed them. [`Domain::poll`] returns it
@@ -78,7 +88,7 @@ pub trait Domain: Send + Sync + fmt::Debug {
     fn name(&self) -> &'static str;
 
     /// Returns its capabilities.
-    fn capabilities(&self) -> Capabilities;
+    fn capabilities(&self) -> DomainCaps;
 
     /// Maps the pages of `file` from `offset` on at `iova`, as mappings on a grid of `piece` bytes: each mapping begins
     /// and ends at an IOVA that is a multiple of `piece`, except that the first begins where `iova` does and the last
@@ -95,7 +105,7 @@ pub trait Domain: Send + Sync + fmt::Debug {
         writable: bool,
     ) -> Result<()>;
 
-    /// Unmaps everything in `iova`; unmapped gaps inside are no error. If the domain can [cut](Capabilities::cut), the
+    /// Unmaps everything in `iova`; unmapped gaps inside are no error. If the domain can [cut](DomainCaps::cut), the
     /// parts of mappings outside `iova` stay mapped, as mappings of their own; if it cannot, a mapping that extends
     /// beyond `iova` makes the call fail ([`Unmap::Failed`]), and that mapping is unchanged. Unless the call fails,
     /// nothing in `iova` is mapped afterwards. Operations over the remains of a partial map
@@ -110,8 +120,8 @@ pub trait Domain: Send + Sync + fmt::Debug {
 
     /// Duplicates the files with which another process can take the domain over ([`crate::resume`]), and returns its
     /// ids.
-    fn leave(&self) -> io::Result<(Left, Ids)> {
-        Ok((Left::default(), Ids::Nothing))
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
+        Ok((Handover::default(), DomainIds::Nothing))
     }
 
     /// Announces that `iova` was mapped by an earlier process and still is. Called once for each such range, before any
@@ -135,7 +145,7 @@ pub trait Domain: Send + Sync + fmt::Debug {
     /// **Not hitless**: VT-d and AMD block the device briefly while it moves, and a DMA in that gap is lost, also one
     /// to a page that stays mapped. The kernel guarantees no more for any IOMMU.
     ///
-    /// `ENOSYS` if the domain does not [support it](Capabilities::replace): nothing has changed then.
+    /// `ENOSYS` if the domain does not [support it](DomainCaps::replace): nothing has changed then.
     fn replace(&self, gone: &[PageRange<Iova>]) -> Unmap {
         let _ = gone;
         Unmap::Failed { errno: Errno::NOSYS, bytes: 0 }

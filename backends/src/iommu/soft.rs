@@ -33,7 +33,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::device::soft::SoftDevice;
-use crate::{Capabilities, Domain, Error, Result, Ticket, Unmap};
+use crate::{Domain, DomainCaps, Error, Result, Ticket, Unmap};
 
 mod mapping;
 pub(crate) mod reaper;
@@ -248,12 +248,11 @@ impl Domain for SoftDomain {
         "soft"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         let slots = u64::from(self.ring.slots());
-        Capabilities {
+        DomainCaps {
             max_mappings: self.memlock.map_or(slots, |limit| slots.min(limit / PAGE)),
             max_mapping_len: uring::MAX_SLOT_LEN,
-            by_file: false,
             tickets: true,
             // A registered buffer can only be unregistered as a whole.
             cut: false,

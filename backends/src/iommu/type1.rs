@@ -20,8 +20,8 @@ use passgate_bindings::vfio::{Container, Group, PciAddress};
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::io::Errno;
 
-use super::{Capabilities, Domain, Unmap, pieces};
-use crate::resume::{Ids, Left};
+use super::{Domain, DomainCaps, Unmap, pieces};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 /// The module parameter with the maximum number of mappings in a container.
@@ -118,11 +118,10 @@ impl Domain for Type1Domain {
         "type1"
     }
 
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
+    fn capabilities(&self) -> DomainCaps {
+        DomainCaps {
             max_mappings: self.entries,
             max_mapping_len: LIMIT,
-            by_file: false,
             tickets: false,
             cut: false,
             replace: false,
@@ -153,7 +152,7 @@ impl Domain for Type1Domain {
         self.container.info().map(|info| info.iova_ranges).unwrap_or_default()
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.hand_over()
     }
 }

@@ -17,8 +17,8 @@ use passgate_bindings::{Iova, PageRange};
 use rustix::io::Errno;
 
 use super::Window;
-use crate::resume::{Ids, Left};
-use crate::{Capabilities, Domain, Result, Ticket, Unmap};
+use crate::handover::{DomainIds, Handover};
+use crate::{Domain, DomainCaps, Result, Ticket, Unmap};
 
 /// The time for which an unmap waits for requests in flight: longer than nearly every request takes, and a small part
 /// of an invalidation's deadline, because stronger fences are left after that.
@@ -69,7 +69,7 @@ impl Domain for Windowed {
         self.inner.name()
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.inner.capabilities()
     }
 
@@ -97,7 +97,7 @@ impl Domain for Windowed {
         }
     }
 
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.inner.leave()
     }
 

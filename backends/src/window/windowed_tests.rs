@@ -6,7 +6,7 @@ use passgate_bindings::PAGE;
 use super::super::{Entered, Segment};
 use super::*;
 use crate::iommu::sim::{Call, Fault, Memory, Sim};
-use crate::{Nature, StopClass};
+use crate::{DeviceTraits, Steps};
 
 struct Rig {
     sim: Sim,
@@ -15,7 +15,7 @@ struct Rig {
     file: Arc<GuestFile>,
 }
 
-fn rig(capabilities: Capabilities) -> Rig {
+fn rig(capabilities: DomainCaps) -> Rig {
     let sim = Sim::new(capabilities, Memory::new()).unwrap();
     let window = Window::new(4, 4);
     let domain = Windowed::new(Arc::new(sim.clone()), Arc::clone(&window));
@@ -47,7 +47,7 @@ impl Rig {
     }
 }
 
-const CUTS: Capabilities = Capabilities { cut: true, replace: true, ..Sim::CAPABILITIES };
+const CUTS: DomainCaps = DomainCaps { cut: true, replace: true, ..Sim::CAPABILITIES };
 
 #[test]
 fn pages_are_open_while_they_are_mapped() {
@@ -158,7 +158,7 @@ fn failed_split_stays_closed_until_mapped_again() {
 fn partial_unmap_opens_nothing_again() {
     for fault in [Fault::Errno(Errno::IO), Fault::HalfUnmapped(Errno::IO), Fault::Short, Fault::Late] {
         let rig = rig(CUTS);
-        let _device = rig.sim.device("sim:0", StopClass::all(), Nature { ats: false, tdi: false });
+        let _device = rig.sim.device("sim:0", Steps::all(), DeviceTraits::default());
         rig.map(0, 8, 2).unwrap();
         rig.sim.fail_next(Call::Unmap, fault);
         assert_ne!(rig.domain.unmap(pages(2, 4)), Unmap::Gone { bytes: 4 * PAGE }, "{fault:?}");
@@ -209,9 +209,9 @@ impl Domain for Recorder {
         self.record("name");
         "recorder"
     }
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.record("capabilities");
-        Capabilities { max_mappings: 77, ..CUTS }
+        DomainCaps { max_mappings: 77, ..CUTS }
     }
     fn map(&self, _: PageRange<Iova>, _: u64, _: &Arc<GuestFile>, _: Offset, _: bool) -> Result<()> {
         self.record("map");
@@ -227,9 +227,9 @@ impl Domain for Recorder {
         self.record("usable");
         vec![Iova(7)..=Iova(8)]
     }
-    fn leave(&self) -> io::Result<(Left, Ids)> {
+    fn leave(&self) -> io::Result<(Handover, DomainIds)> {
         self.record("leave");
-        Ok((Left::default(), Ids::Type1 { entries: 7 }))
+        Ok((Handover::default(), DomainIds::Type1 { entries: 7 }))
     }
     fn resumed(&self, _: PageRange<Iova>) {
         self.record("resumed");
@@ -267,7 +267,7 @@ fn windowed_forwards_every_call_and_result() {
     domain.map(pages(0, 1), PAGE, &file, Offset(0), true).unwrap();
     assert_eq!(domain.unmap(pages(0, 1)), Unmap::InFlight { bytes: 7, ticket: Ticket(7) });
     assert_eq!(domain.usable(), [Iova(7)..=Iova(8)]);
-    assert_eq!(domain.leave().unwrap().1, Ids::Type1 { entries: 7 });
+    assert_eq!(domain.leave().unwrap().1, DomainIds::Type1 { entries: 7 });
     domain.resumed(pages(0, 1));
     assert!(domain.may_wait(pages(0, 1)));
     assert_eq!(domain.replace(&[pages(0, 1)]), Unmap::Gone { bytes: 7 });

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Failed;
 use passgate_backends::device::Guard;
 use passgate_backends::nvme::{Drive, DriveOptions, Fault, Op, Queue, Submitted};
-use passgate_backends::{Accept, Assignment, Device, Domain, FenceStep, Segment, Unmap, Windowed, assign};
+use passgate_backends::{Accept, Assignment, Device, Domain, Segment, Step, Unmap, Windowed, assign};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::device::DeviceFile;
@@ -358,7 +358,7 @@ fn under_load(served: &Served, action: impl FnOnce(&Work) -> Outcome) -> Outcome
 pub fn load_survives_every_fence(bench: &Bench) -> Outcome {
     let served = Served::open(bench)?;
     let drive = &served.drive;
-    let steps = [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
+    let steps = [Step::Drain, Step::Master, Step::Detach, Step::Reset];
     under_load(&served, |work| {
         for step in steps.into_iter().filter(|step| drive.stop_class().has(*step)).cycle().take(12) {
             work.await_more(20)?;

@@ -9,7 +9,7 @@ use std::fs;
 use std::sync::Arc;
 
 use libtest_mimic::Failed;
-use passgate_backends::{Device, Error, FenceStep, Kind, Tables, Unmap};
+use passgate_backends::{Device, Error, Kind, Step, Tables, Unmap};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
@@ -204,10 +204,10 @@ pub fn failed_attach_is_undone_by_a_detach(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(PAGES)?);
     engine.map(0, PAGES, &file)?;
     for_every_allocation("attach", |nth| {
-        engine.device.fence(FenceStep::Detach)?;
+        engine.device.fence(Step::Detach)?;
         let (result, injected) = with_fault(nth, || engine.device.attach())?;
         if result.is_err() {
-            engine.device.fence(FenceStep::Detach)?;
+            engine.device.fence(Step::Detach)?;
             check("detached, it reaches nothing", !reaches(&*engine.device, 0, &file)?)?;
             engine.device.attach()?;
         }
@@ -220,9 +220,9 @@ pub fn successful_detach_has_stopped_dma(bench: &Bench) -> Outcome {
     let (engine, file) = (bench.engine()?, memfd(PAGES)?);
     engine.map(0, PAGES, &file)?;
     for_every_allocation("detach", |nth| {
-        let (result, injected) = with_fault(nth, || engine.device.fence(FenceStep::Detach))?;
+        let (result, injected) = with_fault(nth, || engine.device.fence(Step::Detach))?;
         if result.is_err() {
-            engine.device.fence(FenceStep::Detach)?;
+            engine.device.fence(Step::Detach)?;
         }
         check("detached, it reaches nothing", !reaches(&*engine.device, 0, &file)?)?;
         engine.device.attach()?;

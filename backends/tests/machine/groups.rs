@@ -4,7 +4,7 @@
 use std::fs;
 
 use libtest_mimic::Failed;
-use passgate_backends::{Accept, FenceStep, assign};
+use passgate_backends::{Accept, Step, assign};
 
 use super::bench::{Bench, check, same};
 use super::refusals::{refusal, says};
@@ -41,10 +41,7 @@ impl Drop for Bound {
 pub fn detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
     let _first = Bound::new(PAIR[0])?;
     let alone = bench.raw(PAIR[0], &[])?;
-    check(
-        "one of two cannot be detached",
-        !passgate_backends::Device::stop_class(&alone).has(FenceStep::Detach),
-    )?;
+    check("one of two cannot be detached", !passgate_backends::Device::stop_class(&alone).has(Step::Detach))?;
     drop(alone);
     let error = refusal(assign(bench.kind, &[PAIR[0].to_owned()], Accept::default(), bench.tables))?;
     says(&error, "0000:00:1f.2 cannot be stopped for certain")?;
@@ -59,8 +56,8 @@ pub fn detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
     let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables)?;
     for _ in 0..2 {
         for device in &both.devices {
-            check("both can be detached", device.stop_class().has(FenceStep::Detach))?;
-            device.fence(FenceStep::Detach)?;
+            check("both can be detached", device.stop_class().has(Step::Detach))?;
+            device.fence(Step::Detach)?;
         }
         for device in &both.devices {
             device.attach()?;

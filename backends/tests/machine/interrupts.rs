@@ -6,7 +6,7 @@ use std::thread;
 
 use libtest_mimic::Failed;
 use passgate_backends::device::Guard;
-use passgate_backends::{Device, FenceStep};
+use passgate_backends::{Device, Step};
 use passgate_bindings::vfio::DeviceFile;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::AsFd;
@@ -63,7 +63,7 @@ pub fn class_13_interrupts_set_during_resets_leave_a_device_that_works(bench: &B
             });
         }
         let reset = (0..RESETS).try_for_each(|_| {
-            device.fence(FenceStep::Reset)?;
+            device.fence(Step::Reset)?;
             device.attach()
         });
         stop.store(true, Ordering::Relaxed);

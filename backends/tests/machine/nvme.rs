@@ -7,7 +7,7 @@ use libtest_mimic::Failed;
 use passgate_backends::device::nvme::{self, Nvme};
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
-use passgate_backends::{Accept, Assignment, Device, Domain, Error, FenceStep, Unmap, assign};
+use passgate_backends::{Accept, Assignment, Device, Domain, Error, Step, Unmap, assign};
 use passgate_bindings::{Iova, PAGE, PageRange};
 use rustix::io::Errno;
 
@@ -98,9 +98,9 @@ pub fn command_that_never_completes_fails_the_drain_but_not_the_reset(bench: &Be
     let driver_memory: PageRange<Iova> = PageRange::new(DRIVER_MEMORY, DRIVER_MEMORY_LEN)?;
     let unmapped = engine.domain.unmap(driver_memory);
     check("driver memory was mapped", matches!(unmapped, Unmap::Gone { bytes } if bytes > 0))?;
-    let drained = engine.device.fence(FenceStep::Drain).expect_err("its completion cannot arrive");
+    let drained = engine.device.fence(Step::Drain).expect_err("its completion cannot arrive");
     same("the error", drained.errno(), Some(Errno::TIMEDOUT))?;
-    engine.device.fence(FenceStep::Reset)?;
+    engine.device.fence(Step::Reset)?;
     let content = fresh(64);
     file.write(0, &content)?;
     check("DMA is refused", engine.device.dma_write(at(0), &fresh(64)).is_err())?;

@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use passgate_backends::device::edu::Edu;
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
-use passgate_backends::{Assignment, Device, Domain, FenceStep, Unmap};
+use passgate_backends::{Assignment, Device, Domain, Step, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
@@ -68,7 +68,7 @@ pub fn detached_device_stays_detached_after_replace(bench: &Bench) -> Outcome {
     let file = memfd(8)?;
     domain.map(range(0, 8), 8 * PAGE, &file, Offset(0), true)?;
     for hole in [2, 5] {
-        devices[0].fence(FenceStep::Detach)?;
+        devices[0].fence(Step::Detach)?;
         same("replaced", domain.replace(&[range(hole, 1)]), Unmap::Gone { bytes: PAGE })?;
         check("it stays detached", !reaches(&*devices[0], 0, &file)?)?;
         reached(&devices[1..], &file, &[(0, true), (hole, false)])?;

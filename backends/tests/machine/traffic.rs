@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use libtest_mimic::Failed;
 use passgate_backends::device::edu::POISON;
-use passgate_backends::{Assignment, Device, Domain, Error, FenceStep, Kind, Unmap};
+use passgate_backends::{Assignment, Device, Domain, Error, Kind, Step, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE};
@@ -118,15 +118,15 @@ pub fn fence_stops_dma_until_attach(engine: &Engine) -> Outcome {
 }
 
 /// Returns the fences that the device supports, weakest first.
-fn fences(engine: &Engine) -> Vec<FenceStep> {
+fn fences(engine: &Engine) -> Vec<Step> {
     let class = engine.device.stop_class();
-    let all = [FenceStep::Drain, FenceStep::Stop, FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
+    let all = [Step::Drain, Step::Stop, Step::Master, Step::Detach, Step::Reset];
     all.into_iter().filter(|step| class.has(*step)).collect()
 }
 
 /// Checks that a fenced device does no DMA until it is attached, and attaches it.
-fn check_fenced(engine: &Engine, file: &GuestFile, step: FenceStep) -> Outcome {
-    if step == FenceStep::Drain {
+fn check_fenced(engine: &Engine, file: &GuestFile, step: Step) -> Outcome {
+    if step == Step::Drain {
         return check_drained(engine, file);
     }
     check_stopped(engine, file)?;
@@ -162,8 +162,8 @@ fn check_stopped(engine: &Engine, file: &GuestFile) -> Outcome {
 /// Ten times each fence that the device supports, each with an attach.
 pub fn every_fence_is_undone_by_an_attach(bench: &Bench, engine: &Engine) -> Outcome {
     let class = engine.device.stop_class();
-    check("it has a drain", class.has(FenceStep::Drain))?;
-    same("it can be detached on iommufd", class.has(FenceStep::Detach), bench.kind == Kind::Iommufd)?;
+    check("it has a drain", class.has(Step::Drain))?;
+    same("it can be detached on iommufd", class.has(Step::Detach), bench.kind == Kind::Iommufd)?;
     let file = guest_memfd(1)?;
     engine.map(0, 1, &file)?;
     for _ in 0..10 {

@@ -1,7 +1,7 @@
 //! The exerciser, the driver for tests: DMA of given bytes into given memory, one command at a time.
 
 use passgate_backends::nvme::{self, Nvme};
-use passgate_backends::{Device, Error, FenceStep, Unmap};
+use passgate_backends::{Device, Error, Step, Unmap};
 
 use super::*;
 
@@ -91,7 +91,7 @@ fn unmapped_memory_is_a_dma_fault_and_nothing_more() {
 #[test]
 fn every_fence_stops_the_load_and_attach_resumes_it() {
     let bench = Bench::new(Options::default(), true);
-    for step in [FenceStep::Drain, FenceStep::Master, FenceStep::Detach, FenceStep::Reset] {
+    for step in [Step::Drain, Step::Master, Step::Detach, Step::Reset] {
         let pages: Vec<_> = (0..8).map(|page| Iova(BASE + page * PAGE)).collect();
         let load = bench.nvme().start(&pages).unwrap();
         assert!(bench.sim.await_taken(bench.sim.taken() + 20, TIMEOUT), "no load");

@@ -1,7 +1,7 @@
 //! Faults of the controller: errors, timeouts, protocol violations, and removal.
 
 use passgate_backends::nvme::sim::{Does, ReadyChange, When, opcode};
-use passgate_backends::{Device, Error, FenceStep, StopClass, Unmap};
+use passgate_backends::{Device, Error, Step, Steps, Unmap};
 use rustix::io::Errno;
 
 use super::*;
@@ -363,7 +363,7 @@ fn dma_fault_on_a_queue_resets_the_controller() {
     let mut owner = bench.owner(0);
     // Without the driver's knowledge, as by a loose contact.
     let registers = bench.sim.registers();
-    registers.device().fence(FenceStep::Master).unwrap();
+    registers.device().fence(Step::Master).unwrap();
     let bytes = bench.fill(&page(0), 7);
     owner.start(1, write(0, 8), &page(0));
     while bench.sim.dma_faults() == 0 {
@@ -406,7 +406,7 @@ fn controller_that_never_initializes_is_given_up() {
 
 #[test]
 fn drive_given_up_without_a_stop_keeps_its_pages_in_the_window() {
-    let stop_class = StopClass::DETACH;
+    let stop_class = Steps::DETACH;
     let bench = Bench::new(Options { ready_timeout: 1, stop_class, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
     bench.sim.fault(When::any(), Does::HoldData);
@@ -421,7 +421,7 @@ fn drive_given_up_without_a_stop_keeps_its_pages_in_the_window() {
         Unmap::Failed { errno: Errno::BUSY, bytes: 0 },
         "the controller may still do DMA"
     );
-    bench.drive().fence(FenceStep::Detach).unwrap();
+    bench.drive().fence(Step::Detach).unwrap();
     assert_eq!(bench.windowed.unmap(all), Unmap::Gone { bytes: PAGES * PAGE });
 }
 

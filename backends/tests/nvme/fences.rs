@@ -2,14 +2,13 @@
 
 use passgate_backends::iommu::sim::{Call, Fault as SimFault};
 use passgate_backends::nvme::sim::{Does, ReadyChange, When};
-use passgate_backends::{Device, FenceStep, Unmap};
+use passgate_backends::{Device, Step, Unmap};
 use rustix::io::Errno;
 
 use super::fencing_registers::FencingRegisters;
 use super::*;
 
-pub(super) const STRONGER_THAN_DRAIN: [FenceStep; 3] =
-    [FenceStep::Master, FenceStep::Detach, FenceStep::Reset];
+pub(super) const STRONGER_THAN_DRAIN: [Step; 3] = [Step::Master, Step::Detach, Step::Reset];
 
 #[test]
 fn requests_in_flight_are_resubmitted_after_a_fence_if_their_pages_are_open() {
@@ -64,7 +63,7 @@ fn no_number_of_fences_makes_a_request_fail() {
 
 /// Asserts that `does`, which waits for nothing, takes less than `limit` in one of three runs; on a busy machine not
 /// all do.
-fn assert_fast(step: FenceStep, limit: Duration, does: impl Fn(FenceStep) -> Duration) {
+fn assert_fast(step: Step, limit: Duration, does: impl Fn(Step) -> Duration) {
     let took = (0..3).map(|_| does(step)).find(|took| *took < limit);
     assert!(took.is_some(), "{step:?} takes longer than {limit:?} every time");
 }
@@ -118,7 +117,7 @@ fn failed_attach_leaves_the_drive_fenced_and_the_next_succeeds() {
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(1, read(0, 8), &page(0));
     assert!(bench.sim.await_held(1, TIMEOUT));
-    bench.drive().fence(FenceStep::Detach).unwrap();
+    bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     (0..3).for_each(|_| bench.sim.next_enable(ReadyChange::Fatal));
     assert!(bench.drive().attach().is_err());
@@ -137,7 +136,7 @@ fn requests_of_a_drive_not_attached_again_are_returned_in_time() {
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(1, read(0, 8), &page(0));
     assert!(bench.sim.await_held(1, TIMEOUT));
-    bench.drive().fence(FenceStep::Detach).unwrap();
+    bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     (0..3).for_each(|_| bench.sim.next_enable(ReadyChange::Fatal));
     assert!(bench.drive().attach().is_err(), "the attach must fail");
@@ -157,7 +156,7 @@ fn drive_removed_while_fenced_is_lost_at_attach() {
     bench.sim.fault(When::any(), Does::HoldData);
     owner.start(1, read(0, 8), &page(0));
     assert!(bench.sim.await_held(1, TIMEOUT));
-    bench.drive().fence(FenceStep::Detach).unwrap();
+    bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     bench.sim.vanish();
     assert!(bench.drive().attach().is_err());
@@ -176,7 +175,7 @@ fn queue_dropped_in_flight_keeps_its_pages_until_a_fence() {
     // Another owner's requests would use the same window slots.
     assert!(bench.drive().take_queue(0).is_err(), "a queue with requests in flight was taken");
     assert!(matches!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Failed { .. }));
-    bench.drive().fence(FenceStep::Master).unwrap();
+    bench.drive().fence(Step::Master).unwrap();
     assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     bench.sim.release();
     assert_eq!(bench.read_memory(&page(0)), vec![0; PAGE as usize]);
@@ -241,14 +240,14 @@ fn queue_returned_before_a_reset_starts_empty_after_it() {
 /// next generation.
 #[test]
 fn drive_fenced_at_any_write_of_a_recovery_stays_stopped_until_the_attach() {
-    for steps in [&[FenceStep::Master][..], &[FenceStep::Detach, FenceStep::Drain]] {
+    for steps in [&[Step::Master][..], &[Step::Detach, Step::Drain]] {
         let writes = (1..).take_while(|writes| recovery_fenced_after(*writes, steps)).count();
         assert!(writes > 0, "{steps:?}: no recovery was fenced");
     }
 }
 
 /// Fences a drive by `steps` after the `writes`th register write of a recovery. False if it has fewer.
-fn recovery_fenced_after(writes: u64, steps: &[FenceStep]) -> bool {
+fn recovery_fenced_after(writes: u64, steps: &[Step]) -> bool {
     let mut wrapped = None;
     let bench = Bench::with_registers(Options::default(), 1, TIMEOUT, |registers| {
         let fencing = FencingRegisters::new(registers);
@@ -289,7 +288,7 @@ fn recovery_fenced_after(writes: u64, steps: &[FenceStep]) -> bool {
 
 /// Detaches the device without notice to its driver, as a failed replace does.
 fn detach_unnoticed(bench: &Bench) {
-    bench.sim.registers().device().fence(FenceStep::Detach).unwrap();
+    bench.sim.registers().device().fence(Step::Detach).unwrap();
 }
 
 #[test]
@@ -299,10 +298,10 @@ fn attach_recovers_a_device_that_a_failed_replace_left_detached() {
         let mut owner = bench.owner(0);
         let expected = bench.fill(&page(0), 1);
         if drained {
-            bench.drive().fence(FenceStep::Drain).unwrap();
+            bench.drive().fence(Step::Drain).unwrap();
             bench.drive().attach().unwrap();
             assert_eq!(bench.domain.calls(Call::Attach), 0, "a drain does not detach");
-            bench.drive().fence(FenceStep::Drain).unwrap();
+            bench.drive().fence(Step::Drain).unwrap();
         } else {
             bench.sim.fault(When::any(), Does::HoldData);
             owner.start(1, write(0, 8), &page(0));

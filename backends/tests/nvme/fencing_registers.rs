@@ -4,7 +4,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Weak;
 
-use passgate_backends::{Device, Error, FenceStep, Result};
+use passgate_backends::{Device, Error, Result, Step};
 
 use super::*;
 
@@ -21,7 +21,7 @@ pub(super) struct FencingRegisters {
 struct FenceAfter {
     writes: u64,
     drive: Weak<Drive>,
-    steps: Vec<FenceStep>,
+    steps: Vec<Step>,
 }
 
 impl FencingRegisters {
@@ -31,7 +31,7 @@ impl FencingRegisters {
 
     /// Fences `drive` by `steps` in turn after the `writes`th register write from now on. Doorbells of I/O queues do
     /// not count.
-    pub(super) fn fence_after(&self, writes: u64, drive: &Arc<Drive>, steps: &[FenceStep]) {
+    pub(super) fn fence_after(&self, writes: u64, drive: &Arc<Drive>, steps: &[Step]) {
         let after = FenceAfter { writes, drive: Arc::downgrade(drive), steps: steps.to_vec() };
         *lock(&self.fence) = Some(after);
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use passgate_backends::nvme::sim::{Does, ReadyChange, When, opcode};
-use passgate_backends::{Device, FenceStep, Unmap};
+use passgate_backends::{Device, Step, Unmap};
 
 use super::fences::STRONGER_THAN_DRAIN;
 use super::*;
@@ -112,7 +112,7 @@ fn load_survives_every_fence_without_loss() {
             scope.spawn(move || work(bench, owner, nth.into(), stop, done));
         }
         let end = StopOnDrop(&stop);
-        for step in STRONGER_THAN_DRAIN.into_iter().chain([FenceStep::Drain]).cycle().take(12) {
+        for step in STRONGER_THAN_DRAIN.into_iter().chain([Step::Drain]).cycle().take(12) {
             works.iter().for_each(|work| await_more(work, 20));
             bench.drive().fence(step).unwrap();
             let (taken, before) = (bench.sim.taken(), drive_written_pages(&bench));
@@ -187,7 +187,7 @@ fn load_under_all_faults(options: Options, in_pieces: bool) {
                 bench.map(16, 32);
             } else {
                 // As the gate does, use a stronger fence.
-                bench.drive().fence(FenceStep::Detach).unwrap();
+                bench.drive().fence(Step::Detach).unwrap();
                 assert_eq!(bench.windowed.unmap(part), Unmap::Gone { bytes: 32 * PAGE });
                 bench.map(16, 32);
                 bench.drive().attach().unwrap();

@@ -6,7 +6,7 @@ use std::thread::Scope;
 
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_backends::window::Entered;
-use passgate_backends::{Device, FenceStep, Unmap};
+use passgate_backends::{Device, Step, Unmap};
 use rustix::io::Errno;
 
 use super::*;
@@ -121,7 +121,7 @@ fn drain_waits_for_requests_in_flight_and_admits_none_before_attach() {
     assert!(bench.sim.await_held(2, TIMEOUT));
     std::thread::scope(|scope| {
         // A drain waits 300 ms at most; it is repeated on a slow machine.
-        let drained = spawn_in(scope, || while bench.drive().fence(FenceStep::Drain).is_err() {});
+        let drained = spawn_in(scope, || while bench.drive().fence(Step::Drain).is_err() {});
         let begun = Instant::now();
         while !bench.drive().window().is_paused() {
             assert!(begun.elapsed() < TIMEOUT, "no drain has begun");

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use passgate_backends::FenceStep;
+use passgate_backends::Step;
 use passgate_backends::device::soft::{ClosedWindow, HeldDma};
 
 use super::*;
@@ -16,7 +16,7 @@ fn operation_in_flight_is_reported_and_ends_by_a_drain() {
     let ticket = ticket(bench.unmap(0, 1), 1);
     assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     assert_eq!(held.outcome(), None);
-    bench.device.fence(FenceStep::Drain).unwrap();
+    bench.device.fence(Step::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert_eq!(held.outcome(), Some(Err(Errno::CANCELED)));
     assert_eq!(bench.load(0), 1);
@@ -33,7 +33,7 @@ fn dma_on_a_drained_device_waits_for_the_attach() {
     let bench = Bench::new(1);
     bench.map(0, 1);
     bench.store(0, 1);
-    bench.device.fence(FenceStep::Drain).unwrap();
+    bench.device.fence(Step::Drain).unwrap();
     assert_eq!(bench.unmap(0, 1), gone(1), "nothing is in flight after a drain");
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| bench.dma_store(0, 2));
@@ -47,8 +47,8 @@ fn dma_on_a_drained_device_waits_for_the_attach() {
         asked.join().unwrap().unwrap();
     });
     assert_eq!(bench.load(0), 2, "not failed, not lost");
-    bench.device.fence(FenceStep::Drain).unwrap();
-    bench.device.fence(FenceStep::Reset).unwrap();
+    bench.device.fence(Step::Drain).unwrap();
+    bench.device.fence(Step::Reset).unwrap();
     assert!(bench.dma_store(0, 3).is_err(), "after a reset it fails at once");
     bench.device.attach().unwrap();
     bench.dma_store(0, 3).unwrap();
@@ -156,7 +156,7 @@ fn thread_that_began_an_operation_may_exit() {
         Unmap::Gone { .. } => return,
         other => ticket(other, 1),
     };
-    bench.device.fence(FenceStep::Drain).unwrap();
+    bench.device.fence(Step::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert!(held.outcome().is_some());
 }
@@ -177,7 +177,7 @@ fn stalled_send_survives_a_drain_and_sends_later_content() {
     let (held, mut connection) = stuck_send(&bench);
     let ticket = ticket(bench.unmap(0, 1), 1);
     is_fault(bench.dma_load(0), 0);
-    bench.device.fence(FenceStep::Drain).unwrap();
+    bench.device.fence(Step::Drain).unwrap();
     assert_eq!(tickets(&bench.domain, 1, QUIET_TIME), []);
     assert_eq!(held.outcome(), None);
     bench.memory.write(0, &[b'B'; PAGE as usize]).unwrap();
@@ -196,7 +196,7 @@ fn stalled_send_ends_by_a_reset() {
     let bench = Bench::new(2);
     let (held, mut connection) = stuck_send(&bench);
     let ticket = ticket(bench.unmap(0, 1), 1);
-    bench.device.fence(FenceStep::Reset).unwrap();
+    bench.device.fence(Step::Reset).unwrap();
     assert_eq!(tickets(&bench.domain, 1, EVENT_TIMEOUT), [ticket]);
     assert_eq!(held.outcome(), Some(Ok(PAGE as u32)), "queued in the socket, and discarded there");
     let mut sent = Vec::new();

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::fence::{Nature, Step, Steps};
+use passgate_backends::{DeviceTraits, Step, Steps};
+
 use super::ids::{DeviceId, DomainId, InvalidationId};
 
 /// The known state of a device's DMA.
@@ -57,7 +58,7 @@ enum DeviceCall {
 pub(super) struct Device {
     domain: DomainId,
     steps: Steps,
-    nature: Nature,
+    traits: DeviceTraits,
     dma: Dma,
     call: Option<DeviceCall>,
     /// The fences that are needed after that, weakest first: the strongest, and a detach, which a reset does not include.
@@ -71,8 +72,8 @@ impl Device {
         self.domain
     }
 
-    pub(super) fn nature(&self) -> Nature {
-        self.nature
+    pub(super) fn traits(&self) -> DeviceTraits {
+        self.traits
     }
 
     pub(super) fn has(&self, step: Step) -> bool {
@@ -148,7 +149,7 @@ impl Device {
 
     /// True if a gap in its DMA does no harm: it tolerates faults, or can be paused.
     pub(super) fn tolerates_gap(&self) -> bool {
-        self.nature.tolerant || self.pause_step().is_some()
+        self.traits.tolerant || self.pause_step().is_some()
     }
 }
 
@@ -163,9 +164,9 @@ pub(super) struct Devices(BTreeMap<DeviceId, Device>);
 
 impl Devices {
     /// Adds a device that runs, unless it is known already.
-    pub(super) fn add(&mut self, id: DeviceId, domain: DomainId, steps: Steps, nature: Nature) {
+    pub(super) fn add(&mut self, id: DeviceId, domain: DomainId, steps: Steps, traits: DeviceTraits) {
         let (dma, call, requested, lost) = (Dma::Running, None, Vec::new(), false);
-        self.0.entry(id).or_insert(Device { domain, steps, nature, dma, call, requested, lost });
+        self.0.entry(id).or_insert(Device { domain, steps, traits, dma, call, requested, lost });
     }
 
     pub(super) fn get(&self, id: DeviceId) -> Option<&Device> {
@@ -273,7 +274,7 @@ impl Devices {
     /// Sets what was read of a device's ATS and TDI.
     pub(super) fn set_nature(&mut self, id: DeviceId, ats: bool, tdi: bool) -> Option<&Device> {
         let device = self.0.get_mut(&id)?;
-        device.nature = Nature { ats, tdi, ..device.nature };
+        device.traits = DeviceTraits { ats, tdi, ..device.traits };
         Some(device)
     }
 

@@ -9,11 +9,11 @@ use passgate_bindings::{Iova, PageRange};
 
 use super::effect::FilePages;
 use super::event::{Caller, Performer};
-use super::fence::Step;
 use super::ids::{ClientId, DeviceId, DomainId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
 use super::receipt::Receipt;
+use super::rung::Rung;
 use super::verdict::Refusal;
 use waiting::Waiting;
 
@@ -56,7 +56,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct Progress {
     /// The strongest step of the ladder that was tried.
-    pub(super) rung: Step,
+    pub(super) rung: Rung,
     /// True while failed mappings are still to be tried again at this rung.
     pub(super) retry: bool,
     /// True while devices are being stopped first.
@@ -83,7 +83,7 @@ pub(super) struct Progress {
 impl Progress {
     fn new() -> Self {
         Self {
-            rung: Step::Unmap,
+            rung: Rung::Unmap,
             retry: true,
             stopping: false,
             pausing: Vec::new(),

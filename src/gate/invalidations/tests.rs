@@ -2,6 +2,7 @@ use std::cell::Cell;
 
 use passgate_bindings::PAGE;
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 
 use passgate_bindings::PageRange;
 use passgate_bindings::units::Address;
@@ -24,12 +25,12 @@ fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
 /// A batch of every second page whose first rung is over before a call returns, with a device that was drained
 /// meanwhile. Returns how often the results make the gate look at the whole batch.
 fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
-    let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-    let able = Able { max_mappings: 65_536, max_piece: PAGE, cut: false, replace: false };
+    let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
+    let caps = DomainCaps::new(65_536, PAGE);
     let (domain, device) = (DomainId(0), DeviceId(0));
-    gate.handle(Event::DomainAdded { domain, able }, &mut effects);
-    let (steps, nature) = (Steps::of(&[Step::Drain]), Nature::default());
-    gate.handle(Event::DeviceAdded { device, domain, steps, nature }, &mut effects);
+    gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
+    let (steps, traits) = (Steps::of(&[Step::Drain]), DeviceTraits::default());
+    gate.handle(Event::DeviceAdded { device, domain, steps, traits }, &mut effects);
     let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
     let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
     let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
@@ -53,7 +54,7 @@ fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
         .collect();
     assert_eq!(jobs.len() as u64, count);
     let invalidation = InvalidationId(gate.last().1);
-    gate.handle(Event::Expired { invalidation, rung: Step::Unmap }, &mut effects);
+    gate.handle(Event::Expired { invalidation, rung: Rung::Unmap }, &mut effects);
     let fenced = |effect: &Effect| match effect {
         Effect::Fence { job, .. } => Some(*job),
         _ => None,
@@ -77,9 +78,9 @@ fn late_results_of_a_batch_bring_one_sweep() {
 /// Begins on every second page, whose unmaps return one by one. Returns how many invalidations are asked whether
 /// they wait for what has returned.
 fn asked(count: u64) -> u64 {
-    let (mut gate, mut effects) = (Gate::new(Policy::default()), Effects::new());
-    let able = Able { max_mappings: 65_536, max_piece: PAGE, cut: false, replace: false };
-    gate.handle(Event::DomainAdded { domain: DomainId(0), able }, &mut effects);
+    let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
+    let caps = DomainCaps::new(65_536, PAGE);
+    gate.handle(Event::DomainAdded { domain: DomainId(0), caps }, &mut effects);
     let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
     let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
     let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };

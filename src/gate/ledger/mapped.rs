@@ -19,7 +19,7 @@ use super::fault::Full;
 use super::fill::Fill;
 use super::holds::gaps;
 use super::run::{Run, RunState};
-use super::store::{Key, Store};
+use super::store::{Arena, Key, Store};
 use super::tree::{PAGES, Tree};
 use crate::gate::ids::DomainId;
 
@@ -48,14 +48,12 @@ pub struct Mapped {
     unsettled: usize,
 }
 
-impl Default for Mapped {
-    /// Returns an empty table in memory of its own, which ends with the process.
-    fn default() -> Self {
-        Self::over(Tree::own())
-    }
-}
-
 impl Mapped {
+    /// Returns an empty table in memory of `arena`, which ends with the process.
+    pub fn new(arena: Arena) -> Self {
+        Self::over(Tree::own(arena))
+    }
+
     /// Returns the mappings of `domain` in `store`; none where it does not know the domain yet. Only one may exist per domain at
     /// a time. Pages that were in a run when the process that wrote it ended are [`RunState::Suspect`].
     pub fn in_store(store: &Store, domain: DomainId) -> Result<Self, Full> {

@@ -25,7 +25,7 @@ pub use holds::{HeldBy, Holds};
 pub use mapped::Mapped;
 pub use pages::PageMap;
 pub use run::{Run, RunState};
-pub use store::{Key, Store};
+pub use store::{Arena, Key, Store};
 pub use table::Table;
 pub use tree::Tree;
 

@@ -6,7 +6,7 @@ use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{PAGE, PageRange};
 
 use super::fault::Full;
-use super::store::{Key, Store};
+use super::store::{Arena, Key, Store};
 use super::tree::Tree;
 use super::{PageState, spans};
 use crate::gate::ids::FileId;
@@ -18,9 +18,9 @@ const KIND: u64 = 1;
 pub struct PageMap(Tree);
 
 impl PageMap {
-    /// Returns a map in memory of its own, which ends with the process. Every page is [`PageState::Unknown`].
-    pub fn new() -> Self {
-        Self(Tree::own())
+    /// Returns a map in memory of `arena`, which ends with the process. Every page is [`PageState::Unknown`].
+    pub fn new(arena: Arena) -> Self {
+        Self(Tree::own(arena))
     }
 
     /// Returns the map of `file` in `store`: the one that is there, or a new one. Only one may exist per file at a time.
@@ -73,12 +73,6 @@ impl PageMap {
     }
 }
 
-impl Default for PageMap {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// The runs of equal state in a range, in order; see [`PageMap::runs`].
 pub struct Runs<'a>(spans::Spans<'a>);
 
@@ -126,7 +120,7 @@ fn state(value: u8) -> PageState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use passgate_bindings::words::Words;
+    use passgate_bindings::words::{self, Words};
 
     fn range(page: u64, pages: u64) -> PageRange<Offset> {
         PageRange::new(page * PAGE, pages * PAGE).unwrap()
@@ -134,7 +128,7 @@ mod tests {
 
     #[test]
     fn unset_pages_are_unknown_and_states_round_trip() {
-        let mut map = PageMap::new();
+        let mut map = PageMap::new(words::private);
         assert_eq!(map.runs(range(7, 9)).collect::<Vec<_>>(), [(range(7, 9), PageState::Unknown)]);
         for (page, state) in (0..).zip(PageState::ALL) {
             map.set(range(2 * page, 2), state);

@@ -55,6 +55,10 @@ pub struct Key {
     pub b: u64,
 }
 
+/// The source of memory for what ends with the process: each call returns zeroed words for one tree, at least 64 KiB. The gate makes
+/// no system call, so its owner says where they come from (`passgate_bindings::words::private`).
+pub type Arena = fn() -> Words;
+
 /// A handle to the memory; clones share it.
 #[derive(Debug, Clone)]
 pub struct Store(Arc<Inner>);

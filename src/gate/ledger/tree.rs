@@ -7,8 +7,6 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::ops::Range;
 
-use passgate_bindings::words::Words;
-
 mod set;
 mod walk;
 
@@ -17,16 +15,13 @@ use super::fault::Full;
 use super::fill::{Fill, UNIFORM};
 use super::leaf;
 use super::spans::Spans;
-use super::store::{Key, LEVELS, Store};
+use super::store::{Arena, Key, LEVELS, Store};
 use set::{Place, Setting, move_page};
 use walk::bits;
 pub(super) use walk::{Values, Walk, span};
 
 /// The end of page numbers; a [`passgate_bindings::PageRange`] has none beyond.
 pub const PAGES: u64 = span(LEVELS);
-
-/// Bytes of address space for a tree of its own: enough for 31 TiB of guest memory. Memory is allocated as it is needed.
-const OWN: u64 = 2 << 30;
 
 /// The values of all pages under one key of a store. Only one may exist per key at a time.
 #[derive(Debug)]
@@ -47,15 +42,11 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Returns a tree in memory of its own, which ends with the process.
-    pub fn own() -> Self {
-        let (key, sizes) = (Key { kind: 0, a: 0, b: 0 }, (16..=OWN.ilog2()).rev().map(|bits| 1 << bits));
-        // As much address space as RLIMIT_AS allows.
-        let made = sizes.filter_map(|bytes| Words::anonymous(bytes).ok()).find_map(|words| {
-            let store = Store::new(words).ok()?;
-            Self::new(&store, key).ok()
-        });
-        // There is no memory even for an empty one.
+    /// Returns an empty tree that has memory of `arena` for itself, and ends with the process.
+    pub fn own(arena: Arena) -> Self {
+        let store = Store::new(arena()).ok();
+        let made = store.and_then(|store| Self::new(&store, Key { kind: 0, a: 0, b: 0 }).ok());
+        // As any allocation that fails: there is no memory even for an empty tree.
         made.unwrap_or_else(|| handle_alloc_error(Layout::new::<[u64; 1 << 13]>()))
     }
 

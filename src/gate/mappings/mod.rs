@@ -10,11 +10,11 @@ mod shape;
 
 use std::collections::BTreeMap;
 
+use passgate_backends::DomainCaps;
 use passgate_bindings::units::{Address, LIMIT};
 use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::event::{MapResult, UnmapResult};
-use super::hitless::Able;
 use super::ids::{DomainId, JobId, RegionId};
 use super::ledger::holds::gaps;
 use super::ledger::{Mapped, Run, RunState};
@@ -29,7 +29,7 @@ pub(super) const EPROTO: i32 = 71;
 #[derive(Debug)]
 pub(super) struct Domain {
     id: DomainId,
-    caps: Able,
+    caps: DomainCaps,
     mapped: Mapped,
     /// The number of kernel mappings that open invalidations may yet need, or that regions being added were promised.
     reserved: u64,
@@ -51,7 +51,7 @@ impl Domain {
         self.id
     }
 
-    pub(super) fn caps(&self) -> Able {
+    pub(super) fn caps(&self) -> DomainCaps {
         self.caps
     }
 
@@ -279,7 +279,7 @@ pub(super) struct Mappings {
 
 impl Mappings {
     /// Adds a domain, unless it is known already.
-    pub(super) fn add_domain(&mut self, id: DomainId, caps: Able, memory: &Memory) {
+    pub(super) fn add_domain(&mut self, id: DomainId, caps: DomainCaps, memory: &Memory) {
         if self.get(id).is_some() {
             return;
         }

@@ -38,7 +38,7 @@ impl Domain {
         hitless: Hitless,
     ) -> Result<u64, Refusal> {
         let caps = self.caps;
-        let longest = 1 << caps.max_piece.max(PAGE).ilog2();
+        let longest = 1 << caps.max_mapping_len.max(PAGE).ilog2();
         let splits = !caps.cut && gaps_allowed;
         let used = self.mapped.objects();
         let needed = |piece: u64| used + spec.gpa.len().div_ceil(piece) + 1;

@@ -14,7 +14,7 @@ use super::effect::FilePages;
 use super::event::{Caller, MapResult, RegionSpec};
 use super::ids::{ClientId, DomainId, FileId, InvalidationId, RegionId};
 use super::ledger::holds::gaps;
-use super::ledger::{HeldBy, Holds, Mapped, PageMap, PageState, Store};
+use super::ledger::{Arena, HeldBy, Holds, Mapped, PageMap, PageState, Store};
 use super::policy::Policy;
 use super::verdict::{Reason, Refusal, within_budget};
 
@@ -30,8 +30,10 @@ struct File {
 }
 
 /// Guest memory, over all clients.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Memory {
+    /// The source of memory for page states and mappings that end with this process.
+    arena: Arena,
     files: BTreeMap<FileId, File>,
     regions: BTreeMap<RegionId, Region>,
     /// The regions by guest-physical address.
@@ -43,6 +45,13 @@ pub(super) struct Memory {
 
 /// Regions: their addresses, owners and stages.
 impl Memory {
+    /// Returns no memory. The states of its pages will lie in memory of `arena`, unless they are kept elsewhere
+    /// ([`Memory::keep_in`]).
+    pub(super) fn new(arena: Arena) -> Self {
+        let (files, regions, layout) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { arena, files, regions, layout, last_region: 0, store: None }
+    }
+
     pub(super) fn region(&self, id: RegionId) -> Option<&Region> {
         self.regions.get(&id)
     }
@@ -238,15 +247,16 @@ impl Memory {
     /// Returns the mappings of a domain as the store has them; none where there is no store, or no room in it.
     pub(super) fn stored_mappings(&self, domain: DomainId) -> Mapped {
         let stored = self.store.as_ref().and_then(|store| Mapped::in_store(store, domain).ok());
-        stored.unwrap_or_default()
+        stored.unwrap_or_else(|| Mapped::new(self.arena))
     }
 
     fn file(&mut self, file: FileId) -> &mut File {
-        let store = &self.store;
+        let (arena, store) = (self.arena, &self.store);
         self.files.entry(file).or_insert_with(|| {
             // Where the store has no room, the states of its pages end with this process.
             let stored = store.as_ref().and_then(|store| PageMap::in_store(store, file).ok());
-            File { pages: stored.unwrap_or_default(), excluded: Holds::default(), regions: Vec::new() }
+            let pages = stored.unwrap_or_else(|| PageMap::new(arena));
+            File { pages, excluded: Holds::default(), regions: Vec::new() }
         })
     }
 
@@ -408,7 +418,7 @@ impl Memory {
     /// Adds its state to `text` ([`super::Gate::canonical`]).
     pub(super) fn canonical(&self, text: &mut String) {
         use std::fmt::Write;
-        let Self { files, regions, layout: _, last_region, store: _ } = self;
+        let Self { arena: _, files, regions, layout: _, last_region, store: _ } = self;
         for (id, file) in files {
             let File { pages, excluded, regions } = file;
             let states = PageRange::<Offset>::new(0, LIMIT);

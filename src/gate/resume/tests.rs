@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use passgate_bindings::words::Words;
+use passgate_bindings::words::{self, Words};
 
 use super::super::*;
 use super::*;
@@ -103,7 +103,7 @@ struct World {
     /// Conversions that were begun: their pages, and whether they were granted.
     begun: BTreeMap<InvalidationId, (Vec<u64>, bool)>,
     asked: Option<Vec<u64>>,
-    timers: BTreeMap<InvalidationId, Step>,
+    timers: BTreeMap<InvalidationId, Rung>,
     answers: Vec<Answer>,
 }
 
@@ -120,7 +120,7 @@ impl World {
         let store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
         let mut world = Self {
             host,
-            gate: Gate::new(Policy::default()),
+            gate: Gate::new(Policy::default(), words::private),
             store,
             effects: Vec::new(),
             kernel: Kernel::default(),
@@ -136,13 +136,13 @@ impl World {
 
     fn start(&mut self) {
         let Host { platform, hitless, cut, ats } = self.host;
-        self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() });
+        self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() }, words::private);
         self.gate.keep_in(self.store.clone());
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut, replace: false };
-        self.tell(Event::DomainAdded { domain: DOMAIN, able });
-        let nature = Nature { ats, tdi: false, tolerant: false };
+        let caps = DomainCaps { cut, ..DomainCaps::new(1000, 1 << 30) };
+        self.tell(Event::DomainAdded { domain: DOMAIN, caps });
+        let traits = DeviceTraits { ats, tdi: false, tolerant: false };
         let steps = Steps::of(&[Step::Drain, Step::Detach]);
-        self.tell(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, nature });
+        self.tell(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, traits });
     }
 
     fn tell(&mut self, event: Event) {
@@ -626,7 +626,7 @@ fn cached_translation_outlasts_the_unmap_of_a_restart_until_the_detach() {
 
 #[test]
 fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
-    let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Step::Unmap, errno: 0 };
+    let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Rung::Unmap, errno: 0 };
     for unmapped in [true, false] {
         let mut world = World::new(HOSTS[0]);
         world.ask(Ask::Add(0));
@@ -641,7 +641,7 @@ fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
         };
         past.regions[0].closing = false;
         // The process that had the mappings is gone, and they with it; the pages are as they were.
-        world.gate = Gate::new(Policy::default());
+        world.gate = Gate::new(Policy::default(), words::private);
         crate::gate::ledger::Mapped::in_store(&world.store, DOMAIN).unwrap().discard();
         world.kernel.pages.clear();
         world.start();
@@ -878,7 +878,7 @@ fn quarantine_that_was_disproved_when_the_daemon_ended_is_lifted_at_the_restart(
 fn quarantine_from_before_the_ledger_outlasts_every_restart_whatever_its_cause() {
     for cause in [Cause::UnmapFailed, Cause::CallHangs, Cause::DmaInFlight, Cause::HalfMapped] {
         let mut world = World::new(HOSTS[0]);
-        let reason = Reason { cause, device: None, rung: Step::Unmap, errno: 16 };
+        let reason = Reason { cause, device: None, rung: Rung::Unmap, errno: 16 };
         let invalidation = InvalidationId(7);
         world.tell(Event::Quarantine { file: FILE, range: range(2, 1), invalidation, reason });
         ALIASES.into_iter().for_each(|alias| world.ask(Ask::Add(alias)));

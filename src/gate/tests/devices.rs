@@ -2,7 +2,7 @@
 
 use super::*;
 
-const PLAIN: Nature = Nature { ats: false, tdi: false, tolerant: false };
+const PLAIN: DeviceTraits = DeviceTraits { ats: false, tdi: false, tolerant: false };
 
 fn far() -> Policy {
     Policy { on_stuck_dma: OnStuckDma::Reset, hitless: Hitless::Off, ..Policy::default() }
@@ -51,7 +51,7 @@ fn detach_and_reset_that_were_asked_for_during_a_drain_are_both_made() {
     let invalidation = world.begin(&[(2, 1)], PageState::Private);
     let job = leaves_dma_in_flight(&mut world);
     // The drain takes so long that time asks for the two others.
-    for rung in [Step::Unmap, Step::Drain, Step::Stop, Step::Master, Step::Detach] {
+    for rung in Rung::LADDER.into_iter().take(5) {
         world.tell(Event::Expired { invalidation, rung });
     }
     let mut fences = Vec::new();
@@ -71,7 +71,7 @@ fn attach_waits_for_every_fence_of_the_domain() {
         let mut world = world_of(&[&[step], &[step]]);
         let invalidation = world.begin(&[(2, 1)], PageState::Private);
         let job = leaves_dma_in_flight(&mut world);
-        world.tell(Event::Expired { invalidation, rung: Step::Unmap });
+        world.tell(Event::Expired { invalidation, rung: Rung::Unmap });
         let fences = [world.take(is_fence).unwrap(), world.take(is_fence).unwrap()];
         world.succeeds(&fences[0]);
         world.tell(Event::Released { job });
@@ -89,7 +89,7 @@ fn strict_conversion_waits_for_the_detach_in_every_domain() {
         let policy = Policy { platform: Platform::Strict, ..far() };
         let mut world = World::new(policy, &[SPLITS; 2]);
         for domain in [0, 1] {
-            world.device(domain, domain, &[Step::Detach], Nature { ats: true, ..PLAIN });
+            world.device(domain, domain, &[Step::Detach], DeviceTraits { ats: true, ..PLAIN });
         }
         world.add(0, 8, 0, 1);
         world.settle();

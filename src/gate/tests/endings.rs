@@ -57,15 +57,15 @@ fn unmap_that_fails_in_one_region_leaves_its_neighbour_region_alone() {
 #[test]
 fn strict_replace_under_a_device_that_turns_out_to_cache_is_proved_by_a_detach_only() {
     let policy = Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() };
-    let mut world = World::new(policy, &[Able { replace: true, ..SPLITS }]);
-    world.device(0, 0, &[Step::Detach], Nature::default());
+    let mut world = World::new(policy, &[DomainCaps { replace: true, ..SPLITS }]);
+    world.device(0, 0, &[Step::Detach], DeviceTraits::default());
     world.add(0, 64, 0, 64);
     world.add(128, 8, 128, 1);
     world.settle();
     let odd: Vec<_> = (0..8).map(|n| (2 * n + 1, 1)).collect();
     let id = world.begin(&odd, PageState::Private);
     let replace = world.take(|call| matches!(call, Effect::Replace { .. })).unwrap();
-    world.tell(Event::DeviceNature { device: DeviceId(0), ats: true, tdi: false });
+    world.tell(Event::DeviceTraits { device: DeviceId(0), ats: true, tdi: false });
     assert!(matches!(world.verdict(id), Some(Verdict::Unknown { .. })), "{:?}", world.said);
     world.succeeds(&replace);
     let doubtful = |world: &World| world.quarantine().iter().map(|(_, count, _)| count).sum::<u64>();

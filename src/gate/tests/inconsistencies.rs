@@ -5,7 +5,7 @@ use super::*;
 /// A region of eight pages with a device that can be drained.
 fn world() -> World {
     let mut world = World::new(Policy::default(), &[SPLITS]);
-    world.device(0, 0, &[Step::Drain], Nature::default());
+    world.device(0, 0, &[Step::Drain], DeviceTraits::default());
     world.add(0, 8, 0, 1);
     world.settle();
     world

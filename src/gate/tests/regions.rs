@@ -9,7 +9,7 @@ const MANY: u64 = 2048;
 fn quarantined_page_in_a_long_region_leaves_what_is_behind_it_mapped() {
     for page in [500, 1023, 1024, 1500] {
         let mut world = World::new(Policy::default(), &[SPLITS]);
-        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
         let invalidation = InvalidationId(1);
         world.tell(Event::Quarantine { file: FILE, range: range(page, 1), invalidation, reason });
         world.add(0, MANY, 0, 1);
@@ -95,9 +95,9 @@ fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
         // The last part of the deadline ends, just after something was unmapped.
         world.succeeds(&unmap);
         world.said.clear();
-        world.tell(Event::Expired { invalidation: id, rung: Step::Reset });
+        world.tell(Event::Expired { invalidation: id, rung: Rung::Fence(Step::Reset) });
         if unmapped.len() < PIECES as usize {
-            assert!(matches!(world.said[..], [Effect::Arm { rung: Step::Unmap, .. }]), "{:?}", world.said);
+            assert!(matches!(world.said[..], [Effect::Arm { rung: Rung::Unmap, .. }]), "{:?}", world.said);
         }
     }
     assert_eq!(unmapped, (0..PIECES).map(|nth| (nth * piece, piece)).collect::<Vec<_>>());
@@ -111,6 +111,6 @@ fn close_without_progress_is_given_up_after_its_deadline() {
     world.settle();
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
-    Step::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
     assert!(matches!(world.verdict(id), Some(Verdict::Unknown { .. })), "{:?}", world.said);
 }

@@ -13,7 +13,7 @@ fn mappings(world: &World) -> Vec<(u64, u64)> {
 
 #[test]
 fn room_of_a_conversion_is_given_back_in_every_domain() {
-    let cuts = Able { cut: true, ..SPLITS };
+    let cuts = DomainCaps { cut: true, ..SPLITS };
     for outcome in [Outcome::Committed, Outcome::NotCommitted, Outcome::Unknown { errno: 5, offset: 0 }] {
         let mut world = World::new(policy(), &[cuts; 3]);
         world.add(0, 8, 0, 8);
@@ -30,7 +30,7 @@ fn room_of_a_conversion_is_given_back_in_every_domain() {
 
 #[test]
 fn memory_that_comes_during_a_conversion_has_room_for_what_waits_for_its_end() {
-    let mut world = World::new(policy(), &[Able { max_mappings: 20, ..SPLITS }]);
+    let mut world = World::new(policy(), &[DomainCaps { max_mappings: 20, ..SPLITS }]);
     world.add(0, 8, 0, 1);
     world.settle();
     let id = world.begin(&[(0, 4)], PageState::Private);
@@ -49,7 +49,7 @@ fn memory_that_comes_during_a_conversion_has_room_for_what_waits_for_its_end() {
 #[test]
 fn mapping_split_often_is_mapped_by_page_only_where_there_is_room() {
     for (max_mappings, by_page) in [(10_000, true), (400, false), (64, false)] {
-        let mut world = World::new(policy(), &[Able { max_mappings, ..SPLITS }]);
+        let mut world = World::new(policy(), &[DomainCaps { max_mappings, ..SPLITS }]);
         world.add(0, 512, 0, 512);
         world.settle();
         let mut live = vec![(0, 512)];

@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use crate::observe::regular_file;
+use crate::regular_file;
 
 /// Returns the path of the file with this number.
 pub fn path(dir: &Path, number: u64) -> PathBuf {

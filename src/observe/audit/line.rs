@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gate::{
     Answer, Caller, ClientId, DeviceId, DomainId, Effect, Event, FileId, InvalidationId, JobId, Notice,
-    PageState, Policy, Reason, RegionId, Step, Verdict,
+    PageState, Policy, Reason, RegionId, Rung, Step, Verdict,
 };
 
 /// The first line of a segment.
@@ -146,7 +146,7 @@ pub enum LoggedEffect<'a> {
         /// The invalidation.
         invalidation: InvalidationId,
         /// The rung that is to be over by then.
-        rung: Step,
+        rung: Rung,
         /// Nanoseconds from now.
         after_ns: u64,
     },

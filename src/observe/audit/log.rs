@@ -64,7 +64,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Begins a log in `dir`, which this process has locked ([`crate::observe::records`]).
+    /// Begins a log in `dir`, which this process has locked ([`crate::session::records`]).
     pub fn open(dir: &Path, options: LogOptions) -> std::io::Result<Self> {
         files::remove_unwritten(dir)?;
         let number = files::list(dir)?.last().map_or(0, |(number, _)| number + 1);

@@ -12,7 +12,7 @@ use passgate_bindings::units::LIMIT;
 use super::files;
 use super::line::{Head, Line, Mark};
 use crate::gate::Event;
-use crate::observe::regular_file;
+use crate::regular_file;
 
 /// The maximum size of a line in bytes. The writer's lines have some hundred bytes, except for the death of a client with the maximum
 /// of regions and invalidations.
@@ -125,7 +125,7 @@ impl Run {
 }
 
 /// Reads the head of a file; none if nothing was written to the file.
-pub(in crate::observe) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
+pub(crate) fn head(path: &Path) -> Result<Option<Head>, ReadError> {
     let io = |source| ReadError::Io { path: path.to_owned(), source };
     let mut file = BufReader::new(regular_file::open(path, true).map_err(io)?);
     let mut line = Vec::new();

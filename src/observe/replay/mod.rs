@@ -13,6 +13,7 @@ mod unanswered;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use passgate_bindings::words;
 use serde::Serialize;
 
 use crate::gate::{Effect, Effects, FileId, Gate, InvalidationId, Receipt};
@@ -106,7 +107,8 @@ pub fn replay(paths: &[PathBuf], mut progress: impl FnMut(u64, u64)) -> Result<R
 pub fn explain(paths: &[PathBuf], id: InvalidationId) -> Result<Option<(Receipt, Head)>, ReadError> {
     let mut found = None;
     for run in Run::find(paths)?.into_iter().filter(Run::is_whole) {
-        let (mut gate, mut effects, mut next) = (Gate::new(run.head.policy), Effects::new(), 0);
+        let (mut gate, mut effects, mut next) =
+            (Gate::new(run.head.policy, words::private), Effects::new(), 0);
         for line in run.lines() {
             let line = line?;
             if line.n != next {
@@ -177,7 +179,7 @@ impl Replay {
             report,
             whole,
             next: head.first,
-            gate: Gate::new(head.policy),
+            gate: Gate::new(head.policy, words::private),
             effects: Effects::new(),
             checker: Checker::new(whole),
             opening: None,

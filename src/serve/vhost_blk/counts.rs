@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use passgate_backends::nvme::{Drive, Health};
 
-use crate::observe::disk::{Disk, Kind, Refusal, STATUSES};
+use crate::observe::disk::{Disk, Kind, ReadDisk, Refusal, STATUSES};
 
 /// The counters of one worker, on cache lines of its own (128 bytes, because processors fetch lines in pairs).
 #[derive(Debug, Default)]
@@ -76,7 +76,7 @@ impl WorkerCounters {
 
 /// The counters of the disk: those of all workers, of the drive and of front-ends.
 #[derive(Debug)]
-pub(in crate::serve) struct DiskCounters {
+pub(super) struct DiskCounters {
     drive: Arc<Drive>,
     workers: Vec<Arc<WorkerCounters>>,
     connected: AtomicBool,
@@ -95,9 +95,10 @@ impl DiskCounters {
         self.connected.store(true, Relaxed);
         ConnectedFrontEnd(self)
     }
+}
 
-    /// Returns the current values, without blocking.
-    pub(in crate::serve) fn read(&self) -> Disk {
+impl ReadDisk for DiskCounters {
+    fn read(&self) -> Disk {
         let Health { aborts, resets, lost } = self.drive.health();
         let (connected, front_ends) = (self.connected.load(Relaxed), self.front_ends.load(Relaxed));
         let mut disk = Disk { aborts, resets, lost, connected, front_ends, ..Disk::default() };

@@ -43,13 +43,12 @@ use super::Inside;
 use super::socket_file::{Remedies, SocketFile, listen, socket_error};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use counts::{ConnectedFrontEnd, WorkerCounters};
+use counts::{ConnectedFrontEnd, DiskCounters, WorkerCounters};
 use frontend::{BlockDevice, Frontend};
 use memory::Table;
 use ring::{MAX_QUEUE_SIZE, MAX_QUEUES, RingContext, Vring};
 use worker::{Mailbox, Worker, WorkerCommand};
 
-pub(super) use counts::DiskCounters;
 pub use poll::Polling;
 
 const SOCKET_REMEDIES: Remedies = Remedies {
@@ -168,7 +167,8 @@ impl Door {
             signal_hook::low_level::pipe::register(signal, stop).map_err(Error::Signal)?;
         }
         let counters = Arc::new(DiskCounters::new(Arc::clone(drive), counts));
-        inside.report_disk(Arc::downgrade(&counters));
+        let reported = Arc::downgrade(&counters);
+        inside.report_disk(reported);
         let serving = Serving { stopped, drive: Arc::clone(drive), inherited_files: options.kept, counters };
         let run = move || {
             serve_all(&serving, source, &device, &inside);

@@ -2,10 +2,10 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{COUNTERS, INVALIDATION, Lasting};
+use super::{COUNTERS, INVALIDATION, PersistentState};
 use crate::gate::InvalidationId;
 
-impl Lasting {
+impl PersistentState {
     /// Returns the content of the records as text, independent of the slots that they are in.
     pub(in crate::session) fn canonical(&self) -> String {
         let regions: Vec<_> = self.region_records.values().map(|(_, written)| written).collect();

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::units::Offset;
 use passgate_bindings::words::Words;
 use passgate_bindings::{Failed, PageRange};
@@ -11,7 +11,8 @@ use passgate_bindings::{Failed, PageRange};
 use super::record::{self, StoredRegionInfo};
 use super::slots::{Record, Slot};
 use super::{
-    COUNTERS, DOMAIN, FIRST_DEVICE, IDS, INVALIDATION, Lasting, MAX_DEVICES, OVERFLOWED, REGION, STOPPED,
+    COUNTERS, DOMAIN, FIRST_DEVICE, IDS, INVALIDATION, MAX_DEVICES, OVERFLOWED, PersistentState, REGION,
+    STOPPED,
 };
 use crate::gate::ledger::OpenError;
 use crate::gate::ledger::{Full, Mapped, PageMap, Store};
@@ -32,7 +33,7 @@ pub enum LoadError {
     /// A value in it is impossible.
     #[error("the ledger that was kept is damaged: {0}")]
     Damaged(&'static str),
-    /// The process that made it ended before [`Lasting::complete`].
+    /// The process that made it ended before [`PersistentState::complete`].
     #[error("the earlier daemon ended before everything was kept")]
     Incomplete,
     /// The store was full, and a record is missing.
@@ -42,11 +43,11 @@ pub enum LoadError {
 
 /// The state that an earlier process left in its ledger.
 #[derive(Debug)]
-pub struct Left {
+pub struct EarlierState {
     /// The state of the gate.
     pub past: Past,
     /// The ids of the domain.
-    pub ids: Ids,
+    pub ids: DomainIds,
     /// The names of the devices, in the order of their numbers.
     pub devices: Vec<String>,
     /// The names of the devices whose ATS was known to be off while they are attached.
@@ -61,7 +62,7 @@ pub type Holds = Vec<(FileId, PageRange<Offset>, HeldBy)>;
 /// Returns the exclusions in the ledger in this memfd, for a process that does not resume from it. An error if the ledger is not
 /// complete: then there may be others.
 pub fn holds_in(fd: OwnedFd) -> Result<Holds, LoadError> {
-    let (mut persistent, records) = Lasting::over(Store::open(Words::from_fd(fd)?)?)?;
+    let (mut persistent, records) = PersistentState::over(Store::open(Words::from_fd(fd)?)?)?;
     persistent.load_ids()?;
     let mut past = Past::default();
     persistent.load_counters(&mut past)?;
@@ -77,12 +78,12 @@ pub(super) struct FoundRecords {
     pub(super) unended: Vec<(Slot, Record)>,
 }
 
-impl Lasting {
+impl PersistentState {
     /// Opens the ledger in this memfd, to resume from it. Returns the state that is in it, too.
-    pub fn open(fd: OwnedFd) -> Result<(Self, Left), LoadError> {
+    pub fn open(fd: OwnedFd) -> Result<(Self, EarlierState), LoadError> {
         let (mut persistent, records) = Self::over(Store::open(Words::from_fd(fd)?)?)?;
         let (ids, named) = persistent.load_ids()?;
-        let mut past = Past { unmapped: ids == Ids::Nothing, ..Past::default() };
+        let mut past = Past { unmapped: ids == DomainIds::Nothing, ..Past::default() };
         persistent.load_counters(&mut past)?;
         persistent.load_regions(records.regions, &mut past)?;
         persistent.load_exclusions(records.exclusions, &mut past)?;
@@ -96,11 +97,11 @@ impl Lasting {
         }
         let ats_unused = named.iter().filter(|(_, unused)| *unused).map(|(name, _)| name.clone()).collect();
         let devices = named.into_iter().map(|(name, _)| name).collect();
-        Ok((persistent, Left { past, ids, devices, ats_unused, region_infos }))
+        Ok((persistent, EarlierState { past, ids, devices, ats_unused, region_infos }))
     }
 
     /// Returns the ids of the domain and its devices; of each the name, and true if its ATS was known to be off.
-    fn load_ids(&self) -> Result<(Ids, Vec<(String, bool)>), LoadError> {
+    fn load_ids(&self) -> Result<(DomainIds, Vec<(String, bool)>), LoadError> {
         let read = |at: usize| -> Option<Record> {
             let words = self.meta.line(at)?;
             Some(std::array::from_fn(|nth| words[nth].load(Relaxed)))

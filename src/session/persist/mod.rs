@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::units::Offset;
 use passgate_bindings::words::Words;
 use passgate_bindings::{Failed, PageRange};
@@ -28,7 +28,7 @@ use crate::gate::{
     RegionId, Written,
 };
 
-pub use load::{Holds, Left, LoadError, holds_in};
+pub use load::{EarlierState, Holds, LoadError, holds_in};
 pub(super) use record::StoredRegionInfo;
 use slots::{Slot, Slots};
 
@@ -67,7 +67,7 @@ const INVALIDATION: usize = 2;
 const STOPPED: usize = 3;
 /// Not 0 once the store was full and a record could not be written.
 const OVERFLOWED: usize = 4;
-/// The random number of the ledger ([`Lasting::id`]).
+/// The random number of the ledger ([`PersistentState::id`]).
 const LEDGER_ID: usize = 5;
 
 /// The maximum number of devices whose names and stops are recorded; no VM has as many.
@@ -75,7 +75,7 @@ const MAX_DEVICES: usize = 64;
 
 /// The state of a session that outlives its process.
 #[derive(Debug)]
-pub struct Lasting {
+pub struct PersistentState {
     store: Store,
     meta: Table,
     region_slots: Slots,
@@ -118,7 +118,7 @@ enum Settled {
     Any,
 }
 
-impl Lasting {
+impl PersistentState {
     /// Returns empty records in a new memfd.
     pub fn new() -> Result<Self, LoadError> {
         let store = Store::new(Words::memfd("passgate-ledger", STORE_BYTES)?)?;
@@ -179,7 +179,7 @@ impl Lasting {
 
     /// Records the ids of the domain and its devices; of each device the name, and if its ATS is known to be off. Their files must
     /// be stored before: from now on a later process resumes from this ledger.
-    pub fn complete(&self, ids: Ids, devices: &[(String, bool)]) {
+    pub fn complete(&self, ids: DomainIds, devices: &[(String, bool)]) {
         for (nth, (name, ats_unused)) in devices.iter().enumerate() {
             self.write(FIRST_DEVICE + nth, record::encode_device(nth, name, *ats_unused));
         }
@@ -198,7 +198,7 @@ impl Lasting {
             | Event::Converted { .. }
             | Event::Insists { .. }
             | Event::Quiet => Touched::default(),
-            Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceNature { .. } => {
+            Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceTraits { .. } => {
                 Touched { devices: true, ..Touched::default() }
             }
             // Quarantine of an earlier daemon: no notice reports it, and the next daemon must find it here.
@@ -256,7 +256,7 @@ impl Lasting {
         if devices {
             let stopped = gate.stopped().filter(|device| usize::from(device.0) < MAX_DEVICES);
             self.set_counter(STOPPED, stopped.fold(0, |bits, device| bits | 1 << device.0));
-            gate.natures().for_each(|(device, nature)| self.record_ats(device, !nature.ats));
+            gate.all_traits().for_each(|(device, traits)| self.record_ats(device, !traits.ats));
         }
         let mut old_exclusions = Vec::new();
         for (file, range) in pages {

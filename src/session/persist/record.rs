@@ -1,14 +1,14 @@
 //! The encoding of regions, exclusions, devices and ids as records of eight words. Decoding checks every value: another process,
 //! perhaps of another version, wrote it.
 
-use passgate_backends::resume::Ids;
+use passgate_backends::handover::DomainIds;
 use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::slots::Record;
 use crate::gate::{
-    Backing, Cause, DeviceId, FileId, HeldBy, InvalidationId, PageState, Reason, RegionId, RegionSpec, Step,
+    Backing, Cause, DeviceId, FileId, HeldBy, InvalidationId, PageState, Reason, RegionId, RegionSpec, Rung,
     Written,
 };
 
@@ -74,7 +74,7 @@ pub(super) fn encode_exclusion(file: FileId, range: PageRange<Offset>, by: HeldB
         HeldBy::Open(id) => (OPEN, id, 0),
         HeldBy::Quarantine(id, Reason { cause, device, rung, errno }) => {
             let device = device.map_or(0, |device| 1 << 24 | u64::from(device.0) << 32);
-            (QUARANTINE | (cause as u64) << 8 | (rung as u64) << 16 | device, id, errno)
+            (QUARANTINE | (cause as u64) << 8 | u64::from(rung.number()) << 16 | device, id, errno)
         }
     };
     let errno = u64::from(errno.cast_unsigned());
@@ -94,7 +94,7 @@ pub(super) fn decode_exclusion(record: &Record) -> Option<(FileId, PageRange<Off
             let reason = Reason {
                 cause: *Cause::ALL.get(cause as usize)?,
                 device,
-                rung: *Step::LADDER.get((first >> 16 & 0xff) as usize)?,
+                rung: *Rung::LADDER.get((first >> 16 & 0xff) as usize)?,
                 errno: u32::try_from(errno).ok()?.cast_signed(),
             };
             HeldBy::Quarantine(id, reason)
@@ -142,18 +142,18 @@ pub(super) fn decode_region_info(record: &Record) -> Option<(RegionId, StoredReg
 
 /// Encodes the ids of the domain. The words are: 1, kind, value, number of devices, four times 0. Without this record a ledger is
 /// incomplete, and no later process resumes from it.
-pub(super) fn encode_ids(ids: Ids, devices: usize) -> Record {
+pub(super) fn encode_ids(ids: DomainIds, devices: usize) -> Record {
     let [kind, value] = ids.words();
     [1, kind, value, devices as u64, 0, 0, 0, 0]
 }
 
 /// Decodes the ids of the domain, and the number of its devices.
-pub(super) fn decode_ids(record: &Record) -> Option<(Ids, usize)> {
+pub(super) fn decode_ids(record: &Record) -> Option<(DomainIds, usize)> {
     let [first, kind, value, devices, ..] = *record;
     if first != 1 || devices > u64::from(u16::MAX) {
         return None;
     }
-    Some((Ids::from_words([kind, value])?, devices as usize))
+    Some((DomainIds::from_words([kind, value])?, devices as usize))
 }
 
 /// The word of a device's record that is [`ATS_UNUSED`] if ATS is known to be off while the device is attached. It is 0 in a
@@ -195,6 +195,7 @@ pub(super) fn decode_device(record: &Record) -> Option<(usize, String, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gate::Step;
 
     fn written() -> Written {
         let backing = Backing { file: FileId { device: 7, inode: u64::MAX }, offset: Offset(3 * PAGE) };
@@ -227,7 +228,7 @@ mod tests {
         let mut exclusions = vec![HeldBy::Open(InvalidationId(9))];
         for cause in Cause::ALL {
             for (device, errno) in [(None, -1), (Some(DeviceId(0)), 0), (Some(DeviceId(u16::MAX)), 14)] {
-                let reason = Reason { cause, device, rung: Step::Reset, errno };
+                let reason = Reason { cause, device, rung: Rung::Fence(Step::Reset), errno };
                 exclusions.push(HeldBy::Quarantine(InvalidationId(u64::MAX), reason));
             }
         }
@@ -240,8 +241,8 @@ mod tests {
         ] {
             assert_eq!(decode_region_info(&encode_region_info(RegionId(4), one)), Some((RegionId(4), one)));
         }
-        let ids = Ids::Type1 { entries: 9 };
-        assert_eq!(decode_ids(&encode_ids(ids, 3)), Some((Ids::Type1 { entries: 9 }, 3)));
+        let ids = DomainIds::Type1 { entries: 9 };
+        assert_eq!(decode_ids(&encode_ids(ids, 3)), Some((DomainIds::Type1 { entries: 9 }, 3)));
         for unused in [false, true] {
             let record = encode_device(3, "0000:04:1f.7", unused);
             assert_eq!(decode_device(&record), Some((3, "0000:04:1f.7".to_owned(), unused)));
@@ -260,7 +261,7 @@ mod tests {
             assert_eq!(decode_region(&bad), None, "{at} {value}");
         }
         let file = FileId { device: 1, inode: 2 };
-        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Step::Unmap, errno: 0 };
+        let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
         let by = HeldBy::Quarantine(InvalidationId(3), reason);
         let record = encode_exclusion(file, PageRange::new(0, PAGE).unwrap(), by);
         for (at, value) in

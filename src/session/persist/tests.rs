@@ -4,11 +4,13 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 
 use passgate_bindings::PAGE;
+use passgate_bindings::words;
 
 use super::*;
 use crate::gate::{
-    Able, Answer, Backing, Caller, Cause, ClientId, DeviceId, Door, Effects, Nature, OnStuckDma, Outcome,
-    PageState, Performer, Policy, Ranges, Reason, RegionSpec, Step, Steps, UnmapResult, Verdict,
+    Answer, Backing, Caller, Cause, ClientId, DeviceId, DeviceTraits, DomainCaps, Door, Effects, OnStuckDma,
+    Outcome, PageState, Performer, Policy, Ranges, Reason, RegionSpec, Rung, Step, Steps, UnmapResult,
+    Verdict,
 };
 
 thread_local! {
@@ -27,7 +29,7 @@ fn pages<A: passgate_bindings::units::Address>(page: u64, pages: u64) -> PageRan
 /// A gate and its records.
 struct World {
     gate: Gate,
-    persistent: Lasting,
+    persistent: PersistentState,
     /// The result of an unmap of this many bytes.
     unmap: fn(u64) -> UnmapResult,
     /// True if no fence returns.
@@ -38,17 +40,17 @@ struct World {
 impl World {
     /// Sixteen pages, mapped one by one, and a device that can be drained.
     fn new() -> Self {
-        let persistent = Lasting::new().unwrap();
-        persistent.complete(Ids::Type1 { entries: 65_535 }, &[]);
+        let persistent = PersistentState::new().unwrap();
+        persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
         let policy = Policy { on_stuck_dma: OnStuckDma::Fence, ..Policy::default() };
-        let mut gate = Gate::new(policy);
+        let mut gate = Gate::new(policy, words::private);
         gate.keep_in(persistent.store().clone());
         let gone = |bytes| UnmapResult::Gone { bytes };
         let mut world = Self { gate, persistent, unmap: gone, hangs: false, answers: Vec::new() };
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-        let (steps, nature) = (Steps::of(&[Step::Drain]), Nature::default());
-        world.handle(Event::DomainAdded { domain: DOMAIN, able });
-        world.handle(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, nature });
+        let caps = DomainCaps::new(1000, 1 << 30);
+        let (steps, traits) = (Steps::of(&[Step::Drain]), DeviceTraits::default());
+        world.handle(Event::DomainAdded { domain: DOMAIN, caps });
+        world.handle(Event::DeviceAdded { device: DEVICE, domain: DOMAIN, steps, traits });
         let backing = Backing { file: FILE, offset: Offset(0) };
         let (gpa, initial) = (pages(0, 16), PageState::Shared);
         let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
@@ -60,7 +62,7 @@ impl World {
     fn handle(&mut self, event: Event) {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
-            let (touched, mut effects) = (Lasting::touched(&event), Effects::new());
+            let (touched, mut effects) = (PersistentState::touched(&event), Effects::new());
             self.gate.handle(event, &mut effects);
             self.persistent.record_changes(touched, &self.gate, &effects);
             for effect in effects {
@@ -90,10 +92,10 @@ impl World {
     }
 
     /// Ends the process. Returns the records that the next one finds.
-    fn end(self) -> (Lasting, Left) {
+    fn end(self) -> (PersistentState, EarlierState) {
         let fd: OwnedFd = self.persistent.fd().unwrap().try_clone_to_owned().unwrap();
         drop((self.gate, self.persistent));
-        Lasting::open(fd).unwrap()
+        PersistentState::open(fd).unwrap()
     }
 }
 
@@ -112,7 +114,7 @@ fn no_exclusion_of_an_ended_batch_is_recorded() {
     let mut world = World::new();
     let ranges = Ranges::try_from(vec![pages(2, 1), pages(5, 2), pages(9, 1)]).unwrap();
     let invalidation = world.begin(ranges);
-    let open = Lasting::open(world.persistent.fd().unwrap().try_clone_to_owned().unwrap()).unwrap().1;
+    let open = PersistentState::open(world.persistent.fd().unwrap().try_clone_to_owned().unwrap()).unwrap().1;
     assert_eq!(open.past.holds.len(), 3);
     world.handle(Event::End { caller: CALLER, invalidation, outcome: Outcome::Committed });
     assert_eq!(world.end().1.past.holds, []);
@@ -159,12 +161,12 @@ fn overflowed_ledger_is_not_resumed_from() {
     let world = World::new();
     let fd = world.persistent.fd().unwrap().try_clone_to_owned().unwrap();
     world.persistent.mark_overflowed();
-    assert!(matches!(Lasting::open(fd), Err(LoadError::Overflowed)));
+    assert!(matches!(PersistentState::open(fd), Err(LoadError::Overflowed)));
 }
 
 #[test]
 fn open_conversion_is_read_before_a_quarantine_of_the_same_range() {
-    let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Step::Unmap, errno: 16 };
+    let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
     let (open, lifted) = (HeldBy::Open(InvalidationId(1)), HeldBy::Quarantine(InvalidationId(1), reason));
     for order in [[open, lifted], [lifted, open]] {
         let mut world = World::new();
@@ -209,16 +211,16 @@ fn restart_leaves_one_record_for_each_exclusion() {
     let (mut persistent, mut left) = world.end();
     for _ in 0..3 {
         assert_eq!(left.past.holds.len(), 2);
-        let mut gate = Gate::new(Policy::default());
+        let mut gate = Gate::new(Policy::default(), words::private);
         gate.keep_in(persistent.store().clone());
         let (mut effects, domain) = (Effects::new(), DOMAIN);
-        let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-        gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+        let caps = DomainCaps::new(1000, 1 << 30);
+        gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
         gate.resume(left.past, &mut effects);
         persistent.record_all(&gate, &effects);
         let fd: OwnedFd = persistent.fd().unwrap().try_clone_to_owned().unwrap();
         drop((gate, persistent));
-        (persistent, left) = Lasting::open(fd).unwrap();
+        (persistent, left) = PersistentState::open(fd).unwrap();
     }
 }
 
@@ -228,11 +230,11 @@ fn records_of_unended_conversions_are_compared_only_if_one_may_be_settled() {
     let unended = world.begin(pages(2, 1).into());
     let unmap = world.unmap;
     let (mut persistent, left) = world.end();
-    let mut gate = Gate::new(Policy::default());
+    let mut gate = Gate::new(Policy::default(), words::private);
     gate.keep_in(persistent.store().clone());
     let (mut effects, domain) = (Effects::new(), DOMAIN);
-    let able = Able { max_mappings: 1000, max_piece: 1 << 30, cut: false, replace: false };
-    gate.handle(Event::DomainAdded { domain, able }, &mut effects);
+    let caps = DomainCaps::new(1000, 1 << 30);
+    gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
     gate.resume(left.past, &mut effects);
     persistent.record_all(&gate, &effects);
     let mut world = World { gate, persistent, unmap, hangs: false, answers: Vec::new() };

@@ -5,6 +5,7 @@ use std::hint::black_box;
 use passgate::gate::PageState;
 use passgate::gate::ledger::PageMap;
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 use rangemap::RangeMap;
 use roaring::RoaringBitmap;
@@ -42,7 +43,7 @@ impl Ledger for PageMap {
     const NAME: &'static str = "passgate";
 
     fn new() -> Self {
-        let mut map = PageMap::new();
+        let mut map = PageMap::new(words::private);
         PageMap::set(&mut map, range(0, PAGES), PageState::Private);
         map
     }

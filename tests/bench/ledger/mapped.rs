@@ -4,6 +4,7 @@ use std::hint::black_box;
 
 use passgate::gate::JobId;
 use passgate::gate::ledger::{Mapped, Run, RunState};
+use passgate_bindings::words;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::baselines::PAGES;
@@ -21,7 +22,7 @@ fn page(number: u64) -> PageRange<Iova> {
 
 /// Returns a domain mapped in pieces of 2^`bits` pages, 1 GiB by each call.
 fn domain(bits: u32) -> Mapped {
-    let mut mapped = Mapped::default();
+    let mut mapped = Mapped::new(words::private);
     for part in 0..PAGES >> 18 {
         if let Ok(range) = PageRange::<Iova>::new(part << 30, 1 << 30) {
             mapped.insert(Run::filling(range, PAGE << bits, JobId(1)));

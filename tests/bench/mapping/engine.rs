@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use passgate::gate::{
-    Able, Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, Hitless,
+    Answer, Backing, Caller, ClientId, DomainId, Door, Effect, Effects, Event, FileId, Gate, Hitless,
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, Ranges, RegionSpec, UnmapResult,
     Verdict,
 };
 use passgate_backends::{Domain, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
+use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
 
 use super::trace::Step;
@@ -27,17 +28,11 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(domain: Arc<dyn Domain>, file: Arc<GuestFile>, hitless: Hitless) -> Self {
-        let gate = Gate::new(Policy { hitless, ..Policy::default() });
+        let gate = Gate::new(Policy { hitless, ..Policy::default() }, words::private);
         let mut engine =
             Self { gate, domain, file, calls: 0, max_mappings: 0, cookie: 0, spent: Duration::ZERO };
         let caps = engine.domain.capabilities();
-        let able = Able {
-            max_mappings: caps.max_mappings,
-            max_piece: caps.max_mapping_len,
-            cut: caps.cut,
-            replace: caps.replace,
-        };
-        engine.handle(Event::DomainAdded { domain: DomainId(0), able });
+        engine.handle(Event::DomainAdded { domain: DomainId(0), caps });
         engine
     }
 

@@ -26,15 +26,15 @@ impl Device for RecordingDevice {
     fn name(&self) -> &str {
         "noted"
     }
-    fn stop_class(&self) -> StopClass {
-        StopClass::DETACH | StopClass::RESET
+    fn stop_class(&self) -> Steps {
+        Steps::DETACH | Steps::RESET
     }
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         self.0.lock().unwrap().push("fence");
         let failed = Failed::new("fence", Errno::IO);
         match step {
-            FenceStep::Detach => Ok(()),
-            FenceStep::Reset => Err(Error::Device { device: String::new(), source: failed, mend: "" }),
+            Step::Detach => Ok(()),
+            Step::Reset => Err(Error::Device { device: String::new(), source: failed, mend: "" }),
             _ => Err(self.no_dma()),
         }
     }
@@ -165,8 +165,8 @@ fn device_that_fails_to_restart_is_stopped_until_attach() {
 fn no_transfer_between_fence_and_attach() {
     let scene = Scene::new();
     for (step, works) in [
-        (FenceStep::Detach, true),
-        (FenceStep::Reset, false), // a fence that failed may have been effective
+        (Step::Detach, true),
+        (Step::Reset, false), // a fence that failed may have been effective
     ] {
         assert_eq!(scene.device.fence(step).is_ok(), works);
         assert_eq!(scene.take_log(), ["fence"]);
@@ -181,7 +181,7 @@ fn no_transfer_between_fence_and_attach() {
 fn transfer_to_a_drained_device_waits_for_the_attach() {
     let scene = Scene::new();
     for _ in 0..3 {
-        scene.device.fence(FenceStep::Drain).unwrap();
+        scene.device.fence(Step::Drain).unwrap();
         assert_eq!(scene.take_log(), ["stop"]);
         scene.results.send(true).unwrap();
         thread::scope(|scope| {
@@ -199,17 +199,17 @@ fn transfer_to_a_drained_device_waits_for_the_attach() {
 #[test]
 fn stronger_fence_fails_waiting_transfers() {
     let scene = Scene::new();
-    scene.device.fence(FenceStep::Drain).unwrap();
+    scene.device.fence(Step::Drain).unwrap();
     thread::scope(|scope| {
         let asked = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
         scene.await_waiting_transfer();
         let begun = Instant::now();
-        scene.device.fence(FenceStep::Detach).unwrap();
+        scene.device.fence(Step::Detach).unwrap();
         assert_eq!(asked.join().unwrap().unwrap_err().errno(), Some(Errno::SHUTDOWN));
         assert!(begun.elapsed() < pause::DRAIN_WAIT_TIMEOUT / 2, "at once");
     });
     // A later drain does not make transfers wait again.
-    scene.device.fence(FenceStep::Drain).unwrap();
+    scene.device.fence(Step::Drain).unwrap();
     let begun = Instant::now();
     assert!(!scene.transfers());
     assert!(begun.elapsed() < pause::DRAIN_WAIT_TIMEOUT / 2, "at once");
@@ -218,7 +218,7 @@ fn stronger_fence_fails_waiting_transfers() {
 #[test]
 fn transfer_to_a_drained_device_times_out_without_attach() {
     let scene = Scene::new();
-    scene.device.fence(FenceStep::Drain).unwrap();
+    scene.device.fence(Step::Drain).unwrap();
     let begun = Instant::now();
     assert!(!scene.transfers());
     assert!(begun.elapsed() >= pause::DRAIN_WAIT_TIMEOUT);
@@ -227,7 +227,7 @@ fn transfer_to_a_drained_device_times_out_without_attach() {
 #[test]
 fn unsupported_fence_stops_nothing() {
     let scene = Scene::new();
-    assert_eq!(scene.device.fence(FenceStep::Stop).unwrap_err().errno(), Some(Errno::OPNOTSUPP));
+    assert_eq!(scene.device.fence(Step::Stop).unwrap_err().errno(), Some(Errno::OPNOTSUPP));
     assert!(scene.transfers());
 }
 
@@ -237,8 +237,8 @@ fn strong_fence_does_not_wait_for_a_transfer_but_drain_does() {
     thread::scope(|scope| {
         let hangs = scope.spawn(|| scene.device.dma_write(Iova(0), &[1]));
         scene.begun.recv().unwrap();
-        let (fenced, asked) = (scene.device.fence(FenceStep::Detach), scene.take_log());
-        let drained = scope.spawn(|| scene.device.fence(FenceStep::Drain));
+        let (fenced, asked) = (scene.device.fence(Step::Detach), scene.take_log());
+        let drained = scope.spawn(|| scene.device.fence(Step::Drain));
         scene.results.send(false).unwrap(); // before any assertion: the threads would never end otherwise
         assert!(hangs.join().unwrap().is_err() && drained.join().unwrap().is_ok());
         assert!(fenced.is_ok());

@@ -27,7 +27,7 @@ use super::queue_pair::QueuePair;
 use super::registers::{DOORBELLS, Registers};
 use super::watchdog::{Health, WatchdogEvent, run_watchdog};
 use crate::device::own::{self, OwnMemory};
-use crate::device::{Device, FenceStep, Guard, Nature, StopClass};
+use crate::device::{Device, DeviceTraits, Guard, Step, Steps};
 use crate::iommu::Domain;
 use crate::window::Window;
 use crate::{Error, Result};
@@ -448,7 +448,7 @@ impl Inner {
 
     /// Stops the device by `step`. After a success, requests that were in flight no longer count as such in the
     /// window.
-    fn stop(&self, step: FenceStep) -> Result<()> {
+    fn stop(&self, step: Step) -> Result<()> {
         {
             let mut mode = self.mode();
             *mode = Mode::Fenced;
@@ -474,7 +474,7 @@ impl Inner {
                 "{}: the device was left detached from its domain: stopped until it is attached",
                 self.name
             );
-            if let Err(error) = self.stop(FenceStep::Detach) {
+            if let Err(error) = self.stop(Step::Detach) {
                 log::warn!("{error}");
             }
         }
@@ -517,24 +517,24 @@ impl Device for Drive {
         &self.inner.name
     }
 
-    fn stop_class(&self) -> StopClass {
-        self.inner.registers.device().stop_class() | StopClass::DRAIN
+    fn stop_class(&self) -> Steps {
+        self.inner.registers.device().stop_class() | Steps::DRAIN
     }
 
     fn wanted(&self) -> Option<BorrowedFd<'_>> {
         self.inner.registers.device().wanted()
     }
 
-    fn nature(&self) -> Nature {
-        self.inner.registers.device().nature()
+    fn traits(&self) -> DeviceTraits {
+        self.inner.registers.device().traits()
     }
 
     /// Fences the drive. A drain is a pause: the queues stay, and requests are refused as
     /// [`super::Submitted::Closed`] meanwhile. Anything stronger goes to the device at once, without waiting for an
     /// owner or the watchdog; once it has succeeded, requests that were in flight no longer count as such.
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         let (inner, device) = (&self.inner, self.inner.registers.device());
-        if step == FenceStep::Drain {
+        if step == Step::Drain {
             {
                 let mut mode = inner.mode();
                 if *mode == Mode::Up {

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::command::Command;
 use super::controller::Controller;
 use super::drive::{Generation, Inner, Mode, QueueSlot};
-use crate::device::FenceStep;
+use crate::device::Step;
 
 /// The longest time that an aborted command has to complete; less if the deadline of commands is shorter.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -93,7 +93,7 @@ impl Inner {
     pub(super) fn lose(&self, controller: &Controller, why: &dyn std::fmt::Display) {
         log::error!("{}: giving the drive up: {why}", self.name);
         self.window.pause();
-        let stopped = controller.is_gone() || self.registers.device().fence(FenceStep::Reset).is_ok();
+        let stopped = controller.is_gone() || self.registers.device().fence(Step::Reset).is_ok();
         if stopped {
             self.window.void();
         }

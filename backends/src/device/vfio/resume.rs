@@ -9,7 +9,7 @@ use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::vfio::{Cdev, DeviceFile, PciAddress};
 
 use super::{Candidate, Handle, VfioDevice, candidate};
-use crate::device::{FenceStep, StopClass, edu};
+use crate::device::{Step, Steps, edu};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Error, Result};
@@ -27,7 +27,7 @@ impl VfioDevice {
     ) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         is_cdev_of(&candidate, &fd)?;
-        let stop = if candidate.stays(together).is_some() { StopClass::empty() } else { StopClass::DETACH };
+        let stop = if candidate.stays(together).is_some() { Steps::empty() } else { Steps::DETACH };
         let handle = Handle::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
         Self::opened(candidate.pci, handle, stop, ats_unused).map_err(not_bound)
     }
@@ -46,8 +46,7 @@ impl VfioDevice {
         })?;
         let handle =
             Handle::Group { file: DeviceFile::from_fd(fd), _group: group, domain: Arc::clone(domain) };
-        let device =
-            Self::opened(candidate.pci, handle, StopClass::empty(), ats_unused).map_err(not_bound)?;
+        let device = Self::opened(candidate.pci, handle, Steps::empty(), ats_unused).map_err(not_bound)?;
         // The device's file does not identify the device, so at least its ids are compared with those in sysfs.
         if device.pci.ids() == Some(device.ids()?) {
             return Ok(device);
@@ -59,7 +58,7 @@ impl VfioDevice {
     /// driver.
     pub(crate) fn quiesce(&self) -> Result<()> {
         self.set_master(false)?;
-        if self.stop.has(FenceStep::Reset) {
+        if self.stop.has(Step::Reset) {
             self.handle.file().reset().map_err(|failed| self.failed(failed))?;
             // In case the reset has changed the Command register.
             self.set_master(false)?;

@@ -8,7 +8,7 @@ use passgate_bindings::iommufd::{IoasId, Iommufd};
 use rustix::io::Errno;
 
 use super::{IoasSetup, IommufdDomain};
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 const REMEDY: &str = "start without what the service manager has: stop the service for good, then start it";
@@ -16,8 +16,8 @@ const REMEDY: &str = "start without what the service manager has: stop the servi
 impl IommufdDomain {
     /// Takes over the IOAS that an earlier process made in this iommufd. Nothing is mapped, unmapped, attached or
     /// probed: the object id, which the kernel does not list, and the results of the probes are in `ids`.
-    pub fn resume(iommufd: OwnedFd, ids: Ids) -> Result<Arc<Self>> {
-        let Ids::Iommufd { ioas, by_file, compat_unmap, cuts } = ids else {
+    pub fn resume(iommufd: OwnedFd, ids: DomainIds) -> Result<Arc<Self>> {
+        let DomainIds::Iommufd { ioas, by_file, compat_unmap, cuts } = ids else {
             return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), mend: REMEDY });
         };
         let (iommufd, ioas) = (Iommufd::from_fd(iommufd), IoasId(ioas));
@@ -46,16 +46,16 @@ impl IommufdDomain {
         Ok(Arc::new(Self { setup, by_file, iommufd }))
     }
 
-    /// Returns what [`IommufdDomain::resume`] needs; [`Ids::Nothing`] for a domain with two page tables, because no
+    /// Returns what [`IommufdDomain::resume`] needs; [`DomainIds::Nothing`] for a domain with two page tables, because no
     /// record states reliably which of them devices are attached to.
-    pub(super) fn hand_over(&self) -> io::Result<(Left, Ids)> {
+    pub(super) fn hand_over(&self) -> io::Result<(Handover, DomainIds)> {
         let IoasSetup::Single { ioas, compat_unmap, cuts } = &self.setup else {
-            return Ok((Left::default(), Ids::Nothing));
+            return Ok((Handover::default(), DomainIds::Nothing));
         };
         let (by_file, compat_unmap, cuts) = (self.by_file, *compat_unmap, *cuts);
-        let ids = Ids::Iommufd { ioas: ioas.0, by_file, compat_unmap, cuts };
+        let ids = DomainIds::Iommufd { ioas: ioas.0, by_file, compat_unmap, cuts };
         let domain = Some(self.iommufd.as_fd().try_clone_to_owned()?);
-        Ok((Left { domain, ..Left::default() }, ids))
+        Ok((Handover { domain, ..Handover::default() }, ids))
     }
 }
 
@@ -69,9 +69,9 @@ mod tests {
     #[test]
     fn resume_with_another_file_or_other_ids_is_refused_in_one_line() {
         let file = || GuestFile::memfd("not-iommu", PAGE).unwrap().as_fd().try_clone_to_owned().unwrap();
-        let ids = Ids::Iommufd { ioas: 1, by_file: true, compat_unmap: true, cuts: true };
+        let ids = DomainIds::Iommufd { ioas: 1, by_file: true, compat_unmap: true, cuts: true };
         for (ids, says) in
-            [(ids, "kept as the iommufd is none"), (Ids::Type1 { entries: 1 }, "not of an iommufd")]
+            [(ids, "kept as the iommufd is none"), (DomainIds::Type1 { entries: 1 }, "not of an iommufd")]
         {
             let error = IommufdDomain::resume(file(), ids).unwrap_err().to_string();
             assert!(error.contains(says) && error.contains("stop the service for good"), "{error}");

@@ -36,7 +36,7 @@ pub enum Fault {
     /// A map fails half-way, and so does its roll-back: half of the pieces stay mapped.
     HalfMapped(Errno),
     /// An unmap, or a replace, fails half-way. It reports no bytes, like `IOMMU_IOAS_UNMAP`, unless the domain
-    /// [counts them](super::Capabilities::counts_partial).
+    /// [counts them](super::DomainCaps::counts_partial).
     HalfUnmapped(Errno),
     /// An unmap, or a replace, succeeds, but removes and reports only half of the mappings (or of the parts of
     /// mappings).

@@ -13,8 +13,8 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::{Failed, Iova, PageRange};
 use rustix::event::EventfdFlags;
 
-use super::{Capabilities, Domain, Ticket, Unmap};
-use crate::device::{Nature, StopClass};
+use super::{Domain, DomainCaps, Ticket, Unmap};
+use crate::device::{DeviceTraits, Steps};
 use crate::{Error, Result};
 
 mod calls;
@@ -80,7 +80,7 @@ struct State {
 
 #[derive(Debug)]
 pub(crate) struct Shared {
-    capabilities: Capabilities,
+    capabilities: DomainCaps,
     memory: Memory,
     state: Mutex<State>,
     released: Condvar,
@@ -95,10 +95,9 @@ pub struct Sim {
 
 impl Sim {
     /// The capabilities of a domain, for tests that need no others.
-    pub const CAPABILITIES: Capabilities = Capabilities {
+    pub const CAPABILITIES: DomainCaps = DomainCaps {
         max_mappings: 65_535,
         max_mapping_len: 1 << 30,
-        by_file: true,
         tickets: true,
         cut: false,
         replace: false,
@@ -106,7 +105,7 @@ impl Sim {
     };
 
     /// Makes an empty domain over `memory`.
-    pub fn new(capabilities: Capabilities, memory: Memory) -> Result<Self> {
+    pub fn new(capabilities: DomainCaps, memory: Memory) -> Result<Self> {
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| {
                 Error::Host {
@@ -119,10 +118,10 @@ impl Sim {
     }
 
     /// Makes a device, attached to this domain.
-    pub fn device(&self, name: &str, stop_class: StopClass, nature: Nature) -> SimDevice {
+    pub fn device(&self, name: &str, stop_class: Steps, traits: DeviceTraits) -> SimDevice {
         let mut state = self.shared.lock();
-        state.ports.push(Port { attached: true, quiesced: false, ats: nature.ats, stale: Vec::new() });
-        SimDevice::new(name, stop_class, nature, Arc::clone(&self.shared), state.ports.len() - 1)
+        state.ports.push(Port { attached: true, quiesced: false, ats: traits.ats, stale: Vec::new() });
+        SimDevice::new(name, stop_class, traits, Arc::clone(&self.shared), state.ports.len() - 1)
     }
 
     /// Replaces the fault plan. Calls are counted from the making of the domain on, so calls made before count.
@@ -307,7 +306,7 @@ impl Domain for Sim {
         "sim"
     }
 
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> DomainCaps {
         self.shared.capabilities
     }
 

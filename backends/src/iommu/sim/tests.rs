@@ -2,7 +2,7 @@ use passgate_bindings::PAGE;
 use rustix::io::Errno;
 
 use super::*;
-use crate::{Device, FenceStep};
+use crate::{Device, Step};
 
 struct Rig {
     memory: Memory,
@@ -17,13 +17,13 @@ fn rig() -> Rig {
 
 /// Makes a domain that supports cut and replace.
 fn cutting_rig() -> Rig {
-    rig_with(Capabilities { cut: true, replace: true, ..Sim::CAPABILITIES })
+    rig_with(DomainCaps { cut: true, replace: true, ..Sim::CAPABILITIES })
 }
 
-fn rig_with(capabilities: Capabilities) -> Rig {
+fn rig_with(capabilities: DomainCaps) -> Rig {
     let memory = Memory::new();
-    let sim = Sim::new(Capabilities { max_mappings: 16, ..capabilities }, memory.clone()).unwrap();
-    let device = sim.device("sim:0", StopClass::all(), Nature { ats: true, tdi: false });
+    let sim = Sim::new(DomainCaps { max_mappings: 16, ..capabilities }, memory.clone()).unwrap();
+    let device = sim.device("sim:0", Steps::all(), DeviceTraits { ats: true, ..DeviceTraits::default() });
     let file = Arc::new(GuestFile::memfd("sim", 64 * PAGE).unwrap());
     Rig { memory, sim, device, file }
 }
@@ -160,7 +160,7 @@ fn unmap_faults_apply_to_cut_and_replace() {
         }
         let (rig, went) = after(Fault::Cached);
         assert_eq!((went, rig.reach().len()), (Unmap::Gone { bytes: both * PAGE }, 8));
-        rig.device.fence(FenceStep::Reset).unwrap();
+        rig.device.fence(Step::Reset).unwrap();
         assert_eq!(rig.reach().len() as u64, 8 - both);
     }
 }
@@ -194,7 +194,7 @@ fn each_fault_hits_its_planned_call() {
     assert_eq!((rig.sees(1), rig.sees(2)), (None, Some(2)));
     assert_eq!(rig.sim.unmap(iova(0, 4)), Unmap::Gone { bytes: PAGE });
     assert_eq!(rig.sim.unmap(iova(0, 4)), Unmap::Gone { bytes: PAGE });
-    assert_eq!(errno(rig.device.fence(FenceStep::Detach)), Some(Errno::NODEV));
+    assert_eq!(errno(rig.device.fence(Step::Detach)), Some(Errno::NODEV));
     assert_eq!((rig.sim.calls(Call::Unmap), rig.sim.all_calls()), (4, 7));
 }
 
@@ -216,23 +216,23 @@ fn late_flush_leaves_the_old_frame_reachable() {
 #[test]
 fn stuck_operations_end_by_detach_or_reset_of_every_device() {
     let rig = rig();
-    let other = rig.sim.device("sim:1", StopClass::all(), Nature::default());
+    let other = rig.sim.device("sim:1", Steps::all(), DeviceTraits::default());
     rig.map(0, 1, 1, 5).unwrap();
     rig.sim.fail_next(Call::Unmap, Fault::Stuck);
     assert!(matches!(rig.sim.unmap(iova(0, 1)), Unmap::InFlight { .. }));
     rig.sim.flush();
-    rig.device.fence(FenceStep::Drain).unwrap();
+    rig.device.fence(Step::Drain).unwrap();
     assert_eq!(rig.sees(0), Some(5));
-    rig.device.fence(FenceStep::Reset).unwrap();
+    rig.device.fence(Step::Reset).unwrap();
     assert_eq!((rig.sees(0), rig.ended()), (None, 0));
     assert!(other.dma(Iova(0)).is_some());
-    other.fence(FenceStep::Detach).unwrap();
+    other.fence(Step::Detach).unwrap();
     assert_eq!((other.dma(Iova(0)), rig.ended()), (None, 1));
 }
 
 #[test]
 fn quiesced_device_does_only_stuck_dma_until_attach() {
-    for step in [FenceStep::Stop, FenceStep::Master] {
+    for step in [Step::Stop, Step::Master] {
         let rig = rig();
         rig.map(0, 3, 1, 5).unwrap();
         rig.sim.fail_next(Call::Unmap, Fault::Late);
@@ -255,26 +255,26 @@ fn quiesced_device_does_only_stuck_dma_until_attach() {
 fn reset_device_does_dma_again() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
-    rig.device.fence(FenceStep::Stop).unwrap();
-    rig.device.fence(FenceStep::Reset).unwrap();
+    rig.device.fence(Step::Stop).unwrap();
+    rig.device.fence(Step::Reset).unwrap();
     assert_eq!(rig.sees(0), Some(5));
-    rig.device.fence(FenceStep::Detach).unwrap();
-    rig.device.fence(FenceStep::Reset).unwrap();
+    rig.device.fence(Step::Detach).unwrap();
+    rig.device.fence(Step::Reset).unwrap();
     assert_eq!(rig.sees(0), None);
 }
 
 #[test]
 fn cached_translation_ends_only_by_detach_or_reset() {
-    for last in [FenceStep::Detach, FenceStep::Reset] {
+    for last in [Step::Detach, Step::Reset] {
         let rig = rig();
-        let plain = rig.sim.device("sim:1", StopClass::all(), Nature::default());
+        let plain = rig.sim.device("sim:1", Steps::all(), DeviceTraits::default());
         rig.map(0, 1, 1, 5).unwrap();
         rig.sim.fail_next(Call::Unmap, Fault::Cached);
         assert_eq!(rig.sim.unmap(iova(0, 1)), Unmap::Gone { bytes: PAGE });
-        rig.device.fence(FenceStep::Drain).unwrap();
+        rig.device.fence(Step::Drain).unwrap();
         assert_eq!((rig.sim.flush(), rig.sim.unstick(), rig.sees(0)), (0, 0, Some(5)));
         assert_eq!(plain.dma(Iova(0)), None);
-        rig.device.fence(FenceStep::Master).unwrap();
+        rig.device.fence(Step::Master).unwrap();
         assert_eq!(rig.sees(0), None);
         rig.device.attach().unwrap();
         assert_eq!(rig.sees(0), Some(5));
@@ -288,7 +288,7 @@ fn cached_translation_ends_only_by_detach_or_reset() {
 fn detached_device_reaches_nothing_until_attach() {
     let rig = rig();
     rig.map(0, 1, 1, 5).unwrap();
-    rig.device.fence(FenceStep::Detach).unwrap();
+    rig.device.fence(Step::Detach).unwrap();
     assert_eq!((rig.sees(0), rig.sim.mapping_count()), (None, 1));
     rig.sim.fail_next(Call::Attach, Fault::Errno(Errno::NODEV));
     assert_eq!(errno(rig.device.attach()), Some(Errno::NODEV));

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use passgate_bindings::vfio::{Container, Group};
 
 use super::Type1Domain;
-use crate::resume::{Ids, Left};
+use crate::handover::{DomainIds, Handover};
 use crate::{Error, Result};
 
 const REMEDY: &str = "start without what the service manager has: stop the service for good, then start it";
@@ -15,8 +15,8 @@ const REMEDY: &str = "start without what the service manager has: stop the servi
 impl Type1Domain {
     /// Takes over the container of an earlier process, and the groups that are in it. Nothing is mapped, unmapped,
     /// added or removed.
-    pub fn resume(container: OwnedFd, groups: Vec<(u32, OwnedFd)>, ids: Ids) -> Result<Arc<Self>> {
-        let Ids::Type1 { entries } = ids else {
+    pub fn resume(container: OwnedFd, groups: Vec<(u32, OwnedFd)>, ids: DomainIds) -> Result<Arc<Self>> {
+        let DomainIds::Type1 { entries } = ids else {
             return Err(Error::Host {
                 what: "the ledger is not of a type1 container".to_owned(),
                 mend: REMEDY,
@@ -40,12 +40,12 @@ impl Type1Domain {
     }
 
     /// Returns what [`Type1Domain::resume`] needs.
-    pub(super) fn hand_over(&self) -> io::Result<(Left, Ids)> {
+    pub(super) fn hand_over(&self) -> io::Result<(Handover, DomainIds)> {
         let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         let groups = groups.iter().map(|group| Ok((group.id(), group.as_fd().try_clone_to_owned()?)));
         let groups = groups.collect::<io::Result<Vec<_>>>()?;
         let domain = Some(self.container.as_fd().try_clone_to_owned()?);
-        Ok((Left { domain, groups, ..Left::default() }, Ids::Type1 { entries: self.entries }))
+        Ok((Handover { domain, groups, ..Handover::default() }, DomainIds::Type1 { entries: self.entries }))
     }
 }
 
@@ -59,7 +59,8 @@ mod tests {
     #[test]
     fn resume_with_a_file_that_is_no_container_is_refused_in_one_line() {
         let file = GuestFile::memfd("not-vfio", PAGE).unwrap().as_fd().try_clone_to_owned().unwrap();
-        let error = Type1Domain::resume(file, Vec::new(), Ids::Type1 { entries: 9 }).unwrap_err().to_string();
+        let error =
+            Type1Domain::resume(file, Vec::new(), DomainIds::Type1 { entries: 9 }).unwrap_err().to_string();
         assert!(error.contains("kept as the VFIO container is none") && !error.contains('\n'), "{error}");
     }
 }

@@ -1,5 +1,7 @@
 mod plain;
 
+use passgate_bindings::words;
+
 use super::*;
 use crate::gate::ids::JobId;
 
@@ -8,7 +10,7 @@ fn range(page: u64, pages: u64) -> PageRange<Iova> {
 }
 
 fn mapped(parts: &[(u64, u64, u64)]) -> Mapped {
-    let mut mapped = Mapped::default();
+    let mut mapped = Mapped::new(words::private);
     for (page, pages, piece) in parts {
         mapped.insert(Run::filling(range(*page, *pages), piece * PAGE, JobId(1)));
         mapped.made(Iova(page * PAGE));
@@ -121,7 +123,8 @@ fn mapped_table_agrees_with_a_plain_one() {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (seed >> 33) % n
     };
-    let mut both = Both { tree: Mapped::default(), plain: plain::Plain::default(), runs: Vec::new() };
+    let mut both =
+        Both { tree: Mapped::new(words::private), plain: plain::Plain::default(), runs: Vec::new() };
     for _ in 0..6000 {
         let longest = [1, 3, 64, 600, 5000, SPAN][random(6) as usize];
         let len = 1 + random(longest);

@@ -6,7 +6,7 @@ use passgate_bindings::Iova;
 
 use super::Core;
 use crate::Result;
-use crate::device::{Device, FenceStep, Guard, Nature, StopClass};
+use crate::device::{Device, DeviceTraits, Guard, Step, Steps};
 
 /// The PCI function of a simulated controller.
 #[derive(Debug)]
@@ -25,18 +25,18 @@ impl Device for Function {
         &self.core.options.name
     }
 
-    fn stop_class(&self) -> StopClass {
+    fn stop_class(&self) -> Steps {
         self.core.options.stop_class
     }
 
-    fn nature(&self) -> Nature {
-        self.core.options.nature
+    fn traits(&self) -> DeviceTraits {
+        self.core.options.traits
     }
 
     /// Fences the port to the domain; a reset also resets the registers.
-    fn fence(&self, step: FenceStep) -> Result<()> {
+    fn fence(&self, step: Step) -> Result<()> {
         self.core.port.fence(step)?;
-        if step == FenceStep::Reset {
+        if step == Step::Reset {
             self.core.lock().reset_function();
             self.core.changed.notify_all();
         }

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use super::registers::Registers;
 use crate::device::sim::SimDevice;
-use crate::device::{Device, Nature, StopClass};
+use crate::device::{Device, DeviceTraits, Step, Steps};
 use crate::iommu::sim::Sim;
 use crate::{Error, Result};
 
@@ -91,9 +91,9 @@ pub struct Options {
     /// The model number.
     pub model: String,
     /// The fences that its device has.
-    pub stop_class: StopClass,
+    pub stop_class: Steps,
     /// The properties of its device that fences depend on.
-    pub nature: Nature,
+    pub traits: DeviceTraits,
 }
 
 impl Default for Options {
@@ -121,8 +121,8 @@ impl Default for Options {
             ready_timeout: 2,
             serial: "SIMULATED".to_owned(),
             model: "passgate simulated controller".to_owned(),
-            stop_class: StopClass::MASTER.union(StopClass::DETACH).union(StopClass::RESET),
-            nature: Nature::default(),
+            stop_class: Steps::of(&[Step::Master, Step::Detach, Step::Reset]),
+            traits: DeviceTraits::default(),
         }
     }
 }
@@ -163,7 +163,7 @@ struct Core {
 impl Simulated {
     /// Returns a controller whose device is attached to `domain`; powered on, not enabled.
     pub fn new(domain: &Sim, options: Options) -> Result<Self> {
-        let port = domain.device(&options.name, options.stop_class, options.nature);
+        let port = domain.device(&options.name, options.stop_class, options.traits);
         let medium = Arc::new(Medium::new(options.block, options.blocks, options.volatile_cache));
         let core = Arc::new(Core {
             port,

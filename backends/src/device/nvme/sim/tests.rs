@@ -90,7 +90,7 @@ fn violations_of_the_specification_are_recorded() {
 fn unmapped_queue_is_fatal_until_a_reset() {
     let (sim, _file) = enabled();
     let registers = sim.registers();
-    registers.device().fence(crate::FenceStep::Detach).unwrap();
+    registers.device().fence(crate::Step::Detach).unwrap();
     registers.set(0x1000, 1).unwrap();
     assert!(sim.core.await_that(Duration::from_secs(10), |state| state.fatal));
     assert_eq!((registers.get(0x1c).unwrap(), sim.dma_faults()), (3, 1));

@@ -1,46 +1,70 @@
-//! The answer to `Status`.
+//! The answers to `Status` and `Adopt`.
 
+use super::Session;
 use crate::gate::{
-    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Step, Unended,
+    DeviceStatus, Hitless, OnStuckDma, Platform, Policy, QuarantineStatus, RegionStatus, Rung, Unended,
 };
 use crate::observe::metrics;
 use crate::protocol::verbs::{self, Device, Quarantined, Region, Status};
-use crate::session::Session;
 
 /// The maximum number of quarantined ranges in a status. The rest is only in the sum of bytes.
 const MAX_QUARANTINED: usize = 1024;
 
-/// Returns the state of the session. The server adds the connections, events, refusals and the disk.
-pub fn status(session: &Session, policy: &Policy) -> Status {
-    let snapshot = session.snapshot();
-    let (mappings, max_mappings) = metrics::mappings(&snapshot);
-    Status {
-        version: env!("CARGO_PKG_VERSION").into(),
-        iommu: session.domain().map_or("none", |domain| domain.name()).into(),
-        mappings,
-        max_mappings,
-        forecast: metrics::forecast(&snapshot),
-        pinned: snapshot.pinned,
-        quarantined: metrics::quarantined(&snapshot),
-        open: snapshot.open,
-        clients: 0,
-        instance: String::new(),
-        sequence: 0,
-        on_stuck_dma: on_stuck_dma(policy.on_stuck_dma).into(),
-        platform: platform(policy.platform).into(),
-        hitless: hitless(policy.hitless).into(),
-        reserved: snapshot.mappings.iter().map(|one| one.reserved).sum(),
-        regions: snapshot.regions.iter().map(region).collect(),
-        disk: None,
-        devices: snapshot.devices.iter().map(|status| device(session, status)).collect(),
-        quarantine: snapshot
-            .quarantine
-            .iter()
-            .take(MAX_QUARANTINED)
-            .map(|status| quarantined(session, status))
-            .collect(),
-        refused: Vec::new(),
-        totals: session.totals(),
+impl Session {
+    /// Returns the state as `Status` reports it. The server adds the connections, events, refusals and the disk.
+    pub fn status(&self, policy: &Policy) -> Status {
+        let snapshot = self.snapshot();
+        let (mappings, max_mappings) = metrics::mappings(&snapshot);
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            iommu: self.domain().map_or("none", |domain| domain.name()).into(),
+            mappings,
+            max_mappings,
+            forecast: metrics::forecast(&snapshot),
+            pinned: snapshot.pinned,
+            quarantined: metrics::quarantined(&snapshot),
+            open: snapshot.open,
+            clients: 0,
+            instance: String::new(),
+            sequence: 0,
+            on_stuck_dma: on_stuck_dma(policy.on_stuck_dma).into(),
+            platform: platform(policy.platform).into(),
+            hitless: hitless(policy.hitless).into(),
+            reserved: snapshot.mappings.iter().map(|one| one.reserved).sum(),
+            regions: snapshot.regions.iter().map(region).collect(),
+            disk: None,
+            devices: snapshot.devices.iter().map(|status| self.device_status(status)).collect(),
+            quarantine: snapshot
+                .quarantine
+                .iter()
+                .take(MAX_QUARANTINED)
+                .map(|status| self.quarantined(status))
+                .collect(),
+            refused: Vec::new(),
+            totals: self.statistics.totals(),
+        }
+    }
+
+    fn device_status(&self, status: &DeviceStatus) -> Device {
+        let rungs = Rung::LADDER.into_iter().filter(|rung| self.can(status.device, *rung));
+        Device {
+            device: self.device_name(status.device).into(),
+            stop: rungs.map(|rung| rung.word().into()).collect(),
+            ats: status.traits.ats,
+            tdi: status.traits.tdi,
+            fenced: status.fenced.map(|step| step.word().into()),
+            lost: status.lost,
+        }
+    }
+
+    fn quarantined(&self, status: &QuarantineStatus) -> Quarantined {
+        Quarantined {
+            gpa: self.gpa_of(status).map(|gpa| gpa.0),
+            offset: status.range.start().0,
+            length: status.range.len(),
+            cause: status.reason.cause.word().into(),
+            invalidation: status.invalidation.0,
+        }
     }
 }
 
@@ -114,27 +138,5 @@ fn region(status: &RegionStatus) -> Region {
         hole,
         unknown,
         closing: status.closing,
-    }
-}
-
-fn device(session: &Session, status: &DeviceStatus) -> Device {
-    let can = |step: &Step| session.can(status.device, *step);
-    Device {
-        device: session.device_name(status.device).into(),
-        stop: Step::LADDER.iter().filter(|step| can(step)).map(|step| step.word().into()).collect(),
-        ats: status.nature.ats,
-        tdi: status.nature.tdi,
-        fenced: status.fenced.map(|step| step.word().into()),
-        lost: status.lost,
-    }
-}
-
-fn quarantined(session: &Session, status: &QuarantineStatus) -> Quarantined {
-    Quarantined {
-        gpa: session.gpa_of(status).map(|gpa| gpa.0),
-        offset: status.range.start().0,
-        length: status.range.len(),
-        cause: status.reason.cause.word().into(),
-        invalidation: status.invalidation.0,
     }
 }

@@ -12,7 +12,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 
 /// Opens a regular file for reading. Without `follow_links`, a symbolic link is an error, and so is a file that neither this
 /// process's user nor root owns.
-pub(super) fn open(path: &Path, follow_links: bool) -> io::Result<File> {
+pub(crate) fn open(path: &Path, follow_links: bool) -> io::Result<File> {
     // O_NONBLOCK: without it the open of a FIFO waits for a writer. It has no effect on a regular file.
     let mut flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     flags.set(OFlags::NOFOLLOW, !follow_links);
@@ -29,7 +29,7 @@ pub(super) fn open(path: &Path, follow_links: bool) -> io::Result<File> {
 }
 
 /// Reads a regular file of at most `max_bytes`, without following links.
-pub(super) fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open(path, false)?.take(max_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max_bytes {

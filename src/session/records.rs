@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::audit::{self, Log, LogOptions};
-use super::quarantine_file::{Changes, Keep};
+use super::quarantine_file::{Changes, QuarantineFile};
 use crate::error::{Error, Result};
 use crate::gate::{Effect, Event, Policy, QuarantineStatus};
+use crate::observe::audit::{self, Log, LogOptions};
 
 /// The options of a state directory.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ fn logged_on(dir: &Path, boot: &str) -> bool {
 #[derive(Debug)]
 pub struct Records {
     log: Log,
-    quarantine_file: Keep,
+    quarantine_file: QuarantineFile,
     /// The quarantine of the last daemon, until it is taken.
     earlier_quarantine: Vec<Event>,
     /// The number of the ledger that has all of it, if one has.
@@ -104,7 +104,7 @@ impl Records {
             .map_err(failed(": /proc is not mounted"))?
             .trim()
             .to_owned();
-        let mut quarantine_file = Keep::new(&options.dir, boot.clone());
+        let mut quarantine_file = QuarantineFile::new(&options.dir, boot.clone());
         let loaded = quarantine_file.load_with_ledger(logged_on(&options.dir, &boot));
         let (earlier_quarantine, earlier_ledger) = match loaded {
             // The file stays until the ledger's quarantine is written in its place ([`Records::rewrite_quarantine`]): a daemon

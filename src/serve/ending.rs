@@ -1,0 +1,79 @@
+//! The end of a VM's loop: who asks for it, how long it may take, and what is handed over to a next daemon instead of closed.
+
+use std::time::{Duration, Instant};
+
+/// The state of the end.
+#[derive(Debug)]
+pub(super) struct Ending {
+    /// Set once the end has begun: the time by which all regions must be closed.
+    deadline: Option<Instant>,
+    /// Set while memory of an earlier daemon's clients waits to be adopted: the time at which it is closed.
+    adopt_by: Option<Instant>,
+    /// True while the state is to be handed over to a next daemon: the loop ends without closing anything.
+    hands_over: bool,
+    /// Set once the host wants a device back, until the end has begun.
+    requested: bool,
+}
+
+impl Ending {
+    /// Returns a loop's state at its start. Memory of an earlier daemon's clients waits until `adopt_by`.
+    pub(super) fn new(hands_over: bool, adopt_by: Option<Instant>) -> Self {
+        Self { deadline: None, adopt_by, hands_over, requested: false }
+    }
+
+    /// Returns true once the end has begun.
+    pub(super) fn has_begun(&self) -> bool {
+        self.deadline.is_some()
+    }
+
+    /// Returns the time by which all regions must be closed, once the end has begun.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Returns true if nothing is closed at the end.
+    pub(super) fn hands_over(&self) -> bool {
+        self.hands_over
+    }
+
+    /// Begins the end. Returns true if connections must be closed now: not where it has begun before, nor where the state is
+    /// handed over, because the gate would close the regions of the connections, in the ledger too.
+    pub(super) fn begin(&mut self, now: Instant, farewell: Duration) -> bool {
+        if self.hands_over {
+            self.deadline = Some(now);
+            return false;
+        }
+        let first = self.deadline.is_none();
+        self.deadline.get_or_insert(now + farewell);
+        first
+    }
+
+    /// Asks for the end; [`Ending::take_request`] returns true once after it.
+    pub(super) fn request(&mut self) {
+        self.requested = true;
+    }
+
+    pub(super) fn take_request(&mut self) -> bool {
+        std::mem::take(&mut self.requested)
+    }
+
+    /// Closes everything at the end, also where the state was to be handed over. Returns true if it was. Memory that waits to be
+    /// adopted then waits no longer than `now`.
+    pub(super) fn cancel_handover(&mut self, now: Instant) -> bool {
+        let cancelled = std::mem::take(&mut self.hands_over);
+        if cancelled {
+            self.adopt_by = self.adopt_by.map(|_| now);
+        }
+        cancelled
+    }
+
+    /// Returns the time at which memory that waits to be adopted is closed.
+    pub(super) fn adopt_by(&self) -> Option<Instant> {
+        self.adopt_by
+    }
+
+    /// Returns true, once, if that time has come.
+    pub(super) fn take_adoption_over(&mut self, now: Instant) -> bool {
+        self.adopt_by.take_if(|by| *by <= now).is_some()
+    }
+}
