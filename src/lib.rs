@@ -14,6 +14,7 @@ pub mod gate;
 pub mod host;
 pub mod observe;
 pub mod protocol;
+#[cfg(feature = "selftest")]
 pub mod selftest;
 pub mod serve;
 pub mod session;

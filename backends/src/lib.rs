@@ -8,6 +8,7 @@
 
 pub mod assign;
 pub mod device;
+pub mod drivers;
 pub mod error;
 pub mod iommu;
 pub mod resume;
@@ -15,6 +16,7 @@ pub mod window;
 
 pub use assign::{Accept, Assignment, Kind, assign};
 pub use device::{Device, FenceStep, Nature, StopClass, nvme};
+pub use drivers::{Drivers, NoDrivers};
 pub use error::{Error, Result};
 pub use iommu::iommufd::Tables;
 pub use iommu::{Capabilities, Domain, Ticket, Unmap};

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use passgate_backends::resume::{self, Ids};
-use passgate_backends::{Accept, Assignment, Device, Domain};
+use passgate_backends::{Accept, Assignment, Device, Domain, Drivers};
 use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
@@ -70,6 +70,7 @@ impl Hold {
         mut stored: Kept,
         devices: &[String],
         accept: Accept,
+        drivers: &dyn Drivers,
         adopt_within: Duration,
         assign: impl Fn() -> Result<Assignment>,
     ) -> Result<(Assignment, Self)> {
@@ -85,7 +86,7 @@ impl Hold {
         }
         let (names, ledger) = (stored.names(), stored.copy(&Name::Ledger));
         if !stored.is_empty() {
-            match take_over(&mut stored, devices, accept, &assign)? {
+            match take_over(&mut stored, devices, accept, drivers, &assign)? {
                 Ok((assignment, lasting, earlier)) => {
                     let must_store = earlier.ids == Ids::Nothing;
                     let session =
@@ -242,6 +243,7 @@ fn take_over(
     stored: &mut Kept,
     requested: &[String],
     accept: Accept,
+    drivers: &dyn Drivers,
     assign: &impl Fn() -> Result<Assignment>,
 ) -> Result<std::result::Result<(Assignment, Lasting, session::lasting::Left), TakeoverError>> {
     let Some(ledger) = stored.one(&Name::Ledger) else {
@@ -280,7 +282,7 @@ fn take_over(
     if fds.domain.is_none() {
         return Ok(Err(TakeoverError::Missing(domain)));
     }
-    Ok(match resume::resume(fds, earlier.ids, accept) {
+    Ok(match resume::resume(fds, earlier.ids, accept, drivers) {
         Ok(assignment) => {
             // Leaked on purpose, as in `store_descriptors`.
             std::mem::forget(assignment.devices.clone());

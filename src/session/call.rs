@@ -432,15 +432,15 @@ fn convert_by(
 
 #[cfg(test)]
 mod tests {
-    use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
     use passgate_backends::{Entered, Segment, Window, Windowed};
     use passgate_bindings::PAGE;
+    use passgate_sim::iommu::{self as sim, Fault, Memory, Sim};
 
     use super::*;
 
     /// A device whose traits differ from those that the gate assumes.
     #[derive(Debug)]
-    struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, passgate_backends::Nature);
+    struct ChangedDevice(passgate_sim::iommu::SimDevice, passgate_backends::Nature);
 
     impl Device for ChangedDevice {
         fn name(&self) -> &str {

@@ -16,7 +16,8 @@ use passgate_bindings::{Iova, PageRange};
 use super::Session;
 use super::call::{self, Call, Returned};
 use crate::gate::{
-    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult, UnmapResult,
+    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult,
+    UnmapResult,
 };
 
 /// The maximum number of unmaps in one call.
@@ -200,11 +201,11 @@ mod tests {
     use crate::gate::{Answer, Caller, ClientId, Door, InvalidationId, Policy, Step};
     use crate::protocol::verbs::AddMemory;
     use crate::session::{Next, SystemClock, Trust};
-    use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_backends::{Capabilities, Entered, Segment, Ticket, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::units::Offset;
     use passgate_bindings::{PAGE, identity};
+    use passgate_sim::iommu::{Memory, Sim};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 

@@ -157,10 +157,10 @@ mod tests {
     use std::os::fd::{AsFd, OwnedFd};
     use std::sync::Arc;
 
-    use passgate_backends::iommu::sim::{Memory, Sim};
     use passgate_backends::{Device, Domain, Entered, Nature, Segment, StopClass, Window, Windowed};
     use passgate_bindings::memory::GuestFile;
     use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
+    use passgate_sim::iommu::{Memory, Sim};
 
     use super::*;
     use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};

@@ -6,10 +6,10 @@ use passgate::gate::{
     Able, DeviceId, DomainId, Event, Hitless, JobId, MapResult, OnStuckDma, Outcome, PageState, Platform,
     Policy, Step, UnmapResult,
 };
-use passgate_backends::iommu::sim::Fault;
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::PAGE;
 use passgate_bindings::units::LIMIT;
+use passgate_sim::iommu::Fault;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

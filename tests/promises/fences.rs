@@ -4,9 +4,9 @@
 use passgate::gate::{
     Able, DeviceId, Event, Hitless, OnStuckDma, Outcome, PageState, Platform, Policy, Step,
 };
-use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{Nature, StopClass};
 use passgate_bindings::{Iova, PAGE};
+use passgate_sim::iommu::{Call, Fault, FaultPlan};
 use rustix::io::Errno;
 
 use crate::action::Action;

@@ -7,26 +7,24 @@ use passgate_bindings::{Iova, PageRange};
 
 use crate::{Error, Result};
 
-pub mod driven;
-mod driven_load;
-pub mod edu;
-pub mod igb;
 pub mod load;
 pub mod nvme;
 pub(crate) mod own;
-mod pause;
+pub mod pause;
+mod poll;
 pub mod refusal;
-pub mod sim;
 pub mod soft;
 pub mod vfio;
-pub mod virtio;
+
+pub use own::OwnMemory;
+pub use poll::await_that;
 
 /// A fence, as a step of the gate's ladder that acts on a device, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FenceStep {
     /// End the operations in flight and issue no more, where the device supports it (cancellation of io_uring
-    /// operations, the drain of a driver in this crate). Operations have ended only once their tickets are returned.
-    /// With a driver in this crate, a transfer that is requested after a drain waits, for 5 s at most, until the device
+    /// operations, the drain of a driver). Operations have ended only once their tickets are returned. With a
+    /// driver for DMA on demand, a transfer that is requested after a drain waits, for 5 s at most, until the device
     /// is attached again; after any stronger fence it fails.
     Drain,
     /// Set the migration state `VFIO_DEVICE_STATE_STOP`: DMA has stopped when the call returns.
@@ -120,8 +118,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn guard(&self) -> Guard<'_>;
 
     /// Does DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova`, which are
-    /// returned. A DMA that faults is an error if the device can report it; if it cannot (edu), the bytes are zero
-    /// ([`edu::POISON`]).
+    /// returned. A DMA that faults is an error if the device can report it; if it cannot, the bytes are zero (such as
+    /// those of QEMU's edu device).
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
         let _ = (iova, len);
         Err(self.no_dma())

@@ -18,8 +18,7 @@ use crate::Result;
 use crate::resume::{Ids, Left};
 
 pub mod iommufd;
-mod pieces;
-pub mod sim;
+pub mod pieces;
 pub mod soft;
 pub mod type1;
 
