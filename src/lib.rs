@@ -15,6 +15,7 @@ pub mod host;
 pub mod observe;
 pub mod protocol;
 mod regular_file;
+#[cfg(feature = "selftest")]
 pub mod selftest;
 pub mod serve;
 pub mod session;

@@ -12,9 +12,9 @@ use passgate::Error;
 use passgate::client::{AddMemory, Client, Outcome, PageState, State};
 use passgate::gate::{Admits, OnStuckDma, Policy};
 use passgate::serve::{Handle, Inside, Options, Server};
-use passgate_backends::iommu::sim::{Call, Fault, Memory, Sim};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_sim::iommu::{Call, Fault, Memory, Sim};
 
 use common::{exclusive, granted, memory};
 

@@ -13,7 +13,7 @@ use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
-use passgate_backends::{Accept, Assignment, Device, Domain, Step, Steps};
+use passgate_backends::{Accept, Assignment, Device, Domain, NoDrivers, Step, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use rustix::event::{EventfdFlags, eventfd};
@@ -77,7 +77,7 @@ fn device_request_is_reported_and_device_stopped_and_closed() {
                 Ok(Assignment { domain, devices, drives: Vec::new() })
             };
             let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
-            Takeover::open(store, kept, &names, Accept::default(), TIMEOUT, assign).unwrap().1
+            Takeover::open(store, kept, &names, Accept::default(), &NoDrivers, TIMEOUT, assign).unwrap().1
         });
         let options = Options::at(dir.path().join("socket"));
         let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();

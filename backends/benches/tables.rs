@@ -14,6 +14,7 @@ use passgate_backends::{Domain, Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
 use passgate_bindings::{Iova, PageRange};
+use passgate_exercise::Drivers;
 
 const BASE: u64 = 0x1_0000_0000;
 const MIB: u64 = 1 << 20;
@@ -124,9 +125,9 @@ fn main() {
     // Allocates every page, so that the timings include no page faults.
     (0..256 * MIB).step_by(PAGE as usize).for_each(|offset| file.store(offset, 1).unwrap());
     for (name, tables) in [("small", Tables::Small), ("large", Tables::Large), ("standby", Tables::Standby)] {
-        let accept = Accept { unstoppable: true, scratch: true, ..Accept::default() };
+        let accept = Accept { unstoppable: true, ..Accept::default() };
         let Assignment { domain, devices, .. } =
-            assign(Kind::Iommufd, std::slice::from_ref(&edu), accept, tables).unwrap();
+            assign(Kind::Iommufd, std::slice::from_ref(&edu), accept, &Drivers::default(), tables).unwrap();
         let bench = Bench { domain, file: Arc::clone(&file) };
         let can = bench.domain.capabilities();
         bench.whole(name, 256 * MIB, 256 * MIB, SLOW_ROUNDS);

@@ -6,12 +6,10 @@ use std::sync::Arc;
 use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 
-use crate::device::edu::{self, Edu};
-use crate::device::igb;
 use crate::device::nvme::{self, DriveOptions};
 use crate::device::refusal::candidate;
 use crate::device::vfio::VfioDevice;
-use crate::device::virtio::{gpu, net};
+use crate::drivers::Drivers;
 use crate::iommu::iommufd::{IommufdDomain, Tables};
 use crate::iommu::soft::SoftDomain;
 use crate::iommu::type1::Type1Domain;
@@ -42,20 +40,25 @@ pub struct Assignment {
     pub drives: Vec<Arc<nvme::Drive>>,
 }
 
-/// The risks that the operator has accepted for the devices.
+/// The use of the devices, and the risks that the operator has accepted for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Accept {
     /// Devices without a fence that reliably stops them. They are refused otherwise ([`Error::Unstoppable`]).
     pub unstoppable: bool,
-    /// Drivers may overwrite the last blocks of a drive, for DMA on demand with given bytes.
-    pub scratch: bool,
-    /// Set to serve drives as block devices (vhost-user-blk). They do no DMA on demand then.
+    /// Set to serve drives as block devices (vhost-user-blk), by the driver of this crate.
     pub drive: Option<DriveOptions>,
 }
 
 /// Opens a domain of this kind and attaches the devices with these names (PCI addresses, or `soft:N`). `tables` applies
-/// to iommufd only. A device that was attached before an error is closed again.
-pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) -> Result<Assignment> {
+/// to iommufd only. Devices that `drivers` support, except served drives, get their driver. A device that was attached
+/// before an error is closed again.
+pub fn assign(
+    kind: Kind,
+    devices: &[String],
+    accept: Accept,
+    drivers: &dyn Drivers,
+    tables: Tables,
+) -> Result<Assignment> {
     match choose(kind, devices, Path::new(SYSFS), Path::new("/dev/iommu").exists())? {
         Choice::Soft(names) => {
             let domain = SoftDomain::open()?;
@@ -73,7 +76,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
                 .iter()
                 .map(|name| {
                     let opened = VfioDevice::open_cdev(name, &domain, &together)?;
-                    let device = drive(opened, domain.clone(), accept, &mut drives)?;
+                    let device = start_driver(opened, domain.clone(), accept, drivers, &mut drives)?;
                     stoppable(device, accept, || why_not_detached(name, &together))
                 })
                 .collect::<Result<_>>()?;
@@ -91,7 +94,7 @@ pub fn assign(kind: Kind, devices: &[String], accept: Accept, tables: Tables) ->
                 .iter()
                 .map(|name| {
                     let opened = VfioDevice::open_group(name, &domain)?;
-                    let device = drive(opened, domain.clone(), accept, &mut drives)?;
+                    let device = start_driver(opened, domain.clone(), accept, drivers, &mut drives)?;
                     stoppable(device, accept, || Ok(TYPE1_DETACHES_NOTHING.to_owned()))
                 })
                 .collect::<Result<_>>()?;
@@ -138,53 +141,36 @@ pub fn shares_its_group(other: PciAddress) -> String {
     format!("{other} shares its IOMMU group, so that detaching it proves nothing: serve {other} with it")
 }
 
-/// A driver in this crate.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Driver {
-    Nvme,
-    Edu,
-    Igb,
-    Net,
-    Gpu,
+/// Returns true if the device is a drive that is served as a block device.
+fn is_served_drive(device: &VfioDevice, accept: Accept) -> Result<bool> {
+    Ok(accept.drive.is_some() && device.class()? == nvme::CLASS)
 }
 
-/// Returns this crate's driver for the device, by class code or by vendor and device id; none if there is no such
-/// driver.
-pub(crate) fn driver_of(device: &VfioDevice) -> Result<Option<Driver>> {
-    if device.class()? == nvme::CLASS {
-        return Ok(Some(Driver::Nvme));
-    }
-    Ok(match device.ids()? {
-        edu::IDS => Some(Driver::Edu),
-        igb::IDS => Some(Driver::Igb),
-        net::IDS => Some(Driver::Net),
-        gpu::IDS => Some(Driver::Gpu),
-        _ => None,
-    })
+/// Returns true if a driver is started for the device: this crate's, or one of `drivers`.
+pub(crate) fn has_driver(device: &VfioDevice, accept: Accept, drivers: &dyn Drivers) -> Result<bool> {
+    Ok(is_served_drive(device, accept)? || drivers.supports(device)?)
 }
 
-/// Starts this crate's driver for the device, or returns the device itself if there is none. A drive that is served as
-/// a block device is added to `drives` too.
-pub(crate) fn drive(
+/// Starts the device's driver, or returns the device itself if there is none. A drive that is served as a block device
+/// is added to `drives` too.
+pub(crate) fn start_driver(
     device: VfioDevice,
     domain: Arc<dyn Domain>,
     accept: Accept,
+    drivers: &dyn Drivers,
     drives: &mut Vec<Arc<nvme::Drive>>,
 ) -> Result<Arc<dyn Device>> {
-    let driver = driver_of(&device)?;
-    if let (Some(Driver::Nvme), Some(options)) = (driver, accept.drive) {
+    if let Some(options) = accept.drive
+        && is_served_drive(&device, accept)?
+    {
         let drive = nvme::serve(device, &domain, options)?;
         drives.push(Arc::clone(&drive));
         return Ok(drive);
     }
-    Ok(match driver {
-        Some(Driver::Nvme) => Arc::new(nvme::open(device, &domain, accept.scratch)?),
-        Some(Driver::Edu) => Arc::new(Edu::new(device, domain)?),
-        Some(Driver::Igb) => Arc::new(igb::open(device, &domain)?),
-        Some(Driver::Net) => Arc::new(net::open(device, &domain)?),
-        Some(Driver::Gpu) => Arc::new(gpu::open(device, &domain)?),
-        None => Arc::new(device),
-    })
+    if drivers.supports(&device)? {
+        return drivers.start(device, domain);
+    }
+    Ok(Arc::new(device))
 }
 
 /// A selected backend and the full names of its devices.
@@ -254,8 +240,30 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::iommu::sim::{Memory, Sim};
-    use crate::{DeviceTraits, Steps};
+    use crate::device::Guard;
+    use crate::{NoDrivers, Step, Steps};
+
+    /// A device with these fences.
+    #[derive(Debug)]
+    struct Fences(Steps);
+
+    impl Device for Fences {
+        fn name(&self) -> &str {
+            "fences:0"
+        }
+        fn stop_class(&self) -> Steps {
+            self.0
+        }
+        fn fence(&self, _: Step) -> Result<()> {
+            Ok(())
+        }
+        fn attach(&self) -> Result<()> {
+            Ok(())
+        }
+        fn guard(&self) -> Guard<'_> {
+            Guard::None
+        }
+    }
 
     fn names(names: &[&str]) -> Vec<String> {
         names.iter().map(|&name| name.to_owned()).collect()
@@ -296,26 +304,32 @@ mod tests {
 
     #[test]
     fn software_devices_are_opened_by_their_names() {
-        let soft =
-            match assign(Kind::Auto, &names(&["soft:0", "soft:7"]), Accept::default(), Tables::default()) {
-                Err(Error::Ring(_)) => return, // no io_uring here, which the tests of the soft domain report
-                other => other.unwrap(),
-            };
+        let soft = match assign(
+            Kind::Auto,
+            &names(&["soft:0", "soft:7"]),
+            Accept::default(),
+            &NoDrivers,
+            Tables::default(),
+        ) {
+            Err(Error::Ring(_)) => return, // no io_uring here, which the tests of the soft domain report
+            other => other.unwrap(),
+        };
         assert_eq!(soft.domain.name(), "soft");
         let found: Vec<_> = soft.devices.iter().map(|device| device.name()).collect();
         assert_eq!(found, ["soft:0", "soft:7"]);
-        assert_eq!(assign(Kind::Soft, &[], Accept::default(), Tables::default()).unwrap().devices.len(), 0);
+        assert_eq!(
+            assign(Kind::Soft, &[], Accept::default(), &NoDrivers, Tables::default()).unwrap().devices.len(),
+            0
+        );
     }
 
     #[test]
     fn unstoppable_device_is_refused_unless_accepted() {
-        let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let device =
-            |class| Arc::new(domain.device("sim:0", class, DeviceTraits::default())) as Arc<dyn Device>;
+        let device = |class| Arc::new(Fences(class)) as Arc<dyn Device>;
         let none = device(Steps::empty());
         let why = || Ok(shares_its_group("04:00.1".parse().unwrap()));
         let error = stoppable(none.clone(), Accept::default(), why).unwrap_err().to_string();
-        assert!(error.starts_with("sim:0 cannot be stopped for certain"), "{error}");
+        assert!(error.starts_with("fences:0 cannot be stopped for certain"), "{error}");
         assert!(
             error.contains("serve 0000:04:00.1 with it; or accept that (serve --allow-unstoppable)"),
             "{error}"
@@ -330,16 +344,19 @@ mod tests {
 
     #[test]
     fn type1_domain_without_a_device_is_refused() {
-        let error = assign(Kind::Type1, &[], Accept::default(), Tables::default()).unwrap_err().to_string();
+        let error = assign(Kind::Type1, &[], Accept::default(), &NoDrivers, Tables::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("needs a device"), "{error}");
     }
 
     #[test]
     fn missing_device_is_refused_by_every_backend() {
         for kind in [Kind::Auto, Kind::Type1] {
-            let error = assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default(), Tables::default())
-                .unwrap_err()
-                .to_string();
+            let error =
+                assign(kind, &names(&["ffff:ff:1f.7"]), Accept::default(), &NoDrivers, Tables::default())
+                    .unwrap_err()
+                    .to_string();
             assert!(error.contains("ffff:ff:1f.7: there is no such PCI device"), "{error}");
         }
     }

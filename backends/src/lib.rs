@@ -8,6 +8,7 @@
 
 pub mod assign;
 pub mod device;
+pub mod drivers;
 pub mod error;
 pub mod handover;
 pub mod iommu;
@@ -16,6 +17,7 @@ pub mod window;
 
 pub use assign::{Accept, Assignment, Kind, assign};
 pub use device::{Device, DeviceTraits, Step, Steps, nvme};
+pub use drivers::{Drivers, NoDrivers};
 pub use error::{Error, Result};
 pub use iommu::iommufd::Tables;
 pub use iommu::{Domain, DomainCaps, Ticket, Unmap};

@@ -4,8 +4,8 @@
 //! the mappings. So the files ([`Handover`], made by [`leave`]) and the ids ([`DomainIds`]) are handed over, together with the
 //! gate's ledger.
 //!
-//! A VFIO device without a driver in this crate continues undisturbed: it is neither bound, attached nor reset, and its
-//! bus mastering stays as it is. A device with such a driver has its queues in the memory of the process that has
+//! A VFIO device without a driver continues undisturbed: it is neither bound, attached nor reset, and its
+//! bus mastering stays as it is. A device with a driver has its queues in the memory of the process that has
 //! ended: the device is stopped, the queues are unmapped, and its driver starts again.
 
 use std::io;
@@ -15,9 +15,10 @@ use std::sync::Arc;
 
 use passgate_bindings::vfio::PciAddress;
 
-use crate::assign::{Accept, Assignment, drive, driver_of};
+use crate::assign::{Accept, Assignment, has_driver, start_driver};
 use crate::device::vfio::VfioDevice;
 use crate::device::{Guard, own};
+use crate::drivers::Drivers;
 use crate::handover::{DomainIds, Handover};
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
@@ -40,8 +41,8 @@ pub fn leave(domain: &dyn Domain, devices: &[Arc<dyn Device>]) -> io::Result<(Ha
 }
 
 /// Takes over what [`leave`] returned in an earlier process. On an error the devices stay as they are, except those
-/// whose driver in this crate was to be started: they are stopped.
-pub fn resume(left: Handover, ids: DomainIds, accept: Accept) -> Result<Assignment> {
+/// whose driver was to be started: they are stopped.
+pub fn resume(left: Handover, ids: DomainIds, accept: Accept, drivers: &dyn Drivers) -> Result<Assignment> {
     let Handover { domain, groups, devices, stopped, ats_unused } = left;
     let missing = |what: &str| Error::Host {
         what: format!("{what} is missing from what an earlier process handed over"),
@@ -60,7 +61,7 @@ pub fn resume(left: Handover, ids: DomainIds, accept: Accept) -> Result<Assignme
                     VfioDevice::resume_cdev(&name, fd, &domain, &together, unused).map(ManuallyDrop::new)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            start_drivers(domain, opened, &stopped, accept)
+            start_drivers(domain, opened, &stopped, accept, drivers)
         }
         DomainIds::Type1 { .. } => {
             let domain = Type1Domain::resume(fd, groups, ids)?;
@@ -71,12 +72,12 @@ pub fn resume(left: Handover, ids: DomainIds, accept: Accept) -> Result<Assignme
                     VfioDevice::resume_group(&name, fd, &domain, unused).map(ManuallyDrop::new)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            start_drivers(domain, opened, &stopped, accept)
+            start_drivers(domain, opened, &stopped, accept, drivers)
         }
     }
 }
 
-/// Starts the drivers of the devices that have one in this crate. All such devices are stopped and all old queues
+/// Starts the drivers of the devices that have one. All such devices are stopped and all old queues
 /// unmapped before the first driver starts: the drivers of one process share an IOVA range, so a device that still runs
 /// might write to another driver's queues. Dropping a [`VfioDevice`] would stop the device; [`ManuallyDrop`] prevents
 /// that on an error.
@@ -89,10 +90,11 @@ fn start_drivers(
     opened: Vec<ManuallyDrop<VfioDevice>>,
     stopped: &[String],
     accept: Accept,
+    drivers: &dyn Drivers,
 ) -> Result<Assignment> {
     for device in &opened {
-        if driver_of(device)?.is_some() {
-            device.quiesce()?;
+        if has_driver(device, accept, drivers)? {
+            device.quiesce(drivers)?;
         }
     }
     own::clear(&*domain)?;
@@ -100,14 +102,14 @@ fn start_drivers(
     let devices = opened
         .into_iter()
         .map(|device| {
-            if driver_of(&device)?.is_some() {
+            if has_driver(&device, accept, drivers)? {
                 if stopped.iter().any(|name| name == device.name()) {
                     device.attach()?
                 } else {
                     device.enable_requests()?
                 }
             }
-            drive(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept, &mut drives)
+            start_driver(ManuallyDrop::into_inner(device), Arc::clone(&domain), accept, drivers, &mut drives)
         })
         .collect::<Result<_>>()?;
     Ok(Assignment { domain, devices, drives })
@@ -116,11 +118,13 @@ fn start_drivers(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::NoDrivers;
 
     #[test]
     fn resume_without_the_domain_file_names_what_is_missing() {
         for ids in [DomainIds::Nothing, DomainIds::Type1 { entries: 1 }] {
-            let error = resume(Handover::default(), ids, Accept::default()).unwrap_err().to_string();
+            let error =
+                resume(Handover::default(), ids, Accept::default(), &NoDrivers).unwrap_err().to_string();
             assert!(
                 error.contains("the iommufd or container is missing") && !error.contains('\n'),
                 "{error}"

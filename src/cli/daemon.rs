@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use passgate_backends::assign::{Accept, Assignment, Kind};
-use passgate_backends::{Device, Step, Tables};
+use passgate_backends::{Device, Drivers, Step, Tables};
 use passgate_bindings::vfio::PciAddress;
 
 use crate::error::{Error, Result};
@@ -216,6 +216,7 @@ impl DaemonArgs {
         manager: Option<FdStore>,
         stored: Kept,
         accept: Accept,
+        drivers: &dyn Drivers,
         assign: impl Fn() -> Result<Assignment>,
     ) -> Result<(Assignment, Option<Takeover>)> {
         let within = Duration::from_secs(self.restart.adopt_within.into());
@@ -225,7 +226,8 @@ impl DaemonArgs {
                     name.parse().map_or(name.clone(), |address: PciAddress| address.to_string())
                 };
                 let devices: Vec<_> = devices.iter().map(full_address).collect();
-                let (assignment, takeover) = Takeover::open(store, stored, &devices, accept, within, assign)?;
+                let (assignment, takeover) =
+                    Takeover::open(store, stored, &devices, accept, drivers, within, assign)?;
                 Ok((assignment, Some(takeover)))
             }
             (restart, store) => {
@@ -249,16 +251,17 @@ impl DaemonArgs {
         }
     }
 
-    /// Opens the domain and the devices, or takes them over from an earlier daemon. Called before anything else is
+    /// Opens the domain and the devices with these drivers, or takes them over from an earlier daemon. Called before anything else is
     /// opened: the descriptors that the service manager passes have fixed numbers.
-    pub(super) fn open(&self, devices: &[String], accept: Accept) -> Result<Opened> {
+    pub(super) fn open(&self, devices: &[String], accept: Accept, drivers: &dyn Drivers) -> Result<Opened> {
         let stored = Kept::take()?;
         files_limit::raise(self.max_regions, Options::nowhere().max_clients);
         let accept = Accept { unstoppable: self.allow_unstoppable, ..accept };
         let timeout = Duration::from_secs(self.wait.into());
         let manager = FdStore::open(privilege::give_up)?;
-        let assign = || acquire(self.iommu.into(), devices, accept, self.tables(), timeout);
-        let (assignment, takeover) = self.take_over(devices, manager.clone(), stored, accept, assign)?;
+        let assign = || acquire(self.iommu.into(), devices, accept, drivers, self.tables(), timeout);
+        let (assignment, takeover) =
+            self.take_over(devices, manager.clone(), stored, accept, drivers, assign)?;
         if self.platform() == Platform::Strict && !self.allow_unstoppable {
             assignment.devices.iter().try_for_each(|device| check_detachable(&**device))?;
         }

@@ -12,6 +12,7 @@ mod list;
 mod metrics;
 mod release;
 mod replay;
+#[cfg(feature = "selftest")]
 mod selftest;
 mod serve;
 mod shell;
@@ -61,6 +62,7 @@ enum Command {
     /// Prints the evidence of one invalidation
     Explain(explain::ExplainOne),
     /// Tests on a device of this host what stops its DMA
+    #[cfg(feature = "selftest")]
     Selftest(selftest::Selftest),
     /// Releases a range from quarantine, by decision of an operator
     Release(release::ReleaseRange),
@@ -78,12 +80,14 @@ enum Command {
     #[command(hide = true)]
     Guardian,
     /// Binds a device to its earlier driver when a test ends or dies; started by `selftest --bind`
+    #[cfg(feature = "selftest")]
     #[command(hide = true, name = crate::selftest::rebind::SUBCOMMAND)]
     GiveBack {
         /// Address of the device, shown in the list of processes
         device: String,
     },
     /// Runs a command that is killed when its parent dies; started by `selftest`
+    #[cfg(feature = "selftest")]
     #[command(hide = true, name = crate::selftest::crash::SUBCOMMAND)]
     UntilParentDies {
         /// Process ID of the parent
@@ -246,6 +250,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Events(events) => events.run(),
         Command::Convert(convert) => convert.run(),
         Command::Explain(explain) => explain.run(),
+        #[cfg(feature = "selftest")]
         Command::Selftest(selftest) => selftest.run(),
         Command::Release(release) => release.run(),
         Command::Metrics(metrics) => metrics.run(),
@@ -254,7 +259,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Completions(completions) => completions.run(),
         Command::Man => shell::man(),
         Command::Guardian => serve::guardian(),
+        #[cfg(feature = "selftest")]
         Command::GiveBack { .. } => crate::selftest::rebind::run().map(|()| ExitCode::SUCCESS),
+        #[cfg(feature = "selftest")]
         Command::UntilParentDies { parent, words } => {
             crate::selftest::crash::run(parent, &words).map(|()| ExitCode::SUCCESS)
         }

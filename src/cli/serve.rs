@@ -8,6 +8,7 @@ use passgate_backends::assign::Accept;
 
 use super::daemon::{DaemonArgs, Opened};
 use crate::error::Result;
+use crate::host::drivers::drivers;
 use crate::serve::{Options, Server};
 use crate::session::guardian::{self, Ended};
 
@@ -24,6 +25,7 @@ pub(super) struct Serve {
     #[arg(long)]
     allow_dma: bool,
     /// With --allow-dma: allow overwriting the last blocks of a drive, if DMA of given bytes requires it
+    #[cfg(feature = "selftest")]
     #[arg(long, requires = "allow_dma")]
     scratch: bool,
     #[command(flatten)]
@@ -33,8 +35,11 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self) -> Result<ExitCode> {
         self.daemon.check(&[&self.socket_path])?;
-        let accept = Accept { scratch: self.scratch, ..Accept::default() };
-        let opened = self.daemon.open(&self.devices, accept)?;
+        #[cfg(feature = "selftest")]
+        let drivers = drivers(self.scratch);
+        #[cfg(not(feature = "selftest"))]
+        let drivers = drivers(false);
+        let opened = self.daemon.open(&self.devices, Accept::default(), &drivers)?;
         let options = Options { allow_dma: self.allow_dma, ..Options::at(self.socket_path) };
         let options = self.daemon.complete(&opened, options);
         let Opened { assignment, takeover, .. } = opened;

@@ -12,6 +12,7 @@ use passgate_bindings::handed;
 
 use super::daemon::{DaemonArgs, Opened};
 use crate::error::{Error, Result};
+use crate::host::drivers::drivers;
 use crate::serve::vhost_blk::{self, Door, Polling, Socket};
 use crate::serve::{Options, Server};
 
@@ -89,7 +90,7 @@ impl VhostUserBlk {
         let options =
             DriveOptions { namespace: self.namespace, queues: self.num_queues, ..DriveOptions::default() };
         let accept = Accept { drive: Some(options), ..Accept::default() };
-        let opened = self.daemon.open(std::slice::from_ref(&device), accept)?;
+        let opened = self.daemon.open(std::slice::from_ref(&device), accept, &drivers(false))?;
         let drive = opened.assignment.drives.first().cloned();
         let drive = drive.ok_or_else(|| Error::Usage(format!("{device} is no NVMe drive")))?;
         let options = self.control_path.map_or_else(Options::nowhere, Options::at);

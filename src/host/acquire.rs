@@ -15,8 +15,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use passgate_backends::Tables;
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
+use passgate_backends::{Drivers, Tables};
 use passgate_bindings::Failed;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
 use rustix::io::Errno;
@@ -35,10 +35,11 @@ pub fn acquire(
     kind: Kind,
     devices: &[String],
     accept: Accept,
+    drivers: &dyn Drivers,
     tables: Tables,
     timeout: Duration,
 ) -> Result<Assignment> {
-    retry(timeout, &mut ThisHost, || assign(kind, devices, accept, tables))
+    retry(timeout, &mut ThisHost, || assign(kind, devices, accept, drivers, tables))
 }
 
 /// The time and the state of the host, which tests replace.

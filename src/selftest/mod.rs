@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::host::acquire::acquire;
+use crate::host::drivers::drivers;
 use checks::DeviceTest;
 use rebind::Rebound;
 
@@ -155,11 +156,12 @@ pub fn run(options: &Options, report: &mut dyn FnMut(&Row)) -> Result<Report> {
     let mut iommu = String::new();
     {
         // The test is to establish what stops the device, so one that nothing stops is accepted.
-        let accept = Accept { unstoppable: true, scratch: options.scratch, drive: None };
+        let accept = Accept { unstoppable: true, drive: None };
         let Assignment { domain, devices, .. } = acquire(
             options.iommu,
             std::slice::from_ref(&options.device),
             accept,
+            &drivers(options.scratch),
             Tables::default(),
             ACQUIRE_TIMEOUT,
         )?;

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use passgate_backends::handover::{DomainIds, Handover};
 use passgate_backends::resume;
-use passgate_backends::{Accept, Assignment, Device, Domain};
+use passgate_backends::{Accept, Assignment, Device, Domain, Drivers};
 use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
@@ -75,6 +75,7 @@ impl Takeover {
         mut stored: Kept,
         devices: &[String],
         accept: Accept,
+        drivers: &dyn Drivers,
         adopt_within: Duration,
         assign: impl Fn() -> Result<Assignment>,
     ) -> Result<(Assignment, Self)> {
@@ -90,7 +91,7 @@ impl Takeover {
         }
         let (names, ledger) = (stored.names(), stored.copy(&Name::Ledger));
         if !stored.is_empty() {
-            match take_over(&mut stored, devices, accept, &assign)? {
+            match take_over(&mut stored, devices, accept, drivers, &assign)? {
                 Ok((assignment, persistent, earlier)) => {
                     let must_store = earlier.ids == DomainIds::Nothing;
                     let session = session::Persistence {
@@ -253,6 +254,7 @@ fn take_over(
     stored: &mut Kept,
     requested: &[String],
     accept: Accept,
+    drivers: &dyn Drivers,
     assign: &impl Fn() -> Result<Assignment>,
 ) -> Result<std::result::Result<(Assignment, PersistentState, session::persist::EarlierState), TakeoverError>>
 {
@@ -292,7 +294,7 @@ fn take_over(
     if fds.domain.is_none() {
         return Ok(Err(TakeoverError::Missing(domain)));
     }
-    Ok(match resume::resume(fds, earlier.ids, accept) {
+    Ok(match resume::resume(fds, earlier.ids, accept, drivers) {
         Ok(assignment) => Ok((assignment, persistent, earlier)),
         Err(error) => Err(TakeoverError::Backend(error)),
     })

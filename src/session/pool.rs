@@ -183,9 +183,9 @@ mod tests {
     use std::sync::mpsc;
     use std::time::{Duration, Instant};
 
-    use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
     use passgate_backends::{Device, DeviceTraits, Domain, Step, Steps};
     use passgate_bindings::PageRange;
+    use passgate_sim::iommu::{self as sim, Fault, FaultPlan, Memory, Sim};
 
     use super::*;
     use crate::gate::{Caller, ClientId, DeviceId, DomainId, Door, Event, JobId};

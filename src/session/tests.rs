@@ -6,10 +6,10 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use passgate_backends::iommu::sim::{self, Fault, FaultPlan, Memory, Sim};
 use passgate_backends::{DomainCaps, Steps};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_sim::iommu::{self as sim, Fault, FaultPlan, Memory, Sim};
 use rustix::io::Errno;
 
 use super::fdstore::{FdStore, Name};

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use passgate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
+use passgate::host::drivers::drivers;
 use passgate::serve::{Options, Server};
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
 use passgate_backends::{Tables, Unmap};
@@ -127,7 +128,8 @@ fn main() -> ExitCode {
     let Assignment { domain, devices, .. } = assign(
         arguments.kind,
         &arguments.devices,
-        Accept { unstoppable: true, scratch: true, drive: None },
+        Accept { unstoppable: true, drive: None },
+        &drivers(true),
         Tables::default(),
     )
     .unwrap();

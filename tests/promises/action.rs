@@ -2,7 +2,7 @@
 //! every sequence of actions is valid and a failing one can be shrunk.
 
 use passgate::gate::{Event, Outcome, PageState};
-use passgate_backends::iommu::sim::Fault;
+use passgate_sim::iommu::Fault;
 use rustix::io::Errno;
 
 use crate::rng::Rng;

@@ -6,10 +6,10 @@ use passgate::gate::{
     DeviceId, DomainCaps, DomainId, Event, Hitless, JobId, MapResult, OnStuckDma, Outcome, PageState,
     Platform, Policy, Rung, UnmapResult,
 };
-use passgate_backends::iommu::sim::Fault;
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::units::LIMIT;
+use passgate_sim::iommu::Fault;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

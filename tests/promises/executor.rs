@@ -8,11 +8,11 @@ use passgate::gate::{
     DeviceId, DomainId, Effect, Event, FileId, FilePages, InvalidationId, JobId, MapResult, Outcome,
     UnmapResult,
 };
-use passgate_backends::iommu::sim::{Call, Fault, FileKey, Memory, Sim, SimDevice};
 use passgate_backends::{Device, DeviceTraits, Domain, Error, Steps, Ticket, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
+use passgate_sim::iommu::{Call, Fault, FileKey, Memory, Sim, SimDevice};
 use rustix::io::Errno;
 
 use crate::action::FILE_PAGES;

@@ -2,9 +2,9 @@
 //! leaves DMA stuck, or never returns. Every promise must be kept in each run.
 
 use passgate::gate::{DomainCaps, Hitless, OnStuckDma, Outcome, PageState, Policy, Step};
-use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::PAGE;
+use passgate_sim::iommu::{Call, Fault, FaultPlan};
 use rustix::io::Errno;
 
 use crate::action::{Action, PIECE_AUTO};

@@ -4,9 +4,9 @@
 use passgate::gate::{
     DeviceId, DomainCaps, Event, Hitless, OnStuckDma, Outcome, PageState, Platform, Policy, Rung, Step,
 };
-use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Iova, PAGE};
+use passgate_sim::iommu::{Call, Fault, FaultPlan};
 use rustix::io::Errno;
 
 use crate::action::Action;

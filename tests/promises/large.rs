@@ -4,10 +4,10 @@ use passgate::gate::{
     Answer, Backing, Caller, ClientId, DomainCaps, Door, Effect, Event, FileId, Hitless, OnStuckDma, Outcome,
     PageState, Performer, Policy, Ranges, RegionSpec, Step,
 };
-use passgate_backends::iommu::sim::{Call, Fault};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_sim::iommu::{Call, Fault};
 use rustix::io::Errno;
 
 use crate::action::{Action, PIECE_AUTO};

@@ -1,9 +1,9 @@
 //! Quarantine that only an operator ends: after an owner's *unknown* outcome, and from an earlier daemon; and its release.
 
 use passgate::gate::{Hitless, OnStuckDma, Outcome, PageState, Policy};
-use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::{Iova, PAGE};
+use passgate_sim::iommu::{Call, Fault, FaultPlan};
 use rustix::io::Errno;
 
 use crate::action::Action;

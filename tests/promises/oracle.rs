@@ -8,9 +8,9 @@ use std::fmt;
 use passgate::gate::{
     Caller, Cause, ClientId, FileId, InvalidationId, PageState, Performer, Reason, RegionId, RegionSpec,
 };
-use passgate_backends::iommu::sim::FileKey;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_sim::iommu::FileKey;
 use rangemap::RangeSet;
 
 use crate::action::FILE_PAGES;

@@ -1,9 +1,9 @@
 //! Behaviour that docs/design.md states beyond the promises: how far fences go, when none is requested, and what is retried.
 
 use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
-use passgate_backends::iommu::sim::{Call, Fault, FaultPlan};
 use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::PAGE;
+use passgate_sim::iommu::{Call, Fault, FaultPlan};
 use rustix::io::Errno;
 
 use crate::action::Action;

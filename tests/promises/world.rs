@@ -12,11 +12,11 @@ use passgate::gate::{
     Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
     InvalidationId, Platform, Policy, Reason, Rung, Step, Verdict,
 };
-use passgate_backends::iommu::sim::{Fault, FileKey, Memory, Sim};
 use passgate_backends::{DeviceTraits, DomainCaps, Steps};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
+use passgate_sim::iommu::{Fault, FileKey, Memory, Sim};
 
 use crate::action::{CLIENTS, FILE_PAGES, FILES};
 use crate::executor::Executor;

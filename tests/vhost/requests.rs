@@ -30,11 +30,7 @@ fn written_data_is_on_drive_and_reads_back() {
 #[test]
 fn invalid_requests_get_specified_status() {
     let world = World::with(Setup {
-        drive: passgate_backends::nvme::sim::Options {
-            blocks: 1024,
-            serial: "PG-1".into(),
-            ..Setup::default().drive
-        },
+        drive: passgate_sim::nvme::Options { blocks: 1024, serial: "PG-1".into(), ..Setup::default().drive },
         ..Setup::default()
     });
     let mut guest = world.guest();

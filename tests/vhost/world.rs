@@ -8,9 +8,10 @@ use passgate::client::{Channel, Client};
 use passgate::gate::Policy;
 use passgate::serve::vhost_blk::{Door, Options as DoorOptions, Polling, Socket};
 use passgate::serve::{Handle, Inside, Options, Server};
-use passgate_backends::iommu::sim::{Memory, Sim};
-use passgate_backends::nvme::{self, DriveOptions, sim};
+use passgate_backends::nvme::{self, DriveOptions};
 use passgate_backends::{Device, Domain, Windowed};
+use passgate_sim::iommu::{Memory, Sim};
+use passgate_sim::nvme as sim;
 use tempfile::TempDir;
 
 use crate::guest::Guest;

@@ -7,22 +7,19 @@ use passgate_bindings::{Iova, PageRange};
 
 use crate::{Error, Result};
 
-pub mod driven;
-mod driven_load;
-pub mod edu;
 mod fence;
-pub mod igb;
 pub mod load;
 pub mod nvme;
 pub(crate) mod own;
-mod pause;
+pub mod pause;
+mod poll;
 pub mod refusal;
-pub mod sim;
 pub mod soft;
 pub mod vfio;
-pub mod virtio;
 
 pub use fence::{DeviceTraits, Step, Steps};
+pub use own::OwnMemory;
+pub use poll::await_that;
 
 /// The byte that [`Device::touch`] writes if the device can write any bytes.
 const STAMP: u8 = 0xa5;
@@ -63,8 +60,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn guard(&self) -> Guard<'_>;
 
     /// Does DMA on demand, for tests and self-tests: the device reads `len` bytes of guest memory at `iova`, which are
-    /// returned. A DMA that faults is an error if the device can report it; if it cannot (edu), the bytes are zero
-    /// ([`edu::POISON`]).
+    /// returned. A DMA that faults is an error if the device can report it; if it cannot, the bytes are zero (such as
+    /// those of QEMU's edu device).
     fn dma_read(&self, iova: Iova, len: usize) -> Result<Vec<u8>> {
         let _ = (iova, len);
         Err(self.no_dma())

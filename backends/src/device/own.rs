@@ -18,17 +18,12 @@ const START: u64 = 0xfec0_0000;
 /// The number of pages for the drivers of all devices together.
 const PAGES: usize = 512;
 
-/// Returns the range of IOVAs for driver memory, in which no memory of a client may be mapped.
-pub(super) fn window() -> Option<PageRange<Iova>> {
-    PageRange::new(START, PAGES as u64 * PAGE).ok()
-}
-
 /// The pages that are in use, in any domain of this process.
 static ALLOCATED: Mutex<[bool; PAGES]> = Mutex::new([false; PAGES]);
 
 /// Pages that a driver and its device share, mapped until dropped.
 #[derive(Debug)]
-pub(super) struct OwnMemory {
+pub struct OwnMemory {
     file: Arc<GuestFile>,
     iova: PageRange<Iova>,
     domain: Arc<dyn Domain>,
@@ -36,8 +31,15 @@ pub(super) struct OwnMemory {
 }
 
 impl OwnMemory {
-    /// Allocates and maps `pages` zeroed pages at contiguous IOVAs.
-    pub(super) fn map(domain: &Arc<dyn Domain>, pages: usize) -> Result<Self> {
+    /// Returns the range of IOVAs for driver memory, in which no memory of a client may be mapped: what
+    /// [`Device::reserved`](crate::Device::reserved) of a driver returns.
+    pub fn reserved() -> Option<PageRange<Iova>> {
+        PageRange::new(START, PAGES as u64 * PAGE).ok()
+    }
+
+    /// Allocates and maps `pages` zeroed pages at contiguous IOVAs. Fails if the range for driver memory is full, or
+    /// as [`Domain::map`] does.
+    pub fn map(domain: &Arc<dyn Domain>, pages: usize) -> Result<Self> {
         let full = Error::Host {
             what: format!(
                 "no room for {pages} pages of driver memory: {PAGES} are available for all devices"
@@ -55,21 +57,21 @@ impl OwnMemory {
     }
 
     /// Returns the IOVA of the byte at `offset`.
-    pub(super) fn iova(&self, offset: u64) -> Iova {
+    pub fn iova(&self, offset: u64) -> Iova {
         Iova(self.iova.start().0 + offset)
     }
 
     /// Returns the memory for accesses by the driver: copies, and aligned 64-bit words with acquire and release
     /// ordering.
-    pub(super) fn file(&self) -> &GuestFile {
+    pub fn file(&self) -> &GuestFile {
         &self.file
     }
 }
 
 /// Unmaps the driver memory of an earlier process. Its devices must be quiesced.
 pub(crate) fn clear(domain: &dyn Domain) -> Result<()> {
-    let Ok(window) = PageRange::new(START, PAGES as u64 * PAGE) else { return Ok(()) };
-    match domain.unmap(window) {
+    let Some(range) = OwnMemory::reserved() else { return Ok(()) };
+    match domain.unmap(range) {
         // ENOENT: nothing was mapped, on an iommufd without the VFIO-compatible unmap.
         Unmap::Gone { .. } | Unmap::Failed { errno: Errno::NOENT, .. } => Ok(()),
         Unmap::InFlight { .. } => Err(stays(Errno::INPROGRESS)),

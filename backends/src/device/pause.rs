@@ -1,4 +1,4 @@
-//! The fence state of a device with a driver in this crate, and its effect on transfers that are requested after a
+//! The fence state of a device that does DMA on demand, and its effect on transfers that are requested after a
 //! fence.
 //!
 //! A drain is also used to unmap, for a short time, pages that stay shared: so a transfer that is requested while the
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 /// The time for which a transfer waits for a drained device: far longer than the gap in which shared pages are
 /// unmapped.
-pub(super) const DRAIN_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
+pub const DRAIN_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The effect of the last fence on transfers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Mode {
+enum Mode {
     /// Transfers may begin.
     #[default]
     Up,
@@ -27,7 +27,7 @@ pub(super) enum Mode {
 
 /// The fence state, and the transfers that wait for a change of it.
 #[derive(Debug, Default)]
-pub(super) struct Pause {
+pub struct Pause {
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -41,7 +41,7 @@ struct Inner {
 
 impl Pause {
     /// Records a drain. A device that is stopped stays stopped.
-    pub(super) fn drain(&self) {
+    pub fn drain(&self) {
         let mut inner = self.lock();
         if inner.mode == Mode::Up {
             inner.mode = Mode::Drained;
@@ -49,28 +49,27 @@ impl Pause {
     }
 
     /// Records a stronger fence. Waiting transfers fail.
-    pub(super) fn stop(&self) {
+    pub fn stop(&self) {
         self.set(Mode::Stopped);
     }
 
     /// Records an attach. Waiting transfers continue.
-    pub(super) fn resume(&self) {
+    pub fn resume(&self) {
         self.set(Mode::Up);
     }
 
     /// Returns true while transfers may begin.
-    pub(super) fn is_up(&self) -> bool {
+    pub fn is_up(&self) -> bool {
         self.lock().mode == Mode::Up
     }
 
     /// Returns the number of transfers that wait.
-    #[cfg(test)]
-    pub(super) fn waiting(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.lock().waiting
     }
 
     /// Waits while the device is drained, until `deadline` at most. Returns true if transfers may begin then.
-    pub(super) fn wait_until_up(&self, deadline: Instant) -> bool {
+    pub fn wait_until_up(&self, deadline: Instant) -> bool {
         let mut inner = self.lock();
         inner.waiting += 1;
         while inner.mode == Mode::Drained {

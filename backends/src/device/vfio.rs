@@ -1,8 +1,8 @@
 //! A VFIO device, opened by its cdev in an iommufd or by its group in a type1 container, and its fences.
 //!
 //! No BAR mapping is handed out: a BAR mapping keeps the device open after this process has ended, and its owner could
-//! start the device again without the gate. A driver in this crate may map doorbells into this process; they are
-//! unmapped when it ends.
+//! start the device again without the gate. A driver may map doorbells into this process; they are unmapped when it
+//! ends.
 
 mod ats;
 mod quiesce;
@@ -190,18 +190,18 @@ impl VfioDevice {
     }
 
     /// Returns the region with this index, for a driver.
-    pub(super) fn region(&self, index: u32) -> Result<Region> {
+    pub fn region(&self, index: u32) -> Result<Region> {
         self.handle.file().region(index).map_err(|failed| self.failed(failed))
     }
 
     /// Returns the open device, for a driver.
-    pub(super) fn file(&self) -> &DeviceFile {
+    pub fn file(&self) -> &DeviceFile {
         self.handle.file()
     }
 
     /// Reads `bytes` at `at` of a region. If all of them are 0xff, checks that the device still responds
     /// ([`Error::Gone`] otherwise), so that the result is never mistaken for the content of a register.
-    pub(super) fn read(&self, region: Region, at: u64, bytes: &mut [u8]) -> Result<()> {
+    pub fn read(&self, region: Region, at: u64, bytes: &mut [u8]) -> Result<()> {
         self.handle.file().read(region, at, bytes).map_err(|f| self.failed(f.without_partial()))?;
         if bytes.iter().all(|byte| *byte == u8::MAX) { self.check_present() } else { Ok(()) }
     }
@@ -218,20 +218,20 @@ impl VfioDevice {
     }
 
     /// Reads the 32-bit register at `at` of a region.
-    pub(super) fn read_u32(&self, region: Region, at: u64) -> Result<u32> {
+    pub fn read_u32(&self, region: Region, at: u64) -> Result<u32> {
         let mut bytes = [0; 4];
         self.read(region, at, &mut bytes)?;
         Ok(u32::from_le_bytes(bytes))
     }
 
     /// Writes the 32-bit register at `at` of a region.
-    pub(super) fn write_u32(&self, region: Region, at: u64, value: u32) -> Result<()> {
+    pub fn write_u32(&self, region: Region, at: u64, value: u32) -> Result<()> {
         let written = self.handle.file().write(region, at, &value.to_le_bytes());
         written.map_err(|f| self.failed(f.without_partial()))
     }
 
     /// Returns the error for a failed call on this device.
-    pub(super) fn failed(&self, source: Failed) -> Error {
+    pub fn failed(&self, source: Failed) -> Error {
         Error::Device { device: self.name.clone(), source, mend: "" }
     }
 

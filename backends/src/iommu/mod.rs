@@ -19,8 +19,7 @@ use crate::Result;
 use crate::handover::{DomainIds, Handover};
 
 pub mod iommufd;
-mod pieces;
-pub mod sim;
+pub mod pieces;
 pub mod soft;
 pub mod type1;
 

@@ -1,4 +1,5 @@
-//! Mapping a range in several pieces, all or nothing, for the domains that make one kernel call for each piece.
+//! The grid on which [`Domain::map`](super::Domain::map) makes mappings, and mapping a range piece by piece, all or
+//! nothing, for the domains that make one kernel call for each piece.
 
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Failed, Iova, PageRange};
@@ -8,7 +9,7 @@ use super::Unmap;
 use crate::{Error, Result};
 
 /// Returns the parts of `iova` between the multiples of `piece` bytes, ascending; all of `iova` for a `piece` of 0.
-pub(super) fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = PageRange<Iova>> {
+pub fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = PageRange<Iova>> {
     let mut at = iova.start();
     std::iter::from_fn(move || {
         // An address is below 2^62, so adding one to it never overflows.
@@ -20,7 +21,7 @@ pub(super) fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = Pa
 }
 
 /// Returns the number of parts of [`grid`].
-pub(super) fn count(iova: PageRange<Iova>, piece: u64) -> u64 {
+pub fn count(iova: PageRange<Iova>, piece: u64) -> u64 {
     let nth = |address: u64| address.checked_div(piece).unwrap_or(0);
     nth(iova.end().0 - 1) - nth(iova.start().0) + 1
 }

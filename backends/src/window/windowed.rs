@@ -129,8 +129,3 @@ impl Domain for Windowed {
         self.inner.wake()
     }
 }
-
-#[cfg(test)]
-#[cfg(not(loom))]
-#[path = "windowed_tests.rs"]
-mod tests;

@@ -14,6 +14,7 @@ use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::{Iova, PAGE, PageRange, guest_memfd};
+use passgate_exercise::Drivers;
 
 /// The first IOVA at which the trials map.
 pub const BASE: u64 = 0x4000_0000;
@@ -55,7 +56,8 @@ impl Bench {
         Ok(assign(
             self.kind,
             &names,
-            Accept { unstoppable: true, scratch: true, ..Accept::default() },
+            Accept { unstoppable: true, ..Accept::default() },
+            &Drivers { scratch: true },
             self.tables,
         )?)
     }

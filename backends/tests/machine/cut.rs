@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use libtest_mimic::Failed;
-use passgate_backends::device::edu::POISON;
 use passgate_backends::{Assignment, Device, Error, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_exercise::edu::POISON;
 
 use super::bench::{Bench, at, bytes, check, fresh, guest_memfd, memfd, range, same};
 

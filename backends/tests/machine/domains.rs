@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use libtest_mimic::Failed;
-use passgate_backends::device::edu::POISON;
 use passgate_backends::handover::DomainIds;
 use passgate_backends::{Error, Kind, Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_exercise::edu::POISON;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};

@@ -14,6 +14,7 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::vfio::device::DeviceFile;
 use passgate_bindings::{Iova, PAGE};
+use passgate_exercise::Drivers;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::bench::{BASE, Bench, bytes, check, fresh, memfd, range, same};
@@ -38,9 +39,9 @@ struct Served {
 impl Served {
     fn open(bench: &Bench) -> Result<Self, Failed> {
         let options = DriveOptions { queues: QUEUES, deadline: Duration::from_secs(1), ..Default::default() };
-        let accept = Accept { unstoppable: true, drive: Some(options), ..Accept::default() };
+        let accept = Accept { unstoppable: true, drive: Some(options) };
         let Assignment { domain, mut drives, .. } =
-            assign(bench.kind, std::slice::from_ref(&bench.nvme), accept, bench.tables)?;
+            assign(bench.kind, std::slice::from_ref(&bench.nvme), accept, &Drivers::default(), bench.tables)?;
         let drive = drives.pop().ok_or("no drive")?;
         let served = Self {
             windowed: Windowed::new(domain, Arc::clone(drive.window())).with_patience(Duration::from_secs(5)),

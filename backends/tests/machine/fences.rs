@@ -1,10 +1,10 @@
 //! The effect of each fence, and of the attach after it.
 
 use libtest_mimic::Failed;
-use passgate_backends::device::edu::POISON;
 use passgate_backends::{Device, DeviceTraits, Kind, Step, Steps, Unmap};
 use passgate_bindings::PAGE;
 use passgate_bindings::vfio::config::Capabilities;
+use passgate_exercise::edu::POISON;
 use rustix::io::Errno;
 
 use super::bench::{Bench, at, bytes, check, fresh, guest_memfd, memfd, same};

@@ -5,6 +5,7 @@ use std::fs;
 
 use libtest_mimic::Failed;
 use passgate_backends::{Accept, Step, assign};
+use passgate_exercise::Drivers;
 
 use super::bench::{Bench, check, same};
 use super::refusals::{refusal, says};
@@ -43,17 +44,30 @@ pub fn detach_is_offered_for_the_whole_group_only(bench: &Bench) -> Outcome {
     let alone = bench.raw(PAIR[0], &[])?;
     check("one of two cannot be detached", !passgate_backends::Device::stop_class(&alone).has(Step::Detach))?;
     drop(alone);
-    let error = refusal(assign(bench.kind, &[PAIR[0].to_owned()], Accept::default(), bench.tables))?;
+    let error = refusal(assign(
+        bench.kind,
+        &[PAIR[0].to_owned()],
+        Accept::default(),
+        &Drivers::default(),
+        bench.tables,
+    ))?;
     says(&error, "0000:00:1f.2 cannot be stopped for certain")?;
     says(
         &error,
         "0000:00:1f.3 shares its IOMMU group, so that detaching it proves nothing: serve 0000:00:1f.3 with",
     )?;
 
-    let error = refusal(assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables))?;
+    let error = refusal(assign(
+        bench.kind,
+        &PAIR.map(str::to_owned),
+        Accept::default(),
+        &Drivers::default(),
+        bench.tables,
+    ))?;
     says(&error, "0000:00:1f.3 is bound to no driver")?;
     let _second = Bound::new(PAIR[1])?;
-    let both = assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), bench.tables)?;
+    let both =
+        assign(bench.kind, &PAIR.map(str::to_owned), Accept::default(), &Drivers::default(), bench.tables)?;
     for _ in 0..2 {
         for device in &both.devices {
             check("both can be detached", device.stop_class().has(Step::Detach))?;

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use libtest_mimic::Failed;
-use passgate_backends::device::nvme::{self, Nvme};
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
 use passgate_backends::{Accept, Assignment, Device, Domain, Error, Step, Unmap, assign};
 use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_exercise::Drivers;
+use passgate_exercise::nvme::{self, Nvme};
 use rustix::io::Errno;
 
 use super::bench::{Bench, Engine, at, bytes, check, fresh, memfd, range, same};
@@ -71,8 +72,13 @@ fn await_touches(touches: &AtomicU64) {
 
 /// Without permission to overwrite blocks, the drive refuses DMA on demand, but `touch` still does DMA.
 pub fn without_scratch_blocks_refuses_dma_on_demand(bench: &Bench) -> Outcome {
-    let Assignment { domain, mut devices, .. } =
-        assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
+    let Assignment { domain, mut devices, .. } = assign(
+        bench.kind,
+        std::slice::from_ref(&bench.nvme),
+        Accept::default(),
+        &Drivers::default(),
+        bench.tables,
+    )?;
     let engine = Engine { device: devices.remove(0), domain };
     let file = memfd(1)?;
     engine.map(0, 1, &file)?;

@@ -8,11 +8,12 @@ use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
 use passgate_backends::{Accept, Device, Kind, assign};
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use passgate_exercise::Drivers;
 
 use super::bench::{Bench, check, same};
 
 /// Accepts devices that cannot be stopped reliably.
-const ACCEPT_ALL: Accept = Accept { unstoppable: true, scratch: true, drive: None };
+const ACCEPT_ALL: Accept = Accept { unstoppable: true, drive: None };
 
 type Outcome = Result<(), Failed>;
 
@@ -28,28 +29,47 @@ pub fn says(error: &str, what: &str) -> Outcome {
 
 pub fn busy_device_is_refused(bench: &Bench) -> Outcome {
     let _first = bench.engine()?;
-    let error = refusal(assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, bench.tables))?;
+    let error = refusal(assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, &Drivers::default(), bench.tables))?;
     says(&error, &bench.edu[0])?;
     says(&error, "another process has")
 }
 
 /// The machine's SMBus controller is bound to a host driver or to none; the root port above igb is a bridge.
 pub fn unbound_device_is_refused(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &["0000:00:1f.3".to_owned()], ACCEPT_ALL, bench.tables))?;
+    let error = refusal(assign(
+        bench.kind,
+        &["0000:00:1f.3".to_owned()],
+        ACCEPT_ALL,
+        &Drivers::default(),
+        bench.tables,
+    ))?;
     says(&error, "not to vfio-pci; bind it:")?;
-    let error = refusal(assign(bench.kind, &["0000:00:07.0".to_owned()], ACCEPT_ALL, bench.tables))?;
+    let error = refusal(assign(
+        bench.kind,
+        &["0000:00:07.0".to_owned()],
+        ACCEPT_ALL,
+        &Drivers::default(),
+        bench.tables,
+    ))?;
     says(&error, "0000:00:07.0 is a bridge")
 }
 
 /// The edu engine has no reset, and on type1 no device can be detached.
 pub fn unstoppable_device_is_refused_unless_accepted(bench: &Bench) -> Outcome {
-    let error = refusal(assign(bench.kind, &bench.edu[..1], Accept::default(), bench.tables))?;
+    let error =
+        refusal(assign(bench.kind, &bench.edu[..1], Accept::default(), &Drivers::default(), bench.tables))?;
     says(&error, "cannot be stopped for certain")?;
     says(&error, "type1 detaches nothing: use --iommu iommufd")?;
     says(&error, "--allow-unstoppable")?;
-    let taken = assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, bench.tables)?;
+    let taken = assign(bench.kind, &bench.edu[..1], ACCEPT_ALL, &Drivers::default(), bench.tables)?;
     check("it has no fence", taken.devices[0].stop_class().is_empty())?;
-    assign(bench.kind, std::slice::from_ref(&bench.nvme), Accept::default(), bench.tables)?;
+    assign(
+        bench.kind,
+        std::slice::from_ref(&bench.nvme),
+        Accept::default(),
+        &Drivers::default(),
+        bench.tables,
+    )?;
     Ok(())
 }
 
@@ -68,6 +88,6 @@ pub fn passed_cdev_must_be_of_the_named_device(bench: &Bench) -> Outcome {
 }
 
 pub fn auto_is_iommufd(bench: &Bench) -> Outcome {
-    let set = assign(Kind::Auto, &bench.edu, Accept::default(), bench.tables)?;
+    let set = assign(Kind::Auto, &bench.edu, Accept::default(), &Drivers::default(), bench.tables)?;
     same("the domain", set.domain.name(), "iommufd")
 }

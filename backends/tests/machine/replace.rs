@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use libtest_mimic::Failed;
-use passgate_backends::device::edu::Edu;
 use passgate_backends::device::vfio::VfioDevice;
 use passgate_backends::iommu::iommufd::IommufdDomain;
 use passgate_backends::{Assignment, Device, Domain, Step, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, PageRange};
+use passgate_exercise::edu::Edu;
 use rustix::io::Errno;
 
 use super::bench::{Bench, check, guest_memfd, memfd, range, same};

@@ -1,7 +1,7 @@
 //! Faults of the controller: errors, timeouts, protocol violations, and removal.
 
-use passgate_backends::nvme::sim::{Does, ReadyChange, When, opcode};
 use passgate_backends::{Device, Error, Step, Steps, Unmap};
+use passgate_sim::nvme::{Does, ReadyChange, When, opcode};
 use rustix::io::Errno;
 
 use super::*;

@@ -1,8 +1,8 @@
 //! Fences, which wait for no owner, and the requests that were in flight.
 
-use passgate_backends::iommu::sim::{Call, Fault as SimFault};
-use passgate_backends::nvme::sim::{Does, ReadyChange, When};
 use passgate_backends::{Device, Step, Unmap};
+use passgate_sim::iommu::{Call, Fault as SimFault};
+use passgate_sim::nvme::{Does, ReadyChange, When};
 use rustix::io::Errno;
 
 use super::fencing_registers::FencingRegisters;

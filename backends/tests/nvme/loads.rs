@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use passgate_backends::nvme::sim::{Does, ReadyChange, When, opcode};
 use passgate_backends::{Device, Step, Unmap};
+use passgate_sim::nvme::{Does, ReadyChange, When, opcode};
 
 use super::fences::STRONGER_THAN_DRAIN;
 use super::*;

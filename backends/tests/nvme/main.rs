@@ -7,16 +7,16 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use passgate_backends::iommu::sim::{Memory, Sim};
-use passgate_backends::nvme::sim::{Options, Simulated};
 use passgate_backends::nvme::{Drive, DriveOptions, Fault, Op, Queue, Registers, Submitted};
 use passgate_backends::{Domain, Segment, Windowed};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
 use passgate_bindings::{Iova, PageRange};
+use passgate_sim::iommu::{Memory, Sim};
+use passgate_sim::nvme::{Options, Simulated};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-mod exerciser;
+mod controller;
 mod faults;
 mod fences;
 mod fencing_registers;

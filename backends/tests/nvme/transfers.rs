@@ -1,6 +1,6 @@
 //! Transfers without faults: the right bytes arrive, and nothing else changes.
 
-use passgate_backends::nvme::sim::{Does, When, opcode};
+use passgate_sim::nvme::{Does, When, opcode};
 use proptest::prelude::*;
 
 use super::*;

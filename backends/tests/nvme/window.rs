@@ -4,9 +4,9 @@
 use std::sync::mpsc::{self, Receiver};
 use std::thread::Scope;
 
-use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_backends::window::Entered;
 use passgate_backends::{Device, Step, Unmap};
+use passgate_sim::nvme::{Does, When, opcode};
 use rustix::io::Errno;
 
 use super::*;

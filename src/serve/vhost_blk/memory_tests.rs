@@ -3,8 +3,8 @@
 use std::os::fd::AsFd;
 
 use passgate_backends::Domain;
-use passgate_backends::iommu::sim::{FileKey, Memory, Sim};
 use passgate_bindings::memory::GuestFile;
+use passgate_sim::iommu::{FileKey, Memory, Sim};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;

@@ -4,13 +4,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use passgate_backends::iommu::sim::{Memory as Pages, Sim};
-use passgate_backends::nvme::sim::{Does, Options, Simulated, When};
 use passgate_backends::nvme::{Drive, DriveOptions};
 use passgate_backends::{Device, Domain, Windowed};
 use passgate_bindings::PageRange;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
+use passgate_sim::iommu::{Memory as Pages, Sim};
+use passgate_sim::nvme::{Does, Options, Simulated, When};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 

@@ -1,13 +1,13 @@
-use passgate_backends::iommu::sim::{self, Fault, Memory, Sim};
 use passgate_backends::{Entered, Segment, Window, Windowed};
 use passgate_bindings::PAGE;
+use passgate_sim::iommu::{self as sim, Fault, Memory, Sim};
 
 use super::convert::convert_by;
 use super::*;
 
 /// A device whose traits differ from those that the gate assumes.
 #[derive(Debug)]
-struct ChangedDevice(passgate_backends::iommu::sim::SimDevice, DeviceTraits);
+struct ChangedDevice(passgate_sim::iommu::SimDevice, DeviceTraits);
 
 impl Device for ChangedDevice {
     fn name(&self) -> &str {

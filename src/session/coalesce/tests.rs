@@ -5,11 +5,11 @@ use crate::gate::{Answer, Caller, ClientId, Door, FileId, InvalidationId, Policy
 use crate::protocol::verbs::AddMemory;
 use crate::session::tickets::Tickets;
 use crate::session::{Next, SystemClock, Trust};
-use passgate_backends::iommu::sim::{Memory, Sim};
 use passgate_backends::{DomainCaps, Entered, Segment, Ticket, Window, Windowed};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{PAGE, identity};
+use passgate_sim::iommu::{Memory, Sim};
 
 const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
 

@@ -2,11 +2,11 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use passgate_backends::iommu::sim::{Memory, Sim};
 use passgate_backends::{Device, DeviceTraits, Domain, Entered, Segment, Steps, Window, Windowed};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::words;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, identity};
+use passgate_sim::iommu::{Memory, Sim};
 
 use super::*;
 use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use passgate::gate::{Hitless, PageState};
+use passgate::host::drivers::drivers;
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
 use passgate_backends::{Device, Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
@@ -102,8 +103,9 @@ fn rate(devices: &[Arc<dyn Device>], mib: u64) -> f64 {
 }
 
 fn open(arguments: &Arguments, tables: Tables) -> Assignment {
-    let accept = Accept { unstoppable: true, scratch: true, drive: None };
-    assign(arguments.kind, &arguments.devices, accept, tables).unwrap_or_else(|error| panic!("{error}"))
+    let accept = Accept { unstoppable: true, drive: None };
+    assign(arguments.kind, &arguments.devices, accept, &drivers(true), tables)
+        .unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn all(mib: u64) -> PageRange<Iova> {

@@ -138,9 +138,10 @@ fn compile(tree: &Path, target: &Path) -> Result<BTreeMap<String, Program>, Stri
             continue;
         };
         let folder = Path::new(manifest).parent().unwrap_or(tree).to_owned();
-        let package = match folder.strip_prefix(tree).ok().and_then(Path::to_str) {
-            None | Some("") => "passgate".to_owned(),
-            Some(member) => format!("passgate-{member}"),
+        // A member is called after its folder: passgate-sim in backends/sim.
+        let package = match folder.strip_prefix(tree).ok().and_then(Path::file_name) {
+            None => "passgate".to_owned(),
+            Some(member) => format!("passgate-{}", member.to_string_lossy()),
         };
         let name = match text("/target/kind/0") {
             Some("lib") => "lib",

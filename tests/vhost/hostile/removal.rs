@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use passgate_backends::nvme::sim::{self, Does, When};
 use passgate_bindings::Iova;
+use passgate_sim::nvme::{self as sim, Does, When};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 

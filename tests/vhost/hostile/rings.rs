@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use passgate_backends::nvme::sim::{self, Does, When};
+use passgate_sim::nvme::{self as sim, Does, When};
 use vhost::{VhostBackend, VringConfigData};
 
 use super::{assert_no_dma_faults, assert_serves, assert_serves_guest};

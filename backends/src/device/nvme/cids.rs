@@ -15,7 +15,7 @@
 //!
 //! # Queues with one command at a time
 //!
-//! The admin queue and the queue of the exerciser use CIDs in ascending order. A command that was abandoned may still
+//! The admin queue, and the I/O queue of a driver that runs one command at a time, use CIDs in ascending order. A command that was abandoned may still
 //! complete, once.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -103,7 +103,7 @@ impl Cids {
 
 /// The CIDs of a queue with one command at a time.
 #[derive(Debug, Default)]
-pub(super) struct SerialCids {
+pub struct SerialCids {
     last: u16,
     /// The CIDs of commands that were abandoned and have not completed.
     abandoned: BTreeSet<u16>,
@@ -111,7 +111,7 @@ pub(super) struct SerialCids {
 
 /// The command that a completion belongs to, by its CID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum CidMatch {
+pub enum CidMatch {
     /// The current command.
     Current,
     /// A command that was abandoned before.
@@ -122,7 +122,7 @@ pub(super) enum CidMatch {
 
 impl SerialCids {
     /// Returns the CID for the next command, which becomes the current one.
-    pub(super) fn next(&mut self) -> u16 {
+    pub fn allocate(&mut self) -> u16 {
         loop {
             self.last = self.last.wrapping_add(1);
             if self.last != u16::MAX && !self.abandoned.contains(&self.last) {
@@ -132,7 +132,7 @@ impl SerialCids {
     }
 
     /// Classifies a completion that arrives while a command is current.
-    pub(super) fn classify(&mut self, cid: u16) -> CidMatch {
+    pub fn classify(&mut self, cid: u16) -> CidMatch {
         match cid {
             cid if cid == self.last => CidMatch::Current,
             cid if self.abandoned.remove(&cid) => CidMatch::Abandoned,
@@ -141,12 +141,12 @@ impl SerialCids {
     }
 
     /// Abandons the current command. It may complete later.
-    pub(super) fn abandon(&mut self) {
+    pub fn abandon(&mut self) {
         self.abandoned.insert(self.last);
     }
 
     /// Forgets all abandoned commands, after the queue has been created anew.
-    pub(super) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.abandoned.clear();
     }
 }
@@ -205,17 +205,17 @@ mod tests {
     #[test]
     fn abandoned_command_may_complete_late_and_once() {
         let mut cids = SerialCids::default();
-        let first = cids.next();
+        let first = cids.allocate();
         assert_eq!(cids.classify(first), CidMatch::Current);
-        let given_up = cids.next();
+        let given_up = cids.allocate();
         assert_eq!(cids.classify(first), CidMatch::Unknown, "it has completed before");
         cids.abandon();
-        let third = cids.next();
+        let third = cids.allocate();
         assert_eq!(cids.classify(given_up), CidMatch::Abandoned);
         assert_eq!(cids.classify(given_up), CidMatch::Unknown);
         assert_eq!((cids.classify(third), cids.classify(0xffff)), (CidMatch::Current, CidMatch::Unknown));
         cids.abandon();
-        let all: BTreeSet<_> = (0..u16::MAX).map(|_| cids.next()).collect();
+        let all: BTreeSet<_> = (0..u16::MAX).map(|_| cids.allocate()).collect();
         assert!(!all.contains(&third) && !all.contains(&0xffff), "it is not used while it may complete");
         cids.clear();
         assert_eq!(cids.classify(third), CidMatch::Unknown, "a reset leaves nothing outstanding");

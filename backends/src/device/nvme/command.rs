@@ -35,7 +35,7 @@ const SGL_LAST_SEGMENT: u64 = 0x30;
 
 /// The memory of a command's data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum DataPointer {
+pub enum DataPointer {
     /// This address and length in bytes: at most two pages, by two PRP entries. The address is a multiple of 4.
     Contiguous(Iova, u64),
     /// These two PRP entries. The second is an address of data or of a PRP list.
@@ -48,7 +48,7 @@ pub(super) enum DataPointer {
 
 /// A submission queue entry, without its command identifier.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Command(pub(super) [u64; 8]);
+pub struct Command(pub(super) [u64; 8]);
 
 impl Command {
     /// Delete I/O Submission Queue; completes once the commands that the controller has taken from it have.
@@ -107,7 +107,7 @@ impl Command {
     }
 
     /// Identify Controller (`namespace` 0) or Identify Namespace: writes 4096 bytes to memory at `to`.
-    pub(super) fn identify(namespace: u32, to: Iova) -> Self {
+    pub fn identify(namespace: u32, to: Iova) -> Self {
         let cns = u64::from(namespace == 0);
         let [prp1, prp2] = prps(to, PAGE);
         Self([IDENTIFY | u64::from(namespace) << 32, 0, 0, prp1, prp2, cns, 0, 0])
@@ -129,14 +129,14 @@ impl Command {
 
     /// Write: `blocks` blocks (1 to 65536) from `first` on, from memory; with `fua` it completes once they are on the
     /// medium.
-    pub(super) fn write(namespace: u32, first: u64, blocks: u32, from: DataPointer, fua: bool) -> Self {
+    pub fn write(namespace: u32, first: u64, blocks: u32, from: DataPointer, fua: bool) -> Self {
         let Self(mut words) = Self::transfer(WRITE, namespace, first, blocks, from);
         words[6] |= if fua { FUA } else { 0 };
         Self(words)
     }
 
     /// Read: `blocks` blocks (1 to 65536) from `first` on, to memory.
-    pub(super) fn read(namespace: u32, first: u64, blocks: u32, to: DataPointer) -> Self {
+    pub fn read(namespace: u32, first: u64, blocks: u32, to: DataPointer) -> Self {
         Self::transfer(READ, namespace, first, blocks, to)
     }
 
@@ -178,24 +178,24 @@ fn sgl_descriptor(at: Iova, len: u64, kind: u64) -> [u64; 2] {
 }
 
 /// Returns an SGL data block descriptor of `len` bytes at `at`.
-pub(super) fn sgl_data(at: Iova, len: u64) -> [u64; 2] {
+pub fn sgl_data(at: Iova, len: u64) -> [u64; 2] {
     sgl_descriptor(at, len, SGL_DATA_BLOCK)
 }
 
 /// A completion queue entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Completion {
+pub struct Completion {
     /// The identifier of the command that it completes.
-    pub(super) cid: u16,
+    pub cid: u16,
     /// Status Code Type and Status Code (NVMe Base 2.0, 3.3.3.2.1); 0 for success.
-    pub(super) status: u16,
+    pub status: u16,
     /// Dword 0, whose meaning depends on the command.
-    pub(super) result: u32,
+    pub result: u32,
 }
 
 impl Completion {
     /// Data Transfer Error: the controller could not access the memory.
-    pub(super) const TRANSFER_ERROR: u16 = 0x04;
+    pub const TRANSFER_ERROR: u16 = 0x04;
 
     /// Command Abort Requested: the command was ended by an Abort command.
     pub(super) const ABORTED: u16 = 0x07;

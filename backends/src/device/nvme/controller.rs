@@ -17,8 +17,7 @@ use super::registers::{
     ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_EN, CC_ENTRY_SIZES, CC_SHN_NORMAL, CSTS, CSTS_CFS, CSTS_RDY,
     CSTS_SHST, CSTS_SHST_COMPLETE, DOORBELLS, Registers,
 };
-use crate::device::driven::await_that;
-use crate::device::own::OwnMemory;
+use crate::device::{OwnMemory, await_that};
 use crate::iommu::Domain;
 use crate::{Error, Result};
 
@@ -37,15 +36,15 @@ const CAP_CSS_NVM: u32 = 1 << 5;
 const CAP_CSS_MULTIPLE: u32 = 1 << 11;
 
 /// The time that an admin command has to complete.
-pub(super) const ADMIN_TIMEOUT: Duration = Duration::from_secs(2);
+pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// The call named by the error for a completion whose CID is not outstanding.
-pub(super) const UNKNOWN_CID: &str = "taking a completion that names no outstanding command";
+pub const UNKNOWN_CID: &str = "taking a completion that names no outstanding command";
 /// The time of busy polling for a completion, before sleeping between two polls.
 const SPIN_TIME: Duration = Duration::from_micros(50);
 
 /// A controller and its admin queues.
 #[derive(Debug)]
-pub(super) struct Controller {
+pub struct Controller {
     pub(super) registers: Arc<dyn Registers>,
     memory: OwnMemory,
     admin: QueuePair,
@@ -66,7 +65,7 @@ pub(super) struct Controller {
 impl Controller {
     /// Reads the capabilities of a controller, in whatever state it is. Fails with `ENODEV` if the device does not
     /// answer, and as unsupported if it has no 4 KiB pages or no NVM command set.
-    pub(super) fn open(registers: Arc<dyn Registers>, domain: &Arc<dyn Domain>) -> Result<Self> {
+    pub fn open(registers: Arc<dyn Registers>, domain: &Arc<dyn Domain>) -> Result<Self> {
         let memory = OwnMemory::map(domain, MEMORY_PAGES)?;
         let (low, high) = (registers.get(CAP)?, registers.get(CAP + 4)?);
         if (low, high) == (ALL_ONES, ALL_ONES) {
@@ -99,18 +98,35 @@ impl Controller {
         })
     }
 
+    /// Returns its registers.
+    pub fn registers(&self) -> &Arc<dyn Registers> {
+        &self.registers
+    }
+
+    /// Returns the Identify Controller data, 4096 bytes (NVMe Base 2.0, 5.17.2.1); empty before the first
+    /// initialization.
+    pub fn identity(&self) -> &[u8] {
+        &self.identity
+    }
+
+    /// True if it takes SGLs whose data blocks begin and end at any byte (SGLS, bits 1:0, are 01b). False before the
+    /// first initialization.
+    pub fn has_byte_aligned_sgl(&self) -> bool {
+        self.caps.sgl == 1
+    }
+
     pub(super) fn failed(&self, call: &'static str, errno: Errno) -> Error {
         self.registers.failed(Failed::new(call, errno))
     }
 
     /// Disables the controller, which deletes all its queues (NVMe Base 2.0, 3.7.2). It needs registers only, no DMA.
-    pub(super) fn reset(&mut self) -> Result<()> {
+    pub fn reset(&mut self) -> Result<()> {
         self.registers.set(CC, 0)?;
         self.await_ready(false, "resetting an NVMe controller")
     }
 
     /// Initializes a controller that has been reset, and identifies it (NVMe Base 2.0, 3.5.1).
-    pub(super) fn initialize(&mut self) -> Result<()> {
+    pub fn initialize(&mut self) -> Result<()> {
         let failed = |failed| self.registers.failed(failed);
         // Cleared while the controller is disabled: the Phase Tags start from 0, and it writes nothing meanwhile.
         self.admin = QueuePair::zeroed(0, ADMIN_ENTRIES, 0, &self.memory).map_err(failed)?;
@@ -130,7 +146,7 @@ impl Controller {
     }
 
     /// Identifies a namespace. Fails with the reason and the remedy if it cannot be used as a block device.
-    pub(super) fn geometry(&mut self, namespace: u32) -> Result<Geometry> {
+    pub fn geometry(&mut self, namespace: u32) -> Result<Geometry> {
         let name = self.registers.device().name().to_owned();
         let namespace_error = |namespace_error: NamespaceError| Error::Host {
             what: format!("{name}, namespace {namespace}: {namespace_error}"),
@@ -160,14 +176,14 @@ impl Controller {
 
     /// Requests `count` I/O queues of each kind, and returns how many of them were allocated. Only valid before the
     /// first I/O queue is created.
-    pub(super) fn set_queue_count(&mut self, count: u16) -> Result<u16> {
+    pub fn set_queue_count(&mut self, count: u16) -> Result<u16> {
         let completion =
             self.admin("asking an NVMe controller for queues", Command::set_queue_count(count))?;
         Ok(queues_granted(completion.result).min(count))
     }
 
     /// Creates an I/O queue pair, with interrupts by `vector`.
-    pub(super) fn create_queue_pair(
+    pub fn create_queue_pair(
         &mut self,
         queue_pair: &QueuePair,
         memory: &OwnMemory,
@@ -185,7 +201,7 @@ impl Controller {
     }
 
     /// Deletes an I/O queue pair, after the commands that the controller has taken from it have completed.
-    pub(super) fn delete_queue_pair(&mut self, qid: u16) -> Result<()> {
+    pub fn delete_queue_pair(&mut self, qid: u16) -> Result<()> {
         // In the reverse order: a completion queue with submission queues cannot be deleted.
         self.admin("draining a submission queue", Command::delete_sq(qid))?;
         self.admin("deleting a completion queue", Command::delete_cq(qid))?;
@@ -193,7 +209,7 @@ impl Controller {
     }
 
     /// Shuts the controller down normally: its write cache is on the medium then (NVMe Base 2.0, 3.6.1).
-    pub(super) fn shut_down(&mut self) -> Result<()> {
+    pub fn shut_down(&mut self) -> Result<()> {
         self.registers.set(CC, CC_ENTRY_SIZES | CC_EN | CC_SHN_NORMAL)?;
         let down = || Ok(self.registers.get(CSTS)? & CSTS_SHST == CSTS_SHST_COMPLETE);
         if await_that(ADMIN_TIMEOUT, down)? {
@@ -228,8 +244,8 @@ impl Controller {
     /// Runs an admin command. Returns its completion, or None if it did not complete within [`ADMIN_TIMEOUT`] or the
     /// controller needs a reset first. Fails with `EPROTO` after a completion whose CID is not outstanding; the
     /// controller must be reset then.
-    pub(super) fn run(&mut self, command: Command) -> Result<Option<Completion>> {
-        let cid = self.cids.next();
+    pub fn run(&mut self, command: Command) -> Result<Option<Completion>> {
+        let cid = self.cids.allocate();
         let pushed = self.admin.push(&self.memory, command, cid);
         let tail = pushed.map_err(|failed| self.registers.failed(failed))?;
         self.registers.set(self.doorbell(0, Doorbell::Submission), tail.into())?;
@@ -259,7 +275,7 @@ impl Controller {
     }
 
     /// Returns the register offset of a doorbell (NVMe over PCIe Transport 1.0, SQyTDBL and CQyHDBL).
-    pub(super) fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {
+    pub fn doorbell(&self, queue: u16, which: Doorbell) -> u64 {
         DOORBELLS + (u64::from(queue) * 2 + which as u64) * self.doorbell_stride
     }
 
@@ -309,36 +325,9 @@ impl Controller {
 
 /// One of the two doorbells of a queue pair.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Doorbell {
+pub enum Doorbell {
     /// The tail of the submission queue.
     Submission = 0,
     /// The head of the completion queue.
     Completion = 1,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::sim::{Does, Options, Simulated, When, opcode};
-    use super::*;
-    use crate::iommu::sim::{Memory, Sim};
-
-    /// The late completion would be taken for that of the next command.
-    #[test]
-    fn late_completion_of_an_abandoned_admin_command_completes_no_later_command() {
-        const INVALID_NAMESPACE: u16 = 0x0b;
-        let domain = Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap();
-        let sim = Simulated::new(&domain, Options::default()).unwrap();
-        let mut controller =
-            Controller::open(sim.registers(), &(Arc::new(domain) as Arc<dyn Domain>)).unwrap();
-        controller.reset().unwrap();
-        controller.initialize().unwrap();
-        sim.fault(When::admin(opcode::SET_FEATURES), Does::HoldData);
-        assert_eq!(controller.run(Command::set_queue_count(1)).unwrap(), None);
-        assert_eq!(sim.release(), 1);
-        let to = controller.memory.iova(IDENTIFY_OFFSET);
-        for (namespace, status) in [(2, INVALID_NAMESPACE), (1, 0), (2, INVALID_NAMESPACE)] {
-            let completion = controller.run(Command::identify(namespace, to)).unwrap().unwrap();
-            assert_eq!(completion.status, status, "namespace {namespace}");
-        }
-    }
 }

@@ -26,7 +26,7 @@ use super::queue::{LIST_BYTES, Queue, now_ms};
 use super::queue_pair::QueuePair;
 use super::registers::{DOORBELLS, Registers};
 use super::watchdog::{Health, WatchdogEvent, run_watchdog};
-use crate::device::own::{self, OwnMemory};
+use crate::device::OwnMemory;
 use crate::device::{Device, DeviceTraits, Guard, Step, Steps};
 use crate::iommu::Domain;
 use crate::window::Window;
@@ -585,7 +585,7 @@ impl Device for Drive {
     }
 
     fn reserved(&self) -> Option<PageRange<Iova>> {
-        own::window()
+        OwnMemory::reserved()
     }
 
     fn guard(&self) -> Guard<'_> {

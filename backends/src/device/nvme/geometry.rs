@@ -1,8 +1,6 @@
 //! The Identify data structures: what a controller and its namespaces are capable of (NVMe Base 2.0, 5.17.2; NVM
 //! Command Set 1.0, 4.1.5).
 
-use super::CHUNK;
-
 /// The properties of a drive and one of its namespaces.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Geometry {
@@ -179,22 +177,6 @@ pub(super) fn geometry(
     })
 }
 
-/// The blocks that the exerciser may overwrite.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Scratch {
-    pub(super) first: u64,
-    /// The size of a block, in bytes.
-    pub(super) block: u64,
-}
-
-/// Returns the last blocks of a namespace, for one transfer of the exerciser; None if the namespace is too small, or
-/// its blocks are larger than a transfer.
-pub(super) fn scratch(geometry: &Geometry) -> Option<Scratch> {
-    let (chunk, block) = (CHUNK as u64, u64::from(geometry.block));
-    let first = geometry.blocks.checked_sub(chunk / block).filter(|_| block <= chunk)?;
-    Some(Scratch { first, block })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,18 +187,6 @@ mod tests {
         namespace_data[26] = 1;
         namespace_data[128 + 4 + 2] = shift;
         namespace_data
-    }
-
-    #[test]
-    fn scratch_blocks_are_the_last_of_the_namespace() {
-        let scratch = |blocks, shift| {
-            scratch(&geometry(&[0; 4096], &namespace_data(blocks, shift), 1).unwrap())
-                .map(|s| (s.first, s.block))
-        };
-        assert_eq!(scratch(1000, 9), Some((992, 512)));
-        assert_eq!(scratch(1000, 12), Some((999, 4096)));
-        assert_eq!(scratch(1000, 13), None, "a block is longer than a transfer");
-        assert_eq!(scratch(7, 9), None, "too few blocks");
     }
 
     #[test]

@@ -1,14 +1,12 @@
-//! The NVMe driver (NVM Express Base Specification 2.0, NVM Command Set Specification 1.0): one controller, two uses.
+//! The NVMe driver (NVM Express Base Specification 2.0, NVM Command Set Specification 1.0): a block device that is
+//! served to guests ([`Drive`]).
 //!
-//! [`Nvme`] exercises a domain for tests and self-tests: DMA of given bytes into given memory, one command at a time.
-//! [`Drive`] is the block device that is served to guests: several queues, each with one owning thread, and DMA
-//! straight into guest memory, admitted by a [`crate::window::Window`].
+//! A drive has several queues, each with one owning thread, and does DMA straight into guest memory, admitted by a
+//! [`crate::window::Window`]. Another use of a controller, DMA of given bytes for tests, is in the package
+//! passgate-exercise; it is built from [`low_level`].
 
 use std::sync::Arc;
 
-use passgate_bindings::PAGE;
-
-use super::driven::Driven;
 use super::vfio::VfioDevice;
 use crate::Result;
 use crate::iommu::Domain;
@@ -18,17 +16,14 @@ mod command;
 mod controller;
 mod data;
 mod drive;
-mod exerciser;
 mod geometry;
 mod queue;
 mod queue_pair;
 mod registers;
 mod request;
-pub mod sim;
 mod watchdog;
 
 pub use drive::{Drive, DriveOptions};
-pub use exerciser::Exerciser;
 pub use geometry::Geometry;
 pub use queue::Queue;
 pub use registers::Registers;
@@ -38,24 +33,22 @@ pub use watchdog::Health;
 /// Class code: mass storage, non-volatile memory, NVM Express I/O controller.
 pub const CLASS: u32 = 0x01_08_02;
 
-/// The longest transfer of the exerciser, in bytes.
-const CHUNK: usize = PAGE as usize;
-
-/// An NVMe drive as a device that does DMA on demand.
-pub type Nvme = Driven<Exerciser>;
-
-/// Opens `device`, which is attached to `domain`, for DMA on demand. `scratch` permits the last blocks of namespace 1
-/// to be overwritten.
-pub fn open(device: VfioDevice, domain: &Arc<dyn Domain>, scratch: bool) -> Result<Nvme> {
-    exercise(Arc::new(registers::VfioRegisters::new(device)?), domain, scratch)
+/// The parts of the driver from which a driver with another use of a controller is built: one controller with its admin
+/// queues, a queue pair in driver memory, and the encoding of commands. Nothing here knows an admission window: the
+/// caller alone decides to which memory the controller does DMA.
+pub mod low_level {
+    pub use super::cids::{CidMatch, SerialCids};
+    pub use super::command::{Command, Completion, DataPointer, sgl_data};
+    pub use super::controller::{ADMIN_TIMEOUT, Controller, Doorbell, UNKNOWN_CID};
+    pub use super::queue_pair::QueuePair;
 }
 
-/// As [`open`], with any implementation of the registers.
-pub fn exercise(registers: Arc<dyn Registers>, domain: &Arc<dyn Domain>, scratch: bool) -> Result<Nvme> {
-    exerciser::open(registers, domain, scratch)
+/// Returns the registers of `device`, which the driver owns from here on.
+pub fn vfio_registers(device: VfioDevice) -> Result<Arc<dyn Registers>> {
+    Ok(Arc::new(registers::VfioRegisters::new(device)?))
 }
 
 /// Opens `device`, which is attached to `domain`, as a block device.
 pub fn serve(device: VfioDevice, domain: &Arc<dyn Domain>, options: DriveOptions) -> Result<Arc<Drive>> {
-    Drive::open(Arc::new(registers::VfioRegisters::new(device)?), domain, options)
+    Drive::open(vfio_registers(device)?, domain, options)
 }

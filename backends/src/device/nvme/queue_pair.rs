@@ -3,7 +3,7 @@
 use passgate_bindings::{Failed, Iova, PAGE};
 
 use super::command::{Command, Completion};
-use crate::device::own::OwnMemory;
+use crate::device::OwnMemory;
 
 /// The size of a submission queue entry, in bytes (NVMe Base 2.0, 3.3.3.1).
 const SQE_BYTES: u64 = 64;
@@ -16,9 +16,9 @@ const PHASE_TAG: u64 = 1 << 48;
 
 /// A submission queue and its completion queue: their location, and the driver's position in both.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct QueuePair {
+pub struct QueuePair {
     /// The queue identifier of both queues; 0 for the admin queues.
-    pub(super) qid: u16,
+    pub qid: u16,
     /// The number of entries of each queue.
     pub(super) entries: u16,
     /// The offset of the submission queue in the memory; the completion queue begins at the page boundary after it.
@@ -31,7 +31,7 @@ pub(super) struct QueuePair {
 
 impl QueuePair {
     /// Returns the size of both queues in bytes, a multiple of [`PAGE`].
-    pub(super) const fn size(entries: u16) -> u64 {
+    pub const fn size(entries: u16) -> u64 {
         Self::sq_bytes(entries) + (CQE_BYTES * entries as u64).next_multiple_of(PAGE)
     }
 
@@ -40,7 +40,7 @@ impl QueuePair {
     }
 
     /// Returns an empty queue pair at `offset` and clears its memory, as the Phase Tag requires.
-    pub(super) fn zeroed(qid: u16, entries: u16, offset: u64, memory: &OwnMemory) -> Result<Self, Failed> {
+    pub fn zeroed(qid: u16, entries: u16, offset: u64, memory: &OwnMemory) -> Result<Self, Failed> {
         memory.file().write(offset, &vec![0; Self::size(entries) as usize])?;
         Ok(Self::new(qid, entries, offset))
     }
@@ -57,7 +57,7 @@ impl QueuePair {
 
     /// Appends a command with the identifier `cid` and returns the new tail, which the caller writes to the doorbell.
     /// The controller reads no entry before that. There must be room in the queue.
-    pub(super) fn push(&mut self, memory: &OwnMemory, command: Command, cid: u16) -> Result<u16, Failed> {
+    pub fn push(&mut self, memory: &OwnMemory, command: Command, cid: u16) -> Result<u16, Failed> {
         let mut words = command.0;
         words[0] |= u64::from(cid) << 16;
         for (nth, word) in (0..).zip(words) {
@@ -74,7 +74,7 @@ impl QueuePair {
 
     /// Removes the next completion, if the controller has posted one, and returns it with the value for the head
     /// doorbell.
-    pub(super) fn pop(&mut self, memory: &OwnMemory) -> Result<Option<(Completion, u16)>, Failed> {
+    pub fn pop(&mut self, memory: &OwnMemory) -> Result<Option<(Completion, u16)>, Failed> {
         let entry = self.offset + Self::sq_bytes(self.entries) + u64::from(self.head) * CQE_BYTES;
         // This quadword has the Phase Tag, the CID and the status. It is loaded once, so that a controller that
         // changes the entry meanwhile cannot make them disagree. The load is an acquire: dword 0 is read after it.

@@ -9,7 +9,8 @@ use passgate_bindings::vfio::pci::SYSFS;
 use passgate_bindings::vfio::{Cdev, DeviceFile, PciAddress};
 
 use super::{Candidate, Handle, VfioDevice, candidate};
-use crate::device::{Step, Steps, edu};
+use crate::device::{Step, Steps};
+use crate::drivers::Drivers;
 use crate::iommu::iommufd::IommufdDomain;
 use crate::iommu::type1::Type1Domain;
 use crate::{Error, Result};
@@ -54,17 +55,17 @@ impl VfioDevice {
         Err(Error::Host { what: format!("{name}: the stored file is of another device"), mend: REMEDY })
     }
 
-    /// Stops a device whose driver is to start again: after this it makes no access to the queues of its previous
-    /// driver.
-    pub(crate) fn quiesce(&self) -> Result<()> {
+    /// Stops a device whose driver, one of `drivers` or this crate's, is to start again: after this it makes no access
+    /// to the queues of its previous driver.
+    pub(crate) fn quiesce(&self, drivers: &dyn Drivers) -> Result<()> {
         self.set_master(false)?;
         if self.stop.has(Step::Reset) {
             self.handle.file().reset().map_err(|failed| self.failed(failed))?;
             // In case the reset has changed the Command register.
             self.set_master(false)?;
-        } else if self.ids()? == edu::IDS {
-            // edu has no reset: its transfer must end here, which accesses no memory while bus mastering is off.
-            edu::await_idle(self)?;
+        } else {
+            // Without a reset, its transfers must end here; they access no memory while bus mastering is off.
+            drivers.await_idle(self)?;
         }
         Ok(())
     }
