@@ -6,8 +6,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use passgate::Error;
-use passgate::client::Client;
+use passgate_client::Client;
+use passgate_client::Error;
 use rustix::io::Errno;
 
 use crate::Result;

@@ -31,7 +31,7 @@ use passgate_bindings::Failed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::client::{Client, State};
+use crate::client::{Client, Error as ClientError, PageState};
 use crate::error::{Error, Result};
 
 /// Unmaps memory of confidential VMs from device DMA, with proof, before it is converted.
@@ -105,7 +105,7 @@ enum PageStateArg {
     Hole,
 }
 
-impl From<PageStateArg> for State {
+impl From<PageStateArg> for PageState {
     fn from(to: PageStateArg) -> Self {
         match to {
             PageStateArg::Shared => Self::Shared,
@@ -141,7 +141,7 @@ struct Timeout {
 
 impl Timeout {
     fn connect(self, path: &Path) -> Result<Client> {
-        Client::connect_within(path, Duration::from_secs(self.timeout.into()))
+        Ok(Client::connect_within(path, Duration::from_secs(self.timeout.into()))?)
     }
 }
 
@@ -157,7 +157,7 @@ impl Output {
     /// Prints `value` as JSON if `--json` is given, else as `text` formats it.
     fn print<T: serde::Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let text = if self.json {
-            serde_json::to_string(value).map_err(|error| Error::Protocol(error.to_string()))?
+            serde_json::to_string(value).map_err(|error| ClientError::Protocol(error.to_string()))?
         } else {
             text(value)
         };

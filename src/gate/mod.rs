@@ -48,15 +48,15 @@ pub use adopt::Unended;
 pub use dma_access::Admits;
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
-    Backing, Caller, Door, Event, MapResult, Outcome, Performer, RegionSpec, Said, UnmapResult, Word,
+    Backing, Caller, Door, Event, MapResult, Outcome, OutcomeKind, Performer, RegionSpec, Said, UnmapResult,
 };
 pub use fence::{Nature, Step, Steps};
 pub use hitless::Able;
 pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHANS, RegionId};
 pub use ledger::HeldBy;
 pub use ledger::PageState;
-pub use policy::{Hitless, OnStuckDma, Platform, Policy};
 pub(crate) use policy::{CLOSE_PIECE_BYTES, MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
+pub use policy::{Hitless, OnStuckDma, Platform, Policy};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use resume::{Past, Written};

@@ -16,7 +16,8 @@ use passgate_bindings::{Iova, PageRange};
 use super::Session;
 use super::call::{self, Call, Returned};
 use crate::gate::{
-    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult, UnmapResult,
+    CLOSE_PIECE_BYTES, DomainId, Effect, Event, FileId, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult,
+    UnmapResult,
 };
 
 /// The maximum number of unmaps in one call.

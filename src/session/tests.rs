@@ -17,7 +17,6 @@ use super::*;
 use crate::gate::{Cause, ClientId, Door, PageState, Performer, Ranges, Refusal, RegionId};
 use crate::observe::quarantine_file::tests::WRITTEN_BYTES;
 use crate::observe::records::StateOptions;
-use crate::protocol::verbs::State;
 
 const PAGES: u64 = 8;
 const DEADLINE: Duration = Duration::from_millis(10);
@@ -435,7 +434,7 @@ fn region_waits_for_aliases_of_the_last_owner_to_be_closed() {
         let mut world = World::with_region(false);
         world.session.handle(Event::ClientGone { client: ClientId(1) });
         let unmap = world.call().unwrap();
-        let memory = AddMemory { initial: State::Private, ..AddMemory::shared(64 * PAGE, PAGES * PAGE) };
+        let memory = AddMemory { initial: PageState::Private, ..AddMemory::shared(64 * PAGE, PAGES * PAGE) };
         world.session.add_memory(caller(2, 1), memory, vec![world.fd()]);
         world.settle();
         assert!(world.answers.is_empty(), "{:?}", world.answers);

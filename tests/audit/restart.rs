@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use passgate::client::{AddMemory, Answer, Client, Outcome, PageState};
 use passgate::gate::{Caller, ClientId, Door, Event, InvalidationId, Policy};
 use passgate::observe::audit::Run;
 use passgate::observe::keep::{FILE, Keep};
 use passgate::observe::replay::replay;
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_client::{AddMemory, Answer, Client, Outcome, PageState};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, serve_fails};
@@ -40,7 +40,7 @@ fn lose_page(client: &mut Client) -> u64 {
 fn assert_out_of_reach(client: &mut Client, memory: &GuestFile) {
     let mut channel = client.open_channel().unwrap();
     match channel.begin(page(LOST_PAGE), PageState::Shared, None) {
-        Err(passgate::Error::Refused { errno: 5, .. }) => {}
+        Ok(Answer::Quarantined { gpa }) => assert_eq!(gpa, page(LOST_PAGE).start()),
         other => panic!("begun again: {other:?}"),
     }
     memory.store(LOST_PAGE * PAGE, 0xA5).unwrap();

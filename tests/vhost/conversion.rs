@@ -3,10 +3,10 @@
 use std::sync::mpsc;
 use std::time::Duration;
 
-use passgate::client::{Answer, Channel, Outcome, PageState};
 use passgate::gate::{OnStuckDma, Policy};
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_bindings::{Gpa, PageRange};
+use passgate_client::{Answer, Channel, Outcome, PageState};
 
 use crate::guest::{DATA_GPA, Guest, IN, IOERR, MEMORY_BYTES, OK, OUT, UNTOUCHED};
 use crate::world::{Setup, World};

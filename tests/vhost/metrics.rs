@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Client, Outcome, PageState};
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_backends::{Device, FenceStep};
 use passgate_bindings::PageRange;
+use passgate_client::{Answer, Client, Outcome, PageState};
 
 use crate::guest::{DATA_GPA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
 use crate::world::{Setup, World};

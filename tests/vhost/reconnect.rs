@@ -4,9 +4,9 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Outcome, PageState};
 use passgate_backends::nvme::sim::{Does, When, opcode};
 use passgate_bindings::PageRange;
+use passgate_client::{Answer, Outcome, PageState};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};

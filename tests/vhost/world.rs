@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use passgate::client::{Channel, Client};
 use passgate::gate::Policy;
 use passgate::serve::vhost_blk::{Door, Options as DoorOptions, Polling, Socket};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::iommu::sim::{Memory, Sim};
 use passgate_backends::nvme::{self, DriveOptions, sim};
 use passgate_backends::{Device, Domain, Windowed};
+use passgate_client::{Channel, Client};
 use tempfile::TempDir;
 
 use crate::guest::Guest;
