@@ -13,8 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use daemon::Daemon;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
-use passgate_client::Error;
-use passgate_client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Outcome, PageState};
 
 const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 8;

@@ -17,8 +17,7 @@ use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::guest_memfd::{self, Conversion};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Failed, Gpa, PAGE, PageRange};
-use passgate_client::Error;
-use passgate_client::{AddMemory, Answer, Channel, Client, Event, Outcome, PageState};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Event, Outcome, PageState};
 use rustix::io::Errno;
 use tempfile::TempDir;
 

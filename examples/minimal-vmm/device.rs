@@ -6,8 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use passgate_client::Client;
-use passgate_client::Error;
+use passgate_client::{Client, Error};
 use rustix::io::Errno;
 
 use crate::Result;

@@ -5,8 +5,7 @@
 //! ended, every call fails and nothing is converted.
 
 use passgate_bindings::guest_memfd::Conversion;
-use passgate_client::Error;
-use passgate_client::{Answer, Channel, Outcome, PageState};
+use passgate_client::{Answer, Channel, Error, Outcome, PageState};
 
 use crate::Result;
 use crate::guest::{self, REFUSED, Request};

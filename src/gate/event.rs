@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn end_that_contradicts_itself_is_unknown() {
         const LENGTH: u64 = 16384;
-        let says = |word, errno, offset| Said { word, errno, offset }.outcome(LENGTH);
+        let says = |kind, errno, offset| Said { kind, errno, offset }.outcome(LENGTH);
         let unknown = |errno, offset| Outcome::Unknown { errno, offset };
         for offset in [0, LENGTH] {
             assert_eq!(says(OutcomeKind::Committed, 0, offset), Outcome::Committed);

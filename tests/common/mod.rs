@@ -16,8 +16,7 @@ use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, guest_memfd};
-use passgate_client::{AddMemory, Answer, Channel, Client, Status};
-use passgate_client::{Error, Result};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Result, Status};
 use tempfile::TempDir;
 
 /// The longest time that a test waits, chosen so that a busy machine does not reach it.
@@ -90,7 +89,7 @@ impl Setup {
     }
 
     /// Stops the server.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(self) -> passgate::Result<()> {
         self.server.stop()
     }
 

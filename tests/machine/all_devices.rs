@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Instant;
 
 use passgate_bindings::PAGE;
-use passgate_client::Error;
-use passgate_client::{Client, PageState};
+use passgate_client::{Client, Error, PageState};
 
 use super::rig::{GPA, PASSGATE, Rig, Vmm, memfd};
 use crate::daemon::Daemon;

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
-use passgate_client::Error;
-use passgate_client::{Answer, Client, PageState};
+use passgate_client::{Answer, Client, Error, PageState};
 
 use super::rig::{GPA, PASSGATE, Rig, UNHURRIED, Vmm, memfd};
 use crate::daemon::Daemon;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
+use passgate_client::PageState;
 use passgate_client::protocol::record::Record;
 use passgate_client::protocol::verbs::*;
 use serde::Serialize;

@@ -5,8 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use passgate_bindings::PAGE;
-use passgate_client::Error;
-use passgate_client::{AddMemory, Client, Outcome, PageState};
+use passgate_client::{AddMemory, Client, Error, Outcome, PageState};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};

@@ -8,9 +8,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use passgate_client::Error;
 use passgate_client::protocol::{Kind, Record, frame};
-use passgate_client::{Channel, Client, PageState};
+use passgate_client::{Channel, Client, Error, PageState};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};

@@ -116,7 +116,7 @@ fn random_kills_never_misstate_a_page() {
                     unknown += 1;
                     let to = if random.next_below(2) == 0 { PageState::Shared } else { PageState::Private };
                     assert_eq!(client.release(unended[at], to).unwrap(), PAGE);
-                    to.into()
+                    to
                 }
                 // The daemon has not received the begin, or has received the end: DMA shows which.
                 (_, false) if is_reachable => PageState::Shared,
