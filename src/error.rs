@@ -2,13 +2,8 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use passgate_bindings::{Failed, RangeError};
-use rustix::io::Errno;
-
-use crate::protocol::frame::FrameError;
-use crate::protocol::record::RecordError;
 
 /// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -29,7 +24,7 @@ pub enum Error {
         /// Its user, and the remedy.
         mend: String,
     },
-    /// The socket cannot be created or connected to.
+    /// The socket cannot be created.
     #[error("{path}: {source}{mend}")]
     Socket {
         /// The path of the socket.
@@ -38,14 +33,6 @@ pub enum Error {
         source: io::Error,
         /// The remedy, or empty.
         mend: &'static str,
-    },
-    /// A Unix socket cannot have this path.
-    #[error("{path}: {why}")]
-    SocketPath {
-        /// The path.
-        path: PathBuf,
-        /// The reason and the remedy.
-        why: String,
     },
     /// The state directory, or a file in it, cannot be used.
     #[error("{path}: {source}{mend}")]
@@ -157,41 +144,12 @@ pub enum Error {
         /// The number of regions.
         regions: usize,
     },
-    /// The peer sent an invalid frame.
+    /// A call of a daemon failed, or a socket cannot have its path.
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// The peer sent an invalid record.
-    #[error(transparent)]
-    Record(#[from] RecordError),
+    Client(#[from] passgate_client::Error),
     /// Two numbers are not a page range.
     #[error(transparent)]
     Range(#[from] RangeError),
-    /// The connection to the daemon is broken.
-    #[error("the connection to passgate broke ({0}): is the daemon still running?")]
-    Connection(Errno),
-    /// The daemon does not answer.
-    #[error(
-        "{daemon}: no answer within {} s; the request may still be executed: see the daemon's log; continue it if it \
-         is stopped (kill -CONT), restart it if it hangs",
-        within.as_secs_f32()
-    )]
-    NoAnswer {
-        /// The socket, and the process that serves it where that is known.
-        daemon: String,
-        /// The time waited for the answer.
-        within: Duration,
-    },
-    /// passgate refused the request.
-    #[error("{message}")]
-    Refused {
-        /// The daemon's error message.
-        message: String,
-        /// The daemon's errno.
-        errno: i32,
-    },
-    /// passgate sent an answer that the protocol does not have.
-    #[error("passgate answered {0}, which is not in the protocol: are client and daemon of one version?")]
-    Protocol(String),
 }
 
 impl Error {
@@ -204,14 +162,8 @@ impl Error {
             | Self::InUse { .. }
             | Self::Uncertain { .. }
             | Self::Binding { .. } => 3,
-            Self::Usage(_) | Self::SocketPath { .. } | Self::Log(_) => 2,
+            Self::Usage(_) | Self::Log(_) | Self::Client(passgate_client::Error::SocketPath { .. }) => 2,
             _ => 1,
         }
-    }
-}
-
-impl From<Errno> for Error {
-    fn from(errno: Errno) -> Self {
-        Self::Connection(errno)
     }
 }

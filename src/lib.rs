@@ -7,7 +7,6 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
-pub mod client;
 pub mod demo;
 pub mod error;
 pub mod gate;
@@ -21,3 +20,5 @@ pub mod serve;
 pub mod session;
 
 pub use error::{Error, Result};
+#[doc(inline)]
+pub use passgate_client as client;

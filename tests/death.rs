@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use daemon::{Daemon, Notices, TIMEOUT, children, serve_fails, wait_until};
-use passgate::client::{AddMemory, Client};
 use passgate::session::guardian::Watch;
 use passgate_backends::device::Guard;
 use passgate_backends::{Device, Step, Steps};
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Client};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, Signal, getpid, kill_process};
 

@@ -9,11 +9,11 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use passgate::Error;
-use passgate::client::{AddMemory, Client, Outcome, PageState, State};
 use passgate::gate::{Admits, OnStuckDma, Policy};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_client::{AddMemory, Client, Outcome, PageState};
 use passgate_sim::iommu::{Call, Fault, Memory, Sim};
 
 use common::{exclusive, granted, memory};
@@ -94,7 +94,7 @@ fn decided_access_is_answered_immediately() {
     let mut client = inside.connect().unwrap();
     assert_eq!(access_to_page(&inside, 0), Admits::Never);
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
-    let hole = AddMemory { initial: State::Hole, ..AddMemory::shared(8 * PAGE, 8 * PAGE) };
+    let hole = AddMemory { initial: PageState::Hole, ..AddMemory::shared(8 * PAGE, 8 * PAGE) };
     client.add_memory(&hole, &[&*memory(8)]).unwrap();
     assert_eq!((access_to_page(&inside, 0), access_to_page(&inside, 8)), (Admits::Open, Admits::Never));
     let access_to = |ranges: &[_]| query(&inside, ranges, false).recv_timeout(TIMEOUT).unwrap();

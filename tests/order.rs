@@ -12,13 +12,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
-use passgate::Error;
-use passgate::client::{AddMemory, Answer, Channel, Client, Event, Outcome, PageState};
 use passgate::serve::{Handle, Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::guest_memfd::{self, Conversion};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Failed, Gpa, PAGE, PageRange};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Event, Outcome, PageState};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
@@ -134,7 +133,7 @@ fn wait_for(received: &Receiver<Event>, name: &str) -> Event {
 fn assert_quarantined(channel: &mut Channel, range: PageRange<Gpa>) {
     for to in [PageState::Private, PageState::Shared] {
         match channel.begin(range, to, None) {
-            Err(Error::Refused { errno, .. }) => assert_eq!(errno, Errno::IO.raw_os_error()),
+            Ok(Answer::Quarantined { gpa }) => assert_eq!(gpa, range.start()),
             other => panic!("{other:?}"),
         }
     }

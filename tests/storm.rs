@@ -11,10 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use daemon::Daemon;
-use passgate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
-use passgate::error::Error;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Outcome, PageState};
 
 const GPA: u64 = 0x10_0000;
 const PAGES: u64 = 32;

@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Client};
 use passgate::serve::{Options, Server, Takeover};
 use passgate::session::fdstore::{FdStore, Kept, Name};
 use passgate_backends::device::Guard;
@@ -16,6 +15,7 @@ use passgate_backends::iommu::soft::SoftDomain;
 use passgate_backends::{Accept, Assignment, Device, Domain, NoDrivers, Step, Steps};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_client::{AddMemory, Client};
 use rustix::event::{EventfdFlags, eventfd};
 
 /// The time after which a daemon without requests has no armed alarm.

@@ -14,10 +14,10 @@ pub mod iommufd;
 pub mod kvm;
 pub mod memory;
 pub mod segment;
-pub mod units;
 pub mod uring;
 pub mod vfio;
 pub mod words;
 
 pub use errno::Failed;
-pub use units::{Gpa, Iova, PAGE, PageRange, RangeError};
+pub use passgate_client::units;
+pub use passgate_client::{Gpa, Iova, PAGE, PageRange, RangeError};

@@ -6,8 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use passgate::Error;
-use passgate::client::Client;
+use passgate_client::{Client, Error};
 use rustix::io::Errno;
 
 use crate::Result;

@@ -3,9 +3,8 @@
 //! For the first the VMM reports *not committed*: the page is mapped for its devices again. For the second it reports
 //! *unknown*: the page is quarantined.
 
-use passgate::client::{Answer, Channel, Client, Outcome, PageState};
 use passgate_bindings::{Gpa, PageRange};
-use rustix::io::Errno;
+use passgate_client::{Answer, Channel, Client, Outcome, PageState};
 
 use crate::Result;
 use crate::device::Device;
@@ -76,11 +75,8 @@ fn begin_and_fail(
 
 /// Returns true where passgate refuses to begin because the range is in quarantine.
 fn is_refused(channel: &mut Channel, range: PageRange<Gpa>) -> Result<bool> {
-    match channel.begin(range, PageState::Private, None) {
-        Ok(_) => Ok(false),
-        Err(passgate::Error::Refused { errno, .. }) => Ok(errno == Errno::IO.raw_os_error()),
-        Err(other) => Err(other.into()),
-    }
+    let answer = channel.begin(range, PageState::Private, None)?;
+    Ok(matches!(answer, Answer::Quarantined { .. }))
 }
 
 /// Returns an error with `message` unless `condition` is true.

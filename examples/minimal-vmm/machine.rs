@@ -5,11 +5,11 @@
 //! the file, and the guest's next access allocates a new page.
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use passgate::client::{AddMemory, Client, Outcome};
 use passgate_bindings::guest_memfd::{self, Conversion, Flags};
 use passgate_bindings::kvm::{VmType, attach};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Failed, Gpa, PAGE, PageRange};
+use passgate_client::{AddMemory, Client, Outcome};
 use rustix::io::Errno;
 
 use crate::Result;
@@ -79,7 +79,7 @@ impl Machine {
     }
 
     /// Adds the memory to passgate.
-    pub(crate) fn add_to(&self, client: &mut Client) -> passgate::Result<()> {
+    pub(crate) fn add_to(&self, client: &mut Client) -> passgate_client::Result<()> {
         let memory = AddMemory::shared(MEMORY, PAGES * PAGE);
         match &self.private {
             None => client.add_memory(&memory, &[self.shared])?,

@@ -23,11 +23,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, ValueEnum};
 use kvm_ioctls::VcpuFd;
-use passgate::client::Client;
 use passgate::serve::{Handle, Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::guest_memfd::Unavailable;
 use passgate_bindings::kvm::VmType;
+use passgate_client::Client;
 use serde_json::json;
 
 use device::{Device, Tally};

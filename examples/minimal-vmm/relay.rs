@@ -4,9 +4,8 @@
 //! conversion that is not granted is not performed, and the guest's request is answered with [`REFUSED`]. If the daemon has
 //! ended, every call fails and nothing is converted.
 
-use passgate::Error;
-use passgate::client::{Answer, Channel, Outcome, PageState};
 use passgate_bindings::guest_memfd::Conversion;
+use passgate_client::{Answer, Channel, Error, Outcome, PageState};
 
 use crate::Result;
 use crate::guest::{self, REFUSED, Request};
@@ -53,8 +52,8 @@ impl<'a> Relay<'a> {
             Ok(Answer::Granted { invalidation }) => invalidation,
             // There is no invalidation to end: passgate has reported the failure and quarantined what failed.
             Ok(Answer::Refused(_) | Answer::Unknown(_)) => return Ok(self.refuse()),
-            // The request was refused (the page is in quarantine): nothing has changed.
-            Err(Error::Refused { .. }) => return Ok(self.refuse()),
+            // Nothing has changed: the page is in quarantine, or (an error of this VMM) the request was not valid.
+            Ok(Answer::Quarantined { .. }) | Err(Error::Refused { .. }) => return Ok(self.refuse()),
             Err(error) => return Err(error.into()),
         };
         let next = now.wrapping_add(1);

@@ -189,7 +189,7 @@ impl DaemonArgs {
     /// Returns an error if one of these paths, or of its own, cannot be that of a socket. Called before any device is opened.
     pub(super) fn check(&self, paths: &[&PathBuf]) -> Result<()> {
         let all = paths.iter().copied().chain(&self.metrics_path);
-        all.into_iter().try_for_each(|path| address(path).map(drop))
+        Ok(all.into_iter().try_for_each(|path| address(path).map(drop))?)
     }
 
     /// Returns the kind of page tables: with small pages, which can be cut out of mappings, unless gaps are allowed at

@@ -32,7 +32,7 @@ use passgate_bindings::Failed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::client::{Client, State};
+use crate::client::{Client, Error as ClientError, PageState};
 use crate::error::{Error, Result};
 
 /// Unmaps memory of confidential VMs from device DMA, with proof, before it is converted.
@@ -109,7 +109,7 @@ enum PageStateArg {
     Hole,
 }
 
-impl From<PageStateArg> for State {
+impl From<PageStateArg> for PageState {
     fn from(to: PageStateArg) -> Self {
         match to {
             PageStateArg::Shared => Self::Shared,
@@ -145,7 +145,7 @@ struct Timeout {
 
 impl Timeout {
     fn connect(self, path: &Path) -> Result<Client> {
-        Client::connect_within(path, Duration::from_secs(self.timeout.into()))
+        Ok(Client::connect_within(path, Duration::from_secs(self.timeout.into()))?)
     }
 }
 
@@ -161,7 +161,7 @@ impl Output {
     /// Prints `value` as JSON if `--json` is given, else as `text` formats it.
     fn print<T: serde::Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let text = if self.json {
-            serde_json::to_string(value).map_err(|error| Error::Protocol(error.to_string()))?
+            serde_json::to_string(value).map_err(|error| ClientError::Protocol(error.to_string()))?
         } else {
             text(value)
         };

@@ -15,7 +15,7 @@ use clap::Args;
 
 use super::status::{bytes, disk};
 use super::{ControlSocket, WaitResult, note, print_next_line, wait};
-use crate::client::{Client, Event, Status};
+use crate::client::{Client, Error as ClientError, Event, Status};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
@@ -54,7 +54,7 @@ impl Top {
             signal_hook::low_level::pipe::register(signal, end).map_err(Error::Signal)?;
         }
         match self.watch(&interrupted) {
-            Err(Error::Frame(FrameError::Closed) | Error::Connection(_)) => {
+            Err(Error::Client(ClientError::Frame(FrameError::Closed) | ClientError::Connection(_))) => {
                 note("the daemon has closed the connection");
                 Ok(ExitCode::SUCCESS)
             }
@@ -72,7 +72,7 @@ impl Top {
             match wait(&[interrupted.as_fd(), client.as_fd()], Some(Instant::now() + self.interval))? {
                 WaitResult::TimedOut => {}
                 // No request is pending, so the socket can only be readable because the daemon has closed it.
-                WaitResult::Ready(1) => return Err(Error::Frame(FrameError::Closed)),
+                WaitResult::Ready(1) => return Err(ClientError::Frame(FrameError::Closed).into()),
                 WaitResult::Ready(_) | WaitResult::OutputClosed => return Ok(()),
             }
             let status = client.status()?;

@@ -186,7 +186,7 @@ impl Daemon {
                 counters.done.fetch_add(1, COUNT);
                 Ok(Some(invalidation))
             }
-            Answer::Refused(_) | Answer::Unknown(_) => {
+            Answer::Refused(_) | Answer::Unknown(_) | Answer::Quarantined { .. } => {
                 counters.refused.fetch_add(1, COUNT);
                 Ok(None)
             }

@@ -92,8 +92,9 @@ impl RawLoop {
 
     fn round_trip(&self) -> Result<()> {
         let mut record = [0; RECORD_LEN];
-        send(&self.socket, &record, SendFlags::NOSIGNAL)?;
-        recv(&self.socket, &mut record, RecvFlags::empty())?;
+        let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
+        send(&self.socket, &record, SendFlags::NOSIGNAL).map_err(failed("send"))?;
+        recv(&self.socket, &mut record, RecvFlags::empty()).map_err(failed("recv"))?;
         Ok(())
     }
 }

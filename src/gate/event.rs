@@ -14,6 +14,8 @@ use super::ranges::Ranges;
 use super::rung::Rung;
 use super::verdict::Reason;
 
+pub use passgate_client::{Outcome, OutcomeKind};
+
 /// The socket through which a client's request came; its answer goes the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -69,44 +71,15 @@ pub struct RegionSpec {
     pub initial: PageState,
 }
 
-/// The end of a conversion on its owner's side.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// The whole range is now what was asked for.
-    Committed,
-    /// Nothing of the range changed.
-    NotCommitted,
-    /// Neither is certain: the range is quarantined. `errno` and `offset` are the owner's evidence and go into the
-    /// receipt.
-    Unknown {
-        /// The errno of the owner's kernel call; 0 where there was none.
-        errno: i32,
-        /// The number of bytes of the range that it reached.
-        offset: u64,
-    },
-}
-
 /// The end of a conversion as its owner reports it, before it is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Said {
     /// The reported outcome.
-    pub word: Word,
+    pub kind: OutcomeKind,
     /// The errno of its kernel call; 0 where there was none.
     pub errno: i32,
     /// The number of bytes of the range that it reached.
     pub offset: u64,
-}
-
-/// An outcome as an owner reports it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
-    /// The whole range was converted.
-    Committed,
-    /// Nothing of it was.
-    NotCommitted,
-    /// The owner does not know.
-    Unknown,
 }
 
 /// The highest errno there is (`include/linux/err.h`).
@@ -120,12 +93,14 @@ impl Said {
     /// with an offset other than 0 and `length`; not committed with an offset other than 0; an errno outside 0 to 4095, or an
     /// offset beyond the range.
     pub fn outcome(self, length: u64) -> Outcome {
-        let Self { word, errno, offset } = self;
+        let Self { kind, errno, offset } = self;
         let valid = (0..=MAX_ERRNO).contains(&errno) && offset <= length;
-        match word {
-            Word::Committed if valid && errno == 0 && (offset == 0 || offset == length) => Outcome::Committed,
+        match kind {
+            OutcomeKind::Committed if valid && errno == 0 && (offset == 0 || offset == length) => {
+                Outcome::Committed
+            }
             // A call that failed and changed nothing has an errno.
-            Word::NotCommitted if valid && offset == 0 => Outcome::NotCommitted,
+            OutcomeKind::NotCommitted if valid && offset == 0 => Outcome::NotCommitted,
             _ => Outcome::Unknown {
                 errno: if (0..=MAX_ERRNO).contains(&errno) { errno } else { NO_ERRNO },
                 offset: offset.min(length),
@@ -354,21 +329,21 @@ mod tests {
     #[test]
     fn end_that_contradicts_itself_is_unknown() {
         const LENGTH: u64 = 16384;
-        let says = |word, errno, offset| Said { word, errno, offset }.outcome(LENGTH);
+        let says = |kind, errno, offset| Said { kind, errno, offset }.outcome(LENGTH);
         let unknown = |errno, offset| Outcome::Unknown { errno, offset };
         for offset in [0, LENGTH] {
-            assert_eq!(says(Word::Committed, 0, offset), Outcome::Committed);
+            assert_eq!(says(OutcomeKind::Committed, 0, offset), Outcome::Committed);
         }
         for errno in [0, 5, MAX_ERRNO] {
-            assert_eq!(says(Word::NotCommitted, errno, 0), Outcome::NotCommitted);
-            assert_eq!(says(Word::Unknown, errno, 4096), unknown(errno, 4096));
+            assert_eq!(says(OutcomeKind::NotCommitted, errno, 0), Outcome::NotCommitted);
+            assert_eq!(says(OutcomeKind::Unknown, errno, 4096), unknown(errno, 4096));
         }
-        assert_eq!(says(Word::Committed, 5, 0), unknown(5, 0));
-        assert_eq!(says(Word::Committed, 5, LENGTH), unknown(5, LENGTH));
-        assert_eq!(says(Word::Committed, 0, 4096), unknown(0, 4096));
-        assert_eq!(says(Word::NotCommitted, 0, 1), unknown(0, 1));
-        assert_eq!(says(Word::NotCommitted, 5, LENGTH), unknown(5, LENGTH));
-        for word in [Word::Committed, Word::NotCommitted, Word::Unknown] {
+        assert_eq!(says(OutcomeKind::Committed, 5, 0), unknown(5, 0));
+        assert_eq!(says(OutcomeKind::Committed, 5, LENGTH), unknown(5, LENGTH));
+        assert_eq!(says(OutcomeKind::Committed, 0, 4096), unknown(0, 4096));
+        assert_eq!(says(OutcomeKind::NotCommitted, 0, 1), unknown(0, 1));
+        assert_eq!(says(OutcomeKind::NotCommitted, 5, LENGTH), unknown(5, LENGTH));
+        for word in [OutcomeKind::Committed, OutcomeKind::NotCommitted, OutcomeKind::Unknown] {
             assert_eq!(says(word, 0, LENGTH + 1), unknown(0, LENGTH), "{word:?}");
             for errno in [-5, MAX_ERRNO + 1, i32::MIN, i32::MAX] {
                 assert_eq!(says(word, errno, 0), unknown(NO_ERRNO, 0), "{word:?} {errno}");

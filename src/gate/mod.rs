@@ -47,7 +47,7 @@ pub use adopt::Unended;
 pub use dma_access::Admits;
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
-    Backing, Caller, Door, Event, MapResult, Outcome, Performer, RegionSpec, Said, UnmapResult, Word,
+    Backing, Caller, Door, Event, MapResult, Outcome, OutcomeKind, Performer, RegionSpec, Said, UnmapResult,
 };
 pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHANS, RegionId};
 pub use ledger::HeldBy;

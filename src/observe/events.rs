@@ -104,11 +104,13 @@ pub fn failure(range: PageRange<Gpa>, reason: Reason, names: &dyn Names) -> Fail
 
 /// Returns a verdict as a word, and the failure if it is not `done`.
 pub fn verdict(verdict: Verdict, names: &dyn Names) -> (&'static str, Option<Failure>) {
-    match verdict {
-        Verdict::Done => ("done", None),
-        Verdict::Refused { range, reason } => ("refused", Some(failure(range, reason, names))),
-        Verdict::Unknown { range, reason } => ("unknown", Some(failure(range, reason, names))),
-    }
+    let failure = match verdict {
+        Verdict::Done => None,
+        Verdict::Refused { range, reason } | Verdict::Unknown { range, reason } => {
+            Some(failure(range, reason, names))
+        }
+    };
+    (verdict.kind().word(), failure)
 }
 
 /// Returns a receipt with all of its steps.

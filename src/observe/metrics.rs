@@ -27,8 +27,6 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 type Gauge = SignedGauge<u64, AtomicU64>;
 
-/// The states that a conversion can ask for, in the order of [`PageState`]'s numbers.
-const TARGETS: [PageState; 3] = [PageState::Shared, PageState::Private, PageState::Hole];
 /// The labels of the performers, in the order of [`performer_index`].
 const PERFORMERS: [&str; 2] = ["client", "passgate"];
 /// The labels of the verdicts, in the order of [`verdict_index`].
@@ -116,7 +114,8 @@ impl Meter {
         gauges.register(&mut registry);
 
         let by_target = |verdict| {
-            TARGETS.map(|to| conversions.get_or_create_owned(&[("verdict", verdict), ("to", to.word())]))
+            PageState::REQUESTABLE
+                .map(|to| conversions.get_or_create_owned(&[("verdict", verdict), ("to", to.word())]))
         };
         // Every series of a fixed set exists from the start, with the value 0.
         Self {

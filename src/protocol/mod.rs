@@ -1,15 +1,9 @@
-//! The protocol between a client and a session; docs/protocol.md specifies it byte by byte.
+//! The daemon's side of the protocol: the checks of a client's requests ([`request`]), and the wire types of passgate-client.
 //!
-//! It has two sockets: the *control socket* (varlink: NUL-terminated JSON, file descriptors by SCM_RIGHTS), and the
-//! *notification channel* that the control socket passes to a client (SOCK_SEQPACKET: 64-byte records, which in a batch
-//! are followed by ranges), for the hot path.
+//! docs/protocol.md specifies the protocol byte by byte.
 
-pub mod address;
-pub mod batch;
-pub mod frame;
-pub mod hex;
-pub mod record;
-pub mod verbs;
+pub mod request;
 
-pub use frame::{Frames, MAX_FDS, MAX_FRAME};
-pub use record::{Kind, RECORD_LEN, Record};
+pub use passgate_client::protocol::{
+    Frames, Kind, MAX_FDS, MAX_FRAME, RECORD_LEN, Record, address, batch, frame, hex, record, verbs,
+};

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use passgate_backends::Kind;
-use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_bindings::{Failed, PAGE};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 use super::dma_load::DMA_BYTES;
@@ -47,7 +47,8 @@ impl Drop for DaemonProcess {
 /// Executes `passgate WORDS` in this process, which the kernel kills when `parent`, its parent process, dies: no daemon
 /// that has the device open may outlive a test that is killed. Returns only on failure.
 pub fn run(parent: u32, words: &[OsString]) -> ProgramResult<()> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|errno| Failed::new("prctl(PR_SET_PDEATHSIG)", errno))?;
     // A parent that died before the call above sends no signal.
     if getppid().map(Pid::as_raw_pid).and_then(|pid| pid.try_into().ok()) != Some(parent) {
         return Err(Error::Over);

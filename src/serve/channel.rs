@@ -1,19 +1,17 @@
 //! The notification channel: one request per datagram, a record with any ranges of its batch behind it; answers are records
 //! (docs/protocol.md).
 
-use passgate_bindings::{Gpa, PageRange};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use zerocopy::little_endian::{I32, U32, U64};
 
 use super::connection::Channel;
 use super::poller::Interest;
 use super::vm::Vm;
 use crate::gate::{
-    Answer, Caller, ClientId, Door, Event, InvalidationId, Outcome, Performer, Reason, Verdict, Word,
+    Answer, Caller, ClientId, Door, Event, InvalidationId, Outcome, OutcomeKind, Performer, Verdict,
 };
-use crate::protocol::batch::{self, MAX_DATAGRAM};
-use crate::protocol::record::{RecordError, Request, verdict};
+use crate::protocol::batch::MAX_DATAGRAM;
+use crate::protocol::request::{self, Request, RequestError};
 use crate::protocol::{Kind, Record};
 
 impl Vm {
@@ -47,13 +45,13 @@ impl Vm {
             Ok((got, length)) => {
                 // With MSG_TRUNC the kernel returns the length of the datagram, also if the buffer is shorter (recv(2)).
                 if length > MAX_DATAGRAM {
-                    let error = RecordError::Length(length);
+                    let error = RequestError::Length(length);
                     self.reject(client, 0, error.errno(), &error);
                     return true;
                 }
                 let datagram = &self.datagram[..got.min(length)];
-                match batch::split(datagram)
-                    .map(|(record, ranges)| (record.cookie.get(), record.request(ranges)))
+                match request::split(datagram)
+                    .map(|(record, ranges)| (record.cookie, Request::from_record(&record, ranges)))
                 {
                     Ok((cookie, Ok(request))) => self.request(client, cookie, request),
                     Ok((cookie, Err(error))) => self.reject(client, cookie, error.errno(), &error),
@@ -74,7 +72,7 @@ impl Vm {
             Request::End { invalidation, said } => {
                 let invalidation = InvalidationId(invalidation);
                 let outcome = self.session.outcome(invalidation, said);
-                if matches!(outcome, Outcome::Unknown { .. }) && said.word != Word::Unknown {
+                if matches!(outcome, Outcome::Unknown { .. }) && said.kind != OutcomeKind::Unknown {
                     log::warn!(
                         "client {}: the end of invalidation {} contradicts itself",
                         client.0,
@@ -99,14 +97,14 @@ impl Vm {
     pub(super) fn answer_channel(&mut self, caller: Caller, answer: &Answer) {
         let record = match answer {
             Answer::Ended { invalidation } => {
-                Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Ended, caller.cookie) }
+                Record { invalidation: invalidation.0, ..Record::new(Kind::Ended, caller.cookie) }
             }
             Answer::Verdict { invalidation, verdict } => {
                 verdict_record(*invalidation, *verdict, caller.cookie)
             }
             Answer::Refused(refusal) => {
-                let errno = I32::new(refusal.errno());
-                let gpa = U64::new(refusal.gpa().map_or(0, |gpa| gpa.0));
+                let errno = refusal.errno();
+                let gpa = refusal.gpa().map_or(0, |gpa| gpa.0);
                 log::debug!("client {}: {refusal}", caller.client.0);
                 Record { errno, gpa, ..Record::new(Kind::Wrong, caller.cookie) }
             }
@@ -122,7 +120,7 @@ impl Vm {
     fn reject(&mut self, client: ClientId, cookie: u64, errno: i32, error: &dyn std::error::Error) {
         log::debug!("client {}: {error}", client.0);
         self.session.meter().wrong();
-        self.send(client, Record { errno: I32::new(errno), ..Record::new(Kind::Wrong, cookie) });
+        self.send(client, Record { errno, ..Record::new(Kind::Wrong, cookie) });
     }
 
     fn send(&mut self, client: ClientId, record: Record) {
@@ -155,20 +153,18 @@ impl Vm {
 }
 
 /// Returns the record of a verdict. `deadline_or_device` is the number of the device plus one; 0 means that none is named.
-fn verdict_record(invalidation: InvalidationId, outcome: Verdict, cookie: u64) -> Record {
-    let record = Record { invalidation: U64::new(invalidation.0), ..Record::new(Kind::Verdict, cookie) };
-    let failed = |outcome: u32, range: PageRange<Gpa>, reason: Reason| Record {
-        outcome: U32::new(outcome),
-        gpa: U64::new(range.start().0),
-        length: U64::new(range.len()),
-        cause: U32::new(reason.cause as u32),
-        errno: I32::new(reason.errno),
-        deadline_or_device: U32::new(reason.device.map_or(0, |device| u32::from(device.0) + 1)),
-        ..record
-    };
-    match outcome {
-        Verdict::Done => Record { outcome: U32::new(verdict::DONE), ..record },
-        Verdict::Refused { range, reason } => failed(verdict::REFUSED, range, reason),
-        Verdict::Unknown { range, reason } => failed(verdict::UNKNOWN, range, reason),
+fn verdict_record(invalidation: InvalidationId, verdict: Verdict, cookie: u64) -> Record {
+    let outcome = verdict.kind() as u32;
+    let record = Record { invalidation: invalidation.0, outcome, ..Record::new(Kind::Verdict, cookie) };
+    match verdict {
+        Verdict::Done => record,
+        Verdict::Refused { range, reason } | Verdict::Unknown { range, reason } => Record {
+            gpa: range.start().0,
+            length: range.len(),
+            cause: reason.cause as u32,
+            errno: reason.errno,
+            deadline_or_device: reason.device.map_or(0, |device| u32::from(device.0) + 1),
+            ..record
+        },
     }
 }

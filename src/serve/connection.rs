@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
-use zerocopy::IntoBytes;
 
 use crate::protocol::verbs::Reply;
 use crate::protocol::{Frames, Record, frame};
@@ -153,7 +152,7 @@ impl Channel {
     /// Sends as much of the queue as the socket takes.
     pub(super) fn flush(&mut self) -> Result<(), Errno> {
         while let Some(record) = self.unsent.front() {
-            match send(&self.socket, record.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match send(&self.socket, &record.to_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(errno) => return Err(errno),

@@ -19,7 +19,7 @@ use crate::gate::{Answer, Caller, ClientId, Door, Event, InvalidationId, Perform
 use crate::observe::events;
 use crate::protocol::frame::{Frame, FrameError};
 use crate::protocol::verbs::{self, Call, Converted, DmaDone, MemoryAdded, Reply};
-use crate::protocol::{hex, record};
+use crate::protocol::{hex, request};
 use crate::session::{BorderError, Task, adopted};
 
 /// The interface that every varlink service implements.
@@ -235,14 +235,14 @@ impl Vm {
         if let Err(error) = self.session.may_convert(range) {
             return CallOutcome::Error(error.to_string(), error.errno());
         }
-        let deadline_ms = match record::deadline_ms(convert.deadline_ms) {
+        let deadline_ms = match request::deadline_ms(convert.deadline_ms) {
             Ok(deadline_ms) => deadline_ms,
             Err(error) => return CallOutcome::invalid(error),
         };
         self.session.handle(Event::Begin {
             caller,
             ranges: range.into(),
-            to: convert.to.into(),
+            to: convert.to,
             performer: Performer::Passgate,
             deadline_ns: u64::from(deadline_ms) * 1_000_000,
         });

@@ -53,7 +53,7 @@ impl Inside {
             .map_err(failed("socketpair"))?;
         rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK).map_err(failed("fcntl"))?;
         match self.core.deliver(Message::Connect(ours)) {
-            true => Ok(Client::from_fd(theirs)),
+            true => Ok(Client::in_process(theirs)),
             false => Err(Error::Over),
         }
     }

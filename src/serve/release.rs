@@ -49,9 +49,9 @@ impl Vm {
             }
         };
         let to = release.to;
-        let word = crate::gate::PageState::from(to).word();
+        let word = to.word();
         log::warn!("{peer_name} asks to release the quarantine of invalidation {} as {word}", invalidation.0);
-        self.session.handle(Event::Release { caller, invalidation, to: to.into() });
+        self.session.handle(Event::Release { caller, invalidation, to });
         CallOutcome::Pending
     }
 }

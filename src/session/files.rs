@@ -193,7 +193,7 @@ impl Files {
             writable: memory.writable,
             piece: memory.piece,
             page,
-            initial: memory.initial.into(),
+            initial: memory.initial,
         })
     }
 

@@ -18,7 +18,7 @@ use super::*;
 use crate::gate::{
     Cause, ClientId, Door, FileId, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict,
 };
-use crate::protocol::verbs::{AddMemory, State};
+use crate::protocol::verbs::AddMemory;
 use crate::session::quarantine_file::tests::WRITTEN_BYTES;
 use crate::session::records::StateOptions;
 
@@ -452,7 +452,7 @@ fn region_waits_for_aliases_of_the_last_owner_to_be_closed() {
         let mut world = World::with_region(false);
         world.session.handle(Event::ClientGone { client: ClientId(1) });
         let unmap = world.call().unwrap();
-        let memory = AddMemory { initial: State::Private, ..AddMemory::shared(64 * PAGE, PAGES * PAGE) };
+        let memory = AddMemory { initial: PageState::Private, ..AddMemory::shared(64 * PAGE, PAGES * PAGE) };
         world.session.add_memory(caller(2, 1), memory, vec![world.fd()]);
         world.settle();
         assert!(world.answers.is_empty(), "{:?}", world.answers);

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use passgate::client::{AddMemory, Answer, Channel, Outcome, PageState};
 use passgate::observe::replay::replay;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{AddMemory, Answer, Channel, Outcome, PageState};
 
 use crate::daemon::Daemon;
 

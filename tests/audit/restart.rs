@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use passgate::client::{AddMemory, Answer, Client, Outcome, PageState};
 use passgate::gate::{Caller, ClientId, Door, Event, InvalidationId, Policy};
 use passgate::observe::audit::Run;
 use passgate::observe::replay::replay;
@@ -10,6 +9,7 @@ use passgate::session::quarantine_file::{FILE, QuarantineFile};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::words;
+use passgate_client::{AddMemory, Answer, Client, Outcome, PageState};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, serve_fails};
@@ -41,7 +41,7 @@ fn lose_page(client: &mut Client) -> u64 {
 fn assert_out_of_reach(client: &mut Client, memory: &GuestFile) {
     let mut channel = client.open_channel().unwrap();
     match channel.begin(page(LOST_PAGE), PageState::Shared, None) {
-        Err(passgate::Error::Refused { errno: 5, .. }) => {}
+        Ok(Answer::Quarantined { gpa }) => assert_eq!(gpa, page(LOST_PAGE).start()),
         other => panic!("begun again: {other:?}"),
     }
     memory.store(LOST_PAGE * PAGE, 0xA5).unwrap();

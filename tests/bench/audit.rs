@@ -8,10 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate::client::{
-    AddMemory, Answer as ClientAnswer, Channel, Client, Outcome as ClientOutcome,
-    PageState as ClientPageState,
-};
 use passgate::gate::{
     Answer, Backing, Caller, ClientId, DomainCaps, DomainId, Door, Effect, Effects, Event, FileId, Gate,
     InvalidationId, MapResult, Outcome, PageState, Performer, Policy, RegionSpec, UnmapResult, Verdict,
@@ -24,6 +20,10 @@ use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::words;
 use passgate_bindings::{PAGE, PageRange};
+use passgate_client::{
+    AddMemory, Answer as ClientAnswer, Channel, Client, Outcome as ClientOutcome,
+    PageState as ClientPageState,
+};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 

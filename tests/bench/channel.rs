@@ -15,7 +15,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use passgate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 use passgate::host::drivers::drivers;
 use passgate::serve::{Options, Server};
 use passgate_backends::assign::{Accept, Assignment, Kind, assign};
@@ -23,6 +22,7 @@ use passgate_backends::{Tables, Unmap};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::Offset;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 
 /// The number of pages of the session's memory; begins take them in turn.
 const PAGES: u64 = 64;

@@ -23,8 +23,8 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Client, Outcome, PageState};
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{Answer, Client, Outcome, PageState};
 use serde_json::{Value, json};
 
 use nested::back_end::{BackEnd, Which};

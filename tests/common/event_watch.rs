@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use passgate::client::{Client, Event};
+use passgate_client::{Client, Event};
 
 /// The longest time that a test waits for an event.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(60);

@@ -9,15 +9,14 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Answer, Channel, Client, Status};
 use passgate::gate::Policy;
 use passgate::serve::{Handle, Options, Server};
-use passgate::{Error, Result};
 use passgate_backends::Domain;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange, guest_memfd};
+use passgate_client::{AddMemory, Answer, Channel, Client, Error, Result, Status};
 use tempfile::TempDir;
 
 /// The longest time that a test waits, chosen so that a busy machine does not reach it.
@@ -90,7 +89,7 @@ impl Setup {
     }
 
     /// Stops the server.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(self) -> passgate::Result<()> {
         self.server.stop()
     }
 
@@ -178,6 +177,15 @@ pub fn refused<T: Debug>(result: Result<T>) -> (String, i32) {
     match result {
         Err(Error::Refused { message, errno }) => (message, errno),
         other => panic!("expected a refusal: {other:?}"),
+    }
+}
+
+/// Asserts that a request was not granted because this guest-physical address is in quarantine.
+#[track_caller]
+pub fn assert_quarantined(result: Result<Answer>, gpa: u64) {
+    match result {
+        Ok(Answer::Quarantined { gpa: quarantined }) => assert_eq!(quarantined, Gpa(gpa)),
+        other => panic!("expected a range in quarantine: {other:?}"),
     }
 }
 

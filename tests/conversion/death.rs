@@ -5,15 +5,15 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Client, Outcome, PageState};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::event_watch::EventWatch;
 use crate::common::{
-    Setup, TIMEOUT, assert_faults, assert_refused, dma_write, exclusive, granted, memory, open_files, pages,
-    wait_for_status,
+    Setup, TIMEOUT, assert_faults, assert_quarantined, dma_write, exclusive, granted, memory, open_files,
+    pages, wait_for_status,
 };
 
 /// The length of the memory that the device writes to, in pages.
@@ -102,7 +102,7 @@ fn quarantine_of_dead_client_persists_for_next_client() {
     assert_faults(&setup.device, 0);
     dma_write(&setup.device, 1, 1).unwrap();
     let mut channel = other.open_channel().unwrap();
-    assert_refused(channel.begin(pages(0, 1), PageState::Shared, None), 5, "0x0");
+    assert_quarantined(channel.begin(pages(0, 1), PageState::Shared, None), 0);
 }
 
 #[test]

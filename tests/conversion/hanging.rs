@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate::serve::Options;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE};
+use passgate_client::{AddMemory, Answer, Outcome, PageState};
 
 use crate::common::event_watch::EventWatch;
 use crate::common::hanging::HangingDomain;
 use crate::common::{
-    GRANT_DEADLINE_MS, Setup, assert_refused, dma_read, granted, memory, open_files, pages, wait_for_status,
+    GRANT_DEADLINE_MS, Setup, assert_quarantined, dma_read, granted, memory, open_files, pages,
+    wait_for_status,
 };
 
 /// The deadline of a conversion that times out. The answer is sent when a seventh of it remains, which must be long enough
@@ -71,7 +72,7 @@ fn hanging_unmap_is_answered_unknown_before_deadline() {
             assert!(served.load(Ordering::Acquire), "round {round}: others waited as long as the call hung");
         });
         assert_eq!(watch.wait("range.quarantined").details["cause"], "call-hangs");
-        assert_refused(channel.begin(pages(0, 1), PageState::Private, None), 5, "0x0");
+        assert_quarantined(channel.begin(pages(0, 1), PageState::Private, None), 0);
         // The call returns, and so disproves the cause of the quarantine.
         hanging.resume_calls();
         watch.wait("range.freed");

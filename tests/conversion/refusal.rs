@@ -3,18 +3,17 @@
 
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Outcome, PageState, Status};
 use passgate::gate::{OnStuckDma, Policy};
 use passgate_backends::device::soft::ClosedWindow;
 use passgate_bindings::{Iova, PAGE};
+use passgate_client::{Answer, Outcome, PageState, Status};
 
 use crate::common::event_watch::EventWatch;
 use crate::common::{
-    GRANT_DEADLINE_MS, Setup, assert_faults, assert_refused, dma_read, dma_write, granted, pages,
+    GRANT_DEADLINE_MS, Setup, assert_faults, assert_quarantined, dma_read, dma_write, granted, pages,
     wait_for_status,
 };
 
-const IO: i32 = 5;
 /// The deadline of a conversion that times out. The answer is sent when a seventh of it remains, which must be long enough
 /// for the answer to arrive on a busy machine.
 const DEADLINE_MS: u32 = 4000;
@@ -48,7 +47,7 @@ fn unstoppable_dma_is_refused_quarantined_and_freed_when_it_ends() {
     assert!(cancelled, "{receipt}");
 
     assert!(send.outcome().is_none(), "the kernel has unpinned the page, so the refusal was wrong");
-    assert_refused(channel.begin(pages(1, 1), PageState::Private, None), IO, "0x1000");
+    assert_quarantined(channel.begin(pages(1, 1), PageState::Private, None), PAGE);
     assert_faults(&setup.device, 1);
     for page in [0, 2, 3] {
         dma_write(&setup.device, page, 1).unwrap();

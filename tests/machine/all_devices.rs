@@ -5,9 +5,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Instant;
 
-use passgate::client::{Client, PageState};
-use passgate::error::Error;
 use passgate_bindings::PAGE;
+use passgate_client::{Client, Error, PageState};
 
 use super::rig::{GPA, PASSGATE, Rig, Vmm, memfd};
 use crate::daemon::Daemon;

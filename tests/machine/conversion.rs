@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use passgate::client::{AddMemory, Convert, Outcome, PageState, State};
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_client::{AddMemory, Convert, Outcome, PageState};
 
 use super::rig::{BLOCKED, DMA_BYTES, Engine, GPA, Rig, Vmm, bytes, guest, memfd, unique_bytes};
 use crate::daemon::{TIMEOUT, wait_until};
@@ -138,7 +138,7 @@ pub fn page_of_huge_page(rig: &Rig) {
     assert!(vmm.reaches(5) && vmm.reaches(6));
 
     // The file can punch no less than a huge page, so passgate refuses to convert less.
-    let part = Convert { gpa: GPA + 5 * PAGE, length: PAGE, to: State::Private, deadline_ms: 0 };
+    let part = Convert { gpa: GPA + 5 * PAGE, length: PAGE, to: PageState::Private, deadline_ms: 0 };
     let refused = vmm.client.convert(&part).unwrap_err().to_string();
     assert!(refused.contains("has pages of 2097152 bytes and gives up nothing smaller"), "{refused}");
     assert!(vmm.reaches(5), "the refusal must change nothing");
@@ -164,7 +164,7 @@ pub fn unknown_outcome(rig: &Rig) {
     let quarantine: Vec<_> = status.quarantine.iter().map(|range| (range.offset, range.length)).collect();
     assert_eq!(quarantine, [(PAGE, PAGE)]);
     let again = vmm.channel.begin(super::rig::range(1), PageState::Shared, None);
-    assert!(!matches!(again, Ok(passgate::client::Answer::Granted { .. })), "{again:?}");
+    assert!(!matches!(again, Ok(passgate_client::Answer::Granted { .. })), "{again:?}");
     vmm.memory.write(0, &unique_bytes()).unwrap();
     assert!(vmm.reaches(0), "its neighbour must not be affected");
 }

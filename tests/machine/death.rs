@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Client};
 use passgate_bindings::PAGE;
 use passgate_bindings::vfio::DeviceFile;
+use passgate_client::{AddMemory, Client};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};

@@ -11,10 +11,9 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Client, PageState};
-use passgate::error::Error;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{Answer, Client, Error, PageState};
 
 use super::rig::{GPA, PASSGATE, Rig, UNHURRIED, Vmm, memfd};
 use crate::daemon::Daemon;

@@ -9,8 +9,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use passgate::client::Client;
 use passgate_bindings::vfio::pci::{PciDevice, SYSFS};
+use passgate_client::Client;
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -112,7 +112,7 @@ pub fn unseen_holder(rig: &Rig) {
     let group = format!("/dev/vfio/{}", pci.group().unwrap().id);
     let group = fs::File::options().read(true).write(true).open(group).unwrap();
     let (near, far) = UnixStream::pair().unwrap();
-    passgate::protocol::frame::send(&near, b"one\0", &[group.as_fd()]).unwrap();
+    passgate_client::protocol::frame::send(&near, b"one\0", &[group.as_fd()]).unwrap();
     drop(group);
     let mut log = KernelLog::from_now();
     let dir = tempfile::tempdir().unwrap();

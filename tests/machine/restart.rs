@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use passgate::client::PageState;
 use passgate_bindings::PAGE;
 use passgate_bindings::vfio::DeviceFile;
+use passgate_client::PageState;
 
 use super::death::Registers;
 use super::rig::{Engine, GPA, PASSGATE, Rig, Vmm, memfd};
@@ -22,7 +22,7 @@ fn service(rig: &Rig) -> ServiceManager {
 fn connect_vmm(service: &ServiceManager, rig: &Rig) -> Vmm {
     let memory = memfd(PAGES);
     let mut client = service.client();
-    let region = passgate::client::AddMemory::shared(GPA, memory.size());
+    let region = passgate_client::AddMemory::shared(GPA, memory.size());
     client.add_memory(&region, &[&*memory]).unwrap();
     let channel = client.open_channel().unwrap();
     Vmm { client, channel, memory, engine: engine(service, rig) }
@@ -83,7 +83,7 @@ pub fn dma_continues(rig: &Rig) {
             assert_eq!(states, [2, 0, 1, 1]);
             assert_eq!((adopted.unended[0].invalidation, adopted.unended[0].gpa), (unended, GPA + 3 * PAGE));
             vmm.assert_unreachable(3);
-            vmm.client.release(unended, passgate::client::State::Shared).unwrap();
+            vmm.client.release(unended, passgate_client::PageState::Shared).unwrap();
         } else {
             assert_eq!((states, adopted.unended.len()), ([3, 0, 1, 0], 0));
         }

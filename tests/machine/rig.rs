@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use passgate::client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange, guest_memfd};
+use passgate_client::{AddMemory, Answer, Channel, Client, Outcome, PageState};
 
 use crate::daemon::Daemon;
 
@@ -168,7 +168,7 @@ impl Engine {
     }
 
     /// Like [`Engine::write`], but returns the error of a daemon that refuses or has ended.
-    pub fn try_write(&mut self, page: u64) -> passgate::Result<Vec<u8>> {
+    pub fn try_write(&mut self, page: u64) -> passgate_client::Result<Vec<u8>> {
         let bytes = unique_bytes();
         self.client.dma_write(&self.device, GPA + page * PAGE, &bytes)?;
         Ok(bytes)

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Answer, Outcome, PageState};
 
 use super::rig::{Engine, GPA, PASSGATE, Rig, UNHURRIED, Vmm, bytes, memfd, range, unique_bytes};
 use crate::daemon::{Daemon, TIMEOUT, serve_fails, wait_until};

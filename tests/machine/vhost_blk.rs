@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Client, Outcome, PageState};
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{Answer, Client, Outcome, PageState};
 use serde_json::{Value, json};
 
 use super::rig::UNHURRIED;

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use passgate::client::{Answer, Outcome, PageState};
-use passgate::protocol::batch::{MAX_DATAGRAM, MAX_RANGES, datagram};
-use passgate::protocol::record::{Kind, Record};
 use passgate_backends::Device;
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
+use passgate_client::protocol::batch::{MAX_DATAGRAM, MAX_RANGES, datagram};
+use passgate_client::protocol::record::{Kind, Record};
+use passgate_client::{Answer, Outcome, PageState};
 
 use crate::common::{
     GRANT_DEADLINE_MS, Setup, assert_refused, granted, open_files, pages, status_without_wrong_count,
@@ -99,7 +99,7 @@ fn malformed_batches_are_answered_and_change_nothing() {
     ] {
         channel.send_bytes(&bytes).unwrap();
         let reply = channel.recv().unwrap();
-        assert_eq!((reply.kind(), reply.errno.get()), (Some(Kind::Wrong), errno), "{} bytes", bytes.len());
+        assert_eq!((reply.kind(), reply.errno), (Some(Kind::Wrong), errno), "{} bytes", bytes.len());
     }
     assert_eq!((open_files(), status_without_wrong_count(&mut client)), (before, status_before));
     granted(channel.begin_many(&every(2, 8), PageState::Private, None));

@@ -1,9 +1,9 @@
 //! Limits, and the refusals of what exceeds them.
 
-use passgate::client::{AddMemory, Answer, Client, PageState};
 use passgate::gate::Policy;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Answer, Client, PageState};
 
 use crate::common::{
     Setup, assert_refused, granted, memory, open_files, pages, status_without_wrong_count, wait_for_status,
@@ -39,7 +39,7 @@ fn status_with_max_regions_is_read_whole() {
     }
     let status = client.status().unwrap();
     assert_eq!(status.regions.len(), max_regions as usize);
-    assert!(serde_json::to_vec(&status).unwrap().len() > passgate::protocol::MAX_FRAME);
+    assert!(serde_json::to_vec(&status).unwrap().len() > passgate_client::protocol::MAX_FRAME);
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn open_invalidation_limit_is_enforced_until_one_ends() {
         }
     }
     assert_refused(channel.begin(pages(2, 1), PageState::Private, None), NOSPC, "refused");
-    channel.end(begun[0], passgate::client::Outcome::Committed).unwrap();
+    channel.end(begun[0], passgate_client::Outcome::Committed).unwrap();
     let answer = channel.begin(pages(2, 1), PageState::Private, None).unwrap();
     assert!(matches!(answer, Answer::Granted { .. }), "{answer:?}");
 }
@@ -102,8 +102,8 @@ fn connections_beyond_limit_may_make_operator_calls_only() {
     let (mut explain_client, mut release_client) = (extra_client(), extra_client());
     assert_refused(explain_client.explain(99), 2, "not remembered");
     let invalidation = granted(channel.begin(pages(0, 1), PageState::Private, None));
-    channel.end(invalidation, passgate::client::Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
-    assert_eq!(release_client.release(invalidation, passgate::client::State::Shared).unwrap(), PAGE);
+    channel.end(invalidation, passgate_client::Outcome::Unknown { errno: 14, offset: 0 }).unwrap();
+    assert_eq!(release_client.release(invalidation, passgate_client::PageState::Shared).unwrap(), PAGE);
     let region = AddMemory::shared(1 << 30, PAGE);
     let limit = "2 connections are open, and no more may be: close one";
     assert_refused(extra_client().add_memory(&region, &[&*file]), USERS, limit);

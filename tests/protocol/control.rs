@@ -4,10 +4,10 @@ use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use passgate::client::{AddMemory, Client};
-use passgate::protocol::verbs::DESCRIPTION;
-use passgate::protocol::{MAX_FRAME, frame};
 use passgate_bindings::PAGE;
+use passgate_client::protocol::verbs::DESCRIPTION;
+use passgate_client::protocol::{MAX_FRAME, frame};
+use passgate_client::{AddMemory, Client};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 

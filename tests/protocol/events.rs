@@ -4,11 +4,11 @@ use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use passgate::client::{AddMemory, Client, Event, Events, Outcome, PageState};
 use passgate::serve::{Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::PAGE;
 use passgate_bindings::memory::GuestFile;
+use passgate_client::{AddMemory, Client, Event, Events, Outcome, PageState};
 use rustix::net::{Shutdown, shutdown};
 
 use crate::common::{Setup, exclusive, granted, memory, open_files, pages, wait_for_status};

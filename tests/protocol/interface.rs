@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-use passgate::protocol::record::Record;
-use passgate::protocol::verbs::*;
+use passgate_client::PageState;
+use passgate_client::protocol::record::Record;
+use passgate_client::protocol::verbs::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -111,7 +112,7 @@ fn varlink_description_matches_serialized_fields() {
     };
     let converted = Converted { verdict: String::new(), invalidation: 1, failure: Some(failure.clone()) };
     let dma = Dma { device: String::new(), iova: 0, write: Some(String::new()), read: Some(1) };
-    let convert = Convert { gpa: 0, length: 1, to: State::Hole, deadline_ms: 1 };
+    let convert = Convert { gpa: 0, length: 1, to: PageState::Hole, deadline_ms: 1 };
     let reply =
         |verb: &str| format!("{verb}{}", DESCRIPTION.split_once(verb).unwrap().1.split_once("->").unwrap().0);
     for (section, fields) in [
@@ -129,7 +130,7 @@ fn varlink_description_matches_serialized_fields() {
         ("method Convert", serialized_fields(&convert)),
         ("method Explain", serialized_fields(&Explain { invalidation: 1 })),
         ("method Subscribe", serialized_fields(&subscribe)),
-        ("method Release", serialized_fields(&Release { invalidation: 1, to: State::Hole })),
+        ("method Release", serialized_fields(&Release { invalidation: 1, to: PageState::Hole })),
         ("method Dma", serialized_fields(&dma)),
         ("error Refused", serialized_fields(&json!({"message": "", "errno": 1}))),
     ] {

@@ -4,9 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use passgate::Error;
-use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Client, Error, Outcome, PageState};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
@@ -178,7 +177,7 @@ fn region_is_removed_once_by_its_owner_only() {
     assert_refused(client.remove_memory(2), NOENT, "region 2 is not one");
     assert_refused(other.remove_memory(1), NOENT, "region 1 is not one");
     let answer = channel.begin(pages(0, 1), PageState::Hole, None).unwrap();
-    let passgate::client::Answer::Granted { invalidation } = answer else { panic!("{answer:?}") };
+    let passgate_client::Answer::Granted { invalidation } = answer else { panic!("{answer:?}") };
     assert_refused(client.remove_memory(1), 16, "end it first");
     channel.end(invalidation, Outcome::NotCommitted).unwrap();
     let before = open_files();

@@ -7,10 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate::serve::{Options, Server};
 use passgate_backends::device::soft::ClosedWindow;
 use passgate_bindings::{Iova, PAGE};
+use passgate_client::{AddMemory, Answer, Outcome, PageState};
 
 use crate::common::event_watch::EventWatch;
 use crate::common::{Setup, granted, open_files, pages, refused, wait_for_status};

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::SystemTime;
 
-use passgate::client::{AddMemory, Client, Outcome, PageState};
 use passgate::gate::Policy;
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Client, Outcome, PageState};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 
 use crate::common::{assert_refused, exclusive, granted, memory, pages};
@@ -227,7 +227,7 @@ fn connections_without_free_descriptors_are_refused_with_reason() {
         }
         assert!(others.len() < 60, "the limit of files has no effect");
     };
-    assert!(matches!(error, passgate::Error::Refused { errno: 24, .. }), "{error}");
+    assert!(matches!(error, passgate_client::Error::Refused { errno: 24, .. }), "{error}");
     assert!(error.to_string().contains("raise its limit (`LimitNOFILE=`)"), "{error}");
     for _ in 0..100 {
         let mut scraper = UnixStream::connect(&metrics).unwrap();

@@ -6,10 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use passgate::Error;
-use passgate::client::Client;
 use passgate::serve::{Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
+use passgate_client::Client;
 use rustix::fs::{Mode, inotify};
 use rustix::io::Errno;
 use rustix::net::{
@@ -61,7 +60,7 @@ fn overlong_socket_path_is_refused_with_limit_and_remedy() {
     }
     assert!(!Path::new(short).exists(), "a socket was created before all paths were checked");
     let library = Client::connect(long).map(drop).unwrap_err();
-    assert!(matches!(library, Error::SocketPath { .. }), "{library}");
+    assert!(matches!(library, passgate_client::Error::SocketPath { .. }), "{library}");
 }
 
 /// Returns a listener whose backlog is full, and the connections in it.

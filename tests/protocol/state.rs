@@ -2,11 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use passgate::client::{AddMemory, Answer, Outcome, PageState};
 use passgate::session::quarantine_file::FILE;
 use passgate::session::records::StateOptions;
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_bindings::{Iova, PAGE, PageRange};
+use passgate_client::{AddMemory, Answer, Outcome, PageState};
 
 use crate::common::hanging::HangingDomain;
 use crate::common::{GRANT_DEADLINE_MS, Setup, granted, memory, pages};

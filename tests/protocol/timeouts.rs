@@ -8,9 +8,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use passgate::Error;
-use passgate::client::{Channel, Client, PageState};
-use passgate::protocol::{Kind, Record, frame};
+use passgate_client::protocol::{Kind, Record, frame};
+use passgate_client::{Channel, Client, Error, PageState};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
@@ -21,7 +20,7 @@ use crate::daemon::{Daemon, TIMEOUT};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_passgate");
 
 #[track_caller]
-fn assert_times_out<T: std::fmt::Debug>(result: passgate::Result<T>) {
+fn assert_times_out<T: std::fmt::Debug>(result: passgate_client::Result<T>) {
     assert!(matches!(result, Err(Error::NoAnswer { .. })), "{result:?}");
 }
 

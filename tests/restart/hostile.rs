@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use passgate::client::{AddMemory, Outcome, PageState, State};
 use passgate_bindings::PAGE;
+use passgate_client::{AddMemory, Outcome, PageState};
 use rustix::fs::MemfdFlags;
 
 use super::service_manager::ServiceManager;
@@ -142,7 +142,7 @@ fn tampered_fd_store_is_rejected_or_reported() {
             for since in
                 quarantined.iter().map(|range| range.invalidation).collect::<std::collections::BTreeSet<_>>()
             {
-                operator.release(since, State::Shared).unwrap();
+                operator.release(since, PageState::Shared).unwrap();
             }
         }
         wait_for_mapped_pages(&mut client, PAGES);

@@ -13,8 +13,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use passgate::client::{AddMemory, Adopted, Answer, Channel, Client, Outcome, PageState, State};
 use passgate_bindings::{Gpa, PAGE, PageRange};
+use passgate_client::{AddMemory, Adopted, Answer, Channel, Client, Outcome, PageState};
 use rustix::fs::{MemfdFlags, SealFlags};
 use service_manager::ServiceManager;
 
@@ -132,9 +132,9 @@ fn next_daemon_restores_state_of_killed_one() {
         }
     }
     // The owner may settle the conversion that was open; it may not release the one that it had ended as unknown.
-    let message = client.release(unknown_id, State::Shared).unwrap_err().to_string();
+    let message = client.release(unknown_id, PageState::Shared).unwrap_err().to_string();
     assert!(message.contains("may not release its own quarantine"), "{message}");
-    assert_eq!(client.release(unended_id, State::Shared).unwrap(), PAGE);
+    assert_eq!(client.release(unended_id, PageState::Shared).unwrap(), PAGE);
     wait_for_mapped_pages(&mut client, PAGES - 3);
     assert!(becomes_reachable(&mut client, 3));
     convert(&mut channel, 1, PageState::Shared);
@@ -183,11 +183,11 @@ fn open_conversion_is_settled_after_second_restart_unless_client_died() {
     let (mut client, _channel, adopted) = adopt(&service);
     let unended: Vec<u64> = adopted.unended.iter().map(|one| one.invalidation).collect();
     assert_eq!(unended, [unended_id]);
-    let message = client.release(other_invalidation, State::Shared).unwrap_err().to_string();
+    let message = client.release(other_invalidation, PageState::Shared).unwrap_err().to_string();
     assert!(message.contains("may not release its own quarantine"), "{message}");
-    assert_eq!(client.release(unended_id, State::Private).unwrap(), PAGE);
+    assert_eq!(client.release(unended_id, PageState::Private).unwrap(), PAGE);
     // An operator may release it.
-    assert_eq!(service.client().release(other_invalidation, State::Shared).unwrap(), PAGE);
+    assert_eq!(service.client().release(other_invalidation, PageState::Shared).unwrap(), PAGE);
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn tebibyte_region_is_taken_over_quickly() {
     let (mut service, memory) = (service(&[]), memory(LENGTH / PAGE));
     service.start();
     let mut client = service.client();
-    let region = AddMemory { initial: State::Private, ..AddMemory::shared(GPA, LENGTH) };
+    let region = AddMemory { initial: PageState::Private, ..AddMemory::shared(GPA, LENGTH) };
     client.add_memory(&region, &[&memory]).unwrap();
     let mut channel = client.open_channel().unwrap();
     for nth in 0..SHARED {

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Channel, Client, Outcome, PageState, State};
 use passgate_bindings::PAGE;
+use passgate_client::{Answer, Channel, Client, Outcome, PageState};
 
 use super::{
     GPA, GRANT_DEADLINE_MS, PAGES, Random, TIMEOUT, adopt, client_with_memory, memory, page, reaches,
@@ -114,9 +114,9 @@ fn random_kills_never_misstate_a_page() {
                 (PageKnowledge::Settled(state), _) => state,
                 (_, true) => {
                     unknown += 1;
-                    let to = if random.next_below(2) == 0 { State::Shared } else { State::Private };
+                    let to = if random.next_below(2) == 0 { PageState::Shared } else { PageState::Private };
                     assert_eq!(client.release(unended[at], to).unwrap(), PAGE);
-                    to.into()
+                    to
                 }
                 // The daemon has not received the begin, or has received the end: DMA shows which.
                 (_, false) if is_reachable => PageState::Shared,

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use passgate::gate::{
     Caller, ClientId, Door, Event, FileId, ORPHANS, Outcome as Converted, PageState, Performer, RegionStatus,
 };
-use passgate::protocol::verbs::AddMemory;
 use passgate::session::fdstore::{FdStore, Kept as KeptFiles, Name};
 use passgate::session::persist::PersistentState;
 use passgate::session::{Call, Next, Persistence, Returned, Session, Trust};
 use passgate_backends::handover::DomainIds;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::{Gpa, PAGE, PageRange, identity};
+use passgate_client::protocol::verbs::AddMemory;
 
 use crate::action::{Action, Ending};
 use crate::canonical::{self, Fingerprint};

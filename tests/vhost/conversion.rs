@@ -3,9 +3,9 @@
 use std::sync::mpsc;
 use std::time::Duration;
 
-use passgate::client::{Answer, Channel, Outcome, PageState};
 use passgate::gate::{OnStuckDma, Policy};
 use passgate_bindings::{Gpa, PageRange};
+use passgate_client::{Answer, Channel, Outcome, PageState};
 use passgate_sim::nvme::{Does, When, opcode};
 
 use crate::guest::{DATA_GPA, Guest, IN, IOERR, MEMORY_BYTES, OK, OUT, UNTOUCHED};

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Client, Outcome, PageState};
 use passgate_backends::{Device, Step};
 use passgate_bindings::PageRange;
+use passgate_client::{Answer, Client, Outcome, PageState};
 use passgate_sim::nvme::{Does, When, opcode};
 
 use crate::guest::{DATA_GPA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};

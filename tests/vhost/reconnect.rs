@@ -4,8 +4,8 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use passgate::client::{Answer, Outcome, PageState};
 use passgate_bindings::PageRange;
+use passgate_client::{Answer, Outcome, PageState};
 use passgate_sim::nvme::{Does, When, opcode};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use passgate::client::{Channel, Client};
 use passgate::gate::Policy;
 use passgate::serve::vhost_blk::{Door, Options as DoorOptions, Polling, Socket};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::nvme::{self, DriveOptions};
 use passgate_backends::{Device, Domain, Windowed};
+use passgate_client::{Channel, Client};
 use passgate_sim::iommu::{Memory, Sim};
 use passgate_sim::nvme as sim;
 use tempfile::TempDir;

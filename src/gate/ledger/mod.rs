@@ -18,43 +18,12 @@ pub mod store;
 pub mod table;
 pub mod tree;
 
-use serde::{Deserialize, Serialize};
-
 pub use fault::{Full, OpenError};
 pub use holds::{HeldBy, Holds};
 pub use mapped::Mapped;
 pub use pages::PageMap;
+pub use passgate_client::PageState;
 pub use run::{Run, RunState};
 pub use store::{Arena, Key, Store};
 pub use table::Table;
 pub use tree::Tree;
-
-/// The state of a page of guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[repr(u8)]
-pub enum PageState {
-    /// Devices may access it.
-    Shared = 0,
-    /// Only the guest may access it.
-    Private = 1,
-    /// No page is allocated: a hole was punched.
-    Hole = 2,
-    /// Not known: its owner did not know at the end of a conversion, or there was no end.
-    Unknown = 3,
-}
-
-impl PageState {
-    /// All states, in the order of their numbers.
-    pub const ALL: [PageState; 4] = [Self::Shared, Self::Private, Self::Hole, Self::Unknown];
-
-    /// Returns its name in messages and in JSON.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Shared => "shared",
-            Self::Private => "private",
-            Self::Hole => "hole",
-            Self::Unknown => "unknown",
-        }
-    }
-}

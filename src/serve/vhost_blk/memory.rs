@@ -47,7 +47,7 @@ pub(super) enum MemoryError {
         /// The guest-physical address of the region.
         gpa: u64,
         /// The gate's error.
-        source: crate::Error,
+        source: crate::client::Error,
     },
     /// There is no such region.
     #[error("there is no memory of {len:#x} bytes at {gpa:#x} to be removed")]

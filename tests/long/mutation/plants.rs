@@ -145,6 +145,10 @@ pub(crate) fn check(root: &Path, plants: &[Plant]) -> Vec<String> {
         if !ids.insert(&plant.id) {
             problems.push(format!("{}: there are two plants of that name", plant.id));
         }
+        // The switch is in passgate-bindings, on which this package cannot depend.
+        if plant.file.starts_with("bindings/client/") {
+            problems.push(format!("{}: no plant can be in passgate-client", plant.id));
+        }
         let switched = !plant.texts.is_empty() && plant.texts.iter().all(|(_, text)| text.contains(SWITCH));
         if plant.what.is_empty() || plant.tests.is_empty() || !switched {
             problems

@@ -133,7 +133,7 @@ fn long_transfers_are_made_in_chunks() {
     (0..3).for_each(|_| scene.results.send(true).unwrap());
     assert_eq!(scene.device.dma_read(Iova(0), 250).unwrap(), [7; 250]);
     assert_eq!(scene.begun.try_iter().collect::<Vec<_>>(), [100, 100, 50]);
-    assert_eq!(scene.device.dma_read(Iova(0), 0).unwrap(), []);
+    assert_eq!(scene.device.dma_read(Iova(0), 0).unwrap(), [0u8; 0]);
 }
 
 #[test]

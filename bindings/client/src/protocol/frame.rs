@@ -4,6 +4,7 @@
 //! close-on-exec.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,27 +26,36 @@ pub const MAX_FDS: usize = 16;
 const SCM_MAX_FD: usize = 253;
 
 /// The reason why a stream of frames, or one frame's descriptors, cannot be read. Its text is the error message for the user.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameError {
     /// The peer has closed the connection.
-    #[error("the peer has closed the connection")]
     Closed,
     /// A frame is longer than this limit in bytes.
-    #[error("a frame is longer than {0} bytes")]
     TooLong(usize),
     /// A frame has more than [`MAX_FDS`] descriptors.
-    #[error("more than {MAX_FDS} file descriptors came with one frame")]
     TooManyFds,
     /// The kernel has discarded descriptors of the frame.
-    #[error(
-        "file descriptors of the message were lost, because this process has reached its limit of open files: raise \
-         it (`ulimit -n`, `LimitNOFILE=`)"
-    )]
     FdsLost,
     /// The read failed.
-    #[error("cannot read from the connection: {0}")]
     Failed(Errno),
 }
+
+impl fmt::Display for FrameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the peer has closed the connection"),
+            Self::TooLong(limit) => write!(f, "a frame is longer than {limit} bytes"),
+            Self::TooManyFds => write!(f, "more than {MAX_FDS} file descriptors came with one frame"),
+            Self::FdsLost => f.write_str(
+                "file descriptors of the message were lost, because this process has reached its limit of open files: \
+                 raise it (`ulimit -n`, `LimitNOFILE=`)",
+            ),
+            Self::Failed(errno) => write!(f, "cannot read from the connection: {errno}"),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
 
 /// The receiving side of a stream of frames.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! The units of every layer: address types that cannot be confused, and page ranges that are checked once.
+//! The units of every layer, from the client to the kernel bindings: address types that cannot be confused, and page ranges that are checked once.
 //!
 //! A [`PageRange`] is half-open, not empty, page-aligned and ends at or below [`LIMIT`]. Numbers from outside are checked
 //! in [`PageRange::new`]; all other operations only shrink or shift a range, so that no later check is needed.
@@ -70,18 +70,14 @@ address! {
 }
 
 /// The reason why two numbers are not a page range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RangeError {
     /// The length is 0.
-    #[error("the range at {start:#x} is empty: give a length of at least {PAGE} bytes")]
     Empty {
         /// Its first address in bytes.
         start: u64,
     },
     /// Start or length is not a multiple of [`PAGE`].
-    #[error(
-        "the range {start:#x}+{len:#x} is not page-aligned: start and length must be multiples of {PAGE}"
-    )]
     Unaligned {
         /// Its first address in bytes.
         start: u64,
@@ -89,7 +85,6 @@ pub enum RangeError {
         len: u64,
     },
     /// The end lies above [`LIMIT`], or overflows.
-    #[error("the range {start:#x}+{len:#x} reaches beyond {LIMIT:#x}")]
     TooHigh {
         /// Its first address in bytes.
         start: u64,
@@ -97,6 +92,25 @@ pub enum RangeError {
         len: u64,
     },
 }
+
+impl fmt::Display for RangeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty { start } => {
+                write!(f, "the range at {start:#x} is empty: give a length of at least {PAGE} bytes")
+            }
+            Self::Unaligned { start, len } => write!(
+                f,
+                "the range {start:#x}+{len:#x} is not page-aligned: start and length must be multiples of {PAGE}"
+            ),
+            Self::TooHigh { start, len } => {
+                write!(f, "the range {start:#x}+{len:#x} reaches beyond {LIMIT:#x}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for RangeError {}
 
 /// A half-open, page-aligned range of at least one page that ends at or below [`LIMIT`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

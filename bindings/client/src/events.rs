@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Client, Wait, check};
+use crate::client::{Client, Wait, check};
 use crate::error::{Error, Result};
 use crate::protocol::frame::FrameError;
 
@@ -42,7 +42,7 @@ pub struct Events {
 }
 
 impl Events {
-    pub(super) fn new(client: Client, first: Event) -> Self {
+    pub(crate) fn new(client: Client, first: Event) -> Self {
         let instance = first.details["instance"].as_str().unwrap_or_default().to_owned();
         Self { client, ended: false, instance, sequence: first.sequence, resume: None }
     }

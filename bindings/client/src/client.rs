@@ -1,69 +1,39 @@
-//! The client library for a VMM: it connects to a daemon, adds memory, announces every conversion and reports its outcome.
-//!
-//! [`Client`] is the control socket, with one blocking call at a time; [`Channel`] is the notification channel for the hot
-//! path; [`Events`] is the stream of events (docs/protocol.md). The library never converts memory by itself. If the daemon
-//! has ended every call is an error, so that no conversion happens without it. If the daemon does not answer, calls fail
-//! with [`Error::NoAnswer`] ([`Client::set_timeout`]).
-//!
-//! ```no_run
-//! use passgate::client::{AddMemory, Answer, Client, Outcome};
-//! use passgate::gate::PageState;
-//! use passgate_bindings::{Gpa, PageRange};
-//! # fn main() -> passgate::Result<()> {
-//! # let memory: std::os::fd::OwnedFd = unimplemented!();
-//! # fn convert(range: PageRange<Gpa>) -> std::io::Result<()> { Ok(()) }
-//! let mut client = Client::connect("/run/passgate/vm1.sock")?;
-//! client.add_memory(&AddMemory::shared(0, 1 << 30), &[&memory])?;
-//! let mut channel = client.open_channel()?;
-//!
-//! let range = PageRange::<Gpa>::new(0x20_0000, 0x1000)?;
-//! match channel.begin(range, PageState::Private, None)? {
-//!     Answer::Granted { invalidation } => {
-//!         let outcome = match convert(range) {
-//!             Ok(()) => Outcome::Committed,
-//!             Err(error) => Outcome::Unknown { errno: error.raw_os_error().unwrap_or(0), offset: 0 },
-//!         };
-//!         channel.end(invalidation, outcome)?;
-//!     }
-//!     Answer::Refused(failure) | Answer::Unknown(failure) => eprintln!("not converted: {failure:?}"),
-//! }
-//! # Ok(()) }
-//! ```
+//! The control socket: one blocking call at a time, with a limit to the time that its reply may take.
 
-mod channel;
-mod events;
-
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, connect, shutdown, socket_with};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, getpeername, shutdown,
+    socket_with,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::PageState;
+use crate::channel::Channel;
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::protocol::address::address;
 use crate::protocol::frame::{self, Frame, Frames, MAX_REPLY_BYTES};
+use crate::protocol::hex;
 use crate::protocol::record::DEFAULT_DEADLINE_MS;
 use crate::protocol::verbs::{
-    Call, Dma, DmaDone, Explain, INTERFACE, Metrics, Release, Released, RemoveMemory, Reply, Subscribe,
+    AddMemory, Adopted, Call, Convert, Converted, Dma, DmaDone, Explain, INTERFACE, MemoryAdded, Metrics,
+    Release, Released, RemoveMemory, Reply, Status, Subscribe,
 };
-
-pub use crate::gate::{Outcome, PageState};
-pub use crate::protocol::verbs::{
-    AddMemory, Adopted, AdoptedRegion, Convert, Converted, MemoryAdded, State, Status, Unended,
-};
-pub use channel::{Answer, Channel, Failure, Ticket};
-pub use events::{Event, Events};
 
 /// The default time in which the daemon must answer; see [`Client::set_timeout`].
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time after its deadline in which an answer may still arrive.
-const ANSWER_GRACE: Duration = Duration::from_secs(2);
+pub(crate) const ANSWER_GRACE: Duration = Duration::from_secs(2);
 
 /// A connection to one VM's daemon. Closing it removes the memory that it added.
 ///
@@ -72,19 +42,32 @@ const ANSWER_GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
-    frames: Frames,
-    /// The path of the daemon's socket; none where the connection was made by [`Client::from_fd`].
-    path: Option<PathBuf>,
-    timeout: Duration,
+    pub(crate) frames: Frames,
+    daemon: DaemonSocket,
+    pub(crate) timeout: Duration,
     /// The number of calls that returned [`Error::NoAnswer`] and whose replies may still arrive.
     overdue: usize,
     /// The channel of an `OpenChannel` whose reply arrived after the call had returned [`Error::NoAnswer`].
     late_channel: Option<OwnedFd>,
 }
 
+/// The socket at which the daemon of a connection answers other connections.
+#[derive(Debug)]
+enum DaemonSocket {
+    /// The path that this connection was made to.
+    Connected(PathBuf),
+    /// The path at which the socket of an inherited connection was bound (getpeername(2)). This process may see another file
+    /// there, or none.
+    Inherited(PathBuf),
+    /// None is known: a socket pair, an abstract name or a relative path.
+    Unknown,
+    /// The daemon runs in this process, and ends the connection when it ends.
+    InProcess,
+}
+
 /// The time that a call waits for its reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wait {
+pub(crate) enum Wait {
     /// This time: the daemon answers the call at once.
     For(Duration),
     /// As long as the daemon answers other connections: the call takes as long as its work.
@@ -103,18 +86,31 @@ impl Client {
     pub fn connect_within(path: impl AsRef<Path>, timeout: Duration) -> Result<Self> {
         let path = path.as_ref();
         let socket = connect_socket(path, timeout)?;
-        Ok(Self { path: Some(path.to_owned()), timeout, ..Self::from_fd(socket) })
+        Ok(Self { timeout, ..Self::new(socket, DaemonSocket::Connected(path.to_owned())) })
     }
 
-    /// Takes a connected stream socket that another process opened and passed.
+    /// Takes a connected stream socket that another process opened and passed. Its calls have the limits of
+    /// [`Client::connect`] ([`Client::set_timeout`]).
     pub fn from_fd(socket: OwnedFd) -> Self {
+        let daemon = peer_path(&socket).map_or(DaemonSocket::Unknown, DaemonSocket::Inherited);
+        Self::new(socket, daemon)
+    }
+
+    /// Takes a connected stream socket to a daemon in this process. A call that takes as long as its work waits without a
+    /// limit: when the daemon ends, the connection does.
+    pub fn in_process(socket: OwnedFd) -> Self {
+        Self::new(socket, DaemonSocket::InProcess)
+    }
+
+    fn new(socket: OwnedFd, daemon: DaemonSocket) -> Self {
         let frames = Frames::with_max_frame(MAX_REPLY_BYTES);
-        Self { socket, frames, path: None, timeout: ANSWER_TIMEOUT, overdue: 0, late_channel: None }
+        Self { socket, frames, daemon, timeout: ANSWER_TIMEOUT, overdue: 0, late_channel: None }
     }
 
     /// Sets the time in which the daemon must answer. A call that takes as long as its work (`AddMemory`, `RemoveMemory`,
-    /// `Adopt`, `Release`, `Dma`) waits as long as the daemon answers other connections, and without a limit on a
-    /// connection made by [`Client::from_fd`], where that cannot be checked.
+    /// `Adopt`, `Release`, `Dma`) waits as long as the daemon answers other connections. That is checked at the path of its
+    /// socket. A connection made by [`Client::from_fd`] has the path from getpeername(2); where it has none, or this process
+    /// cannot connect there, such a call ends after this time, too.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
     }
@@ -142,12 +138,19 @@ impl Client {
         fd.map(Channel::from_fd).ok_or_else(|| Error::Protocol("OpenChannel without a descriptor".into()))
     }
 
-    /// passgate itself converts a range. Allowed only in memory that was added with `sole_mapper`.
+    /// passgate itself converts a range. Allowed only in memory that was added with `sole_mapper`. [`Error::Quarantined`] where a
+    /// page of it is in quarantine.
     pub fn convert(&mut self, convert: &Convert) -> Result<Converted> {
         let deadline_ms = if convert.deadline_ms == 0 { DEFAULT_DEADLINE_MS } else { convert.deadline_ms };
         let timeout = Duration::from_millis(deadline_ms.into()) + ANSWER_GRACE;
-        let (reply, _) = self.round_trip("Convert", convert, &[], Wait::For(timeout.max(self.timeout)))?;
-        parse("Convert", reply)
+        let reply = self.round_trip("Convert", convert, &[], Wait::For(timeout.max(self.timeout)));
+        match reply {
+            // The daemon has no other reason for this errno (docs/protocol.md).
+            Err(Error::Refused { message, errno }) if errno == Errno::IO.raw_os_error() => {
+                Err(Error::Quarantined { message })
+            }
+            reply => parse("Convert", reply?.0),
+        }
     }
 
     /// Takes over the memory of the earlier daemon's clients that a restart has preserved (`serve --restart hold`). The daemon
@@ -168,7 +171,7 @@ impl Client {
 
     /// Ends the quarantine of an invalidation's pages, which the operator states to be `to`. Returns the number of bytes
     /// released. Refused on a connection that has added memory or opened a channel.
-    pub fn release(&mut self, invalidation: u64, to: State) -> Result<u64> {
+    pub fn release(&mut self, invalidation: u64, to: PageState) -> Result<u64> {
         Ok(self.call::<Released>("Release", &Release { invalidation, to }, &[])?.bytes)
     }
 
@@ -182,13 +185,13 @@ impl Client {
     pub fn dma_read(&mut self, device: &str, iova: u64, len: u32) -> Result<Vec<u8>> {
         let dma = Dma { device: device.into(), iova, write: None, read: Some(len) };
         let done: DmaDone = self.call("Dma", &dma, &[])?;
-        let read = done.read.as_deref().and_then(crate::protocol::hex::decode);
+        let read = done.read.as_deref().and_then(hex::decode);
         read.ok_or_else(|| Error::Protocol("Dma without the bytes read".into()))
     }
 
     /// Makes a device write `bytes` at `iova` by DMA (`serve --allow-dma`).
     pub fn dma_write(&mut self, device: &str, iova: u64, bytes: &[u8]) -> Result<()> {
-        let write = Some(crate::protocol::hex::encode(bytes));
+        let write = Some(hex::encode(bytes));
         let dma = Dma { device: device.into(), iova, write, read: None };
         self.call::<DmaDone>("Dma", &dma, &[]).map(drop)
     }
@@ -265,7 +268,7 @@ impl Client {
         Ok(())
     }
 
-    fn receive(&mut self, wait: Wait) -> Result<(Reply, Vec<OwnedFd>)> {
+    pub(crate) fn receive(&mut self, wait: Wait) -> Result<(Reply, Vec<OwnedFd>)> {
         let timeout = match wait {
             Wait::For(timeout) => Some(timeout),
             Wait::WhileServed => Some(self.timeout),
@@ -313,13 +316,24 @@ impl Client {
     /// Returns false where the daemon answers no connection. Checked by a call on another connection; if the limit of
     /// connections refuses that, it is an answer, too.
     fn is_served(&self) -> bool {
-        let Some(path) = &self.path else { return true };
+        let (path, inherited) = match &self.daemon {
+            DaemonSocket::Connected(path) => (path, false),
+            DaemonSocket::Inherited(path) => (path, true),
+            DaemonSocket::Unknown => return false,
+            DaemonSocket::InProcess => return true,
+        };
         let answer = Self::connect_within(path, self.timeout).and_then(|mut other| {
             let call = Call { method: "org.varlink.service.GetInfo".into(), ..call_of("", &json!({}))? };
             other.send(&call, &[])?;
             other.receive(Wait::For(other.timeout))
         });
-        !matches!(answer, Err(Error::NoAnswer { .. }))
+        match answer {
+            Err(Error::NoAnswer { .. }) => false,
+            // Where this process cannot connect, nothing is known of the daemon. A path that was connected to before says
+            // nothing new by that: this connection would have ended with the daemon.
+            Err(Error::Connect { .. } | Error::SocketPath { .. }) => !inherited,
+            Ok(_) | Err(_) => true,
+        }
     }
 
     /// Returns the error that the daemon sent before it closed the connection, if it sent one.
@@ -342,7 +356,10 @@ impl Client {
 
     /// Returns the error of a call that was not answered `within` this time.
     fn no_answer(&self, within: Duration) -> Error {
-        let path = self.path.as_ref().map_or("passgate".into(), |path| path.display().to_string());
+        let path = match &self.daemon {
+            DaemonSocket::Connected(path) | DaemonSocket::Inherited(path) => path.display().to_string(),
+            DaemonSocket::Unknown | DaemonSocket::InProcess => "passgate".into(),
+        };
         let daemon = match socket_peercred(&self.socket) {
             Ok(peer) => format!("{path} (process {})", peer.pid.as_raw_nonzero()),
             Err(_) => path,
@@ -357,13 +374,20 @@ impl AsFd for Client {
     }
 }
 
+/// Returns the path at which the peer's socket is bound, if it is absolute.
+fn peer_path(socket: &OwnedFd) -> Option<PathBuf> {
+    let peer = SocketAddrUnix::try_from(getpeername(socket).ok()??).ok()?;
+    let path = PathBuf::from(OsStr::from_bytes(peer.path_bytes()?));
+    path.is_absolute().then_some(path)
+}
+
 /// Connects to the socket at `path`, within `timeout`.
 fn connect_socket(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     let address = address(path)?;
-    let failed = |errno: Errno| Error::Socket {
+    let failed = |errno: Errno| Error::Connect {
         path: path.to_owned(),
         source: errno.into(),
-        mend: match errno {
+        remedy: match errno {
             Errno::NOENT | Errno::CONNREFUSED => ": start `passgate serve --socket-path` there first",
             Errno::ACCESS => ": connect as the user that the daemon runs as",
             _ => "",
@@ -400,7 +424,7 @@ fn call_of(verb: &str, parameters: &impl Serialize) -> Result<Call> {
 }
 
 /// Returns the parameters of a reply, or [`Error::Refused`] where it is an error.
-fn check(reply: Reply) -> Result<Value> {
+pub(crate) fn check(reply: Reply) -> Result<Value> {
     let Some(error) = reply.error else { return Ok(reply.parameters) };
     let message = match reply.parameters["message"].as_str() {
         Some(message) => message.to_owned(),
@@ -409,3 +433,6 @@ fn check(reply: Reply) -> Result<Value> {
     let errno = reply.parameters["errno"].as_i64().and_then(|errno| i32::try_from(errno).ok());
     Err(Error::Refused { message, errno: errno.unwrap_or(Errno::PROTO.raw_os_error()) })
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,20 +5,16 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use passgate_bindings::{Gpa, PageRange};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
-use zerocopy::IntoBytes;
-use zerocopy::little_endian::{I32, U32, U64};
 
-use super::{ANSWER_GRACE, ANSWER_TIMEOUT};
+use crate::client::{ANSWER_GRACE, ANSWER_TIMEOUT};
 use crate::error::{Error, Result};
-use crate::gate::{Cause, Outcome, PageState};
 use crate::protocol::batch;
-use crate::protocol::record::{
-    DEFAULT_DEADLINE_MS, Kind, MAX_DEADLINE_MS, RECORD_LEN, Record, RecordError, verdict,
-};
+use crate::protocol::record::{DEFAULT_DEADLINE_MS, Kind, MAX_DEADLINE_MS, RECORD_LEN, Record, RecordError};
+use crate::units::{Gpa, PageRange};
+use crate::{Cause, Outcome, PageState, VerdictKind};
 
 /// The cookie bit that is set in this file's requests, so that they differ from those of [`Channel::send`]'s callers.
 const OWN_COOKIE_BIT: u64 = 1 << 63;
@@ -36,6 +32,12 @@ pub enum Answer {
     Refused(Failure),
     /// The range must not be converted: a kernel call has not returned in time, and devices may still access the range.
     Unknown(Failure),
+    /// The range must not be converted: a page of it is in quarantine from before. Nothing has changed, and trying again is of
+    /// no use before the event `range.freed` or `range.released`.
+    Quarantined {
+        /// The first address in quarantine.
+        gpa: Gpa,
+    },
 }
 
 /// The first failure of an invalidation.
@@ -45,8 +47,8 @@ pub struct Failure {
     pub invalidation: u64,
     /// The range that failed.
     pub range: PageRange<Gpa>,
-    /// The number of the [`Cause`].
-    pub cause: u32,
+    /// The cause; none where the daemon is newer than this library and named one that it does not know.
+    pub cause: Option<Cause>,
     /// The errno of the failed kernel call; 0 where there was none.
     pub errno: i32,
     /// The index, in the list of `Status`, of the device that could not be stopped; none where no device is the cause.
@@ -54,9 +56,9 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Returns the name of the cause, as [`Cause::word`] does; `?` for an unknown number.
+    /// Returns the name of the cause, as [`Cause::word`] does; `?` for a cause that is not known.
     pub fn word(&self) -> &'static str {
-        Cause::ALL.into_iter().find(|cause| *cause as u32 == self.cause).map_or("?", Cause::word)
+        self.cause.map_or("?", Cause::word)
     }
 }
 
@@ -141,8 +143,8 @@ impl Channel {
     ) -> Result<Ticket> {
         let record = range_request(Kind::Begin, self.next_cookie(), to, deadline_ms);
         self.wait_at_least(answer_timeout(effective_deadline(deadline_ms)))?;
-        self.send(&Record { gpa: U64::new(range.start().0), length: U64::new(range.len()), ..record })?;
-        Ok(Ticket(record.cookie.get()))
+        self.send(&Record { gpa: range.start().0, length: range.len(), ..record })?;
+        Ok(Ticket(record.cookie))
     }
 
     /// Returns the next answer to a submitted request, in the order in which the answers arrive. Where none arrives in time,
@@ -153,34 +155,29 @@ impl Channel {
             Some(reply) => reply,
             None => self.receive()?.ok_or_else(|| self.give_up())?,
         };
-        Ok((Ticket(reply.cookie.get()), check(reply).and_then(|reply| answer(&reply))))
+        Ok((Ticket(reply.cookie), answer(&reply)))
     }
 
     /// Reports the outcome of a conversion that was granted.
     pub fn end(&mut self, invalidation: u64, outcome: Outcome) -> Result<()> {
         let mut record = Record::new(Kind::End, self.next_cookie());
-        record.invalidation = U64::new(invalidation);
-        match outcome {
-            Outcome::Committed => {}
-            Outcome::NotCommitted => record.outcome = U32::new(1),
-            Outcome::Unknown { errno, offset } => {
-                record.outcome = U32::new(2);
-                record.errno = I32::new(errno);
-                record.offset = U64::new(offset);
-            }
+        record.invalidation = invalidation;
+        record.outcome = outcome.kind() as u32;
+        if let Outcome::Unknown { errno, offset } = outcome {
+            (record.errno, record.offset) = (errno, offset);
         }
-        self.round_trip(&record, DEFAULT_DEADLINE_MS).map(drop)
+        check(&self.round_trip(&record, DEFAULT_DEADLINE_MS)?)
     }
 
     /// Waits for a reply to an empty request, for measurements.
     pub fn echo(&mut self) -> Result<()> {
         let record = Record::new(Kind::Echo, self.next_cookie());
-        self.round_trip(&record, DEFAULT_DEADLINE_MS).map(drop)
+        check(&self.round_trip(&record, DEFAULT_DEADLINE_MS)?)
     }
 
     /// Sends any record. The top bit of its cookie is reserved for the other methods.
     pub fn send(&self, record: &Record) -> Result<()> {
-        self.send_bytes(record.as_bytes())
+        self.send_bytes(&record.to_bytes())
     }
 
     /// Sends any datagram. [`Error::NoAnswer`] where the socket's buffer stays full for [`ANSWER_TIMEOUT`].
@@ -235,7 +232,7 @@ impl Channel {
         deadline_ms: Option<u32>,
     ) -> Result<Answer> {
         let record = range_request(kind, self.next_cookie(), to, deadline_ms);
-        let record = Record { gpa: U64::new(range.start().0), length: U64::new(range.len()), ..record };
+        let record = Record { gpa: range.start().0, length: range.len(), ..record };
         answer(&self.round_trip(&record, effective_deadline(deadline_ms))?)
     }
 
@@ -256,17 +253,17 @@ impl Channel {
     }
 
     fn round_trip(&mut self, request: &Record, deadline_ms: u32) -> Result<Record> {
-        self.round_trip_bytes(request.as_bytes(), request.cookie, deadline_ms)
+        self.round_trip_bytes(&request.to_bytes(), request.cookie, deadline_ms)
     }
 
     /// Sends a request and returns the reply with its cookie. Replies to other requests that arrive before are stored.
-    fn round_trip_bytes(&mut self, request: &[u8], cookie: U64, deadline_ms: u32) -> Result<Record> {
+    fn round_trip_bytes(&mut self, request: &[u8], cookie: u64, deadline_ms: u32) -> Result<Record> {
         self.wait_at_least(answer_timeout(deadline_ms))?;
         self.send_bytes(request)?;
         loop {
             match self.receive()? {
                 Some(reply) if reply.cookie != cookie => self.early.push_back(reply),
-                Some(reply) => return check(reply),
+                Some(reply) => return Ok(reply),
                 None => return Err(self.give_up()),
             }
         }
@@ -296,8 +293,7 @@ impl AsFd for Channel {
 
 /// Returns a request about ranges, without the ranges.
 fn range_request(kind: Kind, cookie: u64, to: PageState, deadline_ms: Option<u32>) -> Record {
-    let deadline_or_device = U32::new(deadline_ms.unwrap_or(0));
-    Record { to: U32::new(to as u32), deadline_or_device, ..Record::new(kind, cookie) }
+    Record { to: to as u32, deadline_or_device: deadline_ms.unwrap_or(0), ..Record::new(kind, cookie) }
 }
 
 fn no_answer(within: Duration) -> Error {
@@ -314,40 +310,78 @@ fn effective_deadline(deadline_ms: Option<u32>) -> u32 {
     deadline_ms.filter(|requested| *requested != 0).unwrap_or(DEFAULT_DEADLINE_MS)
 }
 
-/// Returns the reply, or [`Error::Refused`] where it refuses the request.
-fn check(reply: Record) -> Result<Record> {
+/// Returns [`Error::Refused`] where the reply refuses the request.
+fn check(reply: &Record) -> Result<()> {
     if reply.kind() != Some(Kind::Wrong) {
-        return Ok(reply);
+        return Ok(());
     }
-    let errno = reply.errno.get();
+    let errno = Errno::from_raw_os_error(reply.errno);
     // These errors are about an address (docs/protocol.md).
-    let at = match Errno::from_raw_os_error(errno) {
-        Errno::FAULT | Errno::BUSY | Errno::IO => format!(" at {:#x}", reply.gpa.get()),
+    let at = match errno {
+        Errno::FAULT | Errno::BUSY => format!(" at {:#x}", reply.gpa),
         _ => String::new(),
     };
-    let message = format!("passgate refused the record{at}: {}", Errno::from_raw_os_error(errno));
-    Err(Error::Refused { message, errno })
+    let message = format!("passgate refused the record{at}: {errno}");
+    Err(Error::Refused { message, errno: reply.errno })
 }
 
-/// Returns the answer in a verdict.
+/// Returns the answer in the reply to a begin or a convert.
 fn answer(reply: &Record) -> Result<Answer> {
-    if reply.kind() != Some(Kind::Verdict) {
-        return Err(RecordError::Kind(reply.kind.get()).into());
+    if reply.kind() == Some(Kind::Wrong) && reply.errno == Errno::IO.raw_os_error() {
+        return Ok(Answer::Quarantined { gpa: Gpa(reply.gpa) });
     }
-    let invalidation = reply.invalidation.get();
+    check(reply)?;
+    if reply.kind() != Some(Kind::Verdict) {
+        return Err(RecordError::Kind(reply.kind).into());
+    }
+    let invalidation = reply.invalidation;
     let failure = || {
         Ok::<_, Error>(Failure {
             invalidation,
-            range: PageRange::new(reply.gpa.get(), reply.length.get())?,
-            cause: reply.cause.get(),
-            errno: reply.errno.get(),
-            device: reply.deadline_or_device.get().checked_sub(1),
+            range: PageRange::new(reply.gpa, reply.length)?,
+            cause: Cause::from_number(reply.cause),
+            errno: reply.errno,
+            device: reply.deadline_or_device.checked_sub(1),
         })
     };
-    match reply.outcome.get() {
-        verdict::DONE => Ok(Answer::Granted { invalidation }),
-        verdict::REFUSED => Ok(Answer::Refused(failure()?)),
-        verdict::UNKNOWN => Ok(Answer::Unknown(failure()?)),
-        other => Err(RecordError::Field("outcome", other.into()).into()),
+    match VerdictKind::from_number(reply.outcome) {
+        Some(VerdictKind::Done) => Ok(Answer::Granted { invalidation }),
+        Some(VerdictKind::Refused) => Ok(Answer::Refused(failure()?)),
+        Some(VerdictKind::Unknown) => Ok(Answer::Unknown(failure()?)),
+        None => Err(RecordError::Field("outcome", reply.outcome.into()).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reply_about_quarantine_is_an_answer_and_other_errnos_are_refusals() {
+        let wrong =
+            |errno: Errno| Record { errno: errno.raw_os_error(), gpa: 0x3000, ..Record::new(Kind::Wrong, 1) };
+        assert_eq!(answer(&wrong(Errno::IO)).unwrap(), Answer::Quarantined { gpa: Gpa(0x3000) });
+        for errno in [Errno::BUSY, Errno::FAULT, Errno::INVAL, Errno::PERM] {
+            let error = answer(&wrong(errno)).unwrap_err();
+            assert!(matches!(error, Error::Refused { errno: raw, .. } if raw == errno.raw_os_error()));
+            let at = matches!(errno, Errno::BUSY | Errno::FAULT);
+            assert_eq!(error.to_string().contains(" at 0x3000: "), at, "{error}");
+        }
+    }
+
+    #[test]
+    fn cause_of_a_newer_daemon_is_a_failure_without_one() {
+        let verdict = |cause: u32| Record {
+            outcome: VerdictKind::Refused as u32,
+            gpa: 0x1000,
+            length: 0x1000,
+            cause,
+            deadline_or_device: 2,
+            ..Record::new(Kind::Verdict, 1)
+        };
+        for (number, cause) in [(2, Some(Cause::DmaInFlight)), (0, None), (77, None)] {
+            let Answer::Refused(failure) = answer(&verdict(number)).unwrap() else { panic!("not refused") };
+            assert_eq!((failure.cause, failure.device), (cause, Some(1)));
+        }
     }
 }

@@ -7,6 +7,8 @@ mod adopt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::page_state::{self, PageState};
+
 pub use adopt::{Adopt, Adopted, AdoptedRegion, Unended};
 
 /// The name of passgate's interface.
@@ -76,8 +78,8 @@ pub struct AddMemory {
     #[serde(default)]
     pub piece: u64,
     /// The present state of its pages: `shared`, `private` or `hole`.
-    #[serde(default)]
-    pub initial: State,
+    #[serde(default = "page_state::shared", deserialize_with = "page_state::requested")]
+    pub initial: PageState,
     /// True where no other process maps it, so that passgate itself may convert it (`Convert`).
     #[serde(default)]
     pub sole_mapper: bool,
@@ -95,32 +97,9 @@ impl AddMemory {
             offset: 0,
             writable: true,
             piece: 0,
-            initial: State::Shared,
+            initial: PageState::Shared,
             sole_mapper: false,
             private: false,
-        }
-    }
-}
-
-/// The state of a page.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Devices may access it.
-    #[default]
-    Shared,
-    /// Only the guest may access it.
-    Private,
-    /// It has no memory.
-    Hole,
-}
-
-impl From<State> for crate::gate::PageState {
-    fn from(state: State) -> Self {
-        match state {
-            State::Shared => Self::Shared,
-            State::Private => Self::Private,
-            State::Hole => Self::Hole,
         }
     }
 }
@@ -151,7 +130,8 @@ pub struct Convert {
     /// Length in bytes.
     pub length: u64,
     /// The new state of its pages.
-    pub to: State,
+    #[serde(deserialize_with = "page_state::requested")]
+    pub to: PageState,
     /// The deadline of the verdict in milliseconds; 0 for the default.
     #[serde(default)]
     pub deadline_ms: u32,
@@ -176,7 +156,7 @@ pub struct Failure {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// The cause, as [`crate::gate::Cause::word`] returns it.
+    /// The cause, as [`crate::Cause::word`] returns it.
     pub cause: String,
     /// The name of the device that could not be stopped; none where no device is the cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -215,7 +195,8 @@ pub struct Release {
     /// The id of the invalidation that quarantined the pages.
     pub invalidation: u64,
     /// The state of the pages.
-    pub to: State,
+    #[serde(deserialize_with = "page_state::requested")]
+    pub to: PageState,
 }
 
 /// The reply to `Release`.
@@ -311,7 +292,7 @@ pub struct Quarantined {
     pub offset: u64,
     /// Length in bytes.
     pub length: u64,
-    /// The cause, as [`crate::gate::Cause::word`] returns it.
+    /// The cause, as [`crate::Cause::word`] returns it.
     pub cause: String,
     /// The id of the invalidation that quarantined it.
     pub invalidation: u64,
@@ -326,7 +307,7 @@ pub struct Refused {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// The cause, as [`crate::gate::Cause::word`] returns it.
+    /// The cause, as [`crate::Cause::word`] returns it.
     pub cause: String,
     /// The name of the device that could not be stopped; none where no device is the cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
