@@ -15,34 +15,34 @@ pub enum Error {
     #[error(transparent)]
     Backend(#[from] passgate_backends::Error),
     /// A device is in use.
-    #[error("{device}: {source}; {mend}")]
+    #[error("{device}: {source}; {remedy}")]
     Taken {
         /// The address of the device.
         device: String,
         /// The failed call.
         source: Failed,
         /// Its user, and the remedy.
-        mend: String,
+        remedy: String,
     },
     /// The socket cannot be created.
-    #[error("{path}: {source}{mend}")]
+    #[error("{path}: {source}{remedy}")]
     Socket {
         /// The path of the socket.
         path: PathBuf,
         /// The reason.
         source: io::Error,
         /// The remedy, or empty.
-        mend: &'static str,
+        remedy: &'static str,
     },
     /// The state directory, or a file in it, cannot be used.
-    #[error("{path}: {source}{mend}")]
+    #[error("{path}: {source}{remedy}")]
     State {
         /// The file or directory.
         path: PathBuf,
         /// The reason.
         source: io::Error,
         /// The remedy, or empty.
-        mend: &'static str,
+        remedy: &'static str,
     },
     /// An audit log cannot be read.
     #[error(transparent)]
@@ -103,7 +103,7 @@ pub enum Error {
         "cannot take the service manager's descriptors ({source}): LISTEN_FDS does not match those that this process \
          inherited; start it by the manager, or without LISTEN_FDS"
     )]
-    Handed {
+    InheritedFd {
         /// The reason.
         source: Failed,
     },

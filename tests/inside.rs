@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use passgate::Error;
-use passgate::gate::{Admits, OnStuckDma, Policy};
+use passgate::gate::{DmaAccess, OnStuckDma, Policy};
 use passgate::serve::{Handle, Inside, Options, Server};
 use passgate_backends::{DeviceTraits, Steps};
 use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
@@ -29,14 +29,14 @@ fn page(page: u64) -> PageRange<Gpa> {
 }
 
 /// Asks whether devices may access these pages; the receiver gets the answer.
-fn query(inside: &Inside, pages: &[PageRange<Iova>], writes: bool) -> Receiver<Admits> {
+fn query(inside: &Inside, pages: &[PageRange<Iova>], writes: bool) -> Receiver<DmaAccess> {
     let (sender, answer) = channel();
     inside.ask(pages.to_vec(), writes, Box::new(move |admits| _ = sender.send(admits)));
     answer
 }
 
 /// Returns the answer for one page, which must come at once.
-fn access_to_page(inside: &Inside, page: u64) -> Admits {
+fn access_to_page(inside: &Inside, page: u64) -> DmaAccess {
     query(inside, &[range(page, 1)], true).recv_timeout(TIMEOUT).unwrap()
 }
 
@@ -92,15 +92,15 @@ fn decided_access_is_answered_immediately() {
     let _exclusive = exclusive();
     let (_server, inside) = serve(&sim(), Policy::default());
     let mut client = inside.connect().unwrap();
-    assert_eq!(access_to_page(&inside, 0), Admits::Never);
+    assert_eq!(access_to_page(&inside, 0), DmaAccess::Never);
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let hole = AddMemory { initial: PageState::Hole, ..AddMemory::shared(8 * PAGE, 8 * PAGE) };
     client.add_memory(&hole, &[&*memory(8)]).unwrap();
-    assert_eq!((access_to_page(&inside, 0), access_to_page(&inside, 8)), (Admits::Open, Admits::Never));
+    assert_eq!((access_to_page(&inside, 0), access_to_page(&inside, 8)), (DmaAccess::Open, DmaAccess::Never));
     let access_to = |ranges: &[_]| query(&inside, ranges, false).recv_timeout(TIMEOUT).unwrap();
-    assert_eq!(access_to(&[range(0, 2), range(4, 4)]), Admits::Open);
-    assert_eq!(access_to(&[range(0, 2), range(7, 2), range(4, 1)]), Admits::Never);
-    assert_eq!(access_to(&[]), Admits::Open);
+    assert_eq!(access_to(&[range(0, 2), range(4, 4)]), DmaAccess::Open);
+    assert_eq!(access_to(&[range(0, 2), range(7, 2), range(4, 1)]), DmaAccess::Never);
+    assert_eq!(access_to(&[]), DmaAccess::Open);
 }
 
 #[test]
@@ -110,10 +110,16 @@ fn access_query_during_conversion_is_answered_at_its_end() {
     let mut client = inside.connect().unwrap();
     client.add_memory(&AddMemory::shared(0, 8 * PAGE), &[&*memory(8)]).unwrap();
     let mut channel = client.open_channel().unwrap();
-    for (outcome, expected) in [(Outcome::NotCommitted, Admits::Open), (Outcome::Committed, Admits::Never)] {
+    for (outcome, expected) in
+        [(Outcome::NotCommitted, DmaAccess::Open), (Outcome::Committed, DmaAccess::Never)]
+    {
         let id = granted(channel.begin(page(3), PageState::Private, None));
         let waiting = [query(&inside, &[range(2, 2)], true), query(&inside, &[range(3, 1)], false)];
-        assert_eq!(access_to_page(&inside, 2), Admits::Open, "the loop has handled the two queries before");
+        assert_eq!(
+            access_to_page(&inside, 2),
+            DmaAccess::Open,
+            "the loop has handled the two queries before"
+        );
         for answer in &waiting {
             assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
         }
@@ -139,10 +145,10 @@ fn access_query_is_answered_when_slow_map_completes() {
         }
         // The thread of the loop is in the hanging call: the supervisor takes the loop over.
         let answer = query(&inside, &[range(0, 8)], true);
-        while access_to_page(&inside, 100) != Admits::Never {}
+        while access_to_page(&inside, 100) != DmaAccess::Never {}
         assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
         sim.release();
-        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), Admits::Open);
+        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), DmaAccess::Open);
         adding.join().unwrap().unwrap();
     });
 }
@@ -156,18 +162,18 @@ fn queries_beyond_limit_are_answered_later() {
     let mut channel = client.open_channel().unwrap();
     let id = granted(channel.begin(page(3), PageState::Private, None));
     let waiting: Vec<_> = (0..4096).map(|_| query(&inside, &[range(3, 1)], true)).collect();
-    assert_eq!(access_to_page(&inside, 3), Admits::Later);
-    assert_eq!(access_to_page(&inside, 2), Admits::Open);
+    assert_eq!(access_to_page(&inside, 3), DmaAccess::Later);
+    assert_eq!(access_to_page(&inside, 2), DmaAccess::Open);
     channel.end(id, Outcome::NotCommitted).unwrap();
     for answer in waiting {
-        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), Admits::Open);
+        assert_eq!(answer.recv_timeout(TIMEOUT).unwrap(), DmaAccess::Open);
     }
     let id = granted(channel.begin(page(3), PageState::Private, None));
     let later_answer = query(&inside, &[range(3, 1)], true);
     channel.end(id, Outcome::NotCommitted).unwrap();
     assert_eq!(
         later_answer.recv_timeout(TIMEOUT).unwrap(),
-        Admits::Open,
+        DmaAccess::Open,
         "answered queries make room for new ones"
     );
 }
@@ -181,16 +187,16 @@ fn pending_queries_are_answered_at_shutdown() {
     let mut channel = client.open_channel().unwrap();
     let _id = granted(channel.begin(page(3), PageState::Private, None));
     let waiting = query(&inside, &[range(3, 1)], true);
-    assert_eq!(access_to_page(&inside, 2), Admits::Open);
+    assert_eq!(access_to_page(&inside, 2), DmaAccess::Open);
     server.stop().unwrap();
-    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), Admits::Never);
-    assert_eq!(access_to_page(&inside, 3), Admits::Never, "after the end");
+    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), DmaAccess::Never);
+    assert_eq!(access_to_page(&inside, 3), DmaAccess::Never, "after the end");
     // The same for a server that never ran.
     let server = Server::bind(Options::nowhere(), Arc::new(self::sim()), vec![]).unwrap();
     let inside = server.inside();
     let waiting = query(&inside, &[range(3, 1)], true);
     drop(server);
-    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), Admits::Never);
+    assert_eq!(waiting.recv_timeout(TIMEOUT).unwrap(), DmaAccess::Never);
     assert!(matches!(inside.connect(), Err(Error::Over)));
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use passgate::serve::{Options, Server, Takeover};
-use passgate::session::fdstore::{FdStore, Kept, Name};
+use passgate::session::fdstore::{FdStore, Name, StoredFds};
 use passgate_backends::device::Guard;
 use passgate_backends::device::soft::SoftDevice;
 use passgate_backends::iommu::soft::SoftDomain;
@@ -76,11 +76,11 @@ fn device_request_is_reported_and_device_stopped_and_closed() {
                 let (domain, devices): (Arc<dyn Domain>, _) = (domain.clone(), devices.clone());
                 Ok(Assignment { domain, devices, drives: Vec::new() })
             };
-            let (kept, names) = (Kept::of(Default::default()), ["soft:0".to_owned()]);
+            let (kept, names) = (StoredFds::of(Default::default()), ["soft:0".to_owned()]);
             Takeover::open(store, kept, &names, Accept::default(), &NoDrivers, TIMEOUT, assign).unwrap().1
         });
         let options = Options::at(dir.path().join("socket"));
-        let server = Server::holding(options, domain, devices, hold).unwrap().spawn().unwrap();
+        let server = Server::bind_with_takeover(options, domain, devices, hold).unwrap().spawn().unwrap();
         let memory = GuestFile::memfd("wanted", PAGE).unwrap();
         let mut client = Client::connect(server.path()).unwrap();
         client.add_memory(&AddMemory::shared(0, PAGE), &[&memory]).unwrap();

@@ -85,7 +85,7 @@ pub fn assign(
         Choice::Type1(names) => {
             let first = names.first().ok_or_else(|| Error::Host {
                 what: "a type1 domain needs a device: an empty container maps nothing".to_owned(),
-                mend: "name one with --device, or use --iommu iommufd or soft",
+                remedy: "name one with --device, or use --iommu iommufd or soft",
             })?;
             let candidate = candidate(Path::new(SYSFS), first)?;
             let domain = Type1Domain::open(candidate.pci.address(), &candidate.group)?;
@@ -121,7 +121,7 @@ fn stoppable(
         return Err(Error::Unstoppable { device: device.name().to_owned(), why: why()? });
     }
     log::warn!(
-        "{} cannot be stopped for certain, which --allow-unstoppable accepts: while its DMA does not end, \
+        "{} cannot be stopped for certain, which --allow-unstoppable accepts: while its DMA action not end, \
          conversions are refused",
         device.name()
     );
@@ -132,7 +132,7 @@ fn stoppable(
 /// text.
 fn why_not_detached(name: &str, together: &[PciAddress]) -> Result<String> {
     let found = candidate(Path::new(SYSFS), name)?;
-    Ok(found.stays(together).map(shares_its_group).unwrap_or_default())
+    Ok(found.first_outside(together).map(shares_its_group).unwrap_or_default())
 }
 
 /// Returns the reason for which a device cannot be detached whose IOMMU group includes `other`, which is not assigned
@@ -190,25 +190,25 @@ fn choose(kind: Kind, devices: &[String], sysfs: &Path, iommufd: bool) -> Result
             Some(_) => {
                 return Err(Error::Host {
                     what: format!("`{name}` names no software device"),
-                    mend: "write soft:0, soft:1, …",
+                    remedy: "write soft:0, soft:1, …",
                 });
             }
             None => real.push(name.parse::<PciAddress>().map_err(|error| Error::Host {
                 what: format!("`{}` names no device", error.0),
-                mend: "write a PCI address as 0000:04:00.0 or 04:00.0, or a software device as soft:0",
+                remedy: "write a PCI address as 0000:04:00.0 or 04:00.0, or a software device as soft:0",
             })?),
         }
     }
     if let (Some(soft), Some(real)) = (soft.first(), real.first()) {
         return Err(Error::Host {
             what: format!("{soft} and {real} cannot be in one domain"),
-            mend: "serve software devices and real ones separately",
+            remedy: "serve software devices and real ones separately",
         });
     }
     let names: Vec<_> = real.iter().map(PciAddress::to_string).collect();
     for (n, name) in soft.iter().chain(&names).enumerate() {
         if soft.iter().chain(&names).take(n).any(|before| before == name) {
-            return Err(Error::Host { what: format!("{name} is named twice"), mend: "name it once" });
+            return Err(Error::Host { what: format!("{name} is named twice"), remedy: "name it once" });
         }
     }
     let has_cdev =
@@ -221,13 +221,13 @@ fn choose(kind: Kind, devices: &[String], sysfs: &Path, iommufd: bool) -> Result
             None => Ok(Choice::Soft(soft)),
             Some(real) => Err(Error::Host {
                 what: format!("{real} cannot be in a soft domain"),
-                mend: "use --iommu auto, or name soft:0",
+                remedy: "use --iommu auto, or name soft:0",
             }),
         },
         Kind::Iommufd | Kind::Type1 => match soft.first() {
             Some(soft) => Err(Error::Host {
                 what: format!("{soft} can be in a soft domain only"),
-                mend: "use --iommu soft, or name a PCI device",
+                remedy: "use --iommu soft, or name a PCI device",
             }),
             None if kind == Kind::Iommufd => Ok(Choice::Iommufd(names)),
             None => Ok(Choice::Type1(names)),

@@ -11,14 +11,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A map failed; no part of it remains mapped.
-    #[error("cannot map IOVA {iova}: {source}{mend}")]
+    #[error("cannot map IOVA {iova}: {source}{remedy}")]
     Map {
         /// The requested range.
         iova: PageRange<Iova>,
         /// The failed call and its errno.
         source: Failed,
         /// The remedy, or empty.
-        mend: &'static str,
+        remedy: &'static str,
     },
     /// A map failed because pinning its pages would exceed RLIMIT_MEMLOCK; no part of it remains mapped.
     #[error(
@@ -95,22 +95,22 @@ pub enum Error {
     #[error(transparent)]
     Ring(#[from] RingError),
     /// A device call failed.
-    #[error("{device}: {source}{mend}")]
+    #[error("{device}: {source}{remedy}")]
     Device {
         /// The device's name (PCI address, or `soft:N`).
         device: String,
         /// The failed call and its errno.
         source: Failed,
         /// The remedy, or empty.
-        mend: &'static str,
+        remedy: &'static str,
     },
     /// The host lacks what this backend needs.
-    #[error("{what}: {mend}")]
+    #[error("{what}: {remedy}")]
     Host {
         /// The missing or unsuitable object.
         what: String,
         /// The remedy.
-        mend: &'static str,
+        remedy: &'static str,
     },
 }
 
@@ -153,7 +153,7 @@ mod tests {
         let error = |call, errno| Error::Device {
             device: "0000:01:00.0".into(),
             source: Failed::new(call, errno),
-            mend: "",
+            remedy: "",
         };
         for (call, errno, taken) in [
             ("open /dev/vfio/GROUP", Errno::BUSY, true),
@@ -169,7 +169,7 @@ mod tests {
             let error = error(call, errno);
             assert_eq!(error.taken().map(|(device, _)| device), taken.then_some("0000:01:00.0"), "{error}");
         }
-        let host = Error::Host { what: "no IOMMU".into(), mend: "switch it on" };
+        let host = Error::Host { what: "no IOMMU".into(), remedy: "switch it on" };
         assert_eq!(host.taken(), None);
     }
 }

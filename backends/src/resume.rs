@@ -46,7 +46,7 @@ pub fn resume(left: Handover, ids: DomainIds, accept: Accept, drivers: &dyn Driv
     let Handover { domain, groups, devices, stopped, ats_unused } = left;
     let missing = |what: &str| Error::Host {
         what: format!("{what} is missing from what an earlier process handed over"),
-        mend: "its devices have been stopped or are about to be; stop the service for good, then start it",
+        remedy: "its devices have been stopped or are about to be; stop the service for good, then start it",
     };
     let fd = domain.ok_or_else(|| missing("the iommufd or container"))?;
     let together: Vec<PciAddress> = devices.iter().filter_map(|(name, _)| name.parse().ok()).collect();

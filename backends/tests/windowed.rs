@@ -86,7 +86,7 @@ fn failed_map_opens_nothing() {
 #[test]
 fn unmap_waits_for_requests_in_flight() {
     let mut rig = rig(Sim::CAPABILITIES);
-    rig.domain = rig.domain.with_patience(Duration::from_secs(20));
+    rig.domain = rig.domain.with_timeout(Duration::from_secs(20));
     rig.map(0, 4, 1).unwrap();
     assert_eq!(rig.enter(0, 1), Entered::In);
     assert_eq!(rig.enter(1, 3), Entered::In);
@@ -112,7 +112,7 @@ fn unmap_waits_for_requests_in_flight() {
 #[test]
 fn range_with_a_request_that_does_not_end_stays_mapped_and_closed() {
     let mut rig = rig(CUTS);
-    rig.domain = rig.domain.with_patience(Duration::from_millis(5));
+    rig.domain = rig.domain.with_timeout(Duration::from_millis(5));
     rig.map(0, 8, 8).unwrap();
     assert_eq!(rig.enter(0, 1), Entered::In);
     let busy = Unmap::Failed { errno: Errno::BUSY, bytes: 0 };
@@ -133,7 +133,7 @@ fn replace_waits_for_requests_over_any_of_its_ranges() {
     let gone = [pages(1, 1), pages(3, 2), pages(6, 1)];
     for busy in [1, 4, 6] {
         let mut rig = rig(CUTS);
-        rig.domain = rig.domain.with_patience(Duration::from_millis(5));
+        rig.domain = rig.domain.with_timeout(Duration::from_millis(5));
         rig.map(0, 8, 8).unwrap();
         assert_eq!(rig.enter(0, busy), Entered::In);
         assert_eq!(rig.domain.replace(&gone), Unmap::Failed { errno: Errno::BUSY, bytes: 0 }, "page {busy}");

@@ -8,8 +8,8 @@
 mod address_mappings;
 pub mod errno;
 pub mod guest_memfd;
-pub mod handed;
 pub mod identity;
+pub mod inherited_fds;
 pub mod iommufd;
 pub mod kvm;
 pub mod memory;

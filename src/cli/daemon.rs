@@ -14,7 +14,7 @@ use crate::gate::{Hitless, OnStuckDma, Platform, Policy};
 use crate::host::acquire::acquire;
 use crate::protocol::address::address;
 use crate::serve::{Options, Takeover, files_limit, privilege};
-use crate::session::fdstore::{FdStore, Kept};
+use crate::session::fdstore::{FdStore, StoredFds};
 use crate::session::records::StateOptions;
 
 /// Options of the gate, its domain and its devices.
@@ -214,7 +214,7 @@ impl DaemonArgs {
         &self,
         devices: &[String],
         manager: Option<FdStore>,
-        stored: Kept,
+        stored: StoredFds,
         accept: Accept,
         drivers: &dyn Drivers,
         assign: impl Fn() -> Result<Assignment>,
@@ -254,7 +254,7 @@ impl DaemonArgs {
     /// Opens the domain and the devices with these drivers, or takes them over from an earlier daemon. Called before anything else is
     /// opened: the descriptors that the service manager passes have fixed numbers.
     pub(super) fn open(&self, devices: &[String], accept: Accept, drivers: &dyn Drivers) -> Result<Opened> {
-        let stored = Kept::take()?;
+        let stored = StoredFds::take()?;
         files_limit::raise(self.max_regions, Options::nowhere().max_clients);
         let accept = Accept { unstoppable: self.allow_unstoppable, ..accept };
         let timeout = Duration::from_secs(self.wait.into());

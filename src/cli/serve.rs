@@ -43,7 +43,7 @@ impl Serve {
         let options = Options { allow_dma: self.allow_dma, ..Options::at(self.socket_path) };
         let options = self.daemon.complete(&opened, options);
         let Opened { assignment, takeover, .. } = opened;
-        Server::holding(options, assignment.domain, assignment.devices, takeover)?.run()?;
+        Server::bind_with_takeover(options, assignment.domain, assignment.devices, takeover)?.run()?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use passgate_backends::nvme::DriveOptions;
 use passgate_backends::{Accept, Domain, Windowed};
-use passgate_bindings::handed;
+use passgate_bindings::inherited_fds;
 
 use super::daemon::{DaemonArgs, Opened};
 use crate::error::{Error, Result};
@@ -80,7 +80,7 @@ impl VhostUserBlk {
         self.daemon.check(&paths)?;
         let socket = match (self.fd, self.socket_path) {
             // Before this process opens anything else, which might get that number.
-            (Some(number), _) => Socket::Handed(handed::by_number(number).map_err(|failed| {
+            (Some(number), _) => Socket::InheritedFd(inherited_fds::by_number(number).map_err(|failed| {
                 Error::Usage(format!("--fd {number}: {failed}: start this with a socket open at that number"))
             })?),
             (None, Some(path)) => Socket::Path(path),
@@ -102,7 +102,7 @@ impl VhostUserBlk {
         let Opened { assignment, takeover, .. } = opened;
         let domain = Windowed::new(assignment.domain, Arc::clone(drive.window()));
         let domain = Arc::new(domain) as Arc<dyn Domain>;
-        let server = Server::holding(options, domain, assignment.devices, takeover)?;
+        let server = Server::bind_with_takeover(options, domain, assignment.devices, takeover)?;
         let stopper = server.stopper()?;
         let options = vhost_blk::Options {
             socket,

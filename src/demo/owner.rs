@@ -64,7 +64,7 @@ impl Owner {
         std::fs::create_dir_all(&dir).map_err(|source| Error::Socket {
             path: dir.clone(),
             source,
-            mend: ": set TMPDIR to a directory that is writable",
+            remedy: ": set TMPDIR to a directory that is writable",
         })?;
         let dir = SocketDir(dir);
         let device = domain.device("soft:1")?;

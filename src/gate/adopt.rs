@@ -9,8 +9,8 @@ use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages};
 use super::event::Caller;
 use super::ids::{ClientId, FileId, InvalidationId, ORPHANS};
-use super::ledger::HeldBy;
-use super::ledger::holds::gaps;
+use super::ledger::ExcludedBy;
+use super::ledger::exclusions::gaps;
 use super::memory::Region;
 use super::verdict::{Cause, Reason, Refusal};
 
@@ -111,7 +111,7 @@ impl Gate {
         let mut unknown = Unknown::new();
         for (file, excluded) in self.memory.exclusions() {
             for (range, by) in excluded.iter() {
-                if let HeldBy::Quarantine(since, reason) = by
+                if let ExcludedBy::Quarantine(since, reason) = by
                     && reason.cause == Cause::ClientGone
                 {
                     unknown.entry(since).or_default().push((file, range));
@@ -203,18 +203,18 @@ pub(super) mod tests {
             let (gpa, initial) =
                 (PageRange::new(2 * nth * pages * PAGE, pages * PAGE).unwrap(), PageState::Shared);
             let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
-            Written { region: RegionId(nth as u32 + 1), spec, piece: PAGE, closing: false }
+            RegionRecord { region: RegionId(nth as u32 + 1), spec, piece: PAGE, closing: false }
         };
         let open = |nth: u64| {
             let range = PageRange::new(2 * nth * PAGE, PAGE).unwrap();
-            (file, range, HeldBy::Open(InvalidationId(nth + 1)))
+            (file, range, ExcludedBy::Open(InvalidationId(nth + 1)))
         };
-        let past = Past {
+        let past = RecordedState {
             regions: (0..8).map(region).collect(),
-            holds: (0..count).map(open).collect(),
+            exclusions: (0..count).map(open).collect(),
             last_region: 8,
             last_invalidation: count,
-            ..Past::default()
+            ..RecordedState::default()
         };
         gate.resume(past, &mut effects);
         effects.clear();

@@ -32,7 +32,7 @@ impl Clients {
     }
 
     /// The client is gone, and so are all of its regions.
-    pub(super) fn has_left(&mut self, client: ClientId) {
+    pub(super) fn client_closed(&mut self, client: ClientId) {
         self.leaving.retain(|other| *other != client);
         self.must_unmap.remove(&client);
     }

@@ -10,7 +10,7 @@ use super::effect::{Answer, Effect, Effects, FilePages, Notice};
 use super::event::{Caller, Outcome, Performer};
 use super::ids::{ClientId, InvalidationId};
 use super::invalidations::{New, Purpose};
-use super::ledger::{HeldBy, PageState};
+use super::ledger::{ExcludedBy, PageState};
 use super::policy::MAX_EXCLUDED_RANGES;
 use super::ranges::Ranges;
 use super::verdict::{Cause, Reason, Refusal, Verdict, within_budget};
@@ -46,7 +46,7 @@ impl Gate {
         let id = self.invalidations.start(New { caller, ranges, to, purpose, pages, targets, deadline_ns });
         self.reserve(id, room);
         for part in excluded {
-            self.memory.exclude(part.file, part.range, HeldBy::Open(id));
+            self.memory.exclude(part.file, part.range, ExcludedBy::Open(id));
         }
         self.start_clearing(id, effects);
     }
@@ -105,8 +105,8 @@ impl Gate {
         let into = range.start().raw().saturating_sub(part.range.start().raw());
         let gpa = Gpa(part.gpa.raw() + into);
         Err(match by {
-            HeldBy::Open(invalidation) => Refusal::Busy { invalidation, gpa },
-            HeldBy::Quarantine(_, reason) => Refusal::Quarantined { gpa, cause: reason.cause },
+            ExcludedBy::Open(invalidation) => Refusal::Busy { invalidation, gpa },
+            ExcludedBy::Quarantine(_, reason) => Refusal::Quarantined { gpa, cause: reason.cause },
         })
     }
 

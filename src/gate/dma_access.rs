@@ -8,12 +8,12 @@ use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
 
 use super::Gate;
-use super::ledger::{HeldBy, PageState};
+use super::ledger::{ExcludedBy, PageState};
 use super::memory::Region;
 
 /// The access of a request to its pages. Of several pages the worst counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Admits {
+pub enum DmaAccess {
     /// Every page is mapped.
     Open,
     /// Something that will be over is in the way: an invalidation between begin and end, a map or an unmap under way.
@@ -24,17 +24,17 @@ pub enum Admits {
 
 impl Gate {
     /// Returns the access of a request that touches these pages; `writes` where the device would write to them.
-    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
-        let mut worst = Admits::Open;
+    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> DmaAccess {
+        let mut worst = DmaAccess::Open;
         let mut at = iova.start();
         while let Some(left) = PageRange::between(at, iova.end()) {
             let region = self.memory.region_at(Gpa(at.raw())).filter(|region| !region.is_closing());
             let Some(region) = region.filter(|region| region.spec().writable || !writes) else {
-                return Admits::Never;
+                return DmaAccess::Never;
             };
-            let Some(part) = region.iova().intersection(left) else { return Admits::Never };
+            let Some(part) = region.iova().intersection(left) else { return DmaAccess::Never };
             worst = worst.max(self.admits_in(region, part));
-            if worst == Admits::Never {
+            if worst == DmaAccess::Never {
                 return worst;
             }
             at = part.end();
@@ -43,18 +43,18 @@ impl Gate {
     }
 
     /// As [`Gate::admits`], for pages of one region.
-    fn admits_in(&self, region: &Region, part: PageRange<Iova>) -> Admits {
+    fn admits_in(&self, region: &Region, part: PageRange<Iova>) -> DmaAccess {
         let pages = region.pages_at(part);
-        let Some(excluded) = self.memory.excluded(pages.file) else { return Admits::Never };
-        if excluded.overlapping(pages.range).any(|(_, by)| matches!(by, HeldBy::Quarantine(..))) {
-            return Admits::Never;
+        let Some(excluded) = self.memory.excluded(pages.file) else { return DmaAccess::Never };
+        if excluded.overlapping(pages.range).any(|(_, by)| matches!(by, ExcludedBy::Quarantine(..))) {
+            return DmaAccess::Never;
         }
         // What is between begin and end will be something else after it, whatever it is now.
         let clear = excluded.is_clear(pages.range);
-        let mut worst = if clear { Admits::Open } else { Admits::Later };
+        let mut worst = if clear { DmaAccess::Open } else { DmaAccess::Later };
         for free in excluded.gaps(pages.range) {
             if self.memory.states(pages.file, free).any(|(_, state)| state != PageState::Shared) {
-                return Admits::Never;
+                return DmaAccess::Never;
             }
             worst = worst.max(self.admits_shared(region, free.rebase(pages.range.start(), part.start())));
         }
@@ -62,19 +62,19 @@ impl Gate {
     }
 
     /// As [`Gate::admits`], for shared pages that nothing excludes: mapped, or about to be.
-    fn admits_shared(&self, region: &Region, part: PageRange<Iova>) -> Admits {
+    fn admits_shared(&self, region: &Region, part: PageRange<Iova>) -> DmaAccess {
         let missing = self
             .mappings
             .iter()
             .any(|domain| domain.mapped().live(part).map(PageRange::len).sum::<u64>() < part.len());
         if !missing {
-            return Admits::Open;
+            return DmaAccess::Open;
         }
         // Where a map has failed nobody tries again by itself: who waited for that might wait for ever.
         let comes = region.is_being_mapped()
             || self.invalidations.is_awaited(part)
             || self.mappings.iter().any(|domain| domain.mapped().runs(part).next().is_some());
-        if comes { Admits::Later } else { Admits::Never }
+        if comes { DmaAccess::Later } else { DmaAccess::Never }
     }
 }
 
@@ -85,7 +85,7 @@ mod tests {
     use passgate_bindings::{Gpa, PAGE, PageRange};
 
     use super::super::*;
-    use super::Admits::{Later, Never, Open};
+    use super::DmaAccess::{Later, Never, Open};
 
     const CALLER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
     const FILE: FileId = FileId { device: 1, inode: 1 };
@@ -125,7 +125,7 @@ mod tests {
         }
 
         /// The calls that were asked for have this result.
-        fn go_on(&mut self, map: MapResult, unmap: Option<i32>) {
+        fn return_calls(&mut self, map: MapResult, unmap: Option<i32>) {
             while let Some(at) =
                 self.effects.iter().position(|e| matches!(e, Effect::Map { .. } | Effect::Unmap { .. }))
             {
@@ -144,7 +144,7 @@ mod tests {
         }
 
         fn all_goes_well(&mut self) {
-            self.go_on(MapResult::Mapped, None);
+            self.return_calls(MapResult::Mapped, None);
         }
 
         fn begin(&mut self, page: u64, pages: u64, to: PageState) -> InvalidationId {
@@ -158,7 +158,7 @@ mod tests {
         }
 
         /// Of one page.
-        fn says(&self, page: u64) -> Admits {
+        fn says(&self, page: u64) -> DmaAccess {
             assert_eq!(self.gate.admits(range(page, 1), false), self.gate.admits(range(page, 1), true));
             self.gate.admits(range(page, 1), true)
         }
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(world.says(20), Never);
         // An unmap that fails, of a device that nothing stops.
         world.begin(24, 1, PageState::Private);
-        world.go_on(MapResult::Mapped, Some(5));
+        world.return_calls(MapResult::Mapped, Some(5));
         assert_eq!((world.says(24), world.says(25)), (Never, Open));
         world.tell(Event::Release { caller: CALLER, invalidation: id, to: PageState::Shared });
         assert_eq!(world.says(20), Later);
@@ -311,7 +311,7 @@ mod tests {
             world.all_goes_well();
             world.end(id, Outcome::NotCommitted);
             assert_eq!(world.says(20), Later);
-            world.go_on(result, None);
+            world.return_calls(result, None);
             assert_eq!(world.says(20), after, "{result:?}");
         }
     }

@@ -73,7 +73,7 @@ pub struct RegionSpec {
 
 /// The end of a conversion as its owner reports it, before it is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Said {
+pub struct ReportedEnd {
     /// The reported outcome.
     pub kind: OutcomeKind,
     /// The errno of its kernel call; 0 where there was none.
@@ -88,7 +88,7 @@ const MAX_ERRNO: i32 = 4095;
 /// `EPROTO`: stands for an errno that is none.
 const NO_ERRNO: i32 = 71;
 
-impl Said {
+impl ReportedEnd {
     /// Returns the outcome of a conversion of `length` bytes. A report that contradicts itself is *unknown*: committed with an errno, or
     /// with an offset other than 0 and `length`; not committed with an offset other than 0; an errno outside 0 to 4095, or an
     /// offset beyond the range.
@@ -329,7 +329,7 @@ mod tests {
     #[test]
     fn end_that_contradicts_itself_is_unknown() {
         const LENGTH: u64 = 16384;
-        let says = |kind, errno, offset| Said { kind, errno, offset }.outcome(LENGTH);
+        let says = |kind, errno, offset| ReportedEnd { kind, errno, offset }.outcome(LENGTH);
         let unknown = |errno, offset| Outcome::Unknown { errno, offset };
         for offset in [0, LENGTH] {
             assert_eq!(says(OutcomeKind::Committed, 0, offset), Outcome::Committed);

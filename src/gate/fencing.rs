@@ -189,7 +189,7 @@ impl Gate {
 
     /// The ATS and TDI state of a device was read again.
     pub(super) fn device_traits(&mut self, device: DeviceId, ats: bool, tdi: bool, effects: &mut Effects) {
-        let Some(entry) = self.devices.set_nature(device, ats, tdi) else { return };
+        let Some(entry) = self.devices.set_traits(device, ats, tdi) else { return };
         let domain = entry.domain();
         if !ats && self.mappings.get(domain).is_some_and(|domain| domain.mapped().unsettled() > 0) {
             // A number of its own for what it leaves in doubt.

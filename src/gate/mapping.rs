@@ -11,7 +11,7 @@ use super::Gate;
 use super::calls::Call;
 use super::effect::{Effect, Effects, Notice};
 use super::ids::{DomainId, FileId, RegionId};
-use super::ledger::holds::gaps;
+use super::ledger::exclusions::gaps;
 use super::ledger::mapped::objects;
 use super::policy::{MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 

@@ -56,7 +56,7 @@ impl Gate {
 
     /// Maps the place at `start` as one, where all of it is shared and mapped in parts.
     fn merge(&mut self, domain_id: DomainId, start: Iova, effects: &mut Effects) {
-        let Some(region_id) = self.region_of_place(start) else { return };
+        let Some(region_id) = self.region_of_piece(start) else { return };
         let (Some(region), Some(domain)) = (self.memory.region(region_id), self.mappings.get(domain_id))
         else {
             return;
@@ -86,7 +86,7 @@ impl Gate {
     }
 
     /// Returns the region of a place, which may begin before its region does.
-    fn region_of_place(&self, start: Iova) -> Option<RegionId> {
+    fn region_of_piece(&self, start: Iova) -> Option<RegionId> {
         let gpa = Gpa(start.raw());
         self.memory.region_id_at(gpa).or_else(|| self.memory.first_region_from(gpa))
     }

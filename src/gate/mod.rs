@@ -44,13 +44,14 @@ mod sweep;
 pub mod verdict;
 
 pub use adopt::Unended;
-pub use dma_access::Admits;
+pub use dma_access::DmaAccess;
 pub use effect::{Answer, Effect, Effects, FilePages, Notice};
 pub use event::{
-    Backing, Caller, Door, Event, MapResult, Outcome, OutcomeKind, Performer, RegionSpec, Said, UnmapResult,
+    Backing, Caller, Door, Event, MapResult, Outcome, OutcomeKind, Performer, RegionSpec, ReportedEnd,
+    UnmapResult,
 };
 pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHANS, RegionId};
-pub use ledger::HeldBy;
+pub use ledger::ExcludedBy;
 pub use ledger::PageState;
 pub use passgate_backends::{DeviceTraits, DomainCaps, Step, Steps};
 pub(crate) use policy::{CLOSE_PIECE_BYTES, MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
@@ -58,7 +59,7 @@ pub use policy::{Hitless, OnStuckDma, Platform, Policy};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use regions::CloseWait;
-pub use resume::{Past, Written};
+pub use resume::{RecordedState, RegionRecord};
 pub use rung::Rung;
 pub use status::{DeviceStatus, MappingStatus, QuarantineStatus, RegionStatus, Snapshot};
 pub use verdict::{Cause, Reason, Refusal, Verdict};
@@ -89,7 +90,7 @@ pub struct Gate {
 
 impl Gate {
     /// Returns a gate without domains, devices or memory. Its ledger will lie in memory of `arena`, unless it is kept in a store
-    /// ([`Gate::keep_in`]).
+    /// ([`Gate::use_store`]).
     pub fn new(policy: Policy, arena: Arena) -> Self {
         Self {
             policy,

@@ -14,8 +14,8 @@ use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages, Notice};
 use super::event::Caller;
 use super::ids::{ClientId, DomainId, FileId, InvalidationId, ORPHANS};
-use super::ledger::holds::gaps;
-use super::ledger::{HeldBy, PageState};
+use super::ledger::exclusions::gaps;
+use super::ledger::{ExcludedBy, PageState};
 use super::status::QuarantineStatus;
 use super::verdict::{Cause, Reason, Refusal};
 
@@ -156,14 +156,14 @@ impl Gate {
         let cause = if reason.cause == Cause::ClientGone { reason.cause } else { Cause::OwnerUnknown };
         let reason = Reason { cause, ..reason };
         self.memory.restore_state(file, range, PageState::Unknown);
-        self.memory.restore_excluded(file, range, HeldBy::Quarantine(invalidation, reason));
+        self.memory.restore_excluded(file, range, ExcludedBy::Quarantine(invalidation, reason));
     }
 
     /// Lifts the quarantines over these pages whose cause is disproved: nothing is mapped or in doubt at any alias.
     pub(super) fn lift_over(&mut self, part: FilePages, effects: &mut Effects) {
         let Some(excluded) = self.memory.excluded(part.file) else { return };
         for (range, by) in excluded.overlapping(part.range).collect::<Vec<_>>() {
-            let HeldBy::Quarantine(since, reason) = by else { continue };
+            let ExcludedBy::Quarantine(since, reason) = by else { continue };
             let no_run = |alias: PageRange<Iova>| {
                 self.mappings.iter().all(|domain| domain.mapped().runs(alias).next().is_none())
             };
@@ -274,8 +274,8 @@ impl Gate {
     pub fn quarantined_ranges(&self) -> impl Iterator<Item = QuarantineStatus> + '_ {
         self.memory.exclusions().flat_map(|(file, excluded)| {
             excluded.iter().filter_map(move |(range, by)| match by {
-                HeldBy::Open(_) => None,
-                HeldBy::Quarantine(invalidation, reason) => {
+                ExcludedBy::Open(_) => None,
+                ExcludedBy::Quarantine(invalidation, reason) => {
                     Some(QuarantineStatus { file, range, reason, invalidation })
                 }
             })

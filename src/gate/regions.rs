@@ -11,7 +11,7 @@ use super::effect::{Answer, Effect, Effects, Notice};
 use super::event::{Caller, RegionSpec};
 use super::ids::{ClientId, FileId, InvalidationId, RegionId};
 use super::invalidations::{CloseCause, Invalidation, New, Phase, Purpose};
-use super::ledger::{HeldBy, PageState};
+use super::ledger::{ExcludedBy, PageState};
 use super::memory::Region;
 use super::verdict::{Cause, Reason, Refusal};
 
@@ -132,8 +132,8 @@ impl Gate {
         let pages = region.file_pages();
         let open = self.memory.excluded(pages.file).and_then(|excluded| {
             excluded.overlapping(pages.range).find_map(|(range, by)| match by {
-                HeldBy::Open(invalidation) => Some((range, invalidation)),
-                HeldBy::Quarantine(..) => None,
+                ExcludedBy::Open(invalidation) => Some((range, invalidation)),
+                ExcludedBy::Quarantine(..) => None,
             })
         });
         match open {
@@ -183,7 +183,7 @@ impl Gate {
         effects.push(Effect::Notice(Notice::RegionClosed { region: id }));
         let client = region.owner();
         if self.clients.is_leaving(client) && !self.memory.regions().any(|(_, r)| r.owner() == client) {
-            self.clients.has_left(client);
+            self.clients.client_closed(client);
             effects.push(Effect::Notice(Notice::SessionClosed { client }));
         }
     }
@@ -210,7 +210,7 @@ impl Gate {
             self.client_of_conversion_gone(id, effects);
         }
         if owned.is_empty() {
-            self.clients.has_left(client);
+            self.clients.client_closed(client);
         } else {
             self.clients.leaves(client);
         }

@@ -12,7 +12,7 @@ use super::event::{MapResult, UnmapResult};
 use super::ids::{DomainId, InvalidationId, JobId, RegionId};
 use super::invalidations::Invalidation;
 use super::ledger::Run;
-use super::ledger::holds::gaps;
+use super::ledger::exclusions::gaps;
 use super::mappings::EPROTO;
 use super::receipt::Evidence;
 use super::rung::Rung;

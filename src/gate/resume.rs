@@ -19,15 +19,15 @@ use super::effect::{Effect, Effects};
 use super::event::{Caller, RegionSpec, UnmapResult};
 use super::ids::{CLOSED_BEFORE, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHANS, RegionId};
 use super::invalidations::{New, Purpose};
-use super::ledger::holds::gaps;
-use super::ledger::{HeldBy, PageState, Store};
+use super::ledger::exclusions::gaps;
+use super::ledger::{ExcludedBy, PageState, Store};
 use super::mappings::Domain;
 use super::ranges::Ranges;
 use super::verdict::{Cause, Reason};
 
 /// A region as it is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Written {
+pub struct RegionRecord {
     /// Its number.
     pub region: RegionId,
     /// As it was described.
@@ -38,13 +38,13 @@ pub struct Written {
     pub closing: bool,
 }
 
-/// The records of an earlier gate. Its page states and mappings lie in the store ([`Gate::keep_in`]).
+/// The records of an earlier gate. Its page states and mappings lie in the store ([`Gate::use_store`]).
 #[derive(Debug, Default)]
-pub struct Past {
+pub struct RecordedState {
     /// Its regions; none overlaps another.
-    pub regions: Vec<Written>,
+    pub regions: Vec<RegionRecord>,
     /// The ranges excluded from mapping.
-    pub holds: Vec<(FileId, PageRange<Offset>, HeldBy)>,
+    pub exclusions: Vec<(FileId, PageRange<Offset>, ExcludedBy)>,
     /// Conversions that were open at an earlier restart, which the owner of their memory may still settle.
     pub unended: Vec<InvalidationId>,
     /// True if the mappings are gone with the process that had them.
@@ -59,12 +59,12 @@ pub struct Past {
 
 impl Gate {
     /// Keeps page states and mappings in `store`, where they outlive this gate. Before its domains.
-    pub fn keep_in(&mut self, store: Store) {
-        self.memory.keep_in(store);
+    pub fn use_store(&mut self, store: Store) {
+        self.memory.use_store(store);
     }
 
     /// Resumes from the records of an earlier gate. On a gate with its domain and devices, without memory.
-    pub fn resume(&mut self, past: Past, effects: &mut Effects) {
+    pub fn resume(&mut self, past: RecordedState, effects: &mut Effects) {
         self.memory.count_regions_from(past.last_region);
         self.invalidations.count_from(past.last_invalidation);
         if past.unmapped {
@@ -74,7 +74,7 @@ impl Gate {
         past.stopped.iter().for_each(|device| self.devices.make_uncertain(*device));
         let Some(domain) = self.mappings.iter().map(Domain::id).next() else { return };
         past.regions.iter().for_each(|region| self.restore_region(region));
-        for (file, range, by) in past.holds {
+        for (file, range, by) in past.exclusions {
             self.restore_exclusion(file, range, by, effects);
         }
         let unknown = self.unknown();
@@ -86,7 +86,7 @@ impl Gate {
         if past.regions.iter().any(|region| region.closing) {
             self.clients.leaves(CLOSED_BEFORE);
         }
-        for Written { region, closing, .. } in past.regions {
+        for RegionRecord { region, closing, .. } in past.regions {
             if closing {
                 self.close_stopped(region, effects);
             } else if let Some(iova) = self.memory.region(region).map(|region| region.iova()) {
@@ -96,8 +96,8 @@ impl Gate {
         self.attach_stopped(effects);
     }
 
-    fn restore_region(&mut self, written: &Written) {
-        let Written { region, spec, piece, closing } = *written;
+    fn restore_region(&mut self, written: &RegionRecord) {
+        let RegionRecord { region, spec, piece, closing } = *written;
         let owner = if closing { CLOSED_BEFORE } else { ORPHANS };
         self.memory.restore_region(region, spec, owner, closing);
         self.mappings.add_region(region, &vec![piece; self.mappings.ids().len()]);
@@ -107,17 +107,17 @@ impl Gate {
         &mut self,
         file: FileId,
         range: PageRange<Offset>,
-        by: HeldBy,
+        by: ExcludedBy,
         effects: &mut Effects,
     ) {
         match by {
-            HeldBy::Quarantine(since, reason) => {
+            ExcludedBy::Quarantine(since, reason) => {
                 self.memory.restore_excluded(file, range, by);
                 if self.quarantine.lasts(since, reason) {
                     self.memory.restore_state(file, range, PageState::Unknown);
                 }
             }
-            HeldBy::Open(id) => {
+            ExcludedBy::Open(id) => {
                 self.memory.restore_state(file, range, PageState::Unknown);
                 self.put_in_quarantine(id, file, range, Reason::of(Cause::ClientGone, 0), effects);
                 self.quarantine.add_unended(id);
@@ -224,8 +224,8 @@ impl Gate {
     }
 
     /// Returns the regions as they are to be recorded.
-    pub fn written(&self) -> impl Iterator<Item = Written> + '_ {
-        self.memory.regions().map(|(region, entry)| Written {
+    pub fn written(&self) -> impl Iterator<Item = RegionRecord> + '_ {
+        self.memory.regions().map(|(region, entry)| RegionRecord {
             region,
             spec: *entry.spec(),
             piece: self.mappings.pieces(region).first().copied().unwrap_or(PAGE),

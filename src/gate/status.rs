@@ -8,7 +8,7 @@ use super::Gate;
 use super::effect::FilePages;
 use super::event::RegionSpec;
 use super::ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, RegionId};
-use super::ledger::HeldBy;
+use super::ledger::ExcludedBy;
 use super::memory::Region;
 use super::verdict::Reason;
 
@@ -173,7 +173,11 @@ impl Gate {
     }
 
     /// Returns what excludes pages of this range of a file; each whole.
-    pub fn holds_over(&self, file: FileId, range: PageRange<Offset>) -> Vec<(PageRange<Offset>, HeldBy)> {
+    pub fn exclusions_over(
+        &self,
+        file: FileId,
+        range: PageRange<Offset>,
+    ) -> Vec<(PageRange<Offset>, ExcludedBy)> {
         self.memory.excluded(file).map(|excluded| excluded.overlapping(range).collect()).unwrap_or_default()
     }
 

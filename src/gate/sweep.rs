@@ -8,7 +8,7 @@ use super::calls::Call;
 use super::effect::{Effect, Effects};
 use super::ids::{DomainId, InvalidationId};
 use super::invalidations::Invalidation;
-use super::ledger::holds::gaps;
+use super::ledger::exclusions::gaps;
 use super::ledger::{Run, RunState};
 use super::mappings::Domain;
 use super::memory::Memory;

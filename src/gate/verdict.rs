@@ -149,7 +149,7 @@ pub enum Refusal {
         errno: i32,
     },
     /// More of something than this session allows.
-    #[error("this would need {needed} {what}, the limit is {limit}{}", mend(what))]
+    #[error("this would need {needed} {what}, the limit is {limit}{}", remedy(what))]
     Budget {
         /// The name of the resource.
         what: &'static str,
@@ -188,7 +188,7 @@ pub(super) fn within_budget(what: &'static str, needed: u64, limit: u64) -> Resu
     if needed <= limit { Ok(()) } else { Err(Refusal::Budget { what, needed, limit }) }
 }
 
-fn mend(what: &str) -> &'static str {
+fn remedy(what: &str) -> &'static str {
     match what {
         "mappings" => {
             ": use larger mappings (leave `piece` out; --hitless off), convert larger ranges, or raise \

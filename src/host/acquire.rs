@@ -67,16 +67,20 @@ fn retry<T>(
         };
         let Some((device, source)) = error.taken() else { return Err(error.into()) };
         let owner = env.owner(device);
-        let mend = owner.mend(device, source);
+        let remedy = owner.remedy(device, source);
         // The device was opened and is closed again, so nothing will restore its configuration any more: a retry is useless.
         if failed_after_open(source)
             && let Some(lost) = env.lost_bar(device)
         {
-            return Err(Error::Taken { device: device.to_owned(), source, mend: format!("{lost}; {mend}") });
+            return Err(Error::Taken {
+                device: device.to_owned(),
+                source,
+                remedy: format!("{lost}; {remedy}"),
+            });
         }
         let remaining = until.saturating_duration_since(env.now());
         if remaining.is_zero() {
-            return Err(Error::Taken { device: device.to_owned(), source, mend });
+            return Err(Error::Taken { device: device.to_owned(), source, remedy });
         }
         // Once for each device: one that other processes open in turn must not fill the journal.
         if warned.insert(device.to_owned()) {
@@ -135,7 +139,7 @@ impl Owner {
 
     /// Returns the same text with the remedy. The removal of the device from the bus is proposed only if it is certain
     /// that no process has it open: else the kernel would wait for that process.
-    fn mend(&self, device: &str, source: Failed) -> String {
+    fn remedy(&self, device: &str, source: Failed) -> String {
         let text = self.describe();
         match (&self.processes[..], &self.possible[..]) {
             ([], []) if failed_after_open(source) => format!(
@@ -202,7 +206,11 @@ mod tests {
     }
 
     fn failing(call: &'static str, errno: Errno) -> passgate_backends::Error {
-        passgate_backends::Error::Device { device: DEVICE.into(), source: Failed::new(call, errno), mend: "" }
+        passgate_backends::Error::Device {
+            device: DEVICE.into(),
+            source: Failed::new(call, errno),
+            remedy: "",
+        }
     }
 
     fn busy_owner() -> Owner {

@@ -179,7 +179,7 @@ impl Meter {
     }
 
     /// Counts a notice that is reported to listeners.
-    pub fn told(&self, notice: &Notice) {
+    pub fn count_notice(&self, notice: &Notice) {
         self.events.inc();
         if let Notice::DeviceFenced { step, errno, .. } = notice {
             let result = if *errno == 0 { "done" } else { "failed" };

@@ -4,7 +4,7 @@ use passgate_bindings::units::{Gpa, PageRange, RangeError};
 
 use super::batch::{self, MAX_RANGES};
 use super::record::{self, DEFAULT_DEADLINE_MS, Kind, MAX_DEADLINE_MS, MIN_DEADLINE_MS, RECORD_LEN, Record};
-use crate::gate::{OutcomeKind, PageState, Ranges, RangesError, Said};
+use crate::gate::{OutcomeKind, PageState, Ranges, RangesError, ReportedEnd};
 
 /// Checks a requested deadline and returns it in milliseconds; 0 requests [`DEFAULT_DEADLINE_MS`].
 pub fn deadline_ms(requested: u32) -> Result<u32, RequestError> {
@@ -36,7 +36,7 @@ pub enum Request {
         /// The id of the invalidation.
         invalidation: u64,
         /// The owner's statement. Its consistency can be checked only with the length of the ranges.
-        said: Said,
+        said: ReportedEnd,
     },
 }
 
@@ -123,7 +123,7 @@ impl Request {
                 clear(|r| (r.outcome, r.errno) = (0, 0));
                 let kind = OutcomeKind::from_number(record.outcome)
                     .ok_or(RequestError::Field("outcome", record.outcome.into()))?;
-                let said = Said { kind, errno: record.errno, offset: record.offset };
+                let said = ReportedEnd { kind, errno: record.errno, offset: record.offset };
                 Self::End { invalidation: record.invalidation, said }
             }
             _ => return Err(RequestError::Kind(record.kind)),

@@ -12,7 +12,7 @@ pub mod rebind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use passgate_backends::device::refusal::withheld;
+use passgate_backends::device::refusal::check_vfio_accepts;
 use passgate_backends::{Accept, Assignment, Kind, Tables};
 use passgate_bindings::vfio::pci::PciDevice;
 use serde::Serialize;
@@ -205,7 +205,7 @@ fn rebind(options: &Options) -> Result<Option<Rebound>> {
     if options.bind
         && let Some(pci) = PciDevice::find(sysfs, address)
     {
-        withheld(sysfs, &pci)?;
+        check_vfio_accepts(sysfs, &pci)?;
     }
     let host = in_use::Host { sysfs, proc: Path::new("/proc"), dev: Path::new("/dev") };
     let claims =

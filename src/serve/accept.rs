@@ -38,14 +38,14 @@ pub(super) struct Acceptor {
     listener: Option<UnixListener>,
     /// Set while no connection is accepted for want of descriptors or memory: the end of that time.
     paused_until: Option<Instant>,
-    pub(super) spare_fd: SpareFd,
+    pub(super) reserve_fd: ReserveFd,
     /// True from the log line that says that the limit of connections is reached, until one is admitted again.
     full_logged: bool,
 }
 
 impl Acceptor {
     pub(super) fn new(listener: Option<UnixListener>) -> Self {
-        Self { listener, paused_until: None, spare_fd: SpareFd::new(), full_logged: false }
+        Self { listener, paused_until: None, reserve_fd: ReserveFd::new(), full_logged: false }
     }
 
     pub(super) fn listener(&self) -> Option<&UnixListener> {
@@ -64,22 +64,22 @@ impl Acceptor {
 
 /// A descriptor that can be closed to accept one more connection, and what has been logged of a shortage.
 #[derive(Debug)]
-pub(super) struct SpareFd {
+pub(super) struct ReserveFd {
     fd: Option<OwnedFd>,
     /// True from the log line that says that descriptors have run out, until a connection is accepted again.
     shortage_logged: bool,
 }
 
-impl SpareFd {
+impl ReserveFd {
     fn new() -> Self {
-        Self { fd: spare_fd(), shortage_logged: false }
+        Self { fd: reserve_fd(), shortage_logged: false }
     }
 
     /// Accepts a connection by closing the spare descriptor, sends it `refusal`, and closes it. Returns false if no connection
     /// waits, and the error of `accept4` (`EMFILE` where there is no spare descriptor) if none could be accepted.
     pub(super) fn refuse(&mut self, listener: impl AsFd, refusal: &[u8]) -> Result<bool, Errno> {
         if self.fd.take().is_none() {
-            self.fd = spare_fd();
+            self.fd = reserve_fd();
             return Err(Errno::MFILE);
         }
         // Another thread may take the descriptor first. The connection then stays in the queue of the socket.
@@ -94,7 +94,7 @@ impl SpareFd {
             Err(Errno::AGAIN) => Ok(false),
             Err(errno) => Err(errno),
         };
-        self.fd = spare_fd();
+        self.fd = reserve_fd();
         result
     }
 
@@ -111,17 +111,17 @@ impl SpareFd {
     }
 }
 
-fn spare_fd() -> Option<OwnedFd> {
+fn reserve_fd() -> Option<OwnedFd> {
     eventfd(0, EventfdFlags::CLOEXEC).ok()
 }
 
 impl Vm {
     /// Accepts the next connection. Returns true if there may be more.
     pub(super) fn accept(&mut self) -> bool {
-        let Acceptor { listener: Some(listener), spare_fd, .. } = &mut self.acceptor else { return false };
+        let Acceptor { listener: Some(listener), reserve_fd, .. } = &mut self.acceptor else { return false };
         match accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => {
-                spare_fd.accepted();
+                reserve_fd.accepted();
                 self.accepted(socket);
                 true
             }
@@ -129,7 +129,7 @@ impl Vm {
                 let reason = "the daemon has as many files open as it may: raise its limit (`LimitNOFILE=`), or close a \
                               connection";
                 let refusal = connection::frame(&refused(reason, Errno::MFILE.raw_os_error()));
-                let result = spare_fd.refuse(&*listener, &refusal);
+                let result = reserve_fd.refuse(&*listener, &refusal);
                 self.after_refusal(result)
             }
             Err(errno) => {
@@ -236,7 +236,7 @@ impl Vm {
         if !matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) {
             return;
         }
-        self.acceptor.spare_fd.log(errno);
+        self.acceptor.reserve_fd.log(errno);
         self.acceptor.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
         self.watch_listeners(Interest::Nothing);
     }

@@ -10,15 +10,15 @@ pub(super) struct Ending {
     /// Set while memory of an earlier daemon's clients waits to be adopted: the time at which it is closed.
     adopt_by: Option<Instant>,
     /// True while the state is to be handed over to a next daemon: the loop ends without closing anything.
-    hands_over: bool,
+    leaves_open: bool,
     /// Set once the host wants a device back, until the end has begun.
     requested: bool,
 }
 
 impl Ending {
     /// Returns a loop's state at its start. Memory of an earlier daemon's clients waits until `adopt_by`.
-    pub(super) fn new(hands_over: bool, adopt_by: Option<Instant>) -> Self {
-        Self { deadline: None, adopt_by, hands_over, requested: false }
+    pub(super) fn new(leaves_open: bool, adopt_by: Option<Instant>) -> Self {
+        Self { deadline: None, adopt_by, leaves_open, requested: false }
     }
 
     /// Returns true once the end has begun.
@@ -32,14 +32,14 @@ impl Ending {
     }
 
     /// Returns true if nothing is closed at the end.
-    pub(super) fn hands_over(&self) -> bool {
-        self.hands_over
+    pub(super) fn leaves_open(&self) -> bool {
+        self.leaves_open
     }
 
     /// Begins the end. Returns true if connections must be closed now: not where it has begun before, nor where the state is
     /// handed over, because the gate would close the regions of the connections, in the ledger too.
     pub(super) fn begin(&mut self, now: Instant, farewell: Duration) -> bool {
-        if self.hands_over {
+        if self.leaves_open {
             self.deadline = Some(now);
             return false;
         }
@@ -60,7 +60,7 @@ impl Ending {
     /// Closes everything at the end, also where the state was to be handed over. Returns true if it was. Memory that waits to be
     /// adopted then waits no longer than `now`.
     pub(super) fn cancel_handover(&mut self, now: Instant) -> bool {
-        let cancelled = std::mem::take(&mut self.hands_over);
+        let cancelled = std::mem::take(&mut self.leaves_open);
         if cancelled {
             self.adopt_by = self.adopt_by.map(|_| now);
         }

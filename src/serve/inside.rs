@@ -16,7 +16,7 @@ use super::event_loop::{Core, Message};
 use super::vm::Vm;
 use crate::client::Client;
 use crate::error::{Error, Result};
-use crate::gate::{Admits, Event};
+use crate::gate::{DmaAccess, Event};
 use crate::observe::disk::ReadDisk;
 use crate::session::Session;
 
@@ -35,12 +35,12 @@ impl Inside {
     }
 
     /// Queries whether a device may access these ranges; `writes` is true if it would write to them. An answer
-    /// [`Admits::Later`] is delayed until it is one of the other two; only where 4096 queries are waiting already is `Later`
-    /// given. If the loop has ended, or ends before the answer, it is [`Admits::Never`].
+    /// [`DmaAccess::Later`] is delayed until it is one of the other two; only where 4096 queries are waiting already is `Later`
+    /// given. If the loop has ended, or ends before the answer, it is [`DmaAccess::Never`].
     ///
     /// `reply` is called on the loop's thread, or on the caller's if the loop has ended. It must not block and must not call
     /// this function.
-    pub fn ask(&self, iova: Vec<PageRange<Iova>>, writes: bool, reply: Box<dyn FnOnce(Admits) + Send>) {
+    pub fn ask(&self, iova: Vec<PageRange<Iova>>, writes: bool, reply: Box<dyn FnOnce(DmaAccess) + Send>) {
         self.core.deliver(Message::AccessQuery(AccessQuery { iova, writes, reply: Some(reply) }));
     }
 
@@ -64,20 +64,20 @@ impl Inside {
     }
 }
 
-/// A query about pages. Dropped without an answer, it answers [`Admits::Never`].
+/// A query about pages. Dropped without an answer, it answers [`DmaAccess::Never`].
 pub(super) struct AccessQuery {
     iova: Vec<PageRange<Iova>>,
     writes: bool,
-    reply: Option<Box<dyn FnOnce(Admits) + Send>>,
+    reply: Option<Box<dyn FnOnce(DmaAccess) + Send>>,
 }
 
 impl AccessQuery {
-    fn admits(&self, session: &Session) -> Admits {
+    fn admits(&self, session: &Session) -> DmaAccess {
         let each = self.iova.iter().map(|range| session.admits(*range, self.writes));
-        each.max().unwrap_or(Admits::Open)
+        each.max().unwrap_or(DmaAccess::Open)
     }
 
-    fn answer(mut self, admits: Admits) {
+    fn answer(mut self, admits: DmaAccess) {
         if let Some(reply) = self.reply.take() {
             reply(admits);
         }
@@ -87,7 +87,7 @@ impl AccessQuery {
 impl Drop for AccessQuery {
     fn drop(&mut self) {
         if let Some(reply) = self.reply.take() {
-            reply(Admits::Never);
+            reply(DmaAccess::Never);
         }
     }
 }
@@ -105,7 +105,7 @@ impl Vm {
     /// Answers a query, or stores it until it can be answered.
     pub(super) fn answer_query(&mut self, query: AccessQuery) {
         match query.admits(&self.session) {
-            Admits::Later if self.access_queries.len() < MAX_PENDING_QUERIES => {
+            DmaAccess::Later if self.access_queries.len() < MAX_PENDING_QUERIES => {
                 self.access_queries.push(query)
             }
             admits => query.answer(admits),

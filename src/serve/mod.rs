@@ -125,11 +125,11 @@ impl Server {
     /// Makes the sockets that are configured (mode 0600) and the session. A socket file at which no process listens is replaced;
     /// one that is in use is an error.
     pub fn bind(options: Options, domain: Arc<dyn Domain>, devices: Vec<Arc<dyn Device>>) -> Result<Self> {
-        Self::holding(options, domain, devices, None)
+        Self::bind_with_takeover(options, domain, devices, None)
     }
 
     /// As [`Server::bind`]; with a `takeover` the server continues an earlier daemon's state and hands its own over to the next.
-    pub fn holding(
+    pub fn bind_with_takeover(
         options: Options,
         domain: Arc<dyn Domain>,
         devices: Vec<Arc<dyn Device>>,
@@ -161,7 +161,7 @@ impl Server {
                     (Some(takeover), Some(ids)) => takeover.guardian_store(ids),
                     _ => (None, None),
                 };
-                Watch::holding(program.clone(), devices.clone(), store, earlier)?
+                Watch::resume(program.clone(), devices.clone(), store, earlier)?
             }
             None => None,
         };

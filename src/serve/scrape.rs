@@ -141,13 +141,13 @@ impl Vm {
         let Some(scrape) = &mut self.scrape else { return false };
         match scrape.accept(&self.poller, first) {
             Ok(()) => {
-                self.acceptor.spare_fd.accepted();
+                self.acceptor.reserve_fd.accepted();
                 true
             }
             Err(Errno::MFILE | Errno::NFILE) => {
                 let text = "the daemon has as many files open as it may: raise its limit (LimitNOFILE=)\n";
                 let refusal = response("503 Service Unavailable", "text/plain", text);
-                let result = self.acceptor.spare_fd.refuse(&scrape.listener, &refusal);
+                let result = self.acceptor.reserve_fd.refuse(&scrape.listener, &refusal);
                 self.after_refusal(result)
             }
             Err(errno) => {

@@ -69,7 +69,7 @@ impl Vm {
             }
             _ => log::info!("{event} {details}"),
         }
-        self.session.meter().told(notice);
+        self.session.meter().count_notice(notice);
         self.backlog.remember(notice);
         let frame = self.backlog.push(Kind::of(notice), event, &details);
         let sequence = self.backlog.last();

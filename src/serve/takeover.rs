@@ -20,10 +20,10 @@ use passgate_bindings::{PAGE, PageRange, identity};
 use rustix::net::{SocketAddrAny, SocketAddrUnix, getsockname, sockopt};
 
 use crate::error::{Error, Result};
-use crate::gate::{Cause, Event, FileId, HeldBy, InvalidationId, Reason, Rung};
+use crate::gate::{Cause, Event, ExcludedBy, FileId, InvalidationId, Reason, Rung};
 use crate::session;
-use crate::session::fdstore::{FdStore, Kept, Name};
-use crate::session::persist::{LoadError, PersistentState, holds_in};
+use crate::session::fdstore::{FdStore, Name, StoredFds};
+use crate::session::persist::{LoadError, PersistentState, read_exclusions};
 
 /// The state that a server takes over, and by which it hands its own over to the next daemon.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl Takeover {
     /// Fails if `assign` does, or if no ledger can be made.
     pub fn open(
         store: FdStore,
-        mut stored: Kept,
+        mut stored: StoredFds,
         devices: &[String],
         accept: Accept,
         drivers: &dyn Drivers,
@@ -83,7 +83,7 @@ impl Takeover {
         // its queue.
         let socket = stored.one(&Name::Socket);
         let guardian = stored.one(&Name::Guardian);
-        if !FdStore::keeps() {
+        if !FdStore::is_announced() {
             log::warn!(
                 "the service manager does not announce a descriptor store ($FDSTORE): set FileDescriptorStoreMax= in the \
                  unit; systemd announces it from version 254 on"
@@ -207,18 +207,18 @@ impl Takeover {
 
 /// Returns the quarantine that outlives a takeover that is not done: what the ledger excludes, or, where it cannot be read,
 /// all pages of all stored memory.
-fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
+fn quarantine_events(ledger: Option<OwnedFd>, stored: &StoredFds) -> Vec<Event> {
     // An invalidation that was open has lost its client between begin and end.
     let client_gone = Reason { cause: Cause::ClientGone, device: None, rung: Rung::Unmap, errno: 0 };
-    let excluded = match ledger.map(holds_in) {
-        Some(Ok(holds)) => holds,
+    let excluded = match ledger.map(read_exclusions) {
+        Some(Ok(exclusions)) => exclusions,
         Some(Err(error)) => return quarantine_all(stored, &error.to_string()),
         None => return quarantine_all(stored, "no ledger was stored"),
     };
     let event = |(file, range, by)| {
         let (invalidation, reason) = match by {
-            HeldBy::Open(id) => (id, client_gone),
-            HeldBy::Quarantine(id, reason) => (id, reason),
+            ExcludedBy::Open(id) => (id, client_gone),
+            ExcludedBy::Quarantine(id, reason) => (id, reason),
         };
         Event::Quarantine { file, range, invalidation, reason }
     };
@@ -227,7 +227,7 @@ fn quarantine_events(ledger: Option<OwnedFd>, stored: &Kept) -> Vec<Event> {
 
 /// Returns the quarantine of all stored memory, one invalidation number for each file. The numbers start at the time in seconds
 /// times 65 536, so that they are neither those of the quarantine in the state directory nor those of another start.
-fn quarantine_all(stored: &Kept, why: &str) -> Vec<Event> {
+fn quarantine_all(stored: &StoredFds, why: &str) -> Vec<Event> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
     let mut events = Vec::new();
@@ -251,7 +251,7 @@ fn quarantine_all(stored: &Kept, why: &str) -> Vec<Event> {
 /// Takes over what is stored, or returns why that cannot be done. The outer error is one of `assign`.
 #[allow(clippy::type_complexity)] // the three parts of a takeover, or why there is none
 fn take_over(
-    stored: &mut Kept,
+    stored: &mut StoredFds,
     requested: &[String],
     accept: Accept,
     drivers: &dyn Drivers,

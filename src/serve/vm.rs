@@ -98,7 +98,7 @@ impl Vm {
     ) -> Result<Self> {
         let Sockets { listener, metrics: scrape, stopped } = sockets;
         let resumed = takeover.as_ref().is_some_and(|takeover| takeover.session.earlier.is_some());
-        let (hands_over, adopt_within) =
+        let (leaves_open, adopt_within) =
             (takeover.is_some(), takeover.as_ref().map(|takeover| takeover.adopt_within));
         let workers = Arc::clone(&core);
         let pool = Pool::new(move |returned| _ = workers.deliver(Message::Call(returned)));
@@ -145,7 +145,7 @@ impl Vm {
             late_calls: 0,
             disk: None,
             alarm: None,
-            ending: Ending::new(hands_over, adopt_by),
+            ending: Ending::new(leaves_open, adopt_by),
         })
     }
 
@@ -392,7 +392,7 @@ impl Vm {
     /// Returns the result of the loop, once it is to end.
     pub(super) fn result(&self) -> Option<Result<()>> {
         let deadline = self.ending.deadline()?;
-        if self.ending.hands_over() {
+        if self.ending.leaves_open() {
             return Some(Ok(()));
         }
         let regions = self.session.region_count();

@@ -18,7 +18,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use passgate_bindings::handed;
+use passgate_bindings::inherited_fds;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use sd_notify::{NotifyState, notify, notify_with_fds};
@@ -114,16 +114,16 @@ impl FromStr for Name {
 
 /// The descriptors that the service manager passed at the start, by name.
 #[derive(Debug, Default)]
-pub struct Kept {
+pub struct StoredFds {
     fds: BTreeMap<Name, Vec<OwnedFd>>,
 }
 
-impl Kept {
+impl StoredFds {
     /// Takes the descriptors from the environment. One whose name is not passgate's is closed, with a warning. Must be called
     /// before this process opens any file: the descriptors are taken by their numbers.
     pub fn take() -> Result<Self> {
         let mut kept = Self::default();
-        for (text, fd) in handed::take().map_err(|source| Error::Handed { source })? {
+        for (text, fd) in inherited_fds::take().map_err(|source| Error::InheritedFd { source })? {
             match text.parse() {
                 Ok(name) => kept.fds.entry(name).or_default().push(fd),
                 Err(InvalidName) => {
@@ -254,7 +254,7 @@ impl FdStore {
     }
 
     /// Returns true if the manager states that it stores descriptors for this service (`$FDSTORE`, systemd 254 and newer).
-    pub fn keeps() -> bool {
+    pub fn is_announced() -> bool {
         let limit = env::var("FDSTORE").ok().and_then(|limit| limit.parse::<u32>().ok());
         limit.is_some_and(|limit| limit > 0)
     }

@@ -14,9 +14,9 @@ use passgate_bindings::{Failed, Gpa, Iova, PAGE, PageRange, RangeError};
 use rustix::io::fcntl_dupfd_cloexec;
 
 use super::call::Examined;
-use super::fdstore::{Kept, Name};
+use super::fdstore::{Name, StoredFds};
 use super::persist::StoredRegionInfo;
-use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionSpec, Written};
+use crate::gate::{Backing, Caller, ClientId, FileId, RegionId, RegionRecord, RegionSpec};
 use crate::protocol::verbs::AddMemory;
 
 /// The reason why memory is not added, or not converted. The text is the message that the client reads.
@@ -258,9 +258,9 @@ impl Files {
     /// Opens the files of an earlier process's region from those that were stored for it, with the checks of a client's files.
     pub(super) fn restore_region(
         &mut self,
-        region: &Written,
+        region: &RegionRecord,
         info: Option<StoredRegionInfo>,
-        kept: &mut Kept,
+        kept: &mut StoredFds,
     ) -> Result<(), BorderError> {
         let RegionSpec { gpa, backing, writable, page, .. } = region.spec;
         self.restore_file(backing.file, kept);
@@ -275,7 +275,7 @@ impl Files {
 
     /// Opens a file from the descriptors that were stored for it: the widest of them. If these are different files, none is
     /// opened: it is not known which of them the ledger means.
-    pub(super) fn restore_file(&mut self, id: FileId, kept: &mut Kept) {
+    pub(super) fn restore_file(&mut self, id: FileId, kept: &mut StoredFds) {
         for fd in kept.all(&Name::Memory(id)) {
             match identity::identify(&fd) {
                 Ok(file) if (file.device, file.inode) == (id.device, id.inode) => {
@@ -291,7 +291,7 @@ impl Files {
         }
     }
 
-    fn restore_private(&self, id: FileId, kept: &mut Kept) -> Option<OwnedFd> {
+    fn restore_private(&self, id: FileId, kept: &mut StoredFds) -> Option<OwnedFd> {
         // Several regions may have one private side, of which there is one descriptor.
         let open = self.regions.values().filter_map(|info| info.private.as_ref());
         if let Some((_, fd)) = open.into_iter().find(|(open, _)| *open == id) {

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use passgate_backends::Device;
 use passgate_backends::device::Guard;
-use passgate_bindings::handed;
+use passgate_bindings::inherited_fds;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -69,13 +69,13 @@ pub struct Watch {
 impl Watch {
     /// Starts a guardian as [`Guardian::start`] does, and the thread that watches it.
     pub fn start(program: PathBuf, devices: Vec<Arc<dyn Device>>) -> Result<Option<Self>> {
-        Self::holding(program, devices, None, None)
+        Self::resume(program, devices, None, None)
     }
 
     /// As [`Watch::start`], with the worker's end of each guardian's socket in `store`: then a guardian does not notice the end
     /// of this process until the store closes it. `stored` is the socket that an earlier process stored: if its guardian
     /// lives, that one is watched, and has the devices already.
-    pub fn holding(
+    pub fn resume(
         program: PathBuf,
         devices: Vec<Arc<dyn Device>>,
         store: Option<FdStore>,
@@ -195,7 +195,7 @@ impl Guardian {
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null());
-        for variable in handed::VARIABLES {
+        for variable in inherited_fds::VARIABLES {
             command.env_remove(variable);
         }
         let child = command.spawn().map_err(failed)?;

@@ -38,8 +38,8 @@ use passgate_backends::{Device, Domain};
 use passgate_bindings::{Gpa, Iova, PageRange, words};
 
 use crate::gate::{
-    Admits, Answer, Caller, DeviceId, Effect, Event, Gate, InvalidationId, Notice, Outcome, Policy,
-    QuarantineStatus, Receipt, Rung, Said, Snapshot,
+    Answer, Caller, DeviceId, DmaAccess, Effect, Event, Gate, InvalidationId, Notice, Outcome, Policy,
+    QuarantineStatus, Receipt, ReportedEnd, Rung, Snapshot,
 };
 use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
@@ -149,7 +149,7 @@ impl Session {
         }
         let mut gate = Gate::new(policy, words::private);
         if let Some(ledger) = storage.ledger() {
-            gate.keep_in(ledger);
+            gate.use_store(ledger);
         }
         let mut session = Self {
             gate,
@@ -243,7 +243,7 @@ impl Session {
 
     /// Returns the outcome of a conversion from its owner's report. For one that is not open the length is not known, and does not
     /// matter: the gate refuses the end.
-    pub fn outcome(&self, id: InvalidationId, said: Said) -> Outcome {
+    pub fn outcome(&self, id: InvalidationId, said: ReportedEnd) -> Outcome {
         said.outcome(self.gate.length_of(id).unwrap_or(u64::MAX))
     }
 
@@ -253,7 +253,7 @@ impl Session {
     }
 
     /// Returns the access that a device's request gets to this range ([`Gate::admits`]).
-    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> Admits {
+    pub fn admits(&self, iova: PageRange<Iova>, writes: bool) -> DmaAccess {
         self.gate.admits(iova, writes)
     }
 

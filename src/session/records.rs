@@ -71,7 +71,8 @@ impl Records {
         devices: Vec<String>,
         resumed: bool,
     ) -> Result<Self> {
-        let failed = |mend| move |source: io::Error| Error::State { path: options.dir.clone(), source, mend };
+        let failed =
+            |remedy| move |source: io::Error| Error::State { path: options.dir.clone(), source, remedy };
         let writable = ": it must be a directory that is writable, or its parent must be";
         DirBuilder::new().recursive(true).mode(0o700).create(&options.dir).map_err(failed(writable))?;
         let lock = File::open(&options.dir).map_err(failed(writable))?;
@@ -83,8 +84,8 @@ impl Records {
         })?;
         let owner = rustix::fs::fstat(&lock).map_err(|errno| failed("")(errno.into()))?;
         if owner.st_mode & OTHERS_WRITE != 0 && owner.st_mode & STICKY == 0 {
-            let mend = ": others may write there, and so lift a quarantine: chmod go-w it, or name another --state-dir";
-            return Err(failed(mend)(Errno::ACCESS.into()));
+            let remedy = ": others may write there, and so lift a quarantine: chmod go-w it, or name another --state-dir";
+            return Err(failed(remedy)(Errno::ACCESS.into()));
         }
         if owner.st_mode & OTHERS_WRITE != 0 {
             let dir = options.dir.display();
@@ -133,7 +134,7 @@ impl Records {
         }
         let log = LogOptions {
             segment: options.audit_segment,
-            patience: audit::PATIENCE,
+            new_file_timeout: audit::NEW_FILE_TIMEOUT,
             keep: options.audit_keep,
             policy,
             boot,

@@ -6,10 +6,10 @@ use passgate_backends::handover::DomainIds;
 use passgate_bindings::memory::GuestFile;
 
 use super::Session;
-use super::fdstore::{FdStore, Kept, Name};
+use super::fdstore::{FdStore, Name, StoredFds};
 use super::persist::{EarlierState, PersistentState};
-use crate::gate::ledger::holds::gaps;
-use crate::gate::{Cause, ClientId, Event, FileId, HeldBy, InvalidationId, Past, Reason};
+use crate::gate::ledger::exclusions::gaps;
+use crate::gate::{Cause, ClientId, Event, ExcludedBy, FileId, InvalidationId, Reason, RecordedState};
 
 /// The means by which a session outlives its process.
 #[derive(Debug)]
@@ -19,15 +19,15 @@ pub struct Persistence {
     /// The ledger and the records beside it.
     pub persistent: PersistentState,
     /// The state that an earlier process left in the ledger, and the descriptors that were stored for it.
-    pub earlier: Option<(EarlierState, Kept)>,
+    pub earlier: Option<(EarlierState, StoredFds)>,
     /// If no state of an earlier process is taken over: the ranges that stay in quarantine all the same, as events for a gate
     /// without regions, and the files that they are in.
-    pub quarantine: Option<(Vec<Event>, Kept)>,
+    pub quarantine: Option<(Vec<Event>, StoredFds)>,
 }
 
 impl Session {
     /// Resumes from the state that another process left. The session's gate must have its domain and devices, and no memory.
-    pub(super) fn resume_from(&mut self, left: EarlierState, mut kept: Kept) {
+    pub(super) fn resume_from(&mut self, left: EarlierState, mut kept: StoredFds) {
         let EarlierState { mut past, region_infos, .. } = left;
         for region in &mut past.regions {
             let info = region_infos.iter().find(|(id, _)| *id == region.region).map(|(_, info)| *info);
@@ -37,7 +37,7 @@ impl Session {
             }
         }
         add_quarantine_on_disk(&mut past, self.storage.take_quarantine_beyond_ledger());
-        for (file, ..) in &past.holds {
+        for (file, ..) in &past.exclusions {
             self.files.restore_file(*file, &mut kept);
         }
         self.gate.resume(past, self.effects.list());
@@ -108,11 +108,11 @@ impl Session {
 
 /// Adds to `past` what is in quarantine on disk and is not excluded in the ledger. No event of this process can prove anything
 /// about these pages, so they stay in quarantine until an operator releases them.
-fn add_quarantine_on_disk(past: &mut Past, on_disk: Vec<Event>) {
+fn add_quarantine_on_disk(past: &mut RecordedState, on_disk: Vec<Event>) {
     for event in on_disk {
         let Event::Quarantine { file, range, invalidation, reason } = event else { continue };
         let mut excluded: Vec<_> = past
-            .holds
+            .exclusions
             .iter()
             .filter(|(of, excluded, _)| *of == file && excluded.overlaps(range))
             .map(|(_, excluded, _)| *excluded)
@@ -131,7 +131,8 @@ fn add_quarantine_on_disk(past: &mut Past, on_disk: Vec<Event>) {
         past.last_invalidation = past.last_invalidation.max(id.0);
         // A cause that no proof about mappings lifts.
         let reason = Reason { cause: Cause::OwnerUnknown, ..reason };
-        past.holds.extend(missing.into_iter().map(|range| (file, range, HeldBy::Quarantine(id, reason))));
+        past.exclusions
+            .extend(missing.into_iter().map(|range| (file, range, ExcludedBy::Quarantine(id, reason))));
     }
 }
 

@@ -58,7 +58,7 @@ pub fn options() -> LogOptions {
     LogOptions {
         segment: 64 << 20,
         // A slow disk is not under test.
-        patience: Duration::from_secs(60),
+        new_file_timeout: Duration::from_secs(60),
         keep: 1000,
         policy: Policy { on_stuck_dma: OnStuckDma::Fence, hitless: Hitless::Off, ..Policy::default() },
         boot: "this one".into(),

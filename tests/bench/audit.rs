@@ -210,7 +210,7 @@ fn main() -> Result {
 
     let options = LogOptions {
         segment: 64 << 20,
-        patience: passgate::observe::audit::PATIENCE,
+        new_file_timeout: passgate::observe::audit::NEW_FILE_TIMEOUT,
         keep: 8,
         policy: Policy::default(),
         boot: String::new(),

@@ -81,7 +81,7 @@ pub struct Mutant {
     shared: HashMap<InvalidationId, Caller>,
     requested_states: HashMap<u64, PageState>,
     files: HashMap<ClientId, Vec<FileId>>,
-    withheld: Vec<Effect>,
+    check_vfio_accepts: Vec<Effect>,
     /// The hash of every event that the gate handled, and of every effect that it emitted.
     digest: DefaultHasher,
 }
@@ -94,7 +94,7 @@ impl Mutant {
             Plant::EndsTdis => Policy { end_tdi: true, ..policy },
             _ => policy,
         };
-        let (unmaps, bus_master_fences, bus_master_off, shared, requested_states, files, withheld) =
+        let (unmaps, bus_master_fences, bus_master_off, shared, requested_states, files, check_vfio_accepts) =
             Default::default();
         let gate = Gate::new(policy, words::private);
         let digest = DefaultHasher::new();
@@ -107,7 +107,7 @@ impl Mutant {
             shared,
             requested_states,
             files,
-            withheld,
+            check_vfio_accepts,
             digest,
         }
     }
@@ -137,7 +137,7 @@ impl Mutant {
             self.mutate_effect(effect, effects);
         }
         if self.plant == Plant::AddWaitsForEnd && self.gate.snapshot().open == 0 {
-            effects.append(&mut self.withheld);
+            effects.append(&mut self.check_vfio_accepts);
         }
     }
 
@@ -243,7 +243,7 @@ impl Mutant {
             (
                 Plant::AddWaitsForEnd,
                 Effect::Answer { caller, answer: answer @ Answer::RegionAdded { .. } },
-            ) => self.withheld.push(Effect::Answer { caller, answer }),
+            ) => self.check_vfio_accepts.push(Effect::Answer { caller, answer }),
             (Plant::AnswersTwice, Effect::Answer { caller, answer: answer @ Answer::Verdict { .. } }) => {
                 effects.push(Effect::Answer { caller, answer: answer.clone() });
                 effects.push(Effect::Answer { caller, answer });

@@ -245,12 +245,12 @@ impl Domain for ModelDomain {
         let outcome = state.outcome();
         let source = Failed::new("model map", Errno::NOMEM);
         if outcome == Outcome::Fails {
-            return Err(Error::Map { iova, source, mend: "" });
+            return Err(Error::Map { iova, source, remedy: "" });
         }
         let (first, end, piece) = (iova.start().0 / PAGE, iova.end().0 / PAGE, piece / PAGE);
         if let Some(page) = (first..end).find(|page| state.maps(*page)) {
             state.mapped_twice = Some(page);
-            return Err(Error::Map { iova, source, mend: "" });
+            return Err(Error::Map { iova, source, remedy: "" });
         }
         let mut at = first;
         while at < end {
@@ -346,7 +346,7 @@ impl std::fmt::Debug for ModelDevice {
 impl ModelDevice {
     fn failed(&self) -> Error {
         let source = Failed::new("model", Errno::IO);
-        Error::Device { device: self.name.clone(), source, mend: "" }
+        Error::Device { device: self.name.clone(), source, remedy: "" }
     }
 }
 

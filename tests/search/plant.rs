@@ -1,6 +1,6 @@
 //! Faults that are planted at the interfaces of the session, to show that the search finds them.
 
-use passgate::gate::HeldBy;
+use passgate::gate::ExcludedBy;
 use passgate::session::persist::EarlierState;
 
 /// One planted fault.
@@ -25,12 +25,12 @@ impl Plant {
     /// Plants the fault in the state that the next daemon reads.
     pub fn corrupt(self, state: &mut EarlierState) {
         match self {
-            Self::HoldsLost => state.past.holds.clear(),
+            Self::HoldsLost => state.past.exclusions.clear(),
             Self::StopsLost => state.past.stopped.clear(),
             Self::AllUnended => {
-                state.past.unended.extend(state.past.holds.iter().filter_map(|(.., by)| match by {
-                    HeldBy::Quarantine(since, _) => Some(*since),
-                    HeldBy::Open(_) => None,
+                state.past.unended.extend(state.past.exclusions.iter().filter_map(|(.., by)| match by {
+                    ExcludedBy::Quarantine(since, _) => Some(*since),
+                    ExcludedBy::Open(_) => None,
                 }))
             }
             Self::Nothing | Self::LiveAts | Self::UnmapLies | Self::DetachLies => {}

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use passgate::gate::{
     Caller, ClientId, Door, Event, FileId, ORPHANS, Outcome as Converted, PageState, Performer, RegionStatus,
 };
-use passgate::session::fdstore::{FdStore, Kept as KeptFiles, Name};
+use passgate::session::fdstore::{FdStore, Name, StoredFds as KeptFiles};
 use passgate::session::persist::PersistentState;
 use passgate::session::{Call, Next, Persistence, Returned, Session, Trust};
 use passgate_backends::handover::DomainIds;

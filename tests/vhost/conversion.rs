@@ -6,7 +6,7 @@ use std::time::Duration;
 use passgate::gate::{OnStuckDma, Policy};
 use passgate_bindings::{Gpa, PageRange};
 use passgate_client::{Answer, Channel, Outcome, PageState};
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 
 use crate::guest::{DATA_GPA, Guest, IN, IOERR, MEMORY_BYTES, OK, OUT, UNTOUCHED};
 use crate::world::{Setup, World};
@@ -90,11 +90,11 @@ fn begin_in_thread(mut channel: Channel, range: PageRange<Gpa>) -> mpsc::Receive
 
 /// Starts a read of 8 KiB whose data transfer the drive holds.
 fn start_held_read(world: &World, guest: &mut Guest, data: u64) {
-    let held = world.sim.held();
-    world.sim.fault(When::io(opcode::READ).times(1), Does::HoldData);
+    let held = world.sim.stalled_commands();
+    world.sim.fault(CommandFilter::io(opcode::READ).times(1), FaultAction::StallData);
     guest.request(0, 0, IN, 0, &[(data, 8192)]);
     guest.kick(0);
-    assert!(world.sim.await_held(held + 1, TIMEOUT));
+    assert!(world.sim.await_stalled(held + 1, TIMEOUT));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use passgate_backends::{Device, Step};
 use passgate_bindings::PageRange;
 use passgate_client::{Answer, Client, Outcome, PageState};
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 
 use crate::guest::{DATA_GPA, DISCARD, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES};
 use crate::world::{Setup, World};
@@ -78,9 +78,9 @@ fn requests_are_counted_by_kind_and_status() {
         assert_eq!(guest.run_request(0, kind, sector, &data), status, "{kind}");
     }
     // Requests that the drive fails.
-    world.sim.fault(When::io(opcode::READ), Does::Status(0x281));
+    world.sim.fault(CommandFilter::io(opcode::READ), FaultAction::Status(0x281));
     assert_eq!(guest.run_request(1, IN, 0, &[(DATA_GPA, 4096)]), IOERR);
-    world.sim.fault(When::io(opcode::FLUSH), Does::Status(0x6));
+    world.sim.fault(CommandFilter::io(opcode::FLUSH), FaultAction::Status(0x6));
     assert_eq!(guest.run_request(1, FLUSH, 0, &[]), IOERR);
     guest.memory.write(DATA_GPA + 12, &2u32.to_le_bytes()).unwrap();
     assert_eq!(guest.run_request(1, DISCARD, 0, &[(DATA_GPA, 16)]), UNSUPP);
@@ -185,12 +185,12 @@ fn retried_request_counts_as_one_hold() {
 fn in_flight_requests_are_visible() {
     let world = World::with(Setup { deadline: Duration::from_secs(60), ..Setup::default() });
     let (mut guest, mut client) = (world.guest(), world.control());
-    world.sim.fault(When::io(opcode::READ).times(3), Does::HoldData);
+    world.sim.fault(CommandFilter::io(opcode::READ).times(3), FaultAction::StallData);
     for (ring, head) in [(0, 0), (0, 4), (1, 0)] {
         guest.request(ring, head, IN, 0, &[(DATA_GPA, 512)]);
         guest.kick(ring);
     }
-    assert!(world.sim.await_held(3, TIMEOUT));
+    assert!(world.sim.await_stalled(3, TIMEOUT));
     wait_for_value(&mut client, "requests_in_flight", 3);
     assert!(world.sim.release_next());
     wait_for_value(&mut client, "requests_in_flight", 2);
@@ -205,7 +205,7 @@ fn aborts_resets_and_drive_loss_are_counted() {
     let world = World::with(Setup { deadline: Duration::from_secs(1), ..Setup::default() });
     let (mut guest, mut client) = (world.guest(), world.control());
     assert_values(&mut client, &[("aborts_total", 0), ("resets_total", 0), ("lost", 0)]);
-    world.sim.fault(When::io(opcode::READ), Does::HoldData);
+    world.sim.fault(CommandFilter::io(opcode::READ), FaultAction::StallData);
     assert_eq!(
         guest.run_request(0, IN, 0, &[(DATA_GPA, 512)]),
         OK,
@@ -213,7 +213,7 @@ fn aborts_resets_and_drive_loss_are_counted() {
     );
     assert_values(&mut client, &[("aborts_total", 1), ("resets_total", 0)]);
     world.sim.obey_aborts(false);
-    world.sim.fault(When::io(opcode::READ), Does::HoldData);
+    world.sim.fault(CommandFilter::io(opcode::READ), FaultAction::StallData);
     assert_eq!(
         guest.run_request(0, IN, 0, &[(DATA_GPA, 512)]),
         OK,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use passgate_bindings::PageRange;
 use passgate_client::{Answer, Outcome, PageState};
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -144,7 +144,10 @@ fn listener_closes_before_front_end_sees_disconnect() {
 fn stopped_ring_has_completed_its_requests() {
     let world = World::new();
     let mut guest = world.guest();
-    world.sim.fault(When::io(opcode::WRITE).times(3), Does::DelayCompletion(Duration::from_millis(50)));
+    world.sim.fault(
+        CommandFilter::io(opcode::WRITE).times(3),
+        FaultAction::DelayCompletion(Duration::from_millis(50)),
+    );
     for head in [0, 4, 8] {
         guest.request(0, head, OUT, 0, &[(DATA_GPA, 4096)]);
     }

@@ -154,12 +154,12 @@ impl<E: Engine> Shared<E> {
     }
 
     fn stopped(&self) -> Error {
-        let mend = "; a fence has stopped the device: attach it again";
-        self.failed(Failed::new("DMA", Errno::SHUTDOWN), mend)
+        let remedy = "; a fence has stopped the device: attach it again";
+        self.failed(Failed::new("DMA", Errno::SHUTDOWN), remedy)
     }
 
-    fn failed(&self, source: Failed, mend: &'static str) -> Error {
-        Error::Device { device: self.device.name().to_owned(), source, mend }
+    fn failed(&self, source: Failed, remedy: &'static str) -> Error {
+        Error::Device { device: self.device.name().to_owned(), source, remedy }
     }
 }
 

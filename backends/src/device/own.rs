@@ -44,13 +44,13 @@ impl OwnMemory {
             what: format!(
                 "no room for {pages} pages of driver memory: {PAGES} are available for all devices"
             ),
-            mend: "give this process fewer devices",
+            remedy: "give this process fewer devices",
         };
         let Some(allocation) = Allocation::new(pages) else { return Err(full) };
         let len = pages as u64 * PAGE;
         let Ok(iova) = PageRange::new(START + allocation.first as u64 * PAGE, len) else { return Err(full) };
         let file = GuestFile::memfd("passgate-driver", len)
-            .map_err(|source| Error::Map { iova, source, mend: "" })
+            .map_err(|source| Error::Map { iova, source, remedy: "" })
             .map(Arc::new)?;
         domain.map(iova, len.next_power_of_two(), &file, Offset(0), true)?;
         Ok(Self { file, iova, domain: Arc::clone(domain), allocation })
@@ -74,15 +74,15 @@ pub(crate) fn clear(domain: &dyn Domain) -> Result<()> {
     match domain.unmap(range) {
         // ENOENT: nothing was mapped, on an iommufd without the VFIO-compatible unmap.
         Unmap::Gone { .. } | Unmap::Failed { errno: Errno::NOENT, .. } => Ok(()),
-        Unmap::InFlight { .. } => Err(stays(Errno::INPROGRESS)),
-        Unmap::Failed { errno, .. } => Err(stays(errno)),
+        Unmap::InFlight { .. } => Err(still_mapped(Errno::INPROGRESS)),
+        Unmap::Failed { errno, .. } => Err(still_mapped(errno)),
     }
 }
 
-fn stays(errno: Errno) -> Error {
+fn still_mapped(errno: Errno) -> Error {
     Error::Host {
         what: format!("the memory of an earlier process's drivers stays mapped: {errno}"),
-        mend: "stop the service for good, then start it",
+        remedy: "stop the service for good, then start it",
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Candidate {
 impl Candidate {
     /// Returns the first device of its group that is not among `together`. If there is one, a detach is no proof: the
     /// kernel moves a group to the blocking domain only when its last device is detached.
-    pub fn stays(&self, together: &[PciAddress]) -> Option<PciAddress> {
+    pub fn first_outside(&self, together: &[PciAddress]) -> Option<PciAddress> {
         self.companions.iter().copied().find(|other| !together.contains(other))
     }
 }
@@ -34,33 +34,33 @@ impl Candidate {
 pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
     let address: PciAddress = name.parse().map_err(|_| Error::Host {
         what: format!("`{name}` is not a PCI address"),
-        mend: "write it as 0000:04:00.0 or 04:00.0, in hexadecimal",
+        remedy: "write it as 0000:04:00.0 or 04:00.0, in hexadecimal",
     })?;
     let pci = PciDevice::find(sysfs, address).ok_or_else(|| Error::Host {
         what: format!("{address}: there is no such PCI device"),
-        mend: "`lspci -D` lists those that there are",
+        remedy: "`lspci -D` lists those that there are",
     })?;
     let group = pci.group().ok_or_else(|| Error::Host {
         what: format!("{address} has no IOMMU group: no IOMMU stands between it and memory"),
-        mend: "switch the IOMMU on in the firmware and the kernel (intel_iommu=on, amd_iommu=on)",
+        remedy: "switch the IOMMU on in the firmware and the kernel (intel_iommu=on, amd_iommu=on)",
     })?;
     if group.noiommu || pci.cdev().is_some_and(|cdev| cdev.name.starts_with("noiommu-")) {
         return Err(Error::Host {
             what: format!("{address} is in VFIO's no-IOMMU mode: nothing can block its DMA"),
-            mend: "switch the IOMMU on and enable_unsafe_noiommu_mode off; passgate refuses such a device",
+            remedy: "switch the IOMMU on and enable_unsafe_noiommu_mode off; passgate refuses such a device",
         });
     }
     let driver = pci.driver();
     if pci.is_bridge() {
         return Err(Error::Host {
             what: format!("{address} is a bridge, which does no DMA of its own"),
-            mend: "name the device behind it (`passgate list` shows them)",
+            remedy: "name the device behind it (`passgate list` shows them)",
         });
     }
     if pci.is_gone() {
         return Err(Error::Gone { device: address.to_string() });
     }
-    withheld(sysfs, &pci)?;
+    check_vfio_accepts(sysfs, &pci)?;
     if !driver.as_deref().is_some_and(is_vfio) {
         return Err(Error::Unbound {
             device: address.to_string(),
@@ -83,7 +83,7 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
                     "{address}: its IOMMU group {} also holds {other}, which {driver} has",
                     group.id
                 ),
-                mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver; or put \
+                remedy: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver; or put \
                        the card into another slot",
             });
         }
@@ -92,7 +92,7 @@ pub fn candidate(sysfs: &Path, name: &str) -> Result<Candidate> {
 }
 
 /// Refuses a device that VFIO refuses whatever driver it is bound to, before it is bound in vain.
-pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
+pub fn check_vfio_accepts(sysfs: &Path, pci: &PciDevice) -> Result<()> {
     let address = pci.address();
     // A `direct-relaxable` region need not be mapped; with a `direct` region the kernel refuses every domain without
     // it.
@@ -103,7 +103,7 @@ pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
                  iommu_group/reserved_regions), and the kernel refuses to assign such a device",
                 region.start, region.last
             ),
-            mend: "switch off in the firmware's setup what uses it (USB keyboard emulation, remote management, shared \
+            remedy: "switch off in the firmware's setup what uses it (USB keyboard emulation, remote management, shared \
                    graphics memory), or take another device",
         });
     }
@@ -116,7 +116,7 @@ pub fn withheld(sysfs: &Path, pci: &PciDevice) -> Result<()> {
                 "{address} is a virtual function of {physical}, which {driver} has; VFIO then opens it only with the VF \
                  token of whoever has that"
             ),
-            mend: "bind the physical function to its driver of the host and make its virtual functions there, or give \
+            remedy: "bind the physical function to its driver of the host and make its virtual functions there, or give \
                    passgate the physical function",
         });
     }
@@ -237,13 +237,13 @@ mod tests {
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
         let second = "01:00.1".parse().unwrap();
         assert_eq!(found.companions, [second]);
-        assert_eq!(found.stays(&[]), Some(second), "alone, a detach is no proof");
-        assert_eq!(found.stays(&[found.pci.address()]), Some(second));
-        assert_eq!(found.stays(&[second]), None, "together it is");
+        assert_eq!(found.first_outside(&[]), Some(second), "alone, a detach is no proof");
+        assert_eq!(found.first_outside(&[found.pci.address()]), Some(second));
+        assert_eq!(found.first_outside(&[second]), None, "together it is");
         fs::remove_dir_all(sysfs.0.path().join("bus/pci/devices/0000:01:00.1")).unwrap();
         let found = candidate(sysfs.0.path(), "01:00.0").unwrap();
         assert_eq!(
-            found.stays(&[]),
+            found.first_outside(&[]),
             Some(second),
             "a device without an entry in sysfs does not count as a bridge"
         );

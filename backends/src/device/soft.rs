@@ -5,7 +5,7 @@
 //! copies within the system call (about 1 µs; for a memfd or another file it uses a worker thread, which takes six
 //! times as long).
 //!
-//! Two kinds of DMA do not end by themselves ([`HeldDma`]). One can be cancelled (drain); the other, a zero-copy send
+//! Two kinds of DMA do not end by themselves ([`StuckDma`]). One can be cancelled (drain); the other, a zero-copy send
 //! to a peer that does not read, ends only when its connection is reset. With them the fences can be tested without an
 //! IOMMU.
 
@@ -23,13 +23,13 @@ use crate::iommu::soft::reaper::Operation;
 use crate::iommu::soft::{Dma, IssueError, SoftDomain, lock};
 use crate::{Error, Result};
 
-mod held_dma;
 mod stalled_connection;
+mod stuck_dma;
 
-pub use held_dma::HeldDma;
 pub use stalled_connection::ClosedWindow;
+pub use stuck_dma::StuckDma;
 
-use held_dma::HeldOperation;
+use stuck_dma::StuckOperation;
 
 /// A software device in a [`SoftDomain`].
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub struct SoftDevice {
     engine: Mutex<CopyEngine>,
     /// The fence state: between a drain and the next attach new DMA waits, after a reset it fails.
     pause: Pause,
-    held: Mutex<Vec<Arc<HeldOperation>>>,
+    held: Mutex<Vec<Arc<StuckOperation>>>,
 }
 
 /// The engine for DMA that ends within the call: one operation at a time, through a pipe that is empty between
@@ -119,21 +119,21 @@ impl SoftDevice {
     }
 
     /// Starts a DMA write to guest memory that waits for its data (`READ_FIXED` from an empty pipe): its pages stay in
-    /// use until [`HeldDma::finish`] supplies the data or a fence ends it. It ends at the end of the mapping at the
+    /// use until [`StuckDma::finish`] supplies the data or a fence ends it. It ends at the end of the mapping at the
     /// latest.
     ///
     /// The kernel executes it as task work of the calling thread: when that thread exits, the operation ends too.
-    pub fn hold_write(&self, iova: Iova, len: usize) -> Result<HeldDma> {
+    pub fn hold_write(&self, iova: Iova, len: usize) -> Result<StuckDma> {
         let (read_end, write_end) = pipe(&self.name, PipeFlags::CLOEXEC)?;
-        self.hold(Dma::Write(read_end.as_fd()), iova, len, HeldOperation::pipe(self.operation(), write_end))
+        self.hold(Dma::Write(read_end.as_fd()), iova, len, StuckOperation::pipe(self.operation(), write_end))
     }
 
     /// Starts a DMA read from guest memory that only a reset ends: a zero-copy send over `socket`, a TCP connection
     /// whose peer does not read and whose receive window is zero ([`ClosedWindow`] makes one). When the peer reads at
     /// last, it gets the content that the page has *then*.
-    pub fn send_zc(&self, iova: Iova, len: usize, socket: OwnedFd) -> Result<HeldDma> {
+    pub fn send_zc(&self, iova: Iova, len: usize, socket: OwnedFd) -> Result<StuckDma> {
         let named = |failed| failure(&self.name, failed);
-        let held = HeldOperation::socket(self.operation(), socket).map_err(named)?;
+        let held = StuckOperation::socket(self.operation(), socket).map_err(named)?;
         let socket = held.socket_fd().map_err(named)?;
         self.hold(Dma::Send(socket.as_fd()), iova, len, held)
     }
@@ -142,7 +142,7 @@ impl SoftDevice {
         Operation::new(self.domain.ring().name_op(), false)
     }
 
-    fn hold(&self, dma: Dma<'_>, iova: Iova, len: usize, operation: HeldOperation) -> Result<HeldDma> {
+    fn hold(&self, dma: Dma<'_>, iova: Iova, len: usize, operation: StuckOperation) -> Result<StuckDma> {
         // The list stays locked from the check of `pause` until the operation is in it, so that a fence, which locks it
         // after changing `pause`, finds every operation that was begun before.
         let mut held = self.begin(&self.held)?;
@@ -158,7 +158,7 @@ impl SoftDevice {
             return Err(self.dma_failed(errno, iova));
         }
         held.push(Arc::clone(&operation));
-        Ok(HeldDma::new(Arc::clone(&self.domain), operation))
+        Ok(StuckDma::new(Arc::clone(&self.domain), operation))
     }
 
     /// Waits until DMA may begin and returns the lock that it needs; `ESHUTDOWN` if a fence prevents DMA.
@@ -174,7 +174,7 @@ impl SoftDevice {
         Err(Error::Device {
             device: self.name.clone(),
             source: Failed::new("DMA", Errno::SHUTDOWN),
-            mend: "; a fence has stopped the device: attach it again",
+            remedy: "; a fence has stopped the device: attach it again",
         })
     }
 
@@ -227,7 +227,7 @@ impl SoftDevice {
     }
 
     /// Cancels the operations that the kernel can cancel. Others stay in flight.
-    fn cancel(&self, held: &[Arc<HeldOperation>]) -> Result<()> {
+    fn cancel(&self, held: &[Arc<StuckOperation>]) -> Result<()> {
         for held in held.iter().filter(|held| held.operation.outcome().is_none()) {
             self.domain.ring().cancel(held.operation.id()).map_err(|failed| failure(&self.name, failed))?;
         }
@@ -312,5 +312,5 @@ fn pipe(name: &str, flags: PipeFlags) -> Result<(OwnedFd, OwnedFd)> {
 }
 
 fn failure(name: &str, source: Failed) -> Error {
-    Error::Device { device: name.to_owned(), source, mend: "" }
+    Error::Device { device: name.to_owned(), source, remedy: "" }
 }

@@ -69,13 +69,13 @@ impl VfioDevice {
                 what: format!(
                     "{device}: this kernel has no VFIO character devices (CONFIG_VFIO_DEVICE_CDEV)"
                 ),
-                mend: "use --iommu type1",
+                remedy: "use --iommu type1",
             });
         }
         let cdev = Cdev::open(&candidate.pci).map_err(|source| Error::Device {
             device,
             source,
-            mend: match source.errno {
+            remedy: match source.errno {
                 Errno::ACCESS | Errno::PERM => {
                     "; run as root, or give this user the character device that the device's vfio-dev directory \
                      names, or pass it in as an open file"
@@ -102,7 +102,7 @@ impl VfioDevice {
         let file = group.device(address).map_err(|source| Error::Device {
             device: address.to_string(),
             source,
-            mend: match source.errno {
+            remedy: match source.errno {
                 Errno::BUSY => "; it is open already",
                 Errno::ACCESS => NEEDS_TOKEN,
                 _ => "",
@@ -119,10 +119,10 @@ impl VfioDevice {
         together: &[PciAddress],
     ) -> Result<Self> {
         let device = candidate.pci.address().to_string();
-        let failed = |source, mend| Error::Device { device: device.clone(), source, mend };
+        let failed = |source, remedy| Error::Device { device: device.clone(), source, remedy };
         let cdev = Arc::new(cdev);
         domain.bind(&cdev).map_err(|source| {
-            let mend = match source.errno {
+            let remedy = match source.errno {
                 Errno::INVAL => "; another process has this device: stop it first",
                 Errno::ACCESS => NEEDS_TOKEN,
                 Errno::BUSY => {
@@ -134,10 +134,10 @@ impl VfioDevice {
                 }
                 _ => "",
             };
-            failed(source, mend)
+            failed(source, remedy)
         })?;
         domain.attach(&cdev).map_err(|source| failed(source, ""))?;
-        let stop = if let Some(other) = candidate.stays(together) {
+        let stop = if let Some(other) = candidate.first_outside(together) {
             log::warn!(
                 "{device} shares IOMMU group {} with {other}: detaching it alone stops no DMA, so it is not offered \
                  as a fence",
@@ -162,7 +162,7 @@ impl VfioDevice {
     /// has read ATS as off after the last attach.
     fn opened(pci: PciDevice, handle: Handle, stop: Steps, ats_unused: bool) -> Result<Self> {
         let name = pci.address().to_string();
-        let fail = |source| Error::Device { device: name.clone(), source, mend: "" };
+        let fail = |source| Error::Device { device: name.clone(), source, remedy: "" };
         let info = handle.file().info().map_err(fail)?;
         let config = handle.file().region(CONFIG).map_err(fail)?;
         let migrates = handle.file().can_stop().map_err(fail)?;
@@ -232,7 +232,7 @@ impl VfioDevice {
 
     /// Returns the error for a failed call on this device.
     pub fn failed(&self, source: Failed) -> Error {
-        Error::Device { device: self.name.clone(), source, mend: "" }
+        Error::Device { device: self.name.clone(), source, remedy: "" }
     }
 
     /// Attaches the device to its domain, whatever state an earlier attach has left it in. Does nothing on type1.

@@ -77,7 +77,7 @@ impl IommufdDomain {
     pub fn open(tables: Tables) -> Result<Arc<Self>> {
         let iommufd = Iommufd::open().map_err(|failed| Error::Host {
             what: failed.to_string(),
-            mend: match failed.errno {
+            remedy: match failed.errno {
                 Errno::NOENT => {
                     "this kernel has no iommufd (CONFIG_IOMMUFD; modprobe iommufd): use --iommu type1"
                 }
@@ -251,7 +251,7 @@ impl Drop for IommufdDomain {
 fn alloc(iommufd: &Iommufd) -> Result<IoasId> {
     iommufd.ioas_alloc().map_err(|failed| Error::Host {
         what: failed.to_string(),
-        mend: match failed.errno {
+        remedy: match failed.errno {
             Errno::NOTTY => "the file passed is not an iommufd: pass an open /dev/iommu",
             _ => "see dmesg",
         },

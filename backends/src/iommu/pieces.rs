@@ -41,7 +41,7 @@ pub(super) fn map(
             if let Some(made) = PageRange::between(iova.start(), next.start()) {
                 roll_back(iova, made, unmap(made))?;
             }
-            return Err(Error::Map { iova, source, mend: remedy(source.errno) });
+            return Err(Error::Map { iova, source, remedy: remedy(source.errno) });
         }
     }
     Ok(())

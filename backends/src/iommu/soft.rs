@@ -98,7 +98,7 @@ impl SoftDomain {
         let (ring, submissions, completions) = Ring::open(SQ_ENTRIES, slots)?;
         let wake_source = WakeSource::new().map_err(|failed| Error::Host {
             what: failed.to_string(),
-            mend: "raise the limit of open files (`ulimit -n`, `LimitNOFILE=` in a systemd unit)",
+            remedy: "raise the limit of open files (`ulimit -n`, `LimitNOFILE=` in a systemd unit)",
         })?;
         let wake = wake_source.fd();
         let reaper = Reaper::new(Arc::clone(&ring), completions, wake_source);

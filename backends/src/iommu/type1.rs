@@ -48,7 +48,7 @@ impl Type1Domain {
     pub fn open(address: PciAddress, group: &IommuGroup) -> Result<Arc<Self>> {
         let container = Container::open().map_err(|failed| Error::Host {
             what: failed.to_string(),
-            mend: match failed.errno {
+            remedy: match failed.errno {
                 Errno::NOENT => "this kernel has no VFIO, or its modules are not loaded: modprobe vfio-pci",
                 Errno::NODEV => "the type1 IOMMU driver is not loaded: modprobe vfio_iommu_type1",
                 Errno::ACCESS | Errno::PERM => {
@@ -71,7 +71,7 @@ impl Type1Domain {
         container.set_type1().map_err(|source| Error::Device {
             device: address.to_string(),
             source,
-            mend: match source.errno {
+            remedy: match source.errno {
                 Errno::PERM => {
                     "; this machine has no interrupt remapping: switch it on, or accept the risk with \
                      vfio_iommu_type1.allow_unsafe_interrupts=1"
@@ -161,7 +161,7 @@ fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
     let opened = Group::open(group.id).map_err(|source| Error::Device {
         device: address.to_string(),
         source,
-        mend: match source.errno {
+        remedy: match source.errno {
             Errno::BUSY => "; another process has this IOMMU group: stop it first",
             Errno::NOENT => "; VFIO does not show the group: is vfio-pci loaded?",
             Errno::ACCESS | Errno::PERM => {
@@ -174,7 +174,7 @@ fn open_group(address: PciAddress, group: &IommuGroup) -> Result<Group> {
     match opened.viable() {
         Ok(true) => Ok(opened),
         Ok(false) => Err(not_viable(address, group)),
-        Err(source) => Err(Error::Device { device: address.to_string(), source, mend: "" }),
+        Err(source) => Err(Error::Device { device: address.to_string(), source, remedy: "" }),
     }
 }
 
@@ -188,7 +188,7 @@ fn not_viable(address: PciAddress, group: &IommuGroup) -> Error {
             group.id,
             members.join(", ")
         ),
-        mend: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
+        remedy: "bind every device of the group to vfio-pci (docs/guide/serve.md), or to no driver",
     }
 }
 
@@ -197,7 +197,7 @@ fn add_group(group: &Group, container: &Container, address: PciAddress) -> Resul
     group.set_container(container).map_err(|source| Error::Device {
         device: address.to_string(),
         source,
-        mend: match source.errno {
+        remedy: match source.errno {
             Errno::INVAL => "; its IOMMU group is in a container already",
             Errno::BUSY => "; a driver of the host uses its IOMMU group",
             _ => "",

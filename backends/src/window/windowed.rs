@@ -40,7 +40,7 @@ impl Windowed {
     }
 
     /// Sets the time for which an unmap waits for requests in flight over its pages (100 ms by default).
-    pub fn with_patience(self, timeout: Duration) -> Self {
+    pub fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
     }
 

@@ -44,7 +44,7 @@ impl Served {
             assign(bench.kind, std::slice::from_ref(&bench.nvme), accept, &Drivers::default(), bench.tables)?;
         let drive = drives.pop().ok_or("no drive")?;
         let served = Self {
-            windowed: Windowed::new(domain, Arc::clone(drive.window())).with_patience(Duration::from_secs(5)),
+            windowed: Windowed::new(domain, Arc::clone(drive.window())).with_timeout(Duration::from_secs(5)),
             drive,
             memory: memfd(PAGES)?,
         };
@@ -258,7 +258,7 @@ pub fn each_queue_completes_by_its_own_interrupt(bench: &Bench) -> Outcome {
 #[derive(Default)]
 struct Work {
     done: AtomicU64,
-    withheld: AtomicU64,
+    check_vfio_accepts: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -329,7 +329,7 @@ fn load(served: &Served, mut owner: Owner, nth: u64, work: &Work) -> Outcome {
                     work.done.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(()) => *reads = true,
-                Err(Fault::Withheld) => _ = work.withheld.fetch_add(1, Ordering::Relaxed),
+                Err(Fault::Withheld) => _ = work.check_vfio_accepts.fetch_add(1, Ordering::Relaxed),
                 Err(fault) => return Err(format!("queue {nth}, job {job}: {fault:?}").into()),
             }
         }
@@ -388,7 +388,7 @@ pub fn reset_under_load_loses_no_request(bench: &Bench) -> Outcome {
             device.reset()?;
             work.await_more(200)?;
         }
-        same("withheld", work.withheld.load(Ordering::Relaxed), 0)
+        same("withheld", work.check_vfio_accepts.load(Ordering::Relaxed), 0)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use passgate_backends::device::OwnMemory;
 use passgate_backends::nvme::low_level::{Command, Controller};
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 
 use super::*;
 
@@ -19,7 +19,7 @@ fn late_completion_of_an_abandoned_admin_command_completes_no_later_command() {
     controller.reset().unwrap();
     controller.initialize().unwrap();
     let to = memory.iova(0);
-    sim.fault(When::admin(opcode::IDENTIFY), Does::HoldData);
+    sim.fault(CommandFilter::admin(opcode::IDENTIFY), FaultAction::StallData);
     assert_eq!(controller.run(Command::identify(1, to)).unwrap(), None);
     assert_eq!(sim.release(), 1);
     for (namespace, status) in [(2, INVALID_NAMESPACE), (1, 0), (2, INVALID_NAMESPACE)] {

@@ -1,7 +1,7 @@
 //! Faults of the controller: errors, timeouts, protocol violations, and removal.
 
 use passgate_backends::{Device, Error, Step, Steps, Unmap};
-use passgate_sim::nvme::{Does, ReadyChange, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, ReadyChange, opcode};
 use rustix::io::Errno;
 
 use super::*;
@@ -30,7 +30,7 @@ fn check_writes(bench: &Bench, owner: &mut Owner, count: u32) {
 fn error_status_is_returned_unchanged() {
     let bench = Bench::without_deadline(Options { mdts: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::io(opcode::WRITE).over(16..17), Does::Status(0x281));
+    bench.sim.fault(CommandFilter::io(opcode::WRITE).over(16..17), FaultAction::Status(0x281));
     // Three commands, of which the second fails.
     let long = [segment(0, 6 * PAGE as u32)];
     assert_eq!(owner.run(write(0, 48), &long), Err(Fault::Status(0x281)));
@@ -43,10 +43,10 @@ fn interrupted_command_is_retried_a_limited_number_of_times() {
     const INTERRUPTED: u16 = 0x21;
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any().times(2), Does::Status(INTERRUPTED));
+    bench.sim.fault(CommandFilter::any().times(2), FaultAction::Status(INTERRUPTED));
     assert_eq!(owner.run(read(0, 8), &page(0)), Ok(()));
     assert_eq!((bench.sim.taken(), bench.sim.enabled()), (3, 1));
-    bench.sim.fault(When::any().always(), Does::Status(INTERRUPTED));
+    bench.sim.fault(CommandFilter::any().always(), FaultAction::Status(INTERRUPTED));
     assert_eq!(owner.run(read(0, 8), &page(0)), Err(Fault::TimedOut));
     assert_eq!((bench.sim.taken(), bench.sim.enabled()), (6, 1));
 }
@@ -55,10 +55,10 @@ fn interrupted_command_is_retried_a_limited_number_of_times() {
 fn memory_unmapped_without_the_window_fails_only_that_request() {
     let bench = Bench::without_deadline(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
     owner.start(2, read(0, 8), &page(500));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     // Without the window, as nothing in the product does.
     assert_eq!(bench.domain.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
     bench.sim.release();
@@ -74,7 +74,7 @@ fn memory_unmapped_without_the_window_fails_only_that_request() {
 fn slow_command_causes_no_recovery() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::DelayCompletion(LONG_DEADLINE / 8));
+    bench.sim.fault(CommandFilter::any(), FaultAction::DelayCompletion(LONG_DEADLINE / 8));
     start_writes(&bench, &mut owner, 4);
     check_writes(&bench, &mut owner, 4);
     assert_eq!((bench.sim.taken(), bench.sim.enabled()), (4, 1));
@@ -84,7 +84,7 @@ fn slow_command_causes_no_recovery() {
 fn command_that_never_completes_is_aborted_and_retried() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any().nth(2), Does::HoldData);
+    bench.sim.fault(CommandFilter::any().nth(2), FaultAction::StallData);
     start_writes(&bench, &mut owner, 4);
     check_writes(&bench, &mut owner, 4);
     assert_eq!((bench.sim.taken(), bench.sim.enabled()), (5, 1), "one command is repeated, without a reset");
@@ -92,11 +92,11 @@ fn command_that_never_completes_is_aborted_and_retried() {
 
 #[test]
 fn command_that_survives_its_abort_is_retried_after_a_reset() {
-    for does in [Does::HoldData, Does::HoldCompletion] {
+    for action in [FaultAction::StallData, FaultAction::StallCompletion] {
         let bench = Bench::with_deadline(Options::default(), 2, LONG_DEADLINE);
         let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
         bench.sim.obey_aborts(false);
-        bench.sim.fault(When::any().nth(2), does);
+        bench.sim.fault(CommandFilter::any().nth(2), action);
         start_writes(&bench, &mut owner, 4);
         check_writes(&bench, &mut owner, 4);
         assert_eq!(bench.sim.enabled(), 2);
@@ -108,8 +108,8 @@ fn command_that_survives_its_abort_is_retried_after_a_reset() {
 fn abort_that_hangs_leads_to_a_reset() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldData);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::admin(opcode::ABORT), FaultAction::StallData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     start_writes(&bench, &mut owner, 2);
     check_writes(&bench, &mut owner, 2);
     assert_eq!(bench.sim.enabled(), 2);
@@ -121,7 +121,7 @@ fn command_that_fails_every_attempt_times_out_alone() {
         let bench = Bench::new(Options::default(), 1);
         let mut owner = bench.owner(0);
         bench.sim.obey_aborts(obey);
-        bench.sim.fault(When::any().over(0..8).always(), Does::HoldData);
+        bench.sim.fault(CommandFilter::any().over(0..8).always(), FaultAction::StallData);
         owner.start(0, write(0, 8), &page(0));
         assert_eq!(owner.result(0), Err(Fault::TimedOut), "aborts are obeyed: {obey}");
         bench.sim.behave();
@@ -136,11 +136,11 @@ fn command_that_fails_every_attempt_times_out_alone() {
 fn aborted_commands_are_no_longer_overdue() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE / 2);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any().over(0..8).always(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any().over(0..8).always(), FaultAction::StallData);
     owner.start(0, write(0, 8), &page(0));
     assert_eq!(owner.result(0), Err(Fault::TimedOut), "given up after its last Abort");
     for first in [8, 16] {
-        bench.sim.fault(When::any().over(first..first + 8), Does::HoldData);
+        bench.sim.fault(CommandFilter::any().over(first..first + 8), FaultAction::StallData);
         assert_eq!(owner.run(write(first, 8), &page(1)), Ok(()), "repeated after its Abort");
     }
     let health = bench.drive().health();
@@ -153,10 +153,10 @@ fn aborted_commands_are_no_longer_overdue() {
 fn overdue_command_that_has_completed_is_not_aborted() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE / 2);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldCompletion);
-    bench.sim.fault(When::any().times(2), Does::HoldData);
+    bench.sim.fault(CommandFilter::admin(opcode::ABORT), FaultAction::StallCompletion);
+    bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallData);
     start_writes(&bench, &mut owner, 2);
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     // Both are overdue at the owner's next call.
     std::thread::sleep(LONG_DEADLINE / 2 + SETTLE_TIME);
     assert_eq!(owner.result(0), Ok(()), "repeated after its Abort");
@@ -164,7 +164,7 @@ fn overdue_command_that_has_completed_is_not_aborted() {
     assert_eq!(owner.result(1), Ok(()));
     bench.sim.release();
     // The watchdog handles events one after the other: the second timeout before this protocol error.
-    bench.sim.fault(When::any(), Does::CompleteWrongCid(9999));
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteWrongCid(9999));
     assert_eq!(owner.run(Op::Flush, &[]), Ok(()), "repeated after a reset");
     assert_eq!(bench.drive().health().aborts, 1);
 }
@@ -183,11 +183,11 @@ fn reset_answers_all_faults_reported_before_it() {
         }
         owners[of].iter_mut().for_each(|owner| assert_eq!(owner.result(1), Ok(())));
     };
-    bench.sim.fault(When::admin(opcode::ABORT), Does::HoldCompletion);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::admin(opcode::ABORT), FaultAction::StallCompletion);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     assert_eq!(owners[0].run(read(0, 8), &page(0)), Ok(()), "repeated after its Abort");
     for nth in [1, 2] {
-        bench.sim.fault(When::any().on(nth + 1), Does::CompleteWrongCid(9999));
+        bench.sim.fault(CommandFilter::any().on(nth + 1), FaultAction::CompleteWrongCid(9999));
         owners[usize::from(nth)].start(1, Op::Flush, &[]);
     }
     assert!(bench.sim.await_taken(4, TIMEOUT));
@@ -197,7 +197,7 @@ fn reset_answers_all_faults_reported_before_it() {
     bench.sim.release();
     await_results(&mut owners, 1..3);
     // The watchdog has handled the earlier events before it handles this one.
-    bench.sim.fault(When::any().on(1), Does::CompleteWrongCid(9999));
+    bench.sim.fault(CommandFilter::any().on(1), FaultAction::CompleteWrongCid(9999));
     owners[0].start(1, Op::Flush, &[]);
     await_results(&mut owners, 0..1);
     assert_eq!((bench.drive().health().resets, bench.sim.enabled()), (2, 3));
@@ -205,15 +205,17 @@ fn reset_answers_all_faults_reported_before_it() {
 
 #[test]
 fn completion_with_unknown_cid_resets_the_controller() {
-    for does in [Does::CompleteTwice, Does::CompleteWrongCid(9999), Does::CompleteWrongCid(100)] {
+    for action in
+        [FaultAction::CompleteTwice, FaultAction::CompleteWrongCid(9999), FaultAction::CompleteWrongCid(100)]
+    {
         let bench = Bench::new(Options::default(), 1);
         let mut owner = bench.owner(0);
-        bench.sim.fault(When::any().nth(3), does);
+        bench.sim.fault(CommandFilter::any().nth(3), action);
         start_writes(&bench, &mut owner, 8);
         check_writes(&bench, &mut owner, 8);
         let until = Instant::now() + TIMEOUT;
         while bench.sim.enabled() < 2 {
-            assert!(Instant::now() < until, "{does:?}: no reset");
+            assert!(Instant::now() < until, "{action:?}: no reset");
             owner.wait();
         }
         owner.await_open();
@@ -226,12 +228,12 @@ fn completion_with_unknown_cid_resets_the_controller() {
 fn repeated_completion_completes_no_later_command() {
     let bench = Bench::without_deadline(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::CompleteAgainLate);
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteAgainLate);
     start_writes(&bench, &mut owner, 1);
     check_writes(&bench, &mut owner, 1);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(9));
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     bench.sim.release_next();
     // The command ends by its own completion, and not before its data has arrived.
     assert_eq!(owner.result(1), Ok(()));
@@ -243,12 +245,12 @@ fn repeated_completion_completes_no_later_command() {
 fn late_duplicate_completion_completes_no_later_command() {
     let bench = Bench::without_deadline(Options { entries: 2, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::CompleteAgainLate);
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteAgainLate);
     start_writes(&bench, &mut owner, 1);
     check_writes(&bench, &mut owner, 1);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(9));
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     assert!(bench.sim.release_next());
     assert_eq!(owner.result(1), Ok(()));
     assert!(bench.read_memory(&page(9)) == pattern(0, PAGE as usize), "success without its data");
@@ -261,10 +263,10 @@ fn late_duplicate_completion_completes_no_later_command() {
 fn duplicate_completion_in_one_batch_completes_no_command_issued_in_that_batch() {
     let bench = Bench::without_deadline(Options { entries: 3, mdts: 1, ..Options::default() }, 2);
     let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
-    [Does::HoldData, Does::CompleteTwice]
+    [FaultAction::StallData, FaultAction::CompleteTwice]
         .into_iter()
-        .for_each(|does| bench.sim.fault(When::any().on(1), does));
-    bench.sim.fault(When::any().on(1), Does::HoldData);
+        .for_each(|action| bench.sim.fault(CommandFilter::any().on(1), action));
+    bench.sim.fault(CommandFilter::any().on(1), FaultAction::StallData);
     owner.start(1, read(1000, 8), &page(20));
     let long = [segment(0, 4 * PAGE as u32)];
     let bytes = bench.fill(&long, 3);
@@ -285,9 +287,9 @@ fn duplicate_completion_in_one_batch_completes_no_command_issued_in_that_batch()
 fn duplicate_admin_completion_resets_the_controller() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::admin(opcode::ABORT), Does::CompleteTwice);
+    bench.sim.fault(CommandFilter::admin(opcode::ABORT), FaultAction::CompleteTwice);
     for (first, resets) in [(0, 0), (8, 1)] {
-        bench.sim.fault(When::any().over(first..first + 8), Does::HoldData);
+        bench.sim.fault(CommandFilter::any().over(first..first + 8), FaultAction::StallData);
         let bytes = bench.fill(&page(0), first);
         owner.start(1, write(first, 8), &page(0));
         assert_eq!(owner.result(1), Ok(()));
@@ -307,14 +309,14 @@ fn duplicate_admin_completion_resets_the_controller() {
 fn duplicate_completion_of_an_earlier_owner_completes_no_command_of_the_next() {
     let bench = Bench::without_deadline(Options { entries: 2, ..Options::default() }, 1);
     let mut first = bench.owner(0);
-    bench.sim.fault(When::any(), Does::CompleteAgainLate);
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteAgainLate);
     start_writes(&bench, &mut first, 1);
     check_writes(&bench, &mut first, 1);
     drop(first);
     let mut second = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     second.start(1, read(0, 8), &page(9));
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     assert!(bench.sim.release_next());
     assert_eq!(second.result(1), Ok(()));
     assert!(bench.read_memory(&page(9)) == pattern(0, PAGE as usize), "success without its data");
@@ -324,7 +326,7 @@ fn duplicate_completion_of_an_earlier_owner_completes_no_command_of_the_next() {
 fn fatal_error_resets_the_controller() {
     let bench = Bench::new(Options::default(), 2);
     let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
-    bench.sim.fault(When::any().nth(5), Does::Fatal);
+    bench.sim.fault(CommandFilter::any().nth(5), FaultAction::Fatal);
     start_writes(&bench, &mut owner, 8);
     other.start(1, read(0, 8), &page(20));
     std::thread::scope(|scope| {
@@ -409,9 +411,9 @@ fn drive_given_up_without_a_stop_keeps_its_pages_in_the_window() {
     let stop_class = Steps::DETACH;
     let bench = Bench::new(Options { ready_timeout: 1, stop_class, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     (0..20).for_each(|_| bench.sim.next_disable(ReadyChange::Never));
     bench.sim.fail();
     assert_eq!(owner.result(1), Err(Fault::Lost));
@@ -429,7 +431,7 @@ fn drive_given_up_without_a_stop_keeps_its_pages_in_the_window() {
 fn removed_drive_is_lost() {
     let bench = Bench::new(Options::default(), 2);
     let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
-    bench.sim.fault(When::any().nth(3), Does::Unplug);
+    bench.sim.fault(CommandFilter::any().nth(3), FaultAction::Unplug);
     start_writes(&bench, &mut owner, 8);
     for tag in 0..2 {
         assert_eq!(owner.result(tag), Ok(()));
@@ -462,7 +464,7 @@ fn lost_interrupt_only_delays() {
 fn owner_waiting_for_interrupts_is_woken_for_overdue_commands() {
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(0, write(0, 8), &page(0));
     while owner.results.is_empty() {
         owner.sleep();
@@ -482,9 +484,9 @@ fn controller_reset_from_outside_is_reinitialized() {
         owner.wait();
     }
     owner.await_open();
-    bench.sim.fault(When::any().always(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any().always(), FaultAction::StallData);
     start_writes(&bench, &mut owner, 4);
-    assert!(bench.sim.await_held(4, TIMEOUT));
+    assert!(bench.sim.await_stalled(4, TIMEOUT));
     bench.sim.behave();
     bench.sim.power_cut();
     check_writes(&bench, &mut owner, 4);
@@ -495,8 +497,8 @@ fn controller_reset_from_outside_is_reinitialized() {
 fn completions_after_an_unknown_cid_are_ignored() {
     let bench = Bench::with_deadline(Options::default(), 1, LONG_DEADLINE);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::CompleteWrongCid(9999));
-    bench.sim.fault(When::any().over(8..16), Does::Status(0x281));
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteWrongCid(9999));
+    bench.sim.fault(CommandFilter::any().over(8..16), FaultAction::Status(0x281));
     start_writes(&bench, &mut owner, 2);
     check_writes(&bench, &mut owner, 2);
     assert_eq!(bench.sim.enabled(), 2);
@@ -532,9 +534,9 @@ fn namespace_of_another_command_set_is_refused_with_the_cause_and_the_remedy() {
     for (command_set, cause) in [(2, "zones"), (1, "keys"), (9, "0x9")] {
         for several_command_sets in [false, true] {
             let found = open(Options { command_set, several_command_sets, ..plain.clone() });
-            let Err(Error::Host { what, mend }) = found else { panic!("{command_set}: {found:?}") };
+            let Err(Error::Host { what, remedy }) = found else { panic!("{command_set}: {found:?}") };
             assert!(what.contains("namespace 1") && what.contains(cause), "{what}");
-            assert!(mend.contains("--namespace"), "{mend}");
+            assert!(remedy.contains("--namespace"), "{remedy}");
         }
     }
     assert!(open(Options { several_command_sets: true, ..plain.clone() }).is_ok());

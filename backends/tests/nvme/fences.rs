@@ -2,7 +2,7 @@
 
 use passgate_backends::{Device, Step, Unmap};
 use passgate_sim::iommu::{Call, Fault as SimFault};
-use passgate_sim::nvme::{Does, ReadyChange, When};
+use passgate_sim::nvme::{CommandFilter, FaultAction, ReadyChange};
 use rustix::io::Errno;
 
 use super::fencing_registers::FencingRegisters;
@@ -18,12 +18,12 @@ fn requests_in_flight_are_resubmitted_after_a_fence_if_their_pages_are_open() {
         assert_eq!(bench.windowed.unmap(pages_at(0, PAGES)), Unmap::Gone { bytes: PAGES * PAGE });
         bench.map(0, 2);
         bench.map(2, 2);
-        bench.sim.fault(When::any().times(2), Does::HoldData);
+        bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallData);
         let expected = bench.fill(&page(0), 1);
         owner.start(1, write(0, 8), &page(0));
         owner.start(2, write(8, 8), &page(2));
         owner.start(3, Op::Flush, &[]);
-        assert!(bench.sim.await_held(2, TIMEOUT));
+        assert!(bench.sim.await_stalled(2, TIMEOUT));
         bench.drive().fence(step).unwrap();
         assert_eq!(bench.windowed.unmap(pages_at(2, 2)), Unmap::Gone { bytes: 2 * PAGE }, "{step:?}");
         assert_eq!(owner.submit(4, Op::Flush, &[]), Submitted::Closed);
@@ -44,7 +44,7 @@ fn no_number_of_fences_makes_a_request_fail() {
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);
     let bytes = bench.fill(&page(0), 7);
-    bench.sim.fault(When::any().always(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any().always(), FaultAction::StallData);
     owner.start(1, write(0, 8), &page(0));
     for (round, step) in STRONGER_THAN_DRAIN.into_iter().cycle().take(7).enumerate() {
         assert!(bench.sim.await_taken(round as u64 + 1, TIMEOUT));
@@ -61,10 +61,10 @@ fn no_number_of_fences_makes_a_request_fail() {
     assert_eq!(bench.sim.medium().read(0, 8), bytes);
 }
 
-/// Asserts that `does`, which waits for nothing, takes less than `limit` in one of three runs; on a busy machine not
+/// Asserts that `action`, which waits for nothing, takes less than `limit` in one of three runs; on a busy machine not
 /// all do.
-fn assert_fast(step: Step, limit: Duration, does: impl Fn(Step) -> Duration) {
-    let took = (0..3).map(|_| does(step)).find(|took| *took < limit);
+fn assert_fast(step: Step, limit: Duration, action: impl Fn(Step) -> Duration) {
+    let took = (0..3).map(|_| action(step)).find(|took| *took < limit);
     assert!(took.is_some(), "{step:?} takes longer than {limit:?} every time");
 }
 
@@ -73,10 +73,10 @@ fn fence_waits_for_no_owner() {
     let fence = |step| {
         let bench = Bench::without_deadline(Options::default(), 2);
         let (mut owner, mut other) = (bench.owner(0), bench.owner(1));
-        bench.sim.fault(When::any().times(2), Does::HoldData);
+        bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallData);
         owner.start(1, read(0, 8), &page(0));
         other.start(1, read(0, 8), &page(9));
-        assert!(bench.sim.await_held(2, TIMEOUT));
+        assert!(bench.sim.await_stalled(2, TIMEOUT));
         // No owner calls its queue from here on.
         let begun = Instant::now();
         bench.drive().fence(step).unwrap();
@@ -98,9 +98,9 @@ fn failed_fence_leaves_requests_in_the_window() {
     for step in STRONGER_THAN_DRAIN {
         let bench = Bench::without_deadline(Options::default(), 1);
         let mut owner = bench.owner(0);
-        bench.sim.fault(When::any(), Does::HoldData);
+        bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
         owner.start(1, read(0, 8), &page(0));
-        assert!(bench.sim.await_held(1, TIMEOUT));
+        assert!(bench.sim.await_stalled(1, TIMEOUT));
         bench.domain.fail_next(Call::Fence, SimFault::Errno(Errno::IO));
         assert!(bench.drive().fence(step).is_err());
         let busy = Unmap::Failed { errno: Errno::BUSY, bytes: 0 };
@@ -114,9 +114,9 @@ fn failed_fence_leaves_requests_in_the_window() {
 fn failed_attach_leaves_the_drive_fenced_and_the_next_succeeds() {
     let bench = Bench::new(Options { ready_timeout: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     (0..3).for_each(|_| bench.sim.next_enable(ReadyChange::Fatal));
@@ -133,9 +133,9 @@ fn failed_attach_leaves_the_drive_fenced_and_the_next_succeeds() {
 fn requests_of_a_drive_not_attached_again_are_returned_in_time() {
     let bench = Bench::new(Options { ready_timeout: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     (0..3).for_each(|_| bench.sim.next_enable(ReadyChange::Fatal));
@@ -153,9 +153,9 @@ fn requests_of_a_drive_not_attached_again_are_returned_in_time() {
 fn drive_removed_while_fenced_is_lost_at_attach() {
     let bench = Bench::new(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     bench.drive().fence(Step::Detach).unwrap();
     owner.reap();
     bench.sim.vanish();
@@ -168,9 +168,9 @@ fn drive_removed_while_fenced_is_lost_at_attach() {
 fn queue_dropped_in_flight_keeps_its_pages_until_a_fence() {
     let bench = Bench::without_deadline(Options::default(), 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     drop(owner);
     // Another owner's requests would use the same window slots.
     assert!(bench.drive().take_queue(0).is_err(), "a queue with requests in flight was taken");
@@ -186,10 +186,10 @@ fn fence_during_recovery_does_not_lose_the_drive() {
     let fence_and_attach = |step| {
         let bench = Bench::new(Options::default(), 1);
         let mut owner = bench.owner(0);
-        bench.sim.fault(When::any(), Does::HoldData);
+        bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
         let expected = bench.fill(&page(0), 1);
         owner.start(1, write(0, 8), &page(0));
-        assert!(bench.sim.await_held(1, TIMEOUT));
+        assert!(bench.sim.await_stalled(1, TIMEOUT));
         bench.sim.next_disable(ReadyChange::After(SETTLE_TIME));
         bench.sim.fail();
         // Once CC.EN is clear, the reset is in progress.
@@ -256,8 +256,8 @@ fn recovery_fenced_after(writes: u64, steps: &[Step]) -> bool {
     });
     let (fencing, mut owner) = (wrapped.unwrap(), bench.owner(0));
     let bytes = bench.fill(&page(0), writes);
-    bench.sim.fault(When::any(), Does::HoldData);
-    bench.sim.fault(When::any(), Does::CompleteWrongCid(9999));
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::CompleteWrongCid(9999));
     fencing.fence_after(writes, bench.drive(), steps);
     owner.start(1, write(0, 8), &page(0));
     owner.start(2, Op::Flush, &[]);
@@ -303,9 +303,9 @@ fn attach_recovers_a_device_that_a_failed_replace_left_detached() {
             assert_eq!(bench.domain.calls(Call::Attach), 0, "a drain does not detach");
             bench.drive().fence(Step::Drain).unwrap();
         } else {
-            bench.sim.fault(When::any(), Does::HoldData);
+            bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
             owner.start(1, write(0, 8), &page(0));
-            assert!(bench.sim.await_held(1, TIMEOUT));
+            assert!(bench.sim.await_stalled(1, TIMEOUT));
         }
         detach_unnoticed(&bench);
         owner.reap();

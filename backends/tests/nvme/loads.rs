@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use passgate_backends::{Device, Step, Unmap};
-use passgate_sim::nvme::{Does, ReadyChange, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, ReadyChange, opcode};
 
 use super::fences::STRONGER_THAN_DRAIN;
 use super::*;
@@ -139,12 +139,12 @@ fn drive_written_pages(bench: &Bench) -> Vec<u8> {
 fn inject_fault(bench: &Bench, nth: u64) {
     let sim = &bench.sim;
     match nth % 12 {
-        0 => sim.fault(When::io(opcode::WRITE).nth(3), Does::HoldData),
-        1 => sim.fault(When::any().times(5), Does::DelayCompletion(DEADLINE / 8)),
-        2 => sim.fault(When::io(opcode::READ), Does::HoldCompletion),
-        3 => sim.fault(When::any().nth(7), Does::CompleteTwice),
-        4 => sim.fault(When::any().nth(2), Does::CompleteWrongCid(9999)),
-        5 => sim.fault(When::any().on(2), Does::Fatal),
+        0 => sim.fault(CommandFilter::io(opcode::WRITE).nth(3), FaultAction::StallData),
+        1 => sim.fault(CommandFilter::any().times(5), FaultAction::DelayCompletion(DEADLINE / 8)),
+        2 => sim.fault(CommandFilter::io(opcode::READ), FaultAction::StallCompletion),
+        3 => sim.fault(CommandFilter::any().nth(7), FaultAction::CompleteTwice),
+        4 => sim.fault(CommandFilter::any().nth(2), FaultAction::CompleteWrongCid(9999)),
+        5 => sim.fault(CommandFilter::any().on(2), FaultAction::Fatal),
         6 => sim.obey_aborts(nth / 12 % 2 == 1),
         7 => sim.raise_interrupts(nth / 12 % 2 == 1),
         8 => sim.next_enable(ReadyChange::Fatal),

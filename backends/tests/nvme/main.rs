@@ -78,7 +78,7 @@ impl Bench {
         let shared = Arc::new(domain.clone()) as Arc<dyn Domain>;
         let options = DriveOptions { queues, deadline, ..DriveOptions::default() };
         let drive = Drive::open(wrap(sim.registers()), &shared, options).unwrap();
-        let windowed = Windowed::new(shared, Arc::clone(drive.window())).with_patience(SETTLE_TIME);
+        let windowed = Windowed::new(shared, Arc::clone(drive.window())).with_timeout(SETTLE_TIME);
         let memory = Arc::new(GuestFile::memfd("guest", PAGES * PAGE).unwrap());
         let bench = Self {
             drive: Some(drive),

@@ -1,6 +1,6 @@
 //! Transfers without faults: the right bytes arrive, and nothing else changes.
 
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 use proptest::prelude::*;
 
 use super::*;
@@ -246,7 +246,7 @@ fn fault_of_any_turn_ends_the_request_with_its_status() {
     let whole = [segment(0, 64 * PAGE as u32)];
     for (failing, turns) in [(1u64, 1), (4, 1), (5, 2), (18, 5), (32, 8)] {
         let before = bench.sim.taken();
-        bench.sim.fault(When::io(opcode::WRITE).nth(failing), Does::Status(0x281));
+        bench.sim.fault(CommandFilter::io(opcode::WRITE).nth(failing), FaultAction::Status(0x281));
         assert_eq!(owner.run(write(0, 512), &whole), Err(Fault::Status(0x281)), "command {failing}");
         assert_eq!(bench.sim.taken() - before, 4 * turns, "command {failing}: more turns were issued");
     }
@@ -261,17 +261,17 @@ fn reset_or_unmap_between_turns_loses_nothing() {
     let whole = [segment(0, 64 * PAGE as u32)];
     let bytes = bench.fill(&whole, 1);
     // A reset in the middle of a request, which starts from its beginning; several requests are in flight.
-    bench.sim.fault(When::io(opcode::WRITE).nth(9), Does::HoldData);
-    bench.sim.fault(When::io(opcode::READ).times(6), Does::HoldData);
+    bench.sim.fault(CommandFilter::io(opcode::WRITE).nth(9), FaultAction::StallData);
+    bench.sim.fault(CommandFilter::io(opcode::READ).times(6), FaultAction::StallData);
     owner.start(0, write(0, 512), &whole);
-    while !(bench.sim.held() == 1 && bench.sim.taken() >= 12) {
+    while !(bench.sim.stalled_commands() == 1 && bench.sim.taken() >= 12) {
         owner.wait();
     }
     owner.wait();
     for tag in 1..7 {
         owner.start(tag, read(4096, 8), &page(100 + u64::from(tag)));
     }
-    assert!(bench.sim.await_held(7, TIMEOUT));
+    assert!(bench.sim.await_stalled(7, TIMEOUT));
     assert_eq!(owner.submit(7, Op::Flush, &[]), Submitted::Full);
     bench.sim.fail();
     for tag in 0..7 {
@@ -280,9 +280,9 @@ fn reset_or_unmap_between_turns_loses_nothing() {
     assert!(bench.sim.medium().read(0, 512) == bytes);
     assert_eq!(bench.sim.enabled(), 2);
     // An unmap in the middle of a request: it completes once the current turn has.
-    bench.sim.fault(When::io(opcode::WRITE).nth(9), Does::HoldData);
+    bench.sim.fault(CommandFilter::io(opcode::WRITE).nth(9), FaultAction::StallData);
     owner.start(1, write(0, 512), &whole);
-    while bench.sim.held() == 0 {
+    while bench.sim.stalled_commands() == 0 {
         owner.wait();
     }
     let taken = bench.sim.taken();

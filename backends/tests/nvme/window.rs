@@ -6,7 +6,7 @@ use std::thread::Scope;
 
 use passgate_backends::window::Entered;
 use passgate_backends::{Device, Step, Unmap};
-use passgate_sim::nvme::{Does, When, opcode};
+use passgate_sim::nvme::{CommandFilter, FaultAction, opcode};
 use rustix::io::Errno;
 
 use super::*;
@@ -60,9 +60,9 @@ fn unmap_waits_only_for_requests_on_its_pages() {
     bench.map(4, 4);
     let expected = pattern(5, PAGE as usize);
     bench.sim.medium().write(0, &expected);
-    bench.sim.fault(When::io(opcode::READ), Does::HoldData);
+    bench.sim.fault(CommandFilter::io(opcode::READ), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(3));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     std::thread::scope(|scope| {
         assert_eq!(windowed.unmap(pages_at(4, 4)), Unmap::Gone { bytes: 4 * PAGE });
         assert!(windowed.may_wait(pages_at(0, 4)));
@@ -82,7 +82,7 @@ fn unmap_waits_only_for_requests_on_its_pages() {
 /// Returns the domain behind the window, with unmaps that wait as long as it takes.
 fn waiting_domain(bench: &Bench) -> Windowed {
     let window = Arc::clone(bench.drive().window());
-    Windowed::new(Arc::new(bench.domain.clone()), window).with_patience(TIMEOUT)
+    Windowed::new(Arc::new(bench.domain.clone()), window).with_timeout(TIMEOUT)
 }
 
 /// Returns the expected number of mappings: those of the guest, and two for the driver's own memory.
@@ -98,9 +98,9 @@ fn unmap_that_times_out_unmaps_nothing() {
     let mut owner = bench.owner(0);
     let expected = pattern(5, PAGE as usize);
     bench.sim.medium().write(0, &expected);
-    bench.sim.fault(When::any(), Does::HoldData);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallData);
     owner.start(1, read(0, 8), &page(0));
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     let all = pages_at(0, PAGES);
     assert_eq!(bench.windowed.unmap(all), Unmap::Failed { errno: Errno::BUSY, bytes: 0 });
     assert_eq!(owner.submit(2, read(0, 8), &page(9)), Submitted::Closed, "the page stays closed");
@@ -115,10 +115,10 @@ fn unmap_that_times_out_unmaps_nothing() {
 fn drain_waits_for_requests_in_flight_and_admits_none_before_attach() {
     let bench = Bench::without_deadline(Options::default(), 2);
     let (mut one, mut two) = (bench.owner(0), bench.owner(1));
-    bench.sim.fault(When::any().times(2), Does::HoldCompletion);
+    bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallCompletion);
     one.start(1, write(0, 8), &page(0));
     two.start(1, Op::Flush, &[]);
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     std::thread::scope(|scope| {
         // A drain waits 300 ms at most; it is repeated on a slow machine.
         let drained = spawn_in(scope, || while bench.drive().fence(Step::Drain).is_err() {});
@@ -151,9 +151,9 @@ fn drain_waits_for_requests_in_flight_and_admits_none_before_attach() {
 fn request_stays_in_the_window_until_its_last_command_completes() {
     let bench = Bench::without_deadline(Options { mdts: 1, ..Options::default() }, 1);
     let mut owner = bench.owner(0);
-    bench.sim.fault(When::any().over(24..25), Does::HoldData);
+    bench.sim.fault(CommandFilter::any().over(24..25), FaultAction::StallData);
     owner.start(1, read(0, 48), &[segment(0, 6 * PAGE as u32)]);
-    assert!(bench.sim.await_taken(3, TIMEOUT) && bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_taken(3, TIMEOUT) && bench.sim.await_stalled(1, TIMEOUT));
     std::thread::scope(|scope| {
         let all = pages_at(0, PAGES);
         let waiting_domain = waiting_domain(&bench);

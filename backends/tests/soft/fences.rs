@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use passgate_backends::Step;
-use passgate_backends::device::soft::{ClosedWindow, HeldDma};
+use passgate_backends::device::soft::{ClosedWindow, StuckDma};
 
 use super::*;
 
@@ -90,7 +90,7 @@ fn each_unmap_of_a_page_has_its_own_ticket() {
 fn ticket_ends_with_the_last_operation_over_its_range() {
     let bench = Bench::new(4);
     bench.map(0, 4);
-    let held: Vec<HeldDma> = [0, 2, 2].map(|page| bench.device.hold_write(at(page), 8).unwrap()).into();
+    let held: Vec<StuckDma> = [0, 2, 2].map(|page| bench.device.hold_write(at(page), 8).unwrap()).into();
     let ticket = ticket(bench.unmap(0, 4), 4);
     held[1].finish(&[0; 8]).unwrap();
     held[0].finish(&[0; 8]).unwrap();
@@ -162,7 +162,7 @@ fn thread_that_began_an_operation_may_exit() {
 }
 
 /// Starts a zero-copy send of page 0, filled with 'A', to a peer whose receive window is zero.
-fn stuck_send(bench: &Bench) -> (HeldDma, ClosedWindow) {
+fn stuck_send(bench: &Bench) -> (StuckDma, ClosedWindow) {
     bench.map(0, 1);
     bench.memory.write(0, &[b'A'; PAGE as usize]).unwrap();
     let connection = ClosedWindow::open().unwrap();

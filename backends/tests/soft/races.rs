@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use passgate_backends::device::soft::HeldDma;
+use passgate_backends::device::soft::StuckDma;
 
 use super::*;
 
@@ -24,7 +24,7 @@ fn no_dma_reaches_an_unmapped_page_and_no_ticket_is_lost() {
             let (stop, hits, faults, holds) = (&stop, &hits, &faults, &holds);
             scope.spawn(move || {
                 let mut state = thread;
-                let mut late: Option<HeldDma> = None;
+                let mut late: Option<StuckDma> = None;
                 while !stop.load(Ordering::Relaxed) {
                     let page = at(next(&mut state) % PAGES);
                     let result = match next(&mut state) % 64 {

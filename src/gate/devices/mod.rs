@@ -272,7 +272,7 @@ impl Devices {
     }
 
     /// Sets what was read of a device's ATS and TDI.
-    pub(super) fn set_nature(&mut self, id: DeviceId, ats: bool, tdi: bool) -> Option<&Device> {
+    pub(super) fn set_traits(&mut self, id: DeviceId, ats: bool, tdi: bool) -> Option<&Device> {
         let device = self.0.get_mut(&id)?;
         device.traits = DeviceTraits { ats, tdi, ..device.traits };
         Some(device)

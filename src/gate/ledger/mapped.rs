@@ -15,9 +15,9 @@ use std::ops::Range;
 use passgate_bindings::units::Address;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
+use super::exclusions::gaps;
 use super::fault::Full;
 use super::fill::Fill;
-use super::holds::gaps;
 use super::run::{Run, RunState};
 use super::store::{Arena, Key, Store};
 use super::tree::{PAGES, Tree};
@@ -252,7 +252,7 @@ impl Mapped {
 
     fn record(&mut self, run: Run) {
         self.objects += run.objects;
-        self.bytes += run.left();
+        self.bytes += run.bytes_mapped();
         self.unsettled += usize::from(run.state.unsettled());
         self.runs.insert(run.range.start(), run);
     }
@@ -260,7 +260,7 @@ impl Mapped {
     fn unrecord(&mut self, start: Iova) -> Option<Run> {
         let run = self.runs.remove(&start)?;
         self.objects -= run.objects;
-        self.bytes -= run.left();
+        self.bytes -= run.bytes_mapped();
         self.unsettled -= usize::from(run.state.unsettled());
         Some(run)
     }

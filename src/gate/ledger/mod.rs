@@ -6,9 +6,9 @@
 //! memory that may outlive the process ([`store`]).
 
 mod blocks;
+pub mod exclusions;
 mod fault;
 mod fill;
-pub mod holds;
 mod leaf;
 pub mod mapped;
 pub mod pages;
@@ -18,8 +18,8 @@ pub mod store;
 pub mod table;
 pub mod tree;
 
+pub use exclusions::{ExcludedBy, Exclusions};
 pub use fault::{Full, OpenError};
-pub use holds::{HeldBy, Holds};
 pub use mapped::Mapped;
 pub use pages::PageMap;
 pub use passgate_client::PageState;

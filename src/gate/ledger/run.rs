@@ -66,7 +66,7 @@ pub fn objects(range: PageRange<Iova>, piece: u64) -> u64 {
 
 impl Run {
     /// Returns the bytes of it that may be mapped.
-    pub(super) fn left(&self) -> u64 {
+    pub(super) fn bytes_mapped(&self) -> u64 {
         match self.state {
             RunState::Suspect { gone: Some(gone), .. } => self.bytes.saturating_sub(gone),
             _ => self.bytes,

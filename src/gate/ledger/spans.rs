@@ -55,7 +55,7 @@ impl<'a> Spans<'a> {
 
     /// Reads one word of a leaf, or as many pages as are known to be equal. `next` is before `end`.
     #[inline]
-    fn look(&mut self) {
+    fn load_word(&mut self) {
         let page = self.next;
         let word = match self.leaf {
             Some((leaf, first)) if page < first + leaf::PAGES => leaf.word((page - first) / PER_WORD),
@@ -123,7 +123,7 @@ impl Iterator for Spans<'_> {
             if self.next >= self.end {
                 return self.rest();
             }
-            self.look();
+            self.load_word();
         }
     }
 
@@ -149,7 +149,7 @@ impl Iterator for Spans<'_> {
                     None => told,
                 };
             }
-            self.look();
+            self.load_word();
         }
     }
 }

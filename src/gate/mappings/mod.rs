@@ -16,7 +16,7 @@ use passgate_bindings::{Iova, PAGE, PageRange};
 
 use super::event::{MapResult, UnmapResult};
 use super::ids::{DomainId, JobId, RegionId};
-use super::ledger::holds::gaps;
+use super::ledger::exclusions::gaps;
 use super::ledger::{Mapped, Run, RunState};
 use super::memory::Memory;
 use fragments::Fragments;

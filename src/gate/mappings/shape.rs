@@ -19,7 +19,7 @@ pub(super) struct Shape {
 }
 
 /// Returns the start of the place, on a grid of `piece` bytes, at which `at` lies.
-pub(in crate::gate) fn place(at: Iova, piece: u64) -> Iova {
+pub(in crate::gate) fn piece_start(at: Iova, piece: u64) -> Iova {
     Iova(at.raw() / piece * piece)
 }
 
@@ -66,7 +66,7 @@ impl Domain {
 
     /// Returns the end of the place at `at` where it is mapped page by page for now; none where it is not.
     pub(in crate::gate) fn paged_until(&self, at: Iova, piece: u64) -> Option<Iova> {
-        let start = place(at, piece);
+        let start = piece_start(at, piece);
         let fits = piece <= MAX_PAGED_BYTES && piece / PAGE <= self.free_mappings();
         (fits && self.fragments.splits_often(start)).then_some(Iova(start.raw() + piece))
     }
@@ -86,7 +86,7 @@ impl Domain {
         let last = Iova(range.end().raw() - PAGE);
         for (edge, end) in [(range.start(), range.start()), (last, range.end())] {
             if !end.raw().is_multiple_of(piece) {
-                self.fragments.record(place(edge, piece), split);
+                self.fragments.record(piece_start(edge, piece), split);
             }
         }
     }

@@ -13,8 +13,8 @@ use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 use super::effect::FilePages;
 use super::event::{Caller, MapResult, RegionSpec};
 use super::ids::{ClientId, DomainId, FileId, InvalidationId, RegionId};
-use super::ledger::holds::gaps;
-use super::ledger::{Arena, HeldBy, Holds, Mapped, PageMap, PageState, Store};
+use super::ledger::exclusions::gaps;
+use super::ledger::{Arena, ExcludedBy, Exclusions, Mapped, PageMap, PageState, Store};
 use super::policy::Policy;
 use super::verdict::{Reason, Refusal, within_budget};
 
@@ -25,7 +25,7 @@ use region::Stage;
 #[derive(Debug)]
 struct File {
     pages: PageMap,
-    excluded: Holds,
+    excluded: Exclusions,
     regions: Vec<RegionId>,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Memory {
 /// Regions: their addresses, owners and stages.
 impl Memory {
     /// Returns no memory. The states of its pages will lie in memory of `arena`, unless they are kept elsewhere
-    /// ([`Memory::keep_in`]).
+    /// ([`Memory::use_store`]).
     pub(super) fn new(arena: Arena) -> Self {
         let (files, regions, layout) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         Self { arena, files, regions, layout, last_region: 0, store: None }
@@ -144,7 +144,7 @@ impl Memory {
         let region =
             Region { owner: caller.client, spec, stage, maps_pending: 0, mapped_bytes: 0, failed: None };
         self.learn_states(region.file_pages(), spec.initial);
-        self.keep_unknown(region.file_pages(), lasts);
+        self.exclude_unknown(region.file_pages(), lasts);
         self.insert(id, region);
         id
     }
@@ -240,7 +240,7 @@ impl Memory {
 /// Files, and the state of their pages.
 impl Memory {
     /// Keeps page states and mappings in `store`, where they outlive this gate.
-    pub(super) fn keep_in(&mut self, store: Store) {
+    pub(super) fn use_store(&mut self, store: Store) {
         self.store = Some(store);
     }
 
@@ -256,7 +256,7 @@ impl Memory {
             // Where the store has no room, the states of its pages end with this process.
             let stored = store.as_ref().and_then(|store| PageMap::in_store(store, file).ok());
             let pages = stored.unwrap_or_else(|| PageMap::new(arena));
-            File { pages, excluded: Holds::default(), regions: Vec::new() }
+            File { pages, excluded: Exclusions::default(), regions: Vec::new() }
         })
     }
 
@@ -290,9 +290,9 @@ impl Memory {
         }
     }
 
-    fn keep_unknown(&mut self, pages: FilePages, lasts: impl Fn(InvalidationId, Reason) -> bool) {
+    fn exclude_unknown(&mut self, pages: FilePages, lasts: impl Fn(InvalidationId, Reason) -> bool) {
         let Some(file) = self.files.get_mut(&pages.file) else { return };
-        let lasting = |by: HeldBy| matches!(by, HeldBy::Quarantine(since, why) if lasts(since, why));
+        let lasting = |by: ExcludedBy| matches!(by, ExcludedBy::Quarantine(since, why) if lasts(since, why));
         let unknown: Vec<_> = file
             .excluded
             .overlapping(pages.range)
@@ -335,12 +335,12 @@ impl Memory {
 /// Exclusions from mapping: ranges under an open invalidation or in quarantine.
 impl Memory {
     /// Returns the exclusions of a file.
-    pub(super) fn excluded(&self, file: FileId) -> Option<&Holds> {
+    pub(super) fn excluded(&self, file: FileId) -> Option<&Exclusions> {
         self.files.get(&file).map(|file| &file.excluded)
     }
 
     /// Returns all exclusions by file.
-    pub(super) fn exclusions(&self) -> impl Iterator<Item = (FileId, &Holds)> {
+    pub(super) fn exclusions(&self) -> impl Iterator<Item = (FileId, &Exclusions)> {
         self.files.iter().map(|(id, file)| (*id, &file.excluded))
     }
 
@@ -349,15 +349,15 @@ impl Memory {
     }
 
     /// Excludes what of a known file's range is not excluded yet.
-    pub(super) fn exclude(&mut self, file: FileId, range: PageRange<Offset>, by: HeldBy) {
+    pub(super) fn exclude(&mut self, file: FileId, range: PageRange<Offset>, by: ExcludedBy) {
         if let Some(file) = self.files.get_mut(&file) {
-            file.excluded.hold(range, by);
+            file.excluded.exclude(range, by);
         }
     }
 
     /// As [`Memory::exclude`], of a file that may be new.
-    pub(super) fn restore_excluded(&mut self, file: FileId, range: PageRange<Offset>, by: HeldBy) {
-        self.file(file).excluded.hold(range, by);
+    pub(super) fn restore_excluded(&mut self, file: FileId, range: PageRange<Offset>, by: ExcludedBy) {
+        self.file(file).excluded.exclude(range, by);
     }
 
     /// As [`Memory::set_state`], of a file that may be new.
@@ -369,7 +369,7 @@ impl Memory {
     pub(super) fn end_exclusion(&mut self, pages: &[FilePages], id: InvalidationId) {
         for part in pages {
             if let Some(file) = self.files.get_mut(&part.file) {
-                file.excluded.release(part.range, id);
+                file.excluded.end(part.range, id);
             }
         }
     }
@@ -385,7 +385,7 @@ impl Memory {
         let Some(file) = self.files.get_mut(&file) else { return Vec::new() };
         let fresh: Vec<_> = file.excluded.gaps(range).collect();
         for range in &fresh {
-            file.excluded.hold(*range, HeldBy::Quarantine(since, reason));
+            file.excluded.exclude(*range, ExcludedBy::Quarantine(since, reason));
         }
         fresh
     }

@@ -79,14 +79,14 @@ impl Kernel {
 
 /// The state of a page as the owner of the memory knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Truth {
+enum OwnerView {
     Shared,
     /// It may be changing, or is no longer shared.
     Taken,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Ask {
+enum Request {
     Add(u64),
     Begin(u64, u64),
     /// Ends the first conversion that was granted.
@@ -99,10 +99,10 @@ struct World {
     store: Store,
     effects: Effects,
     kernel: Kernel,
-    truth: BTreeMap<u64, Truth>,
+    owner_view: BTreeMap<u64, OwnerView>,
     /// Conversions that were begun: their pages, and whether they were granted.
     begun: BTreeMap<InvalidationId, (Vec<u64>, bool)>,
-    asked: Option<Vec<u64>>,
+    requested: Option<Vec<u64>>,
     timers: BTreeMap<InvalidationId, Rung>,
     answers: Vec<Answer>,
 }
@@ -124,9 +124,9 @@ impl World {
             store,
             effects: Vec::new(),
             kernel: Kernel::default(),
-            truth: (0..PAGES).map(|page| (page, Truth::Shared)).collect(),
+            owner_view: (0..PAGES).map(|page| (page, OwnerView::Shared)).collect(),
             begun: BTreeMap::new(),
-            asked: None,
+            requested: None,
             timers: BTreeMap::new(),
             answers: Vec::new(),
         };
@@ -137,7 +137,7 @@ impl World {
     fn start(&mut self) {
         let Host { platform, hitless, cut, ats } = self.host;
         self.gate = Gate::new(Policy { platform, hitless, ..Policy::default() }, words::private);
-        self.gate.keep_in(self.store.clone());
+        self.gate.use_store(self.store.clone());
         let caps = DomainCaps { cut, ..DomainCaps::new(1000, 1 << 30) };
         self.tell(Event::DomainAdded { domain: DOMAIN, caps });
         let traits = DeviceTraits { ats, tdi: false, tolerant: false };
@@ -149,30 +149,30 @@ impl World {
         self.gate.handle(event, &mut self.effects);
     }
 
-    fn ask(&mut self, ask: Ask) {
-        match ask {
-            Ask::Add(at) => {
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Add(at) => {
                 let backing = Backing { file: FILE, offset: Offset(0) };
                 let (gpa, piece, initial) = (range(at, PAGES), PAGES * PAGE, PageState::Shared);
                 let spec = RegionSpec { gpa, backing, writable: true, piece, page: PAGE, initial };
                 self.tell(Event::AddRegion { caller: caller(OWNER), spec });
             }
-            Ask::Begin(page, pages) => {
+            Request::Begin(page, pages) => {
                 let before = self.gate.last().1;
                 let (ranges, performer) = (range(page, pages).into(), Performer::Client);
                 let (to, deadline_ns) = (PageState::Private, 1 << 40);
                 // Before its answer can come.
-                self.asked = Some((page..page + pages).collect());
+                self.requested = Some((page..page + pages).collect());
                 self.tell(Event::Begin { caller: caller(OWNER), ranges, to, performer, deadline_ns });
-                let pages = self.asked.take().unwrap();
+                let pages = self.requested.take().unwrap();
                 self.begun.insert(InvalidationId(before + 1), (pages, false));
             }
-            Ask::End(outcome) => {
+            Request::End(outcome) => {
                 let granted = self.begun.iter().find(|(_, (_, granted))| *granted).map(|(id, _)| *id);
                 let Some(invalidation) = granted else { return };
                 let (pages, _) = self.begun.remove(&invalidation).unwrap();
                 if outcome == Outcome::NotCommitted {
-                    pages.iter().for_each(|page| _ = self.truth.insert(*page, Truth::Shared));
+                    pages.iter().for_each(|page| _ = self.owner_view.insert(*page, OwnerView::Shared));
                 }
                 self.tell(Event::End { caller: caller(OWNER), invalidation, outcome });
             }
@@ -213,7 +213,7 @@ impl World {
                         && let Some((pages, granted)) = self.begun.get_mut(&invalidation)
                     {
                         *granted = true;
-                        pages.iter().for_each(|page| _ = self.truth.insert(*page, Truth::Taken));
+                        pages.iter().for_each(|page| _ = self.owner_view.insert(*page, OwnerView::Taken));
                     }
                 }
                 self.answers.push(answer);
@@ -231,7 +231,7 @@ impl World {
     #[track_caller]
     fn judge(&self, what: &str) {
         for (iova, (_, page)) in &self.kernel.pages {
-            assert_ne!(self.truth[page], Truth::Taken, "{what}: page {page} is reached at {iova}");
+            assert_ne!(self.owner_view[page], OwnerView::Taken, "{what}: page {page} is reached at {iova}");
         }
     }
 
@@ -265,11 +265,11 @@ impl World {
 
     /// The process ends here, and another goes on from what it has written down.
     fn restart(&mut self) {
-        let holds = self.gate.holds_over(FILE, range(0, PAGES));
+        let exclusions = self.gate.exclusions_over(FILE, range(0, PAGES));
         let (last_region, last_invalidation) = self.gate.last();
-        let past = Past {
+        let past = RecordedState {
             regions: self.gate.written().collect(),
-            holds: holds.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
+            exclusions: exclusions.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
             unended: self.gate.unended().collect(),
             unmapped: false,
             stopped: self.gate.stopped().collect(),
@@ -296,10 +296,10 @@ impl World {
             self.step(true);
         }
         let granted = matches!(self.answers.first(), Some(Answer::Released { .. }));
-        let truth = if to == PageState::Shared { Truth::Shared } else { Truth::Taken };
+        let owner_view = if to == PageState::Shared { OwnerView::Shared } else { OwnerView::Taken };
         if granted {
             for page in held.iter().flat_map(|range| range.start().0 / PAGE..range.end().0 / PAGE) {
-                self.truth.insert(page, truth);
+                self.owner_view.insert(page, owner_view);
             }
         }
         granted
@@ -311,20 +311,20 @@ impl World {
 }
 
 /// Two aliases of the file, a conversion that is committed, one that stays open, and one that waits behind it.
-const SCENE: [Ask; 6] = [
-    Ask::Add(ALIASES[0]),
-    Ask::Add(ALIASES[1]),
-    Ask::Begin(1, 1),
-    Ask::End(Outcome::Committed),
-    Ask::Begin(3, 2),
-    Ask::Begin(6, 1),
+const SCENE: [Request; 6] = [
+    Request::Add(ALIASES[0]),
+    Request::Add(ALIASES[1]),
+    Request::Begin(1, 1),
+    Request::End(Outcome::Committed),
+    Request::Begin(3, 2),
+    Request::Begin(6, 1),
 ];
 
 /// Plays the scene up to step `kill`; false where it is over before.
 fn play(world: &mut World, kill: usize, told: bool, what: &str) -> bool {
     let mut steps = 0;
-    for ask in SCENE {
-        world.ask(ask);
+    for request in SCENE {
+        world.request(request);
         loop {
             if steps == kill {
                 world.step(told);
@@ -397,7 +397,8 @@ fn kill_at_any_step_leaves_no_excluded_page_mapped_and_no_reachable_page_release
             for (at, (_, region)) in ALIASES.iter().zip(world.gate.memory.regions()) {
                 let mapped: Vec<bool> =
                     (0..PAGES).map(|p| world.kernel.pages.contains_key(&(at + p))).collect();
-                let shared: Vec<bool> = (0..PAGES).map(|page| world.truth[&page] == Truth::Shared).collect();
+                let shared: Vec<bool> =
+                    (0..PAGES).map(|page| world.owner_view[&page] == OwnerView::Shared).collect();
                 assert!(!region.is_being_added());
                 assert_eq!(mapped, shared, "{what}");
             }
@@ -452,9 +453,9 @@ fn second_kill_during_a_restart_ends_as_one_restart() {
 #[test]
 fn stray_mapping_is_unmapped_before_any_release_as_private() {
     let mut world = World::new(HOSTS[0]);
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     world.settle("add");
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Begin(2, 1));
     world.settle("begin");
     // The record of a region is lost, its mapping is not.
     let (stray, piece) = (range(200, 4), 4 * PAGE);
@@ -479,9 +480,9 @@ fn stray_mapping_is_unmapped_before_any_release_as_private() {
 #[test]
 fn stopped_devices_are_attached_after_a_restart() {
     let mut world = World::new(HOSTS[3]);
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     world.settle("add");
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Begin(2, 1));
     while !matches!(world.effects.first(), Some(Effect::Fence { step: Step::Detach, .. })) {
         assert!(world.step(true), "it is detached first");
     }
@@ -499,9 +500,9 @@ fn stopped_devices_are_attached_after_a_restart() {
 fn device_about_to_be_attached_is_attached_after_a_restart() {
     for host in [HOSTS[1], HOSTS[3]] {
         let mut world = World::new(host);
-        world.ask(Ask::Add(0));
+        world.request(Request::Add(0));
         world.settle("add");
-        world.ask(Ask::Begin(2, 1));
+        world.request(Request::Begin(2, 1));
         while !matches!(world.effects.first(), Some(Effect::Attach { device: DEVICE, .. })) {
             assert!(world.step(true), "{host:?}: it was stopped for the conversion");
         }
@@ -518,7 +519,7 @@ fn device_about_to_be_attached_is_attached_after_a_restart() {
 fn devices_are_stopped_before_a_closing_region_is_unmapped_after_a_restart() {
     for host in HOSTS {
         let mut world = World::new(host);
-        world.ask(Ask::Add(0));
+        world.request(Request::Add(0));
         world.settle("add");
         world.tell(Event::ClientGone { client: OWNER });
         // Nothing of it is done yet.
@@ -544,7 +545,7 @@ fn page_that_is_not_shared_is_unmapped_after_a_restart() {
     {
         let what = format!("{host:?}, {state:?}");
         let mut world = World::new(host);
-        ALIASES.into_iter().for_each(|at| world.ask(Ask::Add(at)));
+        ALIASES.into_iter().for_each(|at| world.request(Request::Add(at)));
         world.settle("add");
         // No hold tells of it, only its state.
         world.gate.memory.restore_state(FILE, range(3, 1), state);
@@ -585,9 +586,9 @@ fn unmap_with(world: &mut World, result: fn(u64) -> UnmapResult) {
 #[test]
 fn page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
     let mut world = World::new(HOSTS[0]);
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     world.settle("add");
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Begin(2, 1));
     let id = InvalidationId(world.gate.last().1);
     while !matches!(world.effects.first(), Some(Effect::Unmap { .. })) {
         assert!(world.step(true), "it is unmapped");
@@ -606,8 +607,8 @@ fn page_with_dma_in_flight_after_a_restart_is_not_released_as_private() {
 #[test]
 fn cached_translation_outlasts_the_unmap_of_a_restart_until_the_detach() {
     let mut world = World::new(HOSTS[3]);
-    world.ask(Ask::Add(0));
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Add(0));
+    world.request(Request::Begin(2, 1));
     let id = InvalidationId(world.gate.last().1);
     // It is mapped, and the device uses it, before the gate hears of it.
     assert!(matches!(world.effects.first(), Some(Effect::Map { .. })));
@@ -629,15 +630,15 @@ fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
     let reason = Reason { cause: Cause::DmaInFlight, device: None, rung: Rung::Unmap, errno: 0 };
     for unmapped in [true, false] {
         let mut world = World::new(HOSTS[0]);
-        world.ask(Ask::Add(0));
+        world.request(Request::Add(0));
         world.settle("add");
-        let mut past = Past {
+        let mut past = RecordedState {
             regions: world.gate.written().collect(),
-            holds: vec![(FILE, range(2, 1), HeldBy::Quarantine(InvalidationId(3), reason))],
+            exclusions: vec![(FILE, range(2, 1), ExcludedBy::Quarantine(InvalidationId(3), reason))],
             unmapped,
             last_region: 1,
             last_invalidation: 5,
-            ..Past::default()
+            ..RecordedState::default()
         };
         past.regions[0].closing = false;
         // The process that had the mappings is gone, and they with it; the pages are as they were.
@@ -662,8 +663,8 @@ fn soft_quarantine_is_not_lifted_by_an_unmap_of_the_next_daemon() {
 #[test]
 fn closing_regions_are_not_adopted() {
     let mut world = World::new(HOSTS[0]);
-    world.ask(Ask::Add(0));
-    world.ask(Ask::Add(64));
+    world.request(Request::Add(0));
+    world.request(Request::Add(64));
     world.settle("add");
     world.kernel.fails = (1..1000).collect();
     world.tell(Event::RemoveRegion { caller: caller(OWNER), region: RegionId(2) });
@@ -700,7 +701,7 @@ fn adopt(world: &mut World, client: ClientId) -> Vec<u64> {
 #[test]
 fn adopter_settles_only_conversions_open_at_the_restart() {
     let mut world = World::new(HOSTS[0]);
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     // Another client shows the same file, converts there, and dies between begin and end.
     let stranger = ClientId(5);
     let backing = Backing { file: FILE, offset: Offset(0) };
@@ -715,7 +716,7 @@ fn adopter_settles_only_conversions_open_at_the_restart() {
     let theirs = world.gate.last().1;
     world.tell(Event::ClientGone { client: stranger });
     world.settle("gone");
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Begin(2, 1));
     world.settle("begin");
     let own = world.gate.last().1;
     // Also after a second restart, and after one that nobody has adopted at.
@@ -731,7 +732,7 @@ fn adopter_settles_only_conversions_open_at_the_restart() {
     // The adopter dies: whoever comes after it did not begin it either.
     world.tell(Event::ClientGone { client: ClientId(12) });
     world.settle("gone");
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     world.settle("add");
     world.restart();
     world.settle("restart");
@@ -752,24 +753,26 @@ fn adopter_settles_no_page_that_only_an_alias_shows() {
         world.tell(Event::AddRegion { caller: caller(client), spec: spec(gpa, file) });
     }
     world.settle("add");
-    world.asked = Some(vec![0]);
+    world.requested = Some(vec![0]);
     let (ranges, performer, to) = (range(0, 2).into(), Performer::Client, PageState::Private);
     world.tell(Event::Begin { caller: caller(OWNER), ranges, to, performer, deadline_ns: 1 << 40 });
     world.settle("begin");
     let id = InvalidationId(world.gate.last().1);
     let gate = &mut world.gate;
-    let holds: Vec<_> = [7, 8]
+    let exclusions: Vec<_> = [7, 8]
         .map(|inode| FileId { device: 1, inode })
         .into_iter()
-        .flat_map(|file| gate.holds_over(file, range(0, 1)).into_iter().map(move |(r, by)| (file, r, by)))
+        .flat_map(|file| {
+            gate.exclusions_over(file, range(0, 1)).into_iter().map(move |(r, by)| (file, r, by))
+        })
         .collect();
-    assert_eq!(holds.len(), 2);
-    let past = Past {
+    assert_eq!(exclusions.len(), 2);
+    let past = RecordedState {
         regions: gate.written().filter(|written| written.spec.backing.file.inode == 7).collect(),
-        holds,
+        exclusions,
         last_region: 3,
         last_invalidation: id.0,
-        ..Past::default()
+        ..RecordedState::default()
     };
     resume_from(&mut world, past);
     assert_eq!(adopt(&mut world, ClientId(11)), [0; 0]);
@@ -777,7 +780,7 @@ fn adopter_settles_no_page_that_only_an_alias_shows() {
 }
 
 /// Goes on from `past` in another process, in which nothing is mapped.
-fn resume_from(world: &mut World, past: Past) {
+fn resume_from(world: &mut World, past: RecordedState) {
     world.store = Store::new(Words::memfd("resume", 16 << 20).unwrap()).unwrap();
     world.kernel.pages.clear();
     world.effects.clear();
@@ -794,20 +797,20 @@ fn adopter_settles_no_conversion_only_partly_in_its_memory() {
         let backing = Backing { file: FILE, offset: Offset(0) };
         let (gpa, initial) = (range(64, pages), PageState::Shared);
         let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
-        world.ask(Ask::Add(0));
+        world.request(Request::Add(0));
         world.tell(Event::AddRegion { caller: caller(OWNER), spec });
         world.settle("add");
-        world.ask(Ask::Begin(0, 2));
+        world.request(Request::Begin(0, 2));
         world.settle("begin");
         let id = InvalidationId(world.gate.last().1);
-        let holds = world.gate.holds_over(FILE, range(0, PAGES));
+        let exclusions = world.gate.exclusions_over(FILE, range(0, PAGES));
         // The region that it was begun in does not come back, the alias of its first pages does.
-        let past = Past {
+        let past = RecordedState {
             regions: world.gate.written().filter(|written| written.region == RegionId(2)).collect(),
-            holds: holds.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
+            exclusions: exclusions.into_iter().map(|(range, by)| (FILE, range, by)).collect(),
             last_region: 2,
             last_invalidation: id.0,
-            ..Past::default()
+            ..RecordedState::default()
         };
         resume_from(&mut world, past);
         adopt(&mut world, ClientId(11));
@@ -818,9 +821,9 @@ fn adopter_settles_no_conversion_only_partly_in_its_memory() {
 #[test]
 fn only_the_adopter_settles_what_it_has_adopted() {
     let mut world = World::new(HOSTS[0]);
-    world.ask(Ask::Add(0));
+    world.request(Request::Add(0));
     world.settle("add");
-    world.ask(Ask::Begin(2, 1));
+    world.request(Request::Begin(2, 1));
     world.settle("begin");
     let id = InvalidationId(world.gate.last().1);
     world.restart();
@@ -841,16 +844,16 @@ fn only_the_adopter_settles_what_it_has_adopted() {
 fn quarantine_that_was_disproved_when_the_daemon_ended_is_lifted_at_the_restart() {
     for heard in [&ALIASES[..], &ALIASES[..1]] {
         let mut world = World::new(HOSTS[0]);
-        world.ask(Ask::Add(ALIASES[0]));
-        world.ask(Ask::Add(ALIASES[1]));
+        world.request(Request::Add(ALIASES[0]));
+        world.request(Request::Add(ALIASES[1]));
         world.settle("add");
-        world.ask(Ask::Begin(2, 1));
+        world.request(Request::Begin(2, 1));
         world.settle("begin");
-        world.ask(Ask::End(Outcome::Unknown { errno: 5, offset: 0 }));
+        world.request(Request::End(Outcome::Unknown { errno: 5, offset: 0 }));
         world.settle("end");
         let unknown = world.quarantined();
         world.kernel.fails = (1..1000).collect();
-        world.ask(Ask::Begin(5, 1));
+        world.request(Request::Begin(5, 1));
         world.settle("begin");
         assert_eq!(world.quarantined().len(), 2);
         for alias in heard {
@@ -881,7 +884,7 @@ fn quarantine_from_before_the_ledger_outlasts_every_restart_whatever_its_cause()
         let reason = Reason { cause, device: None, rung: Rung::Unmap, errno: 16 };
         let invalidation = InvalidationId(7);
         world.tell(Event::Quarantine { file: FILE, range: range(2, 1), invalidation, reason });
-        ALIASES.into_iter().for_each(|alias| world.ask(Ask::Add(alias)));
+        ALIASES.into_iter().for_each(|alias| world.request(Request::Add(alias)));
         world.settle("add");
         for _ in 0..3 {
             world.restart();

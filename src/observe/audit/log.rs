@@ -13,7 +13,7 @@ use crate::gate::{Effect, Event, Policy};
 /// The time after which a log that could not be written is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// The time that a session waits for a new file, unless its options say otherwise.
-pub const PATIENCE: Duration = Duration::from_millis(250);
+pub const NEW_FILE_TIMEOUT: Duration = Duration::from_millis(250);
 /// Bytes of the line's buffer that stay allocated between two lines; lines have some hundred bytes, except for rare ones.
 const LINE_BUFFER_BYTES: usize = 64 << 10;
 /// Bytes of a file that are reserved for its first line: a longer line than the rest fits no file.
@@ -27,7 +27,7 @@ pub struct LogOptions {
     /// Bytes of one file.
     pub segment: u64,
     /// The time that the writer waits for a file that is not ready when it is needed; after that, lines are dropped.
-    pub patience: Duration,
+    pub new_file_timeout: Duration,
     /// The maximum number of files, including the one that is written and the one that is allocated next; the oldest is removed.
     pub keep: usize,
     /// The gate's policy, which replay needs.
@@ -91,7 +91,7 @@ impl Log {
                 number,
                 options.segment,
                 options.keep.max(2),
-                options.patience,
+                options.new_file_timeout,
             )?,
             segment: None,
             gap: false,

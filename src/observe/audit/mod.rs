@@ -14,5 +14,5 @@ mod next_segment;
 pub mod reader;
 
 pub use line::{Head, Line, LoggedEffect, Mark};
-pub use log::{Log, LogOptions, PATIENCE};
+pub use log::{Log, LogOptions, NEW_FILE_TIMEOUT};
 pub use reader::{ReadError, Reader, Run};

@@ -188,7 +188,7 @@ impl Checker {
             Event::Unmapped { job, result, .. } => self.unmapped(*job, *result),
             Event::Released { job } => {
                 if let Some(Job { domain, ranges }) = self.jobs.remove(job) {
-                    self.gone_if_whole(domain, ranges);
+                    self.remove_if_complete(domain, ranges);
                 }
             }
             Event::ClientGone { client } => self.client_gone(*client),
@@ -250,14 +250,14 @@ impl Checker {
         let gone = self.partly_gone.entry((domain, ranges.clone())).or_default();
         *gone = gone.saturating_add(bytes);
         match result {
-            UnmapResult::Gone { .. } => self.gone_if_whole(domain, ranges),
+            UnmapResult::Gone { .. } => self.remove_if_complete(domain, ranges),
             UnmapResult::InFlight { .. } => _ = self.jobs.insert(job, Job { domain, ranges }),
             UnmapResult::Failed { .. } => *gone = (*gone).min(mapped),
         }
     }
 
     /// Removes the mappings in these ranges if their full length was reported gone. Nothing may be in flight any more.
-    fn gone_if_whole(&mut self, domain: DomainId, ranges: Vec<PageRange<Iova>>) {
+    fn remove_if_complete(&mut self, domain: DomainId, ranges: Vec<PageRange<Iova>>) {
         let mapped = self.mapped_bytes(domain, &ranges);
         let half_mapped = matches!(ranges[..], [iova] if self.half_mapped.contains(&(domain, iova)));
         let key = (domain, ranges);

@@ -129,7 +129,7 @@ pub fn explain(paths: &[PathBuf], id: InvalidationId) -> Result<Option<(Receipt,
 }
 
 /// Returns the reason why a run is not whole.
-fn why_not_whole(head: &Head) -> &'static str {
+fn why_incomplete(head: &Head) -> &'static str {
     if head.resumed { "it resumes from an earlier daemon's run" } else { "its beginning was rotated away" }
 }
 
@@ -160,7 +160,7 @@ impl Replay {
         let head = &run.head;
         let mut notes = Vec::new();
         if !whole {
-            notes.push(format!("{}: checked as far as it goes, without a gate", why_not_whole(&run.head)));
+            notes.push(format!("{}: checked as far as it goes, without a gate", why_incomplete(&run.head)));
         }
         if head.passgate != env!("CARGO_PKG_VERSION") {
             notes.push(format!("written by passgate {}, whose gate may differ from this one", head.passgate));

@@ -65,7 +65,7 @@ pub enum Socket {
     Path(PathBuf),
     /// A socket that this process was given: one that listens, or the connected one of a front-end. In the latter case the
     /// back-end ends when that front-end disconnects.
-    Handed(OwnedFd),
+    InheritedFd(OwnedFd),
 }
 
 /// The configuration of a back-end.
@@ -122,7 +122,7 @@ impl Door {
                 let listener = listen(&path, &SOCKET_REMEDIES)?;
                 (FrontEndSource::Listening(listener), Some(SocketFile::at(path)))
             }
-            Socket::Handed(fd) => (source_of(fd)?, None),
+            Socket::InheritedFd(fd) => (source_of(fd)?, None),
         };
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         if !(1..=MAX_QUEUES).contains(&options.queues) {
@@ -209,7 +209,7 @@ fn source_of(fd: OwnedFd) -> Result<FrontEndSource> {
         listener.set_nonblocking(true).map_err(|source| Error::Socket {
             path: Path::new("--fd").to_owned(),
             source,
-            mend: "",
+            remedy: "",
         })?;
         FrontEndSource::Listening(listener)
     } else {

@@ -3,7 +3,7 @@
 //!
 //! A request is *outstanding* at the drive, *pending* until there is room there, or *deferred* (`held` in status and metrics):
 //! a page of it is not mapped for the drive at present. A deferred request waits for the session's answer about its pages. It
-//! fails only if they are not the guest's to give ([`Admits::Never`]), or after [`DEFERRAL_TIMEOUT`].
+//! fails only if they are not the guest's to give ([`DmaAccess::Never`]), or after [`DEFERRAL_TIMEOUT`].
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -24,7 +24,7 @@ use super::counts::WorkerCounters;
 use super::inflight::QueueInflight;
 use super::request::{self, Action, Chain, Limits};
 use super::slot::{Slot, SlotState, pages, tag};
-use crate::gate::Admits;
+use crate::gate::DmaAccess;
 use crate::observe::disk::Refusal;
 
 /// The guest's memory, which the front-end replaces when its memory table changes.
@@ -291,7 +291,7 @@ impl Ring {
         memory: &GuestMemoryMmap,
         head: u16,
         ticket: u64,
-        admits: Admits,
+        admits: DmaAccess,
     ) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return };
         if slot.state != SlotState::Deferred(ticket) {
@@ -300,11 +300,13 @@ impl Ring {
         self.deferred -= 1;
         slot.state = SlotState::Pending;
         match admits {
-            Admits::Never => {
+            DmaAccess::Never => {
                 self.counts.count_refusal(Refusal::NotShared);
                 self.answer(queue, memory, head, STATUS_IOERR);
             }
-            Admits::Open | Admits::Later => self.retries.push_back((Instant::now() + RETRY_DELAY, head)),
+            DmaAccess::Open | DmaAccess::Later => {
+                self.retries.push_back((Instant::now() + RETRY_DELAY, head))
+            }
         }
     }
 

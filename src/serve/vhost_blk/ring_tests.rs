@@ -25,7 +25,7 @@ fn request_deferred_too_long_fails_and_is_counted() {
     assert_eq!((disk.holds, disk.refused), (1, [0, 1]));
     assert_eq!(disk.requests[Kind::Write as usize], [0, 1, 0]);
     // A late answer is ignored.
-    ring.query_answered(&mut queue, &memory, 3, 1, Admits::Never);
+    ring.query_answered(&mut queue, &memory, 3, 1, DmaAccess::Never);
     assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1);
 }
 
@@ -42,7 +42,7 @@ fn deferral_timeout_counts_from_the_first_deferral() {
     let deferred = Instant::now();
     let between = std::iter::repeat_with(Instant::now).find(|now| *now > deferred).unwrap();
     let ticket = ring.queries.pop().unwrap().ticket;
-    ring.query_answered(&mut queue, &memory, 3, ticket, Admits::Open);
+    ring.query_answered(&mut queue, &memory, 3, ticket, DmaAccess::Open);
     ring.retries.clear();
     ring.defer(3);
     ring.tick(&mut queue, &memory, between + DEFERRAL_TIMEOUT);
@@ -65,17 +65,17 @@ fn answer_to_an_earlier_query_is_ignored() {
         ring.queries.pop().unwrap().ticket
     };
     let first = defer(&mut ring);
-    ring.query_answered(&mut queue, &memory, 3, first, Admits::Open);
+    ring.query_answered(&mut queue, &memory, 3, first, DmaAccess::Open);
     assert_eq!(ring.gauges(), (0, 1), "its retry is pending");
     ring.retries.clear();
     let second = defer(&mut ring);
-    ring.query_answered(&mut queue, &memory, 3, first, Admits::Never);
+    ring.query_answered(&mut queue, &memory, 3, first, DmaAccess::Never);
     assert_eq!((ring.gauges(), queue.next_used()), ((0, 1), 0), "it is still deferred");
     ring.abandon();
     let third = defer(&mut ring);
-    ring.query_answered(&mut queue, &memory, 3, second, Admits::Never);
+    ring.query_answered(&mut queue, &memory, 3, second, DmaAccess::Never);
     assert_eq!((ring.gauges(), queue.next_used()), ((0, 1), 0), "it is still deferred");
-    ring.query_answered(&mut queue, &memory, 3, third, Admits::Never);
+    ring.query_answered(&mut queue, &memory, 3, third, DmaAccess::Never);
     assert_eq!((ring.gauges(), queue.next_used()), ((0, 0), 1));
 }
 
@@ -93,7 +93,7 @@ fn memory_fault_is_queried_once_then_fails() {
         ring.completed(&mut queue, &memory, (ring.generation, 3), Err(Fault::Memory));
         assert_eq!((ring.gauges(), queue.next_used()), ((0, queried.into()), (!queried).into()));
         if let Some(PageQuery { ticket, .. }) = ring.queries.pop() {
-            ring.query_answered(&mut queue, &memory, 3, ticket, Admits::Open);
+            ring.query_answered(&mut queue, &memory, 3, ticket, DmaAccess::Open);
             ring.retries.clear();
         }
     }

@@ -24,7 +24,7 @@ use super::poll::{AdaptivePoll, Polling};
 use super::ring::{Memory, PageQuery, Ring, RingContext, Vring};
 use super::slot::from_tag;
 use crate::error::{Error, Result};
-use crate::gate::Admits;
+use crate::gate::DmaAccess;
 use crate::serve::Inside;
 use crate::serve::poller::{Interest, Poller};
 
@@ -49,7 +49,7 @@ pub(super) enum WorkerCommand {
     /// its end, says that nothing more is written for the ring.
     Abandon { ring: u16, done: Sender<()> },
     /// The session's answer about the pages of a deferred request.
-    Answer { ring: u16, head: u16, ticket: u64, admits: Admits },
+    Answer { ring: u16, head: u16, ticket: u64, admits: DmaAccess },
     /// End the thread.
     Exit,
 }

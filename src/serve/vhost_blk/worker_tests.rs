@@ -10,7 +10,7 @@ use passgate_bindings::PageRange;
 use passgate_bindings::memory::GuestFile;
 use passgate_bindings::units::{Offset, PAGE};
 use passgate_sim::iommu::{Memory as Pages, Sim};
-use passgate_sim::nvme::{Does, Options, Simulated, When};
+use passgate_sim::nvme::{CommandFilter, FaultAction, Options, Simulated};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -243,13 +243,13 @@ fn worker_does_not_write_to_memory_removed_while_it_waited_for_the_ring_lock() {
 #[test]
 fn completion_of_an_earlier_ring_generation_is_dropped() {
     let mut bench = Bench::new();
-    bench.sim.fault(When::any().times(2), Does::HoldCompletion);
+    bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallCompletion);
     let (mailbox, thread) = bench.worker(Polling::Never);
     for generation in 1..=2 {
         bench.set_up();
         bench.offer(0, FLUSH, 0);
         mailbox.send(WorkerCommand::Start { ring: 0, inflight: None });
-        assert!(bench.sim.await_held(generation, TIMEOUT));
+        assert!(bench.sim.await_stalled(generation, TIMEOUT));
     }
     assert!(bench.sim.release_next());
     // The drive completes this one after the late one.
@@ -324,12 +324,12 @@ fn write_offered_after_the_cache_is_switched_off_is_on_the_medium_when_answered(
 #[test]
 fn completion_after_abandon_writes_to_no_memory() {
     let mut bench = Bench::new();
-    bench.sim.fault(When::any(), Does::HoldCompletion);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallCompletion);
     let (mailbox, thread) = bench.worker(Polling::Never);
     bench.set_up();
     bench.offer(0, FLUSH, 0);
     mailbox.send(WorkerCommand::Start { ring: 0, inflight: None });
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     let (ended, gave_up) = mpsc::channel();
     mailbox.send(WorkerCommand::Stop { ring: 0, ended });
     drop(gave_up);
@@ -350,13 +350,13 @@ fn completion_after_abandon_writes_to_no_memory() {
 #[test]
 fn ring_end_is_reported_once_no_request_is_in_flight() {
     let mut bench = Bench::new();
-    bench.sim.fault(When::any().times(2), Does::HoldCompletion);
+    bench.sim.fault(CommandFilter::any().times(2), FaultAction::StallCompletion);
     let (mailbox, thread) = bench.worker(Polling::Never);
     bench.set_up();
     bench.offer(0, FLUSH, 0);
     bench.offer(1, FLUSH, 0);
     mailbox.send(WorkerCommand::Start { ring: 0, inflight: None });
-    assert!(bench.sim.await_held(2, TIMEOUT));
+    assert!(bench.sim.await_stalled(2, TIMEOUT));
     let (ended, end) = mpsc::channel();
     mailbox.send(WorkerCommand::Stop { ring: 0, ended });
     await_sleep_after_commands(&mailbox);
@@ -404,12 +404,12 @@ fn request_offered_before_the_worker_sleeps_needs_no_kick() {
 #[test]
 fn abandoned_stop_does_not_end_the_restarted_ring() {
     let mut bench = Bench::new();
-    bench.sim.fault(When::any(), Does::HoldCompletion);
+    bench.sim.fault(CommandFilter::any(), FaultAction::StallCompletion);
     let (mailbox, thread) = bench.worker(Polling::Never);
     bench.set_up();
     bench.offer(0, FLUSH, 0);
     mailbox.send(WorkerCommand::Start { ring: 0, inflight: None });
-    assert!(bench.sim.await_held(1, TIMEOUT));
+    assert!(bench.sim.await_stalled(1, TIMEOUT));
     let (ended, gave_up) = mpsc::channel();
     mailbox.send(WorkerCommand::Stop { ring: 0, ended });
     drop(gave_up);
@@ -453,7 +453,7 @@ fn request_reported_open_but_refused_by_the_drive_times_out() {
         ring.pull(queue, &memory, &mut context, true);
         let queries: Vec<_> = ring.queries.drain(..).collect();
         assert_eq!((queries.len(), bench.status(0)), (1, 0xee), "after {second} s");
-        ring.query_answered(queue, &memory, queries[0].head, queries[0].ticket, Admits::Open);
+        ring.query_answered(queue, &memory, queries[0].head, queries[0].ticket, DmaAccess::Open);
     }
     ring.tick(queue, &memory, begun + Duration::from_secs(32));
     ring.pull(queue, &memory, &mut context, true);

@@ -136,7 +136,7 @@ fn different_files_stored_under_one_name_are_not_restored() {
     let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
     let restores = |fds: Vec<OwnedFd>| {
         let mut files = Files::new(false);
-        files.restore_file(id, &mut Kept::of(BTreeMap::from([(Name::Memory(id), fds)])));
+        files.restore_file(id, &mut StoredFds::of(BTreeMap::from([(Name::Memory(id), fds)])));
         files.get(id).is_some()
     };
     assert!(restores(vec![clone(&one), clone(&one)]));

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::gate::ledger::OpenError;
 use crate::gate::ledger::{Full, Mapped, PageMap, Store};
-use crate::gate::{DeviceId, FileId, HeldBy, Past, RegionId};
+use crate::gate::{DeviceId, ExcludedBy, FileId, RecordedState, RegionId};
 
 /// The reason why a process cannot resume from a ledger. The text is a part of a message.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +45,7 @@ pub enum LoadError {
 #[derive(Debug)]
 pub struct EarlierState {
     /// The state of the gate.
-    pub past: Past,
+    pub past: RecordedState,
     /// The ids of the domain.
     pub ids: DomainIds,
     /// The names of the devices, in the order of their numbers.
@@ -57,17 +57,17 @@ pub struct EarlierState {
 }
 
 /// The exclusions of an earlier process: open conversions and quarantine.
-pub type Holds = Vec<(FileId, PageRange<Offset>, HeldBy)>;
+pub type Exclusions = Vec<(FileId, PageRange<Offset>, ExcludedBy)>;
 
 /// Returns the exclusions in the ledger in this memfd, for a process that does not resume from it. An error if the ledger is not
 /// complete: then there may be others.
-pub fn holds_in(fd: OwnedFd) -> Result<Holds, LoadError> {
+pub fn read_exclusions(fd: OwnedFd) -> Result<Exclusions, LoadError> {
     let (mut persistent, records) = PersistentState::over(Store::open(Words::from_fd(fd)?)?)?;
     persistent.load_ids()?;
-    let mut past = Past::default();
+    let mut past = RecordedState::default();
     persistent.load_counters(&mut past)?;
     persistent.load_exclusions(records.exclusions, &mut past)?;
-    Ok(past.holds)
+    Ok(past.exclusions)
 }
 
 /// The records that were found in a store.
@@ -83,7 +83,7 @@ impl PersistentState {
     pub fn open(fd: OwnedFd) -> Result<(Self, EarlierState), LoadError> {
         let (mut persistent, records) = Self::over(Store::open(Words::from_fd(fd)?)?)?;
         let (ids, named) = persistent.load_ids()?;
-        let mut past = Past { unmapped: ids == DomainIds::Nothing, ..Past::default() };
+        let mut past = RecordedState { unmapped: ids == DomainIds::Nothing, ..RecordedState::default() };
         persistent.load_counters(&mut past)?;
         persistent.load_regions(records.regions, &mut past)?;
         persistent.load_exclusions(records.exclusions, &mut past)?;
@@ -117,7 +117,7 @@ impl PersistentState {
         Ok((ids, names.ok_or(LoadError::Damaged("the names of its devices"))?))
     }
 
-    fn load_counters(&mut self, past: &mut Past) -> Result<(), LoadError> {
+    fn load_counters(&mut self, past: &mut RecordedState) -> Result<(), LoadError> {
         let counters = self.meta.line(COUNTERS).ok_or(LoadError::Damaged("its counters"))?;
         let read = |word: usize| counters[word].load(Relaxed);
         if read(OVERFLOWED) != 0 {
@@ -135,7 +135,11 @@ impl PersistentState {
         Ok(())
     }
 
-    fn load_regions(&mut self, records: Vec<(Slot, Record)>, past: &mut Past) -> Result<(), LoadError> {
+    fn load_regions(
+        &mut self,
+        records: Vec<(Slot, Record)>,
+        past: &mut RecordedState,
+    ) -> Result<(), LoadError> {
         for (slot, words) in records {
             let written = record::decode_region(&words).ok_or(LoadError::Damaged("a region"))?;
             if written.region.0 > past.last_region {
@@ -161,25 +165,33 @@ impl PersistentState {
         Ok(())
     }
 
-    fn load_exclusions(&mut self, records: Vec<(Slot, Record)>, past: &mut Past) -> Result<(), LoadError> {
+    fn load_exclusions(
+        &mut self,
+        records: Vec<(Slot, Record)>,
+        past: &mut RecordedState,
+    ) -> Result<(), LoadError> {
         for (slot, words) in records {
             let exclusion = record::decode_exclusion(&words);
             let (file, range, by) = exclusion.ok_or(LoadError::Damaged("an exclusion"))?;
-            let (HeldBy::Open(id) | HeldBy::Quarantine(id, _)) = by;
+            let (ExcludedBy::Open(id) | ExcludedBy::Quarantine(id, _)) = by;
             if id.0 > past.last_invalidation {
                 return Err(LoadError::Damaged("an exclusion by an invalidation that never began"));
             }
-            past.holds.push((file, range, by));
+            past.exclusions.push((file, range, by));
             // The gate excludes all of these pages again, and the new records are written before these are cleared.
             self.stale.push(slot);
         }
         // Of two that overlap the gate takes the first. That must be the open conversion: its quarantine lasts until an operator
         // releases it, whereas a proof may lift the other.
-        past.holds.sort_by_key(|(.., by)| matches!(by, HeldBy::Quarantine(..)));
+        past.exclusions.sort_by_key(|(.., by)| matches!(by, ExcludedBy::Quarantine(..)));
         Ok(())
     }
 
-    fn load_unended(&mut self, records: Vec<(Slot, Record)>, past: &mut Past) -> Result<(), LoadError> {
+    fn load_unended(
+        &mut self,
+        records: Vec<(Slot, Record)>,
+        past: &mut RecordedState,
+    ) -> Result<(), LoadError> {
         for (slot, words) in records {
             let id = record::decode_unended(&words).filter(|id| id.0 <= past.last_invalidation);
             let id = id.ok_or(LoadError::Damaged("an open conversion"))?;
@@ -207,10 +219,10 @@ impl PersistentState {
     }
 
     /// Discards the page states of files that are in no region and of which no page is excluded.
-    fn discard_unused_files(&self, past: &Past) {
+    fn discard_unused_files(&self, past: &RecordedState) {
         for file in PageMap::files(&self.store) {
             let in_region = past.regions.iter().any(|region| region.spec.backing.file == file);
-            let is_excluded = past.holds.iter().any(|(excluded, ..)| *excluded == file);
+            let is_excluded = past.exclusions.iter().any(|(excluded, ..)| *excluded == file);
             if !in_region
                 && !is_excluded
                 && let Ok(map) = PageMap::in_store(&self.store, file)

@@ -24,11 +24,11 @@ use passgate_bindings::{Failed, PageRange};
 
 use crate::gate::ledger::{Full, Key, Mapped, Store, Table};
 use crate::gate::{
-    DeviceId, DomainId, Effect, Event, FileId, FilePages, Gate, HeldBy, InvalidationId, MapResult, Notice,
-    RegionId, Written,
+    DeviceId, DomainId, Effect, Event, ExcludedBy, FileId, FilePages, Gate, InvalidationId, MapResult,
+    Notice, RegionId, RegionRecord,
 };
 
-pub use load::{EarlierState, Holds, LoadError, holds_in};
+pub use load::{EarlierState, Exclusions, LoadError, read_exclusions};
 pub(super) use record::StoredRegionInfo;
 use slots::{Slot, Slots};
 
@@ -83,9 +83,9 @@ pub struct PersistentState {
     info_slots: Slots,
     unended_slots: Slots,
     /// The regions as they are recorded, with their records.
-    region_records: BTreeMap<RegionId, (Slot, Written)>,
+    region_records: BTreeMap<RegionId, (Slot, RegionRecord)>,
     /// The exclusions as they are recorded, by their first page.
-    exclusion_records: BTreeMap<(FileId, Offset), (Slot, PageRange<Offset>, HeldBy)>,
+    exclusion_records: BTreeMap<(FileId, Offset), (Slot, PageRange<Offset>, ExcludedBy)>,
     /// The records of the session's properties of regions.
     info_records: BTreeMap<RegionId, Slot>,
     /// The records of conversions without an end.
@@ -282,7 +282,7 @@ impl PersistentState {
 
     /// Records the regions; appends the records that are to be cleared to `old`.
     fn record_regions(&mut self, gate: &Gate, old: &mut Vec<Slot>) {
-        let now: BTreeMap<RegionId, Written> =
+        let now: BTreeMap<RegionId, RegionRecord> =
             gate.written().map(|written| (written.region, written)).collect();
         for (id, written) in &now {
             if self.region_records.get(id).is_some_and(|(_, recorded)| recorded == written) {
@@ -312,7 +312,7 @@ impl PersistentState {
         range: PageRange<Offset>,
         old: &mut Vec<Slot>,
     ) {
-        let now = gate.holds_over(file, range);
+        let now = gate.exclusions_over(file, range);
         for (excluded, by) in &now {
             let key = (file, excluded.start());
             let recorded = self.exclusion_records.get(&key);

@@ -8,8 +8,8 @@ use passgate_bindings::{Gpa, PAGE, PageRange};
 
 use super::slots::Record;
 use crate::gate::{
-    Backing, Cause, DeviceId, FileId, HeldBy, InvalidationId, PageState, Reason, RegionId, RegionSpec, Rung,
-    Written,
+    Backing, Cause, DeviceId, ExcludedBy, FileId, InvalidationId, PageState, Reason, RegionId, RegionRecord,
+    RegionSpec, Rung,
 };
 
 /// Bits 0 to 7 of a region's first word.
@@ -28,8 +28,8 @@ const QUARANTINE: u64 = 2;
 /// file, 0. In the first word are the kind (bits 0 to 7), the binary logarithms of the bytes per mapping (8 to 15), of the
 /// file's page (16 to 23) and of the bytes per mapping that its owner asked for (24 to 31; 0 for none), the flags (32, 33), and the
 /// initial state (40 to 47).
-pub(super) fn encode_region(written: &Written) -> Record {
-    let Written { region, spec, piece, closing } = *written;
+pub(super) fn encode_region(written: &RegionRecord) -> Record {
+    let RegionRecord { region, spec, piece, closing } = *written;
     let RegionSpec { gpa, backing, writable, piece: asked, page, initial } = spec;
     let log2 = |size: u64| u64::from(size.checked_ilog2().unwrap_or(0));
     let flag = |set: bool, bit: u64| if set { bit } else { 0 };
@@ -41,7 +41,7 @@ pub(super) fn encode_region(written: &Written) -> Record {
 }
 
 /// Decodes a region; none for a record that no region has.
-pub(super) fn decode_region(record: &Record) -> Option<Written> {
+pub(super) fn decode_region(record: &Record) -> Option<RegionRecord> {
     let [first, id, start, len, offset, device, inode, _] = *record;
     let size = |shift: u32| 1_u64.checked_shl((first >> shift & 0xff) as u32).filter(|size| *size >= PAGE);
     let asked = match first >> 24 & 0xff {
@@ -63,16 +63,16 @@ pub(super) fn decode_region(record: &Record) -> Option<Written> {
         initial: *PageState::ALL.get((first >> 40 & 0xff) as usize)?,
     };
     let region = RegionId(u32::try_from(id).ok()?);
-    Some(Written { region, spec, piece: size(8)?, closing: first & CLOSING != 0 })
+    Some(RegionRecord { region, spec, piece: size(8)?, closing: first & CLOSING != 0 })
 }
 
 /// Encodes an exclusion. The words are: first, invalidation, offset in the file, length, device and inode of the file, errno, 0.
 /// In the first word are the kind (bits 0 to 7) and, of a quarantine, the cause (8 to 15), the rung (16 to 23), and the device (32
 /// to 47) if bit 24 is set.
-pub(super) fn encode_exclusion(file: FileId, range: PageRange<Offset>, by: HeldBy) -> Record {
+pub(super) fn encode_exclusion(file: FileId, range: PageRange<Offset>, by: ExcludedBy) -> Record {
     let (first, id, errno) = match by {
-        HeldBy::Open(id) => (OPEN, id, 0),
-        HeldBy::Quarantine(id, Reason { cause, device, rung, errno }) => {
+        ExcludedBy::Open(id) => (OPEN, id, 0),
+        ExcludedBy::Quarantine(id, Reason { cause, device, rung, errno }) => {
             let device = device.map_or(0, |device| 1 << 24 | u64::from(device.0) << 32);
             (QUARANTINE | (cause as u64) << 8 | u64::from(rung.number()) << 16 | device, id, errno)
         }
@@ -82,12 +82,12 @@ pub(super) fn encode_exclusion(file: FileId, range: PageRange<Offset>, by: HeldB
 }
 
 /// Decodes an exclusion; none for a record that no exclusion has.
-pub(super) fn decode_exclusion(record: &Record) -> Option<(FileId, PageRange<Offset>, HeldBy)> {
+pub(super) fn decode_exclusion(record: &Record) -> Option<(FileId, PageRange<Offset>, ExcludedBy)> {
     let [first, id, start, len, device, inode, errno, _] = *record;
     let range = PageRange::new(start, len).ok()?;
     let (file, id) = (FileId { device, inode }, InvalidationId(id));
     let by = match first & 0xff {
-        OPEN if first == OPEN => HeldBy::Open(id),
+        OPEN if first == OPEN => ExcludedBy::Open(id),
         QUARANTINE => {
             let cause = (first >> 8 & 0xff).checked_sub(1)?;
             let device = (first >> 24 & 1 == 1).then_some(DeviceId((first >> 32) as u16));
@@ -97,7 +97,7 @@ pub(super) fn decode_exclusion(record: &Record) -> Option<(FileId, PageRange<Off
                 rung: *Rung::LADDER.get((first >> 16 & 0xff) as usize)?,
                 errno: u32::try_from(errno).ok()?.cast_signed(),
             };
-            HeldBy::Quarantine(id, reason)
+            ExcludedBy::Quarantine(id, reason)
         }
         _ => return None,
     };
@@ -197,12 +197,12 @@ mod tests {
     use super::*;
     use crate::gate::Step;
 
-    fn written() -> Written {
+    fn written() -> RegionRecord {
         let backing = Backing { file: FileId { device: 7, inode: u64::MAX }, offset: Offset(3 * PAGE) };
         let gpa = PageRange::new(1 << 40, 1 << 40).unwrap();
         let spec =
             RegionSpec { gpa, backing, writable: true, piece: 0, page: PAGE, initial: PageState::Private };
-        Written { region: RegionId(u32::MAX), spec, piece: 2 << 20, closing: false }
+        RegionRecord { region: RegionId(u32::MAX), spec, piece: 2 << 20, closing: false }
     }
 
     #[test]
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn records_survive_encoding() {
         let mut all = vec![written()];
-        all.push(Written {
+        all.push(RegionRecord {
             closing: true,
             spec: RegionSpec { writable: false, piece: 1 << 30, ..all[0].spec },
             ..all[0]
@@ -225,11 +225,11 @@ mod tests {
             assert_eq!(decode_region(&encode_region(&one)), Some(one));
         }
         let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(PAGE, 5 * PAGE).unwrap());
-        let mut exclusions = vec![HeldBy::Open(InvalidationId(9))];
+        let mut exclusions = vec![ExcludedBy::Open(InvalidationId(9))];
         for cause in Cause::ALL {
             for (device, errno) in [(None, -1), (Some(DeviceId(0)), 0), (Some(DeviceId(u16::MAX)), 14)] {
                 let reason = Reason { cause, device, rung: Rung::Fence(Step::Reset), errno };
-                exclusions.push(HeldBy::Quarantine(InvalidationId(u64::MAX), reason));
+                exclusions.push(ExcludedBy::Quarantine(InvalidationId(u64::MAX), reason));
             }
         }
         for by in exclusions {
@@ -262,7 +262,7 @@ mod tests {
         }
         let file = FileId { device: 1, inode: 2 };
         let reason = Reason { cause: Cause::OwnerUnknown, device: None, rung: Rung::Unmap, errno: 0 };
-        let by = HeldBy::Quarantine(InvalidationId(3), reason);
+        let by = ExcludedBy::Quarantine(InvalidationId(3), reason);
         let record = encode_exclusion(file, PageRange::new(0, PAGE).unwrap(), by);
         for (at, value) in
             [(0, 0), (0, 2), (0, 1 << 32 | 1), (0, 2 | 11 << 8), (1, 0), (3, 0), (3, 5), (6, 1 << 32)]

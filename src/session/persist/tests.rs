@@ -44,7 +44,7 @@ impl World {
         persistent.complete(DomainIds::Type1 { entries: 65_535 }, &[]);
         let policy = Policy { on_stuck_dma: OnStuckDma::Fence, ..Policy::default() };
         let mut gate = Gate::new(policy, words::private);
-        gate.keep_in(persistent.store().clone());
+        gate.use_store(persistent.store().clone());
         let gone = |bytes| UnmapResult::Gone { bytes };
         let mut world = Self { gate, persistent, unmap: gone, hangs: false, answers: Vec::new() };
         let caps = DomainCaps::new(1000, 1 << 30);
@@ -115,9 +115,9 @@ fn no_exclusion_of_an_ended_batch_is_recorded() {
     let ranges = Ranges::try_from(vec![pages(2, 1), pages(5, 2), pages(9, 1)]).unwrap();
     let invalidation = world.begin(ranges);
     let open = PersistentState::open(world.persistent.fd().unwrap().try_clone_to_owned().unwrap()).unwrap().1;
-    assert_eq!(open.past.holds.len(), 3);
+    assert_eq!(open.past.exclusions.len(), 3);
     world.handle(Event::End { caller: CALLER, invalidation, outcome: Outcome::Committed });
-    assert_eq!(world.end().1.past.holds, []);
+    assert_eq!(world.end().1.past.exclusions, []);
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn quarantine_lifted_by_proof_is_not_recorded() {
     world.handle(Event::RemoveRegion { caller: CALLER, region });
     assert_eq!(world.gate.snapshot().quarantine, []);
     let (_, left) = world.end();
-    assert_eq!((left.past.holds, left.past.regions), (Vec::new(), Vec::new()));
+    assert_eq!((left.past.exclusions, left.past.regions), (Vec::new(), Vec::new()));
 }
 
 #[test]
@@ -150,8 +150,8 @@ fn only_the_failed_part_of_a_conversion_is_recorded_as_quarantine() {
     let second = world.begin(pages(1, 5).into());
     assert!(matches!(world.answers.last(), Some(Answer::Verdict { verdict: Verdict::Refused { .. }, .. })));
     let (_, left) = world.end();
-    let [(FILE, excluded, HeldBy::Quarantine(since, _))] = left.past.holds[..] else {
-        panic!("{:?}", left.past.holds)
+    let [(FILE, excluded, ExcludedBy::Quarantine(since, _))] = left.past.exclusions[..] else {
+        panic!("{:?}", left.past.exclusions)
     };
     assert_eq!((excluded, since), (pages(3, 1), second));
 }
@@ -167,7 +167,8 @@ fn overflowed_ledger_is_not_resumed_from() {
 #[test]
 fn open_conversion_is_read_before_a_quarantine_of_the_same_range() {
     let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
-    let (open, lifted) = (HeldBy::Open(InvalidationId(1)), HeldBy::Quarantine(InvalidationId(1), reason));
+    let (open, lifted) =
+        (ExcludedBy::Open(InvalidationId(1)), ExcludedBy::Quarantine(InvalidationId(1), reason));
     for order in [[open, lifted], [lifted, open]] {
         let mut world = World::new();
         world.begin(pages(9, 1).into());
@@ -175,7 +176,7 @@ fn open_conversion_is_read_before_a_quarantine_of_the_same_range() {
             world.persistent.exclusion_slots.put(record::encode_exclusion(FILE, pages(2, 1), by)).unwrap();
         }
         let (_, left) = world.end();
-        let over = left.past.holds.iter().filter(|(_, range, _)| *range == pages(2, 1));
+        let over = left.past.exclusions.iter().filter(|(_, range, _)| *range == pages(2, 1));
         assert_eq!(over.map(|(.., by)| *by).collect::<Vec<_>>(), [open, lifted]);
     }
 }
@@ -188,11 +189,11 @@ fn region_with_two_records_is_closing_if_either_says_so() {
         let (slot, _) = world.persistent.region_records[&written.region];
         world.persistent.region_slots.clear(slot);
         for closing in order {
-            let record = record::encode_region(&Written { closing, ..written });
+            let record = record::encode_region(&RegionRecord { closing, ..written });
             world.persistent.region_slots.put(record).unwrap();
         }
         let (persistent, left) = world.end();
-        assert_eq!(left.past.regions, [Written { closing: true, ..written }]);
+        assert_eq!(left.past.regions, [RegionRecord { closing: true, ..written }]);
         let (_, found) = Slots::open(persistent.store(), REGIONS_KIND);
         assert_eq!(found.len(), 1, "the other record is cleared");
     }
@@ -210,9 +211,9 @@ fn restart_leaves_one_record_for_each_exclusion() {
     world.begin(pages(4, 2).into());
     let (mut persistent, mut left) = world.end();
     for _ in 0..3 {
-        assert_eq!(left.past.holds.len(), 2);
+        assert_eq!(left.past.exclusions.len(), 2);
         let mut gate = Gate::new(Policy::default(), words::private);
-        gate.keep_in(persistent.store().clone());
+        gate.use_store(persistent.store().clone());
         let (mut effects, domain) = (Effects::new(), DOMAIN);
         let caps = DomainCaps::new(1000, 1 << 30);
         gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
@@ -231,7 +232,7 @@ fn records_of_unended_conversions_are_compared_only_if_one_may_be_settled() {
     let unmap = world.unmap;
     let (mut persistent, left) = world.end();
     let mut gate = Gate::new(Policy::default(), words::private);
-    gate.keep_in(persistent.store().clone());
+    gate.use_store(persistent.store().clone());
     let (mut effects, domain) = (Effects::new(), DOMAIN);
     let caps = DomainCaps::new(1000, 1 << 30);
     gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
@@ -244,5 +245,5 @@ fn records_of_unended_conversions_are_compared_only_if_one_may_be_settled() {
     assert_eq!(UNENDED_COMPARISONS.get(), before);
     world.handle(Event::Release { caller: CALLER, invalidation: unended, to: PageState::Shared });
     let (_, left) = world.end();
-    assert_eq!((left.past.unended, left.past.holds), (Vec::new(), Vec::new()));
+    assert_eq!((left.past.unended, left.past.exclusions), (Vec::new(), Vec::new()));
 }

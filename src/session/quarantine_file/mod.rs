@@ -110,9 +110,9 @@ impl QuarantineFile {
     }
 
     fn read(&self, used: bool) -> Result<Option<Head>> {
-        let mend =
+        let remedy =
             ": which memory was in quarantine is unknown; stop what uses it, then move the directory away";
-        let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, mend };
+        let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, remedy };
         let used = used || std::fs::symlink_metadata(self.mark()).is_ok();
         let aside = self.dir.join(INCOMPLETE);
         if used && std::fs::symlink_metadata(&aside).is_ok() {
@@ -153,8 +153,8 @@ impl QuarantineFile {
     /// Writes the quarantine that was taken over, and the mark of this boot: from now on a missing file is a lost one. `ENOSPC` if
     /// there is no room for it.
     pub fn begin(&mut self, quarantine: &[Event]) -> Result<()> {
-        let mend = ": the quarantine must be written down there; make room, or name another --state-dir";
-        let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, mend };
+        let remedy = ": the quarantine must be written down there; make room, or name another --state-dir";
+        let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, remedy };
         let ranges = quarantine.iter().filter_map(Range::of_event).collect();
         self.replace(ranges).map_err(|error| failed(&self.path, error))?;
         let mark = self.mark();

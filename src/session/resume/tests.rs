@@ -12,7 +12,7 @@ use super::*;
 use crate::gate::{Answer, Caller, DeviceId, Door, Event, Gate, Outcome, PageState, Performer, Policy};
 use crate::gate::{QuarantineStatus, Rung};
 use crate::protocol::verbs::AddMemory;
-use crate::session::persist::{LoadError, holds_in};
+use crate::session::persist::{LoadError, read_exclusions};
 use crate::session::records::{Records, StateOptions};
 use crate::session::{Next, SystemClock, Trust};
 
@@ -32,7 +32,7 @@ fn session_of(
     let mut session = Session::new(policy, domain, devices, trust, clock, None, None);
     // As `Session::new` does with a `Persistence`, but without a service manager.
     session.gate = Gate::new(Policy::default(), words::private);
-    session.gate.keep_in(persistent.store().clone());
+    session.gate.use_store(persistent.store().clone());
     session.storage.set_persistent(persistent);
     session.hardware.initial_events(&[]).into_iter().for_each(|event| session.handle(event));
     session
@@ -114,8 +114,9 @@ fn quarantine_only_on_disk_is_added_until_an_operator_releases_it() {
     let file = FileId { device: 1, inode: 2 };
     let range = |page: u64, pages: u64| PageRange::new(page * PAGE, pages * PAGE).unwrap();
     let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
-    let in_ledger = (file, range(2, 2), HeldBy::Quarantine(InvalidationId(4), reason));
-    let mut past = Past { holds: vec![in_ledger], last_invalidation: 5, ..Past::default() };
+    let in_ledger = (file, range(2, 2), ExcludedBy::Quarantine(InvalidationId(4), reason));
+    let mut past =
+        RecordedState { exclusions: vec![in_ledger], last_invalidation: 5, ..RecordedState::default() };
     let on_disk = |page, pages, invalidation| Event::Quarantine {
         file,
         range: range(page, pages),
@@ -123,11 +124,11 @@ fn quarantine_only_on_disk_is_added_until_an_operator_releases_it() {
         reason,
     };
     add_quarantine_on_disk(&mut past, vec![on_disk(2, 2, 4)]);
-    assert_eq!((past.holds.len(), past.last_invalidation), (1, 5), "it is the same");
+    assert_eq!((past.exclusions.len(), past.last_invalidation), (1, 5), "it is the same");
     add_quarantine_on_disk(&mut past, vec![on_disk(1, 4, 9)]);
-    let unknown = HeldBy::Quarantine(InvalidationId(9), Reason { cause: Cause::OwnerUnknown, ..reason });
+    let unknown = ExcludedBy::Quarantine(InvalidationId(9), Reason { cause: Cause::OwnerUnknown, ..reason });
     let both = [in_ledger, (file, range(1, 1), unknown), (file, range(4, 1), unknown)];
-    assert_eq!((&past.holds[..], past.last_invalidation), (&both[..], 9));
+    assert_eq!((&past.exclusions[..], past.last_invalidation), (&both[..], 9));
 }
 
 fn records(dir: &std::path::Path, resumed: bool) -> crate::error::Result<Records> {
@@ -152,7 +153,7 @@ fn quarantine_on_disk_is_added_only_if_the_ledger_may_not_have_it() {
         drop(persistent);
         let (persistent, left) = PersistentState::open(fd).unwrap();
         let (store, _removed) = FdStore::detached();
-        let left = Some((left, Kept::of(BTreeMap::new())));
+        let left = Some((left, StoredFds::of(BTreeMap::new())));
         let hold = Persistence { store, persistent, earlier: left, quarantine: None };
         let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
         let opened = Some(records(dir.path(), true).unwrap());
@@ -173,9 +174,9 @@ fn quarantine_on_disk_is_added_only_if_the_ledger_may_not_have_it() {
 fn ledger_that_was_never_complete_is_not_read_as_empty() {
     let persistent = PersistentState::new().unwrap();
     let fd = || persistent.fd().unwrap().try_clone_to_owned().unwrap();
-    assert!(matches!(holds_in(fd()), Err(LoadError::Incomplete)));
+    assert!(matches!(read_exclusions(fd()), Err(LoadError::Incomplete)));
     persistent.complete(DomainIds::Nothing, &[]);
-    assert!(holds_in(fd()).unwrap().is_empty());
+    assert!(read_exclusions(fd()).unwrap().is_empty());
 }
 
 #[test]
@@ -185,7 +186,7 @@ fn quarantine_of_a_ledger_that_is_not_taken_over_is_written_to_disk() {
     let (file, range) = (FileId { device: 1, inode: 2 }, PageRange::new(2 * PAGE, PAGE).unwrap());
     let event = Event::Quarantine { file, range, invalidation: InvalidationId(4), reason };
     let (store, _removed) = FdStore::detached();
-    let quarantine = Some((vec![event.clone()], Kept::of(BTreeMap::new())));
+    let quarantine = Some((vec![event.clone()], StoredFds::of(BTreeMap::new())));
     let hold = Persistence { store, persistent: PersistentState::new().unwrap(), earlier: None, quarantine };
     let domain = Arc::new(Sim::new(Sim::CAPABILITIES, Memory::new()).unwrap());
     let clock = Arc::new(SystemClock);
@@ -270,8 +271,8 @@ fn restart_announces_exactly_the_live_ranges_to_the_domain() {
     let window = Window::new(1, 1);
     let domain = Arc::new(Windowed::new(Arc::new(sim.clone()), Arc::clone(&window)));
     // The exclusions can also be read without taking the ledger over.
-    let holds = holds_in(ledger.try_clone().unwrap()).unwrap();
-    let [(file, excluded, HeldBy::Open(_))] = holds[..] else { panic!("{holds:?}") };
+    let exclusions = read_exclusions(ledger.try_clone().unwrap()).unwrap();
+    let [(file, excluded, ExcludedBy::Open(_))] = exclusions[..] else { panic!("{exclusions:?}") };
     assert_eq!((excluded.start().0 / PAGE, excluded.pages()), (5, 1));
     let (persistent, left) = PersistentState::open(ledger).unwrap();
     let mut second = session(domain, persistent);
@@ -279,7 +280,7 @@ fn restart_announces_exactly_the_live_ranges_to_the_domain() {
     assert_eq!(file, FileId { device: found.device, inode: found.inode });
     let name = Name::Memory(FileId { device: found.device, inode: found.inode });
     assert!(admitted(&window).is_empty());
-    second.resume_from(left, Kept::of(BTreeMap::from([(name, vec![fd])])));
+    second.resume_from(left, StoredFds::of(BTreeMap::from([(name, vec![fd])])));
     assert_eq!(admitted(&window), [0, 1, 3, 4, 6, 7]);
     settle(&mut second);
     assert_eq!(admitted(&window), [0, 1, 3, 4, 6, 7]);

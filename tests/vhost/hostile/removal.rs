@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use passgate_bindings::Iova;
-use passgate_sim::nvme::{self as sim, Does, When};
+use passgate_sim::nvme::{self as sim, CommandFilter, FaultAction};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -48,12 +48,12 @@ fn bytes(guest: &Guest, at: u64, len: usize) -> Vec<u8> {
 fn start_held_reads(world: &World, guest: &mut Guest, count: u16) {
     world.sim.medium().write(0, &[0xdd; 64 * 512]);
     guest.memory.write(REMOVED_GPA, &[0x11; 64 * 512]).unwrap();
-    world.sim.fault(When::io(sim::opcode::READ).always(), Does::HoldData);
+    world.sim.fault(CommandFilter::io(sim::opcode::READ).always(), FaultAction::StallData);
     for n in 0..count {
         guest.request(0, n * 3, IN, u64::from(n), &[(REMOVED_GPA + u64::from(n) * 512, 512)]);
     }
     guest.kick(0);
-    assert!(world.sim.await_held(count.into(), TIMEOUT));
+    assert!(world.sim.await_stalled(count.into(), TIMEOUT));
     // Later requests are not held.
     world.sim.behave();
 }
@@ -164,17 +164,17 @@ fn get_vring_base_waits_for_requests_in_flight() {
     let world = world();
     let mut guest = guest_with_two_regions(&world);
     world.sim.medium().write(0, &[0xdd; 64 * 512]);
-    let slow = Does::DelayData(Duration::from_millis(20));
-    world.sim.fault(When::io(sim::opcode::READ).always(), slow);
+    let slow = FaultAction::DelayData(Duration::from_millis(20));
+    world.sim.fault(CommandFilter::io(sim::opcode::READ).always(), slow);
     for n in 0..20 {
         guest.request(0, n * 3, IN, u64::from(n), &[(REMOVED_GPA + u64::from(n) * 512, 512)]);
     }
     guest.kick(0);
-    assert!(world.sim.await_held(1, TIMEOUT));
+    assert!(world.sim.await_stalled(1, TIMEOUT));
     let base = guest.frontend.get_vring_base(0).unwrap();
     // Every request that was taken has ended, and no further one is processed.
     let used = guest.used(0);
-    assert_eq!((used.len(), world.sim.held()), (base as usize, 0));
+    assert_eq!((used.len(), world.sim.stalled_commands()), (base as usize, 0));
     let data_at_stop = bytes(&guest, REMOVED_GPA, 64 * 512);
     world.sim.behave();
     for (head, _) in &used {
@@ -197,7 +197,9 @@ fn reset_device_under_load_ends_all_requests() {
     let world = world();
     for round in 0..10 {
         let mut guest = guest_with_two_regions(&world);
-        world.sim.fault(When::any().times(5), Does::DelayCompletion(Duration::from_millis(5)));
+        world
+            .sim
+            .fault(CommandFilter::any().times(5), FaultAction::DelayCompletion(Duration::from_millis(5)));
         for n in 0..20 {
             let kind = if n % 2 == 0 { IN } else { OUT };
             guest.request(round % 2, n * 3, kind, u64::from(n), &[(REMOVED_GPA + u64::from(n) * 512, 512)]);
@@ -206,7 +208,7 @@ fn reset_device_under_load_ends_all_requests() {
         let raw = Raw::over_socket(&guest.socket);
         let response = raw.send_with_ack(RESET_DEVICE, &[], &[]);
         assert!(!response.is_refusal(), "{response:?}");
-        assert_eq!(world.sim.held(), 0);
+        assert_eq!(world.sim.stalled_commands(), 0);
         guest.frontend.set_features(guest.features).unwrap();
         for ring in 0..2 {
             let used = guest.rings[ring].avail;

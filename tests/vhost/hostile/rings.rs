@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use passgate_sim::nvme::{self as sim, Does, When};
+use passgate_sim::nvme::{self as sim, CommandFilter, FaultAction};
 use vhost::{VhostBackend, VringConfigData};
 
 use super::{assert_no_dma_faults, assert_serves, assert_serves_guest};
@@ -291,10 +291,10 @@ fn requests_may_be_split_into_any_descriptors() {
 fn duplicate_head_stops_its_ring() {
     let world = world_with_one_worker();
     let mut guest = world.guest();
-    world.sim.fault(When::io(sim::opcode::READ), Does::HoldData);
+    world.sim.fault(CommandFilter::io(sim::opcode::READ), FaultAction::StallData);
     guest.request(0, 0, IN, 0, &[(DATA_GPA, 512)]);
     guest.kick(0);
-    assert!(world.sim.await_held(1, std::time::Duration::from_secs(20)));
+    assert!(world.sim.await_stalled(1, std::time::Duration::from_secs(20)));
     guest.make_available(0, 0);
     guest.request(0, 8, IN, 8, &[(DATA_GPA + 4096, 512)]);
     guest.kick(0);
@@ -315,10 +315,10 @@ fn descriptors_are_read_once() {
     let pattern = vec![0x5a; 4096];
     world.sim.medium().write(8, &pattern);
     guest.memory.write(DATA_GPA, &[0; 0x2_0000]).unwrap();
-    world.sim.fault(When::io(sim::opcode::READ), Does::HoldData);
+    world.sim.fault(CommandFilter::io(sim::opcode::READ), FaultAction::StallData);
     guest.request(0, 0, IN, 8, &[(DATA_GPA, 4096)]);
     guest.kick(0);
-    assert!(world.sim.await_held(1, std::time::Duration::from_secs(20)));
+    assert!(world.sim.await_stalled(1, std::time::Duration::from_secs(20)));
     // Other addresses, another status, another type, another length, and an invalid chain.
     guest.write_descriptor(0, 0, desc(UNMAPPED_GPA, 16, NEXT, 0));
     guest.write_descriptor(0, 1, desc(DATA_GPA + 0x1_0000, 512, NEXT | WRITE, 1));
@@ -449,7 +449,7 @@ fn full_drive_is_shared_between_rings() {
     let drive = sim::Options { queues: 1, entries: 8, ..Setup::default().drive };
     let world = World::with(Setup { drive, ..Setup::default() });
     let mut guest = world.guest();
-    world.sim.fault(When::any().always(), Does::DelayCompletion(Duration::from_millis(1)));
+    world.sim.fault(CommandFilter::any().always(), FaultAction::DelayCompletion(Duration::from_millis(1)));
     let heads = || (0..QUEUE_SIZE - 3).step_by(3);
     for head in heads() {
         guest.request(0, head, IN, 0, &[(DATA_GPA, 512)]);

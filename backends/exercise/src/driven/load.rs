@@ -19,7 +19,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Starts a load over `pages`. Each page is written and read back; reading back [`POISON`] counts as a fault.
 pub(super) fn start<E: Engine>(device: Arc<Shared<E>>, pages: &[Iova]) -> Result<Box<dyn Load>> {
     if pages.is_empty() {
-        return Err(Error::Host { what: "a load over no page".to_owned(), mend: "name one" });
+        return Err(Error::Host { what: "a load over no page".to_owned(), remedy: "name one" });
     }
     let (counters, pages) = (Arc::new(Counters::default()), pages.to_vec());
     let thread = {
@@ -28,7 +28,7 @@ pub(super) fn start<E: Engine>(device: Arc<Shared<E>>, pages: &[Iova]) -> Result
     };
     let thread = thread.map_err(|error| Error::Host {
         what: format!("no thread for a load: {error}"),
-        mend: "allow this process more threads (ulimit -u)",
+        remedy: "allow this process more threads (ulimit -u)",
     })?;
     Ok(Box::new(Running { counters, thread: Some(thread) }))
 }
@@ -57,7 +57,7 @@ impl Running {
             None => Ok(()),
             Some(Ok(ended)) => ended,
             Some(Err(_)) => {
-                Err(Error::Host { what: "a load's thread has panicked".to_owned(), mend: "report this" })
+                Err(Error::Host { what: "a load's thread has panicked".to_owned(), remedy: "report this" })
             }
         }
     }

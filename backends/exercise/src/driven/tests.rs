@@ -34,7 +34,7 @@ impl Device for RecordingDevice {
         let failed = Failed::new("fence", Errno::IO);
         match step {
             Step::Detach => Ok(()),
-            Step::Reset => Err(Error::Device { device: String::new(), source: failed, mend: "" }),
+            Step::Reset => Err(Error::Device { device: String::new(), source: failed, remedy: "" }),
             _ => Err(self.no_dma()),
         }
     }

@@ -236,7 +236,7 @@ fn accept(device: &str, offered: u64) -> Result<u64> {
         (false, _) => Err(Error::Unsupported { device: device.to_owned(), what: "virtio 1" }),
         (true, false) => Err(Error::Host {
             what: format!("{device}: its DMA goes past the IOMMU (no VIRTIO_F_ACCESS_PLATFORM)"),
-            mend: "have the host offer it with iommu_platform=on",
+            remedy: "have the host offer it with iommu_platform=on",
         }),
         (true, true) => Ok(VERSION_1 | ACCESS_PLATFORM),
     }

@@ -12,8 +12,9 @@ use super::{Shared, State};
 
 impl Shared {
     pub(super) fn map(&self, whole: Mapping, piece: u64, fault: Option<Fault>) -> Result<()> {
-        let refuse =
-            |errno, mend| Err(Error::Map { iova: whole.iova, source: Failed::new("sim map", errno), mend });
+        let refuse = |errno, remedy| {
+            Err(Error::Map { iova: whole.iova, source: Failed::new("sim map", errno), remedy })
+        };
         if let Some(Fault::Errno(errno)) = fault {
             return refuse(errno, "");
         }

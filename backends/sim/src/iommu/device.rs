@@ -67,7 +67,7 @@ impl SimDevice {
     }
 
     fn fail(&self, call: &'static str, errno: Errno) -> Error {
-        Error::Device { device: self.name.clone(), source: Failed::new(call, errno), mend: "" }
+        Error::Device { device: self.name.clone(), source: Failed::new(call, errno), remedy: "" }
     }
 
     /// Does one DMA of `len` bytes page by page: `touch` gets the file, the offset in it, and the range of the bytes.

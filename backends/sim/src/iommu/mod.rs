@@ -108,7 +108,7 @@ impl Sim {
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| {
                 Error::Host {
                     what: format!("eventfd: {e}"),
-                    mend: "raise the limit of open files (ulimit -n)",
+                    remedy: "raise the limit of open files (ulimit -n)",
                 }
             })?;
         let state = Mutex::default();
@@ -317,7 +317,7 @@ impl Domain for Sim {
         writable: bool,
     ) -> Result<()> {
         let fault = self.shared.enter(Call::Map);
-        let key = FileKey::of(file).map_err(|source| Error::Map { iova, source, mend: "" })?;
+        let key = FileKey::of(file).map_err(|source| Error::Map { iova, source, remedy: "" })?;
         let since = self.shared.memory.now();
         let whole = Mapping { iova, file: key, offset, since, writable, memory: Arc::clone(file) };
         self.shared.map(whole, piece, fault)

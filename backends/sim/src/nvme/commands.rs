@@ -34,7 +34,7 @@ pub mod opcode {
     pub const READ: u8 = 0x02;
     /// Write Zeroes.
     pub const WRITE_ZEROES: u8 = 0x08;
-    /// Dataset Management. [`super::super::When::over`] does not select it, since its blocks are in memory.
+    /// Dataset Management. [`super::super::CommandFilter::over`] does not select it, since its blocks are in memory.
     pub const DATASET_MANAGEMENT: u8 = 0x09;
 }
 

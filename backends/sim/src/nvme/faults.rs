@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// A selection of commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct When {
+pub struct CommandFilter {
     admin: bool,
     opcode: Option<u8>,
     queue: Option<u16>,
@@ -15,7 +15,7 @@ pub struct When {
     times: u64,
 }
 
-impl When {
+impl CommandFilter {
     /// Selects the next command of an I/O queue.
     pub fn any() -> Self {
         Self { admin: false, opcode: None, queue: None, blocks: None, skip: 0, times: 1 }
@@ -68,14 +68,14 @@ impl When {
 
 /// The effect of a fault on a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Does {
+pub enum FaultAction {
     /// The command stalls before its data moves, until [`super::Simulated::release`], an abort or a reset.
-    HoldData,
+    StallData,
     /// The command stalls after its data has moved, until the same.
-    HoldCompletion,
-    /// As [`Does::HoldData`], for this time.
+    StallCompletion,
+    /// As [`FaultAction::StallData`], for this time.
     DelayData(Duration),
-    /// As [`Does::HoldCompletion`], for this time.
+    /// As [`FaultAction::StallCompletion`], for this time.
     DelayCompletion(Duration),
     /// The command completes with this Status Code Type and Status Code, and is not executed.
     Status(u16),
@@ -107,7 +107,7 @@ pub enum ReadyChange {
 /// The faults that are set.
 #[derive(Debug, Default)]
 pub(super) struct FaultRules {
-    rules: Vec<(When, Does)>,
+    rules: Vec<(CommandFilter, FaultAction)>,
     pub(super) enables: VecDeque<ReadyChange>,
     pub(super) disables: VecDeque<ReadyChange>,
     pub(super) ignore_aborts: bool,
@@ -115,12 +115,12 @@ pub(super) struct FaultRules {
 }
 
 impl FaultRules {
-    pub(super) fn add(&mut self, when: When, action: Does) {
+    pub(super) fn add(&mut self, when: CommandFilter, action: FaultAction) {
         self.rules.push((when, action));
     }
 
     /// Returns the fault for a command that was just fetched, and counts it.
-    pub(super) fn next_fault(&mut self, queue: u16, opcode: u8, blocks: &Range<u64>) -> Option<Does> {
+    pub(super) fn next_fault(&mut self, queue: u16, opcode: u8, blocks: &Range<u64>) -> Option<FaultAction> {
         self.rules.retain(|(when, _)| when.times > 0);
         for (when, action) in self.rules.iter_mut().filter(|(when, _)| when.selects(queue, opcode, blocks)) {
             if when.skip > 0 {

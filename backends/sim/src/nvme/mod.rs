@@ -35,7 +35,7 @@ mod registers;
 mod state;
 
 pub use commands::opcode;
-pub use faults::{Does, ReadyChange, When};
+pub use faults::{CommandFilter, FaultAction, ReadyChange};
 pub use medium::Medium;
 
 use faults::FaultRules;
@@ -196,7 +196,7 @@ impl Simulated {
 
     /// Injects a fault into the commands that `when` selects, from now on. If several faults apply, the one set first
     /// does.
-    pub fn fault(&self, when: When, action: Does) {
+    pub fn fault(&self, when: CommandFilter, action: FaultAction) {
         self.core.lock().faults.add(when, action);
     }
 
@@ -241,12 +241,12 @@ impl Simulated {
     }
 
     /// Returns the number of commands that are stalled or delayed.
-    pub fn held(&self) -> usize {
+    pub fn stalled_commands(&self) -> usize {
         self.core.lock().pending_count()
     }
 
     /// Waits until `count` commands are stalled or delayed. False if that takes longer than `within`.
-    pub fn await_held(&self, count: usize, within: Duration) -> bool {
+    pub fn await_stalled(&self, count: usize, within: Duration) -> bool {
         self.core.await_that(within, |state| state.pending_count() >= count)
     }
 
@@ -340,7 +340,7 @@ impl Core {
     }
 
     fn failed(&self, source: Failed) -> Error {
-        Error::Device { device: self.options.name.clone(), source, mend: "" }
+        Error::Device { device: self.options.name.clone(), source, remedy: "" }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use passgate_bindings::Iova;
 
 use super::commands::{Outcome, SimCommand, status};
-use super::faults::{Does, FaultRules, ReadyChange};
+use super::faults::{FaultAction, FaultRules, ReadyChange};
 use super::queues::{CompletionEntry, CompletionQueue, SubmissionQueue};
 use super::registers::ASQ;
 use super::{Core, FetchedCommand};
@@ -318,24 +318,24 @@ impl Core {
                     let outcome = self.execute(state, &command);
                     return state.complete(queue, command.cid(), outcome);
                 }
-                Some(Does::Status(status)) => {
+                Some(FaultAction::Status(status)) => {
                     return state.complete(queue, command.cid(), Outcome::failed(status));
                 }
-                Some(Does::CompleteTwice) => {
+                Some(FaultAction::CompleteTwice) => {
                     let outcome = self.execute(state, &command);
                     state.complete(queue, command.cid(), outcome);
                     return state.complete(queue, command.cid(), outcome);
                 }
-                Some(Does::CompleteWrongCid(cid)) => {
+                Some(FaultAction::CompleteWrongCid(cid)) => {
                     let outcome = self.execute(state, &command);
                     return state.complete(queue, cid, outcome);
                 }
-                Some(Does::Fatal) => {
+                Some(FaultAction::Fatal) => {
                     state.fatal = true;
                     return;
                 }
-                Some(Does::Unplug) => return state.unplug(),
-                Some(Does::CompleteAgainLate) => {
+                Some(FaultAction::Unplug) => return state.unplug(),
+                Some(FaultAction::CompleteAgainLate) => {
                     let outcome = self.execute(state, &command);
                     state.complete(queue, command.cid(), outcome);
                     state.pending.push(Pending {
@@ -346,10 +346,10 @@ impl Core {
                     });
                     return;
                 }
-                Some(Does::HoldData) => (None, false),
-                Some(Does::HoldCompletion) => (None, true),
-                Some(Does::DelayData(time)) => (Some(now + time), false),
-                Some(Does::DelayCompletion(time)) => (Some(now + time), true),
+                Some(FaultAction::StallData) => (None, false),
+                Some(FaultAction::StallCompletion) => (None, true),
+                Some(FaultAction::DelayData(time)) => (Some(now + time), false),
+                Some(FaultAction::DelayCompletion(time)) => (Some(now + time), true),
             };
         let outcome = data_moves_first.then(|| self.execute(state, &command));
         state.pending.push(Pending { command, outcome, due, is_duplicate: false });

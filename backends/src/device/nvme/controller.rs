@@ -150,7 +150,7 @@ impl Controller {
         let name = self.registers.device().name().to_owned();
         let namespace_error = |namespace_error: NamespaceError| Error::Host {
             what: format!("{name}, namespace {namespace}: {namespace_error}"),
-            mend: "choose another with --namespace (nvme list-ns shows them)",
+            remedy: "choose another with --namespace (nvme list-ns shows them)",
         };
         let namespace_data = self
             .identify(Command::identify(namespace, self.memory.iova(IDENTIFY_OFFSET)))?

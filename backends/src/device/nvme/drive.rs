@@ -210,7 +210,7 @@ impl Drive {
         let Some(entries) = entries else {
             return Err(Error::Host {
                 what: format!("{}: no memory for {queues} queues", registers.device().name()),
-                mend: "ask for fewer with --num-queues",
+                remedy: "ask for fewer with --num-queues",
             });
         };
         let memory = OwnMemory::map(domain, (queue_bytes(entries) * u64::from(queues) / PAGE) as usize)?;

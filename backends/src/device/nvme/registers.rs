@@ -71,7 +71,7 @@ pub trait Registers: Send + Sync + fmt::Debug {
 
     /// Returns the error for a failed call on this device.
     fn failed(&self, source: Failed) -> Error {
-        Error::Device { device: self.device().name().to_owned(), source, mend: "" }
+        Error::Device { device: self.device().name().to_owned(), source, remedy: "" }
     }
 }
 

@@ -84,7 +84,7 @@ impl VfioDevice {
         file.set_migration_state(state).map_err(|source| Error::Device {
             device: self.name.clone(),
             source,
-            mend: match file.migration_state() {
+            remedy: match file.migration_state() {
                 Ok(MigrationState::Error) => {
                     "; its migration state is ERROR now: only a reset brings it back"
                 }

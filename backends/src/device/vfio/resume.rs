@@ -28,7 +28,7 @@ impl VfioDevice {
     ) -> Result<Self> {
         let candidate = candidate(Path::new(SYSFS), name)?;
         is_cdev_of(&candidate, &fd)?;
-        let stop = if candidate.stays(together).is_some() { Steps::empty() } else { Steps::DETACH };
+        let stop = if candidate.first_outside(together).is_some() { Steps::empty() } else { Steps::DETACH };
         let handle = Handle::Cdev { cdev: Arc::new(Cdev::from_fd(fd)), domain: Arc::clone(domain) };
         Self::opened(candidate.pci, handle, stop, ats_unused).map_err(not_bound)
     }
@@ -43,7 +43,7 @@ impl VfioDevice {
         let candidate = candidate(Path::new(SYSFS), name)?;
         let group = domain.group_by_id(candidate.group.id).ok_or_else(|| Error::Host {
             what: format!("{name}: its IOMMU group {} was not handed over", candidate.group.id),
-            mend: REMEDY,
+            remedy: REMEDY,
         })?;
         let handle =
             Handle::Group { file: DeviceFile::from_fd(fd), _group: group, domain: Arc::clone(domain) };
@@ -52,7 +52,7 @@ impl VfioDevice {
         if device.pci.ids() == Some(device.ids()?) {
             return Ok(device);
         }
-        Err(Error::Host { what: format!("{name}: the stored file is of another device"), mend: REMEDY })
+        Err(Error::Host { what: format!("{name}: the stored file is of another device"), remedy: REMEDY })
     }
 
     /// Stops a device whose driver, one of `drivers` or this crate's, is to start again: after this it makes no access
@@ -82,7 +82,7 @@ fn not_bound(error: Error) -> Error {
         Error::Device { device, source, .. } => Error::Device {
             device,
             source,
-            mend: "; the stored file is not of a bound device: stop the service for good, then start it",
+            remedy: "; the stored file is not of a bound device: stop the service for good, then start it",
         },
         other => other,
     }
@@ -97,6 +97,6 @@ pub(super) fn is_cdev_of(candidate: &Candidate, fd: &OwnedFd) -> Result<()> {
     }
     Err(Error::Host {
         what: format!("{}: the file passed is not its character device", candidate.pci.address()),
-        mend: "pass the open /dev/vfio/devices/vfioN that the device's vfio-dev directory names",
+        remedy: "pass the open /dev/vfio/devices/vfioN that the device's vfio-dev directory names",
     })
 }

@@ -18,7 +18,7 @@ impl IommufdDomain {
     /// probed: the object id, which the kernel does not list, and the results of the probes are in `ids`.
     pub fn resume(iommufd: OwnedFd, ids: DomainIds) -> Result<Arc<Self>> {
         let DomainIds::Iommufd { ioas, by_file, compat_unmap, cuts } = ids else {
-            return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), mend: REMEDY });
+            return Err(Error::Host { what: "the ledger is not of an iommufd".to_owned(), remedy: REMEDY });
         };
         let (iommufd, ioas) = (Iommufd::from_fd(iommufd), IoasId(ioas));
         // Succeeds only if the file is an iommufd and the IOAS exists in it.
@@ -28,12 +28,12 @@ impl IommufdDomain {
                 Errno::NOENT => format!("the stored iommufd has no IOAS {}", ioas.0),
                 _ => format!("IOAS {} of the stored iommufd: {failed}", ioas.0),
             },
-            mend: REMEDY,
+            remedy: REMEDY,
         })?;
         if compat_unmap {
             iommufd
                 .set_compat_ioas(ioas)
-                .map_err(|failed| Error::Host { what: failed.to_string(), mend: REMEDY })?;
+                .map_err(|failed| Error::Host { what: failed.to_string(), remedy: REMEDY })?;
         }
         // This only moves the accounting (RLIMIT_MEMLOCK) to this process. The pages stay pinned if it fails.
         if let Err(failed) = iommufd.change_process() {

@@ -19,7 +19,7 @@ impl Type1Domain {
         let DomainIds::Type1 { entries } = ids else {
             return Err(Error::Host {
                 what: "the ledger is not of a type1 container".to_owned(),
-                mend: REMEDY,
+                remedy: REMEDY,
             });
         };
         let container = Container::from_fd(container);
@@ -27,13 +27,13 @@ impl Type1Domain {
             what: format!(
                 "what was kept as the VFIO container is none, or has no group in it any more ({failed})"
             ),
-            mend: REMEDY,
+            remedy: REMEDY,
         })?;
         let groups: Vec<_> = groups.into_iter().map(|(id, fd)| Arc::new(Group::from_fd(id, fd))).collect();
         for group in &groups {
             group.viable().map_err(|failed| Error::Host {
                 what: format!("the file stored as VFIO group {} is not one ({failed})", group.id()),
-                mend: REMEDY,
+                remedy: REMEDY,
             })?;
         }
         Ok(Arc::new(Self { groups: Mutex::new(groups), entries, container }))

@@ -146,9 +146,9 @@ impl Plain {
         if let Some(run) = self.runs.get_mut(&start) {
             self.unsettled -= usize::from(run.state.unsettled());
             self.unsettled += usize::from(state.unsettled());
-            self.bytes -= run.left();
+            self.bytes -= run.bytes_mapped();
             run.state = state;
-            self.bytes += run.left();
+            self.bytes += run.bytes_mapped();
         }
     }
 
@@ -156,7 +156,7 @@ impl Plain {
     pub(super) fn remove(&mut self, start: Iova) -> Option<Run> {
         let run = self.runs.remove(&start)?;
         self.objects -= run.objects;
-        self.bytes -= run.left();
+        self.bytes -= run.bytes_mapped();
         self.unsettled -= usize::from(run.state.unsettled());
         Some(run)
     }

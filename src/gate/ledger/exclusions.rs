@@ -12,7 +12,7 @@ use crate::gate::verdict::Reason;
 
 /// The reason for an exclusion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeldBy {
+pub enum ExcludedBy {
     /// An invalidation between begin and end.
     Open(InvalidationId),
     /// Quarantine, since this invalidation, for this reason.
@@ -21,21 +21,21 @@ pub enum HeldBy {
 
 /// The exclusions of one file.
 #[derive(Debug, Default)]
-pub struct Holds {
-    holds: BTreeMap<Offset, (PageRange<Offset>, HeldBy)>,
+pub struct Exclusions {
+    ranges: BTreeMap<Offset, (PageRange<Offset>, ExcludedBy)>,
     /// The starts of those in quarantine, by the invalidation that they date from.
     quarantined: BTreeSet<(InvalidationId, Offset)>,
 }
 
-impl Holds {
+impl Exclusions {
     /// True if nothing is excluded.
     pub fn is_empty(&self) -> bool {
-        self.holds.is_empty()
+        self.ranges.is_empty()
     }
 
     /// Returns the number of excluded ranges.
     pub fn len(&self) -> usize {
-        self.holds.len()
+        self.ranges.len()
     }
 
     /// True if anything is in quarantine.
@@ -44,34 +44,37 @@ impl Holds {
     }
 
     /// Returns every exclusion, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
-        self.holds.values().copied()
+    pub fn iter(&self) -> impl Iterator<Item = (PageRange<Offset>, ExcludedBy)> + '_ {
+        self.ranges.values().copied()
     }
 
     /// True if no page of `range` is excluded.
     pub fn is_clear(&self, range: PageRange<Offset>) -> bool {
-        self.holds.range(..range.end()).next_back().is_none_or(|(_, (held, _))| held.end() <= range.start())
+        self.ranges
+            .range(..range.end())
+            .next_back()
+            .is_none_or(|(_, (excluded, _))| excluded.end() <= range.start())
     }
 
     /// Returns the exclusions that share a page with `range`, whole, in order.
     pub fn overlapping(
         &self,
         range: PageRange<Offset>,
-    ) -> impl Iterator<Item = (PageRange<Offset>, HeldBy)> + '_ {
-        let before = self.holds.range(..range.start()).next_back().map(|(_, hold)| *hold);
+    ) -> impl Iterator<Item = (PageRange<Offset>, ExcludedBy)> + '_ {
+        let before = self.ranges.range(..range.start()).next_back().map(|(_, entry)| *entry);
         before
-            .filter(|(held, _)| held.overlaps(range))
+            .filter(|(excluded, _)| excluded.overlaps(range))
             .into_iter()
-            .chain(self.holds.range(range.start()..range.end()).map(|(_, hold)| *hold))
+            .chain(self.ranges.range(range.start()..range.end()).map(|(_, entry)| *entry))
     }
 
     /// Returns the parts of `range` that are not excluded, in order.
     pub fn gaps(&self, range: PageRange<Offset>) -> impl Iterator<Item = PageRange<Offset>> + '_ {
-        gaps(range, self.overlapping(range).map(|(held, _)| held))
+        gaps(range, self.overlapping(range).map(|(excluded, _)| excluded))
     }
 
     /// Excludes the parts of `range` that are not excluded yet.
-    pub fn hold(&mut self, range: PageRange<Offset>, by: HeldBy) {
+    pub fn exclude(&mut self, range: PageRange<Offset>, by: ExcludedBy) {
         if self.is_clear(range) {
             self.insert(range, by);
             return;
@@ -82,54 +85,54 @@ impl Holds {
         }
     }
 
-    fn insert(&mut self, range: PageRange<Offset>, by: HeldBy) {
-        if let HeldBy::Quarantine(since, _) = by {
+    fn insert(&mut self, range: PageRange<Offset>, by: ExcludedBy) {
+        if let ExcludedBy::Quarantine(since, _) = by {
             self.quarantined.insert((since, range.start()));
         }
-        self.holds.insert(range.start(), (range, by));
+        self.ranges.insert(range.start(), (range, by));
     }
 
     /// Ends the exclusions of invalidation `id` in `range`.
-    pub fn release(&mut self, range: PageRange<Offset>, id: InvalidationId) {
-        if let Some((held, by)) = self.holds.get(&range.start())
-            && *held == range
-            && *by == HeldBy::Open(id)
+    pub fn end(&mut self, range: PageRange<Offset>, id: InvalidationId) {
+        if let Some((excluded, by)) = self.ranges.get(&range.start())
+            && *excluded == range
+            && *by == ExcludedBy::Open(id)
         {
-            self.holds.remove(&range.start());
+            self.ranges.remove(&range.start());
             return;
         }
         let mine: Vec<_> = self
             .overlapping(range)
-            .filter(|(_, by)| *by == HeldBy::Open(id))
-            .map(|(held, _)| held.start())
+            .filter(|(_, by)| *by == ExcludedBy::Open(id))
+            .map(|(excluded, _)| excluded.start())
             .collect();
         for start in mine {
-            self.holds.remove(&start);
+            self.ranges.remove(&start);
         }
     }
 
     /// Returns the ranges in quarantine that date from invalidation `id`, in order.
     pub fn since(&self, id: InvalidationId) -> impl Iterator<Item = (PageRange<Offset>, Reason)> + '_ {
         let starts = self.quarantined.range((id, Offset(0))..=(id, Offset(u64::MAX)));
-        starts.filter_map(|(_, start)| match self.holds.get(start)? {
-            (held, HeldBy::Quarantine(_, reason)) => Some((*held, *reason)),
-            (_, HeldBy::Open(_)) => None,
+        starts.filter_map(|(_, start)| match self.ranges.get(start)? {
+            (excluded, ExcludedBy::Quarantine(_, reason)) => Some((*excluded, *reason)),
+            (_, ExcludedBy::Open(_)) => None,
         })
     }
 
     /// Ends the quarantine that starts at `start`. The caller has proof.
     pub fn lift(&mut self, start: Offset) {
-        if let Some((_, HeldBy::Quarantine(since, _))) = self.holds.get(&start) {
+        if let Some((_, ExcludedBy::Quarantine(since, _))) = self.ranges.get(&start) {
             self.quarantined.remove(&(*since, start));
-            self.holds.remove(&start);
+            self.ranges.remove(&start);
         }
     }
 
     /// Ends every quarantine that dates from `id`, for an operator. Returns the ranges.
     pub fn lift_all(&mut self, id: InvalidationId) -> Vec<PageRange<Offset>> {
-        let lifted: Vec<_> = self.since(id).map(|(held, _)| held).collect();
-        for held in &lifted {
-            self.lift(held.start());
+        let lifted: Vec<_> = self.since(id).map(|(excluded, _)| excluded).collect();
+        for excluded in &lifted {
+            self.lift(excluded.start());
         }
         lifted
     }
@@ -180,13 +183,13 @@ mod tests {
     #[test]
     fn exclusion_fills_only_gaps_and_ends_only_its_own() {
         let (one, two) = (InvalidationId(1), InvalidationId(2));
-        let mut holds = Holds::default();
-        holds.hold(range(4, 2), HeldBy::Open(one));
-        holds.hold(range(0, 8), HeldBy::Open(two));
-        assert_eq!(holds.iter().count(), 3);
-        holds.release(range(0, 8), one);
-        assert_eq!(holds.gaps(range(0, 8)).collect::<Vec<_>>(), [range(4, 2)]);
-        holds.release(range(0, 8), two);
-        assert!(holds.is_empty());
+        let mut exclusions = Exclusions::default();
+        exclusions.exclude(range(4, 2), ExcludedBy::Open(one));
+        exclusions.exclude(range(0, 8), ExcludedBy::Open(two));
+        assert_eq!(exclusions.iter().count(), 3);
+        exclusions.end(range(0, 8), one);
+        assert_eq!(exclusions.gaps(range(0, 8)).collect::<Vec<_>>(), [range(4, 2)]);
+        exclusions.end(range(0, 8), two);
+        assert!(exclusions.is_empty());
     }
 }

@@ -23,12 +23,12 @@ enum Peer {
 
 /// The device's record of a held operation.
 #[derive(Debug)]
-pub(super) struct HeldOperation {
+pub(super) struct StuckOperation {
     pub(super) operation: Arc<Operation>,
     peer: Mutex<Peer>,
 }
 
-impl HeldOperation {
+impl StuckOperation {
     pub(super) fn pipe(operation: Arc<Operation>, write_end: OwnedFd) -> Self {
         Self { operation, peer: Mutex::new(Peer::Pipe(write_end)) }
     }
@@ -70,13 +70,13 @@ impl HeldOperation {
 /// A DMA that has begun and does not end by itself. Dropping this value does not end it: a fence of the device does, or
 /// the event for which it waits.
 #[derive(Debug)]
-pub struct HeldDma {
+pub struct StuckDma {
     domain: Arc<SoftDomain>,
-    held: Arc<HeldOperation>,
+    held: Arc<StuckOperation>,
 }
 
-impl HeldDma {
-    pub(super) fn new(domain: Arc<SoftDomain>, held: Arc<HeldOperation>) -> Self {
+impl StuckDma {
+    pub(super) fn new(domain: Arc<SoftDomain>, held: Arc<StuckOperation>) -> Self {
         Self { domain, held }
     }
 

@@ -22,7 +22,7 @@ const FIRST_FD: RawFd = 3;
 const MAX_FDS: RawFd = 65_536;
 
 /// An inherited descriptor with its name in the service manager's descriptor store; empty for none.
-pub type Handed = (String, OwnedFd);
+pub type InheritedFd = (String, OwnedFd);
 
 /// Takes the descriptors that the service manager passed to this process and sets them close-on-exec. Returns none where
 /// `LISTEN_PID` names another process or is not set, and at every further call. Must be called before this process opens a
@@ -30,7 +30,7 @@ pub type Handed = (String, OwnedFd);
 ///
 /// `EINVAL` where a variable is not a number or the count is out of range, `EBADF` where a descriptor in the range is
 /// not open or was opened by this process.
-pub fn take() -> Result<Vec<Handed>, Failed> {
+pub fn take() -> Result<Vec<InheritedFd>, Failed> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     const CALL: &str = "LISTEN_FDS";
     let number = |name| match env::var(name) {
