@@ -204,10 +204,16 @@ impl DeviceTest {
         })
     }
 
-    /// Fences the device. Returns the duration as text.
+    /// Fences the device. Returns the duration as text. A fence that fails may have stopped the device all the same: then it is
+    /// attached again, for the checks that follow.
     fn timed_fence(&self, step: Step) -> std::result::Result<String, CheckError> {
         let started = Instant::now();
-        self.device.fence(step)?;
+        if let Err(error) = self.device.fence(step) {
+            if let Err(left_stopped) = self.device.attach() {
+                log::warn!("{}: stays stopped: {left_stopped}", self.device.name());
+            }
+            return Err(error.into());
+        }
         Ok(format!("{:.1} ms", started.elapsed().as_secs_f64() * 1e3))
     }
 

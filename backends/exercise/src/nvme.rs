@@ -107,10 +107,11 @@ impl Exerciser {
         self.controller.registers().failed(failed)
     }
 
-    /// Runs one command and returns its status, or None if it does not complete within [`ADMIN_TIMEOUT`]. Fails with
+    /// Runs one command and returns its status, or None if it does not complete within [`ADMIN_TIMEOUT`], or commands
+    /// that never completed fill the queue. Fails with
     /// `EPROTO` after a completion whose CID is not outstanding.
     fn run(&mut self, command: Command) -> Result<Option<u16>> {
-        let cid = self.cids.allocate();
+        let Some(cid) = self.cids.allocate(self.queue_pair.capacity()) else { return Ok(None) };
         let tail = self.queue_pair.push(&self.memory, command, cid).map_err(|failed| self.failed(failed))?;
         self.ring(Doorbell::Submission, tail)?;
         let begun = Instant::now();

@@ -121,12 +121,16 @@ pub enum CidMatch {
 }
 
 impl SerialCids {
-    /// Returns the CID for the next command, which becomes the current one.
-    pub fn allocate(&mut self) -> u16 {
+    /// Returns the CID for the next command, which becomes the current one; None if `capacity` commands are abandoned and
+    /// have not completed: they fill the queue until the controller is reset.
+    pub fn allocate(&mut self, capacity: u16) -> Option<u16> {
+        if self.abandoned.len() >= capacity.into() {
+            return None;
+        }
         loop {
             self.last = self.last.wrapping_add(1);
             if self.last != u16::MAX && !self.abandoned.contains(&self.last) {
-                return self.last;
+                return Some(self.last);
             }
         }
     }
@@ -205,20 +209,33 @@ mod tests {
     #[test]
     fn abandoned_command_may_complete_late_and_once() {
         let mut cids = SerialCids::default();
-        let first = cids.allocate();
+        let first = cids.allocate(4).unwrap();
         assert_eq!(cids.classify(first), CidMatch::Current);
-        let given_up = cids.allocate();
+        let given_up = cids.allocate(4).unwrap();
         assert_eq!(cids.classify(first), CidMatch::Unknown, "it has completed before");
         cids.abandon();
-        let third = cids.allocate();
+        let third = cids.allocate(4).unwrap();
         assert_eq!(cids.classify(given_up), CidMatch::Abandoned);
         assert_eq!(cids.classify(given_up), CidMatch::Unknown);
         assert_eq!((cids.classify(third), cids.classify(0xffff)), (CidMatch::Current, CidMatch::Unknown));
         cids.abandon();
-        let all: BTreeSet<_> = (0..u16::MAX).map(|_| cids.allocate()).collect();
+        let all: BTreeSet<_> = (0..u16::MAX).map(|_| cids.allocate(4).unwrap()).collect();
         assert!(!all.contains(&third) && !all.contains(&0xffff), "it is not used while it may complete");
         cids.clear();
         assert_eq!(cids.classify(third), CidMatch::Unknown, "a reset leaves nothing outstanding");
+    }
+
+    #[test]
+    fn queue_full_of_abandoned_commands_takes_none_until_one_completes() {
+        let mut cids = SerialCids::default();
+        for _ in 0..15 {
+            cids.allocate(15).unwrap();
+            cids.abandon();
+        }
+        let last = cids.last;
+        assert_eq!(cids.allocate(15), None);
+        assert_eq!(cids.classify(last - 3), CidMatch::Abandoned);
+        assert!(cids.allocate(15).is_some());
     }
 
     #[test]

@@ -241,11 +241,11 @@ impl Controller {
         }
     }
 
-    /// Runs an admin command. Returns its completion, or None if it did not complete within [`ADMIN_TIMEOUT`] or the
-    /// controller needs a reset first. Fails with `EPROTO` after a completion whose CID is not outstanding; the
+    /// Runs an admin command. Returns its completion, or None if it did not complete within [`ADMIN_TIMEOUT`], the
+    /// controller needs a reset first, or commands that never completed fill the queue. Fails with `EPROTO` after a completion whose CID is not outstanding; the
     /// controller must be reset then.
     pub fn run(&mut self, command: Command) -> Result<Option<Completion>> {
-        let cid = self.cids.allocate();
+        let Some(cid) = self.cids.allocate(self.admin.capacity()) else { return Ok(None) };
         let pushed = self.admin.push(&self.memory, command, cid);
         let tail = pushed.map_err(|failed| self.registers.failed(failed))?;
         self.registers.set(self.doorbell(0, Doorbell::Submission), tail.into())?;

@@ -67,6 +67,12 @@ impl QueuePair {
         Ok(self.tail)
     }
 
+    /// Returns the number of commands that may be outstanding: a queue with one entry less than it has is full (NVMe Base 2.0,
+    /// 3.3.1).
+    pub fn capacity(&self) -> u16 {
+        self.entries - 1
+    }
+
     /// Returns the value for the submission queue's tail doorbell.
     pub(super) fn tail(&self) -> u16 {
         self.tail
