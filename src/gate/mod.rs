@@ -54,8 +54,8 @@ pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHA
 pub use ledger::ExcludedBy;
 pub use ledger::PageState;
 pub use passgate_backends::{DeviceTraits, DomainCaps, Step, Steps};
-pub(crate) use policy::{CLOSE_PIECE_BYTES, MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 pub use policy::{Hitless, OnStuckDma, Platform, Policy};
+pub(crate) use policy::{MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
 pub use regions::CloseWait;

@@ -105,14 +105,12 @@ pub(super) const MAX_EXCLUDED_RANGES: u64 = 65_536;
 
 /// The maximum number of kernel mappings that one map effect makes, so that no begin waits long for one in progress.
 pub(crate) const MAX_CALL_MAPPINGS: u64 = 1024;
-/// The maximum number of bytes that one map effect maps (unless a single mapping is longer), for the same reason.
-pub(crate) const MAX_CALL_BYTES: u64 = 64 << 20;
-
-/// The number of bytes of a region being closed that one unmap removes (unless a single mapping is longer). The kernel unmaps
-/// small pages one by one, which takes minutes for a terabyte: pieces let other calls in between, and show progress.
-pub(crate) const CLOSE_PIECE_BYTES: u64 = 4 << 20;
-/// The number of bytes of a region being closed that are unmapped at a time: a piece for each thread that makes calls.
-pub(super) const CLOSE_SWEEP_BYTES: u64 = 8 * CLOSE_PIECE_BYTES;
+/// The maximum number of bytes that one effect maps, or unmaps of a region that is being closed (unless a single mapping is
+/// longer). The kernel pins and unpins small pages one by one, and its lock keeps every other call on the domain waiting
+/// meanwhile: a terabyte takes minutes. So other calls come in between, and there is progress to see.
+pub(crate) const MAX_CALL_BYTES: u64 = 4 << 20;
+/// The maximum number of unmaps of one region being closed that are in progress: half of the threads that make calls.
+pub(super) const MAX_CLOSE_CALLS: usize = 4;
 
 /// The largest mappings, in bytes, where a page can be cut out of them: a conversion that meets one being made does not
 /// wait long.

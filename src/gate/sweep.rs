@@ -12,7 +12,7 @@ use super::ledger::exclusions::gaps;
 use super::ledger::{Run, RunState};
 use super::mappings::Domain;
 use super::memory::Memory;
-use super::policy::{CLOSE_PIECE_BYTES, CLOSE_SWEEP_BYTES, MIN_REPLACED_MAPPINGS};
+use super::policy::{MAX_CALL_BYTES, MAX_CLOSE_CALLS, MIN_REPLACED_MAPPINGS};
 
 /// The runs that stand in the way of an invalidation.
 #[derive(Default)]
@@ -90,7 +90,7 @@ impl Gate {
         }
     }
 
-    /// Asks for unmaps of the first [`CLOSE_SWEEP_BYTES`] of `spans`, in pieces. Their results bring the next sweep.
+    /// Asks for unmaps of the first pieces of `spans`, as many as may be in progress. Their results bring the next sweep.
     fn unmap_pieces(
         &mut self,
         id: InvalidationId,
@@ -98,16 +98,17 @@ impl Gate {
         spans: Vec<PageRange<Iova>>,
         effects: &mut Effects,
     ) {
-        let mut bytes = 0;
+        let in_progress = self.invalidations.progress_mut(id).map_or(0, |progress| progress.calls());
+        let mut room = MAX_CLOSE_CALLS.saturating_sub(in_progress);
         for span in spans {
             let mut rest = Some(span);
-            while bytes < CLOSE_SWEEP_BYTES
+            while room > 0
                 && let Some(mapped) = self.mappings.get(domain).map(Domain::mapped)
                 && let Some(extent) = rest.and_then(|rest| mapped.extent(rest))
             {
                 let piece = mapped.extent(first_piece(extent)).unwrap_or(extent);
                 let piece = mapped.whole(piece);
-                bytes += piece.len();
+                room -= 1;
                 rest = PageRange::between(piece.end(), span.end());
                 self.unmap(id, domain, piece, effects);
             }
@@ -198,9 +199,9 @@ impl UnmapPlan {
     }
 }
 
-/// Returns the part of `span` up to the next multiple of [`CLOSE_PIECE_BYTES`].
+/// Returns the part of `span` up to the next multiple of [`MAX_CALL_BYTES`].
 fn first_piece(span: PageRange<Iova>) -> PageRange<Iova> {
-    let end = (span.start().raw() / CLOSE_PIECE_BYTES + 1) * CLOSE_PIECE_BYTES;
+    let end = (span.start().raw() / MAX_CALL_BYTES + 1) * MAX_CALL_BYTES;
     PageRange::between(span.start(), span.end().min(Iova(end))).unwrap_or(span)
 }
 

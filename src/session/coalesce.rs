@@ -16,8 +16,7 @@ use passgate_bindings::{Iova, PageRange};
 use super::Session;
 use super::call::{self, Call, Returned};
 use crate::gate::{
-    CLOSE_PIECE_BYTES, DomainId, Effect, Event, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult,
-    UnmapResult,
+    DomainId, Effect, Event, JobId, MAX_CALL_BYTES, MAX_CALL_MAPPINGS, MapResult, UnmapResult,
 };
 
 /// The maximum number of unmaps in one call.
@@ -58,7 +57,7 @@ impl Session {
                     && let (at, Some(bytes)) = (*at, bytes)
                     && at == id
                     && let Some(both) = adjacent_union(iova, *next)
-                    && both.len() <= CLOSE_PIECE_BYTES
+                    && both.len() <= MAX_CALL_BYTES
                     && !domain.may_wait(both)
                     && shares.len() < MAX_COALESCED_UNMAPS
                 {

@@ -81,7 +81,7 @@ fn region_that_could_not_be_removed_is_closed_once_a_conversion_has_taken_its_la
 #[test]
 fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
     const PIECES: u64 = 20;
-    let piece = CLOSE_PIECE_BYTES / PAGE;
+    let piece = MAX_CALL_BYTES / PAGE;
     let mut world = World::new(Policy::default(), &[SPLITS]);
     let region = world.add(0, PIECES * piece, 0, 512);
     world.settle();
@@ -90,7 +90,7 @@ fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
     let mut unmapped = Vec::new();
     while let Some(unmap) = world.take(is_unmap) {
         let Effect::Unmap { iova, .. } = unmap else { unreachable!() };
-        assert!(world.calls.len() < 8, "more calls at a time than there are threads for");
+        assert!(world.calls.len() < MAX_CLOSE_CALLS, "more calls at a time than there are threads for");
         unmapped.push(pages(iova));
         // The last part of the deadline ends, just after something was unmapped.
         world.succeeds(&unmap);
