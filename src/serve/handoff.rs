@@ -3,7 +3,7 @@
 //! Small calls run on the loop's own thread, because two thread switches would cost more than the call. The loop parks the
 //! VM here before such a call and takes it back afterwards. If the call does not return in time, the supervisor claims the
 //! parked VM and becomes the loop. The old thread, should its call ever return, finds a newer generation, hands the result in
-//! like any worker, and ends. Price: two uncontended locks per call (docs/decisions/0004-baton.md).
+//! like any worker, and ends. Price: two uncontended locks per call (docs/decisions/0004-handoff.md).
 //!
 //! The VM is owned, never shared: there is no lock around it, and a thread that does not own it cannot answer.
 
