@@ -121,7 +121,7 @@ fn stoppable(
         return Err(Error::Unstoppable { device: device.name().to_owned(), why: why()? });
     }
     log::warn!(
-        "{} cannot be stopped for certain, which --allow-unstoppable accepts: while its DMA action not end, \
+        "{} cannot be stopped for certain, which --allow-unstoppable accepts: while its DMA does not end, \
          conversions are refused",
         device.name()
     );

@@ -149,6 +149,9 @@ impl Gate {
         let rung = inv.progress().map_or(Rung::Unmap, |progress| progress.rung);
         let (caller, range, purpose) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.purpose());
         let (is_conversion, pages) = (inv.is_conversion(), inv.pages.clone());
+        if inv.is_close() {
+            self.unmap_rest(id, effects);
+        }
         let stuck = self.stuck(id);
         self.invalidations.stop_waiting(id);
         self.memory.end_exclusion(&pages, id);

@@ -80,12 +80,33 @@ impl Gate {
             self.replace(id, domain, plan.spans, effects);
             return;
         }
-        for span in plan.spans {
+        self.unmap_spans(id, domain, plan.spans, effects);
+    }
+
+    /// Asks for one unmap of each span.
+    fn unmap_spans(
+        &mut self,
+        id: InvalidationId,
+        domain: DomainId,
+        spans: Vec<PageRange<Iova>>,
+        effects: &mut Effects,
+    ) {
+        let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
+        for span in spans {
             let Some(mapped) = self.mappings.get(domain).map(Domain::mapped) else { return };
             // What an earlier span took along needs no call of its own.
             if let Some(extent) = mapped.extent(span) {
                 let span = if caps.cut { extent } else { mapped.whole(extent) };
                 self.unmap(id, domain, span, effects);
+            }
+        }
+    }
+
+    /// Asks for the unmap of everything that is left of a region whose close is given up: it goes when the calls return.
+    pub(super) fn unmap_rest(&mut self, id: InvalidationId, effects: &mut Effects) {
+        for domain in self.mappings.ids() {
+            if let Some(plan) = self.plan_unmaps(id, domain, &mut Blockers::default()) {
+                self.unmap_spans(id, domain, plan.spans, effects);
             }
         }
     }

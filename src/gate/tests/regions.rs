@@ -107,10 +107,14 @@ fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
 #[test]
 fn close_without_progress_is_given_up_after_its_deadline() {
     let mut world = World::new(Policy::default(), &[SPLITS]);
-    let region = world.add(0, 8, 0, 1);
+    let pages = 2 * MAX_CLOSE_CALLS as u64 * MAX_CALL_BYTES / PAGE;
+    let region = world.add(0, pages, 0, 512);
     world.settle();
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
     Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
     assert!(matches!(world.verdict(id), Some(Verdict::Unknown { .. })), "{:?}", world.said);
+    assert_eq!(world.quarantine().iter().map(|(_, count, _)| count).sum::<u64>(), pages);
+    world.settle();
+    assert!(world.quarantine().is_empty() && world.gate.snapshot().regions.is_empty());
 }
