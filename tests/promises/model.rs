@@ -317,7 +317,8 @@ impl Model {
             if after.get(cookie).is_some_and(|left| left < bytes)
                 && let Some(request) = self.requests.get_mut(cookie)
             {
-                request.due = now.saturating_add(whole + whole / Rung::LADDER.len() as u64);
+                let part = whole / Rung::LADDER.len() as u64;
+                request.due = now.saturating_add(whole).saturating_add(part);
             }
         }
     }
