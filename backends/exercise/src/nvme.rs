@@ -7,7 +7,7 @@
 //!
 //! With a controller that supports SGLs at any alignment, transfers begin and end at any byte; else they are of whole
 //! blocks, at multiples of 4 bytes. A DMA fault is reported by the controller (Data Transfer Error). Completions are
-//! signalled by interrupt; one whose interrupt is lost is found within [`POLL_INTERVAL`].
+//! signalled by interrupt; one whose interrupt is lost is found within 10 ms.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
