@@ -86,7 +86,7 @@ impl Steps {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Nature {
     /// It caches translations of its own (PCI ATS is on, or it has ATS and nobody knows that it is off): an unmap alone
-    /// proves nothing where a stale write does harm ([`Platform::Strict`]).
+    /// proves nothing where a stale write does harm ([`Platform::Strict`](super::Platform::Strict)).
     pub ats: bool,
     /// It is a TDISP interface in CONFIG_LOCKED or RUN, which bus mastering off or a reset would end.
     pub tdi: bool,
