@@ -301,7 +301,7 @@ pub enum Event {
         /// The reason.
         reason: Reason,
     },
-    /// A client takes over the memory that an earlier daemon's clients had ([`super::adopt`]).
+    /// A client takes over the memory that an earlier daemon's clients had (`gate::adopt`).
     Adopt {
         /// The caller; it will own the memory.
         caller: Caller,

@@ -8,8 +8,8 @@
 //! - *What should be mapped is derived*, never queued: shared pages, of a region, that nothing excludes.
 //!
 //! [`Gate::handle`] is the one way in; the daemon, the property tests and `replay` all go through it. The state lies in
-//! components whose fields are their own: [`memory`] (regions, files, page states, exclusions), [`mappings`] (domains and
-//! their budgets), [`calls`] (what is in progress), [`invalidations`], [`devices`], [`quarantine`], [`clients`]. The
+//! components whose fields are their own: `memory` (regions, files, page states, exclusions), `mappings` (domains and
+//! their budgets), `calls` (what is in progress), `invalidations`, `devices`, `quarantine`, `clients`. The
 //! other files here are the rules by which an event changes them.
 
 mod adopt;

@@ -234,7 +234,7 @@ impl Engine for Exerciser {
     }
 
     /// Deletes the queues, which completes once all their commands have; then shuts the controller down, which puts
-    /// its cache on the medium. Each step has [`ADMIN_TIMEOUT`].
+    /// its cache on the medium. Each step has `ADMIN_TIMEOUT`.
     fn stop(&mut self) -> Result<()> {
         if std::mem::take(&mut self.running) {
             self.controller.delete_queue_pair(self.queue_pair.qid)?;

@@ -4,7 +4,7 @@
 //! There is no IOMMU, but nothing is simulated: every mapping is a long-term pin of the kernel, DMA is done by the
 //! kernel through that pin, a DMA to an empty slot fails with the kernel's `EFAULT`, and an unmap is [`Unmap::Gone`]
 //! only once the kernel has released the slot's tag. The devices do not consult the domain's slot table; they use
-//! translations of their own, which an unmap leaves stale ([`view`]).
+//! translations of their own, which an unmap leaves stale (`view`).
 //!
 //! Limits:
 //!

@@ -2,7 +2,7 @@
 //!
 //! In a memfd it outlives the process. Two rules make a crash at any instruction harmless: a new node is filled before the
 //! one word that makes it reachable is written, and an old one is unlinked before its memory is used again. The free
-//! parts are not recorded at all ([`Blocks`]).
+//! parts are not recorded at all (`Blocks`).
 //!
 //! The contents of memory that another process wrote are checked when it is opened: no entry leads outside it, or in a
 //! circle. Nothing here panics on its contents, not even if they are changed afterwards.
