@@ -131,5 +131,5 @@ fn stream() -> rustix::io::Result<OwnedFd> {
 }
 
 pub(super) fn socket_error(path: &Path, source: io::Error, remedy: &'static str) -> Error {
-    Error::Socket { path: path.to_owned(), source, remedy: remedy }
+    Error::Socket { path: path.to_owned(), source, remedy }
 }

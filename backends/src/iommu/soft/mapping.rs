@@ -173,7 +173,7 @@ impl SoftDomain {
             (Errno::ACCESS, _) => "; the file is read-only: map it read-only, or open it O_RDWR",
             _ => "",
         };
-        Error::Map { iova, source: Failed::new("soft mapping", errno), remedy: remedy }
+        Error::Map { iova, source: Failed::new("soft mapping", errno), remedy }
     }
 }
 
