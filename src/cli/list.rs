@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use crate::host::holder::Process;
     use crate::host::inventory::{Group, StopSteps};
-    use crate::host::sight::Blind;
+    use crate::host::visibility::Blind;
 
     fn device() -> ListedDevice {
         ListedDevice {

@@ -82,7 +82,7 @@ mod tests {
             world.tell(Event::DomainAdded { domain, caps });
             world.tell(Event::DeviceAdded { device, domain, steps: Steps::all(), traits });
             if insists {
-                world.tell(Event::Insists { client: CALLER.client });
+                world.tell(Event::MustUnmap { client: CALLER.client });
             }
             let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
             let gpa = PageRange::new(0, PAGE).unwrap();
@@ -149,7 +149,7 @@ mod tests {
         }
         let mut world = World::new(OnStuckDma::Refuse, true);
         let idle = ClientId(7);
-        world.tell(Event::Insists { client: idle });
+        world.tell(Event::MustUnmap { client: idle });
         world.tell(Event::ClientGone { client: idle });
         assert!(!world.gate.clients.must_unmap.contains(&idle), "one that had nothing");
     }

@@ -306,8 +306,10 @@ pub enum Event {
         /// The caller; it will own the memory.
         caller: Caller,
     },
-    /// This client cannot be refused: what it removes, or leaves behind, is unmapped by every means. Before anything else of it.
-    Insists {
+    /// The removals of this client (a vhost-user front-end) must succeed: what it removes, or leaves behind, is unmapped by
+    /// every fence that its devices have, reset included. Before anything else of it. Logs call it `insists`.
+    #[serde(rename = "insists")]
+    MustUnmap {
         /// The client.
         client: ClientId,
     },

@@ -135,7 +135,7 @@ impl Gate {
                 self.operator_release(caller, invalidation, to, effects);
             }
             Event::Adopt { caller } => self.adopt(caller, effects),
-            Event::Insists { client } => self.clients.set_must_unmap(client),
+            Event::MustUnmap { client } => self.clients.set_must_unmap(client),
         }
         self.attach_stopped(effects);
     }

@@ -46,10 +46,10 @@ impl Default for Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Platform {
-    /// It faults, noisy but harmless (AMD SEV-SNP, Arm): an unmap of its full length is proof.
+    /// A stale write faults, which is logged and harmless (AMD SEV-SNP, Arm): an unmap of its full length is proof.
     #[default]
     Contained,
-    /// It may take the host down (Intel TDX: a machine check): a device with ATS must have been detached, and may be,
+    /// A stale write may take the host down (Intel TDX: a machine check): a device with ATS must have been detached, and may be,
     /// whatever [`OnStuckDma`] says.
     Strict,
 }
@@ -122,8 +122,8 @@ pub(super) const SPLIT_MAPPING_BYTES: u64 = 2 << 20;
 /// The number of mappings losing pages at once from which on a second page table is worth its cost.
 pub(super) const MIN_REPLACED_MAPPINGS: usize = 8;
 
-/// Ticks ([`super::Event::Quiet`]) without a change after which a fragmented mapping is merged: more than one, for the first
-/// is cut short.
+/// Ticks ([`super::Event::Quiet`]) without a change after which a fragmented mapping is merged: at least two, because the
+/// first may end right after the change.
 pub(super) const QUIET_TICKS: u32 = 2;
 /// Splits of one mapping, without a quiet time between them, from which on it is mapped page by page.
 pub(super) const SPLITS_UNTIL_PAGED: u32 = 4;

@@ -30,7 +30,7 @@ impl Rung {
         Rung::Fence(Step::Reset),
     ];
 
-    /// Returns its name in messages and in JSON.
+    /// Returns its name in messages, events and replies.
     pub fn word(self) -> &'static str {
         match self {
             Self::Unmap => "unmap",

@@ -167,7 +167,7 @@ fn processes(all: &[Process]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::sight::Blind;
+    use crate::host::visibility::Blind;
 
     const DEVICE: &str = "0000:04:00.0";
 

@@ -13,7 +13,7 @@ use passgate_bindings::vfio::PciAddress;
 use passgate_bindings::vfio::pci::PciDevice;
 use serde::Serialize;
 
-use super::sight::{Blind, OpenFile, each_open_file, has_ended};
+use super::visibility::{Blind, OpenFile, each_open_file, has_ended};
 
 /// The maximum length of a recorded command line, in characters.
 const MAX_COMMAND_CHARS: usize = 120;

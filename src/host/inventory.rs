@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::class;
 use super::holder::{Holders, Process};
-use super::sight::Blind;
+use super::visibility::Blind;
 use crate::gate::{Rung, Step};
 
 /// A PCI device, as `passgate list --json` prints it.

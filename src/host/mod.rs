@@ -7,4 +7,4 @@ mod config;
 pub mod drivers;
 pub mod holder;
 pub mod inventory;
-pub mod sight;
+pub mod visibility;

@@ -5,5 +5,5 @@
 pub mod request;
 
 pub use passgate_client::protocol::{
-    Frames, Kind, MAX_FDS, MAX_FRAME, RECORD_LEN, Record, address, batch, frame, hex, record, verbs,
+    Frames, Kind, MAX_FDS, MAX_FRAME_BYTES, RECORD_LEN, Record, address, batch, frame, hex, record, verbs,
 };

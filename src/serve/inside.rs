@@ -45,7 +45,7 @@ impl Inside {
     }
 
     /// Opens a control connection of this process itself. It counts against no limit, and what it removes is never refused: the
-    /// gate uses every fence that it takes ([`Event::Insists`]). Returns [`Error::Over`] once the loop has ended. If the loop
+    /// gate uses every fence that it takes ([`Event::MustUnmap`]). Returns [`Error::Over`] once the loop has ended. If the loop
     /// ends right after, the first call fails like one to a daemon that is gone.
     pub fn connect(&self) -> Result<Client> {
         let failed = |call| move |errno| Error::Call(Failed::new(call, errno));
@@ -125,7 +125,7 @@ impl Vm {
     /// Adds a connection that this process itself has made.
     pub(super) fn add_internal_connection(&mut self, socket: OwnedFd) {
         if let Some(client) = self.add_connection(socket, ConnectionClass::Internal) {
-            self.session.handle(Event::Insists { client });
+            self.session.handle(Event::MustUnmap { client });
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use passgate::host::sight::{Blind, blindness};
+use passgate::host::visibility::{Blind, blindness};
 
 /// Set for a child process of this program that only prints which processes it cannot see.
 const CHILD_MODE_ENV: &str = "PASSGATE_TEST_HIDDEN_PROCESSES";

@@ -61,7 +61,7 @@ impl World {
                 None => Ok(()),
             },
             Action::End { granted, outcome, by_other } => self.end(granted, outcome, by_other),
-            Action::MustUnmap { client } => self.feed(Event::Insists { client: self.client(client) }),
+            Action::MustUnmap { client } => self.feed(Event::MustUnmap { client: self.client(client) }),
             Action::ClientGone { client } => {
                 let slot = client as usize % CLIENTS;
                 let gone = self.clients[slot];

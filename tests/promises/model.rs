@@ -199,7 +199,7 @@ impl Model {
                     death.fences_overdue |= death.closings.contains(&invalidation);
                 }
             }
-            Event::Insists { client } => _ = self.must_unmap.insert(client),
+            Event::MustUnmap { client } => _ = self.must_unmap.insert(client),
             Event::ClientGone { client } => self.client_gone(client),
             Event::Quarantine { file, range, invalidation, reason } => {
                 self.last_of_earlier = self.last_of_earlier.max(invalidation.0);

@@ -189,9 +189,9 @@ impl Mutant {
                 Some(Event::DomainAdded { domain, caps })
             }
             (Plant::ClientGoneLost, Event::ClientGone { .. }) => None,
-            (Plant::MustUnmapLost, Event::Insists { .. }) => None,
+            (Plant::MustUnmapLost, Event::MustUnmap { .. }) => None,
             (Plant::AllMustUnmap, Event::RemoveRegion { caller, region }) => {
-                self.gate.handle(Event::Insists { client: caller.client }, effects);
+                self.gate.handle(Event::MustUnmap { client: caller.client }, effects);
                 Some(Event::RemoveRegion { caller, region })
             }
             (Plant::FilesForgottenEarly, Event::ClientGone { client }) => {

@@ -130,7 +130,7 @@ fn event_kind(event: &Event) -> usize {
         Event::Release { .. } => 15,
         Event::Quiet => 16,
         Event::Adopt { .. } => 17,
-        Event::Insists { .. } => 18,
+        Event::MustUnmap { .. } => 18,
         Event::DeviceTraits { .. } => 19,
     }
 }

@@ -39,7 +39,7 @@ fn status_with_max_regions_is_read_whole() {
     }
     let status = client.status().unwrap();
     assert_eq!(status.regions.len(), max_regions as usize);
-    assert!(serde_json::to_vec(&status).unwrap().len() > passgate_client::protocol::MAX_FRAME);
+    assert!(serde_json::to_vec(&status).unwrap().len() > passgate_client::protocol::MAX_FRAME_BYTES);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use passgate_bindings::PAGE;
 use passgate_client::protocol::verbs::DESCRIPTION;
-use passgate_client::protocol::{MAX_FRAME, frame};
+use passgate_client::protocol::{MAX_FRAME_BYTES, frame};
 use passgate_client::{AddMemory, Client};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
@@ -100,7 +100,7 @@ fn oversized_frame_closes_only_its_connection() {
     let before = open_files();
     let mut socket = UnixStream::connect(setup.server.path()).unwrap();
     // The server may close the connection before it has received everything.
-    let _ = socket.write_all(&vec![b' '; MAX_FRAME + 1]);
+    let _ = socket.write_all(&vec![b' '; MAX_FRAME_BYTES + 1]);
     let answer = receive(&mut socket);
     if let Some(answer) = answer {
         assert!(answer["parameters"]["message"].as_str().unwrap().contains("longer than"), "{answer}");

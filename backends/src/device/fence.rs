@@ -6,7 +6,8 @@ use std::ops::{BitOr, Sub};
 
 use serde::{Deserialize, Serialize};
 
-/// A fence, weakest first.
+/// A fence, weakest first. The numbers are on disk (ledger records, audit logs): never renumber; a new one goes to the end, and its
+/// place on the ladder is `gate::Rung::LADDER`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u8)]
@@ -31,7 +32,7 @@ impl Step {
     /// All fences, weakest first.
     pub const ALL: [Self; 5] = [Self::Drain, Self::Stop, Self::Master, Self::Detach, Self::Reset];
 
-    /// Returns its name in messages and in JSON.
+    /// Returns its name in messages, events and replies. Audit logs have the serialised name (`master`).
     pub fn word(self) -> &'static str {
         match self {
             Self::Drain => "drain",

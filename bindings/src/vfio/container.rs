@@ -123,8 +123,8 @@ impl Container {
     }
 
     /// Unmaps every mapping in `iova` and returns the number of bytes, 0 for none (`VFIO_IOMMU_UNMAP_DMA`). `EINVAL`, with
-    /// nothing unmapped, where a mapping extends beyond either end. The kernel writes no size on an error, so the partial
-    /// count is 0.
+    /// nothing unmapped, where a mapping extends beyond either end. The error has the bytes that the kernel reports as
+    /// unmapped; 0 where it reports none.
     pub fn unmap(&self, iova: PageRange<Iova>) -> Result<u64, Failed<u64>> {
         self.unmap_dma(0, iova.start().0, iova.len(), |mark| self.mappings.remove(0, iova, mark))
     }

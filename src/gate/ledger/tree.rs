@@ -16,7 +16,7 @@ use super::fill::{Fill, UNIFORM};
 use super::leaf;
 use super::spans::Spans;
 use super::store::{Arena, Key, LEVELS, Store};
-use set::{Place, Setting, move_page};
+use set::{Position, Setting, move_page};
 use walk::bits;
 pub(super) use walk::{Values, Walk, span};
 
@@ -126,7 +126,7 @@ impl Tree {
         if pages.start >= pages.end {
             return Ok(());
         }
-        let at = Place { entry, height, first: 0, parent: 0 };
+        let at = Position { entry, height, first: 0, parent: 0 };
         let mut setting = Setting { store: &self.store, totals: &mut self.totals, to, coarse, short: None };
         let new = setting.set(at, pages)?;
         let short = setting.short;

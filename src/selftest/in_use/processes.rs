@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use super::descendants::Descendants;
 use super::{Host, device_node};
 use crate::host::holder::command_line;
-use crate::host::sight::{Blind, each_open_file, has_ended};
+use crate::host::visibility::{Blind, each_open_file, has_ended};
 
 /// Refuses a device of which a process has a device file open, by whatever path, or mapped by its path in `/dev`.
 pub(super) fn check(host: Host<'_>, dir: &Path, descendants: &Descendants) -> Result<(), String> {

@@ -196,7 +196,7 @@ impl PersistentState {
             | Event::Begin { .. }
             | Event::End { .. }
             | Event::Converted { .. }
-            | Event::Insists { .. }
+            | Event::MustUnmap { .. }
             | Event::Quiet => Touched::default(),
             Event::Fenced { .. } | Event::Attached { .. } | Event::DeviceTraits { .. } => {
                 Touched { devices: true, ..Touched::default() }

@@ -156,7 +156,7 @@ impl Controller {
             .identify(Command::identify(namespace, self.memory.iova(IDENTIFY_OFFSET)))?
             .unwrap_or_default();
         let mut found = geometry(&self.identity, &namespace_data, namespace).map_err(namespace_error)?;
-        // Both questions are optional in the specification. A controller that rejects them has one command set, and
+        // Both Identify commands are optional in the specification. A controller that rejects them has one command set, and
         // no limits besides MDTS.
         let descriptors = match self.several_command_sets || has_descriptors(&self.identity) {
             true => {
@@ -242,8 +242,8 @@ impl Controller {
     }
 
     /// Runs an admin command. Returns its completion, or None if it did not complete within [`ADMIN_TIMEOUT`], the
-    /// controller needs a reset first, or commands that never completed fill the queue. Fails with `EPROTO` after a completion whose CID is not outstanding; the
-    /// controller must be reset then.
+    /// controller needs a reset first, or commands that never completed fill the queue. Fails with `EPROTO` after a
+    /// completion whose CID is not outstanding; the controller must be reset then.
     pub fn run(&mut self, command: Command) -> Result<Option<Completion>> {
         let Some(cid) = self.cids.allocate(self.admin.capacity()) else { return Ok(None) };
         let pushed = self.admin.push(&self.memory, command, cid);

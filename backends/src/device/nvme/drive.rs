@@ -466,7 +466,7 @@ impl Inner {
     }
 
     /// Fences a drive whose device is out of its domain, and returns true for it. A failed replace leaves a device
-    /// detached without notice to its driver (`iommu/iommufd/seats.rs`).
+    /// detached without notice to its driver (`iommu/iommufd/attachments.rs`).
     pub(super) fn fence_detached(&self) -> bool {
         let detached = !self.registers.is_attached() && *self.mode() != Mode::Fenced;
         if detached {

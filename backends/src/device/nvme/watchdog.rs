@@ -1,9 +1,9 @@
-//! The watchdog: a thread of the drive for recoveries that the owners of its queues cannot do.
+//! The watchdog: a thread for the error recovery that the owners of the queues (the one thread that uses each) cannot do.
 //!
 //! A command that exceeds its deadline is aborted. If that does not complete it, or the controller violates the
 //! protocol or reports a fatal error, the controller is reset, and all requests that were in flight are submitted
-//! again. A controller that cannot be initialized any more is given up. The watchdog never delays a fence: a fence
-//! waits for nothing that it does.
+//! again. A drive whose controller cannot be initialized any more is marked as lost, and its requests fail. No fence waits for
+//! the watchdog; an attach may.
 
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -16,7 +16,7 @@ use super::controller::Controller;
 use super::drive::{Generation, Inner, Mode, QueueSlot};
 use crate::device::Step;
 
-/// The longest time that an aborted command has to complete; less if the deadline of commands is shorter.
+/// The longest time that an aborted command has to complete, or the deadline of commands if that is shorter.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest time between two checks of the controller. The interval is shorter if the deadline of commands is.
 const HEALTH_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -24,7 +24,7 @@ const HEALTH_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// A notice from the drive or an owner to the watchdog.
 #[derive(Debug)]
 pub(super) enum WatchdogEvent {
-    /// A command has exceeded its deadline.
+    /// A command has exceeded its deadline, in this generation: the time between two initializations ([`super::drive`]).
     CommandOverdue { generation: Generation, qid: u16, cid: u16 },
     /// The controller has violated the protocol.
     ProtocolError { generation: Generation },
@@ -59,18 +59,18 @@ impl Inner {
         if self.generation() != generation {
             return; // it was reset, fenced or given up since the notice
         }
-        // Outside its domain it cannot be initialized; the attach does so.
+        // A detached device cannot do the DMA that its initialization needs: the next attach initializes it.
         if self.fence_detached() {
             return;
         }
         log::warn!("{}: {why}: resetting the controller", self.name);
-        // An owner that is busy elsewhere delays the recovery, and nothing else: the lock is released between
-        // attempts.
+        // Where an owner does not stop using its queue, only this recovery waits: the lock is released between attempts.
         while let Err(error) = self.halt() {
             log::warn!("{error}");
             drop(controller);
             std::thread::sleep(Duration::from_millis(1)); // an attach may be waiting for the lock
             controller = self.controller();
+            // Fenced, attached or closed meanwhile.
             if self.generation() != generation.with(Generation::HALTED)
                 || self.closing.load(Ordering::Acquire)
             {
@@ -79,11 +79,11 @@ impl Inner {
         }
         self.recoveries.fetch_add(1, Ordering::AcqRel);
         let fenced = || *self.mode() == Mode::Fenced;
-        let cancelled = || self.failed("recovering a drive that is fenced meanwhile", Errno::CANCELED);
+        let cancelled = || self.failed("recovery of a drive that has been fenced", Errno::CANCELED);
         let result = self.reinitialize(&mut controller, || if fenced() { Err(cancelled()) } else { Ok(()) });
         match result {
             Ok(()) => self.start_generation(|mode| *mode != Mode::Fenced),
-            // A failure under a fence proves nothing: the attach initializes the controller anew.
+            // Under a fence a failed initialization says nothing about the controller: the attach tries again.
             Err(_) if fenced() && !controller.is_gone() => {}
             Err(error) => self.lose(&controller, &error),
         }
@@ -95,6 +95,7 @@ impl Inner {
         self.window.pause();
         let stopped = controller.is_gone() || self.registers.device().fence(Step::Reset).is_ok();
         if stopped {
+            // Reset or gone: nothing that was in flight can access memory any more.
             self.window.void();
         }
         // Under the lock of the mode, so that a fence does not overwrite this state with HALTED.
@@ -120,8 +121,7 @@ pub(super) fn run_watchdog(inner: &Inner, events: &Receiver<WatchdogEvent>) {
             Err(RecvTimeoutError::Timeout) => {
                 let generation = inner.generation();
                 if !generation.is_up() {
-                    // Owners check for themselves how long the drive has been stopped, and end their requests after a
-                    // while.
+                    // Each owner fails its requests by itself once the drive has been stopped for too long.
                     inner.queue_slots.iter().for_each(QueueSlot::wake);
                     continue;
                 }
@@ -130,7 +130,7 @@ pub(super) fn run_watchdog(inner: &Inner, events: &Receiver<WatchdogEvent>) {
                     inner.lose(&controller, &"the device is gone");
                 } else if inner.generation() == generation && controller.needs_reset() {
                     drop(controller);
-                    inner.recover(generation, "fatal error, or reset from outside");
+                    inner.recover(generation, "fatal error (CSTS.CFS), or reset by somebody else");
                 } else {
                     // An interrupt may have been lost, and only the owner can see that a command has exceeded its
                     // deadline.
@@ -163,7 +163,7 @@ fn abort_overdue(inner: &Inner, generation: Generation, qid: u16, cid: u16) {
     if let Err(error) = &aborted {
         return inner.recover(generation, &error.to_string());
     }
-    // If the Abort itself did not complete, the command is not waited for.
+    // If the Abort command itself timed out, the controller is reset at once.
     let deadline = Duration::from_millis(inner.deadline_ms);
     let until = Instant::now()
         + if matches!(aborted, Ok(Some(_))) { ABORT_TIMEOUT.min(deadline) } else { Duration::ZERO };

@@ -16,8 +16,8 @@ use rustix::net::{
 };
 
 /// The maximum length of a frame in bytes, its NUL included.
-pub const MAX_FRAME: usize = 64 * 1024;
-/// The maximum length of a reply in bytes; a status with many ranges, or metrics, can have that many.
+pub const MAX_FRAME_BYTES: usize = 64 * 1024;
+/// The maximum length of a reply in bytes. It is larger than [`MAX_FRAME_BYTES`]: a status with many ranges, or metrics, can be long.
 pub const MAX_REPLY_BYTES: usize = 1 << 20;
 /// The maximum number of descriptors of one frame.
 pub const MAX_FDS: usize = 16;
@@ -66,8 +66,8 @@ pub struct Frames {
     bytes: Vec<u8>,
     /// The number of leading bytes that are known to have no NUL.
     searched: usize,
-    /// The descriptors received, each with the index of the last byte of its read: the kernel ends a read after a message
-    /// with descriptors.
+    /// The descriptors received, each with the index of the last byte received with it. The kernel ends a read after a message
+    /// with descriptors, so they belong to the frame that has this byte.
     fds: VecDeque<(usize, OwnedFd)>,
     /// The indexes of bytes, as in `fds`, whose descriptors the kernel has discarded.
     lost: VecDeque<usize>,
@@ -84,7 +84,7 @@ pub struct Frame {
 
 impl Default for Frames {
     fn default() -> Self {
-        Self::with_max_frame(MAX_FRAME)
+        Self::with_max_frame(MAX_FRAME_BYTES)
     }
 }
 
@@ -126,7 +126,7 @@ impl Frames {
             return Err(FrameError::Closed);
         }
         self.bytes.extend_from_slice(&chunk[..received.bytes]);
-        // One whole frame and a part of the next are allowed: a peer need not send more before it has read a reply.
+        // One whole frame and a part of the next are allowed: a peer has no reason to send more before it has read a reply.
         let has_frame = self.bytes.iter().take(self.max_frame).any(|byte| *byte == 0);
         if self.bytes.len() > if has_frame { 2 * self.max_frame } else { self.max_frame } {
             return Err(FrameError::TooLong(self.max_frame));

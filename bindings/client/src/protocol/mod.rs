@@ -11,5 +11,5 @@ pub mod hex;
 pub mod record;
 pub mod verbs;
 
-pub use frame::{Frames, MAX_FDS, MAX_FRAME};
+pub use frame::{Frames, MAX_FDS, MAX_FRAME_BYTES};
 pub use record::{Kind, RECORD_LEN, Record};

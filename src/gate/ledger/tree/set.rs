@@ -11,7 +11,7 @@ use crate::gate::ledger::store::Store;
 
 /// An entry and its position.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct Position {
     pub(super) entry: u32,
     pub(super) height: u32,
     /// The first page below it.
@@ -42,7 +42,7 @@ pub(super) fn move_page(totals: &mut [u64; 4], old: u8, new: u8) {
 
 impl Setting<'_> {
     /// Sets `pages`, which lie below `at`. Returns the new entry.
-    pub(super) fn set(&mut self, at: Place, pages: Range<u64>) -> Result<u32, Full> {
+    pub(super) fn set(&mut self, at: Position, pages: Range<u64>) -> Result<u32, Full> {
         let same = self.to.below(at.first, bits(at.height));
         if at.entry == same.entry() {
             return Ok(at.entry);
@@ -68,7 +68,7 @@ impl Setting<'_> {
             return Ok(self.set_leaf(unit, at.first, pages).map_or(unit, Fill::entry));
         }
         let before = *self.totals;
-        let folded = self.set_below(Place { entry: unit, ..at }, pages);
+        let folded = self.set_below(Position { entry: unit, ..at }, pages);
         if made.is_some() && folded.is_err() {
             // The new node was not linked yet: nothing has changed.
             self.store.free(unit, at.height, 0);
@@ -82,13 +82,13 @@ impl Setting<'_> {
     }
 
     /// Sets `pages` below the node `at`. Returns true if an entry of it is a fill now.
-    fn set_below(&mut self, at: Place, pages: Range<u64>) -> Result<bool, Full> {
+    fn set_below(&mut self, at: Position, pages: Range<u64>) -> Result<bool, Full> {
         let (span, mut folded) = (span(at.height - 1), false);
         for index in (pages.start - at.first) / span..=(pages.end - 1 - at.first) / span {
             let old = self.store.entry(at.entry, index);
             let first = at.first + index * span;
             let within = pages.start.max(first)..pages.end.min(first + span);
-            let below = Place { entry: old, height: at.height - 1, first, parent: at.entry };
+            let below = Position { entry: old, height: at.height - 1, first, parent: at.entry };
             let new = self.set(below, within)?;
             if new != old {
                 self.store.set_entry(at.entry, index, new);
@@ -113,7 +113,7 @@ impl Setting<'_> {
     }
 
     /// Sets all pages below `at` to `fill`. Returns the new entry.
-    fn fold(&mut self, at: Place, fill: Fill) -> u32 {
+    fn fold(&mut self, at: Position, fill: Fill) -> u32 {
         let mut old = [0; 4];
         self.tally(at, &mut old);
         self.count(old, fill, at.first..at.first + span(at.height));
@@ -128,7 +128,7 @@ impl Setting<'_> {
     }
 
     /// Adds up the pages by value below `at`.
-    fn tally(&self, at: Place, counts: &mut [u64; 4]) {
+    fn tally(&self, at: Position, counts: &mut [u64; 4]) {
         if let Some(fill) = Fill::of(at.entry) {
             for (value, count) in (0..).zip(counts) {
                 *count += fill.count(at.first..at.first + span(at.height), value);
@@ -136,7 +136,7 @@ impl Setting<'_> {
         } else if at.height > 0 {
             let (height, span) = (at.height - 1, span(at.height - 1));
             for (first, entry) in (at.first..).step_by(span as usize).zip(self.store.entries(at.entry)) {
-                self.tally(Place { entry, height, first, parent: at.entry }, counts);
+                self.tally(Position { entry, height, first, parent: at.entry }, counts);
             }
         } else if let Ok(words) = self.store.words_at(at.entry, LEAF_WORDS).try_into() {
             Leaf(words).counts(0..leaf::PAGES, counts);
