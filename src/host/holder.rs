@@ -1,8 +1,9 @@
 //! The processes that have a VFIO device or its group open, as `/proc/PID/fd` shows them.
 //!
-//! A cdev or a group is identified by its device number, whatever path it was opened by. A device file that came from a group
-//! has no number: newer kernels name its device in `/proc/PID/fdinfo`, with older ones it is known only that the process
-//! has some VFIO device. No device file is opened: link targets are read, and only those that contain `vfio` are examined.
+//! A cdev or a group is identified by its device number, whatever path it was opened by. A device descriptor that was
+//! obtained from a group (`VFIO_GROUP_GET_DEVICE_FD`) is an anonymous inode without a number: newer kernels name its device in
+//! `/proc/PID/fdinfo`, with older ones it is known only that the process has some VFIO device. Nothing in `/dev` is opened: link
+//! targets are read, and only those that contain `vfio` are examined.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,22 +26,22 @@ const MAX_PROCESSES: usize = 64;
 pub struct Process {
     /// The process ID.
     pub pid: u32,
-    /// The command line, shortened; the name of the process in brackets if it has none.
+    /// The command line, shortened; the name of the process (`comm`) in brackets if it has none.
     pub command: String,
 }
 
 /// The processes that have a device open, as far as this user may see.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Owner {
-    /// The processes that have its cdev, its group, or the device by its group open.
+    /// The processes that have the device open: its cdev, its group, or a descriptor obtained from the group.
     pub processes: Vec<Process>,
-    /// The processes that have a VFIO device open which the kernel does not name: perhaps this one.
+    /// The processes with a VFIO device descriptor whose device the kernel does not name: it may be this one.
     pub possible: Vec<Process>,
-    /// The reason why some process or its files could not be seen; none if all were.
+    /// The reason why some process or its files may not have been seen; none if all were.
     pub incomplete: Option<Blind>,
 }
 
-/// A snapshot of all processes that have a file of VFIO open.
+/// A snapshot of all processes that have a VFIO cdev, group or device open.
 #[derive(Debug, Default)]
 pub struct Holders {
     /// By the device number of a cdev or a group.

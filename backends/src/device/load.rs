@@ -7,11 +7,12 @@ use crate::Result;
 /// The transfers that a load has made since it was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
-    /// The number of transfers that succeeded, verified or not.
+    /// The number of writes that the device reported as successful, and of reads that returned what was written before.
     pub done: u64,
-    /// The number of transfers that the device reported as failed, because nothing was mapped at their address.
+    /// The number of transfers that faulted or did not complete ([`crate::Error::Fault`]), and of reads that returned only
+    /// zeroes, which is how a device that cannot report a fault shows one.
     pub faults: u64,
-    /// The number of reads that the device reported as successful and that returned other bytes than were written.
+    /// The number of reads that the device reported as successful and that returned neither what was written nor zeroes.
     /// Reads of memory that is written by others meanwhile, or mapped again between write and read, count here too.
     pub wrong: u64,
 }
@@ -22,6 +23,6 @@ pub trait Load: Send + fmt::Debug {
     fn counts(&self) -> Counts;
 
     /// Stops issuing transfers, waits until the outstanding ones have ended, and returns all transfers made. An error
-    /// means that the device did not end them within its time-out: DMA may still be in flight.
+    /// means that one failed other than by a fault or a fence (by its time-out, for example): DMA may still be in flight.
     fn stop(self: Box<Self>) -> Result<Counts>;
 }

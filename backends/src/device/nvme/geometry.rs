@@ -30,7 +30,8 @@ pub struct Geometry {
 pub(super) struct ControllerCaps {
     /// The largest transfer of one command, in bytes (MDTS); None if there is no limit.
     pub(super) max_transfer: Option<u64>,
-    /// SGL support (SGLS, bits 1:0): 0 none, 1 at any alignment, 2 at multiples of 4 bytes.
+    /// SGL support (SGLS, bits 1:0): 0 no SGLs; 1 data of any alignment and length; 2 address and length are
+    /// multiples of 4 bytes.
     pub(super) sgl: u8,
     /// True if the controller has the Doorbell Buffer Config command.
     pub(super) shadow_doorbells: bool,
@@ -49,7 +50,9 @@ pub(super) enum NamespaceError {
     #[error("its block size is not supported: 512 bytes to 64 KiB are")]
     BlockSize,
     /// The blocks are in zones, each of which is written sequentially only.
-    #[error("its blocks are written in zones (Zoned Namespace command set), unlike those of a disk")]
+    #[error(
+        "it is a zoned namespace (Zoned Namespace command set), whose zones are written sequentially: not a disk"
+    )]
     Zoned,
     /// The namespace stores values by keys, not blocks.
     #[error("it stores keys and values, not blocks (Key Value command set)")]
@@ -90,8 +93,8 @@ pub(super) fn has_descriptors(controller: &[u8]) -> bool {
 }
 
 /// Checks that a namespace has the NVM command set, by its identification descriptors (NVMe Base 2.0, 5.17.2.3). Each
-/// has a type, a length, two reserved bytes, and a value of this length. The descriptor of the command set is
-/// mandatory only for controllers with several command sets (`several`).
+/// has a type, a length, two reserved bytes, and a value of this length. A namespace without this
+/// descriptor is taken to have the NVM command set, unless the controller has several command sets (`several`).
 pub(super) fn check_command_set(descriptors: Option<&[u8]>, several: bool) -> Result<(), NamespaceError> {
     const COMMAND_SET: u8 = 4;
     let mut rest = descriptors.unwrap_or_default();
@@ -109,14 +112,14 @@ pub(super) fn check_command_set(descriptors: Option<&[u8]>, several: bool) -> Re
     if several { Err(NamespaceError::UnknownCommandSet) } else { Ok(()) }
 }
 
-/// True if the controller may report limits for commands that transfer no data. Controllers before version 1.2 would
-/// take the question for another one.
+/// True if Identify with CNS 06h (the limits of [`apply_limits`]) may be sent: version 1.2 or later. Earlier controllers
+/// decode only the low bits of CNS, and return another data structure.
 pub(super) fn has_limits(controller: &[u8]) -> bool {
     u64_at(controller, 80) as u32 >= 0x0001_0200
 }
 
-/// Applies the limits for commands that transfer no data, which MDTS does not limit: WZSL, DMRSL and DMSL of the data
-/// structure `set`; 0 is no limit. `min_page` is as for [`controller_caps`].
+/// Applies the size limits besides MDTS: of Write Zeroes (WZSL), and of Dataset Management (DMRSL, blocks of one range;
+/// DMSL, blocks of one command). `set` is the Identify Controller data of the NVM command set; a limit of 0 is none. `min_page` is as for [`controller_caps`].
 pub(super) fn apply_limits(geometry: &mut Geometry, set: &[u8], min_page: u64) {
     let bound = |max: &mut u32, limit: u64| {
         if limit > 0 {
@@ -152,7 +155,7 @@ pub(super) fn geometry(
     if blocks == 0 {
         return Err(NamespaceError::Absent);
     }
-    // FLBAS: the index of the LBA format is in bits 3:0, its upper part in bits 6:5. The formats are 4 bytes each,
+    // FLBAS: bits 3:0 are the lower four bits of the LBA format's index, bits 6:5 the upper two. The formats are 4 bytes each,
     // from byte 128.
     let lbaf = usize::from(u8_at(namespace_data, 26) & 0xf | u8_at(namespace_data, 26) >> 1 & 0x30);
     let lbaf = 128 + lbaf * 4;
