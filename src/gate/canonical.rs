@@ -11,6 +11,7 @@ impl Gate {
     pub fn canonical(&self) -> String {
         let Self {
             policy: _,
+            limits: _,
             memory,
             mappings,
             calls,

@@ -59,9 +59,10 @@ impl Gate {
             Phase::Granted => return,
         };
         // Nothing of a conversion is unmapped before its devices are detached; there is nothing to climb for.
-        if progress.take_moved() && is_close {
+        if progress.renew(last_call) && is_close {
             // Nothing is stuck: the kernel has much to unmap.
             self.arm(id, Rung::Unmap, effects);
+            self.advance(id, effects);
             return;
         }
         let waits = progress.stopping && is_conversion;

@@ -13,7 +13,7 @@ use super::effect::{Effect, Effects, Notice};
 use super::ids::{DomainId, FileId, RegionId};
 use super::ledger::exclusions::gaps;
 use super::ledger::mapped::objects;
-use super::policy::{MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
+use super::policy::MAX_CALL_MAPPINGS;
 
 /// `ENOSPC`: the budget of mappings is used up.
 const ENOSPC: i32 = 28;
@@ -66,7 +66,7 @@ impl Gate {
         let piece = domain.piece(region_id)?;
         let (pages, mapped) = (region.pages_at(range), domain.mapped());
         let mut parts = Vec::new();
-        let mut room = MAX_CALL_BYTES.min(MAX_CALL_MAPPINGS.saturating_mul(piece)).max(piece);
+        let mut room = self.limits.call_bytes.min(MAX_CALL_MAPPINGS.saturating_mul(piece)).max(piece);
         for free in self.memory.mappable(pages) {
             let free = free.rebase(pages.range.start(), range.start());
             for gap in gaps(free, mapped.taken(free).into_iter()) {

@@ -54,7 +54,7 @@ pub use ids::{ClientId, DeviceId, DomainId, FileId, InvalidationId, JobId, ORPHA
 pub use ledger::ExcludedBy;
 pub use ledger::PageState;
 pub use passgate_backends::{DeviceTraits, DomainCaps, Step, Steps};
-pub use policy::{Hitless, OnStuckDma, Platform, Policy};
+pub use policy::{CallLimits, Hitless, OnStuckDma, Platform, Policy};
 pub(crate) use policy::{MAX_CALL_BYTES, MAX_CALL_MAPPINGS};
 pub use ranges::{Ranges, RangesError};
 pub use receipt::{Evidence, Receipt};
@@ -77,6 +77,7 @@ use quarantine::Quarantine;
 #[derive(Debug)]
 pub struct Gate {
     policy: Policy,
+    limits: CallLimits,
     memory: Memory,
     mappings: Mappings,
     calls: Calls,
@@ -94,6 +95,7 @@ impl Gate {
     pub fn new(policy: Policy, arena: Arena) -> Self {
         Self {
             policy,
+            limits: CallLimits::default(),
             memory: Memory::new(arena),
             mappings: Mappings::default(),
             calls: Calls::default(),
@@ -103,6 +105,11 @@ impl Gate {
             clients: Clients::default(),
             inconsistencies: 0,
         }
+    }
+
+    /// Sets the sizes in which it asks for calls. On a gate without memory.
+    pub fn set_call_limits(&mut self, limits: CallLimits) {
+        self.limits = limits;
     }
 
     /// Takes one event; appends to `effects` what it wants done, in order.

@@ -109,8 +109,23 @@ pub(crate) const MAX_CALL_MAPPINGS: u64 = 1024;
 /// longer). The kernel pins and unpins small pages one by one, and its lock keeps every other call on the domain waiting
 /// meanwhile: a terabyte takes minutes. So other calls come in between, and there is progress to see.
 pub(crate) const MAX_CALL_BYTES: u64 = 4 << 20;
-/// The maximum number of unmaps of one region being closed that are in progress: half of the threads that make calls.
-pub(super) const MAX_CLOSE_CALLS: usize = 4;
+/// The maximum number of unmaps of one region being closed that are in progress: others find a free thread.
+const MAX_CLOSE_CALLS: usize = 4;
+
+/// The sizes in which a gate asks for calls. They decide nothing but how much is done at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct CallLimits {
+    /// The maximum number of bytes that one call maps, or unmaps of a region being closed, unless a single mapping is longer.
+    pub call_bytes: u64,
+    /// The maximum number of unmaps of one region being closed that are in progress.
+    pub close_calls: usize,
+}
+
+impl Default for CallLimits {
+    fn default() -> Self {
+        Self { call_bytes: MAX_CALL_BYTES, close_calls: MAX_CLOSE_CALLS }
+    }
+}
 
 /// The largest mappings, in bytes, where a page can be cut out of them: a conversion that meets one being made does not
 /// wait long.

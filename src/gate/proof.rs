@@ -10,7 +10,7 @@ use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages, Notice};
 use super::event::Performer;
 use super::ids::{DomainId, InvalidationId};
-use super::invalidations::{CloseCause, Phase, Purpose};
+use super::invalidations::{CloseCause, Invalidation, Phase, Purpose};
 use super::ledger::{Run, RunState};
 use super::rung::Rung;
 use super::verdict::{Cause, Reason, Refusal, Verdict};
@@ -78,6 +78,11 @@ impl Gate {
                 if !blockers.pending {
                     self.grant(id, effects);
                 }
+                return;
+            }
+            // The rest of a region being closed does not wait for a part that failed: time is up only when nothing moves.
+            let is_close = self.invalidations.get(id).is_some_and(Invalidation::is_close);
+            if is_close && blockers.pending {
                 return;
             }
             // While a device is being fenced or attached, a retry would prove nothing.
@@ -149,10 +154,10 @@ impl Gate {
         let rung = inv.progress().map_or(Rung::Unmap, |progress| progress.rung);
         let (caller, range, purpose) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.purpose());
         let (is_conversion, pages) = (inv.is_conversion(), inv.pages.clone());
-        if inv.is_close() {
-            self.unmap_rest(id, effects);
-        }
+        let rest = if inv.is_close() { self.plan_rest(id) } else { Vec::new() };
         let stuck = self.stuck(id);
+        // What was not asked to go yet says nothing about the cause, unless nothing else is there.
+        let decisive = stuck.iter().any(|(.., state)| state.is_some());
         self.invalidations.stop_waiting(id);
         self.memory.end_exclusion(&pages, id);
         let at = effects.len();
@@ -160,6 +165,7 @@ impl Gate {
         for (domain, iova, state) in stuck {
             // Of a conversion, only what waits for its devices to be detached is still plainly mapped.
             let untouched = state.is_none() && is_conversion;
+            let decides = state.is_some() || is_conversion || !decisive;
             let state = if untouched { Some(RunState::Cached) } else { state };
             let (known, reason) = self.blame(domain, state, rung);
             let parts = self.memory.pages_at(iova);
@@ -169,7 +175,7 @@ impl Gate {
                 }
             }
             // Looked for only where it is to be said: a batch has thousands of parts.
-            if worst.is_none_or(|(was_known, ..)| was_known && !known) {
+            if decides && worst.is_none_or(|(was_known, ..)| was_known && !known) {
                 let first = parts.into_iter().find_map(|part| shown_in(&pages, part));
                 worst = Some((known, reason, first.unwrap_or(range)));
             }
@@ -195,6 +201,9 @@ impl Gate {
             effects.insert(at, Effect::Answer { caller, answer });
         }
         effects.push(Effect::Notice(Notice::Refused { invalidation: id, range, reason }));
+        for (domain, plan) in rest {
+            self.unmap_spans(id, domain, plan, effects);
+        }
         self.finish(id, effects);
         self.restore(pages, effects);
     }

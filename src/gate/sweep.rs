@@ -12,7 +12,7 @@ use super::ledger::exclusions::gaps;
 use super::ledger::{Run, RunState};
 use super::mappings::Domain;
 use super::memory::Memory;
-use super::policy::{MAX_CALL_BYTES, MAX_CLOSE_CALLS, MIN_REPLACED_MAPPINGS};
+use super::policy::MIN_REPLACED_MAPPINGS;
 
 /// The runs that stand in the way of an invalidation.
 #[derive(Default)]
@@ -72,7 +72,9 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
-        if self.invalidations.get(id).is_some_and(Invalidation::is_close) {
+        let is_close = self.invalidations.get(id).is_some_and(Invalidation::is_close);
+        // Where devices cache translations, every piece would stay behind until they are detached.
+        if is_close && self.ats_active(domain).is_none() {
             self.unmap_pieces(id, domain, plan.spans, effects);
             return;
         }
@@ -84,7 +86,7 @@ impl Gate {
     }
 
     /// Asks for one unmap of each span.
-    fn unmap_spans(
+    pub(super) fn unmap_spans(
         &mut self,
         id: InvalidationId,
         domain: DomainId,
@@ -102,13 +104,11 @@ impl Gate {
         }
     }
 
-    /// Asks for the unmap of everything that is left of a region whose close is given up: it goes when the calls return.
-    pub(super) fn unmap_rest(&mut self, id: InvalidationId, effects: &mut Effects) {
-        for domain in self.mappings.ids() {
-            if let Some(plan) = self.plan_unmaps(id, domain, &mut Blockers::default()) {
-                self.unmap_spans(id, domain, plan.spans, effects);
-            }
-        }
+    /// Returns what is plainly mapped of a region whose close is given up, in each domain: it goes when the calls return that unmap
+    /// it.
+    pub(super) fn plan_rest(&self, id: InvalidationId) -> Vec<(DomainId, Vec<PageRange<Iova>>)> {
+        let plan = |domain| Some((domain, self.plan_unmaps(id, domain, &mut Blockers::default())?.spans));
+        self.mappings.ids().into_iter().filter_map(plan).collect()
     }
 
     /// Asks for unmaps of the first pieces of `spans`, as many as may be in progress. Their results bring the next sweep.
@@ -120,14 +120,15 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let in_progress = self.invalidations.progress_mut(id).map_or(0, |progress| progress.calls());
-        let mut room = MAX_CLOSE_CALLS.saturating_sub(in_progress);
+        let mut room = self.limits.close_calls.saturating_sub(in_progress);
         for span in spans {
             let mut rest = Some(span);
             while room > 0
                 && let Some(mapped) = self.mappings.get(domain).map(Domain::mapped)
                 && let Some(extent) = rest.and_then(|rest| mapped.extent(rest))
             {
-                let piece = mapped.extent(first_piece(extent)).unwrap_or(extent);
+                let piece = first_piece(extent, self.limits.call_bytes);
+                let piece = mapped.extent(piece).unwrap_or(extent);
                 let piece = mapped.whole(piece);
                 room -= 1;
                 rest = PageRange::between(piece.end(), span.end());
@@ -220,9 +221,9 @@ impl UnmapPlan {
     }
 }
 
-/// Returns the part of `span` up to the next multiple of [`MAX_CALL_BYTES`].
-fn first_piece(span: PageRange<Iova>) -> PageRange<Iova> {
-    let end = (span.start().raw() / MAX_CALL_BYTES + 1) * MAX_CALL_BYTES;
+/// Returns the part of `span` up to the next multiple of `bytes`.
+fn first_piece(span: PageRange<Iova>, bytes: u64) -> PageRange<Iova> {
+    let end = (span.start().raw() / bytes + 1) * bytes;
     PageRange::between(span.start(), span.end().min(Iova(end))).unwrap_or(span)
 }
 

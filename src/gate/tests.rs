@@ -10,7 +10,6 @@ use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::words;
 use passgate_bindings::{Gpa, PAGE, PageRange};
 
-use super::policy::MAX_CLOSE_CALLS;
 use super::*;
 
 const OWNER: Caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };

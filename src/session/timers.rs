@@ -1,7 +1,8 @@
 //! The alarms of invalidations: one each, indexed by invalidation and by time; and the time after which mappings were quiet.
 //!
 //! The alarm of each rung counts from the begin, not from the alarm before it, so that one that is handled late, because the
-//! loop was busy, does not delay the later ones.
+//! loop was busy, does not delay the later ones. Only where the gate arms the first rung once more, because there was progress, the
+//! deadline counts from then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,8 +16,9 @@ pub(super) struct Timers {
     alarms: BTreeMap<InvalidationId, (Instant, Rung)>,
     /// The same alarms, earliest first.
     by_time: BTreeSet<(Instant, InvalidationId)>,
-    /// The time at which each invalidation began that is not answered yet.
-    begun: BTreeMap<InvalidationId, Instant>,
+    /// The time from which the deadline of each invalidation counts that is not answered yet, and true once the alarm of the
+    /// first rung was set.
+    begun: BTreeMap<InvalidationId, (Instant, bool)>,
     /// The time of the next [`crate::gate::Event::Quiet`]; none while no mapping is fragmented.
     quiet: Option<Instant>,
 }
@@ -24,7 +26,7 @@ pub(super) struct Timers {
 impl Timers {
     /// Records the time at which an invalidation began; a second call changes nothing.
     pub(super) fn begin(&mut self, id: InvalidationId, now: Instant) {
-        self.begun.entry(id).or_insert(now);
+        self.begun.entry(id).or_insert((now, false));
     }
 
     /// Forgets an invalidation: it is answered, or over.
@@ -36,8 +38,12 @@ impl Timers {
     /// Sets the alarm of a rung, in place of the one that the invalidation has. Every rung has the same `part` of the deadline.
     /// An invalidation whose begin was not recorded, as one that the gate starts itself, begins `now`.
     pub(super) fn arm(&mut self, id: InvalidationId, rung: Rung, part: Duration, now: Instant) {
-        let begun = *self.begun.entry(id).or_insert(now);
-        self.set(id, begun + part * (u32::from(rung.number()) + 1), rung);
+        let (begun, armed) = self.begun.entry(id).or_insert((now, false));
+        if rung == Rung::Unmap && std::mem::replace(armed, true) {
+            *begun = now;
+        }
+        let when = *begun + part * (u32::from(rung.number()) + 1);
+        self.set(id, when, rung);
     }
 
     fn set(&mut self, id: InvalidationId, when: Instant, rung: Rung) {
@@ -105,6 +111,11 @@ mod tests {
             timers.arm(id, rung, part, start + part * 100);
             assert_eq!(timers.next(), Some(start + part * nth));
         }
+        // Renewed.
+        timers.arm(id, Rung::Unmap, part, start + part * 100);
+        assert_eq!(timers.next(), Some(start + part * 101));
+        timers.arm(id, Rung::Fence(Step::Drain), part, start + part * 150);
+        assert_eq!(timers.next(), Some(start + part * 102));
         timers.end(id);
         assert!(timers.begun.is_empty() && timers.next().is_none());
         timers.arm(id, Rung::Unmap, part, start + part);

@@ -208,13 +208,14 @@ fn setup() -> impl Strategy<Value = Setup> {
     let seed = (0..2u8, 0..100u16, 1..20u16, 1..4u64);
     let earlier_quarantine = proptest::collection::vec(seed, 0..3);
     let domains = proptest::collection::vec(domain, 1..3);
-    (policy, domains, earlier_quarantine, any::<bool>()).prop_map(
-        |(policy, domains, earlier_quarantine, tolerant)| Setup {
+    (policy, domains, earlier_quarantine, any::<bool>(), any::<bool>()).prop_map(
+        |(policy, domains, earlier_quarantine, tolerant, small_calls)| Setup {
             policy,
             tolerant,
             domains,
             earlier_quarantine,
             clean: false,
+            small_calls,
         },
     )
 }

@@ -61,6 +61,7 @@ fn setup(on_stuck_dma: OnStuckDma, method: RemovalMethod) -> Setup {
         tolerant: false,
         earlier_quarantine: Vec::new(),
         clean: false,
+        small_calls: method == RemovalMethod::Split,
     }
 }
 

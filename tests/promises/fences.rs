@@ -21,7 +21,14 @@ const RUNG_NS: u64 = 100;
 
 fn world(policy: Policy, domains: &[&[(Steps, DeviceTraits)]]) -> World {
     let domains = domains.iter().map(|devices| (DomainCaps::new(256, 1 << 30), devices.to_vec())).collect();
-    let setup = Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false };
+    let setup = Setup {
+        policy,
+        domains,
+        earlier_quarantine: Vec::new(),
+        tolerant: false,
+        clean: false,
+        small_calls: false,
+    };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     world.trace = Some(Default::default());
     play(&mut world, &[add(0), Action::Settle]);
@@ -378,6 +385,7 @@ fn devices_left_detached_by_a_failed_replace_are_attached_again() {
         earlier_quarantine: Vec::new(),
         tolerant: false,
         clean: false,
+        small_calls: false,
     };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     let (client, pages, file, offset, piece, initial) = (0, 64, 0, 0, 3, PageState::Shared);

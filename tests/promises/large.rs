@@ -30,7 +30,14 @@ const END: Action = Action::End { granted: 0, outcome: Outcome::Committed, by_ot
 fn world_of(hitless: Hitless, caps: DomainCaps, class: Steps) -> World {
     let policy = Policy { hitless, on_stuck_dma: OnStuckDma::Refuse, ..Policy::default() };
     let domains = vec![(caps, vec![(class, DeviceTraits::default())])];
-    let setup = Setup { policy, domains, tolerant: false, earlier_quarantine: Vec::new(), clean: true };
+    let setup = Setup {
+        policy,
+        domains,
+        tolerant: false,
+        earlier_quarantine: Vec::new(),
+        clean: true,
+        small_calls: false,
+    };
     World::new(&setup, Plant::Nothing).unwrap()
 }
 

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use passgate::gate::{
-    Answer, Caller, ClientId, DomainCaps, Effect, Effects, Event, FileId, Gate, InvalidationId, JobId,
-    MapResult, Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
+    Answer, CallLimits, Caller, ClientId, DomainCaps, Effect, Effects, Event, FileId, Gate, InvalidationId,
+    JobId, MapResult, Notice, Outcome, PageState, Platform, Policy, Snapshot, Step, UnmapResult, Verdict,
 };
 use passgate_bindings::words;
 
@@ -87,7 +87,7 @@ pub struct Mutant {
 }
 
 impl Mutant {
-    pub fn new(policy: Policy, plant: Plant) -> Self {
+    pub fn new(policy: Policy, limits: CallLimits, plant: Plant) -> Self {
         let policy = match plant {
             Plant::RegionLimitTooLarge => Policy { max_regions: policy.max_regions * 8, ..policy },
             Plant::NotStrict => Policy { platform: Platform::Contained, ..policy },
@@ -96,7 +96,8 @@ impl Mutant {
         };
         let (unmaps, bus_master_fences, bus_master_off, shared, requested_states, files, check_vfio_accepts) =
             Default::default();
-        let gate = Gate::new(policy, words::private);
+        let mut gate = Gate::new(policy, words::private);
+        gate.set_call_limits(limits);
         let digest = DefaultHasher::new();
         Self {
             gate,

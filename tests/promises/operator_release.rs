@@ -32,6 +32,7 @@ fn world(earlier_quarantine: &[(u8, u16, u16, u64)]) -> World {
             earlier_quarantine: earlier_quarantine.to_vec(),
             tolerant: false,
             clean: false,
+            small_calls: false,
         },
         Plant::Nothing,
     )

@@ -64,6 +64,7 @@ impl Setup {
                 earlier_quarantine,
                 tolerant: rng.odds(1, 3),
                 clean: rates.faults == 0 && rates.hangs == 0,
+                small_calls: rng.odds(1, 2),
             },
             rates,
         )

@@ -59,7 +59,14 @@ fn world(on_stuck_dma: OnStuckDma) -> World {
     let policy = Policy { on_stuck_dma, hitless: Hitless::Off, ..Policy::default() };
     let domains = vec![(DomainCaps::new(256, 1 << 30), vec![(Steps::all(), DeviceTraits::default())])];
     let mut world = World::new(
-        &Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false },
+        &Setup {
+            policy,
+            domains,
+            earlier_quarantine: Vec::new(),
+            tolerant: false,
+            clean: false,
+            small_calls: false,
+        },
         Plant::Nothing,
     )
     .unwrap();
@@ -161,7 +168,14 @@ fn queued_fence_outlives_its_first_requester() {
     let policy = Policy { platform: Platform::Strict, hitless: Hitless::Off, ..Policy::default() };
     let device = (Steps::DETACH, DeviceTraits { ats: true, tdi: false, tolerant: false });
     let domains = vec![(DomainCaps::new(256, 1 << 30), vec![device])];
-    let setup = Setup { policy, domains, earlier_quarantine: Vec::new(), tolerant: false, clean: false };
+    let setup = Setup {
+        policy,
+        domains,
+        earlier_quarantine: Vec::new(),
+        tolerant: false,
+        clean: false,
+        small_calls: false,
+    };
     let mut world = World::new(&setup, Plant::Nothing).unwrap();
     let next = Action::RunTask { task: 0, deliver: true, fault: None };
     // Detached, unmapped, granted; being attached when two more invalidations need it detached, one with a short deadline.

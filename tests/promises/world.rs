@@ -9,7 +9,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use passgate::gate::{
-    Answer, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
+    Answer, CallLimits, Caller, Cause, ClientId, DeviceId, DomainId, Door, Effect, Effects, Event, FileId,
     InvalidationId, Platform, Policy, Reason, Rung, Step, Verdict,
 };
 use passgate_backends::{DeviceTraits, DomainCaps, Steps};
@@ -39,9 +39,18 @@ pub struct Setup {
     pub earlier_quarantine: Vec<(u8, u16, u16, u64)>,
     /// True if no call will fail.
     pub clean: bool,
+    /// True if the gate asks for calls of two pages, and closes regions by two calls at a time.
+    pub small_calls: bool,
 }
 
 impl Setup {
+    fn limits(&self) -> CallLimits {
+        match self.small_calls {
+            true => CallLimits { call_bytes: 2 * PAGE, close_calls: 2 },
+            false => CallLimits::default(),
+        }
+    }
+
     /// True if every device with ATS can be detached, where only that is proof.
     fn is_detachable(&self) -> bool {
         let caches = self.domains.iter().flat_map(|(_, devices)| devices).filter(|(_, traits)| traits.ats);
@@ -139,7 +148,7 @@ impl World {
     pub fn new(setup: &Setup, plant: Plant) -> CheckResult<Self> {
         let memory = Memory::new();
         let mut world = Self {
-            gate: Mutant::new(setup.policy, plant),
+            gate: Mutant::new(setup.policy, setup.limits(), plant),
             model: Model::new(setup.policy, setup.clean && setup.is_detachable()),
             executor: Executor::new(memory.clone()),
             events: 0,

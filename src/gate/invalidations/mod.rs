@@ -117,14 +117,21 @@ impl Progress {
         (self.pending + self.late) as usize
     }
 
-    /// Something that stood in its way is gone.
+    /// Something that stood in its way is gone: what failed may be tried again.
     pub(super) fn moved(&mut self) {
         self.moved = true;
+        self.retry = true;
     }
 
-    /// Returns true if anything is gone since this was asked last.
-    pub(super) fn take_moved(&mut self) -> bool {
-        std::mem::take(&mut self.moved)
+    /// Begins anew at the first rung if anything is gone since this was asked last, and returns true then. What has not returned
+    /// by `job` is late.
+    pub(super) fn renew(&mut self, job: JobId) -> bool {
+        let renews = std::mem::take(&mut self.moved);
+        if renews {
+            self.rung = Rung::Unmap;
+            self.part_over(job);
+        }
+        renews
     }
 
     /// A part of the deadline is over: what has not returned by `job` is late.
@@ -337,7 +344,8 @@ impl Invalidations {
         let Some(inv) = self.open.get_mut(&id) else { return false };
         let waits = inv.waits_over(iova);
         let Some(progress) = inv.progress_mut() else { return false };
-        progress.pending == 0 && waits && !std::mem::take(&mut progress.skip_sweep)
+        let skip = std::mem::take(&mut progress.skip_sweep);
+        progress.pending == 0 && waits && !skip
     }
 
     /// True while an invalidation closes the region and waits for proof.

@@ -90,7 +90,10 @@ fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
     let mut unmapped = Vec::new();
     while let Some(unmap) = world.take(is_unmap) {
         let Effect::Unmap { iova, .. } = unmap else { unreachable!() };
-        assert!(world.calls.len() < MAX_CLOSE_CALLS, "more calls at a time than there are threads for");
+        assert!(
+            world.calls.len() < CallLimits::default().close_calls,
+            "more calls at a time than there are threads for"
+        );
         unmapped.push(pages(iova));
         // The last part of the deadline ends, just after something was unmapped.
         world.succeeds(&unmap);
@@ -107,7 +110,7 @@ fn large_region_is_closed_in_pieces_each_of_which_renews_the_deadline() {
 #[test]
 fn close_without_progress_is_given_up_after_its_deadline() {
     let mut world = World::new(Policy::default(), &[SPLITS]);
-    let pages = 2 * MAX_CLOSE_CALLS as u64 * MAX_CALL_BYTES / PAGE;
+    let pages = 2 * CallLimits::default().close_calls as u64 * MAX_CALL_BYTES / PAGE;
     let region = world.add(0, pages, 0, 512);
     world.settle();
     world.tell(Event::RemoveRegion { caller: OWNER, region });
@@ -117,4 +120,29 @@ fn close_without_progress_is_given_up_after_its_deadline() {
     assert_eq!(world.quarantine().iter().map(|(_, count, _)| count).sum::<u64>(), pages);
     world.settle();
     assert!(world.quarantine().is_empty() && world.gate.snapshot().regions.is_empty());
+}
+
+#[test]
+fn part_of_a_region_that_stays_does_not_hide_the_cause_or_the_rest() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    world.gate.set_call_limits(CallLimits { call_bytes: 2 * PAGE, close_calls: 2 });
+    let region = world.add(0, 20, 0, 1);
+    world.settle();
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    let mut failures = 0;
+    while let Some(unmap) = world.take(is_unmap) {
+        let Effect::Unmap { iova, .. } = unmap else { unreachable!() };
+        if pages(iova) == (2, 2) {
+            failures += 1;
+            world.unmapped(&unmap, UnmapResult::Failed { errno: 16, bytes: 0 });
+        } else {
+            world.succeeds(&unmap);
+        }
+    }
+    assert!(failures > 1, "it was not tried again");
+    let verdict = world.verdict(id);
+    let reason = Reason { cause: Cause::UnmapFailed, device: None, rung: Rung::Unmap, errno: 16 };
+    assert!(matches!(verdict, Some(Verdict::Refused { reason: why, .. }) if why == reason), "{verdict:?}");
+    assert_eq!(world.quarantine(), [(2, 2, Cause::UnmapFailed)]);
 }
