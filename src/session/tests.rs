@@ -16,7 +16,7 @@ use super::fdstore::{FdStore, Name};
 use super::persist::PersistentState;
 use super::*;
 use crate::gate::{
-    Cause, ClientId, Door, FileId, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict,
+    CallLimits, Cause, ClientId, Door, FileId, PageState, Performer, Ranges, Refusal, RegionId, Rung, Verdict,
 };
 use crate::protocol::verbs::AddMemory;
 use crate::session::quarantine_file::tests::WRITTEN_BYTES;
@@ -523,6 +523,28 @@ fn end_is_answered_once_all_of_its_maps_are_made() {
     }
     assert_eq!(world.take_answers(), [(caller(1, 3), Answer::Ended { invalidation })]);
     assert_eq!(world.sim.mapping_count(), PAGES);
+}
+
+#[test]
+fn removal_that_takes_longer_than_its_deadline_succeeds_if_it_progresses() {
+    let mut world = World::new(false);
+    world.session.gate.set_call_limits(CallLimits { call_bytes: PAGE, close_calls: 1 });
+    let memory = AddMemory { piece: PAGE, ..AddMemory::shared(0, PAGES * PAGE) };
+    world.session.add_memory(caller(1, 1), memory, vec![world.fd()]);
+    world.settle();
+    let [(_, Answer::RegionAdded { region, .. })] = world.take_answers()[..] else {
+        panic!("{:?}", world.refused)
+    };
+    world.session.handle(Event::RemoveRegion { caller: caller(1, 2), region });
+    let deadline = Duration::from_nanos(Policy::default().close_deadline_ns);
+    let started = world.clock.now();
+    while let Some(call) = world.call() {
+        world.advance(deadline / 2);
+        world.session.returned(call.run());
+    }
+    assert!(world.clock.now() - started > deadline * 2);
+    assert!(matches!(world.take_answers()[..], [(_, Answer::RegionRemoved { .. })]));
+    assert!(world.session.snapshot().quarantine.is_empty());
 }
 
 #[test]

@@ -127,6 +127,13 @@ impl Oracle {
         self.requests.push(Request { caller, kind, due });
     }
 
+    /// The removals of regions have this deadline now, because there was progress.
+    pub fn renew_removals(&mut self, due: Option<Instant>) {
+        let removals =
+            self.requests.iter_mut().filter(|request| matches!(request.kind, RequestKind::Remove(_)));
+        removals.for_each(|request| request.due = due);
+    }
+
     fn set(&mut self, pages: u64, content: Content) {
         for (nth, page) in self.pages.iter_mut().enumerate() {
             if pages >> nth & 1 == 1 {

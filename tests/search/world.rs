@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use passgate::gate::{
     Caller, ClientId, Door, Event, FileId, ORPHANS, Outcome as Converted, PageState, Performer, RegionStatus,
+    Rung, UnmapResult,
 };
 use passgate::session::fdstore::{FdStore, Name, StoredFds as KeptFiles};
 use passgate::session::persist::PersistentState;
@@ -285,6 +286,7 @@ impl<'a> World<'a> {
             Action::FlightEnds(nth) => {
                 self.kernel.state().end_flight(nth.into());
                 self.session.poll_domains();
+                self.renew_removals();
             }
             Action::Tick => {
                 if let Some(due) = self.session.next_deadline() {
@@ -424,8 +426,23 @@ impl<'a> World<'a> {
         {
             return;
         }
+        let gone = |event: &Event| matches!(event, Event::Unmapped { result: UnmapResult::Gone { .. }, .. });
+        let progresses = match &returned {
+            Returned::Fact { event, .. } => gone(event),
+            Returned::Facts(events) => events.iter().any(gone),
+            _ => false,
+        };
         self.session.returned(returned);
+        if progresses {
+            self.renew_removals();
+        }
         self.record_regions();
+    }
+
+    /// Something was unmapped: the deadline of a removal begins anew, at the end of the part that is running.
+    fn renew_removals(&mut self) {
+        let due = self.after(DEADLINE_NS + DEADLINE_NS / (Rung::LADDER.len() as u64 + 1));
+        self.oracle.renew_removals(due);
     }
 
     /// Records the regions that were added: at once, or after a region in their way was closed.
