@@ -63,6 +63,18 @@ fn missing_line_is_detected() {
     assert_reported(&problems, "is missing");
 }
 
+/// A daemon whose first file comes late drops the lines until then, and has no file to say so.
+#[test]
+fn lines_dropped_before_the_first_file_are_missing_and_no_contradiction() {
+    let problems = changed(|lines| {
+        let begin = find(lines, "begin", 1);
+        lines[0]["first"] = lines[begin]["n"].clone();
+        lines.drain(1..begin);
+    });
+    let [missing] = &problems[..] else { panic!("{problems:#?}") };
+    assert!(missing.what.starts_with("lines 0 to "), "{missing:?}");
+}
+
 /// Replays a log cut to its first `lines` lines, followed by `trailing`; returns the problems found.
 fn cut(lines: usize, trailing: &[u8]) -> Vec<Problem> {
     let dir = tempfile::tempdir().unwrap();

@@ -14,6 +14,8 @@ use crate::gate::{Effect, Event, Policy};
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// The time that a session waits for a new file, unless its options say otherwise.
 pub const NEW_FILE_TIMEOUT: Duration = Duration::from_millis(250);
+/// The time that a log waits for its first file. Nobody waits for an answer yet, and without it the run has no beginning.
+const FIRST_FILE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of the line's buffer that stay allocated between two lines; lines have some hundred bytes, except for rare ones.
 const LINE_BUFFER_BYTES: usize = 64 << 10;
 /// Bytes of a file that are reserved for its first line: a longer line than the rest fits no file.
@@ -91,7 +93,7 @@ impl Log {
                 number,
                 options.segment,
                 options.keep.max(2),
-                options.new_file_timeout,
+                options.new_file_timeout.max(FIRST_FILE_TIMEOUT),
             )?,
             segment: None,
             gap: false,
@@ -102,6 +104,7 @@ impl Log {
             line: Vec::with_capacity(LINE_BUFFER_BYTES),
         };
         log.rotate();
+        log.next_segment.set_timeout(options.new_file_timeout);
         Ok(log)
     }
 

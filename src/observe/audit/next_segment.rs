@@ -80,6 +80,11 @@ impl NextSegment {
         unused.segment.take().ok_or(gone)
     }
 
+    /// Sets the time to wait for the segments to come.
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// Closes a segment that is full.
     pub(super) fn finish(&self, segment: Segment) {
         if let Some((_, full)) = &self.channels {

@@ -178,7 +178,8 @@ impl Replay {
         Self {
             report,
             whole,
-            next: head.first,
+            // Lines that were dropped before the first file was there are missing too.
+            next: if head.segment == 0 { 0 } else { head.first },
             gate: Gate::new(head.policy, words::private),
             effects: Effects::new(),
             checker: Checker::new(whole),
