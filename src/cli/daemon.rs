@@ -2,6 +2,7 @@
 //! that are allowed, and the state that outlives it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -255,6 +256,8 @@ impl DaemonArgs {
     /// opened: the descriptors that the service manager passes have fixed numbers.
     pub(super) fn open(&self, devices: &[String], accept: Accept, drivers: &dyn Drivers) -> Result<Opened> {
         let stored = StoredFds::take()?;
+        // A file beyond RLIMIT_FSIZE is then an error of the write (EFBIG), and not the end of the daemon.
+        signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).map_err(Error::Signal)?;
         files_limit::raise(self.max_regions, Options::nowhere().max_clients);
         let accept = Accept { unstoppable: self.allow_unstoppable, ..accept };
         let timeout = Duration::from_secs(self.wait.into());

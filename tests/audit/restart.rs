@@ -12,7 +12,7 @@ use passgate_bindings::words;
 use passgate_client::{AddMemory, Answer, Client, Outcome, PageState};
 use serde_json::Value;
 
-use crate::daemon::{Daemon, serve_fails};
+use crate::daemon::{Daemon, TIMEOUT, serve_fails, wait_until};
 use crate::killed::{arguments, page, run, start};
 
 /// The page whose conversion has an unknown outcome, and its neighbour.
@@ -149,6 +149,33 @@ fn state_directory_is_exclusive_to_one_daemon() {
         0o700
     );
     drop(first);
+}
+
+/// A limit of file sizes (`LimitFSIZE=`) below a segment of the log: the kernel sends SIGXFSZ, whose default ends a process.
+#[test]
+fn file_size_limit_loses_the_log_and_not_the_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, state) = (dir.path().join("socket"), dir.path().join("state"));
+    let mut daemon = std::process::Command::new("sh")
+        .args(["-c", "ulimit -f 256; exec \"$0\" serve --socket-path \"$@\""])
+        .arg(program())
+        .arg(&path)
+        .args(arguments(&state))
+        .spawn()
+        .unwrap();
+    let serves = wait_until(TIMEOUT, || {
+        assert_eq!(daemon.try_wait().unwrap(), None, "the daemon has ended");
+        Client::connect(&path).is_ok()
+    });
+    assert!(serves);
+    let memory = GuestFile::memfd("limited", PAGES * PAGE).unwrap();
+    let mut client = Client::connect(&path).unwrap();
+    client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&memory]).unwrap();
+    assert!(client.metrics().unwrap().lines().any(|line| {
+        line.strip_prefix("passgate_audit_lines_unwritten ").is_some_and(|count| count != "0")
+    }));
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }
 
 #[test]
