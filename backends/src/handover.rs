@@ -1,4 +1,4 @@
-//! What a process hands over to the next, so that it can take over a domain and its devices: the files, the state of the
+//! The things that a process hands over to the next, so that it can take over a domain and its devices: the files, the state of the
 //! devices, and the ids that the kernel does not list. Plain data: [`crate::resume`] makes it and takes it over.
 
 use std::os::fd::OwnedFd;

@@ -1,4 +1,4 @@
-//! What a session counts and keeps for those who watch it: the totals, the metrics, and the last receipts.
+//! The counts and records of a session for those who watch it: the totals, the metrics, and the last receipts.
 
 use super::receipts::Receipts;
 use crate::gate::{Effect, InvalidationId, Receipt, Verdict};

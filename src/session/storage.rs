@@ -1,7 +1,7 @@
 //! Everything by which a session outlives its process: the ledger's records, the state directory, and the descriptors that the
 //! service manager stores.
 //!
-//! What an event has changed is written here before any of its effects is executed.
+//! The changes of an event are written here before any of its effects is executed.
 
 use passgate_backends::handover::DomainIds;
 
