@@ -1,5 +1,5 @@
 //! The ledger: the state of every page ([`pages`]), the mappings of every domain ([`mapped`]), and the ranges excluded from
-//! mapping ([`holds`]).
+//! mapping ([`exclusions`]).
 //!
 //! Page states and exclusions are stored by file identity and offset, so that every alias of a page is one page here;
 //! mappings are stored by domain and IOVA, as in the kernel. States and mappings are trees of two bits a page ([`tree`]) in
