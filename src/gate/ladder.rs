@@ -58,13 +58,13 @@ impl Gate {
             Phase::Converting => return self.conversion_takes_long(id, over, effects),
             Phase::Granted => return,
         };
-        // Nothing of a conversion is unmapped before its devices are detached; there is nothing to climb for.
         if progress.renew(last_call) && is_close {
             // Nothing is stuck: the kernel has much to unmap.
             self.arm(id, Rung::Unmap, effects);
             self.advance(id, effects);
             return;
         }
+        // Nothing of a conversion is unmapped before its devices are detached; there is nothing to climb for.
         let waits = progress.stopping && is_conversion;
         progress.stopping = waits;
         progress.part_over(last_call);

@@ -119,7 +119,8 @@ impl Gate {
         spans: Vec<PageRange<Iova>>,
         effects: &mut Effects,
     ) {
-        let in_progress = self.invalidations.progress_mut(id).map_or(0, |progress| progress.calls());
+        let progress = self.invalidations.get(id).and_then(Invalidation::progress);
+        let in_progress = progress.map_or(0, |progress| progress.calls());
         let mut room = self.limits.close_calls.saturating_sub(in_progress);
         for span in spans {
             let mut rest = Some(span);
