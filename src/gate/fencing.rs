@@ -106,21 +106,18 @@ impl Gate {
             return;
         }
         effects.push(Effect::Notice(Notice::DeviceFenced { device, step, errno }));
-        if let Some(inv) = self.invalidations.get_mut(invalidation) {
-            let (iova, asked, gone, in_flight) = (None, 0, 0, false);
-            let device = Some(device);
-            inv.receipt.record(Evidence {
-                step: Rung::Fence(step),
-                domain,
-                device,
-                iova,
-                asked,
-                gone,
-                in_flight,
-                errno,
-                took_ns,
-            });
-        }
+        let evidence = Evidence {
+            step: Rung::Fence(step),
+            domain,
+            device: Some(device),
+            iova: None,
+            asked: 0,
+            gone: 0,
+            in_flight: false,
+            errno,
+            took_ns,
+        };
+        self.invalidations.record(invalidation, evidence);
         self.device_idle(device, (errno != 0).then_some(step), effects);
         self.cached_gone(domain, invalidation, effects);
         self.advance_all(effects);

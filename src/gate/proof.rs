@@ -10,7 +10,7 @@ use super::Gate;
 use super::effect::{Answer, Effect, Effects, FilePages, Notice};
 use super::event::Performer;
 use super::ids::{DomainId, InvalidationId};
-use super::invalidations::{CloseCause, Invalidation, Phase, Purpose};
+use super::invalidations::{CloseCause, Phase, Purpose};
 use super::ledger::{Run, RunState};
 use super::rung::Rung;
 use super::verdict::{Cause, Reason, Refusal, Verdict};
@@ -81,8 +81,7 @@ impl Gate {
                 return;
             }
             // The rest of a region being closed does not wait for a part that failed: time is up only when nothing moves.
-            let is_close = self.invalidations.get(id).is_some_and(Invalidation::is_close);
-            if is_close && blockers.pending {
+            if blockers.pending && self.invalidations.is_close(id) {
                 return;
             }
             // While a device is being fenced or attached, a retry would prove nothing.

@@ -10,7 +10,6 @@ use super::calls::Call;
 use super::effect::{Effect, Effects, FilePages, Notice};
 use super::event::{MapResult, UnmapResult};
 use super::ids::{DomainId, InvalidationId, JobId, RegionId};
-use super::invalidations::Invalidation;
 use super::ledger::Run;
 use super::ledger::exclusions::gaps;
 use super::mappings::EPROTO;
@@ -208,20 +207,9 @@ impl Gate {
         };
         let in_flight = matches!(result, UnmapResult::InFlight { .. });
         let step = Rung::Unmap;
-        if let Some(inv) = self.invalidations.get_mut(invalidation) {
-            let device = None;
-            inv.receipt.record(Evidence {
-                step,
-                domain,
-                device,
-                iova,
-                asked,
-                gone,
-                in_flight,
-                errno,
-                took_ns,
-            });
-        }
+        let device = None;
+        let evidence = Evidence { step, domain, device, iova, asked, gone, in_flight, errno, took_ns };
+        self.invalidations.record(invalidation, evidence);
     }
 
     /// A call of an invalidation has returned; with `ended`, nothing of it is in flight. The mappings that it took away may have to
@@ -259,7 +247,7 @@ impl Gate {
     /// A mapping over `iova` is gone, or failed to go: invalidations that wait there sweep again, neighbours that had to go with
     /// it are mapped again, and quarantines that it justified are lifted.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
-        if self.invalidations.get(invalidation).is_some_and(Invalidation::is_close)
+        if self.invalidations.is_close(invalidation)
             && self.mappings.runs_over(&[iova]).is_empty()
             && let Some(progress) = self.invalidations.progress_mut(invalidation)
         {

@@ -72,7 +72,7 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
-        let is_close = self.invalidations.get(id).is_some_and(Invalidation::is_close);
+        let is_close = self.invalidations.is_close(id);
         // Where devices cache translations, every piece would stay behind until they are detached.
         if is_close && self.ats_active(domain).is_none() {
             self.unmap_pieces(id, domain, plan.spans, effects);

@@ -12,7 +12,7 @@ use super::event::{Caller, Performer};
 use super::ids::{ClientId, DeviceId, DomainId, InvalidationId, JobId, RegionId};
 use super::ledger::PageState;
 use super::ranges::Ranges;
-use super::receipt::Receipt;
+use super::receipt::{Evidence, Receipt};
 use super::rung::Rung;
 use super::verdict::Refusal;
 use waiting::Waiting;
@@ -304,6 +304,18 @@ impl Invalidations {
 
     pub(super) fn progress_mut(&mut self, id: InvalidationId) -> Option<&mut Progress> {
         self.open.get_mut(&id)?.progress_mut()
+    }
+
+    /// True if it is open and closes a region.
+    pub(super) fn is_close(&self, id: InvalidationId) -> bool {
+        self.open.get(&id).is_some_and(Invalidation::is_close)
+    }
+
+    /// Adds evidence to the receipt of an invalidation, if it is open.
+    pub(super) fn record(&mut self, id: InvalidationId, evidence: Evidence) {
+        if let Some(inv) = self.open.get_mut(&id) {
+            inv.receipt.record(evidence);
+        }
     }
 
     pub(super) fn is_open(&self, id: InvalidationId) -> bool {

@@ -22,6 +22,19 @@ fn range<A: Address>(page: u64, pages: u64) -> PageRange<A> {
     PageRange::new(page * PAGE, pages * PAGE).unwrap()
 }
 
+/// Adds a region of so many pages, in mappings of one page, and maps all of it. Leaves no effects.
+fn map_region(gate: &mut Gate, pages: u64, effects: &mut Effects) {
+    let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
+    let (gpa, initial) = (range(0, pages), PageState::Shared);
+    let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
+    gate.handle(Event::AddRegion { caller: CALLER, spec }, effects);
+    while let Some(at) = effects.iter().position(|effect| matches!(effect, Effect::Map { .. })) {
+        let Effect::Map { job, .. } = effects.swap_remove(at) else { unreachable!() };
+        gate.handle(Event::Mapped { job, result: MapResult::Mapped }, effects);
+    }
+    effects.clear();
+}
+
 /// A batch of every second page whose first rung is over before a call returns, with a device that was drained
 /// meanwhile. Returns how often the results make the gate look at the whole batch.
 fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
@@ -31,15 +44,7 @@ fn late_results(count: u64, result: impl Fn(u64) -> UnmapResult) -> u64 {
     gate.handle(Event::DomainAdded { domain, caps }, &mut effects);
     let (steps, traits) = (Steps::of(&[Step::Drain]), DeviceTraits::default());
     gate.handle(Event::DeviceAdded { device, domain, steps, traits }, &mut effects);
-    let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
-    let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
-    let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
-    gate.handle(Event::AddRegion { caller: CALLER, spec }, &mut effects);
-    while let Some(at) = effects.iter().position(|effect| matches!(effect, Effect::Map { .. })) {
-        let Effect::Map { job, .. } = effects.swap_remove(at) else { unreachable!() };
-        gate.handle(Event::Mapped { job, result: MapResult::Mapped }, &mut effects);
-    }
-    effects.clear();
+    map_region(&mut gate, 2 * count, &mut effects);
     let ranges: Vec<_> = (0..count).map(|n| range(2 * n, 1)).collect();
     let (ranges, performer) = (Ranges::try_from(ranges).unwrap(), Performer::Client);
     let begin =
@@ -81,15 +86,7 @@ fn asked(count: u64) -> u64 {
     let (mut gate, mut effects) = (Gate::new(Policy::default(), words::private), Effects::new());
     let caps = DomainCaps::new(65_536, PAGE);
     gate.handle(Event::DomainAdded { domain: DomainId(0), caps }, &mut effects);
-    let backing = Backing { file: FileId { device: 1, inode: 1 }, offset: Offset(0) };
-    let (gpa, initial) = (range(0, 2 * count), PageState::Shared);
-    let spec = RegionSpec { gpa, backing, writable: true, piece: PAGE, page: PAGE, initial };
-    gate.handle(Event::AddRegion { caller: CALLER, spec }, &mut effects);
-    while let Some(at) = effects.iter().position(|effect| matches!(effect, Effect::Map { .. })) {
-        let Effect::Map { job, .. } = effects.swap_remove(at) else { unreachable!() };
-        gate.handle(Event::Mapped { job, result: MapResult::Mapped }, &mut effects);
-    }
-    effects.clear();
+    map_region(&mut gate, 2 * count, &mut effects);
     for nth in 0..count {
         let (ranges, to) = (range(2 * nth, 1).into(), PageState::Private);
         let (performer, deadline_ns) = (Performer::Client, 1 << 40);
