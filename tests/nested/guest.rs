@@ -239,6 +239,8 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
+        let console = std::fs::read(self.dir.path().join("console")).unwrap_or_default();
+        super::console::examine(&String::from_utf8_lossy(&console));
     }
 }
 

@@ -6,6 +6,7 @@
 #![allow(dead_code, unreachable_pub)] // each program uses a part of it
 
 pub mod back_end;
+pub mod console;
 pub mod cpio;
 pub mod disk;
 pub mod guest;
