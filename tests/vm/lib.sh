@@ -70,7 +70,8 @@ suite_view() {
     [ -n "$uri" ] || return 1
     for suite; do
         printf 'deb [signed-by=%s] %s %s main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$uri" "$suite"
-    done >"$dir/sources.list"
+    done >"$dir/sources.new.$$"
+    mv "$dir/sources.new.$$" "$dir/sources.list" # another machine may read it
     suite_options=(-o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir" -o APT::Sandbox::User=root)
     [ -n "$(find "$dir/updated" -mmin -60 2>/dev/null)" ] && return
