@@ -242,3 +242,26 @@ fn in_process_removal_forces_unmap() {
     client.remove_memory(region).unwrap();
     assert!(client.status().unwrap().regions.is_empty() && sim.dma(Iova(0)).is_none());
 }
+
+/// The end waits for a close as long as it progresses, and no longer.
+#[test]
+fn stopped_server_waits_for_closes_that_progress() {
+    const PAGES: u64 = 4096;
+    let _exclusive = exclusive();
+    for hangs in [false, true] {
+        let sim = sim();
+        let options = Options { farewell: Duration::ZERO, ..Options::nowhere() };
+        let server = Server::bind(options, Arc::new(sim.clone()), vec![]).unwrap();
+        let inside = server.inside();
+        let server = server.spawn().unwrap();
+        let mut client = inside.connect().unwrap();
+        client.add_memory(&AddMemory::shared(0, PAGES * PAGE), &[&*memory(PAGES)]).unwrap();
+        if hangs {
+            sim.fail_next(Call::Unmap, Fault::Hang);
+        }
+        let ended = server.stop();
+        assert_eq!(ended.is_err(), hangs, "{ended:?}");
+        assert_eq!(sim.mapping_count() > 0, hangs);
+        sim.release();
+    }
+}

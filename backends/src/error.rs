@@ -34,12 +34,18 @@ pub enum Error {
         limit: u64,
     },
     /// A map was made in part and its roll-back failed: what of the range is mapped is unknown.
-    #[error("cannot roll back a partial mapping of IOVA {iova}: {source}; its state is unknown")]
+    #[error(
+        "cannot map IOVA {iova}: {source}{remedy}; and its roll-back failed ({rollback}), so what of it is mapped is unknown"
+    )]
     HalfMapped {
         /// The requested range.
         iova: PageRange<Iova>,
-        /// The failed call of the roll-back and its errno.
+        /// The failed call of the map and its errno.
         source: Failed,
+        /// The errno of the roll-back; `EIO` if it proved nothing.
+        rollback: Errno,
+        /// The remedy of the map, or empty.
+        remedy: &'static str,
     },
     /// The device is not bound to a VFIO driver.
     #[error(

@@ -78,7 +78,7 @@ impl Gate {
         }
         let excluded: usize = self.memory.exclusions().map(|(_, excluded)| excluded.len()).sum();
         let asked = ranges.as_slice().len();
-        within_budget("held ranges", (excluded + asked) as u64, MAX_EXCLUDED_RANGES)?;
+        within_budget("excluded ranges", (excluded + asked) as u64, MAX_EXCLUDED_RANGES)?;
         let mut pages = Vec::with_capacity(asked);
         for range in ranges.iter() {
             let mut at = range.start();

@@ -49,7 +49,7 @@ impl Gate {
         if excluded.overlapping(pages.range).any(|(_, by)| matches!(by, ExcludedBy::Quarantine(..))) {
             return DmaAccess::Never;
         }
-        // What is between begin and end will be something else after it, whatever it is now.
+        // A page between begin and end will be something else after it, whatever it is now.
         let clear = excluded.is_clear(pages.range);
         let mut worst = if clear { DmaAccess::Open } else { DmaAccess::Later };
         for free in excluded.gaps(pages.range) {
@@ -70,7 +70,7 @@ impl Gate {
         if !missing {
             return DmaAccess::Open;
         }
-        // Where a map has failed nobody tries again by itself: who waited for that might wait for ever.
+        // After a failed map nobody tries again by itself: who waited for that might wait for ever.
         let comes = region.is_being_mapped()
             || self.invalidations.is_awaited(part)
             || self.mappings.iter().any(|domain| domain.mapped().runs(part).next().is_some());

@@ -128,7 +128,7 @@ pub enum UnmapResult {
         /// Bytes unmapped.
         bytes: u64,
     },
-    /// It succeeded: `bytes` are unmapped, but operations over them are in flight. [`Event::Released`] with the same job follows
+    /// It succeeded: `bytes` are unmapped, but operations over them are in flight. [`Event::FlightEnded`] with the same job follows
     /// once they have ended.
     InFlight {
         /// Bytes unmapped.
@@ -156,7 +156,7 @@ pub enum MapResult {
     },
     /// It failed, and some of the range may be mapped.
     Unknown {
-        /// The errno of the call that was to undo the map.
+        /// The kernel's answer to the map, not to its roll-back.
         errno: i32,
     },
 }
@@ -245,7 +245,8 @@ pub enum Event {
         took_ns: u64,
     },
     /// The operations that were in flight over the pages of an unmap have ended.
-    Released {
+    #[serde(rename = "released")]
+    FlightEnded {
         /// The unmap.
         job: JobId,
     },

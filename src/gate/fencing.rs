@@ -215,17 +215,20 @@ impl Gate {
     }
 
     /// True if nothing of a domain is in doubt, awaited, being mapped, or left of a client that is gone. A drain proves
-    /// nothing, so what is in doubt and no longer waited for is no reason to keep it up (`drained`).
+    /// nothing, so what is in doubt and no longer waited for is no reason to keep it up (`drained`), nor is a close that needs no
+    /// fence: it may take minutes.
     fn is_settled(&self, domain: DomainId, drained: bool) -> bool {
         let Some(mapped) = self.mappings.get(domain).map(Domain::mapped) else { return false };
-        // What is cheap to know first: this is asked after every event, and an invalidation may have thousands of targets.
+        // The cheap questions first: this is asked after every event, and an invalidation may have thousands of targets.
         if mapped.filling() > 0 || !(drained || mapped.unsettled() == 0) {
             return false;
         }
         let only = self.mappings.iter().count() == 1;
         let awaited = self.invalidations.waiting_ones().any(|(_, inv)| {
             let calls = inv.progress().map_or(0, |progress| progress.calls());
-            (only && calls > 0) || inv.targets().iter().any(|target| !mapped.is_clear(*target))
+            let needs_no_fence = drained && inv.is_smooth_close();
+            !needs_no_fence
+                && ((only && calls > 0) || inv.targets().iter().any(|target| !mapped.is_clear(*target)))
         });
         let left = self
             .memory

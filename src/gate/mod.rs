@@ -128,7 +128,7 @@ impl Gate {
             Event::Converted { invalidation, outcome } => self.converted(invalidation, outcome, effects),
             Event::Mapped { job, result } => self.mapped(job, result, effects),
             Event::Unmapped { job, result, took_ns } => self.unmapped(job, result, took_ns, effects),
-            Event::Released { job } => self.flight_ended(job, effects),
+            Event::FlightEnded { job } => self.flight_ended(job, effects),
             Event::Fenced { job, errno, took_ns } => self.fenced(job, errno, took_ns, effects),
             Event::Attached { job, errno } => self.attached(job, errno, effects),
             Event::DeviceTraits { device, ats, tdi } => self.device_traits(device, ats, tdi, effects),

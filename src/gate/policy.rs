@@ -109,7 +109,8 @@ pub(crate) const MAX_CALL_MAPPINGS: u64 = 1024;
 /// longer). The kernel pins and unpins small pages one by one, and its lock keeps every other call on the domain waiting
 /// meanwhile: a terabyte takes minutes. So other calls come in between, and there is progress to see.
 pub(crate) const MAX_CALL_BYTES: u64 = 4 << 20;
-/// The maximum number of unmaps of one region being closed that are in progress: others find a free thread.
+/// The maximum number of unmaps of regions being closed that are in progress, if more than one for each region: calls of others find a
+/// free thread.
 const MAX_CLOSE_CALLS: usize = 4;
 
 /// The sizes in which a gate asks for calls. They decide nothing but how much is done at a time.
@@ -117,7 +118,7 @@ const MAX_CLOSE_CALLS: usize = 4;
 pub struct CallLimits {
     /// The maximum number of bytes that one call maps, or unmaps of a region being closed, unless a single mapping is longer.
     pub call_bytes: u64,
-    /// The maximum number of unmaps of one region being closed that are in progress.
+    /// The maximum number of unmaps of regions being closed that are in progress; each region has one at least.
     pub close_calls: usize,
 }
 

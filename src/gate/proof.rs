@@ -110,7 +110,7 @@ impl Gate {
             return false;
         }
         let before = effects.len();
-        // What is only cached is unmapped already: its devices have to be detached.
+        // A cached run is unmapped already: its devices have to be detached.
         for (domain, run) in failed.into_iter().filter(|(_, run)| run.state != RunState::Cached) {
             self.unmap(id, domain, run.range, effects);
         }
@@ -154,8 +154,8 @@ impl Gate {
         let (caller, range, purpose) = (inv.receipt.caller, inv.receipt.ranges.first(), inv.purpose());
         let (is_conversion, pages) = (inv.is_conversion(), inv.pages.clone());
         let rest = if inv.is_close() { self.plan_rest(id) } else { Vec::new() };
-        let stuck = self.stuck(id);
-        // What was not asked to go yet says nothing about the cause, unless nothing else is there.
+        let stuck = self.stuck(id, &rest);
+        // A mapping whose unmap was not asked for says nothing about the cause, unless nothing else is there.
         let decisive = stuck.iter().any(|(.., state)| state.is_some());
         self.invalidations.stop_waiting(id);
         self.memory.end_exclusion(&pages, id);
@@ -208,12 +208,23 @@ impl Gate {
     }
 
     /// Returns everything that stands in the way of an invalidation: by domain, with the run's state, or none where it is plainly
-    /// mapped.
-    fn stuck(&self, id: InvalidationId) -> Vec<(DomainId, PageRange<Iova>, Option<RunState>)> {
+    /// mapped. What is plainly mapped of a region being closed is taken from `rest`, by which it will be unmapped: a large region
+    /// may have a million mappings, each with a gap behind it.
+    fn stuck(
+        &self,
+        id: InvalidationId,
+        rest: &[(DomainId, Vec<PageRange<Iova>>)],
+    ) -> Vec<(DomainId, PageRange<Iova>, Option<RunState>)> {
         let Some(inv) = self.invalidations.get(id) else { return Vec::new() };
         let runs = self.mappings.runs_over(inv.targets()).into_iter();
         let mut stuck: Vec<_> = runs.map(|(domain, run)| (domain, run.range, Some(run.state))).collect();
-        // What is mapped again since it was swept is plainly mapped, and in nobody's way.
+        if inv.is_close() {
+            let spans =
+                rest.iter().flat_map(|(domain, spans)| spans.iter().map(|span| (*domain, *span, None)));
+            stuck.extend(spans);
+            return stuck;
+        }
+        // A mapping made again since the sweep is plainly mapped, and in nobody's way.
         for domain in self.mappings.iter().filter(|domain| inv.sweeps(domain.id())) {
             for target in inv.targets() {
                 stuck.extend(domain.mapped().live(*target).map(|live| (domain.id(), live, None)));
@@ -230,7 +241,7 @@ impl Gate {
             Some(RunState::Leaking(_)) => (true, Cause::DmaInFlight, 0),
             Some(RunState::Cached) => (true, Cause::AtsNotFenced, 0),
             Some(RunState::Filling { .. }) => (false, Cause::MapInFlight, 0),
-            // What is live is here only if it was never asked to go: its devices did not stop in time.
+            // A live mapping is here only if its unmap was never asked for: its devices did not stop in time.
             None | Some(RunState::Removing(_)) => (false, Cause::CallHangs, 0),
         };
         let (device, rung) = match cause {

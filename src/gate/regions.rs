@@ -1,7 +1,7 @@
 //! Regions: how memory is added, and how it is removed.
 //!
 //! A region is removed as a conversion is granted: unmapped, proved, and only then forgotten. Where its owner is gone
-//! without a word, its devices are stopped first. A region whose removal is not proved is never forgotten.
+//! without a word, every device of the VM is stopped first. A region whose removal is not proved is never forgotten.
 
 use passgate_bindings::units::{Address, Offset};
 use passgate_bindings::{Gpa, Iova, PageRange};
@@ -76,7 +76,7 @@ impl Gate {
     /// Returns the close after which a region had better be added: of regions that lie in its way or are of another client and
     /// tell the states of its pages, or of any that use up a budget.
     pub fn close_to_wait_for(&self, client: ClientId, spec: &RegionSpec) -> Option<CloseWait> {
-        let is_closing = |id: RegionId| self.invalidations.closes(id);
+        let is_closing = |id: RegionId| self.invalidations.close_of(id).is_some();
         match self.check_region(client, spec) {
             Err(Refusal::Overlaps { .. }) => {
                 let mut over = self.memory.regions().filter(|(_, other)| other.gpa().overlaps(spec.gpa));
@@ -124,10 +124,10 @@ impl Gate {
     }
 
     fn check_removal(&self, client: ClientId, id: RegionId) -> Result<(), Refusal> {
-        let own = |region: &&Region| region.owner() == client && !region.is_being_added();
+        let own = |region: &&Region| region.owner() == client;
         let region = self.memory.region(id).filter(own).ok_or(Refusal::NotOwner { region: id })?;
-        if self.invalidations.closes(id) {
-            return Err(Refusal::NotOwner { region: id });
+        if region.is_being_added() || self.invalidations.close_of(id).is_some() {
+            return Err(Refusal::RegionBusy { region: id });
         }
         let pages = region.file_pages();
         let open = self.memory.excluded(pages.file).and_then(|excluded| {
@@ -139,6 +139,7 @@ impl Gate {
         match open {
             None => Ok(()),
             Some((range, invalidation)) => {
+                // Not none: they overlap.
                 let iova = region.iova_of(range).unwrap_or(region.iova());
                 Err(Refusal::Busy { invalidation, gpa: Gpa(iova.start().raw()) })
             }
@@ -150,7 +151,7 @@ impl Gate {
         self.close_region(id, cause, false, effects);
     }
 
-    /// As [`Gate::close`], with its devices stopped first.
+    /// As [`Gate::close`], with every device of the VM stopped first.
     pub(super) fn close_stopped(&mut self, id: RegionId, effects: &mut Effects) {
         self.close_region(id, CloseCause::OwnerGone, true, effects);
     }
@@ -167,10 +168,7 @@ impl Gate {
         let (to, pages) = (PageState::Hole, Vec::new());
         let id = self.invalidations.start(New { caller, ranges, to, purpose, pages, targets, deadline_ns });
         if stop {
-            self.stop_all(id, effects);
-            if let Some(progress) = self.invalidations.progress_mut(id) {
-                progress.stopping = true;
-            }
+            self.stop_first(id, effects);
         }
         self.start_clearing(id, effects);
     }
@@ -196,7 +194,7 @@ impl Gate {
     }
 
     /// A connection is gone. Conversions that wait for proof are abandoned: nothing was granted. Of one that was granted nobody
-    /// knows whether it took place: its pages are quarantined. Its regions are closed, their devices stopped first.
+    /// knows whether it took place: its pages are quarantined. Its regions are closed, every device of the VM stopped first.
     pub(super) fn client_gone(&mut self, client: ClientId, effects: &mut Effects) {
         self.quarantine.disown(client);
         let owned = self.memory.regions().filter(|(_, region)| region.owner() == client);
@@ -215,10 +213,27 @@ impl Gate {
             self.clients.leaves(client);
         }
         for id in owned {
-            // Also what its owner tried to remove before, in vain.
-            if !self.invalidations.closes(id) {
-                self.close_stopped(id, effects);
+            match self.invalidations.close_of(id) {
+                Some(close) => self.owner_of_close_gone(close, effects),
+                // Also what its owner tried to remove before, in vain.
+                None => self.close_stopped(id, effects),
             }
+        }
+    }
+
+    /// The client that waits for a close is gone: every device of the VM is stopped now, and nobody is answered.
+    fn owner_of_close_gone(&mut self, close: InvalidationId, effects: &mut Effects) {
+        self.invalidations.owner_gone(close);
+        self.stop_first(close, effects);
+        self.advance(close, effects);
+    }
+
+    /// Stops every device of the VM before anything more of a close is unmapped.
+    fn stop_first(&mut self, close: InvalidationId, effects: &mut Effects) {
+        self.stop_all(close, effects);
+        if let Some(progress) = self.invalidations.progress_mut(close) {
+            progress.stopping = true;
+            progress.retry = true;
         }
     }
 
@@ -236,7 +251,8 @@ impl Gate {
         let closing = |region: &Region| region.is_closing() && region.iova().overlaps(iova);
         let closing = self.memory.regions().filter(|(_, region)| closing(region));
         for id in closing.map(|(id, _)| id).collect::<Vec<_>>() {
-            let Some(region) = self.memory.region(id).filter(|_| !self.invalidations.closes(id)) else {
+            let Some(region) = self.memory.region(id).filter(|_| self.invalidations.close_of(id).is_none())
+            else {
                 continue;
             };
             let (iova, owner) = (region.iova(), region.owner());
@@ -245,7 +261,7 @@ impl Gate {
             } else if self.clients.is_leaving(owner)
                 && self.mappings.iter().any(|domain| domain.mapped().extent(iova).is_some())
             {
-                // What was mapped again after its closing had been given up: it goes on.
+                // A map that returned after the close was given up has left a live mapping: the close goes on.
                 self.close(id, CloseCause::OwnerGone, effects);
             }
         }
@@ -258,7 +274,7 @@ impl Gate {
                 && region.spec().backing.file == file
                 && region.iova_of(range).is_some()
                 && self.clients.is_leaving(region.owner())
-                && !self.invalidations.closes(id)
+                && self.invalidations.close_of(id).is_none()
         };
         let given_up: Vec<_> =
             self.memory.regions().filter(|(id, region)| given_up(*id, region)).map(|(id, _)| id).collect();

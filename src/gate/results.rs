@@ -247,12 +247,7 @@ impl Gate {
     /// A mapping over `iova` is gone, or failed to go: invalidations that wait there sweep again, neighbours that had to go with
     /// it are mapped again, and quarantines that it justified are lifted.
     fn changed(&mut self, iova: PageRange<Iova>, invalidation: InvalidationId, effects: &mut Effects) {
-        if self.invalidations.is_close(invalidation)
-            && self.mappings.runs_over(&[iova]).is_empty()
-            && let Some(progress) = self.invalidations.progress_mut(invalidation)
-        {
-            progress.moved();
-        }
+        self.closes_moved(iova);
         // The common case: nothing came along with the range, and nothing else is in doubt.
         let enclosed = self.invalidations.get(invalidation).is_some_and(|inv| inv.encloses(iova));
         let plain = enclosed && self.is_alone(invalidation);
@@ -263,6 +258,13 @@ impl Gate {
             return;
         }
         self.after_change(iova, pages, invalidation, effects);
+    }
+
+    /// Closes that wait at `iova` have progressed, if nothing there is in doubt or in progress.
+    pub(super) fn closes_moved(&mut self, iova: PageRange<Iova>) {
+        if self.memory.is_closing_any() && self.mappings.runs_over(&[iova]).is_empty() {
+            self.invalidations.closes_moved(iova);
+        }
     }
 
     /// As [`Gate::changed`], once every invalidation that waited at `iova`, which shows `pages`, has swept.

@@ -161,7 +161,7 @@ impl Gate {
             found.extend(pages.map(|pages| pages.rebase(part.range.start(), Iova(part.gpa.raw()))));
         }
         if self.ats_active(domain).is_some() {
-            // What was in progress is unmapped already, which proves nothing before the device is detached.
+            // A leftover of a call in progress is unmapped already, which proves nothing before the device is detached.
             found.extend(entry.mapped().runs(everywhere).map(|run| run.range));
         }
         found.retain(|iova| {
@@ -219,6 +219,7 @@ impl Gate {
             }
         }
         let (id, pages) = (self.invalidations.number(), self.memory.pages_at(iova));
+        self.closes_moved(iova);
         self.advance_over(iova, effects);
         self.after_change(iova, pages, id, effects);
     }

@@ -119,6 +119,11 @@ impl Gate {
         self.memory.regions().count()
     }
 
+    /// Returns true while a close waits for proof: each ends in time, or goes on as long as it progresses.
+    pub fn is_closing(&self) -> bool {
+        self.invalidations.closes() > 0
+    }
+
     pub(super) fn region_status(&self, id: RegionId, region: &Region) -> RegionStatus {
         RegionStatus {
             region: id,

@@ -73,7 +73,7 @@ impl Gate {
     ) {
         let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
         let is_close = self.invalidations.is_close(id);
-        // Where devices cache translations, every piece would stay behind until they are detached.
+        // If devices cache translations, every piece would stay behind until they are detached.
         if is_close && self.ats_active(domain).is_none() {
             self.unmap_pieces(id, domain, plan.spans, effects);
             return;
@@ -96,7 +96,7 @@ impl Gate {
         let Some(caps) = self.mappings.get(domain).map(Domain::caps) else { return };
         for span in spans {
             let Some(mapped) = self.mappings.get(domain).map(Domain::mapped) else { return };
-            // What an earlier span took along needs no call of its own.
+            // An earlier span may have taken this one along.
             if let Some(extent) = mapped.extent(span) {
                 let span = if caps.cut { extent } else { mapped.whole(extent) };
                 self.unmap(id, domain, span, effects);
@@ -121,7 +121,9 @@ impl Gate {
     ) {
         let progress = self.invalidations.get(id).and_then(Invalidation::progress);
         let in_progress = progress.map_or(0, |progress| progress.calls());
-        let mut room = self.limits.close_calls.saturating_sub(in_progress);
+        // All closes share the calls, and each has one at least: calls of others must find a free thread.
+        let share = (self.limits.close_calls / self.invalidations.closes().max(1)).max(1);
+        let mut room = share.saturating_sub(in_progress);
         for span in spans {
             let mut rest = Some(span);
             while room > 0

@@ -79,7 +79,7 @@ pub enum Refusal {
         gpa: Gpa,
     },
     /// Another invalidation holds the range.
-    #[error("invalidation {} already holds {gpa}: end it first", invalidation.0)]
+    #[error("invalidation {} already excludes {gpa}: end it first", invalidation.0)]
     Busy {
         /// The other invalidation.
         invalidation: InvalidationId,
@@ -128,6 +128,12 @@ pub enum Refusal {
         /// The region.
         region: RegionId,
     },
+    /// The region is this client's, and an earlier request for it is not answered yet.
+    #[error("region {} is being added or removed: wait for the answer to that request", region.0)]
+    RegionBusy {
+        /// The region.
+        region: RegionId,
+    },
     /// No such invalidation, or not this client's, or not open.
     #[error("invalidation {} is not one that this connection began and has not ended", invalidation.0)]
     NotBegun {
@@ -145,7 +151,7 @@ pub enum Refusal {
         "the region could not be mapped (errno {errno}), and part of it could not be taken back: it is in quarantine"
     )]
     HalfMapped {
-        /// The kernel's answer.
+        /// The kernel's answer to the map.
         errno: i32,
     },
     /// More of something than this session allows.
@@ -166,10 +172,10 @@ pub enum Refusal {
     },
     /// Its neighbours would lose DMA whenever a page leaves a mapping of that size.
     #[error(
-        "a mapping of {piece} bytes gives up a page only by a window in which DMA beside it faults, which --hitless \
+        "a page leaves a mapping of {piece} bytes only with a gap in which DMA beside it faults, which --hitless \
          forbids here: leave `piece` out, or serve with --hitless off"
     )]
-    Window {
+    Gap {
         /// Bytes per kernel mapping.
         piece: u64,
     },
@@ -194,7 +200,7 @@ fn remedy(what: &str) -> &'static str {
             ": use larger mappings (leave `piece` out; --hitless off), convert larger ranges, or raise \
              vfio_iommu_type1.dma_entry_limit"
         }
-        "held ranges" => ": end conversions that are open, or release what is in quarantine",
+        "excluded ranges" => ": end conversions that are open, or release what is in quarantine",
         _ => "",
     }
 }
@@ -206,7 +212,10 @@ impl Refusal {
         match self {
             Self::NoMemory { .. } => 14, // EFAULT
             Self::Overlaps { .. } => 17, // EEXIST
-            Self::Busy { .. } | Self::StillConverting { .. } | Self::StillMapped { .. } => 16, // EBUSY
+            Self::Busy { .. }
+            | Self::RegionBusy { .. }
+            | Self::StillConverting { .. }
+            | Self::StillMapped { .. } => 16, // EBUSY
             Self::Quarantined { .. } => 5, // EIO
             Self::NotOwner { .. } | Self::NotBegun { .. } | Self::NotQuarantined { .. } | Self::NoOrphans => {
                 2
@@ -214,7 +223,7 @@ impl Refusal {
             Self::MapFailed { errno } | Self::HalfMapped { errno } => errno,
             Self::Budget { .. } => 28,   // ENOSPC
             Self::BadPiece { .. } => 22, // EINVAL
-            Self::Window { .. } => 95,   // EOPNOTSUPP
+            Self::Gap { .. } => 95,      // EOPNOTSUPP
             Self::Closing => 108,        // ESHUTDOWN
         }
     }

@@ -213,7 +213,7 @@ impl Server {
             return result;
         }
         let _file = file;
-        // Where the loop fails, the guardian gets no farewell message, and therefore stops the devices.
+        // If the loop fails, the guardian gets no farewell message, and therefore stops the devices.
         event_loop::run(self.core, self.generation, self.vm)?;
         if let Some(guardian) = self.guardian {
             guardian.bye();

@@ -88,10 +88,15 @@ impl DelayedAnswers {
         }
     }
 
-    /// Takes the return of a map, successful or not: an answer that waited for it alone is sent.
-    pub(super) fn mapped(&mut self, job: JobId, effects: &mut Effects) {
+    /// Takes the return of a map, successful or not, and what the gate asked for then (`effects`, from index `from` on): a long
+    /// range is mapped in parts, each asked for when the one before has returned. An answer that waits for no other map is sent.
+    pub(super) fn mapped(&mut self, job: JobId, effects: &mut Effects, from: usize) {
         let Some(id) = self.by_map.remove(&job) else { return };
         let Some(delayed) = self.answers.get_mut(&id) else { return };
+        let next = effects.get(from..).unwrap_or_default().iter().filter_map(map_job);
+        let before = self.by_map.len();
+        self.by_map.extend(next.map(|map| (map, id)));
+        delayed.maps += self.by_map.len() - before;
         delayed.maps -= 1;
         if delayed.maps == 0 {
             self.send(id, effects);

@@ -38,8 +38,8 @@ use passgate_backends::{Device, Domain};
 use passgate_bindings::{Gpa, Iova, PageRange, words};
 
 use crate::gate::{
-    Answer, Caller, DeviceId, DmaAccess, Effect, Event, Gate, InvalidationId, Notice, Outcome, Policy,
-    QuarantineStatus, Receipt, ReportedEnd, Rung, Snapshot,
+    Answer, CallLimits, Caller, DeviceId, DmaAccess, Effect, Event, Gate, InvalidationId, Notice, Outcome,
+    Policy, QuarantineStatus, Receipt, ReportedEnd, Rung, Snapshot,
 };
 use crate::observe::events::Names;
 use crate::observe::metrics::{self, Meter};
@@ -214,7 +214,7 @@ impl Session {
         if let Some(id) = ends {
             self.delayed_answers.delay(id, self.effects.list(), from, self.clock.now());
         } else if let Some(job) = map {
-            self.delayed_answers.mapped(job, self.effects.list());
+            self.delayed_answers.mapped(job, self.effects.list(), from);
         }
         dropped.into_iter().for_each(|file| self.forget_rejected(file));
     }
@@ -228,7 +228,7 @@ impl Session {
                 // The result of the unmap first: the gate knows of no operations before.
                 self.handle(event);
                 if ended {
-                    self.handle(Event::Released { job });
+                    self.handle(Event::FlightEnded { job });
                 }
             }
             Returned::Facts(events) => events.into_iter().for_each(|event| self.handle(event)),
@@ -341,7 +341,11 @@ impl Session {
     /// Returns the time at which [`Session::expire`] must be called next, at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
         let delayed = self.delayed_answers.next_deadline();
-        [self.timers.next(), delayed, self.deferred_regions.next_deadline()].into_iter().flatten().min()
+        let retry = self.storage.quarantine_retry_at();
+        [self.timers.next(), delayed, self.deferred_regions.next_deadline(), retry]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Handles every alarm and deadline that is due at `now`. Deferred regions are added by the next [`Session::next_step`].
@@ -351,6 +355,7 @@ impl Session {
         }
         self.delayed_answers.expire(now, self.effects.list());
         self.deferred_regions.expire(now);
+        self.storage.retry_quarantine(now, &self.gate);
         if self.timers.take_quiet(now) {
             self.handle(Event::Quiet);
         }
@@ -368,7 +373,7 @@ impl Session {
             domain.poll(&mut ended);
             jobs.extend(ended.drain(..).filter_map(|ticket| self.tickets.ended(id, ticket)));
         }
-        jobs.into_iter().for_each(|job| self.handle(Event::Released { job }));
+        jobs.into_iter().for_each(|job| self.handle(Event::FlightEnded { job }));
     }
 
     /// Returns the descriptors that become readable when the host wants a device back (`VFIO_PCI_REQ_IRQ_INDEX`).
@@ -399,6 +404,11 @@ impl Session {
         self.gate.region_count()
     }
 
+    /// Returns true while a close waits for proof: each ends in time, or goes on as long as it progresses.
+    pub fn is_closing(&self) -> bool {
+        self.gate.is_closing()
+    }
+
     /// Returns the totals since the start.
     pub fn totals(&self) -> Totals {
         self.statistics.totals()
@@ -417,6 +427,11 @@ impl Session {
     /// Returns the number of lines of the audit log that could not be written.
     pub fn audit_dropped(&self) -> u64 {
         self.storage.dropped()
+    }
+
+    /// Sets the sizes in which the gate asks for calls, for tests with small regions.
+    pub fn set_call_limits(&mut self, limits: CallLimits) {
+        self.gate.set_call_limits(limits);
     }
 
     /// Returns the domain that devices are in.

@@ -6,6 +6,7 @@ use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -54,7 +55,7 @@ pub struct Records {
     quarantine_file: QuarantineFile,
     /// The quarantine of the last daemon, until it is taken.
     earlier_quarantine: Vec<Event>,
-    /// The number of the ledger that has all of it, if one has.
+    /// The id of the ledger that has all of it, if one has.
     earlier_ledger: Option<u64>,
     _lock: File,
 }
@@ -122,7 +123,10 @@ impl Records {
                 match quarantine_file.begin(&quarantine) {
                     // A full disk must not stop a VM whose ledger has everything. A later change that cannot be written is
                     // marked on the disk.
-                    Err(error) if resumed => log::error!("{error} (the ledger that was kept has it)"),
+                    Err(error) if resumed => {
+                        log::error!("{error} (the ledger that was kept has it)");
+                        quarantine_file.begin_unwritten();
+                    }
                     begun => begun?,
                 }
                 (quarantine, ledger)
@@ -151,7 +155,7 @@ impl Records {
         std::mem::take(&mut self.earlier_quarantine)
     }
 
-    /// Takes the quarantine of the last daemon that the ledger with this number may not have. If the file names this ledger, there is
+    /// Takes the quarantine of the last daemon that the ledger with this id may not have. If the file names this ledger, there is
     /// none: that ledger was updated before the file at each change, so a range that only the file has was lifted, and the daemon
     /// ended before it could write that to the file.
     pub fn take_quarantine_beyond(&mut self, ledger: Option<u64>) -> Vec<Event> {
@@ -159,7 +163,7 @@ impl Records {
         if ledger.is_some() && ledger == self.earlier_ledger { Vec::new() } else { quarantine }
     }
 
-    /// Writes all that is in quarantine to the file. `ledger` is the number of the ledger that has all of it and is updated before the
+    /// Writes all that is in quarantine to the file. `ledger` is the id of the ledger that has all of it and is updated before the
     /// file from now on.
     pub fn rewrite_quarantine(&mut self, quarantine: &[QuarantineStatus], ledger: Option<u64>) {
         self.earlier_quarantine.clear();
@@ -176,8 +180,8 @@ impl Records {
     /// only if the file must be rewritten.
     pub fn record_effects(&mut self, effects: &[Effect], quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
         let changes = Changes::of(effects);
-        // In either order the quarantine on disk is never less than that of the log, whenever the process ends.
-        if changes.has_more() {
+        // A range is added to the file before the log and removed after it, so the file never lacks one that the log has.
+        if changes.adds_range() {
             self.quarantine_file.change(changes, quarantine);
             self.log.finish(effects);
         } else {
@@ -186,6 +190,16 @@ impl Records {
                 self.quarantine_file.change(changes, quarantine);
             }
         }
+    }
+
+    /// Returns the time at which [`Records::retry_quarantine`] must be called.
+    pub fn quarantine_retry_at(&self) -> Option<Instant> {
+        self.quarantine_file.retry_at()
+    }
+
+    /// Writes the quarantine file again if that failed before, and its time is due at `now`.
+    pub fn retry_quarantine(&mut self, now: Instant, quarantine: impl FnOnce() -> Vec<QuarantineStatus>) {
+        self.quarantine_file.retry(now, quarantine);
     }
 
     /// Returns the number of lines of the log that could not be written.

@@ -3,6 +3,8 @@
 //!
 //! The changes of an event are written here before any of its effects is executed.
 
+use std::time::Instant;
+
 use passgate_backends::handover::DomainIds;
 
 use super::fdstore::{FdStore, Name};
@@ -101,6 +103,18 @@ impl Storage {
     pub(super) fn remove(&self, name: &Name) {
         if let Some(store) = &self.fd_store {
             store.remove(name.clone());
+        }
+    }
+
+    /// Returns the time at which [`Storage::retry_quarantine`] must be called.
+    pub(super) fn quarantine_retry_at(&self) -> Option<Instant> {
+        self.records.as_ref().and_then(Records::quarantine_retry_at)
+    }
+
+    /// Writes the quarantine to the disk again if that failed before, and its time is due at `now`.
+    pub(super) fn retry_quarantine(&mut self, now: Instant, gate: &Gate) {
+        if let Some(records) = &mut self.records {
+            records.retry_quarantine(now, || gate.quarantined_ranges().collect());
         }
     }
 

@@ -526,9 +526,29 @@ fn end_is_answered_once_all_of_its_maps_are_made() {
 }
 
 #[test]
+fn end_of_a_long_range_is_answered_once_its_last_part_is_mapped() {
+    let mut world = World::with_region(false);
+    world.session.set_call_limits(CallLimits { call_bytes: 2 * PAGE, close_calls: 1 });
+    world.begin(pages(0, PAGES), PageState::Private, Performer::Client);
+    world.settle();
+    assert_eq!(world.verdicts(), [Verdict::Done]);
+    let (invalidation, outcome) = (InvalidationId(1), Outcome::NotCommitted);
+    world.session.handle(Event::End { caller: caller(1, 3), invalidation, outcome });
+    let mut calls = 0;
+    while let Some(map) = world.call() {
+        assert!(world.answers.is_empty(), "something of it is not mapped yet");
+        world.session.returned(map.run());
+        calls += 1;
+    }
+    assert_eq!(calls, PAGES / 2);
+    assert_eq!(world.take_answers(), [(caller(1, 3), Answer::Ended { invalidation })]);
+    assert_eq!(world.sim.mapping_count(), PAGES);
+}
+
+#[test]
 fn removal_that_takes_longer_than_its_deadline_succeeds_if_it_progresses() {
     let mut world = World::new(false);
-    world.session.gate.set_call_limits(CallLimits { call_bytes: PAGE, close_calls: 1 });
+    world.session.set_call_limits(CallLimits { call_bytes: PAGE, close_calls: 1 });
     let memory = AddMemory { piece: PAGE, ..AddMemory::shared(0, PAGES * PAGE) };
     world.session.add_memory(caller(1, 1), memory, vec![world.fd()]);
     world.settle();

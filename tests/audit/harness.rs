@@ -210,7 +210,7 @@ impl Harness {
             2 => self.late_results.push_back(unmapped(UnmapResult::Gone { bytes })),
             _ => {
                 self.results.push_back(unmapped(UnmapResult::InFlight { bytes }));
-                self.late_results.push_back(Event::Released { job });
+                self.late_results.push_back(Event::FlightEnded { job });
             }
         }
     }

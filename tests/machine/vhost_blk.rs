@@ -304,7 +304,7 @@ pub fn front_end_killed(iommu: &str) {
         let disconnected =
             wait_until(TIMEOUT, || control.status().unwrap().disk.is_some_and(|disk| !disk.connected));
         assert!(disconnected, "{}", back_end.log_tail());
-        // One unmap removes all of it, and on a slow machine takes longer than a close may: then it is quarantined until the unmap
+        // On a slow machine a part of it may take longer than a close may be without progress: then it is quarantined until its unmap
         // returns.
         let mut remaining = || {
             let status = control.status().unwrap();

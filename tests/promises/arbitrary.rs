@@ -86,7 +86,7 @@ fn raw() -> impl Strategy<Value = Event> {
             result,
             took_ns
         }),
-        unknown_job().prop_map(|job| Event::Released { job }),
+        unknown_job().prop_map(|job| Event::FlightEnded { job }),
         (unknown_job(), any::<i32>(), any::<u64>()).prop_map(|(job, errno, took_ns)| Event::Fenced {
             job,
             errno,

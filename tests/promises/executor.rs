@@ -43,7 +43,7 @@ pub struct Executor {
     pub files: BTreeMap<FileId, (FileKey, Arc<GuestFile>)>,
     pub buses: Vec<Bus>,
     pub tasks: Vec<Task>,
-    /// Unmaps whose result is not reported yet: their [`Event::Released`] must come after it.
+    /// Unmaps whose result is not reported yet: their [`Event::FlightEnded`] must come after it.
     unreported_unmaps: HashSet<JobId>,
     /// True for the planted fault [`crate::mutant::Plant::UnmapsSkipped`]: unmaps are reported as done and not made.
     pub skips_unmaps: bool,
@@ -79,7 +79,7 @@ impl Executor {
     /// True if the result may be reported to the gate now.
     pub fn is_deliverable(&self, index: usize) -> bool {
         match &self.tasks[index].result {
-            Some(Event::Released { job }) => !self.unreported_unmaps.contains(job),
+            Some(Event::FlightEnded { job }) => !self.unreported_unmaps.contains(job),
             Some(_) => true,
             None => false,
         }
@@ -247,7 +247,7 @@ impl Executor {
         for bus in &mut self.buses {
             bus.sim.poll(&mut ended);
             for job in ended.drain(..).filter_map(|ticket| bus.tickets.remove(&ticket)) {
-                let result = Some(Event::Released { job });
+                let result = Some(Event::FlightEnded { job });
                 self.tasks.push(Task { effect: None, result, hangs: false });
             }
         }

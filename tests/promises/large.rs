@@ -391,7 +391,7 @@ fn number_of_excluded_ranges_is_limited() {
         panic!("{refused:?}")
     };
     assert!(
-        refusal.to_string().contains("65537 held ranges, the limit is 65536: end conversions"),
+        refusal.to_string().contains("65537 excluded ranges, the limit is 65536: end conversions"),
         "{refusal}"
     );
 }

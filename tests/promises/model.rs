@@ -408,7 +408,7 @@ impl Model {
 
     /// Checks that every device that can be stopped is being stopped, once a client with memory is gone.
     fn check_devices_stop(&mut self, client: ClientId) -> CheckResult {
-        if !self.deaths.iter().any(|death| death.client == client && !death.regions.is_empty()) {
+        if !self.deaths.iter().any(|death| death.client == client) {
             return Ok(());
         }
         let resets = self.must_unmap.contains(&client) || self.policy.on_stuck_dma.allows().has(Step::Reset);

@@ -40,7 +40,7 @@ impl Model {
                 spec.gpa.contains(gpa)
                     && oracle.region(region).is_some_and(|other| other.spec.gpa.contains(gpa))
             }
-            (RequestKind::Add { spec, region: None }, Refusal::Window { piece }) => {
+            (RequestKind::Add { spec, region: None }, Refusal::Gap { piece }) => {
                 piece > PAGE && piece <= spec.piece && self.policy.hitless != Hitless::Off
             }
             (RequestKind::Add { spec, region: None }, Refusal::BadPiece { piece }) => {
@@ -51,9 +51,12 @@ impl Model {
                 self.deaths.iter().any(|death| death.client == caller.client)
             }
             (RequestKind::Add { .. }, Refusal::MapFailed { .. } | Refusal::HalfMapped { .. }) => !self.clean,
-            (RequestKind::Remove { region }, Refusal::NotOwner { .. }) => oracle
+            (RequestKind::Remove { region }, Refusal::NotOwner { .. }) => {
+                oracle.region(*region).is_none_or(|region| region.owner != caller.client)
+            }
+            (RequestKind::Remove { region }, Refusal::RegionBusy { .. }) => oracle
                 .region(*region)
-                .is_none_or(|region| region.owner != caller.client || region.stage != Stage::Live),
+                .is_some_and(|region| region.owner == caller.client && region.stage != Stage::Live),
             (RequestKind::Remove { region }, Refusal::Busy { invalidation, .. }) => {
                 let region = oracle.region(*region).map(|region| region.clone());
                 region.is_some_and(|region| {

@@ -374,7 +374,7 @@ impl ShadowLedger {
                 let ats_active = self.is_ats_active(domain);
                 self.domains.entry(domain).or_default().unmapped(span(iova), bytes, result, job, ats_active);
             }
-            Event::Released { job } => {
+            Event::FlightEnded { job } => {
                 for domain in self.domains.values_mut() {
                     domain.in_flight.remove(&job);
                 }

@@ -130,7 +130,7 @@ fn event_kind(event: &Event) -> usize {
         Event::Converted { .. } => 6,
         Event::Mapped { .. } => 7,
         Event::Unmapped { .. } => 8,
-        Event::Released { .. } => 9,
+        Event::FlightEnded { .. } => 9,
         Event::Fenced { .. } => 10,
         Event::Attached { .. } => 11,
         Event::Expired { .. } => 12,

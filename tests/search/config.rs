@@ -1,7 +1,8 @@
 //! A configuration: the machine, the actions of clients, and the bounds of one path.
 
-use passgate::gate::{Hitless, OnStuckDma, PageState, Platform, Policy};
+use passgate::gate::{CallLimits, Hitless, OnStuckDma, PageState, Platform, Policy};
 use passgate_backends::{DomainCaps, Steps};
+use passgate_bindings::PAGE;
 
 use crate::action::Ending;
 use crate::kernel::{Machine, Outcome};
@@ -75,6 +76,8 @@ pub struct Config {
     pub repeats: bool,
     /// True if time may pass while calls are in progress; if false, no deadline expires.
     pub time: bool,
+    /// The sizes in which the gate asks for calls.
+    pub limits: CallLimits,
 }
 
 /// The model machine, unless a configuration changes it.
@@ -130,6 +133,7 @@ impl Config {
             batches: false,
             repeats: false,
             time: true,
+            limits: CallLimits::default(),
         }
     }
 
@@ -143,6 +147,12 @@ impl Config {
     /// Returns the configuration with a planted fault.
     pub fn planted(mut self, plant: Plant) -> Self {
         self.machine.plant = plant;
+        self
+    }
+
+    /// Returns the configuration with calls of one page, by which a region is closed one after the other.
+    pub fn in_pieces(mut self) -> Self {
+        self.limits = CallLimits { call_bytes: PAGE, close_calls: 1 };
         self
     }
 

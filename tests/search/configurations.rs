@@ -156,6 +156,15 @@ pub fn file_is_added_and_removed() -> Config {
     Config { batches: true, splits_calls: true, adds_alias: true, removals: 1, conversions, ..config }
 }
 
+pub fn closed_in_pieces_with_a_fault() -> Config {
+    let config = Config { deaths: true, removals: 1, ..Config::new("closed in pieces, a fault") };
+    Config { conversions: Vec::new(), ..config.with_faults(1).in_pieces() }
+}
+
+pub fn closed_in_pieces_and_restarted() -> Config {
+    committed(Config { kills: 1, removals: 1, ..Config::new("closed in pieces, restart") }.in_pieces())
+}
+
 pub fn strict_restart_between_two_conversions() -> Config {
     let config = Config::new("strict, restart between two conversions");
     two_conversions(Config { kills: 1, ..config.strict() })
@@ -170,6 +179,14 @@ pub fn larger() -> Vec<Config> {
     };
     vec![
         Config { kills: 1, releases: 1, ..Config::new("long: restart, a fault").with_faults(1) },
+        Config {
+            kills: 1,
+            deaths: true,
+            removals: 1,
+            ..Config::new("long: closed in pieces, restart, a fault")
+        }
+        .with_faults(1)
+        .in_pieces(),
         Config {
             deaths: true,
             removals: 1,
@@ -264,5 +281,6 @@ pub fn walked() -> Vec<Config> {
     let resets = resets(Config { name: "walk: every fence, batched events", batches: true, ..plain.clone() });
     let batched =
         Config { name: "walk: batched events, calls in two steps", batches: true, ..two_steps.clone() };
-    vec![plain, strict, two_steps, batched, pauses, pauses_strict, resets]
+    let pieces = Config { name: "walk: closed in pieces", ..batched.clone() }.in_pieces();
+    vec![plain, strict, two_steps, batched, pauses, pauses_strict, resets, pieces]
 }

@@ -265,7 +265,7 @@ impl Domain for ModelDomain {
         state.mappings.sort_unstable();
         match outcome {
             Outcome::Done => Ok(()),
-            _ => Err(Error::HalfMapped { iova, source }),
+            _ => Err(Error::HalfMapped { iova, source, rollback: source.errno, remedy: "" }),
         }
     }
 

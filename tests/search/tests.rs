@@ -74,6 +74,8 @@ every_order_keeps_every_promise! {
     calls_in_two_steps
     batched_events
     file_is_added_and_removed
+    closed_in_pieces_with_a_fault
+    closed_in_pieces_and_restarted
 }
 
 /// A search that finds nothing proves something only if it finds faults that are there.

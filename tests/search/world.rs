@@ -705,7 +705,10 @@ fn session(
     hold: Option<Persistence>,
 ) -> Session {
     let clock = Arc::clone(clock);
-    Session::new(config.policy, kernel.domain(), kernel.devices(), Trust::default(), clock, None, hold)
+    let mut session =
+        Session::new(config.policy, kernel.domain(), kernel.devices(), Trust::default(), clock, None, hold);
+    session.set_call_limits(config.limits);
+    session
 }
 
 fn first_daemon(

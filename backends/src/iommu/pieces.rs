@@ -8,11 +8,12 @@ use rustix::io::Errno;
 use super::Unmap;
 use crate::{Error, Result};
 
-/// Returns the parts of `iova` between the multiples of `piece` bytes, ascending; all of `iova` for a `piece` of 0.
+/// Returns the parts of `iova` between the multiples of `piece` bytes, ascending. `piece` is a multiple of the page
+/// size, or `u64::MAX` for one part.
 pub fn grid(iova: PageRange<Iova>, piece: u64) -> impl Iterator<Item = PageRange<Iova>> {
     let mut at = iova.start();
     std::iter::from_fn(move || {
-        // An address is below 2^62, so adding one to it never overflows.
+        // The next line of the grid above `at`, which may lie on one itself. It is below 2^62, so adding one never overflows.
         let border = (at.0 + 1).checked_next_multiple_of(piece).map_or(iova.end(), Iova);
         let next = PageRange::between(at, border.min(iova.end()))?;
         at = next.end();
@@ -38,33 +39,36 @@ pub(super) fn map(
     for next in grid(iova, piece) {
         let from = Offset(offset.0 + (next.start().0 - iova.start().0));
         if let Err(source) = map(next, from) {
-            if let Some(made) = PageRange::between(iova.start(), next.start()) {
-                roll_back(iova, made, unmap(made))?;
-            }
-            return Err(Error::Map { iova, source, remedy: remedy(source.errno) });
+            let remedy = remedy(source.errno);
+            let made = PageRange::between(iova.start(), next.start());
+            return Err(match made.map_or(Ok(()), |made| check_rolled_back(made, unmap(made))) {
+                Ok(()) => Error::Map { iova, source, remedy },
+                Err(rollback) => Error::HalfMapped { iova, source, rollback, remedy },
+            });
         }
     }
     Ok(())
 }
 
-/// Checks that the roll-back of `made`, a part of `iova`, removed all of it; [`Error::HalfMapped`] otherwise.
-fn roll_back(iova: PageRange<Iova>, made: PageRange<Iova>, unmapped: Unmap) -> Result<()> {
+/// Checks that a roll-back removed all of `made`. Returns the errno of one that did not.
+fn check_rolled_back(made: PageRange<Iova>, unmapped: Unmap) -> Result<(), Errno> {
     let errno = match unmapped {
         Unmap::Gone { bytes } if bytes == made.len() => return Ok(()),
+        // A short one, or one with operations in flight, proves nothing and has no errno.
         Unmap::Gone { .. } | Unmap::InFlight { .. } => Errno::IO,
         Unmap::Failed { errno, .. } => errno,
     };
-    Err(Error::HalfMapped { iova, source: Failed::new("unmap", errno) })
+    Err(errno)
 }
 
 /// Returns the remedy for a map that failed with `errno`, to be appended to the error.
 fn remedy(errno: Errno) -> &'static str {
     match errno {
         Errno::NOMEM => {
-            "; pinned pages count against RLIMIT_MEMLOCK: raise it (ulimit -l, or LimitMEMLOCK= in the unit)"
+            "; pinned pages count against RLIMIT_MEMLOCK: raise it (ulimit -l, or LimitMEMLOCK= in the systemd unit)"
         }
         Errno::NOSPC => {
-            "; the container is full: raise vfio_iommu_type1.dma_entry_limit, or map larger pieces"
+            "; the VFIO container has no free mapping: raise vfio_iommu_type1.dma_entry_limit, or use larger mappings (leave `piece` out; --hitless off)"
         }
         Errno::EXIST => "; something is mapped there already",
         Errno::FAULT => "; the pages cannot be pinned: they are private, or the file has no such page",
@@ -108,7 +112,7 @@ mod tests {
     fn count_equals_number_of_grid_parts() {
         for start in 0..9 {
             for pages in 1..9 {
-                for piece in [0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE, u64::MAX] {
+                for piece in [PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE, u64::MAX] {
                     let iova = range(start, pages);
                     assert_eq!(count(iova, piece), grid(iova, piece).count() as u64, "{iova} by {piece}");
                 }
@@ -137,17 +141,19 @@ mod tests {
 
     #[test]
     fn incomplete_roll_back_is_half_mapped() {
-        for unmapped in [
-            Unmap::Gone { bytes: PAGE },
-            Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) },
-            Unmap::Failed { errno: Errno::BUSY, bytes: 0 },
+        for (unmapped, errno) in [
+            (Unmap::Gone { bytes: PAGE }, Errno::IO),
+            (Unmap::InFlight { bytes: 2 * PAGE, ticket: Ticket(1) }, Errno::IO),
+            (Unmap::Failed { errno: Errno::BUSY, bytes: 0 }, Errno::BUSY),
         ] {
             let one = |iova: PageRange<Iova>, _| match iova.start().0 / PAGE {
                 2 => Err(Failed::new("map", Errno::NOMEM)),
                 _ => Ok(()),
             };
             let error = map(range(0, 4), PAGE, Offset(0), one, |_| unmapped).unwrap_err();
-            assert!(matches!(error, Error::HalfMapped { .. }), "{error}");
+            let Error::HalfMapped { source, rollback, .. } = &error else { panic!("{error}") };
+            assert_eq!((source.errno, *rollback), (Errno::NOMEM, errno));
+            assert!(error.to_string().contains("RLIMIT_MEMLOCK"), "{error}");
         }
     }
 }

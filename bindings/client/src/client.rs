@@ -329,7 +329,7 @@ impl Client {
         });
         match answer {
             Err(Error::NoAnswer { .. }) => false,
-            // Where this process cannot connect, nothing is known of the daemon. A path that was connected to before says
+            // If this process cannot connect, nothing is known of the daemon. A path that was connected to before says
             // nothing new by that: this connection would have ended with the daemon.
             Err(Error::Connect { .. } | Error::SocketPath { .. }) => !inherited,
             Ok(_) | Err(_) => true,

@@ -24,7 +24,7 @@ impl Dma {
     /// Returns the state after a fence has returned.
     fn after(self, step: Step, succeeded: bool) -> Self {
         match (self, step, succeeded) {
-            // What a drain did not stop is drained again.
+            // A device that a drain did not stop is drained again.
             (Self::Running | Self::Drained { .. }, Step::Drain, _) => Self::Drained { confirmed: succeeded },
             (Self::Uncertain { .. }, Step::Drain, _) => Self::Uncertain { drained: succeeded },
             (Self::Fenced { .. }, Step::Drain, _) => self,

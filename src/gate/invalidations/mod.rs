@@ -30,7 +30,7 @@ pub(super) enum Purpose {
     Resume,
 }
 
-/// Why a region is closed.
+/// The cause of a close.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum CloseCause {
     /// Its owner asked for it and waits.
@@ -172,6 +172,12 @@ impl Invalidation {
 
     pub(super) fn deadline_ns(&self) -> u64 {
         self.deadline_ns
+    }
+
+    /// True if it is a close in whose way nothing has failed so far: no device needs to be stopped for it.
+    pub(super) fn is_smooth_close(&self) -> bool {
+        let smooth = |progress: &Progress| progress.rung == Rung::Unmap && !progress.stopping;
+        self.is_close() && self.progress().is_some_and(smooth)
     }
 
     /// True if a client or passgate converts its pages (and no region is closed, or merged).
@@ -360,10 +366,35 @@ impl Invalidations {
         progress.pending == 0 && waits && !skip
     }
 
-    /// True while an invalidation closes the region and waits for proof.
-    pub(super) fn closes(&self, region: RegionId) -> bool {
+    /// Returns the invalidation that closes the region and waits for proof.
+    pub(super) fn close_of(&self, region: RegionId) -> Option<InvalidationId> {
         let closes = |inv: &Invalidation| matches!(inv.purpose, Purpose::Close(other, _) if other == region);
-        self.waiting.others().any(|id| self.open.get(&id).is_some_and(closes))
+        self.waiting.others().find(|id| self.open.get(id).is_some_and(closes))
+    }
+
+    /// Returns the number of regions that are being closed.
+    pub(super) fn closes(&self) -> usize {
+        self.waiting.others().filter(|id| self.is_close(*id)).count()
+    }
+
+    /// Nobody waits for the answer to a close any more: its owner is gone.
+    pub(super) fn owner_gone(&mut self, close: InvalidationId) {
+        if let Some(inv) = self.open.get_mut(&close)
+            && let Purpose::Close(_, cause) = &mut inv.purpose
+        {
+            *cause = CloseCause::OwnerGone;
+        }
+    }
+
+    /// Something over `iova` is gone: every close that waits there has progressed.
+    pub(super) fn closes_moved(&mut self, iova: PageRange<Iova>) {
+        for id in self.waiting.over(iova) {
+            if let Some(inv) = self.open.get_mut(&id).filter(|inv| inv.is_close() && inv.waits_over(iova))
+                && let Some(progress) = inv.progress_mut()
+            {
+                progress.moved();
+            }
+        }
     }
 
     /// Returns the number of open conversions of a client.
@@ -380,7 +411,8 @@ impl Invalidations {
     /// Other memory lies at `iova` now: nobody waits there for what was before.
     pub(super) fn forget_targets(&mut self, iova: PageRange<Iova>) {
         for inv in self.open.values_mut() {
-            inv.targets.retain(|target| !target.overlaps(iova));
+            // One target may lie in two regions.
+            inv.targets = inv.targets.iter().flat_map(|target| target.without(iova)).flatten().collect();
         }
         self.waiting.forget(iova);
     }

@@ -8,6 +8,7 @@ use passgate_bindings::PageRange;
 use passgate_bindings::units::Address;
 
 use super::super::*;
+use super::{Invalidation, New, Purpose};
 
 const CALLER: Caller = Caller { client: ClientId(1), door: Door::Channel, cookie: 1 };
 
@@ -108,4 +109,18 @@ fn asked(count: u64) -> u64 {
 fn unmap_result_sweeps_only_invalidations_that_wait_there() {
     let [few, many] = [64, 512].map(asked);
     assert!(many < 16 * few, "{few} were asked for 64 results, {many} for 512");
+}
+
+#[test]
+fn target_is_forgotten_only_where_other_memory_lies() {
+    let mut all = Invalidations::default();
+    let (ranges, targets) = (range(0, 1).into(), vec![range(2, 2), range(7, 4), range(20, 1)]);
+    let (to, purpose, pages) = (PageState::Private, Purpose::Resume, Vec::new());
+    let id = all.start(New { caller: CALLER, ranges, to, purpose, pages, targets, deadline_ns: 1 });
+    all.forget_targets(range(8, 2));
+    let targets = [range(2, 2), range(7, 1), range(10, 1), range(20, 1)];
+    assert_eq!(all.get(id).map(Invalidation::targets), Some(&targets[..]));
+    for (page, waits) in [(7, true), (8, false), (9, false), (10, true)] {
+        assert_eq!(all.is_awaited(range(page, 1)), waits, "page {page}");
+    }
 }

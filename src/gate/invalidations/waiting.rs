@@ -62,10 +62,13 @@ impl Waiting {
         }
     }
 
-    /// Removes the targets of conversions over `iova`: other memory lies there now.
+    /// Removes `iova` from the targets of conversions: other memory lies there now.
     pub(super) fn forget(&mut self, iova: PageRange<Iova>) {
-        let over: Vec<_> = self.at(iova).map(|(target, _)| target.start()).collect();
-        over.into_iter().for_each(|start| _ = self.targets.remove(&start));
+        for (target, id) in self.at(iova).collect::<Vec<_>>() {
+            self.targets.remove(&target.start());
+            let rest = target.without(iova).into_iter().flatten();
+            self.targets.extend(rest.map(|rest| (rest.start(), (rest, id))));
+        }
     }
 
     /// Returns those that may wait for something over `iova`, in order.

@@ -1,16 +1,17 @@
 //! Fills: one entry for all pages below it, which have the same value or lie on a *grid*.
 //!
 //! On a grid of 2^n pages the pages at multiples of 2^n are 2 and the others 1. So a terabyte of kernel mappings of equal
-//! size, each beginning where the one before it ends, is one entry too.
+//! size, each beginning where the one before it ends, is one entry too: in the tree of a domain 2 is the first page of a mapping
+//! and 1 a later one. In the tree of a file a grid is a coincidence, and as valid.
 
 use std::ops::Range;
 
-use super::leaf::spread;
+use super::leaf::{PAGES, PER_WORD, spread};
 
-/// Entries below this are fills; the others are units.
-pub(super) const UNIFORM: u32 = 64;
+/// The lowest entry that is a unit; those below are fills (docs/ledger.md, Trees).
+pub(super) const FIRST_UNIT: u32 = 64;
 /// The first entry that is a grid: of two pages; the next of four, and so on.
-const GRIDS: u32 = 4;
+const FIRST_GRID: u32 = 4;
 
 /// The values of all pages below an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,24 +23,24 @@ impl Fill {
         Self(value as u32 & 3)
     }
 
-    /// Returns a grid of 2^`bits` pages (`bits` below 60).
+    /// Returns a grid of 2^`bits` pages (`bits` at most 60).
     pub(super) const fn grid(bits: u32) -> Self {
-        if bits == 0 { Self::all(2) } else { Self(GRIDS + bits - 1) }
+        if bits == 0 { Self::all(2) } else { Self(FIRST_GRID + bits - 1) }
     }
 
-    /// Returns the fill that `entry` is; none where it is a unit.
+    /// Returns the fill that `entry` is; none if it is a unit.
     pub(super) const fn of(entry: u32) -> Option<Self> {
-        if entry < UNIFORM { Some(Self(entry)) } else { None }
+        if entry < FIRST_UNIT { Some(Self(entry)) } else { None }
     }
 
-    /// Returns it as an entry.
+    /// Returns the entry that this fill is.
     pub(super) const fn entry(self) -> u32 {
         self.0
     }
 
-    /// Returns the distance of the grid's lines in pages, as a power of two; none where all pages are the same.
+    /// Returns the binary logarithm of the number of pages from one page of value 2 to the next; none if all pages have one value.
     pub(super) const fn bits(self) -> Option<u32> {
-        if self.0 >= GRIDS { Some(self.0 - GRIDS + 1) } else { None }
+        if self.0 >= FIRST_GRID { Some(self.0 - FIRST_GRID + 1) } else { None }
     }
 
     /// Returns the value of `page`.
@@ -54,12 +55,15 @@ impl Fill {
     pub(super) fn word(self, first: u64) -> u64 {
         match self.bits() {
             None => spread(self.0 as u8),
+            // MAX / (2^k - 1) has every kth bit set, and the 2^bits pages from one line to the next take k = 2 * 2^bits bits: that
+            // adds 1 to each page on a line.
             Some(bits @ 1..=4) => spread(1) + u64::MAX / ((1 << (2 << bits)) - 1),
             Some(_) => spread(1) + u64::from(self.value(first) - 1),
         }
     }
 
-    /// Returns the fill of an entry for 2^`span` pages that lies below this one and begins at page `first`.
+    /// Returns the part of this fill that an entry below it has, for the 2^`span` pages from page `first` on. One that has at most one
+    /// line is [`Fill::grid`] of `span`: no two fills stand for the same pages.
     pub(super) fn below(self, first: u64, span: u32) -> Self {
         match self.bits() {
             Some(bits) if bits > span && self.value(first) == 2 => Self::grid(span),
@@ -81,6 +85,7 @@ impl Fill {
             }
             Some(bits) => {
                 let lines = pages.end.div_ceil(1 << bits) - pages.start.div_ceil(1 << bits);
+                // By value: a grid has only 1 and 2.
                 [0, len - lines, lines, 0][usize::from(value & 3)]
             }
         }
@@ -91,7 +96,7 @@ impl Fill {
         let next = match (self.bits(), self.value(pages.start) == value) {
             (_, false) => pages.start,
             (None, true) => return None,
-            // A grid's other pages, and its next line.
+            // Behind a line, and on the next one.
             (Some(_), true) if value == 2 => pages.start + 1,
             (Some(bits), true) => ((pages.start >> bits) + 1) << bits,
         };
@@ -114,18 +119,16 @@ impl Fill {
     pub(super) fn of_node(mut entries: impl Iterator<Item = u32> + Clone, span: u32) -> Option<Self> {
         let first = Self::of(entries.clone().next()?)?;
         let fill = if first.bits() == Some(span) {
-            // One begins with the first entry; where the next begins, so does every further one, or none.
-            let inside = |entry: &u32| *entry == Self::all(1).entry();
-            let apart = 1 + entries.clone().skip(1).take_while(inside).count() as u64;
-            Self::grid(span + apart.is_power_of_two().then(|| apart.trailing_zeros())?)
+            // The first entry begins with a line. The spacing is the distance to the next entry that does, or the whole node if none
+            // does; the comparison below checks the rest.
+            let has_no_line = |entry: &u32| *entry == Self::all(1).entry();
+            let spacing = 1 + entries.clone().skip(1).take_while(has_no_line).count() as u64;
+            Self::grid(span + spacing.is_power_of_two().then(|| spacing.trailing_zeros())?)
         } else {
             first
         };
-        let mut at = 0;
-        let fits = entries.all(|entry| {
-            at += 1;
-            entry == fill.below((at - 1) << span, span).entry()
-        });
+        let mut numbered = (0_u64..).zip(entries.by_ref());
+        let fits = numbered.all(|(nth, entry)| entry == fill.below(nth << span, span).entry());
         fits.then_some(fill)
     }
 
@@ -133,21 +136,19 @@ impl Fill {
     pub(super) fn of_leaf(mut words: impl Iterator<Item = u64> + Clone) -> Option<Self> {
         let first = words.clone().next()?;
         let fill = if first & 3 == 2 && first != spread(2) {
-            let inside = words.clone().enumerate().find_map(|(index, word)| {
+            // The first page is on a line. The next page that is not 1 should be the next one.
+            let next_line = words.clone().enumerate().find_map(|(index, word)| {
                 let other = word ^ spread(1);
                 let other = (other | other >> 1) & spread(1) & if index == 0 { !3 } else { u64::MAX };
-                (other != 0).then(|| index as u64 * 32 + u64::from(other.trailing_zeros()) / 2)
+                (other != 0).then(|| index as u64 * PER_WORD + u64::from(other.trailing_zeros()) / 2)
             });
-            let apart = inside.unwrap_or(512);
-            Self::grid(apart.is_power_of_two().then(|| apart.trailing_zeros())?)
+            let spacing = next_line.unwrap_or(PAGES);
+            Self::grid(spacing.is_power_of_two().then(|| spacing.trailing_zeros())?)
         } else {
             Self::all((first & 3) as u8)
         };
-        let mut at = 0;
-        let fits = words.all(|word| {
-            at += 32;
-            word == fill.word(at - 32)
-        });
+        let mut numbered = (0_u64..).zip(words.by_ref());
+        let fits = numbered.all(|(nth, word)| word == fill.word(nth * PER_WORD));
         fits.then_some(fill)
     }
 }

@@ -15,7 +15,7 @@ use passgate_bindings::words::Words;
 
 use super::blocks::{BLOCK_BYTES, BLOCK_WORDS, Blocks, LEAF_WORDS, LEAVES};
 use super::fault::{Full, OpenError};
-use super::fill::{Fill, UNIFORM};
+use super::fill::{FIRST_UNIT, Fill};
 use super::leaf::publish;
 use super::table::Table;
 
@@ -185,7 +185,7 @@ impl Store {
 
     /// Returns a new leaf, filled, below the node `parent`, from page `first` on. It is not linked yet.
     pub(super) fn take_leaf(&self, parent: u32, fill: Fill, first: u64) -> Result<u32, Full> {
-        let siblings = self.entries(parent).filter(|unit| *unit >= UNIFORM);
+        let siblings = self.entries(parent).filter(|unit| *unit >= FIRST_UNIT);
         let unit = self.blocks().take_leaf(parent, siblings).ok_or_else(|| self.full())?;
         for (page, word) in (first..).step_by(32).zip(self.words_at(unit, LEAF_WORDS)) {
             word.store(fill.word(page), Relaxed);
@@ -215,7 +215,7 @@ impl Store {
 
     /// Gives back what `entry`, at `height` below the node `parent`, names: nothing leads to it any more.
     pub(super) fn free(&self, entry: u32, height: u32, parent: u32) {
-        if entry < UNIFORM {
+        if entry < FIRST_UNIT {
             return;
         }
         if height == 0 {
@@ -223,7 +223,7 @@ impl Store {
             return;
         }
         // Read before it is given back: then it may be anyone's.
-        let below: Vec<u32> = self.entries(entry).filter(|entry| *entry >= UNIFORM).collect();
+        let below: Vec<u32> = self.entries(entry).filter(|entry| *entry >= FIRST_UNIT).collect();
         if self.blocks().give(entry) {
             below.into_iter().for_each(|entry| self.free(entry, height - 1, 0));
         }
@@ -326,7 +326,7 @@ impl Store {
 
     /// Claims everything that `entry`, at `height`, reaches. Returns the first invalid entry as an error.
     fn claim(&self, blocks: &mut Blocks, entry: u32, height: u32) -> Result<(), u32> {
-        if entry < UNIFORM {
+        if entry < FIRST_UNIT {
             return Ok(());
         }
         let possible = if height == 0 { blocks.claim_leaf(entry) } else { blocks.claim(entry) };

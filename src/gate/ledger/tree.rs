@@ -12,7 +12,7 @@ mod walk;
 
 use super::blocks::{BLOCK_BYTES, LEAVES};
 use super::fault::Full;
-use super::fill::{Fill, UNIFORM};
+use super::fill::{FIRST_UNIT, Fill};
 use super::leaf;
 use super::spans::Spans;
 use super::store::{Arena, Key, LEVELS, Store};
@@ -132,7 +132,7 @@ impl Tree {
         let short = setting.short;
         if new != entry {
             self.store.set_root(self.root, height, new);
-            if new < UNIFORM {
+            if new < FIRST_UNIT {
                 self.store.free(entry, height, 0);
             }
         }

@@ -41,7 +41,7 @@ impl Domain {
     fn worst(&self, id: RegionId, region: &Region, gaps_allowed: bool) -> u64 {
         let pages = region.gpa().pages();
         let piece = self.piece(id).unwrap_or(PAGE);
-        // Where pages are never mapped by themselves, neighbours share a mapping until every other one is gone.
+        // If pages are never mapped by themselves, neighbours share a mapping until every other one is gone.
         let singly = piece == PAGE || (!self.caps.cut && gaps_allowed);
         if singly { pages } else { pages.div_ceil(2).max(region.gpa().len().div_ceil(piece) + 1) }
     }

@@ -124,7 +124,7 @@ impl Domain {
         | UnmapResult::InFlight { bytes }
         | UnmapResult::Failed { bytes, .. }) = result;
         let (gone, start) = (already.unwrap_or(0).saturating_add(bytes), run.range.start());
-        // Where nobody knows how many bytes there were, success says that nothing is left.
+        // If nobody knows how many bytes there were, success says that nothing is left.
         let whole = gone == run.bytes || already.is_none() && gone < run.bytes;
         match result {
             UnmapResult::Gone { .. } if whole => self.gone(start, ats),

@@ -58,7 +58,7 @@ impl Domain {
             piece => piece.min(longest),
         };
         if piece > PAGE && !caps.cut && !splits {
-            return Err(Refusal::Window { piece });
+            return Err(Refusal::Gap { piece });
         }
         within_budget("mappings", needed(piece) + self.reserved, caps.max_mappings)?;
         Ok(piece)

@@ -198,8 +198,8 @@ impl Memory {
         }
     }
 
-    /// A map effect of `bytes` of the region has returned. Returns true if it failed and nobody waits for the region to be
-    /// added, so that the failure has to be reported by itself.
+    /// A map effect of `bytes` of the region has returned. Returns true if it failed and has to be reported by itself: nobody waits
+    /// for the region to be added, and it stays.
     pub(super) fn map_ended(&mut self, id: RegionId, bytes: u64, result: MapResult) -> bool {
         let Some(region) = self.regions.get_mut(&id) else { return false };
         region.maps_pending = region.maps_pending.saturating_sub(1);
@@ -215,7 +215,7 @@ impl Memory {
             region.failed = Some(failed);
             return false;
         }
-        true
+        !region.is_closing()
     }
 
     /// Ends the addition of a region once no map of it is in progress. Returns who waits for it, and the bytes that were mapped
@@ -253,7 +253,7 @@ impl Memory {
     fn file(&mut self, file: FileId) -> &mut File {
         let (arena, store) = (self.arena, &self.store);
         self.files.entry(file).or_insert_with(|| {
-            // Where the store has no room, the states of its pages end with this process.
+            // If the store has no room, the states of its pages end with this process.
             let stored = store.as_ref().and_then(|store| PageMap::in_store(store, file).ok());
             let pages = stored.unwrap_or_else(|| PageMap::new(arena));
             File { pages, excluded: Exclusions::default(), regions: Vec::new() }

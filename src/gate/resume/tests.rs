@@ -64,7 +64,7 @@ impl Kernel {
             return UnmapResult::Failed { errno: 16, bytes: 0 };
         }
         let gone: Vec<u64> = self.pages.range(first..end).map(|(page, _)| *page).collect();
-        // What is left behind the range is a mapping of its own.
+        // The rest behind the range is a mapping of its own.
         if split(end) {
             let old = starts(end);
             self.pages
@@ -393,7 +393,7 @@ fn kill_at_any_step_leaves_no_excluded_page_mapped_and_no_reachable_page_release
                 BTreeSet::new(),
                 "{what}: nothing is left mapped, so all of it is released"
             );
-            // What is shared is mapped again, at every alias, and nothing else.
+            // Shared pages are mapped again, at every alias, and nothing else is.
             for (at, (_, region)) in ALIASES.iter().zip(world.gate.memory.regions()) {
                 let mapped: Vec<bool> =
                     (0..PAGES).map(|p| world.kernel.pages.contains_key(&(at + p))).collect();

@@ -61,7 +61,7 @@ fn detach_and_reset_that_were_asked_for_during_a_drain_are_both_made() {
         world.succeeds(&fence);
     }
     assert_eq!(fences, [Step::Drain, Step::Detach, Step::Reset]);
-    world.tell(Event::Released { job });
+    world.tell(Event::FlightEnded { job });
     assert_eq!(world.verdict(invalidation), Some(Verdict::Done));
 }
 
@@ -74,7 +74,7 @@ fn attach_waits_for_every_fence_of_the_domain() {
         world.tell(Event::Expired { invalidation, rung: Rung::Unmap });
         let fences = [world.take(is_fence).unwrap(), world.take(is_fence).unwrap()];
         world.succeeds(&fences[0]);
-        world.tell(Event::Released { job });
+        world.tell(Event::FlightEnded { job });
         assert_eq!(world.verdict(invalidation), Some(Verdict::Done), "{step:?}");
         assert_eq!(world.calls, [], "{step:?}: the other device is still being stopped");
         world.succeeds(&fences[1]);

@@ -27,7 +27,7 @@ fn client_gone_quarantines_all_pages_in_flight() {
     world.tell(Event::ClientGone { client: caller.client });
     let in_flight = Cause::DmaInFlight;
     assert_eq!(world.quarantine(), [(1, 1, in_flight), (3, 1, in_flight)]);
-    jobs.into_iter().for_each(|job| world.tell(Event::Released { job }));
+    jobs.into_iter().for_each(|job| world.tell(Event::FlightEnded { job }));
     world.settle();
     assert_eq!((world.quarantine(), world.live(0), world.live(1)), (vec![], vec![(0, 8)], vec![(0, 8)]));
 }

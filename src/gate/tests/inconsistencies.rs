@@ -41,7 +41,7 @@ fn map_of_which_the_ledger_knows_nothing_is_quarantined_until_an_operator_releas
     assert_eq!(reported(&world), [range(3, 1)]);
     world.settle();
     assert_eq!(world.quarantine(), [(3, 1, Cause::Inconsistent)]);
-    // What is in doubt there is unmapped before the page is given to anybody.
+    // The doubtful run there is unmapped before the page is given to anybody.
     let since = world.gate.snapshot().quarantine[0].invalidation;
     world.tell(Event::Release { caller: OWNER, invalidation: since, to: PageState::Shared });
     assert!(world.quarantine().is_empty());
@@ -78,7 +78,7 @@ fn late_and_invented_results_are_no_contradiction() {
     let mut world = world();
     world.begin(&[(3, 1)], PageState::Private);
     let Some(Effect::Unmap { job, .. }) = world.take(is_unmap) else { panic!("it is unmapped") };
-    world.tell(Event::Released { job });
+    world.tell(Event::FlightEnded { job });
     world.tell(Event::Unmapped { job, result: UnmapResult::InFlight { bytes: PAGE }, took_ns: 1 });
     for _ in 0..2 {
         world.tell(Event::Unmapped { job, result: UnmapResult::Gone { bytes: PAGE }, took_ns: 1 });
@@ -87,7 +87,7 @@ fn late_and_invented_results_are_no_contradiction() {
         world.tell(Event::Attached { job, errno: 0 });
     }
     for _ in 0..2 {
-        world.tell(Event::Released { job });
+        world.tell(Event::FlightEnded { job });
     }
     assert_eq!(world.gate.snapshot().inconsistencies, 0);
     assert!(world.gate.snapshot().quarantine.is_empty());

@@ -146,3 +146,166 @@ fn part_of_a_region_that_stays_does_not_hide_the_cause_or_the_rest() {
     assert!(matches!(verdict, Some(Verdict::Refused { reason: why, .. }) if why == reason), "{verdict:?}");
     assert_eq!(world.quarantine(), [(2, 2, Cause::UnmapFailed)]);
 }
+
+/// Two regions of eight pages in one domain, closed by calls of two pages of which two are in progress at a time.
+fn small_calls(devices: &[&[Step]], policy: Policy, piece: u64) -> (World, RegionId, RegionId) {
+    let mut world = World::new(policy, &[SPLITS]);
+    world.gate.set_call_limits(CallLimits { call_bytes: 2 * PAGE, close_calls: 2 });
+    for (device, steps) in (0..).zip(devices) {
+        let traits = DeviceTraits { ats: false, tdi: false, tolerant: false };
+        world.device(device, 0, steps, traits);
+    }
+    let first = world.add(0, 8, 0, 1);
+    let second = world.add(64, 8, 64, piece);
+    world.settle();
+    (world, first, second)
+}
+
+#[test]
+fn device_paused_for_a_conversion_is_attached_although_a_close_goes_on() {
+    let policy = Policy { hitless: Hitless::Prefer, ..Policy::default() };
+    let (mut world, closing, _) = small_calls(&[&[Step::Drain]], policy, 4);
+    world.tell(Event::RemoveRegion { caller: OWNER, region: closing });
+    let unmaps: Vec<_> = std::iter::from_fn(|| world.take(is_unmap)).collect();
+    let id = world.begin(&[(65, 1)], PageState::Private);
+    let pause = world.take(is_fence).expect("the mapping of four pages is split");
+    world.succeeds(&pause);
+    assert_eq!(world.gate.stopped().count(), 1);
+    world.settle();
+    assert_eq!(world.verdict(id), Some(Verdict::Done));
+    assert_eq!(world.gate.stopped().count(), 0, "nothing of the close has failed");
+    unmaps.iter().for_each(|unmap| world.succeeds(unmap));
+    world.settle();
+    assert_eq!(world.gate.region_count(), 1);
+}
+
+#[test]
+fn device_stopped_for_a_close_is_attached_once_the_close_goes_on() {
+    for goes_on in [true, false] {
+        let (mut world, closing, _) = small_calls(&[&[Step::Drain]], Policy::default(), 1);
+        world.tell(Event::RemoveRegion { caller: OWNER, region: closing });
+        let id = InvalidationId(world.gate.last().1);
+        world.tell(Event::Expired { invalidation: id, rung: Rung::Unmap });
+        let fence = world.take(is_fence).unwrap();
+        world.succeeds(&fence);
+        assert_eq!(world.gate.stopped().count(), 1);
+        if goes_on {
+            let unmap = world.take(is_unmap).unwrap();
+            world.succeeds(&unmap);
+        }
+        // With progress the deadline begins anew.
+        world.tell(Event::Expired { invalidation: id, rung: Rung::Fence(Step::Drain) });
+        let attach = world.take(|call| matches!(call, Effect::Attach { .. }));
+        assert_eq!(attach.is_some(), goes_on, "{:?}", world.calls);
+        assert!(world.calls.iter().all(is_unmap) && !world.calls.is_empty(), "{:?}", world.calls);
+        attach.iter().for_each(|attach| world.succeeds(attach));
+        world.settle();
+        assert_eq!(world.gate.region_count(), 1);
+    }
+}
+
+#[test]
+fn close_given_up_puts_few_ranges_into_quarantine_however_many_mappings_it_has() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    world.gate.set_call_limits(CallLimits { call_bytes: 2 * PAGE, close_calls: 2 });
+    let region = world.add(0, 200, 0, 1);
+    world.settle();
+    (0..100).for_each(|nth| world.convert(2 * nth, PageState::Private));
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    let quarantine = world.quarantine();
+    assert!(quarantine.len() <= 3, "{quarantine:?}");
+    let covers = |page| quarantine.iter().any(|(first, count, _)| (*first..first + count).contains(&page));
+    assert!((0..100).all(|nth| covers(2 * nth + 1)), "{quarantine:?}");
+    world.settle();
+    assert!(world.quarantine().is_empty() && world.gate.region_count() == 0);
+}
+
+#[test]
+fn client_that_goes_during_its_own_removal_has_its_devices_stopped() {
+    // Under this policy a removal may only drain.
+    let (mut world, closing, other) = small_calls(&[&[Step::Detach]], Policy::default(), 1);
+    world.tell(Event::RemoveRegion { caller: OWNER, region: other });
+    world.settle();
+    world.said.clear();
+    world.tell(Event::RemoveRegion { caller: OWNER, region: closing });
+    let [first, second] = [world.take(is_unmap).unwrap(), world.take(is_unmap).unwrap()];
+    let failed = UnmapResult::Failed { errno: 16, bytes: 0 };
+    world.unmapped(&first, failed);
+    world.tell(Event::ClientGone { client: OWNER.client });
+    let fence = world.take(is_fence).expect("its device is stopped");
+    assert!(matches!(fence, Effect::Fence { step: Step::Detach, .. }));
+    world.unmapped(&second, failed);
+    assert!(world.take(is_unmap).is_none(), "nothing is unmapped before");
+    world.succeeds(&fence);
+    world.settle();
+    assert_eq!(world.gate.region_count(), 0);
+    assert_eq!(world.answers().count(), 0, "nobody waits");
+    assert!(world.said.contains(&Effect::Notice(Notice::SessionClosed { client: OWNER.client })));
+}
+
+#[test]
+fn closes_share_the_calls() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    world.gate.set_call_limits(CallLimits { call_bytes: PAGE, close_calls: 4 });
+    (0..10).for_each(|nth| _ = world.add(16 * nth, 8, 16 * nth, 1));
+    world.settle();
+    world.tell(Event::ClientGone { client: OWNER.client });
+    let mut most = 0;
+    while let Some(unmap) = world.take(is_unmap) {
+        most = most.max(world.calls.len() + 1);
+        world.succeeds(&unmap);
+    }
+    assert!(most <= 4 + 10, "{most} calls at a time");
+    assert_eq!(world.gate.region_count(), 0);
+}
+
+#[test]
+fn calls_of_a_close_that_was_given_up_are_progress_of_the_next() {
+    let (mut world, region, _) = small_calls(&[], Policy::default(), 1);
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    let unmaps: Vec<_> = std::iter::from_fn(|| world.take(is_unmap)).collect();
+    assert!(unmaps.len() > 1);
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    let id = InvalidationId(world.gate.last().1);
+    for unmap in &unmaps {
+        assert!(world.verdict(id).is_none());
+        world.succeeds(unmap);
+        world.tell(Event::Expired { invalidation: id, rung: Rung::Fence(Step::Reset) });
+    }
+    assert_eq!(world.answers().last(), Some(&Answer::RegionRemoved { region }));
+}
+
+#[test]
+fn region_in_progress_of_its_own_client_is_busy_and_not_foreign() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    let region = world.add(0, 8, 0, 1);
+    let refusals = |world: &mut World, client| {
+        world.tell(Event::RemoveRegion { caller: Caller { client: ClientId(client), ..OWNER }, region });
+        world.answers().last().cloned()
+    };
+    let busy = Some(Answer::Refused(Refusal::RegionBusy { region }));
+    let foreign = Some(Answer::Refused(Refusal::NotOwner { region }));
+    assert_eq!(refusals(&mut world, 1), busy, "it is being added");
+    world.settle();
+    world.tell(Event::RemoveRegion { caller: OWNER, region });
+    assert_eq!(refusals(&mut world, 1), busy, "it is being removed");
+    assert_eq!(refusals(&mut world, 2), foreign);
+    world.settle();
+    assert_eq!(refusals(&mut world, 1), foreign, "it is gone");
+}
+
+#[test]
+fn failed_map_of_a_region_that_goes_is_not_reported() {
+    let mut world = World::new(Policy::default(), &[SPLITS]);
+    world.add(0, 8, 0, 1);
+    let Some(Effect::Map { job, .. }) = world.take(is_map) else { panic!("{:?}", world.calls) };
+    world.tell(Event::ClientGone { client: OWNER.client });
+    world.tell(Event::Mapped { job, result: MapResult::Refused { errno: 12 } });
+    assert!(world.map_failures().is_empty(), "{:?}", world.said);
+    world.settle();
+    assert_eq!(world.gate.region_count(), 0);
+}

@@ -186,7 +186,7 @@ impl Checker {
                 }
             }
             Event::Unmapped { job, result, .. } => self.unmapped(*job, *result),
-            Event::Released { job } => {
+            Event::FlightEnded { job } => {
                 if let Some(Job { domain, ranges }) = self.jobs.remove(job) {
                     self.remove_if_complete(domain, ranges);
                 }

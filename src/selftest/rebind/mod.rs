@@ -76,7 +76,7 @@ impl Rebound {
         };
         let helper = Helper::start(program, &request).map_err(|why| rebound.failed(why))?;
         rebound.helper = Some(helper);
-        // Where this fails, dropping `rebound` restores the earlier binding.
+        // If this fails, dropping `rebound` restores the earlier binding.
         let bound = bind_to_vfio(&mut rebound.bus);
         // Before any restore: while the node of a disk is open, the driver cannot give the disk its number again.
         drop(claims);

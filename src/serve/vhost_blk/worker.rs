@@ -287,7 +287,7 @@ impl Worker {
                 query_access(&self.inside, &self.mailbox, assigned.index, query);
             }
         }
-        // Where the drive had no room for all, the ring that was served first is last in the next pass: no ring starves another.
+        // If the drive had no room for all, the ring that was served first is last in the next pass: no ring starves another.
         if let Some(position) = served.filter(|_| refused) {
             self.first = (position + 1) % self.rings.len();
         }

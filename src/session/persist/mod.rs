@@ -192,7 +192,7 @@ impl PersistentState {
         match event {
             Event::Mapped { result: MapResult::Mapped, .. }
             | Event::Unmapped { .. }
-            | Event::Released { .. }
+            | Event::FlightEnded { .. }
             | Event::Begin { .. }
             | Event::End { .. }
             | Event::Converted { .. }

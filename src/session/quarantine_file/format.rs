@@ -27,10 +27,17 @@ pub(super) struct Head {
     /// The size of the file in bytes while changes are appended to it: a file without [`END`] is whole only if it has this size.
     #[serde(default)]
     pub(super) bytes: u64,
-    /// The number of the ledger that has all that the file says, and the changes since.
+    /// The id of the ledger that has all that the file says, and the changes since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) ledger: Option<u64>,
     pub(super) quarantine: Vec<Range>,
+}
+
+/// The version in the first line, of whatever format.
+#[derive(Deserialize)]
+struct Version {
+    #[serde(default)]
+    version: u64,
 }
 
 /// A range in quarantine.
@@ -103,7 +110,7 @@ pub(super) enum Line {
     End,
 }
 
-/// Returns true if the file was written by version 1 or newer, or does not begin like a file of any version.
+/// Returns true if the file was written by version 1 or newer, or begins with a NUL, as a torn file does.
 pub(super) fn has_version(bytes: &[u8]) -> bool {
     bytes.starts_with(b"{\"version\":") || bytes.starts_with(&[0])
 }
@@ -111,6 +118,13 @@ pub(super) fn has_version(bytes: &[u8]) -> bool {
 /// Returns the head, with the quarantine after all changes in the file.
 pub(super) fn read(bytes: &[u8]) -> io::Result<Head> {
     let (text, rest) = bytes.split_at(bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len()));
+    // Of a newer version nothing else is known.
+    let Version { version } = Version::deserialize(&mut serde_json::Deserializer::from_slice(text))?;
+    if version > VERSION {
+        return Err(io::Error::other(format!(
+            "it is of version {version}, this passgate reads up to {VERSION}"
+        )));
+    }
     let mut values = serde_json::Deserializer::from_slice(text);
     let mut head = Head::deserialize(&mut values)?;
     // A line is written from its second byte on, and its first byte last: a daemon that dies in between leaves a part of it after a
@@ -118,10 +132,6 @@ pub(super) fn read(bytes: &[u8]) -> io::Result<Head> {
     let may_be_torn = head.bytes == bytes.len() as u64 && text.ends_with(b"\n");
     if !may_be_torn && rest.iter().any(|byte| *byte != 0) {
         return Err(io::Error::other("it continues after its end"));
-    }
-    if head.version > VERSION {
-        let why = format!("it is of version {}, this passgate reads up to {VERSION}", head.version);
-        return Err(io::Error::other(why));
     }
     if head.version < FIRST_VERSION_WITH_CHANGES {
         values.end()?;

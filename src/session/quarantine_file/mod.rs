@@ -9,8 +9,12 @@
 //!
 //! A missing or empty file is not an empty quarantine. `boot-ID` beside it marks that a daemon has used the directory on this boot:
 //! from then on a quarantine that is missing, empty, damaged or of another boot is *unknown*, and the start is refused with the
-//! remedy. A daemon that cannot write a new quarantine to the file renames it (`quarantine.incomplete`), which needs no room on the
-//! disk, and makes the next daemon refuse its start.
+//! remedy. If a newly quarantined range cannot be written, the daemon renames the file to `quarantine.incomplete`. A rename needs no
+//! room on the disk, and the next daemon refuses to start while that name exists. A failed write is tried again by time
+//! ([`QuarantineFile::retry`]).
+//!
+//! The session's thread makes these system calls itself: they must have happened before the answer. On a state directory that does
+//! not answer, as one on a dead network mount, the session waits with it.
 
 mod format;
 
@@ -21,7 +25,6 @@ use std::time::{Duration, Instant};
 
 use passgate_bindings::PAGE;
 use passgate_bindings::segment::Segment;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -41,7 +44,8 @@ const MAX_BYTES: u64 = 64 << 20;
 const MIN_BYTES: u64 = 64 << 10;
 /// Bytes of the file for each range that is in quarantine when it is written; the range itself takes less than half of them.
 const BYTES_PER_RANGE: u64 = 512;
-/// The time after which a failed write is tried again, if the file does not lack a range that is in quarantine.
+/// The time after which a failed write is tried again. One that would record a new range is tried at once, unless no daemon starts
+/// here anyway.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The quarantine file of one session.
@@ -52,11 +56,12 @@ pub struct QuarantineFile {
     boot: String,
     /// The open file; none if changes cannot be appended to it.
     file: Option<Segment>,
-    /// The number of the ledger that is updated before the file at each change.
+    /// The id of the persistent ledger, which has every range in quarantine and is updated before this file at each change; none if
+    /// there is no such ledger.
     ledger: Option<u64>,
-    /// True while the file is renamed to [`INCOMPLETE`].
+    /// True while no other daemon starts on this directory: the file is renamed to [`INCOMPLETE`], or cannot be read.
     incomplete: bool,
-    /// The time before which a failed write is not tried again.
+    /// The time at which a write that failed is tried again; none while the file has every change.
     retry_at: Option<Instant>,
 }
 
@@ -76,7 +81,7 @@ impl Changes {
     }
 
     /// Returns true if a range comes into quarantine.
-    pub fn has_more(&self) -> bool {
+    pub fn adds_range(&self) -> bool {
         self.0.iter().any(|change| matches!(change, Change::Quarantined(_)))
     }
 }
@@ -89,29 +94,29 @@ impl QuarantineFile {
         Self { dir: dir.to_owned(), path, boot, file: None, ledger: None, incomplete: false, retry_at: None }
     }
 
-    /// Reads the quarantine of the last daemon, as events for a gate without regions. A file that cannot be read is an error if a
-    /// daemon has used the directory on this boot, because devices may still reach pages in quarantine. `used` states that one
-    /// has, even if there is no mark.
+    /// Reads the quarantine of the last daemon, as events for a gate without regions. [`Error::State`] if the file cannot be opened or
+    /// parsed. A missing, empty or torn file, or one of another boot, is an error only if a daemon has used the directory on this
+    /// boot, because devices may then still reach pages in quarantine; otherwise it is ignored. `used` states that one has, even
+    /// if there is no mark.
     pub fn load(&self, used: bool) -> Result<Vec<Event>> {
         self.load_with_ledger(used).map(|(events, _)| events)
     }
 
-    /// As [`QuarantineFile::load`]. Returns the number of the ledger that has all of it, too, if one has.
+    /// As [`QuarantineFile::load`]. Also returns the id of the ledger that has all of it, if one has.
     pub fn load_with_ledger(&self, used: bool) -> Result<(Vec<Event>, Option<u64>)> {
         let head = self.read(used)?;
         let ledger = head.as_ref().and_then(|head| head.ledger);
         Ok((head.into_iter().flat_map(|head| head.quarantine).map(Range::event).collect(), ledger))
     }
 
-    /// Sets the number of the ledger that has all that is in quarantine, and is updated before the file at each change. It is written
+    /// Sets the id of the ledger that has all that is in quarantine, and is updated before the file at each change. It is written
     /// with the next head.
     pub fn set_ledger(&mut self, ledger: Option<u64>) {
         self.ledger = ledger;
     }
 
     fn read(&self, used: bool) -> Result<Option<Head>> {
-        let remedy =
-            ": which memory was in quarantine is unknown; stop what uses it, then move the directory away";
+        let remedy = ": which memory was in quarantine is unknown; stop every VM and device that may use it, then move the directory away";
         let failed = |path: &Path, source| Error::State { path: path.to_owned(), source, remedy };
         let used = used || std::fs::symlink_metadata(self.mark()).is_ok();
         let aside = self.dir.join(INCOMPLETE);
@@ -159,7 +164,7 @@ impl QuarantineFile {
         self.replace(ranges).map_err(|error| failed(&self.path, error))?;
         let mark = self.mark();
         self.ensure_file(&mark).map_err(|error| failed(&mark, error))?;
-        // It is of another boot, and void.
+        // `read` would have refused one of this boot.
         _ = std::fs::remove_file(self.dir.join(INCOMPLETE));
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let other = entry.file_name().to_str().is_some_and(|name| name.starts_with(MARK));
@@ -170,15 +175,21 @@ impl QuarantineFile {
         Ok(())
     }
 
-    /// Begins on a directory whose quarantine cannot be read: it stays there until [`QuarantineFile::save`] has written all that is in
-    /// quarantine in its place. The directory is marked as used on this boot, so that no daemon starts without the ledger
-    /// before that.
+    /// Begins without the quarantine on the disk, because the ledger has it. The unreadable file stays in place, so that a daemon
+    /// without the ledger refuses to start until [`QuarantineFile::save`] has replaced it.
     pub fn begin_unread(&mut self) {
+        self.begin_unwritten();
+        self.incomplete = true;
+    }
+
+    /// Begins although nothing could be written: the ledger has the quarantine, and [`QuarantineFile::retry`] writes it later. The
+    /// directory is marked as used on this boot.
+    pub fn begin_unwritten(&mut self) {
         let mark = self.mark();
         if let Err(error) = self.ensure_file(&mark) {
             log::error!("{}: {error}", mark.display());
         }
-        self.incomplete = true;
+        self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
     }
 
     /// Creates a file, unless it exists.
@@ -189,21 +200,34 @@ impl QuarantineFile {
         }
     }
 
-    /// Writes the changes. `now` returns all that is in quarantine after them; it is called only if the file must be rewritten.
-    pub fn change(&mut self, changes: Changes, now: impl FnOnce() -> Vec<QuarantineStatus>) {
-        let more = changes.has_more();
-        if self.append(&Line::Changes(changes.0)) {
-            return;
-        }
-        // If the file is incomplete already the next daemon does not start, and if a range was only lifted it finds more in
-        // quarantine than there is: either is safe, so the rewrite can wait.
-        let waits = self.retry_at.is_some_and(|retry_at| Instant::now() < retry_at);
-        if !waits || (more && !self.incomplete) {
-            self.save(&now(), more);
+    /// Writes the changes. `current` returns all that is in quarantine after them; it is called only if the file must be rewritten.
+    pub fn change(&mut self, changes: Changes, current: impl FnOnce() -> Vec<QuarantineStatus>) {
+        let adds = changes.adds_range();
+        let appended = self.append(&Line::Changes(changes.0));
+        // The rewrite can wait in two cases: no other daemon starts here anyway, or the file has a range too many (the next daemon
+        // finds more in quarantine than there is).
+        let due = match self.retry_at {
+            None => !appended,
+            Some(retry_at) => retry_at <= Instant::now() || (adds && !appended && !self.incomplete),
+        };
+        if due {
+            self.save(&current(), adds && !appended);
         }
     }
 
-    /// Appends a line. Returns false if there is no room for it and [`END`].
+    /// Returns the time at which [`QuarantineFile::retry`] must be called; none while the file has every change.
+    pub fn retry_at(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// Writes the file again if an earlier write failed and its time is due at `now`.
+    pub fn retry(&mut self, now: Instant, current: impl FnOnce() -> Vec<QuarantineStatus>) {
+        if self.retry_at.is_some_and(|retry_at| retry_at <= now) {
+            self.save(&current(), false);
+        }
+    }
+
+    /// Appends a line. Returns false if no file is open, or if there is no room for the line and [`END`]: then nothing is appended.
     fn append(&mut self, line: &Line) -> bool {
         let Some(file) = &mut self.file else { return false };
         let Ok(mut line) = serde_json::to_vec(line) else { return false };
@@ -213,10 +237,10 @@ impl QuarantineFile {
         file.room() >= (line.len() + END.len()) as u64 && file.append(&line)
     }
 
-    /// Rewrites the file with all that is in quarantine now. A failure is logged. If then `more` is in quarantine than the file says,
-    /// the file is renamed to [`INCOMPLETE`]: the next daemon must not take it for the whole quarantine.
-    pub fn save(&mut self, now: &[QuarantineStatus], more: bool) {
-        let written = self.replace(now.iter().map(Range::from).collect());
+    /// Rewrites the file with all that is in quarantine now. A failure is logged. If the file then lacks a range (`adds`), it is
+    /// renamed to [`INCOMPLETE`]: the next daemon must not take it for the whole quarantine.
+    pub fn save(&mut self, current: &[QuarantineStatus], adds: bool) {
+        let written = self.replace(current.iter().map(Range::from).collect());
         self.retry_at = written.is_err().then(|| Instant::now() + RETRY_INTERVAL);
         let path = self.path.display();
         let Err(error) = written else {
@@ -226,24 +250,39 @@ impl QuarantineFile {
             }
             return;
         };
-        let count = now.len();
-        if !more {
-            log::warn!(
-                "{path}: {error}: the next daemon will find more in quarantine than these {count} ranges"
-            );
+        let count = current.len();
+        if !adds {
+            if !self.incomplete {
+                log::warn!(
+                    "{path}: {error}: the next daemon will find more in quarantine than these {count} ranges"
+                );
+            }
             return;
         }
         log::error!(
-            "{path}: {error}: {count} ranges in quarantine are not all in it; no other daemon starts here; make room"
+            "{path}: {error}: not all of {count} quarantined ranges are in it, so no other daemon starts here; make room"
         );
-        if !std::mem::replace(&mut self.incomplete, true)
-            && let Err(error) = std::fs::rename(&self.path, self.dir.join(INCOMPLETE))
-        {
-            log::error!(
-                "{path}: {error}: remove it: the next daemon must not take it for the whole quarantine"
-            );
-        }
         self.file = None;
+        if !self.incomplete {
+            self.set_aside();
+        }
+    }
+
+    /// Makes the next daemon refuse its start: renames the file to [`INCOMPLETE`], or creates that name if there is no file.
+    fn set_aside(&mut self) {
+        let aside = self.dir.join(INCOMPLETE);
+        let renamed = match std::fs::rename(&self.path, &aside) {
+            Err(error) if error.kind() == ErrorKind::NotFound => self.ensure_file(&aside),
+            renamed => renamed,
+        };
+        match renamed {
+            Ok(()) => self.incomplete = true,
+            // The next change tries it again.
+            Err(error) => log::error!(
+                "{}: cannot rename it to {INCOMPLETE}: {error}; remove it, or the next daemon takes it for the whole quarantine",
+                self.path.display()
+            ),
+        }
     }
 
     /// Returns the path of the mark for this boot.
@@ -255,9 +294,7 @@ impl QuarantineFile {
 
     /// Creates a file; an error if the name exists, whatever it is.
     fn create(&self, path: &Path) -> io::Result<std::fs::File> {
-        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-        let mut options = std::fs::OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600).custom_flags(flags).open(path)
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
     }
 
     /// Writes a new file with this quarantine, and renames it into place.
@@ -268,6 +305,9 @@ impl QuarantineFile {
         let head = Head { version: VERSION, boot: self.boot.clone(), bytes, ledger: self.ledger, quarantine };
         let mut line = serde_json::to_vec(&head)?;
         line.push(b'\n');
+        if (line.len() + END.len()) as u64 > bytes {
+            return Err(Errno::FBIG.into());
+        }
         #[cfg(test)]
         tests::WRITTEN_BYTES.set(tests::WRITTEN_BYTES.get() + line.len() as u64);
         match std::fs::remove_file(&new) {

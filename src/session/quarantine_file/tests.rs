@@ -237,3 +237,107 @@ fn quarantine_that_cannot_be_written_refuses_the_next_start() {
     file.change(freed(3), || vec![status(4), status(5)]);
     assert_eq!(file.load(false).unwrap().len(), 2);
 }
+
+/// A new file cannot be created, as on a full disk, while the returned directory exists.
+fn obstruct(dir: &Path) -> std::path::PathBuf {
+    let obstacle = dir.join("quarantine.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    obstacle
+}
+
+/// As many ranges as do not fit behind those of the file.
+fn many() -> Vec<QuarantineStatus> {
+    (3..600).map(status).collect()
+}
+
+fn all_quarantined(ranges: &[QuarantineStatus]) -> Changes {
+    Changes(ranges.iter().map(|status| Change::Quarantined(status.into())).collect())
+}
+
+/// Lets the time of the next retry come.
+fn retry(file: &mut QuarantineFile, current: &[QuarantineStatus]) {
+    let due = file.retry_at().expect("a write has failed");
+    file.retry(due - Duration::from_millis(1), || panic!("it is not due"));
+    file.retry(due, || current.to_vec());
+}
+
+#[test]
+fn failed_write_is_tried_again_by_time_alone() {
+    let (dir, mut file) = used();
+    let obstacle = obstruct(dir.path());
+    let all = many();
+    file.change(all_quarantined(&all), || all.clone());
+    retry(&mut file, &all);
+    assert!(found(dir.path()).is_err(), "the disk is still full");
+    std::fs::remove_dir(&obstacle).unwrap();
+    retry(&mut file, &all);
+    assert_eq!(found(dir.path()).unwrap().len(), all.len());
+    assert_eq!(file.retry_at(), None);
+}
+
+#[test]
+fn failed_lift_is_written_although_later_changes_fit() {
+    let (dir, mut file) = used();
+    let all = many();
+    file.change(all_quarantined(&all[..350]), || panic!("there is room for it"));
+    let obstacle = obstruct(dir.path());
+    let lifted = (3..353).map(|page| {
+        let QuarantineStatus { file, range, .. } = status(page);
+        Change::Freed { file, range }
+    });
+    file.change(Changes(lifted.collect()), Vec::new);
+    file.change(quarantined(1000), || panic!("it fits"));
+    assert_eq!(found(dir.path()).unwrap().len(), 351, "too many, and none too few");
+    std::fs::remove_dir(&obstacle).unwrap();
+    retry(&mut file, &[status(1000)]);
+    assert_eq!(found(dir.path()).unwrap().len(), 1);
+}
+
+#[test]
+fn failed_rename_is_tried_again_at_the_next_change() {
+    let (dir, mut file) = used();
+    let _obstacle = obstruct(dir.path());
+    // A file cannot take the name of a directory.
+    let aside = dir.path().join(INCOMPLETE);
+    std::fs::create_dir(&aside).unwrap();
+    let all = many();
+    file.change(all_quarantined(&all), || all.clone());
+    std::fs::remove_dir(&aside).unwrap();
+    file.change(quarantined(1), || all.clone());
+    assert!(aside.is_file(), "the next daemon does not start");
+    // If there is no file, its place is taken by an empty one.
+    let (dir, mut file) = used();
+    let _obstacle = obstruct(dir.path());
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    file.change(all_quarantined(&all), || all.clone());
+    assert!(dir.path().join(INCOMPLETE).is_file());
+}
+
+#[test]
+fn session_that_cannot_write_its_first_file_marks_the_directory_as_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let obstacle = obstruct(dir.path());
+    let mut file = QuarantineFile::new(dir.path(), BOOT.to_owned());
+    assert!(file.begin(&[]).is_err());
+    file.begin_unwritten();
+    assert!(found(dir.path()).unwrap_err().to_string().contains("it is gone"));
+    std::fs::remove_dir(obstacle).unwrap();
+    retry(&mut file, &[status(4)]);
+    assert_eq!(found(dir.path()).unwrap().len(), 1);
+}
+
+#[test]
+fn file_is_never_larger_than_what_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = QuarantineFile::new(dir.path(), "b".repeat(MIN_BYTES as usize));
+    let error = file.begin(&[]).unwrap_err();
+    assert!(error.to_string().contains("File too large"), "{error}");
+}
+
+#[test]
+fn newer_version_is_named_whatever_its_format() {
+    for text in ["{\"version\":3}\n", "{\"version\":3,\"boot\":7,\"other\":[]}\nmore\0more"] {
+        let error = format::read(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("version 3, this passgate reads up to 2"), "{error}");
+    }
+}

@@ -36,7 +36,8 @@ impl Shared {
         }
         if let Some(Fault::HalfMapped(errno)) = fault {
             state.table.insert(&whole, piece, count.div_ceil(2) as usize);
-            return Err(Error::HalfMapped { iova: whole.iova, source: Failed::new("sim unmap", errno) });
+            let source = Failed::new("sim map", errno);
+            return Err(Error::HalfMapped { iova: whole.iova, source, rollback: errno, remedy: "" });
         }
         state.table.insert(&whole, piece, count as usize);
         Ok(())

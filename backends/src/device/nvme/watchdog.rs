@@ -64,7 +64,7 @@ impl Inner {
             return;
         }
         log::warn!("{}: {why}: resetting the controller", self.name);
-        // Where an owner does not stop using its queue, only this recovery waits: the lock is released between attempts.
+        // If an owner does not stop using its queue, only this recovery waits: the lock is released between attempts.
         while let Err(error) = self.halt() {
             log::warn!("{error}");
             drop(controller);

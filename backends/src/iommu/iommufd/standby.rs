@@ -89,9 +89,10 @@ impl<D: Movable> Standby<D> {
         let in_idle = |piece, _| idle.copy(kernel, used, piece, writable);
         pieces::map(iova, piece, offset, in_idle, |made| undo(kernel, idle, made)).map_err(|error| {
             match (error, used.unmap(kernel, iova)) {
-                (Error::Map { source, .. } | Error::HalfMapped { source, .. }, Err(errno)) => {
-                    Error::HalfMapped { iova, source: Failed::new(source.call, errno) }
-                }
+                (
+                    Error::Map { source, remedy, .. } | Error::HalfMapped { source, remedy, .. },
+                    Err(rollback),
+                ) => Error::HalfMapped { iova, source, rollback, remedy },
                 (error, _) => error,
             }
         })

@@ -53,6 +53,24 @@ impl MapRequest<'_> {
     }
 }
 
+/// The name of the call in an error.
+const CALL: &str = "soft mapping";
+
+/// Returns the remedy for a map that failed with `errno`, to be appended to the error.
+fn remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOMEM => "; the host is out of memory, or this user may pin no more of it (RLIMIT_MEMLOCK)",
+        Errno::NOSPC => "; the ring has no free slot: map larger pieces, or fewer of them",
+        Errno::EXIST => "; something is mapped there already: unmap it first",
+        Errno::FAULT => {
+            "; the pages cannot be pinned for writing: open the file O_RDWR, and map shared pages inside it only"
+        }
+        Errno::TOOBIG => "; a piece is longer than 1 GiB: map in smaller pieces",
+        Errno::ACCESS => "; the file is read-only: map it read-only, or open it O_RDWR",
+        _ => "",
+    }
+}
+
 impl SoftDomain {
     /// Makes all mappings of `request`, or none.
     pub(super) fn make(&self, request: &MapRequest<'_>) -> Result<()> {
@@ -66,7 +84,12 @@ impl SoftDomain {
                 Err(failed) => {
                     return Err(match self.roll_back(&plan, filled) {
                         Ok(()) => refused(failed.errno),
-                        Err(source) => Error::HalfMapped { iova: request.iova, source },
+                        Err(rollback) => Error::HalfMapped {
+                            iova: request.iova,
+                            source: Failed::new(CALL, failed.errno),
+                            rollback: rollback.errno,
+                            remedy: remedy(failed.errno),
+                        },
                     });
                 }
             }
@@ -161,19 +184,10 @@ impl SoftDomain {
     }
 
     fn cannot_map(&self, iova: PageRange<Iova>, errno: Errno) -> Error {
-        let remedy = match (errno, self.memlock) {
-            (Errno::NOMEM, Some(limit)) => return Error::Memlock { iova, need: iova.len(), limit },
-            (Errno::NOMEM, None) => "; the host is out of memory",
-            (Errno::NOSPC, _) => "; the ring has no free slot: map larger pieces, or fewer of them",
-            (Errno::EXIST, _) => "; something is mapped there already: unmap it first",
-            (Errno::FAULT, _) => {
-                "; the pages cannot be pinned for writing: open the file O_RDWR, and map shared pages inside it only"
-            }
-            (Errno::TOOBIG, _) => "; a piece is longer than 1 GiB: map in smaller pieces",
-            (Errno::ACCESS, _) => "; the file is read-only: map it read-only, or open it O_RDWR",
-            _ => "",
-        };
-        Error::Map { iova, source: Failed::new("soft mapping", errno), remedy }
+        match (errno, self.memlock) {
+            (Errno::NOMEM, Some(limit)) => Error::Memlock { iova, need: iova.len(), limit },
+            _ => Error::Map { iova, source: Failed::new(CALL, errno), remedy: remedy(errno) },
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::walk::{bits, span};
 use crate::gate::ledger::blocks::LEAF_WORDS;
 use crate::gate::ledger::fault::Full;
-use crate::gate::ledger::fill::{Fill, UNIFORM};
+use crate::gate::ledger::fill::{FIRST_UNIT, Fill};
 use crate::gate::ledger::leaf::{self, Leaf};
 use crate::gate::ledger::store::Store;
 
@@ -93,7 +93,7 @@ impl Setting<'_> {
             if new != old {
                 self.store.set_entry(at.entry, index, new);
             }
-            if new < UNIFORM {
+            if new < FIRST_UNIT {
                 self.store.free(old, at.height - 1, at.entry);
                 folded = true;
             }

@@ -22,7 +22,7 @@ enum Damage {
 
 fn damage() -> impl Strategy<Value = Damage> {
     let words = BLOCKS as usize * BLOCK_WORDS;
-    // Where something is: the header, the roots, the first blocks.
+    // The places in use: the header, the roots, the first blocks.
     let at = prop_oneof![0..8usize, 8..40usize, HEADER as usize * BLOCK_WORDS..words, 0..words];
     prop_oneof![
         (at.clone(), any::<u64>()).prop_map(|(at, value)| Damage::Word(at, value)),
