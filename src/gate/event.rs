@@ -119,7 +119,8 @@ pub enum Performer {
     Passgate,
 }
 
-/// The result of an unmap, as the domain reported it.
+/// The result of an unmap: of the domain's own [`passgate_backends::iommu::Unmap`] what the gate may know and an audit log can store. The
+/// ticket of operations in flight stays with the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UnmapResult {

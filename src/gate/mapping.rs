@@ -12,7 +12,7 @@ use super::calls::Call;
 use super::effect::{Effect, Effects, Notice};
 use super::ids::{DomainId, FileId, RegionId};
 use super::ledger::exclusions::gaps;
-use super::ledger::mapped::objects;
+use super::ledger::mapped::mapping_count;
 use super::policy::MAX_CALL_MAPPINGS;
 
 /// `ENOSPC`: the budget of mappings is used up.
@@ -102,7 +102,7 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let job = self.calls.number();
-        let has_room = |domain: &super::mappings::Domain| domain.has_room(objects(iova, piece));
+        let has_room = |domain: &super::mappings::Domain| domain.has_room(mapping_count(iova, piece));
         match self.mappings.get(domain).map(has_room) {
             Some(true) => {}
             Some(false) => {

@@ -13,7 +13,7 @@ use super::event::Caller;
 use super::ids::{ClientId, DomainId, RegionId};
 use super::invalidations::{New, Purpose};
 use super::ledger::PageState;
-use super::ledger::mapped::objects;
+use super::ledger::mapped::mapping_count;
 use super::policy::Hitless;
 
 impl Gate {
@@ -69,7 +69,7 @@ impl Gate {
         let is_shared = |(_, state): (_, PageState)| state == PageState::Shared;
         let shared = free && self.memory.states(pages.file, pages.range).all(is_shared);
         let mapped = domain.mapped();
-        let in_parts = mapped.live(range).eq([range]) && mapped.starts(range) > objects(range, piece);
+        let in_parts = mapped.live(range).eq([range]) && mapped.starts(range) > mapping_count(range, piece);
         if !shared || !in_parts {
             return;
         }

@@ -162,7 +162,7 @@ impl Gate {
         let at = effects.len();
         let mut worst: Option<(bool, Reason, PageRange<Gpa>)> = None;
         for (domain, iova, state) in stuck {
-            // Of a conversion, only what waits for its devices to be detached is still plainly mapped.
+            // Of a conversion, only what waits for its devices to be detached is still live.
             let untouched = state.is_none() && is_conversion;
             let decides = state.is_some() || is_conversion || !decisive;
             let state = if untouched { Some(RunState::Cached) } else { state };
@@ -207,8 +207,8 @@ impl Gate {
         self.restore(pages, effects);
     }
 
-    /// Returns everything that stands in the way of an invalidation: by domain, with the run's state, or none where it is plainly
-    /// mapped. What is plainly mapped of a region being closed is taken from `rest`, by which it will be unmapped: a large region
+    /// Returns everything that stands in the way of an invalidation: by domain, with the run's state, or none if it is live.
+    /// What is live of a region being closed is taken from `rest`, by which it will be unmapped: a large region
     /// may have a million mappings, each with a gap behind it.
     fn stuck(
         &self,
@@ -224,7 +224,7 @@ impl Gate {
             stuck.extend(spans);
             return stuck;
         }
-        // A mapping made again since the sweep is plainly mapped, and in nobody's way.
+        // A mapping made again since the sweep is live, and in nobody's way.
         for domain in self.mappings.iter().filter(|domain| inv.sweeps(domain.id())) {
             for target in inv.targets() {
                 stuck.extend(domain.mapped().live(*target).map(|live| (domain.id(), live, None)));
@@ -233,7 +233,7 @@ impl Gate {
         stuck
     }
 
-    /// Returns the reason for a failure that a run in this state (none: plainly mapped) stands for, and true if it is known to have
+    /// Returns the reason for a failure that a run in this state (none: live) stands for, and true if it is known to have
     /// failed.
     pub(super) fn blame(&self, domain: DomainId, state: Option<RunState>, rung: Rung) -> (bool, Reason) {
         let (known, cause, errno) = match state {

@@ -15,12 +15,12 @@ use super::ledger::{ExcludedBy, PageState};
 use super::memory::Region;
 use super::verdict::{Cause, Reason, Refusal};
 
-/// The reason for which a region is better added once others are closed ([`Gate::close_to_wait_for`]).
+/// The condition that a new region waits for ([`Gate::close_to_wait_for`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseWait {
-    /// A region of those being closed lies in its way: it is closed, or given up, before long.
+    /// The end of closes that overlap it or show its pages. Each succeeds or is given up.
     Region,
-    /// They use up a budget, which others may use up again.
+    /// Room in a budget that a close in progress may free; another client may take it first.
     Room,
 }
 
@@ -73,8 +73,9 @@ impl Gate {
         self.mappings.iter().map(piece).collect()
     }
 
-    /// Returns the close after which a region had better be added: of regions that lie in its way or are of another client and
-    /// tell the states of its pages, or of any that use up a budget.
+    /// Returns what a new region should wait for; none if it should be added, or refused, now. [`CloseWait::Region`]: every region that
+    /// overlaps it is being closed, or one of another client is that shows the same pages, whose states the new region would take
+    /// over. [`CloseWait::Room`]: it goes beyond a limit, and a close is in progress.
     pub fn close_to_wait_for(&self, client: ClientId, spec: &RegionSpec) -> Option<CloseWait> {
         let is_closing = |id: RegionId| self.invalidations.close_of(id).is_some();
         match self.check_region(client, spec) {
@@ -215,7 +216,7 @@ impl Gate {
         for id in owned {
             match self.invalidations.close_of(id) {
                 Some(close) => self.owner_of_close_gone(close, effects),
-                // Also what its owner tried to remove before, in vain.
+                // This includes a region whose removal its owner requested and that was given up.
                 None => self.close_stopped(id, effects),
             }
         }
@@ -246,7 +247,8 @@ impl Gate {
         }
     }
 
-    /// Forgets regions being closed over `iova` that are clear, and goes on with those of clients that are gone which are not.
+    /// Forgets the closing regions over `iova` that have no mapping left. Closes again those that have a live mapping and whose client
+    /// is gone.
     pub(super) fn settle_closing(&mut self, iova: PageRange<Iova>, effects: &mut Effects) {
         let closing = |region: &Region| region.is_closing() && region.iova().overlaps(iova);
         let closing = self.memory.regions().filter(|(_, region)| closing(region));
@@ -267,7 +269,7 @@ impl Gate {
         }
     }
 
-    /// The region of a client that is gone could not be closed, because of these pages: it is worth another try.
+    /// Closes the regions again that show these pages and whose client is gone: an operator has released what stood in the way.
     pub(super) fn close_again(&mut self, file: FileId, range: PageRange<Offset>, effects: &mut Effects) {
         let given_up = |id: RegionId, region: &Region| {
             region.is_closing()

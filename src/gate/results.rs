@@ -109,7 +109,7 @@ impl Gate {
                 }
                 let asked = run.bytes.saturating_sub(already.unwrap_or(0));
                 self.record_evidence(invalidation, domain, (Some(iova), asked), result, took_ns);
-                self.call_ended(invalidation, (!in_flight).then_some(job), run.objects);
+                self.call_ended(invalidation, (!in_flight).then_some(job), run.mapping_count);
                 self.changed(iova, invalidation, effects);
             }
             Some(Call::Replace { domain, gone, invalidation }) => {
@@ -126,7 +126,7 @@ impl Gate {
                 let asked = runs.iter().map(|run| run.bytes).sum::<u64>() - beside;
                 self.end_replace(job, domain, &runs, &gone, asked, result);
                 self.record_evidence(invalidation, domain, (None, asked), result, took_ns);
-                self.call_ended(invalidation, Some(job), runs.iter().map(|run| run.objects).sum());
+                self.call_ended(invalidation, Some(job), runs.iter().map(|run| run.mapping_count).sum());
                 runs.into_iter().for_each(|run| self.changed(run.range, invalidation, effects));
             }
             Some(Call::Leftover { domain, iova }) => self.leftover_ended(job, domain, iova, result, effects),
@@ -293,7 +293,7 @@ impl Gate {
         self.mappings.unsettled() <= own && !self.memory.is_quarantined_any() && !self.memory.is_closing_any()
     }
 
-    /// True if anything is in quarantine, being closed, or neither plainly mapped nor about to be.
+    /// True if anything is in quarantine, being closed, or neither live nor about to be.
     fn is_unsettled(&self) -> bool {
         self.memory.is_quarantined_any() || self.memory.is_closing_any() || self.mappings.unsettled() > 0
     }

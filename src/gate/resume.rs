@@ -125,7 +125,7 @@ impl Gate {
         }
     }
 
-    /// Begins to unmap the pages that are plainly mapped in the domain and must not be: those excluded, or not shared.
+    /// Begins to unmap the pages that are live in the domain and must not be: those excluded, or not shared.
     fn unmap_forbidden(&mut self, domain: DomainId, effects: &mut Effects) {
         let targets = self.forbidden_in(domain);
         let Some(first) = targets.first() else { return };
@@ -143,7 +143,7 @@ impl Gate {
         self.start_clearing(id, effects);
     }
 
-    /// Returns the ranges that are plainly mapped in the domain although their pages are excluded or not shared: ascending,
+    /// Returns the ranges that are live in the domain although their pages are excluded or not shared: ascending,
     /// apart. A region that is being closed is unmapped as a whole anyway.
     fn forbidden_in(&self, domain: DomainId) -> Vec<PageRange<Iova>> {
         let (Ok(everywhere), Some(entry)) = (PageRange::<Iova>::new(0, LIMIT), self.mappings.get(domain))

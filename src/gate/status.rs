@@ -145,7 +145,7 @@ impl Gate {
         self.memory.knows(file)
     }
 
-    /// Returns what is plainly mapped in a domain, in order, neighbours as one.
+    /// Returns what is live in a domain, in order, neighbours as one.
     pub fn live(&self, domain: DomainId) -> Vec<PageRange<Iova>> {
         let Ok(everywhere) = PageRange::<Iova>::new(0, LIMIT) else { return Vec::new() };
         self.mappings.get(domain).map(|domain| domain.mapped().live(everywhere).collect()).unwrap_or_default()
@@ -196,7 +196,7 @@ impl Gate {
         self.devices.iter().map(|(id, device)| (id, device.traits()))
     }
 
-    /// Returns the devices that do not plainly run.
+    /// Returns the devices that are stopped, or on which a call is in progress or requested.
     pub fn stopped(&self) -> impl Iterator<Item = DeviceId> + '_ {
         self.devices.iter().filter(|(_, device)| !device.runs()).map(|(id, _)| id)
     }

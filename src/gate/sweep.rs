@@ -1,4 +1,4 @@
-//! The sweep of an invalidation: it finds the runs that stand in its way, and unmaps everything plainly mapped.
+//! The sweep of an invalidation: it finds the runs that stand in its way, and unmaps everything live.
 
 use passgate_bindings::units::Address;
 use passgate_bindings::{Gpa, Iova, PageRange};
@@ -32,7 +32,7 @@ struct UnmapPlan {
 }
 
 impl Gate {
-    /// Unmaps what is plainly mapped over the targets of an invalidation. Returns what is left in its way.
+    /// Unmaps what is live over the targets of an invalidation. Returns what is left in its way.
     pub(super) fn sweep(&mut self, id: InvalidationId, effects: &mut Effects) -> Blockers {
         let mut blockers = Blockers::default();
         for domain in self.mappings.ids() {
@@ -46,7 +46,7 @@ impl Gate {
         blockers
     }
 
-    /// Returns what of an invalidation's targets is plainly mapped in a domain; adds what else is in the way to `blockers`.
+    /// Returns what of an invalidation's targets is live in a domain; adds what else is in the way to `blockers`.
     fn plan_unmaps(
         &self,
         id: InvalidationId,
@@ -104,7 +104,7 @@ impl Gate {
         }
     }
 
-    /// Returns what is plainly mapped of a region whose close is given up, in each domain: it goes when the calls return that unmap
+    /// Returns what is live of a region whose close is given up, in each domain: it goes when the calls return that unmap
     /// it.
     pub(super) fn plan_rest(&self, id: InvalidationId) -> Vec<(DomainId, Vec<PageRange<Iova>>)> {
         let plan = |domain| Some((domain, self.plan_unmaps(id, domain, &mut Blockers::default())?.spans));
@@ -205,7 +205,7 @@ impl Blockers {
 }
 
 impl UnmapPlan {
-    /// Adds what of a target is plainly mapped in a domain.
+    /// Adds what of a target is live in a domain.
     fn add_mapped(&mut self, domain: &Domain, target: PageRange<Iova>, memory: &Memory) {
         let mapped = domain.mapped();
         for free in gaps(target, mapped.runs(target).map(|run| run.range)) {

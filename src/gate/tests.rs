@@ -180,7 +180,7 @@ impl World {
         self.gate.snapshot().quarantine.iter().map(told).collect()
     }
 
-    /// Returns the plainly mapped ranges of a domain: first page, number of pages.
+    /// Returns the live ranges of a domain: first page, number of pages.
     fn live(&self, domain: u16) -> Vec<(u64, u64)> {
         self.gate.live(DomainId(domain)).into_iter().map(pages).collect()
     }

@@ -168,7 +168,7 @@ impl Records {
     pub fn rewrite_quarantine(&mut self, quarantine: &[QuarantineStatus], ledger: Option<u64>) {
         self.earlier_quarantine.clear();
         self.quarantine_file.set_ledger(ledger);
-        self.quarantine_file.save(quarantine, true);
+        self.quarantine_file.save_new(quarantine);
     }
 
     /// Records an event that the gate is about to take. [`Records::record_effects`] must follow.

@@ -57,7 +57,7 @@ impl Storage {
         self.write_quarantine(gate);
     }
 
-    /// Writes all that is in quarantine to the disk, with the number of the ledger that has it, too.
+    /// Writes all that is in quarantine to the disk, with the id of the ledger that has it, too.
     pub(super) fn write_quarantine(&mut self, gate: &Gate) {
         if let (Some(records), Some(persistent)) = (&mut self.records, &self.persistent) {
             records.rewrite_quarantine(&gate.quarantined_ranges().collect::<Vec<_>>(), persistent.id());

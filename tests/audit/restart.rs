@@ -127,7 +127,7 @@ fn operator_release_ends_quarantine_for_next_daemon() {
     let caller = Caller { client: ClientId(1), door: Door::Control, cookie: 1 };
     let (invalidation, to) = (InvalidationId(invalidation), passgate::gate::PageState::Shared);
     gate.handle(Event::Release { caller, invalidation, to }, &mut effects);
-    keep.save(&gate.snapshot().quarantine, false);
+    keep.save(&gate.snapshot().quarantine);
 
     let daemon = start(&path, &state);
     let mut client = add_memory(&daemon, &memory);

@@ -1,4 +1,4 @@
-//! What the console of a guest tells about the emulator below it.
+//! The signs of a fault of the emulator on the console of a guest.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

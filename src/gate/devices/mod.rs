@@ -127,7 +127,7 @@ impl Device {
         matches!(self.call, Some(DeviceCall::Fence(_))) || !self.requested.is_empty()
     }
 
-    /// True if it plainly runs, and nothing is asked of it.
+    /// True if it runs, and no call on it is in progress or requested.
     pub(super) fn runs(&self) -> bool {
         self.dma == Dma::Running && !self.lost && self.call.is_none()
     }

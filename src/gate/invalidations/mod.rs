@@ -65,7 +65,7 @@ pub(super) struct Progress {
     pub(super) pausing: Vec<DeviceId>,
     /// Set once a part of the deadline is over: no pause is waited for any more.
     pub(super) hurried: bool,
-    /// Set once everything plainly mapped was swept.
+    /// Set once everything live was swept.
     pub(super) swept: bool,
     /// Unmaps that have not returned. While there are any, a sweep would find nothing new.
     pending: u32,
@@ -218,7 +218,7 @@ impl Invalidation {
         self.targets.get(first).is_some_and(|target| target.overlaps(iova))
     }
 
-    /// True if it takes what is plainly mapped out of a domain. A merge does so once, in one domain: what is mapped after that
+    /// True if it takes what is live out of a domain. A merge does so once, in one domain: what is mapped after that
     /// is its own doing. So does what takes away an earlier process's mappings, because it excludes no page: what is
     /// mapped after that may be.
     pub(super) fn sweeps(&self, domain: DomainId) -> bool {

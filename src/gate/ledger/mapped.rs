@@ -1,6 +1,6 @@
 //! The mappings of one domain: every kernel mapping with its exact borders, and every range in progress or in doubt.
 //!
-//! A page is *live* (plainly mapped, in a kernel mapping whose borders are known), or it lies in a *run* (a range being
+//! A page is *live* (mapped, by a kernel mapping whose borders are known), or it lies in a *run* (a range being
 //! mapped, being unmapped, or failed, with its state), or nothing is there. A run may contain pages that were not mapped: an
 //! unmap removes neighbours of one range by one call, with the gaps between them. A page leaves this table only through
 //! [`Mapped::remove`], which is called on proof and nowhere else.
@@ -23,7 +23,7 @@ use super::store::{Arena, Key, Store};
 use super::tree::{PAGES, Tree};
 use crate::gate::ids::DomainId;
 
-pub use super::run::objects;
+pub use super::run::mapping_count;
 
 /// The kind of this root in a store.
 const KIND: u64 = 2;
@@ -43,7 +43,7 @@ pub struct Mapped {
     tree: Tree,
     runs: BTreeMap<Iova, Run>,
     /// The number of kernel mappings in the runs.
-    objects: u64,
+    mapping_count: u64,
     bytes: u64,
     unsettled: usize,
 }
@@ -54,8 +54,8 @@ impl Mapped {
         Self::over(Tree::own(arena))
     }
 
-    /// Returns the mappings of `domain` in `store`; none where it does not know the domain yet. Only one may exist per domain at
-    /// a time. Pages that were in a run when the process that wrote it ended are [`RunState::Suspect`].
+    /// Returns the mappings of `domain` in `store`, an empty table if it has none; [`Full`] if there is no room for one. Only one may
+    /// exist per domain at a time. Pages that were in a run when the process that wrote it ended are [`RunState::Suspect`].
     pub fn in_store(store: &Store, domain: DomainId) -> Result<Self, Full> {
         let tree = Tree::new(store, Key { kind: KIND, a: domain.0.into(), b: 0 })?;
         let mut mapped = Self::over(tree);
@@ -74,12 +74,12 @@ impl Mapped {
     }
 
     fn over(tree: Tree) -> Self {
-        Self { tree, runs: BTreeMap::new(), objects: 0, bytes: 0, unsettled: 0 }
+        Self { tree, runs: BTreeMap::new(), mapping_count: 0, bytes: 0, unsettled: 0 }
     }
 
     /// Returns the number of kernel mappings in use, or about to be.
-    pub fn objects(&self) -> u64 {
-        self.tree.total(BEGINS) + self.objects
+    pub fn mapping_count(&self) -> u64 {
+        self.tree.total(BEGINS) + self.mapping_count
     }
 
     /// Returns the bytes that are mapped, or may be.
@@ -215,8 +215,8 @@ impl Mapped {
         debug_assert!(self.runs(range).next().is_none());
         let within = pages(range);
         let [_, inside, begins, _] = self.tree.tally(within.clone());
-        let objects = begins + u64::from(self.sticks_out(within.start));
-        let run = Run { range, bytes: (inside + begins) * PAGE, objects, state };
+        let mapping_count = begins + u64::from(self.sticks_out(within.start));
+        let run = Run { range, bytes: (inside + begins) * PAGE, mapping_count, state };
         let rest = self.sticks_out(within.end);
         self.put(run);
         // The rest behind it is a mapping of its own. After a kill before this, `adopt` finds it by the run.
@@ -251,7 +251,7 @@ impl Mapped {
     }
 
     fn record(&mut self, run: Run) {
-        self.objects += run.objects;
+        self.mapping_count += run.mapping_count;
         self.bytes += run.bytes_mapped();
         self.unsettled += usize::from(run.state.unsettled());
         self.runs.insert(run.range.start(), run);
@@ -259,7 +259,7 @@ impl Mapped {
 
     fn unrecord(&mut self, start: Iova) -> Option<Run> {
         let run = self.runs.remove(&start)?;
-        self.objects -= run.objects;
+        self.mapping_count -= run.mapping_count;
         self.bytes -= run.bytes_mapped();
         self.unsettled -= usize::from(run.state.unsettled());
         Some(run)
@@ -280,7 +280,7 @@ impl Mapped {
     /// Records that `range` may be mapped.
     fn doubt(&mut self, range: PageRange<Iova>, errno: i32) {
         let state = RunState::Suspect { gone: None, errno };
-        self.record(Run { range, bytes: range.len(), objects: 1, state });
+        self.record(Run { range, bytes: range.len(), mapping_count: 1, state });
     }
 
     /// Makes suspect runs of the pages in a run whose state is not known.

@@ -38,7 +38,7 @@ impl RunState {
     }
 }
 
-/// A range of pages that is not plainly mapped.
+/// A range of pages that is not live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     /// The range.
@@ -46,7 +46,7 @@ pub struct Run {
     /// Bytes of it that are mapped, or were before the call; the maximum, where nobody knows how many.
     pub bytes: u64,
     /// The number of kernel mappings in it.
-    pub objects: u64,
+    pub mapping_count: u64,
     /// Its state.
     pub state: RunState,
 }
@@ -54,13 +54,13 @@ pub struct Run {
 impl Run {
     /// Returns a run of mappings that are being made: with borders at the multiples of `piece`, a power of two.
     pub fn filling(range: PageRange<Iova>, piece: u64, job: JobId) -> Self {
-        let objects = objects(range, piece);
-        Self { range, bytes: range.len(), objects, state: RunState::Filling { job, piece } }
+        let mapping_count = mapping_count(range, piece);
+        Self { range, bytes: range.len(), mapping_count, state: RunState::Filling { job, piece } }
     }
 }
 
 /// Returns the number of kernel mappings that cover `range` with borders at the multiples of `piece`.
-pub fn objects(range: PageRange<Iova>, piece: u64) -> u64 {
+pub fn mapping_count(range: PageRange<Iova>, piece: u64) -> u64 {
     (range.end().raw() - 1) / piece - range.start().raw() / piece + 1
 }
 

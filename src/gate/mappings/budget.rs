@@ -9,7 +9,7 @@ use passgate_bindings::{Gpa, Iova, PAGE, PageRange};
 
 use super::{Domain, Mappings};
 use crate::gate::ids::{DomainId, RegionId};
-use crate::gate::ledger::mapped::objects;
+use crate::gate::ledger::mapped::mapping_count;
 use crate::gate::memory::{Memory, Region};
 use crate::gate::status::MappingStatus;
 use crate::gate::verdict::{Refusal, within_budget};
@@ -17,19 +17,19 @@ use crate::gate::verdict::{Refusal, within_budget};
 impl Domain {
     /// True where `more` kernel mappings beside those in use are within the domain's limit.
     pub(in crate::gate) fn has_room(&self, more: u64) -> bool {
-        self.mapped.objects().saturating_add(more) <= self.caps.max_mappings
+        self.mapped.mapping_count().saturating_add(more) <= self.caps.max_mappings
     }
 
     /// Returns the number of kernel mappings that are neither in use nor reserved.
     pub(super) fn free_mappings(&self) -> u64 {
-        self.caps.max_mappings.saturating_sub(self.mapped.objects() + self.reserved)
+        self.caps.max_mappings.saturating_sub(self.mapped.mapping_count() + self.reserved)
     }
 
     /// Returns the maximum of additional mappings once all of `target` is mapped by itself and its neighbours are cut off; where it
     /// is cut out, also in the meantime.
     fn growth(&self, target: PageRange<Iova>, memory: &Memory) -> u64 {
         let region = memory.region_id_at(Gpa(target.start().raw()));
-        let all = objects(target, region.and_then(|id| self.piece(id)).unwrap_or(PAGE));
+        let all = mapping_count(target, region.and_then(|id| self.piece(id)).unwrap_or(PAGE));
         let splits = self.mapped.whole(target) != target || self.mapped.fills_around(target);
         let ends = 2 * u64::from(splits);
         let after = (all + ends).saturating_sub(self.mapped.starts(target));
@@ -50,7 +50,7 @@ impl Domain {
     pub(in crate::gate) fn status(&self, memory: &Memory, gaps_allowed: bool) -> MappingStatus {
         MappingStatus {
             domain: self.id,
-            used: self.mapped.objects(),
+            used: self.mapped.mapping_count(),
             reserved: self.reserved,
             worst: memory.regions().map(|(id, region)| self.worst(id, region, gaps_allowed)).sum(),
             limit: self.caps.max_mappings,
@@ -73,7 +73,7 @@ impl Mappings {
                 continue;
             }
             let more: u64 = targets.iter().map(|target| domain.growth(*target, memory)).sum();
-            let needed = domain.mapped.objects().saturating_add(domain.reserved).saturating_add(more);
+            let needed = domain.mapped.mapping_count().saturating_add(domain.reserved).saturating_add(more);
             within_budget("mappings", needed, domain.caps.max_mappings)?;
             most = most.max(more);
         }
@@ -94,7 +94,7 @@ impl Mappings {
     pub(in crate::gate) fn promise(&mut self, id: RegionId, iova: PageRange<Iova>) {
         for domain in &mut self.domains {
             if let Some(shape) = domain.shapes.get_mut(&id) {
-                shape.promised = objects(iova, shape.piece);
+                shape.promised = mapping_count(iova, shape.piece);
                 domain.reserved += shape.promised;
             }
         }
@@ -126,6 +126,6 @@ impl Mappings {
         ranges: impl Iterator<Item = PageRange<Iova>>,
     ) -> u64 {
         let least = self.domains.iter().filter_map(|domain| domain.piece(id)).min().unwrap_or(PAGE);
-        ranges.map(|range| objects(range, least)).sum()
+        ranges.map(|range| mapping_count(range, least)).sum()
     }
 }

@@ -64,7 +64,7 @@ impl Domain {
     fn start_map(&mut self, job: JobId, iova: PageRange<Iova>, piece: u64) -> u64 {
         let run = Run::filling(iova, piece, job);
         self.mapped.insert(run);
-        run.objects
+        run.mapping_count
     }
 
     /// A map over `iova` has returned. Returns false if no such map was in progress there.
@@ -183,7 +183,7 @@ impl Domain {
         }
     }
 
-    /// Everything plainly mapped in `range` is in doubt: nobody knows how much of it there is.
+    /// Everything live in `range` is in doubt: nobody knows how much of it there is.
     pub(super) fn doubt(&mut self, range: PageRange<Iova>) {
         for live in self.mapped.live(range).collect::<Vec<_>>() {
             self.mapped.take(live, RunState::Suspect { gone: None, errno: 0 });
@@ -195,7 +195,7 @@ impl Domain {
         let taken = self.mapped.taken(range);
         for range in gaps(range, taken.into_iter()).collect::<Vec<_>>() {
             let state = RunState::Suspect { gone: None, errno: 0 };
-            self.mapped.insert(Run { range, bytes: range.len(), objects: 1, state });
+            self.mapped.insert(Run { range, bytes: range.len(), mapping_count: 1, state });
         }
     }
 
@@ -224,12 +224,17 @@ impl Domain {
         self.mapped.in_state(RunState::Removing(job))
     }
 
-    /// A replace has taken `gone` out of `runs`: the rest of the mappings is plainly mapped again.
+    /// A replace has taken `gone` out of `runs`: the rest of the mappings is live again.
     pub(super) fn end_replace(&mut self, runs: &[Run], gone: &[PageRange<Iova>], ats: bool) {
         for run in runs {
             self.mapped.remove(run.range.start());
             for range in gone.iter().filter(|_| ats).filter_map(|range| range.intersection(run.range)) {
-                self.mapped.insert(Run { range, bytes: range.len(), objects: 1, state: RunState::Cached });
+                self.mapped.insert(Run {
+                    range,
+                    bytes: range.len(),
+                    mapping_count: 1,
+                    state: RunState::Cached,
+                });
             }
             for rest in gaps(run.range, gone.iter().copied().filter(|range| range.overlaps(run.range))) {
                 self.mapped.insert(Run::filling(rest, 1 << 63, JobId(0)));

@@ -40,7 +40,7 @@ impl Domain {
         let caps = self.caps;
         let longest = 1 << caps.max_mapping_len.max(PAGE).ilog2();
         let splits = !caps.cut && gaps_allowed;
-        let used = self.mapped.objects();
+        let used = self.mapped.mapping_count();
         let needed = |piece: u64| used + spec.gpa.len().div_ceil(piece) + 1;
         let piece = match spec.piece {
             0 if caps.cut => CUT_MAPPING_BYTES.max(spec.page).min(longest),

@@ -235,7 +235,7 @@ impl World {
         }
     }
 
-    /// Asserts that no page is plainly mapped that no device may reach, unless it is being unmapped.
+    /// Asserts that no page is live that no device may reach, unless it is being unmapped.
     #[track_caller]
     fn judge_ledger(&self, what: &str) {
         for live in self.gate.live(DOMAIN) {

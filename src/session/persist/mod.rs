@@ -67,7 +67,7 @@ const INVALIDATION: usize = 2;
 const STOPPED: usize = 3;
 /// Not 0 once the store was full and a record could not be written.
 const OVERFLOWED: usize = 4;
-/// The random number of the ledger ([`PersistentState::id`]).
+/// The id of the ledger, a random number ([`PersistentState::id`]).
 const LEDGER_ID: usize = 5;
 
 /// The maximum number of devices whose names and stops are recorded; no VM has as many.

@@ -44,9 +44,11 @@ const MAX_BYTES: u64 = 64 << 20;
 const MIN_BYTES: u64 = 64 << 10;
 /// Bytes of the file for each range that is in quarantine when it is written; the range itself takes less than half of them.
 const BYTES_PER_RANGE: u64 = 512;
-/// The time after which a failed write is tried again. One that would record a new range is tried at once, unless no daemon starts
-/// here anyway.
+/// The time after which a failed write is tried again the first time; it doubles with each failure. A write that would record a new
+/// range is tried at once, unless no daemon starts here anyway.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// The maximum of that time: each try serializes all that is in quarantine.
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The quarantine file of one session.
 #[derive(Debug)]
@@ -61,8 +63,10 @@ pub struct QuarantineFile {
     ledger: Option<u64>,
     /// True while no other daemon starts on this directory: the file is renamed to [`INCOMPLETE`], or cannot be read.
     incomplete: bool,
-    /// The time at which a write that failed is tried again; none while the file has every change.
-    retry_at: Option<Instant>,
+    /// True while the file lacks a range that is in quarantine.
+    lacks_range: bool,
+    /// The time at which a write that failed is tried again, and the interval before it; none while the file has every change.
+    retry: Option<(Instant, Duration)>,
 }
 
 /// The changes of the quarantine by one event.
@@ -91,7 +95,8 @@ impl QuarantineFile {
     /// written yet.
     pub fn new(dir: &Path, boot: String) -> Self {
         let path = dir.join(FILE);
-        Self { dir: dir.to_owned(), path, boot, file: None, ledger: None, incomplete: false, retry_at: None }
+        let dir = dir.to_owned();
+        Self { dir, path, boot, file: None, ledger: None, incomplete: false, lacks_range: false, retry: None }
     }
 
     /// Reads the quarantine of the last daemon, as events for a gate without regions. [`Error::State`] if the file cannot be opened or
@@ -189,7 +194,8 @@ impl QuarantineFile {
         if let Err(error) = self.ensure_file(&mark) {
             log::error!("{}: {error}", mark.display());
         }
-        self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
+        self.lacks_range = true;
+        self.retry = Some((Instant::now() + RETRY_INTERVAL, RETRY_INTERVAL));
     }
 
     /// Creates a file, unless it exists.
@@ -206,24 +212,25 @@ impl QuarantineFile {
         let appended = self.append(&Line::Changes(changes.0));
         // The rewrite can wait in two cases: no other daemon starts here anyway, or the file has a range too many (the next daemon
         // finds more in quarantine than there is).
-        let due = match self.retry_at {
+        let due = match self.retry_at() {
             None => !appended,
             Some(retry_at) => retry_at <= Instant::now() || (adds && !appended && !self.incomplete),
         };
+        self.lacks_range |= adds && !appended;
         if due {
-            self.save(&current(), adds && !appended);
+            self.save(&current());
         }
     }
 
     /// Returns the time at which [`QuarantineFile::retry`] must be called; none while the file has every change.
     pub fn retry_at(&self) -> Option<Instant> {
-        self.retry_at
+        self.retry.map(|(at, _)| at)
     }
 
     /// Writes the file again if an earlier write failed and its time is due at `now`.
     pub fn retry(&mut self, now: Instant, current: impl FnOnce() -> Vec<QuarantineStatus>) {
-        if self.retry_at.is_some_and(|retry_at| retry_at <= now) {
-            self.save(&current(), false);
+        if self.retry_at().is_some_and(|retry_at| retry_at <= now) {
+            self.save(&current());
         }
     }
 
@@ -237,33 +244,41 @@ impl QuarantineFile {
         file.room() >= (line.len() + END.len()) as u64 && file.append(&line)
     }
 
-    /// Rewrites the file with all that is in quarantine now. A failure is logged. If the file then lacks a range (`adds`), it is
-    /// renamed to [`INCOMPLETE`]: the next daemon must not take it for the whole quarantine.
-    pub fn save(&mut self, current: &[QuarantineStatus], adds: bool) {
+    /// As [`QuarantineFile::save`], for a quarantine of which the file may lack a range.
+    pub fn save_new(&mut self, current: &[QuarantineStatus]) {
+        self.lacks_range = true;
+        self.save(current);
+    }
+
+    /// Rewrites the file with all that is in quarantine now. The first failure is logged. If the file then lacks a range, it is renamed
+    /// to [`INCOMPLETE`]: the next daemon must not take it for the whole quarantine.
+    pub fn save(&mut self, current: &[QuarantineStatus]) {
         let written = self.replace(current.iter().map(Range::from).collect());
-        self.retry_at = written.is_err().then(|| Instant::now() + RETRY_INTERVAL);
         let path = self.path.display();
         let Err(error) = written else {
+            (self.lacks_range, self.retry) = (false, None);
             if std::mem::take(&mut self.incomplete) {
                 log::info!("{path}: written again");
                 _ = std::fs::remove_file(self.dir.join(INCOMPLETE));
             }
             return;
         };
+        let interval = self.retry.map_or(RETRY_INTERVAL, |(_, last)| (2 * last).min(MAX_RETRY_INTERVAL));
+        let is_first = self.retry.replace((Instant::now() + interval, interval)).is_none();
         let count = current.len();
-        if !adds {
-            if !self.incomplete {
+        if !self.lacks_range {
+            if is_first {
                 log::warn!(
                     "{path}: {error}: the next daemon will find more in quarantine than these {count} ranges"
                 );
             }
             return;
         }
-        log::error!(
-            "{path}: {error}: not all of {count} quarantined ranges are in it, so no other daemon starts here; make room"
-        );
         self.file = None;
         if !self.incomplete {
+            log::error!(
+                "{path}: {error}: not all of {count} quarantined ranges are in it, so no other daemon starts here; make room"
+            );
             self.set_aside();
         }
     }

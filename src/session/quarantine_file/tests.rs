@@ -220,7 +220,7 @@ fn quarantine_that_cannot_be_written_refuses_the_next_start() {
     // The new file cannot be created, as on a full disk.
     let obstacle = dir.path().join("quarantine.new");
     std::fs::create_dir(&obstacle).unwrap();
-    file.save(&[], false);
+    file.save(&[]);
     assert_eq!(file.load(false).unwrap().len(), 1, "less is in quarantine: the old file is safe");
     file.change(quarantined(4), || panic!("there is room for it"));
     assert_eq!(file.load(false).unwrap().len(), 2, "the open file has room");
@@ -233,7 +233,7 @@ fn quarantine_that_cannot_be_written_refuses_the_next_start() {
     assert!(file.begin(&[]).is_err(), "a daemon that cannot write does not start");
     // Once the disk has room the file is complete again.
     std::fs::remove_dir(&obstacle).unwrap();
-    file.retry_at = Some(Instant::now());
+    file.retry = Some((Instant::now(), RETRY_INTERVAL));
     file.change(freed(3), || vec![status(4), status(5)]);
     assert_eq!(file.load(false).unwrap().len(), 2);
 }
@@ -267,8 +267,11 @@ fn failed_write_is_tried_again_by_time_alone() {
     let obstacle = obstruct(dir.path());
     let all = many();
     file.change(all_quarantined(&all), || all.clone());
-    retry(&mut file, &all);
-    assert!(found(dir.path()).is_err(), "the disk is still full");
+    for seconds in [2, 4, 8] {
+        retry(&mut file, &all);
+        assert!(found(dir.path()).is_err(), "the disk is still full");
+        assert!(file.retry_at().unwrap() > Instant::now() + Duration::from_secs(seconds / 2));
+    }
     std::fs::remove_dir(&obstacle).unwrap();
     retry(&mut file, &all);
     assert_eq!(found(dir.path()).unwrap().len(), all.len());
@@ -294,17 +297,24 @@ fn failed_lift_is_written_although_later_changes_fit() {
 }
 
 #[test]
-fn failed_rename_is_tried_again_at_the_next_change() {
-    let (dir, mut file) = used();
-    let _obstacle = obstruct(dir.path());
-    // A file cannot take the name of a directory.
-    let aside = dir.path().join(INCOMPLETE);
-    std::fs::create_dir(&aside).unwrap();
+fn failed_rename_is_tried_again() {
     let all = many();
-    file.change(all_quarantined(&all), || all.clone());
-    std::fs::remove_dir(&aside).unwrap();
-    file.change(quarantined(1), || all.clone());
-    assert!(aside.is_file(), "the next daemon does not start");
+    for by_time in [false, true] {
+        let (dir, mut file) = used();
+        let _obstacle = obstruct(dir.path());
+        // A file cannot take the name of a directory.
+        let aside = dir.path().join(INCOMPLETE);
+        std::fs::create_dir(&aside).unwrap();
+        file.change(all_quarantined(&all), || all.clone());
+        std::fs::remove_dir(&aside).unwrap();
+        // By a change, or by time.
+        if by_time {
+            retry(&mut file, &all);
+        } else {
+            file.change(quarantined(1), || all.clone());
+        }
+        assert!(aside.is_file(), "the next daemon does not start");
+    }
     // If there is no file, its place is taken by an empty one.
     let (dir, mut file) = used();
     let _obstacle = obstruct(dir.path());

@@ -25,17 +25,17 @@ fn live(mapped: &Mapped) -> Vec<PageRange<Iova>> {
 #[test]
 fn mapping_borders_lie_on_the_grid_and_stay() {
     let mut mapped = mapped(&[(3, 30, 8)]);
-    assert_eq!((mapped.objects(), mapped.bytes()), (5, 30 * PAGE));
+    assert_eq!((mapped.mapping_count(), mapped.bytes()), (5, 30 * PAGE));
     assert_eq!(mapped.whole(range(9, 1)), range(8, 8));
     assert_eq!(mapped.whole(range(0, 5)), range(0, 8));
     assert_eq!(mapped.whole(range(15, 2)), range(8, 16));
     assert_eq!(mapped.whole(range(32, 8)), range(32, 8));
     assert_eq!(mapped.whole(range(40, 8)), range(40, 8));
     let run = mapped.take(range(8, 8), RunState::Removing(JobId(2)));
-    assert_eq!((run.bytes, run.objects, mapped.objects()), (8 * PAGE, 1, 5));
+    assert_eq!((run.bytes, run.mapping_count, mapped.mapping_count()), (8 * PAGE, 1, 5));
     assert!(!mapped.is_clear(range(9, 1)) && mapped.unsettled() == 1);
     mapped.remove(Iova(8 * PAGE));
-    assert_eq!((mapped.objects(), mapped.bytes()), (4, 22 * PAGE));
+    assert_eq!((mapped.mapping_count(), mapped.bytes()), (4, 22 * PAGE));
     assert_eq!(live(&mapped), [range(3, 5), range(16, 17)]);
 }
 
@@ -43,13 +43,13 @@ fn mapping_borders_lie_on_the_grid_and_stay() {
 fn cut_leaves_two_mappings_and_includes_the_gap() {
     let mut mapped = mapped(&[(0, 16, 16), (20, 4, 16)]);
     let run = mapped.take(range(5, 2), RunState::Removing(JobId(2)));
-    assert_eq!((run.bytes, run.objects), (2 * PAGE, 1));
-    assert_eq!(mapped.objects(), 4, "left, the run, right, and the other");
+    assert_eq!((run.bytes, run.mapping_count), (2 * PAGE, 1));
+    assert_eq!(mapped.mapping_count(), 4, "left, the run, right, and the other");
     mapped.remove(run.range.start());
-    assert_eq!((mapped.objects(), live(&mapped)), (3, vec![range(0, 5), range(7, 9), range(20, 4)]));
+    assert_eq!((mapped.mapping_count(), live(&mapped)), (3, vec![range(0, 5), range(7, 9), range(20, 4)]));
     assert_eq!(mapped.whole(range(10, 1)), range(7, 9));
     let run = mapped.take(range(8, 14), RunState::Removing(JobId(3)));
-    assert_eq!((run.bytes, run.objects), (10 * PAGE, 2));
+    assert_eq!((run.bytes, run.mapping_count), (10 * PAGE, 2));
     mapped.mark(run.range.start(), RunState::Suspect { gone: Some(PAGE), errno: 5 });
     assert_eq!(mapped.bytes(), (5 + 1 + 9 + 2) * PAGE);
     assert!(!mapped.is_clear(range(17, 1)), "what the call covers may not be mapped meanwhile");
@@ -101,7 +101,7 @@ impl Both {
 
     fn agree(&self, range: PageRange<Iova>) {
         let (tree, plain) = (&self.tree, &self.plain);
-        assert_eq!((tree.objects(), tree.bytes()), (plain.objects(), plain.bytes()));
+        assert_eq!((tree.mapping_count(), tree.bytes()), (plain.mapping_count(), plain.bytes()));
         assert_eq!((tree.unsettled(), tree.filling()), (plain.unsettled(), plain.filling()));
         assert_eq!(tree.is_clear(range), plain.is_clear(range));
         assert!(tree.live(range).eq(plain.live(range)), "live in {range}");
@@ -155,7 +155,7 @@ fn mapped_table_agrees_with_a_plain_one() {
         both.agree(range(from, 1));
         both.agree(range(0, SPAN));
     }
-    assert!(both.tree.objects() > 100);
+    assert!(both.tree.mapping_count() > 100);
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn terabyte_of_equal_mappings_takes_almost_no_memory() {
             mapped.insert(Run::filling(part, PAGE << bits, JobId(1)));
             mapped.made(part.start());
         }
-        assert_eq!((mapped.objects(), mapped.bytes()), (1 << (28 - bits.min(18)), 1 << 40));
+        assert_eq!((mapped.mapping_count(), mapped.bytes()), (1 << (28 - bits.min(18)), 1 << 40));
         assert!(store.footprint() < 24 << 10, "{} bytes of pieces of 2^{bits} pages", store.footprint());
         assert_eq!(
             mapped.whole(range(12345, 1)),
@@ -192,7 +192,7 @@ fn run_in_progress_at_process_end_reopens_as_suspect() {
     let runs: Vec<_> = again.runs(range(0, 9000)).map(|run| (run.range, run.bytes, run.state)).collect();
     let doubt = RunState::Suspect { gone: None, errno: 0 };
     assert_eq!(runs, [(range(8, 2), 2 * PAGE, doubt), (range(5000, 64), 64 * PAGE, doubt)]);
-    assert_eq!((again.unsettled(), again.objects()), (2, 3 + 2));
+    assert_eq!((again.unsettled(), again.mapping_count()), (2, 3 + 2));
     assert_eq!(again.whole(range(20, 1)), range(10, 502));
     again.discard();
     assert!(store.keys().is_empty());
@@ -208,7 +208,7 @@ fn mapping_cut_off_by_a_run_is_found_at_opening() {
     mapped.tree.set(8..10, IN_RUN).unwrap();
     drop(mapped);
     let again = Mapped::in_store(&store, DomainId(1)).unwrap();
-    assert_eq!((again.objects(), again.whole(range(20, 1))), (3, range(10, 502)));
+    assert_eq!((again.mapping_count(), again.whole(range(20, 1))), (3, range(10, 502)));
 }
 
 #[test]

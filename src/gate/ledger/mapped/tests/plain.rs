@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use passgate_bindings::units::Address;
 use passgate_bindings::{Iova, PAGE, PageRange};
 
-use crate::gate::ledger::run::{Run, RunState, objects};
+use crate::gate::ledger::run::{Run, RunState, mapping_count};
 
 /// The mappings of one domain: every mapping by itself, in the order of their addresses.
 #[derive(Debug, Default)]
@@ -13,15 +13,15 @@ pub(super) struct Plain {
     /// Every kernel mapping that is live: start to end.
     live: BTreeMap<Iova, Iova>,
     runs: BTreeMap<Iova, Run>,
-    objects: u64,
+    mapping_count: u64,
     bytes: u64,
     unsettled: usize,
 }
 
 impl Plain {
     /// Kernel mappings in use, or about to be.
-    pub(super) fn objects(&self) -> u64 {
-        self.objects
+    pub(super) fn mapping_count(&self) -> u64 {
+        self.mapping_count
     }
 
     /// Bytes that are mapped, or may be.
@@ -97,7 +97,7 @@ impl Plain {
     /// Puts a run where nothing is.
     pub(super) fn insert(&mut self, run: Run) {
         debug_assert!(self.is_clear(run.range));
-        self.objects += run.objects;
+        self.mapping_count += run.mapping_count;
         self.bytes += run.bytes;
         self.unsettled += usize::from(run.state.unsettled());
         self.runs.insert(run.range.start(), run);
@@ -108,7 +108,7 @@ impl Plain {
         let Some(Run { range, state: RunState::Filling { piece, .. }, .. }) = self.remove(start) else {
             return;
         };
-        self.objects += objects(range, piece);
+        self.mapping_count += mapping_count(range, piece);
         self.bytes += range.len();
         let mut at = range.start();
         while at < range.end() {
@@ -123,20 +123,20 @@ impl Plain {
     pub(super) fn take(&mut self, range: PageRange<Iova>, state: RunState) -> Run {
         debug_assert!(self.runs(range).next().is_none());
         let over: Vec<_> = self.live_over(range).collect();
-        let (mut bytes, mut objects) = (0, 0);
+        let (mut bytes, mut mapping_count) = (0, 0);
         for mapping in over {
             self.live.remove(&mapping.start());
-            self.objects -= 1;
+            self.mapping_count -= 1;
             let [left, right] = mapping.without(range);
             for rest in [left, right].into_iter().flatten() {
                 self.live.insert(rest.start(), rest.end());
-                self.objects += 1;
+                self.mapping_count += 1;
             }
             bytes += mapping.intersection(range).map_or(0, PageRange::len);
-            objects += 1;
+            mapping_count += 1;
         }
         self.bytes -= bytes;
-        let run = Run { range, bytes, objects, state };
+        let run = Run { range, bytes, mapping_count, state };
         self.insert(run);
         run
     }
@@ -155,7 +155,7 @@ impl Plain {
     /// Takes the run at `start` out of the ledger: the caller has proof that it is gone.
     pub(super) fn remove(&mut self, start: Iova) -> Option<Run> {
         let run = self.runs.remove(&start)?;
-        self.objects -= run.objects;
+        self.mapping_count -= run.mapping_count;
         self.bytes -= run.bytes_mapped();
         self.unsettled -= usize::from(run.state.unsettled());
         Some(run)
