@@ -226,7 +226,7 @@ impl Gate {
         let only = self.mappings.iter().count() == 1;
         let awaited = self.invalidations.waiting_ones().any(|(_, inv)| {
             let calls = inv.progress().map_or(0, |progress| progress.calls());
-            let needs_no_fence = drained && inv.is_smooth_close();
+            let needs_no_fence = drained && inv.is_close_without_fence();
             !needs_no_fence
                 && ((only && calls > 0) || inv.targets().iter().any(|target| !mapped.is_clear(*target)))
         });

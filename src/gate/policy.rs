@@ -118,7 +118,8 @@ const MAX_CLOSE_CALLS: usize = 4;
 pub struct CallLimits {
     /// The maximum number of bytes that one call maps, or unmaps of a region being closed, unless a single mapping is longer.
     pub call_bytes: u64,
-    /// The maximum number of unmaps of regions being closed that are in progress; each region has one at least.
+    /// The maximum number of unmaps of regions being closed that are in progress; each region has one at least, and one more while all of
+    /// its calls are late.
     pub close_calls: usize,
 }
 

@@ -226,6 +226,10 @@ impl Gate {
     fn owner_of_close_gone(&mut self, close: InvalidationId, effects: &mut Effects) {
         self.invalidations.owner_gone(close);
         self.stop_first(close, effects);
+        if let Some(progress) = self.invalidations.progress_mut(close) {
+            // Its deadline begins anew at the next alarm: the devices need time to stop.
+            progress.moved();
+        }
         self.advance(close, effects);
     }
 

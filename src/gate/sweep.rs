@@ -120,10 +120,11 @@ impl Gate {
         effects: &mut Effects,
     ) {
         let progress = self.invalidations.get(id).and_then(Invalidation::progress);
-        let in_progress = progress.map_or(0, |progress| progress.calls());
-        // All closes share the calls, and each has one at least: calls of others must find a free thread.
+        let (all, in_time) = progress.map_or((0, 0), |progress| (progress.calls(), progress.calls_in_time()));
+        // All closes share the calls, so that those of others find a free thread; each has one at least. While all of its calls are
+        // late it has one more: the rest does not wait for a call that never returns.
         let share = (self.limits.close_calls / self.invalidations.closes().max(1)).max(1);
-        let mut room = share.saturating_sub(in_progress);
+        let mut room = (share + usize::from(in_time == 0 && all > 0)).saturating_sub(all);
         for span in spans {
             let mut rest = Some(span);
             while room > 0

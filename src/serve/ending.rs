@@ -13,12 +13,19 @@ pub(super) struct Ending {
     leaves_open: bool,
     /// Set once the host wants a device back, until the end has begun.
     requested: bool,
+    /// The time at which the service manager was asked for more time last.
+    extended_at: Option<Instant>,
 }
+
+/// The interval between two requests for more time.
+const EXTENSION_INTERVAL: Duration = Duration::from_secs(5);
+/// The time that each of them asks for, counted from then. A close without progress is given up after two seconds.
+pub(super) const EXTENSION: Duration = Duration::from_secs(20);
 
 impl Ending {
     /// Returns a loop's state at its start. Memory of an earlier daemon's clients waits until `adopt_by`.
     pub(super) fn new(leaves_open: bool, adopt_by: Option<Instant>) -> Self {
-        Self { deadline: None, adopt_by, leaves_open, requested: false }
+        Self { deadline: None, adopt_by, leaves_open, requested: false, extended_at: None }
     }
 
     /// Returns true once the end has begun.
@@ -29,6 +36,16 @@ impl Ending {
     /// Returns the time by which all regions must be closed, once the end has begun.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.deadline
+    }
+
+    /// Returns true if the service manager has to be asked for more time ([`EXTENSION`]) at `now`.
+    pub(super) fn needs_extension(&mut self, now: Instant) -> bool {
+        let needs =
+            self.deadline.is_some() && self.extended_at.is_none_or(|at| now - at >= EXTENSION_INTERVAL);
+        if needs {
+            self.extended_at = Some(now);
+        }
+        needs
     }
 
     /// Returns true if nothing is closed at the end.
@@ -75,5 +92,20 @@ impl Ending {
     /// Returns true, once, if that time has come.
     pub(super) fn take_adoption_over(&mut self, now: Instant) -> bool {
         self.adopt_by.take_if(|by| *by <= now).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_time_is_asked_for_during_the_end_and_rarely() {
+        let (now, mut ending) = (Instant::now(), Ending::new(false, None));
+        assert!(!ending.needs_extension(now), "the end has not begun");
+        ending.begin(now, Duration::ZERO);
+        let asked = (0..20).filter(|second| ending.needs_extension(now + Duration::from_secs(*second)));
+        assert_eq!(asked.collect::<Vec<_>>(), [0, 5, 10, 15]);
+        assert!(EXTENSION > 2 * EXTENSION_INTERVAL);
     }
 }

@@ -61,7 +61,7 @@ pub struct Options {
     pub metrics_path: Option<PathBuf>,
     /// The number of connections, without the operators' reserve and those of this process.
     pub max_clients: usize,
-    /// The time that a stopped server waits for all regions to be closed.
+    /// The time that a stopped server waits for all regions to be closed. Closes that progress are waited for beyond it.
     pub farewell: Duration,
     /// The program whose hidden subcommand is the guardian ([`crate::session::guardian`]); none for no guardian.
     pub guardian: Option<PathBuf>,

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::accept::{ACCEPT_PAUSE, Acceptor};
 use super::backlog::Backlog;
 use super::connection::{Connection, ConnectionClass};
-use super::ending::Ending;
+use super::ending::{EXTENSION, Ending};
 use super::event_loop::{Core, Message};
 use super::inside::AccessQuery;
 use super::poller::{Interest, Poller};
@@ -154,6 +154,13 @@ impl Vm {
     pub(super) fn wait(&mut self, tokens: &mut Vec<u64>) -> Result<()> {
         if self.acceptor.is_pause_over(Instant::now()) {
             self.resume_accepting();
+        }
+        if let Some(manager) = &self.options.manager
+            && self.ending.has_begun()
+            && self.session.is_closing()
+            && self.ending.needs_extension(Instant::now())
+        {
+            manager.extend_timeout(EXTENSION);
         }
         let timeout = match (self.ending.has_begun(), self.acceptor.is_paused()) {
             (true, _) => 50,

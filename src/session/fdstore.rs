@@ -309,6 +309,12 @@ impl FdStore {
         self.send(Request::Notify { state: NotifyState::Stopping });
     }
 
+    /// Asks for more time to stop, counted from now (`EXTEND_TIMEOUT_USEC=`).
+    pub fn extend_timeout(&self, time: Duration) {
+        let usec = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        self.send(Request::Notify { state: NotifyState::ExtendTimeoutUsec(usec) });
+    }
+
     fn send(&self, request: Request) {
         // A send fails only after the thread has panicked, which was logged.
         match (&self.backend, request) {

@@ -558,14 +558,17 @@ fn removal_that_takes_longer_than_its_deadline_succeeds_if_it_progresses() {
     world.session.handle(Event::RemoveRegion { caller: caller(1, 2), region });
     let deadline = Duration::from_nanos(Policy::default().close_deadline_ns);
     let started = world.clock.now();
-    while let Some(call) = world.call() {
+    let mut calls = std::collections::VecDeque::from_iter(world.call());
+    while let Some(call) = calls.pop_front() {
         world.advance(deadline / 2);
         // The loop looks at the alarms after every step, and some are set for a time that has passed.
         for _ in Rung::LADDER {
-            assert!(world.call().is_none(), "the rest is asked for: the close is given up");
+            calls.extend(world.call());
             world.advance(Duration::ZERO);
         }
+        assert!(calls.len() <= 1, "the rest is asked for: the close is given up");
         world.session.returned(call.run());
+        calls.extend(world.call());
     }
     assert!(world.clock.now() - started > deadline * 2);
     assert!(matches!(world.take_answers()[..], [(_, Answer::RegionRemoved { .. })]));

@@ -14,9 +14,17 @@ pub fn examine(console: &str) {
     }
 }
 
-/// Returns whether a guest's interrupt was delivered twice since the last call.
+/// Runs a trial; what guests of earlier ones have shown does not count.
+pub fn forget_then(run: impl FnOnce()) {
+    SEEN.store(false, Ordering::Relaxed);
+    run();
+}
+
+/// Returns true if an interrupt of a guest of this trial was delivered twice, and none of an earlier trial: it happens to one guest in
+/// a hundred, so twice in a run is no chance.
 pub fn take_doubled_interrupt() -> bool {
-    SEEN.swap(false, Ordering::Relaxed)
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    SEEN.swap(false, Ordering::Relaxed) && !TAKEN.swap(true, Ordering::Relaxed)
 }
 
 /// Returns whether the guest's kernel died of an interrupt that the emulator delivered twice (docs/guide/rig.md).

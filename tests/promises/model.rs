@@ -296,12 +296,12 @@ impl Model {
         self.requests.insert(caller.cookie, Request { caller, kind, due });
     }
 
-    /// Returns the cookies of removals that wait, and the bytes that may still be mapped of their regions.
+    /// Returns the cookies of removals that wait, and the bytes of their regions that are still in the way.
     fn removals(&self) -> Vec<(u64, u64)> {
         let removals = self.requests.iter().filter_map(|(cookie, request)| {
             let RequestKind::Remove { region } = request.kind else { return None };
             let region = self.oracle.regions.iter().find(|known| known.id == region)?;
-            Some((*cookie, self.shadow_ledger.bytes_mapped(region.iova())))
+            Some((*cookie, self.shadow_ledger.bytes_in_the_way(region.iova())))
         });
         removals.collect()
     }

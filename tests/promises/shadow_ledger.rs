@@ -424,9 +424,13 @@ impl ShadowLedger {
         }
     }
 
-    /// Returns the bytes that may be mapped in `iova`, over all domains.
-    pub fn bytes_mapped(&self, iova: PageRange<Iova>) -> u64 {
-        self.domains.values().map(|domain| bytes(&domain.may_be_mapped, &span(iova))).sum()
+    /// Returns the bytes of `iova` that may be mapped or have operations in flight, over all domains.
+    pub fn bytes_in_the_way(&self, iova: PageRange<Iova>) -> u64 {
+        let in_flight = |flight: &Flight| bytes(&flight.parts, &span(iova));
+        let of_domain = |domain: &Domain| {
+            bytes(&domain.may_be_mapped, &span(iova)) + domain.in_flight.values().map(in_flight).sum::<u64>()
+        };
+        self.domains.values().map(of_domain).sum()
     }
 
     /// True while `job` has no result.

@@ -112,6 +112,11 @@ impl Progress {
         }
     }
 
+    /// Returns the number of unmaps that have not returned in this part of the deadline.
+    pub(super) fn calls_in_time(&self) -> usize {
+        self.pending as usize
+    }
+
     /// Returns the number of unmaps that have not returned.
     pub(super) fn calls(&self) -> usize {
         (self.pending + self.late) as usize
@@ -174,10 +179,10 @@ impl Invalidation {
         self.deadline_ns
     }
 
-    /// True if it is a close in whose way nothing has failed so far: no device needs to be stopped for it.
-    pub(super) fn is_smooth_close(&self) -> bool {
-        let smooth = |progress: &Progress| progress.rung == Rung::Unmap && !progress.stopping;
-        self.is_close() && self.progress().is_some_and(smooth)
+    /// True if it is a close for which no device has to be stopped now.
+    pub(super) fn is_close_without_fence(&self) -> bool {
+        let without = |progress: &Progress| progress.rung == Rung::Unmap && !progress.stopping;
+        self.is_close() && self.progress().is_some_and(without)
     }
 
     /// True if a client or passgate converts its pages (and no region is closed, or merged).

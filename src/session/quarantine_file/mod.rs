@@ -44,8 +44,8 @@ const MAX_BYTES: u64 = 64 << 20;
 const MIN_BYTES: u64 = 64 << 10;
 /// Bytes of the file for each range that is in quarantine when it is written; the range itself takes less than half of them.
 const BYTES_PER_RANGE: u64 = 512;
-/// The time after which a failed write is tried again the first time; it doubles with each failure. A write that would record a new
-/// range is tried at once, unless no daemon starts here anyway.
+/// The time after which a failed write is tried again the first time; it doubles with each failure. The first range that the file
+/// lacks is tried at once.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// The maximum of that time: each try serializes all that is in quarantine.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(60);
@@ -210,11 +210,11 @@ impl QuarantineFile {
     pub fn change(&mut self, changes: Changes, current: impl FnOnce() -> Vec<QuarantineStatus>) {
         let adds = changes.adds_range();
         let appended = self.append(&Line::Changes(changes.0));
-        // The rewrite can wait in two cases: no other daemon starts here anyway, or the file has a range too many (the next daemon
-        // finds more in quarantine than there is).
+        // The rewrite is tried at once for the first range that the file lacks. It can wait if the file has a range too many (the next
+        // daemon finds more in quarantine than there is), and after a failure.
         let due = match self.retry_at() {
             None => !appended,
-            Some(retry_at) => retry_at <= Instant::now() || (adds && !appended && !self.incomplete),
+            Some(retry_at) => retry_at <= Instant::now() || (adds && !appended && !self.lacks_range),
         };
         self.lacks_range |= adds && !appended;
         if due {
@@ -257,6 +257,9 @@ impl QuarantineFile {
         let path = self.path.display();
         let Err(error) = written else {
             (self.lacks_range, self.retry) = (false, None);
+            if let Err(error) = self.ensure_file(&self.mark()) {
+                log::warn!("{}: {error}", self.mark().display());
+            }
             if std::mem::take(&mut self.incomplete) {
                 log::info!("{path}: written again");
                 _ = std::fs::remove_file(self.dir.join(INCOMPLETE));
@@ -275,16 +278,19 @@ impl QuarantineFile {
             return;
         }
         self.file = None;
-        if !self.incomplete {
+        if is_first {
             log::error!(
                 "{path}: {error}: not all of {count} quarantined ranges are in it, so no other daemon starts here; make room"
             );
-            self.set_aside();
+        }
+        if !self.incomplete {
+            self.set_aside(is_first);
         }
     }
 
-    /// Makes the next daemon refuse its start: renames the file to [`INCOMPLETE`], or creates that name if there is no file.
-    fn set_aside(&mut self) {
+    /// Makes the next daemon refuse its start: renames the file to [`INCOMPLETE`], or creates that name if there is no file. A failure
+    /// is logged if `logs`; the next rewrite tries it again.
+    fn set_aside(&mut self, logs: bool) {
         let aside = self.dir.join(INCOMPLETE);
         let renamed = match std::fs::rename(&self.path, &aside) {
             Err(error) if error.kind() == ErrorKind::NotFound => self.ensure_file(&aside),
@@ -292,11 +298,11 @@ impl QuarantineFile {
         };
         match renamed {
             Ok(()) => self.incomplete = true,
-            // The next change tries it again.
-            Err(error) => log::error!(
+            Err(error) if logs => log::error!(
                 "{}: cannot rename it to {INCOMPLETE}: {error}; remove it, or the next daemon takes it for the whole quarantine",
                 self.path.display()
             ),
+            Err(_) => {}
         }
     }
 
