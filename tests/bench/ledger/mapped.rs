@@ -93,7 +93,7 @@ pub(crate) fn measure() {
             "{name:10} {clear:>9.0} {extent:>7.0} {starts:>7.0} {whole:>7.0} {taken:>7.0} {:>11.0} {:>14.0} {:>12}",
             median(takes),
             median(makes),
-            mapped.objects()
+            mapped.mapping_count()
         );
     }
 }
