@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use passgate::gate::Policy;
 use passgate_bindings::PAGE;
 use passgate_client::{AddMemory, Client, Outcome, PageState};
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
 use crate::common::{assert_refused, exclusive, granted, memory, pages};
 use crate::daemon::{Daemon, TIMEOUT, wait_until};
@@ -287,10 +287,15 @@ fn call_with_lost_descriptors_is_refused_and_changes_nothing() {
 #[test]
 fn max_regions_fit_whatever_soft_file_limit() {
     let _exclusive = exclusive();
-    let before = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: Some(256), ..before }).unwrap();
-    let daemon = daemon(&[]);
-    setrlimit(Resource::Nofile, before).unwrap();
+    // By a script: a limit of this process would be one of other tests, too. Another process writes it, for while this one had it open
+    // a child of another test might have it open as well (ETXTBSY).
+    let dir = tempfile::tempdir().unwrap();
+    let limited = dir.path().join("limited");
+    let script = format!("#!/bin/sh\nulimit -S -n 256\nexec {PROGRAM} \"$@\"\n");
+    let write = ["-c", "printf %s \"$1\" >\"$0\" && chmod 700 \"$0\""];
+    let written = Command::new("sh").args(write).arg(&limited).arg(script).status().unwrap();
+    assert!(written.success());
+    let daemon = Daemon::start(&limited, &["--device", "soft:0", "--no-guardian"]);
     let mut client = daemon.client();
     let max_regions = u64::from(Policy::default().max_regions);
     for nth in 0..max_regions {

@@ -9,12 +9,12 @@ use std::process::Command;
 use passgate::serve::{Options, Server};
 use passgate_backends::iommu::soft::SoftDomain;
 use passgate_client::Client;
-use rustix::fs::{Mode, inotify};
+use rustix::fs::inotify;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
-use rustix::process::umask;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::exclusive;
 use crate::daemon::{TIMEOUT, serve_fails, wait_until};
@@ -121,28 +121,36 @@ impl DirectoryWatch {
     }
 }
 
+/// In a process of its own: the umask is the whole process's, and other tests create directories meanwhile.
 #[test]
 fn socket_is_private_from_creation_with_any_umask() {
     let _exclusive = exclusive();
     let dir = tempfile::tempdir().unwrap();
-    for (nth, mask) in [0, 0o002, 0o077, 0o777].into_iter().enumerate() {
-        let path = dir.path().join(nth.to_string());
-        let metrics = dir.path().join(format!("{nth}.metrics"));
+    for mask in ["000", "002", "077", "777"] {
+        let path = dir.path().join(mask);
+        let metrics = dir.path().join(format!("{mask}.metrics"));
         let directory_watch = DirectoryWatch::new(dir.path());
-        let before = umask(Mode::from_raw_mode(mask));
-        let result = server(Options { metrics_path: Some(metrics.clone()), ..Options::at(&path) });
-        umask(before);
+        let command = format!("umask {mask}; exec \"$0\" \"$@\"");
+        let mut daemon = Command::new("sh")
+            .args(["-c", &command, PROGRAM, "serve", "--device", "soft:0", "--no-guardian", "--socket-path"])
+            .arg(&path)
+            .arg("--metrics-path")
+            .arg(&metrics)
+            .spawn()
+            .unwrap();
+        assert!(
+            wait_until(TIMEOUT, || Client::connect(&path).is_ok_and(|mut client| client.status().is_ok()))
+        );
         let events = directory_watch.events();
-        let server = result.unwrap().spawn().unwrap();
         for path in [&path, &metrics] {
-            assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600, "{mask:o}");
+            assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600, "{mask}");
         }
-        if mask != 0o777 {
+        if mask != "777" {
             // No attribute event: the sockets had their mode from the creation on.
-            assert_eq!(events, [inotify::ReadFlags::CREATE; 2], "{mask:o}");
+            assert_eq!(events, [inotify::ReadFlags::CREATE; 2], "{mask}");
         }
-        Client::connect(&path).unwrap().status().unwrap();
-        server.stop().unwrap();
+        kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+        assert!(daemon.wait().unwrap().success());
         assert!(!path.exists() && !metrics.exists());
     }
 }
