@@ -264,6 +264,11 @@ pub(crate) fn disk_open_in_process_is_in_use_under_any_name() {
     run(&["mknod", alias.to_str().unwrap(), "b", major, minor]).unwrap();
     let mut process =
         Command::new("sleep").arg("1000").stdin(fs::File::open(&alias).unwrap()).spawn().unwrap();
+    // The kernel closes the files of the old program (which is when `spawn` returns) before it knows the new one's arguments.
+    let command_line = format!("/proc/{}/cmdline", process.id());
+    while fs::read(&command_line).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
     sysfs.show_process(process.id());
     let error = sysfs.claim_error();
     process.kill().unwrap();

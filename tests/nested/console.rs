@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The reason for which a trial is skipped whose guest ended as [`shows_doubled_interrupt`] says.
+/// The reason for which a trial is skipped whose guest ended as [`shows_doubled_interrupt`] or [`shows_interrupted_handler`] says.
 pub const DOUBLED_INTERRUPT: &str = "the emulated processor delivered an interrupt to the guest twice";
 
 static SEEN: AtomicBool = AtomicBool::new(false);
 
 /// Notes the console of a guest that is gone.
 pub fn examine(console: &str) {
-    if shows_doubled_interrupt(console) {
+    if shows_doubled_interrupt(console) || shows_interrupted_handler(console) {
         SEEN.store(true, Ordering::Relaxed);
     }
 }
@@ -43,13 +43,32 @@ fn shows_doubled_interrupt(console: &str) -> bool {
         && console.lines().any(handler_was_interrupted)
 }
 
+/// Returns true if a CPU of the guest is stuck at the third level of interrupts from idle: the second delivery found the handler itself,
+/// where interrupts are off, and now waits for a lock that the first one holds. The kernel's report of the RCU stall has the level
+/// (`idle=…/0/0x5`: 1 and 2 for each further one). Without such a fault the deepest is the second, an interrupt of a softirq.
+fn shows_interrupted_handler(console: &str) -> bool {
+    let level = |line: &str| {
+        let mut parts = line.split_once("idle=")?.1.split_whitespace().next()?.split('/').skip(1);
+        let (nesting, level) = (parts.next()?, parts.next()?.strip_prefix("0x")?);
+        (nesting == "0").then(|| u64::from_str_radix(level, 16).ok())?
+    };
+    console.lines().filter(|line| line.contains("rcu:")).filter_map(level).any(|level| level >= 5)
+}
+
 /// Returns whether `at`, an offset in a function and the function's length, is the end of the function: the start of the next.
 fn is_end(at: &str) -> bool {
     at.trim_end().split_once('/').is_some_and(|(offset, length)| offset == length)
 }
 
-/// The trial of this module: recognises the console of one such guest, and none that differs in one of the signs.
+/// The trial of this module: recognises the consoles of two such guests, and none that differs in one of the signs.
 pub fn doubled_interrupt_is_recognised() {
+    let stall = |idle: &str| {
+        format!("[   59.648216] rcu: \t0-...0: (82 ticks this GP) idle={idle} softirq=531/533 fqs=414")
+    };
+    assert!(shows_interrupted_handler(&stall("c814/0/0x5")));
+    for other in ["c814/0/0x3", "c814/0/0x1", "c815/1/0x4000000000000000", "c814/0/5", "c814"] {
+        assert!(!shows_interrupted_handler(&stall(other)), "{other}");
+    }
     let console = "\
 [   37.077]  ? sysvec_apic_timer_interrupt+0xa/0x70
 [   37.152]  ? asm_sysvec_apic_timer_interrupt+0x16/0x20
