@@ -208,8 +208,8 @@ impl Gate {
     }
 
     /// Returns everything that stands in the way of an invalidation: by domain, with the run's state, or none if it is live.
-    /// What is live of a region being closed is taken from `rest`, by which it will be unmapped: a large region
-    /// may have a million mappings, each with a gap behind it.
+    /// The live part of a region being closed is `rest`, the spans by which it will be unmapped: a large region may have a million
+    /// mappings, each with a gap behind it.
     fn stuck(
         &self,
         id: InvalidationId,

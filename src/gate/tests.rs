@@ -132,6 +132,16 @@ impl World {
         Some(self.calls.remove(at))
     }
 
+    /// Takes every call of this kind that has not returned.
+    fn take_all(&mut self, kind: impl Fn(&Effect) -> bool) -> Vec<Effect> {
+        std::iter::from_fn(|| self.take(&kind)).collect()
+    }
+
+    /// Every part of the deadline of an invalidation passes, and no call returns meanwhile.
+    fn deadline_passes(&mut self, invalidation: InvalidationId) {
+        Rung::LADDER.into_iter().for_each(|rung| self.tell(Event::Expired { invalidation, rung }));
+    }
+
     fn succeeds(&mut self, call: &Effect) {
         self.tell(success(call).unwrap());
     }

@@ -115,7 +115,7 @@ fn close_without_progress_is_given_up_after_its_deadline() {
     world.settle();
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
-    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    world.deadline_passes(id);
     assert!(matches!(world.verdict(id), Some(Verdict::Unknown { .. })), "{:?}", world.said);
     assert_eq!(world.quarantine().iter().map(|(_, count, _)| count).sum::<u64>(), pages);
     world.settle();
@@ -168,7 +168,7 @@ fn device_paused_for_a_conversion_is_attached_although_a_close_goes_on() {
         let policy = Policy { hitless: Hitless::Prefer, ..Policy::default() };
         let (mut world, closing, _) = small_calls(&[&[Step::Drain]], policy, 4);
         world.tell(Event::RemoveRegion { caller: OWNER, region: closing });
-        let mut unmaps: Vec<_> = std::iter::from_fn(|| world.take(is_unmap)).collect();
+        let mut unmaps = world.take_all(is_unmap);
         if doubt {
             world.unmapped(&unmaps.remove(0), UnmapResult::Failed { errno: 16, bytes: 0 });
         }
@@ -219,7 +219,7 @@ fn close_given_up_puts_few_ranges_into_quarantine_however_many_mappings_it_has()
     (0..100).for_each(|nth| world.convert(2 * nth, PageState::Private));
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
-    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
+    world.deadline_passes(id);
     let quarantine = world.quarantine();
     // Each call, and one for all that is left.
     assert!(quarantine.len() <= 4, "{quarantine:?}");
@@ -261,7 +261,7 @@ fn client_that_goes_at_the_end_of_a_deadline_has_its_devices_stopped_before_the_
     Rung::LADDER.into_iter().filter(|rung| *rung != last).for_each(|rung| {
         world.tell(Event::Expired { invalidation: id, rung });
     });
-    let hanging: Vec<_> = std::iter::from_fn(|| world.take(is_unmap)).collect();
+    let hanging = world.take_all(is_unmap);
     world.tell(Event::ClientGone { client: OWNER.client });
     world.said.clear();
     world.tell(Event::Expired { invalidation: id, rung: last });
@@ -327,8 +327,8 @@ fn calls_of_a_close_that_was_given_up_are_progress_of_the_next() {
     let (mut world, region, _) = small_calls(&[], Policy::default(), 1);
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
-    Rung::LADDER.into_iter().for_each(|rung| world.tell(Event::Expired { invalidation: id, rung }));
-    let unmaps: Vec<_> = std::iter::from_fn(|| world.take(is_unmap)).collect();
+    world.deadline_passes(id);
+    let unmaps = world.take_all(is_unmap);
     assert!(unmaps.len() > 1);
     world.tell(Event::RemoveRegion { caller: OWNER, region });
     let id = InvalidationId(world.gate.last().1);
