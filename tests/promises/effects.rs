@@ -40,8 +40,12 @@ impl Model {
                 }
                 self.check_gap_allowed(*domain, effect)?;
             }
-            Effect::Fence { job, .. } => {
+            Effect::Fence { job, device, .. } => {
+                // A stronger fence of a device that is stopped already is asked for what is in doubt.
+                let stopped =
+                    self.shadow_ledger.devices.get(device).is_some_and(|device| device.fenced.is_some());
                 if self.dying
+                    && !stopped
                     && let Some(death) = self.deaths.last_mut()
                 {
                     death.fences.insert(*job);
