@@ -42,6 +42,7 @@ impl Gate {
                 return;
             }
         };
+        self.mappings.extend_promises(&targets, &self.memory);
         let (purpose, excluded) = (Purpose::Convert(performer), pages.clone());
         let id = self.invalidations.start(New { caller, ranges, to, purpose, pages, targets, deadline_ns });
         self.reserve(id, room);

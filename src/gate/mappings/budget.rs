@@ -36,6 +36,14 @@ impl Domain {
         if self.caps.cut { after.max(ends) } else { after }
     }
 
+    /// Returns the number of mappings that `target` adds to what was promised to its region: while the region is being added, a
+    /// conversion of pages that are not mapped yet cuts a mapping that is yet to be made, and leaves a part on either side.
+    fn promise_growth(&self, target: PageRange<Iova>, memory: &Memory) -> Option<(RegionId, u64)> {
+        let id = memory.region_id_at(Gpa(target.start().raw()))?;
+        let being_added = self.shapes.get(&id).is_some_and(|shape| shape.promised > 0);
+        (being_added && self.mapped.extent(target) != Some(target)).then_some((id, 2))
+    }
+
     /// Returns the number of mappings at the worst that conversions can make of a region: every other page gone, or each page
     /// by itself where pages are mapped so.
     fn worst(&self, id: RegionId, region: &Region, gaps_allowed: bool) -> u64 {
@@ -73,7 +81,10 @@ impl Mappings {
                 continue;
             }
             let more: u64 = targets.iter().map(|target| domain.growth(*target, memory)).sum();
-            let needed = domain.mapped.mapping_count().saturating_add(domain.reserved).saturating_add(more);
+            let promised = targets.iter().filter_map(|target| domain.promise_growth(*target, memory));
+            let promised: u64 = promised.map(|(_, count)| count).sum();
+            let in_use = domain.mapped.mapping_count().saturating_add(domain.reserved);
+            let needed = in_use.saturating_add(more).saturating_add(promised);
             within_budget("mappings", needed, domain.caps.max_mappings)?;
             most = most.max(more);
         }
@@ -96,6 +107,20 @@ impl Mappings {
             if let Some(shape) = domain.shapes.get_mut(&id) {
                 shape.promised = mapping_count(iova, shape.piece);
                 domain.reserved += shape.promised;
+            }
+        }
+    }
+
+    /// Adds to the promises to regions being added what an invalidation of `targets` that was checked needs beside them.
+    pub(in crate::gate) fn extend_promises(&mut self, targets: &[PageRange<Iova>], memory: &Memory) {
+        for domain in &mut self.domains {
+            for target in targets {
+                if let Some((id, count)) = domain.promise_growth(*target, memory)
+                    && let Some(shape) = domain.shapes.get_mut(&id)
+                {
+                    shape.promised += count;
+                    domain.reserved += count;
+                }
             }
         }
     }

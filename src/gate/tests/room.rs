@@ -47,6 +47,21 @@ fn memory_that_comes_during_a_conversion_has_room_for_what_waits_for_its_end() {
 }
 
 #[test]
+fn region_cut_by_a_conversion_while_it_is_added_keeps_room_for_the_parts_beside_it() {
+    let mut world = World::new(policy(), &[DomainCaps { max_mappings: 5, ..SPLITS }]);
+    world.gate.set_call_limits(CallLimits { call_bytes: 8 * PAGE, close_calls: 2 });
+    world.add(0, 16, 0, 8);
+    // The first eight pages are being mapped. Of the others one is mapped by itself now, and two parts wait for their turn.
+    let id = world.begin(&[(11, 1)], PageState::Shared);
+    world.end(id, Outcome::Committed);
+    assert_eq!(mappings(&world), [(2, 2)], "in use and reserved");
+    world.settle();
+    assert_eq!(world.map_failures(), Vec::<&Effect>::new());
+    assert_eq!(world.live(0), [(0, 16)]);
+    assert_eq!(mappings(&world), [(4, 0)]);
+}
+
+#[test]
 fn mapping_split_often_is_mapped_by_page_only_where_there_is_room() {
     for (max_mappings, by_page) in [(10_000, true), (400, false), (64, false)] {
         let mut world = World::new(policy(), &[DomainCaps { max_mappings, ..SPLITS }]);
